@@ -1,0 +1,37 @@
+# Everything sets itself up: a virtual environment, the dependencies, then the work.
+PYTHON ?= python3
+# The PyTorch to install. An unpinned "torch" may bring several GB of CUDA libraries.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+train: $(VENV)/.installed  ## train transnormer-tiny, its sequences split over two processes (ARGS="..." for options)
+	$(BIN)/lasp train $(ARGS)
+
+test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("lasp needs Python >= 3.10, found " + sys.version.split()[0] + ": pass PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
+	@echo "Setting up $(VENV) (about a minute, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[report]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'triton==3.7.1' -e '.[report,dev]'
+	@touch $@
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
