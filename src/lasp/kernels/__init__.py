@@ -1,0 +1,1 @@
+"""The backends of every recurrence's stages, and their selection."""

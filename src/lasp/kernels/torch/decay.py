@@ -1,0 +1,235 @@
+"""The decay family in chunks, in plain PyTorch: any device, any dtype.
+
+Legend: B batch, H heads, N chunks, C tokens a chunk, K and V head dims, G = 1 (decay per head) or K (per channel).
+    b      [B, H, N, C, G]   log-decay accumulated from the chunk's start, the token's own included
+    starts [B, H, N, K, V]   state at the start of each chunk
+    ends   [B, H, N, K, V]   gradient of the state at the end of each chunk
+Within a chunk, tokens see each other through scores[i, j] = sum_K q_i k_j exp(b_i - b_j), j <= i; across chunks
+they meet in the state. Decays appear only as exponentials of differences that are <= 0, so nothing overflows at
+any length; the differences are taken in fp64, where cumulative sums of very unlike gates lose nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition, scan
+from lasp.recurrence.contract import Run
+from lasp.recurrence.decay import state_dtype, state_shape, transition
+
+GROUPED_HEADS = False
+CHUNK = 64
+# Per-channel scores cost C passes over [T, K], so that short chunks are faster.
+CHUNK_PER_CHANNEL = 16
+# exp(-1e4) is zero in fp64; a finite floor keeps differences of accumulated decays from being inf - inf.
+MIN_LOG_DECAY = -1e4
+
+
+class Chunks(NamedTuple):
+    """A run cut into chunks, the last one padded with tokens that neither decay nor add anything."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    b: Tensor | None
+
+
+def _cut(tensor: Tensor, chunk: int) -> Tensor:
+    """[B, T, H, D] -> [B, H, N, C, D], padded with zeros."""
+    tensor = pad(tensor, (0, 0, 0, 0, 0, -tensor.shape[1] % chunk))
+    batch, tokens, heads, dim = tensor.shape
+    return tensor.view(batch, tokens // chunk, chunk, heads, dim).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _join(tensor: Tensor, tokens: int) -> Tensor:
+    """[B, H, N, C, D] -> [B, T, H, D]: the inverse of `_cut`."""
+    return tensor.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
+
+
+def _chunk_size(x: Run) -> int:
+    limit = CHUNK_PER_CHANNEL if x.g is not None and x.g.dim() == 4 else CHUNK
+    return max(1, min(limit, x.q.shape[1]))
+
+
+def _chunks(x: Run) -> Chunks:
+    size, tokens, dtype = _chunk_size(x), x.q.shape[1], state_dtype(x.q.dtype)
+    q, k, v = (_cut(tensor.to(dtype), size) for tensor in (x.q, x.k, x.v))
+    if x.g is None:
+        return Chunks(q, k, v, None)
+    g = x.g.to(torch.float64).clamp(min=MIN_LOG_DECAY)
+    if g.dim() == 1:
+        # Padding must not decay: a constant is laid out per token only where the last chunk is padded.
+        if tokens % size == 0:
+            steps = torch.arange(1, size + 1, device=g.device, dtype=g.dtype)
+            return Chunks(q, k, v, (g[:, None] * steps)[None, :, None, :, None])
+        g = g.expand(1, tokens, -1)
+    g = g if g.dim() == 4 else g[..., None]
+    return Chunks(q, k, v, _cut(g, size).cumsum(3))
+
+
+def _exp(log: Tensor, like: Tensor) -> Tensor:
+    return log.to(like.dtype).exp()
+
+
+def _from_start(c: Chunks, tensor: Tensor) -> Tensor:
+    """`tensor` [.., C, K] weighted by the decay from the chunk's start to each token."""
+    return tensor if c.b is None else tensor * _exp(c.b, tensor)
+
+
+def _to_end(c: Chunks, tensor: Tensor) -> Tensor:
+    """`tensor` [.., C, K] weighted by the decay from each token to the chunk's end."""
+    return tensor if c.b is None else tensor * _exp(c.b[..., -1:, :] - c.b, tensor)
+
+
+def _chunk_transitions(c: Chunks) -> Transition:
+    """The chunks' transitions, stacked along a leading axis [N, B, H, ...]."""
+    if c.b is None:
+        return Identity()
+    total = c.b[..., -1, :].to(c.q.dtype).expand(c.q.shape[0], -1, c.q.shape[2], -1).movedim(2, 0)
+    return Scalar(total.squeeze(-1)) if total.shape[-1] == 1 and c.b.shape[-1] == 1 else Diagonal(total)
+
+
+def _per_channel(c: Chunks) -> bool:
+    return c.b is not None and c.b.shape[-1] > 1
+
+
+def _pair_decay(c: Chunks) -> Tensor:
+    """exp(b_i - b_j) for j <= i, zero above the diagonal; [.., C, C]. Decay per head only."""
+    size = c.q.shape[3]
+    past = torch.ones(size, size, dtype=torch.bool, device=c.q.device).tril()
+    if c.b is None:
+        return past.to(c.q.dtype)
+    return _exp((c.b - c.b.mT).masked_fill(~past, -torch.inf), c.q)
+
+
+def _column_decay(c: Chunks, j: int) -> Tensor:
+    """exp(b_i - b_j) for i >= j, [.., C - j, K]."""
+    assert c.b is not None
+    return _exp(c.b[..., j:, :] - c.b[..., j : j + 1, :], c.q)
+
+
+def _scores(c: Chunks) -> Tensor:
+    """sum_K q_i k_j exp(b_i - b_j), [.., C, C], zero for j > i."""
+    if not _per_channel(c):
+        return (c.q @ c.k.mT) * _pair_decay(c)
+    scores = c.q.new_zeros(*c.q.shape[:-1], c.q.shape[3])
+    for j in range(c.q.shape[3]):
+        scores[..., j:, j] = (c.q[..., j:, :] * c.k[..., j : j + 1, :] * _column_decay(c, j)).sum(-1)
+    return scores
+
+
+def _scores_gradient_q(c: Chunks, d_scores: Tensor) -> Tensor:
+    if not _per_channel(c):
+        return (d_scores * _pair_decay(c)) @ c.k
+    dq = torch.zeros_like(c.q)
+    for j in range(c.q.shape[3]):
+        dq[..., j:, :] += d_scores[..., j:, j, None] * c.k[..., j : j + 1, :] * _column_decay(c, j)
+    return dq
+
+
+def _scores_gradient_k(c: Chunks, d_scores: Tensor) -> Tensor:
+    if not _per_channel(c):
+        return (d_scores * _pair_decay(c)).mT @ c.q
+    dk = torch.empty_like(c.k)
+    for j in range(c.q.shape[3]):
+        dk[..., j, :] = (d_scores[..., j:, j, None] * c.q[..., j:, :] * _column_decay(c, j)).sum(-2)
+    return dk
+
+
+def _zeros(x: Run) -> Tensor:
+    return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))
+
+
+def _carried_from(runs: Transition, state: Tensor, count: int, *, reverse: bool) -> Tensor:
+    """What `state`, entering from outside, contributes at the start of each chunk: [B, H, N, K, V]."""
+    if isinstance(runs, Identity):
+        return state[:, :, None].expand(-1, -1, count, -1, -1)
+    log = runs.tensors()[0].movedim(0, 2)
+    log = log.flip(2) if reverse else log
+    # Shifted rather than "cumsum minus own term", which would lose a slow decay next to a fast one.
+    before = torch.cat([torch.zeros_like(log[:, :, :1]), log[:, :, :-1]], 2).cumsum(2)[:, :, :count]
+    before = before.flip(2) if reverse else before
+    weight = before.exp()[..., None, None] if isinstance(runs, Scalar) else before.exp()[..., None]
+    return weight * state[:, :, None]
+
+
+def summarize(x: Run) -> tuple[Summary, tuple[Chunks, Tensor]]:
+    c = _chunks(x)
+    added = _to_end(c, c.k).mT @ c.v
+    starts, state = scan(Summary(_chunk_transitions(c), added.movedim(2, 0)), _zeros(x))
+    return Summary(transition(x), state), (c, starts.movedim(0, 2))
+
+
+def local_outputs(x: Run, totals: tuple[Chunks, Tensor]) -> Tensor:
+    c, _ = totals
+    return _scores(c) @ c.v
+
+
+def outputs(
+    x: Run, totals: tuple[Chunks, Tensor], partial: Tensor, state_in: Tensor
+) -> tuple[Tensor, Tensor]:
+    c, starts = totals
+    starts = starts + _carried_from(_chunk_transitions(c), state_in, starts.shape[2], reverse=False)
+    o = x.scale * (partial + _from_start(c, c.q) @ starts)
+    return _join(o, x.q.shape[1]).to(x.v.dtype), starts
+
+
+def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Tensor]]:
+    c = _chunks(x)
+    d_out = x.scale * _cut(d_o.to(c.q.dtype), c.q.shape[3])
+    added = _from_start(c, c.q).mT @ d_out
+    ends, d_state = scan(Summary(_chunk_transitions(c), added.movedim(2, 0)), _zeros(x), reverse=True)
+    return Summary(transition(x).adjoint(), d_state), (c, d_out, ends.movedim(0, 2))
+
+
+def local_gradients(
+    x: Run, saved: Tensor, totals_adjoint: tuple[Chunks, Tensor, Tensor], d_o: Tensor
+) -> tuple[Tensor, Tensor]:
+    c, d_out, _ = totals_adjoint
+    d_scores = d_out @ c.v.mT
+    return _scores_gradient_q(c, d_scores) + _from_start(c, d_out @ saved.mT), d_scores
+
+
+def gradients(
+    x: Run,
+    saved: Tensor,
+    totals_adjoint: tuple[Chunks, Tensor, Tensor],
+    local: tuple[Tensor, Tensor],
+    d_o: Tensor,
+    d_state_out: Tensor,
+) -> tuple[Tensor | None, ...]:
+    c, d_out, ends = totals_adjoint
+    dq, d_scores = local
+    runs, tokens = _chunk_transitions(c), x.q.shape[1]
+    ends = ends + _carried_from(runs, d_state_out, ends.shape[2], reverse=True)
+    dk = _scores_gradient_k(c, d_scores) + _to_end(c, c.v @ ends.mT)
+    dv = _scores(c).mT @ d_out + _to_end(c, c.k) @ ends
+    dg = None if x.g is None else _decay_gradient(x, c, saved, ends, dq, dk)
+    return (
+        _join(dq, tokens).to(x.q.dtype),
+        _join(dk, tokens).to(x.k.dtype),
+        _join(dv, tokens).to(x.v.dtype),
+        dg,
+    )
+
+
+def _decay_gradient(x: Run, c: Chunks, saved: Tensor, ends: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
+    """The gradient of g, from those of q and k.
+
+    Decays enter only as exp(b_i - b_j), so the gradient of the accumulated decay at a token is q dq - k dk, plus
+    <state, its gradient> at the chunk's end; g's is its sum from the token on.
+    """
+    assert x.g is not None and c.b is not None
+    last = Summary(_chunk_transitions(c), (_to_end(c, c.k).mT @ c.v).movedim(2, 0))
+    left = last.apply(saved.movedim(2, 0)).movedim(0, 2)
+    d_b, at_end = c.q * dq - c.k * dk, (left * ends).sum(-1)[..., None, :]
+    if not _per_channel(c):
+        d_b, at_end = d_b.sum(-1, keepdim=True), at_end.sum(-1, keepdim=True)
+    d_g = _join(d_b.flip(3).cumsum(3).flip(3) + at_end, x.q.shape[1])
+    if x.g.dim() == 4:
+        return d_g
+    return d_g.squeeze(-1) if x.g.dim() == 3 else d_g.squeeze(-1).sum((0, 1))

@@ -1,0 +1,1 @@
+"""Fused Triton kernels; nothing outside this package imports triton."""
