@@ -1,0 +1,27 @@
+"""Single-device layers of linear-attention models. Sequence parallelism is an argument they hand to the op."""
+
+from lasp.layers.attention import LinearAttention
+from lasp.layers.decay import ConstantDecay, alibi_slopes, retnet_log_decay, transnormer_log_decay
+from lasp.layers.feature_maps import FEATURE_MAPS, feature_map
+from lasp.layers.feedforward import FEEDFORWARDS, feedforward
+from lasp.layers.norms import NORMS, RMSNorm, SimpleRMSNorm, norm
+from lasp.layers.positions import LRPE, Rotary, sinusoids
+
+__all__ = [
+    "FEATURE_MAPS",
+    "FEEDFORWARDS",
+    "LRPE",
+    "NORMS",
+    "ConstantDecay",
+    "LinearAttention",
+    "RMSNorm",
+    "Rotary",
+    "SimpleRMSNorm",
+    "alibi_slopes",
+    "feature_map",
+    "feedforward",
+    "norm",
+    "retnet_log_decay",
+    "sinusoids",
+    "transnormer_log_decay",
+]

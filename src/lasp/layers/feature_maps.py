@@ -1,0 +1,79 @@
+"""Feature maps phi(q), phi(k): what replaces the exponential of softmax attention.
+
+To add one, derive from FeatureMap, with parameters or without, and enter it in FEATURE_MAPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeatureMap(nn.Module):
+    """Takes [B, T, H, head_dim] to [B, T, H, dim_out] in the same dtype."""
+
+    dim_out: int
+
+
+class Elementwise(FeatureMap):
+    """A parameter-free map applied to every channel: `function` keeps the shape and the dtype."""
+
+    def __init__(self, head_dim: int, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.dim_out = head_dim
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Hedgehog(FeatureMap):
+    """Learned positive features: softmax over the channels of [W x, -W x], one W per head.
+
+    Starts from the identity, so the features of a new model are those of the untransformed query or key.
+    Source: Zhang et al., "The Hedgehog & the Porcupine" (2024), equation 6 with the softmax normalisation.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.dim_out = 2 * head_dim
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(self.weight.shape[-1]).expand_as(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mapped = torch.einsum("bthi,hij->bthj", x, self.weight.to(x.dtype))
+        return torch.cat((mapped, -mapped), dim=-1).softmax(dim=-1).to(x.dtype)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+FEATURE_MAPS: dict[str, Callable[[int, int], FeatureMap]] = {
+    "identity": lambda num_heads, head_dim: Elementwise(head_dim, _identity),
+    "elu+1": lambda num_heads, head_dim: Elementwise(head_dim, _elu_plus_one),
+    "relu": lambda num_heads, head_dim: Elementwise(head_dim, torch.relu),
+    "silu": lambda num_heads, head_dim: Elementwise(head_dim, F.silu),
+    "hedgehog": Hedgehog,
+}
+
+# Maps whose scores cannot be negative: only these may be divided by the sum of their scores.
+NON_NEGATIVE = frozenset({"elu+1", "relu", "hedgehog"})
+
+
+def feature_map(name: str, num_heads: int, head_dim: int) -> FeatureMap:
+    """A new feature map for `num_heads` heads of `head_dim` channels; ValueError for an unknown name."""
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"unknown feature map {name!r}; known: {', '.join(FEATURE_MAPS)}")
+    return FEATURE_MAPS[name](num_heads, head_dim)

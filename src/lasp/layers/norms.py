@@ -1,0 +1,51 @@
+"""Normalisations over the last dimension. Statistics of half-precision inputs are taken in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SimpleRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), without parameters (TransNormerLLM, section 3.1.4)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.dim,), eps=self.eps)
+
+
+class RMSNorm(nn.Module):
+    """SimpleRMSNorm times a learned gain per channel, which starts at 1."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "simple_rmsnorm": SimpleRMSNorm,
+    "layernorm": lambda dim, eps: nn.LayerNorm(dim, eps),
+}
+
+
+def norm(name: str, dim: int, eps: float) -> nn.Module:
+    """A new normalisation of `dim` channels; ValueError for an unknown name."""
+    if name not in NORMS:
+        raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
+    return NORMS[name](dim, eps)

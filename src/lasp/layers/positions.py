@@ -1,0 +1,114 @@
+"""Position encodings, all by global position: that of a token in the whole sequence, not in a shard or a chunk.
+
+Angles are position * frequency in fp64 and only then rounded: at position 2^20 an fp32 angle is off by up to 0.06
+radians and a bf16 position by 4096 tokens. What a query and a key then score depends on their distance alone.
+
+T = tokens here, H = heads, K = head dim, s = global position of the first token here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def global_positions(start: int, length: int, device: torch.device) -> Tensor:
+    """Positions start .. start + length - 1 as fp64 [T], exact up to 2^53."""
+    return torch.arange(start, start + length, dtype=torch.float64, device=device)
+
+
+def _rotation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sinusoids(start: int, length: int, dim: int, *, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Absolute encoding [T, dim] to add to embeddings: sines, then cosines, of s * base^(-2 i / dim).
+
+    Source: Vaswani et al., "Attention is all you need", section 3.5 (there sines and cosines alternate).
+    """
+    pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
+    angles = global_positions(start, length, device)[:, None] * base ** (-2 * pairs / dim)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
+
+
+class Rotary(nn.Module):
+    """Rotates channel pairs (i, i + K/2) by the angle position * base^(-2 i / K). The head dim stays.
+
+    Source: Su et al., RoFormer; RetNet rotates q and k alike. Which channels pair up is a matter of layout.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of channels: the head dim must be even, got {head_dim}")
+        self.dim_out = head_dim
+        self.head_dim = head_dim
+        self.base = base
+
+    def forward(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """q, k [B, T, H, K] whose first token is at global position `start` -> the same shapes and dtypes."""
+        pairs = torch.arange(self.head_dim // 2, dtype=torch.float64, device=q.device)
+        positions = global_positions(start, q.shape[1], q.device)
+        angles = positions[:, None, None] * self.base ** (-2 * pairs / self.head_dim)
+        dtype = _rotation_dtype(q.dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    real, imaginary = x.chunk(2, dim=-1)
+    return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).to(x.dtype)
+
+
+class LRPE(nn.Module):
+    """Linearized relative position encoding: x -> [x cos(theta s), x sin(theta s)], which doubles the head dim.
+
+    theta is learned. A query and a key then score sum_i q_i k_i cos(theta_i (s - t)). theta starts at base^(-2 j / (H K)), where j
+    counts the channels of all heads, as in TransNormerLLM's released code. It stays fp32 when the model is cast
+    to a 16-bit type.
+    Source: Qin et al., "Linearized relative positional encoding" (2023); TransNormerLLM, section 3.1.1.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        self.dim_out = 2 * head_dim
+        self.base = base
+        self.theta = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        channels = torch.arange(self.theta.numel(), dtype=torch.float64, device=self.theta.device)
+        with torch.no_grad():
+            self.theta.copy_((self.base ** (-2 * channels / self.theta.numel())).view_as(self.theta))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LRPE:
+        before = self.theta.detach()
+        super()._apply(fn, recurse)
+        if self.theta.dtype in (torch.bfloat16, torch.float16):
+            # Eight bits of theta would turn a query at position 2^20 by thousands of radians.
+            self.theta.data = before.to(self.theta.device, torch.float32)
+        return self
+
+    def forward(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """q, k [B, T, H, K] whose first token is at global position `start` -> [B, T, H, 2K]."""
+        if not torch.is_grad_enabled():
+            return self._encode(q, k, self.theta, start)
+        # The fp64 angles and their sines are as large as several activations: recompute them in backward.
+        encoded: tuple[Tensor, Tensor] = checkpoint(
+            self._encode, q, k, self.theta, start, use_reentrant=False, preserve_rng_state=False
+        )
+        return encoded
+
+    @staticmethod
+    def _encode(q: Tensor, k: Tensor, theta: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        angles = global_positions(start, q.shape[1], q.device)[:, None, None] * theta.to(torch.float64)
+        dtype = _rotation_dtype(q.dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return _expand(q, cos, sin), _expand(k, cos, sin)
+
+
+def _expand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((x * cos, x * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,18 @@
+"""Causal language models over linear attention."""
+
+from lasp.models.causal_lm import Cache, CausalLM, LMOutput
+from lasp.models.config import ModelConfig
+from lasp.models.presets import NAMES, SIZES, preset
+from lasp.models.table import num_parameters, parameter_table
+
+__all__ = [
+    "NAMES",
+    "SIZES",
+    "Cache",
+    "CausalLM",
+    "LMOutput",
+    "ModelConfig",
+    "num_parameters",
+    "parameter_table",
+    "preset",
+]

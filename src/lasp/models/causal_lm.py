@@ -1,0 +1,172 @@
+"""A decoder-only language model over linear attention. Single-device code: `sp` is handed to the op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.layers import LinearAttention, feedforward, norm, sinusoids
+from lasp.models.config import ModelConfig
+from lasp.models.initialize import initialize
+from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
+
+if TYPE_CHECKING:
+    from lasp.distributed import SequenceParallel
+
+
+class Cache(NamedTuple):
+    """What a model remembers of the tokens so far; its size does not depend on how many there were.
+
+    Attributes:
+        states: one [B, H, K, V] per layer, fp32 (fp64 for an fp64 model).
+        position: how many tokens it has seen: the global position of the next one.
+    """
+
+    states: tuple[Tensor, ...]
+    position: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states)
+
+
+class LMOutput(NamedTuple):
+    """Result of CausalLM.
+
+    Attributes:
+        logits: [B, T, vocab], or None when labels were given.
+        loss_sum: SUM of the token losses here in nats, scalar, fp32 (fp64 for an fp64 model), or None.
+        num_tokens: how many labels here were not -100, int64 scalar tensor, or None.
+        cache: after the last token of the whole sequence, on every rank; None unless asked for.
+    """
+
+    logits: Tensor | None
+    loss_sum: Tensor | None
+    num_tokens: Tensor | None
+    cache: Cache | None
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = norm(config.norm, config.d_model, config.norm_eps)
+        self.attention = LinearAttention(
+            d_model=config.d_model,
+            num_heads=config.num_heads,
+            key_dim=config.key_dim,
+            value_dim=config.value_dim,
+            feature_map=config.feature_map,
+            positions=config.layer_positions(layer),
+            log_decay=config.layer_log_decay(layer),
+            normalization=config.normalization,
+            gate=config.gate,
+            scale=config.key_dim**-0.5 if config.scale_scores else 1.0,
+            norm_eps=config.norm_eps,
+            backend=config.backend,
+        )
+        self.ffn_norm = norm(config.norm, config.d_model, config.norm_eps)
+        self.ffn = feedforward(config.ffn, config.d_model, config.ffn_dim)
+
+    def forward(
+        self, x: Tensor, start: int, state: Tensor | None, output_state: bool, sp: SequenceParallel | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] whose first token is at global position `start` -> x and the state after the sequence."""
+        attended, state = self.attention(
+            self.attention_norm(x), start=start, state=state, output_state=output_state, sp=sp
+        )
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), state
+
+
+class CausalLM(nn.Module):
+    """Causal language model.
+
+    The weights start from torch's default generator; call `init_weights(generator)` for a start that depends on
+    that generator alone. To build a large model in place:
+    `with torch.device("meta"): model = CausalLM(config)`, then `model.to_empty(device=...)` and `init_weights`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = norm(config.norm, config.d_model, config.norm_eps)
+        self.head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Set every parameter anew. The same generator state gives the same weights at any number of ranks."""
+        initialize(self, self.config, generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        output_cache: bool = False,
+        last_logits: int | None = None,
+        sp: SequenceParallel | None = None,
+    ) -> LMOutput:
+        """Logits, or the summed loss where labels are given.
+
+        Args:
+            tokens: int64 [B, T]; with `sp`, this rank's tokens of the sequence.
+            labels: int64 [B, T], what each token should predict (shifted by the caller, before sharding);
+                -100 is ignored.
+            cache: continue after the tokens it has seen; with `sp` the same on every rank.
+            output_cache: also return the cache after the whole sequence.
+            last_logits: compute logits of the last so many tokens only; all by default.
+            sp: the ranks that share the sequence; tokens are their contiguous shards in rank order.
+
+        Raises:
+            ValueError: wrong shapes or dtypes.
+        """
+        self._check(tokens, labels, cache)
+        start = 0 if cache is None else cache.position
+        here = start if sp is None else start + sp.offset(tokens.shape[1])
+        x = self.embedding(tokens)
+        if self.config.scale_embeddings:
+            x = x * self.config.d_model**0.5
+        if self.config.positions == "sinusoidal":
+            x = x + sinusoids(here, tokens.shape[1], self.config.d_model, base=10000.0, dtype=x.dtype, device=x.device)
+        states = []
+        for layer, block in enumerate(self.blocks):
+            x, state = block(x, here, None if cache is None else cache.states[layer], output_cache, sp)
+            states.append(state)
+        seen = start + _global_tokens(tokens.shape[1], sp)
+        new_cache = Cache(tuple(states), seen) if output_cache else None
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if labels is None:
+            if last_logits is not None:
+                x = x[:, max(0, x.shape[1] - last_logits) :]
+            return LMOutput(F.linear(self.final_norm(x), weight), None, None, new_cache)
+        loss_sum = cross_entropy_sum(self.final_norm(x).flatten(0, 1), weight, labels.flatten())
+        return LMOutput(None, loss_sum, (labels != IGNORED_LABEL).sum(), new_cache)
+
+    def _check(self, tokens: Tensor, labels: Tensor | None, cache: Cache | None) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens must be int64 [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        if labels is not None and (labels.shape != tokens.shape or labels.dtype != torch.int64):
+            raise ValueError(
+                f"labels must be int64 of the tokens' shape {list(tokens.shape)}, "
+                f"got {labels.dtype} {list(labels.shape)}"
+            )
+        if cache is not None and len(cache.states) != self.config.num_layers:
+            raise ValueError(
+                f"this model has {self.config.num_layers} layers, the cache is of one with {len(cache.states)}"
+            )
+
+
+def _global_tokens(tokens: int, sp: SequenceParallel | None) -> int:
+    """Tokens of the whole sequence, of which this rank holds `tokens`."""
+    if sp is None:
+        return tokens
+    return sp.size * tokens if sp.lengths is None else sum(sp.lengths)

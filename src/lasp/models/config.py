@@ -1,0 +1,107 @@
+"""The one configuration of a causal language model: what its parameters are and how they start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lasp.layers.attention import GATES, NORMALIZATIONS, check_denominator
+from lasp.layers.decay import DECAYS
+from lasp.layers.feature_maps import FEATURE_MAPS
+from lasp.layers.feedforward import FEEDFORWARDS
+from lasp.layers.norms import NORMS
+
+POSITIONS = ("none", "sinusoidal", "rotary", "lrpe")
+INITS = ("normal", "xavier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder of `num_layers` pre-norm blocks, each linear attention then a feed-forward layer.
+
+    All fields are plain values: `dataclasses.asdict` gives JSON and `ModelConfig(**values)` takes it back.
+
+    Attributes:
+        vocab_size: number of token ids.
+        d_model: width of the residual stream.
+        num_layers: blocks.
+        num_heads: heads of each attention layer.
+        key_dim, value_dim: query/key and value channels of one head.
+        ffn_dim: hidden width of the feed-forward layer.
+        feature_map: of queries and keys: identity, elu+1, relu, silu, hedgehog.
+        positions: "none", "sinusoidal" (added to embeddings), "rotary" or "lrpe" (on queries and keys).
+        positions_in: "all" layers or the "first" only; for rotary and lrpe.
+        decay: "none", "transnormer" (per head and layer) or "retnet" (per head).
+        normalization: of the attention output: "head", "hidden" or "denominator".
+        gate: activation of the attention's output gate: none, linear, silu, sigmoid.
+        scale_scores: multiply scores by key_dim ** -0.5.
+        ffn: sglu, swiglu, gelu, relu.
+        norm: before each layer and at the end: rmsnorm, simple_rmsnorm, layernorm.
+        norm_eps: added to the mean square.
+        scale_embeddings: multiply embeddings by d_model ** 0.5.
+        tied_embeddings: the output projection is the embedding matrix.
+        init: "normal": every matrix with standard deviation `init_std`. "xavier": RetNet's, see docs/models.md.
+        init_std: for "normal".
+        backend: of lasp.linear_attention.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    ffn_dim: int
+    feature_map: str = "identity"
+    positions: str = "none"
+    positions_in: str = "all"
+    decay: str = "none"
+    normalization: str = "hidden"
+    gate: str = "none"
+    scale_scores: bool = True
+    ffn: str = "swiglu"
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    scale_embeddings: bool = False
+    tied_embeddings: bool = True
+    init: str = "normal"
+    init_std: float = 0.02
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "key_dim", "value_dim", "ffn_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        for name, known in (
+            ("feature_map", FEATURE_MAPS),
+            ("positions", POSITIONS),
+            ("positions_in", ("all", "first")),
+            ("decay", DECAYS),
+            ("normalization", NORMALIZATIONS),
+            ("gate", GATES),
+            ("ffn", FEEDFORWARDS),
+            ("norm", NORMS),
+            ("init", INITS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        for name in ("norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        if self.positions == "rotary" and self.key_dim % 2:
+            raise ValueError(f"rotary positions need an even key_dim, got {self.key_dim}")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
+        per_head = "none" if self.positions == "sinusoidal" else self.positions
+        check_denominator(self.normalization, self.feature_map, per_head)
+
+    def layer_positions(self, layer: int) -> str:
+        """What layer `layer` (from 0) does to its queries and keys: "none", "rotary" or "lrpe"."""
+        if self.positions == "sinusoidal" or (self.positions_in == "first" and layer > 0):
+            return "none"
+        return self.positions
+
+    def layer_log_decay(self, layer: int) -> list[float] | None:
+        """The natural-log decays of layer `layer` (from 0), one per head; None for no decay."""
+        schedule = DECAYS[self.decay]
+        return None if schedule is None else schedule(self.num_heads, layer, self.num_layers)
