@@ -66,12 +66,20 @@ def local_gradients(x: Run, saved: Tensor, totals_adjoint: None, d_o: Tensor) ->
 def gradients(
     x: Run, saved: Tensor, totals_adjoint: None, local: None, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
     g = None if x.g is None else x.g.detach().requires_grad_()
-    wanted = leaves if g is None else [*leaves, g]
+    wanted = [q, k, v] if g is None else [q, k, v, g]
     with torch.enable_grad():
-        o, state_out = _loop(Run(*leaves, g, x.scale), saved)
-        result = torch.autograd.grad(
-            (o, state_out), wanted, (d_o.to(o.dtype), d_state_out), allow_unused=True, materialize_grads=True
-        ) if x.q.shape[1] else tuple(torch.zeros_like(t) for t in wanted)
+        o, state_out = _loop(Run(q, k, v, g, x.scale), saved)
+        result = (
+            torch.autograd.grad(
+                (o, state_out),
+                wanted,
+                (d_o.to(o.dtype), d_state_out),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            if x.q.shape[1]
+            else tuple(torch.zeros_like(t) for t in wanted)
+        )
     return (*result, None) if g is None else tuple(result)

@@ -140,6 +140,19 @@ def _scores_gradient_k(c: Chunks, d_scores: Tensor) -> Tensor:
     return dk
 
 
+def _scores_gradient_decay(c: Chunks, d_scores: Tensor) -> Tensor:
+    """What pairs of tokens on either side of a decay contribute to its gradient; [.., C, G]."""
+    size = c.q.shape[3]
+    if not _per_channel(c):
+        pairs = d_scores * _scores(c)
+        return pairs.tril(-1).flip(3).cumsum(3).flip(3).tril(-1).sum(-1, keepdim=True)
+    d_g = torch.zeros_like(c.q)
+    for j in range(size - 1):
+        pairs = d_scores[..., j + 1 :, j, None] * c.q[..., j + 1 :, :] * c.k[..., j : j + 1, :]
+        d_g[..., j + 1 :, :] += (pairs * _column_decay(c, j)[..., 1:, :]).flip(3).cumsum(3).flip(3)
+    return d_g
+
+
 def _zeros(x: Run) -> Tensor:
     return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))
 
@@ -169,9 +182,7 @@ def local_outputs(x: Run, totals: tuple[Chunks, Tensor]) -> Tensor:
     return _scores(c) @ c.v
 
 
-def outputs(
-    x: Run, totals: tuple[Chunks, Tensor], partial: Tensor, state_in: Tensor
-) -> tuple[Tensor, Tensor]:
+def outputs(x: Run, totals: tuple[Chunks, Tensor], partial: Tensor, state_in: Tensor) -> tuple[Tensor, Tensor]:
     c, starts = totals
     starts = starts + _carried_from(_chunk_transitions(c), state_in, starts.shape[2], reverse=False)
     o = x.scale * (partial + _from_start(c, c.q) @ starts)
@@ -188,27 +199,32 @@ def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tenso
 
 def local_gradients(
     x: Run, saved: Tensor, totals_adjoint: tuple[Chunks, Tensor, Tensor], d_o: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     c, d_out, _ = totals_adjoint
     d_scores = d_out @ c.v.mT
-    return _scores_gradient_q(c, d_scores) + _from_start(c, d_out @ saved.mT), d_scores
+    from_state = _from_start(c, d_out @ saved.mT)
+    return _scores_gradient_q(c, d_scores) + from_state, d_scores, from_state
 
 
 def gradients(
     x: Run,
     saved: Tensor,
     totals_adjoint: tuple[Chunks, Tensor, Tensor],
-    local: tuple[Tensor, Tensor],
+    local: tuple[Tensor, Tensor, Tensor],
     d_o: Tensor,
     d_state_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
     c, d_out, ends = totals_adjoint
-    dq, d_scores = local
+    dq, d_scores, dq_state = local
     runs, tokens = _chunk_transitions(c), x.q.shape[1]
     ends = ends + _carried_from(runs, d_state_out, ends.shape[2], reverse=True)
-    dk = _scores_gradient_k(c, d_scores) + _to_end(c, c.v @ ends.mT)
+    dk_state = _to_end(c, c.v @ ends.mT)
+    dk = _scores_gradient_k(c, d_scores) + dk_state
     dv = _scores(c).mT @ d_out + _to_end(c, c.k) @ ends
-    dg = None if x.g is None else _decay_gradient(x, c, saved, ends, dq, dk)
+    dg = None
+    if x.g is not None:
+        across = runs.apply((saved * ends).movedim(2, 0)).movedim(0, 2).sum(-1)
+        dg = _decay_gradient(x, c, c.q * dq_state, c.k * dk_state, across, d_scores)
     return (
         _join(dq, tokens).to(x.q.dtype),
         _join(dk, tokens).to(x.k.dtype),
@@ -217,19 +233,22 @@ def gradients(
     )
 
 
-def _decay_gradient(x: Run, c: Chunks, saved: Tensor, ends: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
-    """The gradient of g, from those of q and k.
+def _decay_gradient(x: Run, c: Chunks, from_start: Tensor, to_end: Tensor, across: Tensor, d_scores: Tensor) -> Tensor:
+    """The gradient of g: at each token, the sum over everything that its decay passes on.
 
-    Decays enter only as exp(b_i - b_j), so the gradient of the accumulated decay at a token is q dq - k dk, plus
-    <state, its gradient> at the chunk's end; g's is its sum from the token on.
+    That is what reaches later tokens from before the chunk (`from_start`, [.., C, K], by receiver), what reaches the
+    chunk's end from earlier tokens (`to_end`, by sender), what crosses the whole chunk (`across`, [.., K]), and pairs
+    inside the chunk. The shorter identity q dq - k dk, summed, cancels what does not cross: it loses digits where
+    decays are fast.
     """
-    assert x.g is not None and c.b is not None
-    last = Summary(_chunk_transitions(c), (_to_end(c, c.k).mT @ c.v).movedim(2, 0))
-    left = last.apply(saved.movedim(2, 0)).movedim(0, 2)
-    d_b, at_end = c.q * dq - c.k * dk, (left * ends).sum(-1)[..., None, :]
+    assert x.g is not None
     if not _per_channel(c):
-        d_b, at_end = d_b.sum(-1, keepdim=True), at_end.sum(-1, keepdim=True)
-    d_g = _join(d_b.flip(3).cumsum(3).flip(3) + at_end, x.q.shape[1])
+        from_start, to_end = from_start.sum(-1, keepdim=True), to_end.sum(-1, keepdim=True)
+        across = across.sum(-1, keepdim=True)
+    before = torch.cat([torch.zeros_like(to_end[..., :1, :]), to_end[..., :-1, :]], 3).cumsum(3)
+    after = from_start.flip(3).cumsum(3).flip(3)
+    d_g = after + before + across[..., None, :] + _scores_gradient_decay(c, d_scores)
+    d_g = _join(d_g, x.q.shape[1])
     if x.g.dim() == 4:
         return d_g
     return d_g.squeeze(-1) if x.g.dim() == 3 else d_g.squeeze(-1).sum((0, 1))

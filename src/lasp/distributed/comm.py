@@ -1,0 +1,207 @@
+"""Communication within one sequence-parallel group: the only caller of collectives.
+
+Ranks here are ranks within the group. Every operation is counted, has a deadline, and fails with an
+`ExchangeError` that says which rank was waiting for what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_RECORD_BYTES = 2048
+
+
+class ExchangeError(RuntimeError):
+    """Communication between the ranks of a group failed, or the ranks disagree about what to do."""
+
+
+@dataclass
+class Counters:
+    """What this rank sent and received: bytes of payload, once for every rank that gets them."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    messages: int = 0
+
+    def add(self, *, sent: int = 0, received: int = 0) -> None:
+        self.sent_bytes += sent
+        self.received_bytes += received
+        self.messages += 1
+
+    def reset(self) -> None:
+        self.sent_bytes = self.received_bytes = self.messages = 0
+
+
+class Pending:
+    """An operation under way; `wait` gives its result."""
+
+    def __init__(self, comm: Comm, work: Any, what: str, result: Callable[[], Tensor]) -> None:
+        self._comm, self._work, self._what, self._result = comm, work, what, result
+
+    def wait(self) -> Tensor:
+        with self._comm.explained(self._what):
+            self._work.wait()
+        return self._result()
+
+
+class _Explained:
+    """Turns a backend's failure into an ExchangeError that says who waited for what."""
+
+    def __init__(self, comm: Comm, what: str) -> None:
+        self._comm, self._what = comm, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, ExchangeError):
+            return
+        c = self._comm
+        raise ExchangeError(
+            f"sequence-parallel rank {c.rank} of {c.size} (global rank {dist.get_rank()}) failed to {self._what}, "
+            f"operation {c.operations}, deadline {c.timeout_s:g} s. Another rank stopped, is late, or runs "
+            f"something else: look for the first error among global ranks {c.global_ranks}. Cause: {error}"
+        ) from error
+
+
+class Comm:
+    """Point-to-point and collective operations within one group.
+
+    Args:
+        group: the ranks. Its operations are not used for the exchange when it is gloo's: this object makes
+            groups of its own, with the deadline and free of other traffic. All ranks of the group must construct it.
+        timeout_s: seconds after which a wait raises.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.global_ranks = dist.get_process_group_ranks(group)
+        self.counters = Counters()
+        self.operations = 0
+        self._sending: deque[tuple[Any, Tensor]] = deque()
+        if self.size == 1:
+            return
+        options: dict[str, Any] = {
+            "ranks": self.global_ranks,
+            "timeout": timedelta(seconds=timeout_s),
+            "use_local_synchronization": True,
+        }
+        self._control = dist.new_group(backend="gloo", **options)
+        uses_gloo = dist.get_backend(group) == "gloo"
+        self._group = dist.new_group(backend="gloo", **options) if uses_gloo else group
+        # gloo cannot send CUDA tensors from one process to another: they pass through the host.
+        self._through_host = uses_gloo
+
+    def explained(self, what: str) -> _Explained:
+        return _Explained(self, what)
+
+    def all_gather(self, tensor: Tensor) -> Pending:
+        """Start gathering every rank's `tensor` [n]; the result is [size, n]."""
+        gathered = tensor.new_empty(self.size, tensor.numel())
+        self._count(sent=tensor.nbytes * (self.size - 1), received=tensor.nbytes * (self.size - 1))
+        with self.explained("start an all-gather"):
+            work = _all_gather(gathered.view(-1), tensor, group=self._group, async_op=True)
+        return Pending(self, work, "finish an all-gather", lambda: gathered)
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Start sending `tensor`; it is kept alive, and must not change, until it has left."""
+        self._reap()
+        self._count(sent=tensor.nbytes)
+        payload = tensor.detach().contiguous()
+        payload = payload.cpu() if self._through_host else payload
+        with self.explained(f"send a state to rank {to}"):
+            self._sending.append((dist.isend(payload, group=self._group, group_dst=to), payload))
+
+    def receive(self, like: Tensor, source: int) -> Pending:
+        """Start receiving a tensor shaped as `like` from rank `source`."""
+        self._count(received=like.nbytes)
+        buffer = torch.empty_like(
+            like, device="cpu" if self._through_host else like.device, memory_format=torch.contiguous_format
+        )
+        with self.explained(f"receive a state from rank {source}"):
+            work = dist.irecv(buffer, group=self._group, group_src=source)
+        return Pending(self, work, f"receive a state from rank {source}", lambda: buffer.to(like.device))
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """`tensor` of rank `source`, on every rank; elsewhere it gives only the shape."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.detach().contiguous() if self.rank == source else torch.empty_like(tensor).contiguous()
+        share = {"sent": tensor.nbytes * (self.size - 1)} if self.rank == source else {"received": tensor.nbytes}
+        self._count(**share)
+        with self.explained(f"broadcast from rank {source}"):
+            dist.broadcast(tensor, group=self._group, group_src=source)
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, added in rank order so that it does not depend on the network."""
+        if self.size == 1:
+            return tensor
+        shares = self.all_gather(tensor.contiguous().view(-1)).wait()
+        total = shares[0]
+        for share in shares[1:]:
+            total = total + share
+        return total.view(tensor.shape)
+
+    def agree(self, description: Mapping[str, object]) -> None:
+        """Raise the same ExchangeError on every rank unless all ranks give the same description.
+
+        Runs on the host, on a group of its own, so that a rank which does not come is a timeout here and never a
+        wrong number there. A key "error" reports a failure of one rank to all.
+        """
+        if self.size == 1:
+            return
+        text = json.dumps(description, default=str)
+        record = (hashlib.sha256(text.encode()).hexdigest()[:16] + text).encode()[:_RECORD_BYTES]
+        buffer = torch.zeros(_RECORD_BYTES, dtype=torch.uint8)
+        buffer[: len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
+        gathered = [torch.empty_like(buffer) for _ in range(self.size)]
+        self.operations += 1
+        with self.explained("agree with the other ranks on what to compute"):
+            dist.all_gather(gathered, buffer, group=self._control)
+        records = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
+        if len(set(records)) > 1 or "error" in description:
+            raise ExchangeError(_disagreement(records))
+
+    def _count(self, **share: int) -> None:
+        self.operations += 1
+        self.counters.add(**share)
+
+    def _reap(self) -> None:
+        """Let go of what has left; wait for the oldest where too much is still under way."""
+        while self._sending and (len(self._sending) > 8 or self._sending[0][0].is_completed()):
+            work, _ = self._sending.popleft()
+            with self.explained("finish sending a state"):
+                work.wait()
+
+
+def _disagreement(records: list[str]) -> str:
+    """What differs between the ranks, one line a field."""
+    try:
+        descriptions = [json.loads(record[16:]) for record in records]
+    except json.JSONDecodeError:
+        return "the ranks disagree about what to compute:\n" + "\n".join(
+            f"  rank {rank}: {record[16:]}" for rank, record in enumerate(records)
+        )
+    errors = [f"  rank {rank}: {d['error']}" for rank, d in enumerate(descriptions) if "error" in d]
+    if errors:
+        return "invalid input to a sequence-parallel operation:\n" + "\n".join(errors)
+    lines = []
+    for key in dict.fromkeys(key for d in descriptions for key in d):
+        values = [d.get(key) for d in descriptions]
+        if any(value != values[0] for value in values):
+            lines.append(f"  {key}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values)))
+    return "the ranks disagree about what to compute; nothing was exchanged:\n" + "\n".join(lines)

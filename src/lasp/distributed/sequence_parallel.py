@@ -1,0 +1,153 @@
+"""Which ranks share a sequence, and which of its tokens each holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lasp.distributed.comm import Comm, Counters, ExchangeError
+
+if TYPE_CHECKING:
+    from lasp.exchange import Exchange
+
+_START = "start the program with torchrun and call torch.distributed.init_process_group() first"
+
+
+class SequenceParallel:
+    """A group of ranks that hold consecutive, contiguous shards of the same sequences.
+
+    Rank 0 of the group holds the first tokens. Constructing it is collective over the group. Several groups may
+    exist side by side; each rank passes its own.
+
+    Args:
+        group: a process group, or a one-dimensional DeviceMesh.
+        lengths: tokens of every rank, in order, of any size, zero too; None where all ranks hold equally many.
+        exchange: how the state crosses ranks: "ring" (LASP, arXiv 2404.02882), "all_gather" (LASP-2,
+            arXiv 2502.07563), "auto", or an `Exchange`.
+        timeout_s: seconds after which a rank stops waiting for another and raises `ExchangeError`. Over NCCL
+            the waits of the exchange itself obey the process group's own timeout.
+
+    Raises:
+        ValueError: no process group exists, the mesh has several dimensions, this process is not in the group,
+            `lengths` does not have one entry a rank, or `exchange` is unknown.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh,
+        *,
+        lengths: Sequence[int] | None = None,
+        exchange: str | Exchange = "auto",
+        timeout_s: float = 300.0,
+    ) -> None:
+        from lasp.exchange import resolve
+
+        comm = Comm(_process_group(group), timeout_s)
+        self.comm = comm
+        self.exchange = resolve(exchange, comm.size)
+        self.lengths = _checked_lengths(lengths, comm.size)
+        self._agreed: set[str] = set()
+
+    def with_lengths(self, lengths: Sequence[int] | None) -> SequenceParallel:
+        """The same ranks and groups, with other shard lengths. Not collective."""
+        other = object.__new__(SequenceParallel)
+        other.comm, other.exchange, other._agreed = self.comm, self.exchange, set()
+        other.lengths = _checked_lengths(lengths, self.size)
+        return other
+
+    @property
+    def rank(self) -> int:
+        """This process's rank within the group."""
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    @property
+    def counters(self) -> Counters:
+        """Bytes and messages exchanged so far by this rank."""
+        return self.comm.counters
+
+    def offset(self, tokens: int) -> int:
+        """The global index of this rank's first token, where this rank holds `tokens` of the sequence."""
+        return self.rank * tokens if self.lengths is None else sum(self.lengths[: self.rank])
+
+    def shard(self, tensor: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of a global tensor along `dim`: `lengths`, or equal parts.
+
+        Raises:
+            ValueError: the dim does not divide into equal parts, or is not as long as `lengths` says.
+        """
+        total = tensor.shape[dim]
+        if self.lengths is None:
+            if total % self.size:
+                raise ValueError(
+                    f"{total} tokens do not divide into {self.size} equal shards; pass lengths= to "
+                    f"SequenceParallel, for example {balanced_lengths(total, self.size)}"
+                )
+            return tensor.narrow(dim, self.rank * (total // self.size), total // self.size)
+        if total != sum(self.lengths):
+            raise ValueError(f"the tensor has {total} tokens but lengths sum to {sum(self.lengths)}")
+        return tensor.narrow(dim, self.offset(0), self.lengths[self.rank])
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """`tensor` of group rank `source` on every rank; elsewhere it gives the shape, dtype and device."""
+        return self.comm.broadcast(tensor, source)
+
+    def agree(self, description: dict[str, object]) -> None:
+        """Compare, once for every new description, what the ranks are about to do; see `Comm.agree`."""
+        if self.size == 1:
+            return
+        key = repr(description)
+        if key not in self._agreed:
+            self.comm.agree({**description, "exchange": self.exchange.name, "lengths": self.lengths})
+            self._agreed.add(key)
+
+    def report_error(self, error: Exception) -> None:
+        """Tell the other ranks of invalid input, if they are known to be waiting to agree on a first plan."""
+        if self.size > 1 and not self._agreed:
+            self.comm.agree({"error": str(error)})
+
+    def __repr__(self) -> str:
+        return f"SequenceParallel(rank {self.rank} of {self.size}, exchange={self.exchange.name})"
+
+
+def balanced_lengths(tokens: int, size: int) -> tuple[int, ...]:
+    """Shard lengths that differ by at most one token."""
+    return tuple(tokens // size + (rank < tokens % size) for rank in range(size))
+
+
+def _checked_lengths(lengths: Sequence[int] | None, size: int) -> tuple[int, ...] | None:
+    if lengths is None:
+        return None
+    if len(lengths) != size or any(not isinstance(n, int) or n < 0 for n in lengths):
+        raise ValueError(
+            f"lengths must hold one number of tokens >= 0 for each of the {size} ranks, got {tuple(lengths)}"
+        )
+    return tuple(lengths)
+
+
+def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(f"SequenceParallel needs a process group, and none exists: {_START}")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"SequenceParallel needs a one-dimensional mesh, got dims {group.mesh_dim_names or group.ndim}: "
+                'pass one dim of it, for example mesh["sp"]'
+            )
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group must be a torch.distributed ProcessGroup or a one-dimensional DeviceMesh, got "
+            f"{type(group).__name__}; this process may not be a member of the group that was made"
+        )
+    return group
+
+
+__all__ = ["ExchangeError", "SequenceParallel", "balanced_lengths"]

@@ -1,0 +1,39 @@
+"""Which implementation runs a recurrence's stages."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import cache
+from typing import cast
+
+from torch import Tensor
+
+from lasp.recurrence.contract import Stages
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "torch")
+_MODULES = {
+    ("decay", "reference"): "lasp.kernels.reference.decay",
+    ("decay", "torch"): "lasp.kernels.torch.decay",
+    ("unmasked", "reference"): "lasp.kernels.unmasked",
+    ("unmasked", "torch"): "lasp.kernels.unmasked",
+}
+
+
+@cache
+def _load(family: str, backend: str) -> Stages:
+    logger.debug("stages of the %s recurrence: backend %s", family, backend)
+    return cast(Stages, importlib.import_module(_MODULES[family, backend]))
+
+
+def select(family: str, backend: str, like: Tensor) -> Stages:
+    """The stages of `family` for tensors like `like`; "auto" takes the fastest that runs there.
+
+    Raises:
+        ValueError: the backend is unknown.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    return _load(family, "torch" if backend == "auto" else backend)

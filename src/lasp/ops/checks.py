@@ -1,0 +1,74 @@
+"""What the operators accept, checked once, at the boundary, before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasp.recurrence.decay import state_dtype
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k [B, T, H, K] and v [B, T, H_v, V], of one floating dtype, on one device.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, H, D] (4 dims), got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be one of {[str(d) for d in FLOATS]}, got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {tensor.device}")
+    if k.shape != q.shape:
+        raise ValueError(f"k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v must have q's batch and tokens {tuple(q.shape[:2])}, got {tuple(v.shape[:2])}")
+    if q.shape[3] == 0 or v.shape[3] == 0 or q.shape[2] == 0 or v.shape[2] % q.shape[2]:
+        raise ValueError(
+            f"v's heads must be a multiple of q's and no dim but B and T may be 0; got q {tuple(q.shape)}, "
+            f"v {tuple(v.shape)}"
+        )
+
+
+def check_gate(g: Tensor, q: Tensor, v: Tensor) -> None:
+    """g [H_v], [B, T, H_v] or [B, T, H_v, K], a natural logarithm <= 0.
+
+    Values are checked where that needs no synchronisation (on CPU), and by an assertion on the device elsewhere.
+
+    Raises:
+        ValueError: the shape, dtype or device does not fit, or a value is positive or NaN.
+    """
+    (batch, tokens, heads), keys = v.shape[:3], q.shape[3]
+    allowed = {1: (heads,), 3: (batch, tokens, heads), 4: (batch, tokens, heads, keys)}
+    if tuple(g.shape) != allowed.get(g.dim()):
+        raise ValueError(
+            f"g must be [H_v] {allowed[1]}, [B, T, H_v] {allowed[3]} or [B, T, H_v, K] {allowed[4]}, "
+            f"got {tuple(g.shape)}"
+        )
+    if not g.is_floating_point() or g.device != q.device:
+        raise ValueError(f"g must be floating point on {q.device}, got {g.dtype} on {g.device}")
+    message = "g is the natural logarithm of the decay and must be <= 0 (for a decay a in (0, 1], pass a.log())"
+    if g.device.type != "cpu":
+        torch._assert_async((g <= 0).all(), message)
+    elif not bool((g <= 0).all()):
+        raise ValueError(f"{message}; got a largest value of {g.max().item():g}")
+
+
+def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """initial_state [B, H_v, K, V] in the state's dtype.
+
+    Raises:
+        ValueError: it is not.
+    """
+    dtype = state_dtype(like.dtype)
+    if tuple(state.shape) != shape or state.dtype != dtype or state.device != like.device:
+        raise ValueError(
+            f"initial_state must be [B, H_v, K, V] {shape}, {dtype}, on {like.device}; got {tuple(state.shape)}, "
+            f"{state.dtype}, on {state.device}"
+        )

@@ -1,0 +1,163 @@
+"""The public operators: one function per family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lasp.distributed import SequenceParallel
+from lasp.kernels.select import select
+from lasp.ops.checks import check_gate, check_inputs, check_state
+from lasp.ops.scan import Plan, scan
+from lasp.recurrence.contract import Run
+from lasp.recurrence.decay import state_dtype, state_shape
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    causal: bool = True,
+    sp: SequenceParallel | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with any decay: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
+
+    The gate's rank names the recurrence: None (plain linear attention), [H_v] (a constant per head: RetNet,
+    Lightning attention, TransNormerLLM), [B, T, H_v] (a gate per head: Mamba-2, simple GLA), [B, T, H_v, K] (a gate
+    per key channel: GLA). With `sp`, T is this rank's part of a longer sequence, and the result is as if one device
+    had computed all of it (LASP, arXiv 2404.02882).
+
+    Args:
+        q, k: [B, T, H, K], fp64, fp32, bf16 or fp16.
+        v: [B, T, H_v, V] of the same dtype; H_v a multiple of H. Value head h uses query head h // (H_v // H).
+        g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's.
+        scale: factor of the outputs, K ** -0.5 by default.
+        initial_state: [B, H_v, K, V], the state before the first token of the global sequence, the same on every
+            rank of `sp`; fp32, fp64 for fp64 inputs. Its gradient is whole on the group's first rank and zero on
+            the others.
+        output_final_state: also return the state after the last token of the global sequence, on every rank. The
+            gradients that the ranks give for it are summed.
+        causal: False for outputs that see all tokens (g must be None).
+        sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
+        backend: "auto", "torch" (chunked, any device) or "reference" (token by token, slow, exact).
+
+    Returns:
+        o [B, T, H_v, V] in v's dtype, and the final state [B, H_v, K, V] or None.
+
+    Raises:
+        ValueError: an argument does not fit.
+        ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
+    """
+    try:
+        x, initial = _checked(q, k, v, g, scale, initial_state, causal, sp)
+        stages = select("decay" if causal else "unmasked", backend, q)
+    except ValueError as error:
+        if isinstance(sp, SequenceParallel):
+            sp.report_error(error)
+        raise
+    if sp is not None:
+        differentiable = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (q, k, v, g, initial_state)
+        )
+        sp.agree(
+            {
+                "operator": "linear_attention",
+                "batch": q.shape[0],
+                "tokens (pass lengths= to SequenceParallel for unequal shards)": (
+                    q.shape[1] if sp.lengths is None else "by lengths"
+                ),
+                "heads of q and v": (q.shape[2], v.shape[2]),
+                "K and V": (q.shape[3], v.shape[3]),
+                "dtype": str(q.dtype),
+                "gate dims": None if g is None else g.dim(),
+                "scale": x.scale,
+                "causal": causal,
+                "initial_state": initial_state is not None,
+                "output_final_state": output_final_state,
+                "gradients": differentiable,
+            }
+        )
+    if not stages.GROUPED_HEADS and v.shape[2] != q.shape[2]:
+        groups = v.shape[2] // q.shape[2]
+        x = x._replace(q=x.q.repeat_interleave(groups, 2), k=x.k.repeat_interleave(groups, 2))
+    return scan(Plan(stages, sp, not causal, output_final_state), x, initial)
+
+
+def normalized_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    causal: bool = True,
+    sp: SequenceParallel | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention divided by its weights' sum, as in the Linear Transformer (arXiv 2006.16236, eq. 9).
+
+    The denominator is the same recurrence on a column of ones beside v, so it crosses ranks like everything else.
+    q and k must be non-negative (a positive feature map) for the denominator to be one.
+
+    Args:
+        eps: added to the denominator.
+        others: as in `linear_attention`; states are [B, H_v, K, V + 1], the last column the denominator's.
+
+    Returns:
+        o [B, T, H_v, V], and the final state [B, H_v, K, V + 1] or None.
+    """
+    o, final_state = linear_attention(
+        q,
+        k,
+        pad(v, (0, 1), value=1.0),
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        causal=causal,
+        sp=sp,
+        backend=backend,
+    )
+    return o[..., :-1] / (o[..., -1:] + eps), final_state
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    causal: bool,
+    sp: SequenceParallel | None,
+) -> tuple[Run, Tensor]:
+    """The arguments in the form the stages take, or a ValueError."""
+    if sp is not None and not isinstance(sp, SequenceParallel):
+        raise ValueError(f"sp must be a SequenceParallel or None, got {type(sp).__name__}")
+    check_inputs(q, k, v)
+    dtype = state_dtype(q.dtype)
+    if g is not None:
+        if not causal:
+            raise ValueError("causal=False has no order in which to decay: g must be None")
+        check_gate(g, q, v)
+        g = g.to(dtype)
+    if sp is not None and sp.lengths is not None and q.shape[1] != sp.lengths[sp.rank]:
+        raise ValueError(
+            f"rank {sp.rank} must hold lengths[{sp.rank}] = {sp.lengths[sp.rank]} tokens, got {q.shape[1]}"
+        )
+    x = Run(q, k, v, g, q.shape[3] ** -0.5 if scale is None else float(scale))
+    shape = state_shape(x)
+    if initial_state is None:
+        return x, q.new_zeros(shape, dtype=dtype)
+    check_state(initial_state, shape, q)
+    return x, initial_state
