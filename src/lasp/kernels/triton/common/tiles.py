@@ -19,7 +19,9 @@ def load_rows(ptr, row_stride, length, columns, C: tl.constexpr, BN: tl.constexp
 
 
 @triton.jit
-def store_rows(ptr, row_stride, tile, length, columns, C: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr):
+def store_rows(
+    ptr, row_stride, tile, length, columns, C: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr
+):
     """Writes the rows < length and, unless WHOLE, the columns < `columns` of a [C, BN] tile."""
     rows = tl.arange(0, C)
     cols = tl.arange(0, BN)

@@ -17,49 +17,62 @@ TOKEN = tl.constexpr(2)  # a gate per head and token
 CHANNEL = tl.constexpr(3)  # a gate per head, token and key channel
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# 2^-256 is zero in fp32; a finite floor keeps sums finite and their differences fine after a gate that forgets all.
+MIN_LOG2 = tl.constexpr(-256.0)
 
 
 @triton.jit
-def chunk_decay(g_ptr, g_row, head_log2, length, KIND: tl.constexpr, C: tl.constexpr):
-    """prefix [C], suffix [C], total, for a chunk whose gates start at g_ptr (KIND TOKEN) or decay by head_log2."""
+def log2_gate(ptr, mask):
+    """Natural log-decays at ptr as floored base-2 ones; zero where not mask."""
+    return tl.maximum(tl.load(ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E, MIN_LOG2)
+
+
+@triton.jit
+def head_rate(g_ptr, head, KIND: tl.constexpr):
+    """The base-2 log-decay per token of a head; zero unless KIND is HEAD."""
+    rate = 0.0
+    if KIND == HEAD:
+        rate = tl.maximum(tl.load(g_ptr + head).to(tl.float32) * LOG2_E, MIN_LOG2)
+    return rate
+
+
+@triton.jit
+def chunk_decay(g_ptr, g_row, rate, length, KIND: tl.constexpr, C: tl.constexpr):
+    """prefix [C], suffix [C] and total of the chunk whose gates start at g_ptr (TOKEN) or are `rate` (HEAD)."""
     i = tl.arange(0, C)
     if KIND == TOKEN:
-        prefix = tl.cumsum(tl.load(g_ptr + i * g_row, mask=i < length, other=0.0) * LOG2_E, 0)
-        later = tl.load(g_ptr + (i + 1) * g_row, mask=i + 1 < length, other=0.0) * LOG2_E
-        suffix = tl.cumsum(later, 0, reverse=True)
-        total = tl.sum(later, 0) + tl.load(g_ptr) * LOG2_E
+        gates = log2_gate(g_ptr + i * g_row, i < length)
+        prefix = tl.cumsum(gates, 0)
+        suffix = tl.cumsum(log2_gate(g_ptr + (i + 1) * g_row, i + 1 < length), 0, reverse=True)
+        total = tl.sum(gates, 0)
     else:
-        prefix = (i + 1) * head_log2
-        suffix = tl.maximum(length - 1 - i, 0) * head_log2
-        total = length * head_log2
+        prefix = (i + 1) * rate
+        suffix = tl.maximum(length - 1 - i, 0) * rate
+        total = length * rate
     return prefix, suffix, total
 
 
 @triton.jit
-def causal_decay(
-    g_ptr, g_row, head_log2, prefix, length, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
+def pair_decay(
+    g_ptr, g_row, rate, prefix, length, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
 ):
     """[C, C] factors 2^between(i, j): row i, column j <= i; with REVERSE row j, column i >= j. Zero elsewhere.
 
     EXACT sums every pair's gates on their own instead of taking a difference of prefixes: for fp32 inputs, where
-    a difference after a strong gate would cost more than the bound.
+    a difference after a strong gate costs more than the bound.
     """
     r = tl.arange(0, C)[:, None]
     c = tl.arange(0, C)[None, :]
-    if REVERSE:
-        keep = c >= r
-        distance = c - r
-    else:
-        keep = r >= c
-        distance = r - c
+    distance = c - r if REVERSE else r - c
+    keep = distance >= 0
     if KIND == NONE:
         return tl.where(keep, 1.0, 0.0)
     else:
         if KIND == HEAD:
-            log2 = distance * head_log2
+            log2 = distance * rate
         elif EXACT:
             i = tl.arange(0, C)
-            gates = tl.load(g_ptr + i * g_row, mask=i < length, other=0.0) * LOG2_E
+            gates = log2_gate(g_ptr + i * g_row, i < length)
             if REVERSE:
                 log2 = tl.cumsum(tl.where(c > r, gates[None, :], 0.0), 1)
             else:
@@ -68,4 +81,4 @@ def causal_decay(
             log2 = prefix[None, :] - prefix[:, None]
         else:
             log2 = prefix[:, None] - prefix[None, :]
-        return tl.where(keep, tl.exp2(log2), 0.0)
+        return tl.where(keep, tl.exp2(tl.where(keep, log2, 0.0)), 0.0)
