@@ -1,0 +1,1 @@
+"""Command line: parse, make a config, call the library."""

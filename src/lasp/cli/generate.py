@@ -1,0 +1,53 @@
+"""`lasp generate`: continue a prompt with a trained model, printed as it is made."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lasp.train.config import SampleOptions
+from lasp.train.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Continue a prompt with a trained model. Memory and time per token do not grow with the text."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """Run folder of `lasp train` (its newest good checkpoint is used), or one checkpoint."""
+    prompt: str = "def "
+    """Text to continue; empty starts a new document."""
+    num_tokens: int = 400
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """0 takes the likeliest token every time."""
+    top_k: int | None = 50
+    """Draw among so many likeliest tokens only."""
+    seed: int = 0
+    """The same seed gives the same text."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `lasp generate ARGUMENTS`."""
+    options = tyro.cli(Arguments, args=list(arguments), prog="lasp generate")
+    if options.num_tokens < 0 or options.temperature < 0 or (options.top_k is not None and options.top_k < 1):
+        raise ConfigError(
+            "--num-tokens and --temperature must not be negative and --top-k must be at least 1, got "
+            f"{options.num_tokens}, {options.temperature} and {options.top_k}"
+        )
+    from lasp.train.sample import load, stream_text
+
+    loaded = load(options.path, report=lambda text: print(text, file=sys.stderr))
+    sample = SampleOptions(
+        prompt=options.prompt,
+        num_tokens=options.num_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+    )
+    for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed):
+        print(piece, end="", flush=True)
+    print()
+    return 0

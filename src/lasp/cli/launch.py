@@ -1,0 +1,162 @@
+"""Several processes of one program on this machine, without torchrun: started, watched and ended together.
+
+Promises: the first process to fail ends the run and its own error text is shown; no process outlives this one,
+however this one ends; Ctrl-C is passed on once, so that the processes can save and leave together.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lasp.train.errors import PeerLostError
+
+# How long the others may take to notice a dead process and end by themselves, and to obey SIGTERM.
+_GRACE_S = 10.0
+_LIFELINE = "LASP_LIFELINE"
+_PEER_LOST = PeerLostError.exit_code
+
+
+def launch(arguments: Sequence[str], num_processes: int) -> int:
+    """Run `lasp ARGUMENTS` in `num_processes` processes; return the exit code of the first that failed, or 0.
+
+    The processes find the variables that torchrun sets. They meet through a file, so no port can be taken or
+    reached from outside.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lasp-"))
+    # The write end is held here alone. When this process dies, by whatever means, the others read the end of it.
+    read_end, write_end = os.pipe()
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        with _passing_on_signals(workers):
+            for rank in range(num_processes):
+                with open(folder / f"rank{rank}.err", "wb") as errors:
+                    workers.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", "lasp.cli.launch", *arguments],
+                            env=_environment(rank, num_processes, folder, read_end),
+                            stdin=subprocess.DEVNULL,
+                            stderr=errors,
+                            pass_fds=[read_end],
+                            start_new_session=True,  # the terminal's Ctrl-C reaches only this process
+                        )
+                    )
+            failed = _wait(workers)
+        first = _cause(failed, workers)
+        _show_errors(folder, first, [worker.returncode for worker in workers])
+        return 0 if first is None else _exit_code(workers[first].returncode)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+        os.close(read_end)
+        os.close(write_end)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait until all have ended; return the ranks that failed by themselves, in the order it was seen."""
+    failed: list[int] = []
+    deadline = float("inf")
+    running = True
+    while running:
+        running = any(worker.poll() is None for worker in workers)
+        failed += [rank for rank, worker in enumerate(workers) if worker.poll() and rank not in failed]
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + _GRACE_S
+        if time.monotonic() > deadline:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                for worker in workers:
+                    worker.wait(_GRACE_S)
+            break
+        time.sleep(0.02)
+    return failed
+
+
+def _cause(failed: list[int], workers: list[subprocess.Popen[bytes]]) -> int | None:
+    """The process to blame: the first to fail of those that did not fail for want of another."""
+    own_fault = [rank for rank in failed if workers[rank].returncode != _PEER_LOST]
+    return next(iter(own_fault + failed), None)
+
+
+@contextlib.contextmanager
+def _passing_on_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def pass_on(number: int, _frame: object) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(rank: int, num_processes: int, folder: Path, lifeline: int) -> dict[str, str]:
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = dict(os.environ)
+    # More threads than cores make processes that wait for each other many times slower.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if loopback:
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    return environment | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "LASP_RENDEZVOUS": (folder / "meet").as_uri(),
+        _LIFELINE: str(lifeline),
+    }
+
+
+def _show_errors(folder: Path, first: int | None, codes: list[int]) -> None:
+    """The error text of the process that failed first; of a run without failure, the first process's warnings."""
+    rank = first if first is not None else 0
+    text = (folder / f"rank{rank}.err").read_text(errors="replace").strip()
+    if text:
+        print(text, file=sys.stderr)
+    if first is None or (text and all(code == codes[first] for code in codes)):
+        return  # all ended alike, and the text says why
+    code = codes[first]
+    how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    print(f"lasp: process {first} of {len(codes)} {how}; the run has ended", file=sys.stderr)
+
+
+def _exit_code(code: int) -> int:
+    return 128 - code if code < 0 else code
+
+
+def _end_with_parent() -> None:
+    """Leave at once when the launcher is gone."""
+    lifeline = int(os.environ.pop(_LIFELINE))
+
+    def watch() -> None:
+        os.read(lifeline, 1)  # returns when the last write end is closed
+        os._exit(_PEER_LOST)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    from lasp.cli.main import main
+
+    _end_with_parent()
+    sys.exit(main())

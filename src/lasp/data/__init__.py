@@ -1,0 +1,1 @@
+"""Text on disk -> a token stream -> the tokens of each step, rank and shard."""

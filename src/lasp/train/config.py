@@ -1,0 +1,276 @@
+"""Every setting of a training run: frozen dataclasses, a TOML file, and checks made before anything starts."""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from lasp.train.errors import ConfigError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model: a named preset."""
+
+    family: Literal["linear-transformer", "transnormer", "retnet"] = "transnormer"
+    """Kind of model."""
+    size: Literal["tiny", "0.4b", "1b", "7b"] = "tiny"
+    """Size of the preset."""
+    overrides: dict[str, int] = field(default_factory=dict)
+    """Integer fields of the preset to change, such as `num_layers 2`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The text."""
+
+    path: Path | None = None
+    """Folder of text files; default: the Python standard library's own source on this machine."""
+    suffixes: tuple[str, ...] = (".txt", ".md", ".py")
+    """File name endings to read below the folder."""
+    tokenizer: str = "bytes"
+    """"bytes", or the path of a `tokenizers` JSON file."""
+    validation_fraction: float = 0.05
+    """Share of documents held out for validation."""
+    seed: int = 0
+    """Order of the documents."""
+    cache: Path = Path("runs/data")
+    """Where token files are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW with linear warm-up and cosine decay; weight decay on matrices only."""
+
+    lr: float = 4e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.05
+    """Final learning rate as a share of the peak."""
+    warmup_steps: int = 40
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """The layout of the processes: data parallel x sequence parallel."""
+
+    sp: int = 2
+    """Processes that share one sequence."""
+    dp: int | None = None
+    """Groups of them, each with its own sequences; default: as many as the processes allow."""
+    exchange: Literal["auto", "ring", "all_gather"] = "auto"
+    """How states travel between the processes of a sequence."""
+    timeout_s: float = 120.0
+    """Seconds after which a process that waits for another gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """The text generated at the end."""
+
+    prompt: str = "def "
+    num_tokens: int = 400
+    temperature: float = 0.8
+    top_k: int | None = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    parallel: Annotated[ParallelOptions, tyro.conf.arg(name="")] = ParallelOptions()
+    sample: SampleOptions = SampleOptions()
+    steps: int = 600
+    """Optimizer steps in all."""
+    seq_len: int = 1024
+    """Tokens per sequence, over all its processes."""
+    global_batch: int = 4
+    """Sequences per step, over all processes."""
+    accumulation: int = 1
+    """Parts a step is cut into to save memory; the result does not change."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bfloat16; weights, states and optimizer stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where every process on this machine can have its own, else cpu."""
+    seed: int = 0
+    """Initial weights, order of the sequences, generated text."""
+    log_every: int = 20
+    """Steps between lines of output where it is not a terminal."""
+    eval_every: int = 200
+    """Steps between short validations (an eighth of the final one)."""
+    eval_sequences: int = 256
+    """Validation sequences of the final score."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    run_dir: Path | None = None
+    """Folder for everything this run writes; default: a new one under runs/."""
+
+    def validate(self, num_processes: int | None = None) -> None:
+        """Check every field and, where the number of processes is known, the layout. Raises ConfigError."""
+        optimizer, parallel, sample = self.optimizer, self.parallel, self.sample
+        at_least_one = {
+            "--steps": self.steps,
+            "--seq-len": self.seq_len,
+            "--global-batch": self.global_batch,
+            "--accumulation": self.accumulation,
+            "--log-every": self.log_every,
+            "--eval-every": self.eval_every,
+            "--eval-sequences": self.eval_sequences,
+            "--save-every": self.save_every,
+            "--keep-checkpoints": self.keep_checkpoints,
+            "--sp": parallel.sp,
+            "--dp": parallel.dp if parallel.dp is not None else 1,
+        }
+        for name, count in at_least_one.items():
+            if count < 1:
+                raise ConfigError(f"{name} must be at least 1, got {count}")
+        for name, value, low, high in (
+            ("--optimizer.lr", optimizer.lr, 0.0, math.inf),
+            ("--optimizer.eps", optimizer.eps, 0.0, math.inf),
+            ("--optimizer.clip-norm", optimizer.clip_norm, 0.0, math.inf),
+            ("--timeout-s", parallel.timeout_s, 0.0, math.inf),
+            ("--sample.temperature", sample.temperature, -1e-300, math.inf),
+            ("--data.validation-fraction", self.data.validation_fraction, 0.0, 1.0),
+        ):
+            if not low < value < high:
+                raise ConfigError(f"{name} must be above {max(low, 0.0)} and below {high}, got {value}")
+        for name, value in (
+            ("--optimizer.beta1", optimizer.beta1),
+            ("--optimizer.beta2", optimizer.beta2),
+            ("--optimizer.min-lr-ratio", optimizer.min_lr_ratio),
+        ):
+            if not 0.0 <= value <= 1.0 or (value == 1.0 and "beta" in name):
+                raise ConfigError(f"{name} must be in [0, 1], betas below 1, got {value}")
+        for name, count in (
+            ("--optimizer.warmup-steps", optimizer.warmup_steps),
+            ("--sample.num-tokens", sample.num_tokens),
+        ):
+            if count < 0:
+                raise ConfigError(f"{name} must not be negative, got {count}")
+        if optimizer.weight_decay < 0:
+            raise ConfigError(f"--optimizer.weight-decay must not be negative, got {optimizer.weight_decay}")
+        if not self.data.suffixes:
+            raise ConfigError("--data.suffixes must name at least one file name ending, such as .txt")
+        if self.seq_len % parallel.sp:
+            raise ConfigError(
+                f"--seq-len must be a multiple of --sp, got {self.seq_len} tokens over {parallel.sp} processes"
+            )
+        num_dp = self.num_dp(num_processes) if num_processes is not None else parallel.dp or 1
+        if self.global_batch % (num_dp * self.accumulation):
+            raise ConfigError(
+                f"--global-batch must be a multiple of dp x accumulation = {num_dp} x {self.accumulation}, "
+                f"got {self.global_batch}"
+            )
+
+    def num_dp(self, num_processes: int) -> int:
+        """Data-parallel size on `num_processes` processes. Raises ConfigError if the layout does not fit."""
+        sp, dp = self.parallel.sp, self.parallel.dp
+        if num_processes % sp:
+            raise ConfigError(
+                f"{num_processes} processes cannot be split into sequence groups of {sp}: "
+                f"start a multiple of {sp} processes or change --sp"
+            )
+        if dp is not None and dp * sp != num_processes:
+            raise ConfigError(
+                f"--dp {dp} x --sp {sp} needs {dp * sp} processes, but {num_processes} are running: "
+                "change one of the three, or leave --dp out"
+            )
+        return num_processes // sp
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A JSON-able dictionary of a config dataclass."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
+    """The config dataclass `cls` from a dictionary as TOML or JSON give it; missing keys take their defaults.
+
+    Raises ConfigError naming the key for unknown keys and wrong types.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in dataclasses.fields(typing.cast(Any, cls))]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        place = f" in [{where}]" if where else ""
+        raise ConfigError(f"unknown setting {unknown[0]!r}{place}; known: {', '.join(known)}")
+    converted = {key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in values.items()}
+    return cls(**converted)
+
+
+def load_toml(path: Path) -> TrainConfig:
+    """The TrainConfig in a TOML file. Raises ConfigError if it cannot be read."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    try:
+        with open(path, "rb") as stream:
+            values = tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from error
+    try:
+        return from_dict(TrainConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line `key: old -> new` for every leaf in which two dictionaries differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type[Any], hint), value, where=name)
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(item for item in arguments if item is not type(None)), value, name)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(arguments[0], item, name) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    if origin is Literal:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+    raise ConfigError(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")

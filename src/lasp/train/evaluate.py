@@ -1,0 +1,63 @@
+"""Validation in bits per byte of text, the same for any layout and any tokenizer."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lasp.data.batches import num_sequences, validation_batch
+from lasp.data.store import TokenStore
+from lasp.parallelize import ParallelModel
+from lasp.train.world import World
+
+
+class Score(NamedTuple):
+    bits_per_byte: float
+    num_tokens: int
+    """Tokens scored: the first of the validation stream."""
+
+
+def evaluate(
+    model: ParallelModel,
+    store: TokenStore,
+    world: World,
+    *,
+    seq_len: int,
+    num_rows: int,
+    max_sequences: int,
+    autocast_dtype: torch.dtype | None,
+) -> Score:
+    """Score the model on the first `max_sequences` validation sequences of `seq_len` tokens; collective.
+
+    num_rows: sequences read at a time by all processes together, a multiple of the data-parallel size. Every
+    sequence starts without memory, so its first bytes are predicted from little: the score is a little
+    pessimistic, never optimistic.
+    """
+    end = min(max_sequences, num_sequences(store.validation, seq_len))
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    model.module.eval()
+    with torch.no_grad():
+        for first in range(0, end, num_rows):
+            batch = validation_batch(store.validation, first, num_rows, end, seq_len, world.shard)
+            with torch.autocast(world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                out = model.module(
+                    torch.from_numpy(batch.tokens).to(world.device),
+                    labels=torch.from_numpy(batch.labels).to(world.device),
+                    sp=model.sp,
+                )
+            nats += out.loss_sum
+    model.module.train()
+    total = sum(row[0] for row in world.gather([nats.item()]))
+    num_tokens = end * seq_len
+    return Score(total / math.log(2) / num_text_bytes(store, num_tokens), num_tokens)
+
+
+def num_text_bytes(store: TokenStore, num_tokens: int) -> float:
+    """Bytes of text in the labels of the first `num_tokens` validation tokens.
+
+    Exact for bytes; for other tokenizers the validation text's average.
+    """
+    if store.tokenizer == "bytes":
+        return float(np.count_nonzero(store.validation[1 : num_tokens + 1] < 256))
+    return num_tokens * store.num_bytes["validation"] / len(store.validation)

@@ -1,0 +1,374 @@
+"""A whole training run: from a config to a folder with a checkpoint, metrics, a curve and a sample of text."""
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lasp.data import store as token_store
+from lasp.data import trigram
+from lasp.data.batches import Sequences, num_sequences
+from lasp.data.errors import DataError
+from lasp.data.tokenizer import Tokenizer, load_tokenizer
+from lasp.distributed import ExchangeError
+from lasp.models import CausalLM, ModelConfig, preset
+from lasp.parallelize import ParallelModel, parallelize
+from lasp.train import checkpoint
+from lasp.train.checkpoint import Checkpoint
+from lasp.train.config import TrainConfig, differences, to_dict
+from lasp.train.errors import ConfigError, PeerLostError
+from lasp.train.evaluate import Score, evaluate
+from lasp.train.metrics import MetricsFile, draw_curve
+from lasp.train.optimizer import build_optimizer
+from lasp.train.output import Output, Stopwatch, bytes_text, duration
+from lasp.train.sample import stream_text
+from lasp.train.step import Stepper
+from lasp.train.world import World, join, leave
+
+
+class TrainResult(NamedTuple):
+    run_dir: Path
+    finished_steps: int
+    stopped: bool
+    """Ended by a signal before the last step; a checkpoint was saved."""
+    bits_per_byte: float | None
+    trigram_bits_per_byte: float | None
+
+
+def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
+    """Train, in this process and all others of the launch (torchrun's environment, or a group that exists).
+
+    resume: a run folder or checkpoint to continue from; the run goes on in the run folder. Raises ConfigError,
+    DataError, CheckpointError, NumericsError (on every process) and PeerLostError.
+    """
+    world = join(config)
+    try:
+        return _Run(config, world, resume).train()
+    except RuntimeError as error:
+        # The exchange says so itself; DDP's sums and NCCL fail with errors of their own.
+        if world.size > 1 and (isinstance(error, ExchangeError | dist.DistError) or "gloo/" in str(error)):
+            raise PeerLostError(f"rank {world.rank} lost another process: {error}") from error
+        raise
+    finally:
+        leave()
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """The model's own configuration. Raises ConfigError for an override that the model does not have."""
+    options = config.model
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(options.overrides) - known)
+    if unknown:
+        raise ConfigError(f"--model.overrides: no field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    try:
+        return preset(options.family, options.size, **{"vocab_size": vocab_size, **options.overrides})
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from error
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, world: World, resume: Path | None) -> None:
+        self.config, self.world = config, world
+        self.watch = Stopwatch()
+        self.output = Output(enabled=world.is_first, log_every=config.log_every)
+        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        self.model_config = model_config(config, self.tokenizer.vocab_size)
+        start = world.first_does(lambda: self._prepare(resume))
+        self.run_dir = Path(start["run_dir"])
+        self.resumed = self._read_checkpoint(start["checkpoint"])
+        self.store = token_store.open_store(Path(start["store"]), verify=False)
+        self._check_data()
+        self.sequences = Sequences(self.store.train, seq_len=config.seq_len, seed=config.seed)
+        torch.manual_seed(config.seed)
+        self.module = CausalLM(self.model_config).to(world.device)
+        if self.resumed is not None:
+            checkpoint.load_model(self.resumed, self.module, self._model_dict())
+        self.model: ParallelModel = parallelize(
+            self.module,
+            world.mesh,
+            exchange=config.parallel.exchange,
+            timeout_s=config.parallel.timeout_s,
+        )
+        self.optimizer = build_optimizer(self.module, config.optimizer)
+        if self.resumed is not None:
+            checkpoint.load_optimizer(self.resumed, self.module, self.optimizer)
+        self.stepper = Stepper(config, self.model, self.optimizer, self.sequences, world)
+        self.finished = int(self.resumed.state["step"]) if self.resumed is not None else 0
+        self.saved_at = self.finished if self.resumed is not None else -1
+
+    def train(self) -> TrainResult:
+        config = self.config
+        metrics = None
+        if self.world.is_first:
+            metrics = MetricsFile(self.run_dir / "metrics.jsonl", finished_steps=self.finished)
+        self._introduce(self._measure_step())
+        stopped = False
+        with _stop_signals() as stop_requested:
+            self.output.start(self.finished, config.steps)
+            try:
+                while self.finished < config.steps and not stopped:
+                    stopped = self._step(metrics, stop_requested)
+                    last = self.finished == config.steps
+                    if stopped or last or self.finished % config.save_every == 0:
+                        self._save()
+                    if self.finished % config.eval_every == 0 and not last and not stopped:
+                        self._evaluate(metrics, max(1, config.eval_sequences // 8))
+            finally:
+                self.output.stop()
+        trained_s = self.watch.seconds()
+        score = baseline = None
+        if not stopped:
+            score = self._evaluate(metrics, config.eval_sequences)
+        if metrics is not None:
+            metrics.close()
+            if score is not None and self.store.tokenizer == "bytes":
+                baseline = trigram.bits_per_byte(self.store.train, self.store.validation, score.num_tokens)
+            self._conclude(score, baseline, trained_s)
+        self.world.gather([0.0])  # no process leaves before the first has written everything
+        bits = score.bits_per_byte if score is not None else None
+        return TrainResult(self.run_dir, self.finished, stopped, bits, baseline)
+
+    def _step(self, metrics: MetricsFile | None, stop_requested: Callable[[], bool]) -> bool:
+        began = time.monotonic()
+        result = self.stepper.step(self.finished, stop_requested=stop_requested)
+        seconds = time.monotonic() - began
+        self.finished += 1
+        tokens = self.config.global_batch * self.config.seq_len
+        if metrics is not None:
+            metrics.write(
+                step=self.finished,
+                loss=result.loss,
+                lr=result.lr,
+                grad_norm=result.grad_norm,
+                tokens=self.finished * tokens,
+                tokens_per_s=round(tokens / seconds, 1),
+                exchanged_bytes=result.exchanged_bytes,
+            )
+        self.output.step(
+            self.finished,
+            self.config.steps,
+            loss=result.loss,
+            tokens=tokens,
+            seconds=seconds,
+            exchanged_bytes=result.exchanged_bytes,
+        )
+        return result.stop
+
+    def _evaluate(self, metrics: MetricsFile | None, max_sequences: int) -> Score:
+        score = evaluate(
+            self.model,
+            self.store,
+            self.world,
+            seq_len=self.config.seq_len,
+            num_rows=self.config.global_batch // self.config.accumulation,
+            max_sequences=max_sequences,
+            autocast_dtype=self.stepper.autocast_dtype,
+        )
+        if metrics is not None:
+            metrics.write(
+                step=self.finished,
+                validation_bits_per_byte=score.bits_per_byte,
+                validation_tokens=score.num_tokens,
+            )
+        self.output.line(f"step {self.finished}: validation {score.bits_per_byte:.4f} bits per byte")
+        return score
+
+    def _save(self) -> None:
+        """Write a checkpoint of the steps finished so far, on the first process."""
+        if not self.world.is_first or self.saved_at == self.finished:
+            return
+        config = self.config
+        state = {
+            "step": self.finished,
+            "data": {
+                "key": self.store.key,
+                "next_sequence": self.finished * config.global_batch,
+            },
+            "layout": {"dp": self.world.shard.dp_size, "sp": self.world.shard.sp_size},
+            "tokenizer": config.data.tokenizer,
+            "model_config": self._model_dict(),
+            "config": to_dict(config),
+        }
+        checkpoint.save(
+            self.run_dir / "checkpoints",
+            model=self.module,
+            optimizer=self.optimizer,
+            state=state,
+            keep=config.keep_checkpoints,
+        )
+        self.saved_at = self.finished
+
+    def _prepare(self, resume: Path | None) -> dict[str, Any]:
+        """On the first process: find the checkpoint, tokenise the text, make the run folder."""
+        config = self.config
+        found = checkpoint.find(resume, report=self.output.line) if resume is not None else None
+        store = token_store.prepare(
+            folder=config.data.path,
+            suffixes=config.data.suffixes,
+            tokenizer=self.tokenizer,
+            validation_fraction=config.data.validation_fraction,
+            seed=config.data.seed,
+            cache=config.data.cache,
+        )
+        run_dir = config.run_dir
+        if found is not None:
+            run_dir = run_dir or found.folder.parent.parent
+        elif run_dir is None:
+            run_dir = _new_folder(Path("runs"), f"{config.model.family}-{config.model.size}")
+        elif run_dir.exists() and any(run_dir.iterdir()):
+            raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another folder")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        return {
+            "run_dir": str(run_dir),
+            "store": str(store.folder),
+            "checkpoint": str(found.folder) if found is not None else None,
+        }
+
+    def _read_checkpoint(self, folder: str | None) -> Checkpoint | None:
+        if folder is None:
+            return None
+        found = checkpoint.verify(Path(folder))
+        ignored = ("parallel", "steps", "run_dir", "log_every", "eval_every", "save_every", "keep_checkpoints")
+        before, now = dict(found.state["config"]), to_dict(self.config)
+        for name in (*ignored, "model", "sample", "data", "eval_sequences", "device"):
+            before.pop(name, None)
+            now.pop(name, None)
+        for line in differences(before, now):
+            self.output.line(f"changed since the checkpoint, so the losses will differ: {line}")
+        return found
+
+    def _check_data(self) -> None:
+        if self.resumed is not None and self.resumed.state["data"]["key"] != self.store.key:
+            raise DataError(
+                f"the text has changed since {self.resumed.folder} was written, so its run cannot be continued "
+                "on the same data: restore the text and --data options, or start a new run"
+            )
+        if num_sequences(self.store.validation, self.config.seq_len) == 0:
+            raise DataError(
+                f"the validation text has {len(self.store.validation):,} tokens, too few for one sequence of "
+                f"{self.config.seq_len:,}: add files, raise --data.validation-fraction or lower --seq-len"
+            )
+
+    def _measure_step(self) -> float:
+        """Seconds of one step, found by two rehearsals."""
+        random_state = torch.get_rng_state()
+        self.stepper.rehearse()
+        began = time.monotonic()
+        self.stepper.rehearse()
+        torch.set_rng_state(random_state)
+        return time.monotonic() - began
+
+    def _introduce(self, step_seconds: float) -> None:
+        config, shard, world, store = self.config, self.world.shard, self.world, self.store
+        tokens = config.global_batch * config.seq_len
+        source = config.data.path or "the Python standard library of this machine"
+        layout = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}: "
+        layout += f"dp {shard.dp_size} x sp {shard.sp_size}"
+        if self.model.sp is not None:
+            layout += f", {config.seq_len // shard.sp_size} of {config.seq_len} tokens each, "
+            layout += f"states by {self.model.sp.exchange.name}"
+        num_parameters = sum(p.numel() for p in self.module.parameters())
+        self.output.table(
+            f"Training {config.model.family}-{config.model.size}",
+            {
+                "model": f"{num_parameters:,} parameters, {config.precision}",
+                "text": f"{source}: {bytes_text(store.num_bytes['train'])} in {store.num_documents['train']} "
+                f"documents to train on, {bytes_text(store.num_bytes['validation'])} in "
+                f"{store.num_documents['validation']} held out; tokenizer {config.data.tokenizer}",
+                "layout": layout,
+                "work": f"{config.steps - self.finished} steps of {config.global_batch} x {config.seq_len} = "
+                f"{tokens:,} tokens, about {duration((config.steps - self.finished) * step_seconds)}",
+                "run folder": str(self.run_dir),
+                **(
+                    {"resumed": f"{self.resumed.folder}, after step {self.finished}"}
+                    if self.resumed is not None
+                    else {}
+                ),
+            },
+        )
+        self.output.line("")
+
+    def _conclude(self, score: Score | None, baseline: float | None, seconds: float) -> None:
+        """On the first process: the sample, the curve, and where everything is."""
+        config, run_dir = self.config, self.run_dir
+        rows = {}
+        if score is not None:
+            self._write_sample()
+            rows["validation"] = f"{score.bits_per_byte:.4f} bits per byte on {score.num_tokens:,} tokens"
+            if baseline is not None:
+                better = 1 - score.bits_per_byte / baseline
+                rows["byte 3-gram"] = f"{baseline:.4f} bits per byte on the same tokens; the model needs " + (
+                    f"{better:.1%} fewer" if better >= 0 else f"{-better:.1%} more"
+                )
+        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", trigram=baseline)
+        rows |= {
+            "time": f"{duration(seconds)} for {self.finished} of {config.steps} steps and start-up",
+            "run folder": str(run_dir),
+            "checkpoint": str(run_dir / "checkpoints" / f"step-{self.finished:08d}"),
+            "metrics": str(run_dir / "metrics.jsonl"),
+            "loss curve": problem or str(run_dir / "curve.png"),
+            "more text": f"lasp generate {run_dir} --prompt 'import '",
+        }
+        if self.finished < config.steps:
+            rows["continue"] = f"lasp train --resume {run_dir}"
+        self.output.table("Finished" if score is not None else "Stopped; saved", rows)
+
+    def _write_sample(self) -> None:
+        options = self.config.sample
+        if options.num_tokens == 0:
+            return
+        self.output.console.print("\n[bold]Generated text[/bold]")
+        pieces = []
+        for piece in stream_text(self.module, self.tokenizer, options, seed=self.config.seed):
+            pieces.append(piece)
+            self.output.console.print(piece, end="", markup=False)
+        self.output.line("")
+        (self.run_dir / "sample.txt").write_text("".join(pieces), encoding="utf-8")
+
+    def _model_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.model_config)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one acts as usual, at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    requested = False
+    before: dict[int, Any] = {}
+
+    def request(number: int, _frame: object) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, request)
+    try:
+        yield lambda: requested
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder below `parent` that does not exist yet, named by the time of day."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        folder = parent / f"{name}-{stamp}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise ConfigError(f"cannot find a free name below {parent}: give --run-dir")

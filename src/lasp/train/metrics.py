@@ -1,0 +1,82 @@
+"""What a run leaves to be read: one JSON object a line in metrics.jsonl, and a picture of the loss curve.
+
+Lines of steps:       {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "exchanged_bytes"}
+Lines of validation:  {"step", "validation_bits_per_byte", "validation_tokens"}
+`step` counts finished optimizer steps, `loss` is nats per token, `tokens` counts from the start of training.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl; on resume drops what was written after the checkpoint."""
+
+    def __init__(self, path: Path, *, finished_steps: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= finished_steps]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._stream = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+
+    def write(self, **values: Any) -> None:
+        self._stream.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | None:
+    """Draw bits per token over training tokens. Returns why not, where matplotlib is missing.
+
+    trigram: score of the byte 3-gram model, drawn as a line to beat.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no loss curve: matplotlib is not installed (pip install 'lasp-torch[report]')"
+    lines = read_metrics(metrics)
+    steps = [line for line in lines if "loss" in line]
+    scores = [line for line in lines if "validation_bits_per_byte" in line]
+    tokens_at = {line["step"]: line["tokens"] / 1e6 for line in steps}
+    figure = Figure(figsize=(7, 4), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x = [line["tokens"] / 1e6 for line in steps]
+    axes.plot(x, [line["loss"] / math.log(2) for line in steps], lw=0.8, color="tab:blue", label="training")
+    scored = [line for line in scores if line["step"] in tokens_at]
+    axes.plot(
+        [tokens_at[line["step"]] for line in scored],
+        [line["validation_bits_per_byte"] for line in scored],
+        "o-",
+        ms=4,
+        color="tab:orange",
+        label="validation",
+    )
+    if trigram is not None:
+        axes.axhline(trigram, ls="--", lw=1, color="tab:gray", label="byte 3-gram, validation")
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("bits per byte" if trigram is not None else "bits per token (validation: per byte)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(picture)
+    return None

@@ -1,0 +1,29 @@
+"""AdamW with weight decay on matrices only, and its learning rate: warm-up, then cosine."""
+
+import math
+
+import torch
+from torch import nn
+
+from lasp.train.config import OptimizerOptions
+
+
+def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `model`; vectors and scalars (norms, biases) do not decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+
+
+def learning_rate(step: int, num_steps: int, options: OptimizerOptions) -> float:
+    """The rate of optimizer step `step` (from 0): linear from 0 to lr, then cosine down to lr * min_lr_ratio."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    span = max(1, num_steps - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps + 1) / span)
+    low = options.min_lr_ratio
+    return options.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))

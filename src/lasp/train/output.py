@@ -1,0 +1,93 @@
+"""What a run prints: once, on the first process. A moving bar on a terminal, a line every N steps elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+
+class Output:
+    """Prints on the first process, and nowhere else."""
+
+    def __init__(self, *, enabled: bool, log_every: int) -> None:
+        self.enabled, self.log_every = enabled, log_every
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not enabled)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._step_seconds: float | None = None
+
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """A heading and aligned lines."""
+        width = max(len(name) for name in rows) + 2
+        self.console.print(f"\n[bold]{title}[/bold]")
+        for name, text in rows.items():
+            self.console.print(f"  {name:<{width}}{text}", markup=False)
+
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def start(self, finished: int, total: int) -> None:
+        """Begin showing progress."""
+        if not (self.enabled and self.console.is_terminal):
+            return
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("", completed=finished, total=total, text="")
+        self._progress.start()
+
+    def step(
+        self, finished: int, total: int, *, loss: float, tokens: int, seconds: float, exchanged_bytes: int
+    ) -> None:
+        """Show a finished step. tokens, seconds, exchanged_bytes: of this step, all processes together."""
+        before = self._step_seconds
+        self._step_seconds = seconds if before is None else 0.95 * before + 0.05 * seconds
+        left = (total - finished) * self._step_seconds
+        text = (
+            f"loss {loss:.4f}  {tokens / self._step_seconds:,.0f} tokens/s  "
+            f"exchanged {bytes_text(exchanged_bytes)}/step  {duration(left)} left"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=finished, text=text)
+        elif finished % self.log_every == 0 or finished == total:
+            self.line(f"step {finished:>{len(str(total))}}/{total}  {text}")
+
+    def stop(self) -> None:
+        """End the progress bar; harmless if there is none."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class Stopwatch:
+    """Seconds since it was made, by a clock that no one sets."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3 min 05 s", "2 h 10 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def bytes_text(count: float) -> str:
+    """ "512 B", "1.5 KiB", "2.0 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,132 @@
+"""One optimizer step on the global batch, the same for any layout of the processes.
+
+gradients of  sum over tokens of the global batch of loss / number of those tokens
+-> verdict of all processes: any NaN or infinity ends the run here, before a weight changes
+-> clip by the global norm -> AdamW
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.data.batches import Sequences
+from lasp.parallelize import ParallelModel
+from lasp.train.config import TrainConfig
+from lasp.train.errors import NumericsError
+from lasp.train.optimizer import learning_rate
+from lasp.train.world import World
+
+
+class StepResult(NamedTuple):
+    loss: float
+    """Mean over the tokens of the global batch, nats, the same on every process."""
+    grad_norm: float
+    """Global, before clipping."""
+    lr: float
+    exchanged_bytes: int
+    """Sent in the exchange of states by all processes together; gradient sums are not counted."""
+    stop: bool
+    """Some process was asked to stop."""
+
+
+class Stepper:
+    """Runs steps by number; keeps nothing between them but weights and optimizer state."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ParallelModel,
+        optimizer: torch.optim.Optimizer,
+        sequences: Sequences,
+        world: World,
+    ) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.sequences, self.world = sequences, world
+        self.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        self.names = [name for name, _ in model.module.named_parameters()]
+
+    def step(self, number: int, *, stop_requested: Callable[[], bool]) -> StepResult:
+        """Optimizer step `number` (from 0). Raises NumericsError, on all processes, and changes no weight."""
+        sent_before = self._sent_bytes()
+        loss_sum = self.gradients(number)
+        bad = self.model.bad_gradients()
+        first_bad = self.names.index(bad[0]) if bad else -1
+        rows = self.world.gather([loss_sum, first_bad, self._sent_bytes() - sent_before, float(stop_requested())])
+        # Added in rank order, in fp64: the printed loss is the same on every process and in every repetition.
+        loss = sum(row[0] for row in rows) / (self.config.global_batch * self.config.seq_len)
+        self._refuse_bad(number, [row[0] for row in rows], [int(row[1]) for row in rows])
+        parameters = [p for p in self.model.module.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_norm).item()
+        if not math.isfinite(grad_norm):
+            raise NumericsError(
+                f"step {number + 1}: the global gradient norm is {grad_norm} although every process's gradients "
+                "are finite: their sum overflows. No weight was changed; lower --optimizer.lr or raise warm-up"
+            )
+        lr = learning_rate(number, self.config.steps, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, lr, int(sum(row[2] for row in rows)), any(row[3] for row in rows))
+
+    def gradients(self, number: int) -> float:
+        """Leave the gradients of step `number` in the parameters; return this process's sum of losses."""
+        config, model = self.config, self.model
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        global_tokens = config.global_batch * config.seq_len
+        with model.watching_gradients():
+            for part in range(config.accumulation):
+                tokens, labels = self._batch(number, part)
+                with model.accumulating(last=part == config.accumulation - 1):
+                    with torch.autocast(
+                        self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+                    ):
+                        out = model.training(tokens, labels=labels, sp=model.sp)
+                    model.mean_loss(out.loss_sum, global_tokens).backward()
+                total += out.loss_sum.detach()
+        return total.item()
+
+    def rehearse(self) -> None:
+        """A forward and backward pass whose gradients are dropped.
+
+        DDP settles the order in which it sums gradients after its first backward pass. With that pass out of the
+        way a resumed run sums in the order of the uninterrupted one, and so gets the same bits.
+        """
+        self.gradients(0)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _batch(self, number: int, part: int) -> tuple[Tensor, Tensor]:
+        batch = self.sequences.batch(
+            number,
+            self.config.global_batch,
+            self.world.shard,
+            part=part,
+            num_parts=self.config.accumulation,
+        )
+        return (
+            torch.from_numpy(batch.tokens).to(self.world.device, non_blocking=True),
+            torch.from_numpy(batch.labels).to(self.world.device, non_blocking=True),
+        )
+
+    def _refuse_bad(self, number: int, losses: list[float], first_bad: list[int]) -> None:
+        bad_losses = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        bad_gradients = [rank for rank, index in enumerate(first_bad) if index >= 0]
+        if not bad_losses and not bad_gradients:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        # A NaN travels with the state to later ranks in the forward pass, to earlier ones in the backward pass.
+        rank = bad_losses[0] if bad_losses else bad_gradients[-1]
+        what = f"its loss is {losses[rank]}" if bad_losses else "its loss is finite"
+        if first_bad[rank] >= 0:
+            what += f", and the first bad gradient is that of {self.names[first_bad[rank]]}"
+        raise NumericsError(
+            f"step {number + 1}: NaN or infinity on rank {rank}: {what} "
+            f"(ranks with bad losses: {bad_losses}, with bad gradients: {bad_gradients}). "
+            "No weight was changed; the last checkpoint is good. Lower --optimizer.lr or raise the warm-up."
+        )
+
+    def _sent_bytes(self) -> int:
+        return self.model.sp.counters.sent_bytes if self.model.sp is not None else 0

@@ -1,0 +1,152 @@
+"""The processes of a run as the training loop sees them: who am I, who else is there, what did everybody find."""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lasp.data.batches import Shard
+from lasp.data.errors import DataError
+from lasp.distributed.comm import Comm
+from lasp.distributed.mesh import DP_AXIS, SP_AXIS, build_mesh
+from lasp.train.config import TrainConfig
+from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, RunError
+
+_RECORD_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class World:
+    """This process and the others. With one process there is no mesh and no communication."""
+
+    rank: int
+    size: int
+    device: torch.device
+    shard: Shard
+    mesh: DeviceMesh | None = None
+    control: Comm | None = None
+    """Small messages between all processes, on the host, apart from everything else."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The `values` of every process, by global rank. All must give the same number of them."""
+        if self.control is None:
+            return [values]
+        rows: list[list[float]] = self.control.all_gather(torch.tensor(values, dtype=torch.float64)).wait().tolist()
+        return rows
+
+    def first_does(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run `work` on the first process and return its (JSON-able) result on all.
+
+        It may take longer than the deadline of a wait: the first process keeps telling the others that it is
+        alive. If it raises, all processes raise.
+        """
+        if self.control is None:
+            return work()
+        record: dict[str, Any] = {"state": "working"}
+        failure: list[BaseException] = []
+        done = threading.Event()
+
+        def run() -> None:
+            nonlocal record
+            try:
+                record = {"state": "done", "result": work()}
+            except BaseException as error:
+                failure.append(error)
+                code = DATA_EXIT_CODE if isinstance(error, DataError) else getattr(error, "exit_code", 1)
+                record = {"state": "failed", "error": f"{error}", "code": code}
+            done.set()
+
+        if self.is_first:
+            threading.Thread(target=run, daemon=True).start()
+        while True:
+            done.wait(self.control.timeout_s / 4 if self.is_first else 0)
+            record = self._from_first(record)
+            if record["state"] == "done":
+                return dict(record["result"])
+            if record["state"] == "failed":
+                if failure:
+                    raise failure[0]
+                kinds = {cls.exit_code: cls for cls in (ConfigError, CheckpointError)}
+                if record["code"] == DATA_EXIT_CODE:
+                    raise DataError(record["error"])
+                raise kinds.get(record["code"], RunError)(f"the first process failed: {record['error']}")
+
+    def _from_first(self, record: dict[str, Any]) -> dict[str, Any]:
+        assert self.control is not None
+        buffer = torch.zeros(_RECORD_BYTES, dtype=torch.uint8)
+        text = json.dumps(record).encode()
+        if len(text) > _RECORD_BYTES:
+            text = json.dumps({**record, "error": record.get("error", "")[:1000]}).encode()
+        buffer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        received = self.control.broadcast(buffer, 0)
+        return dict(json.loads(bytes(received.tolist()).rstrip(b"\0")))
+
+
+def join(config: TrainConfig) -> World:
+    """Join the processes that a launcher started (RANK and WORLD_SIZE), or be the only one.
+
+    An existing process group is used as it is. Raises ConfigError if the layout does not fit the processes.
+    """
+    if not dist.is_initialized():
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        config.validate(size)  # before anything is connected
+        device = _device(config.device)
+        if size > 1 or config.parallel.sp > 1:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                init_method=os.environ.get("LASP_RENDEZVOUS", "env://"),
+                rank=int(os.environ["RANK"]),
+                world_size=size,
+                timeout=timedelta(seconds=config.parallel.timeout_s),
+            )
+    else:
+        config.validate(dist.get_world_size())
+        device = _device(config.device)
+    if not dist.is_initialized():
+        return World(0, 1, device, Shard())
+    timeout_s = config.parallel.timeout_s
+    mesh = build_mesh(sp=config.parallel.sp, dp=config.parallel.dp, device_type=device.type, timeout_s=timeout_s)
+    shard = Shard(
+        dp_rank=mesh.get_local_rank(DP_AXIS),
+        dp_size=mesh[DP_AXIS].size(),
+        sp_rank=mesh.get_local_rank(SP_AXIS),
+        sp_size=mesh[SP_AXIS].size(),
+    )
+    control = None
+    if dist.get_world_size() > 1:
+        hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        control = Comm(hosts, timeout_s)
+    return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control)
+
+
+def leave() -> None:
+    """Undo `join`."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_gpus = torch.cuda.device_count()
+    if name == "cuda" and num_gpus < local_size:
+        raise ConfigError(
+            f"--device cuda needs one GPU for each of the {local_size} processes here, found {num_gpus}: "
+            "start fewer processes or use --device cpu"
+        )
+    if name == "cpu" or num_gpus < local_size:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
