@@ -66,9 +66,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LRPE(nn.Module):
     """Linearized relative position encoding: x -> [x cos(theta s), x sin(theta s)], which doubles the head dim.
 
-    theta is learned. A query and a key then score sum_i q_i k_i cos(theta_i (s - t)). theta starts at base^(-2 j / (H K)), where j
-    counts the channels of all heads, as in TransNormerLLM's released code. It stays fp32 when the model is cast
-    to a 16-bit type.
+    theta is learned. A query and a key then score sum_i q_i k_i cos(theta_i (s - t)). theta starts at
+    base^(-2 j / (H K)), where j counts the channels of all heads, as in TransNormerLLM's released code. It stays
+    fp32 when the model is cast to a 16-bit type.
     Source: Qin et al., "Linearized relative positional encoding" (2023); TransNormerLLM, section 3.1.1.
     """
 
