@@ -1,4 +1,7 @@
-"""Which implementation runs a recurrence's stages."""
+"""Which implementation runs a recurrence's stages.
+
+Each backend is a package beside this file whose attributes are the families it implements.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,12 @@ from lasp.recurrence.contract import Stages
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "torch")
-_MODULES = {
-    ("decay", "reference"): "lasp.kernels.reference.decay",
-    ("decay", "torch"): "lasp.kernels.torch.decay",
-    ("unmasked", "reference"): "lasp.kernels.unmasked",
-    ("unmasked", "torch"): "lasp.kernels.unmasked",
-}
 
 
 @cache
 def _load(family: str, backend: str) -> Stages:
     logger.debug("stages of the %s recurrence: backend %s", family, backend)
-    return cast(Stages, importlib.import_module(_MODULES[family, backend]))
+    return cast(Stages, getattr(importlib.import_module(f"lasp.kernels.{backend}"), family))
 
 
 def select(family: str, backend: str, like: Tensor) -> Stages:

@@ -9,6 +9,7 @@ backward recomputes no forward state and exchanges once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.distributed import SequenceParallel
 from lasp.exchange.local import Local
-from lasp.recurrence.contract import Run, Stages
+from lasp.recurrence.contract import Stages
 
 
 class Plan(NamedTuple):
@@ -37,9 +38,14 @@ class Plan(NamedTuple):
     want_final: bool
 
 
-def scan(plan: Plan, x: Run, initial: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Outputs [B, T, H_v, V] and, where wanted, the final state of the global sequence [B, H_v, K, V]."""
-    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, x.scale, initial, x.q, x.k, x.v, x.g)
+def scan(plan: Plan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The recurrence `plan.stages` on the inputs `x`, a NamedTuple of tensors or None that ends with scale.
+
+    Returns:
+        o [B, T, H_v, V] and, where wanted, the final state of the global sequence [B, H_v, K, V].
+    """
+    *tensors, scale = x
+    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, type(x), scale, initial, *tensors)
     return result
 
 
@@ -53,27 +59,26 @@ def _begin(plan: Plan, summary: Any, initial: Tensor, *, reverse: bool, want_tot
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, scale: float, initial: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None
+        ctx: Any, plan: Plan, kind: Callable[..., Any], scale: float, initial: Tensor, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        x, stages = Run(q, k, v, g, scale), plan.stages
+        x, stages = kind(*inputs, scale), plan.stages
         summary, totals = stages.summarize(x)
         pending = _begin(plan, summary, initial, reverse=False, want_total=plan.want_final)
         partial = stages.local_outputs(x, totals)
         carried = pending.wait()
         o, saved = stages.outputs(x, totals, partial, carried.total if plan.whole else carried.entering)
-        tensors, ctx.structure = tree_flatten(saved)
-        ctx.plan, ctx.scale, ctx.has_gate = plan, scale, g is not None
-        ctx.save_for_backward(q, k, v, *(() if g is None else (g,)), *tensors)
+        # Every tensor through save_for_backward, so that saved-tensor hooks (offloading, recomputation) see them.
+        tensors, ctx.structure = tree_flatten((inputs, saved))
+        ctx.plan, ctx.kind, ctx.scale = plan, kind, scale
+        ctx.save_for_backward(*tensors)
         return o, carried.total if plan.want_final else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor | None) -> tuple[Any, ...]:
-        plan, tensors = ctx.plan, list(ctx.saved_tensors)
-        stages, sp = plan.stages, plan.sp
-        q, k, v = tensors[:3]
-        x = Run(q, k, v, tensors[3] if ctx.has_gate else None, ctx.scale)
-        saved = tree_unflatten(tensors[3 + ctx.has_gate :], ctx.structure)
+        plan, stages, sp = ctx.plan, ctx.plan.stages, ctx.plan.sp
+        inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
+        x = ctx.kind(*inputs, ctx.scale)
         summary, totals = stages.summarize_adjoint(x, d_o)
         # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.
         d_leaving = torch.zeros_like(summary.state) if d_final is None else d_final.to(summary.state.dtype)
@@ -83,8 +88,8 @@ class _Scan(torch.autograd.Function):
         local = stages.local_gradients(x, saved, totals, d_o)
         carried = pending.wait()
         d_state_out = carried.total if plan.whole else carried.entering
-        dq, dk, dv, dg = stages.gradients(x, saved, totals, local, d_o, d_state_out)
+        d_inputs = stages.gradients(x, saved, totals, local, d_o, d_state_out)
         d_initial = carried.total if plan.whole else summary.apply(carried.entering)
         if sp is not None and sp.rank > 0:
             d_initial = torch.zeros_like(d_initial)
-        return None, None, d_initial, dq, dk, dv, dg
+        return None, None, None, d_initial, *d_inputs

@@ -1,0 +1,26 @@
+"""The delta family: S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale q_t S_t."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class DeltaRun(NamedTuple):
+    """The inputs of the delta family on one rank.
+
+    Attributes:
+        q, k: [B, T, H, K].
+        v: [B, T, H, V].
+        beta: [B, T, H], in [0, 2].
+        g: log-decay <= 0: None (DeltaNet), [B, T, H] (Gated DeltaNet) or [B, T, H, K] (KDA).
+        scale: factor of the outputs.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+    scale: float

@@ -1,0 +1,112 @@
+"""Bytes on the wire: counted where torch.distributed is called, equal to the formula, whatever the length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import make
+from world import run
+
+import lasp
+from lasp.distributed import comm as comm_module
+from lasp.exchange import EXCHANGES
+
+B, H, K, V = 2, 3, 5, 7
+STATE = B * H * K * V * 4
+TRANSITION = {"none": 0, "constant": B * H * 4, "scalar": B * H * 4, "channel": B * H * K * 4}
+
+
+class Wire:
+    """Counts the payload of the calls that torch.distributed itself receives, apart from the library's counters."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.sent = self.received = 0
+        real_gather, real_send, real_receive, real_broadcast = (
+            comm_module._all_gather, dist.isend, dist.irecv, dist.broadcast,
+        )  # fmt: skip
+
+        def gather(output, tensor, **keywords):
+            others = dist.get_world_size(keywords["group"]) - 1
+            self.sent += tensor.nbytes * others
+            self.received += output.nbytes - tensor.nbytes
+            return real_gather(output, tensor, **keywords)
+
+        def send(tensor, **keywords):
+            self.sent += tensor.nbytes
+            return real_send(tensor, **keywords)
+
+        def receive(tensor, **keywords):
+            self.received += tensor.nbytes
+            return real_receive(tensor, **keywords)
+
+        def broadcast(tensor, **keywords):
+            group = keywords["group"]
+            if dist.get_rank(group) == keywords["group_src"]:
+                self.sent += tensor.nbytes * (dist.get_world_size(group) - 1)
+            else:
+                self.received += tensor.nbytes
+            return real_broadcast(tensor, **keywords)
+
+        monkeypatch.setattr(comm_module, "_all_gather", gather)
+        monkeypatch.setattr(dist, "isend", send)
+        monkeypatch.setattr(dist, "irecv", receive)
+        monkeypatch.setattr(dist, "broadcast", broadcast)
+
+
+def step(sp: lasp.SequenceParallel, gate: str, tokens: int) -> tuple[int, int]:
+    """Forward and backward of one layer in fp32; bytes this rank sent and received, by the library's count."""
+    problem = make(gate, batch=B, tokens=tokens, heads=H, value_heads=H, keys=K, values=V)
+    inputs = {name: t.float() for name, t in problem.inputs.items() if t is not None}
+    inputs = {name: t if t.dim() == 1 or name == "initial_state" else sp.shard(t) for name, t in inputs.items()}
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+    sp.counters.reset()
+    o, _ = lasp.linear_attention(*(leaves.get(name) for name in "qkvg"), sp=sp)
+    o.sum().backward()
+    return sp.counters.sent_bytes, sp.counters.received_bytes
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_bytes_equal_the_formula(size, monkeypatch):
+    def work(rank: int) -> None:
+        wire = Wire(monkeypatch)
+        for name in EXCHANGES:
+            for gate, transition in TRANSITION.items():
+                sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name)
+                counted = []
+                for tokens in (size * 4, size * 32):
+                    wire.sent = wire.received = 0
+                    library = step(sp, gate, tokens)
+                    assert library == (wire.sent, wire.received), (name, gate, tokens)
+                    counted.append(library)
+                assert counted[0] == counted[1], "a sequence 8 times longer sends what the short one does"
+                exchange = EXCHANGES[name]()
+                forward = exchange.traffic(STATE, STATE + transition, rank, size, want_total=False)
+                backward = exchange.traffic(STATE, STATE + transition, size - 1 - rank, size, want_total=False)
+                expected = (
+                    forward.sent_bytes + backward.sent_bytes,
+                    forward.received_bytes + backward.received_bytes,
+                )
+                assert counted[0] == expected, (name, gate)
+
+    run(size, work)
+
+
+def test_formula_written_out():
+    """The declared traffic is the papers': one state a rank along the chain, size - 1 summaries to everyone else."""
+    ring, gather = EXCHANGES["ring"](), EXCHANGES["all_gather"]()
+    assert [tuple(ring.traffic(100, 120, r, 4, want_total=False)) for r in range(4)] == [
+        (100, 0), (100, 100), (100, 100), (0, 100),
+    ]  # fmt: skip
+    assert all(tuple(gather.traffic(100, 120, r, 4, want_total=False)) == (360, 360) for r in range(4))
+
+
+def test_final_state_costs_one_broadcast_over_the_ring():
+    def work(rank: int) -> tuple[int, int]:
+        sp = lasp.SequenceParallel(dist.group.WORLD, exchange="ring")
+        q = torch.ones(1, 4, 1, 2)
+        lasp.linear_attention(q, q, q, sp=sp, output_final_state=True)
+        expected = sp.exchange.traffic(16, 16, rank, 3, want_total=True)
+        assert (sp.counters.sent_bytes, sp.counters.received_bytes) == tuple(expected)
+
+    run(3, work)
