@@ -65,6 +65,10 @@ class ConstantDecay(nn.Module):
         self.log_decay = torch.tensor(self.values, dtype=torch.float64, device=self.log_decay.device)
         return self
 
+    def scale(self, factor: float) -> None:
+        """Multiply the decays as configured by `factor` >= 0: below 1, the layer looks further back."""
+        self.log_decay = torch.tensor(self.values, dtype=torch.float64, device=self.log_decay.device) * factor
+
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The log decays [H] in `dtype`, which is the state's: fp32, or fp64 for fp64 inputs."""
         return self.log_decay.to(dtype)

@@ -1,0 +1,22 @@
+"""`lasp check` as a user runs it: it passes on a correct exchange and fails on a broken one."""
+
+from __future__ import annotations
+
+import pytest
+
+from lasp.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--sp", "3", "--model.family", "retnet", "--model.overrides", "num_layers", "2"], 0, "is the same model"),
+        (["--model.family", "linear-transformer", "--model.overrides", "num_layers", "2"], 0, "is the same model"),
+        (["--break-exchange", "--exchange", "ring"], 1, "is NOT the same model"),
+        (["--exchange", "rings"], 64, "--exchange must be all or one of"),
+    ],
+)
+def test_check(arguments, code, text, capfd):
+    assert main(["check", "--seq-len", "70", "--new-tokens", "3", *arguments]) == code
+    out, err = capfd.readouterr()
+    assert text in out + err
