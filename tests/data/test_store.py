@@ -1,0 +1,105 @@
+"""The token file: deterministic, rebuilt when the text changes, never trusted when it is damaged."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import write_text
+
+from lasp.data import store as token_store
+from lasp.data.corpus import find_documents
+from lasp.data.errors import DataError
+from lasp.data.store import TokenStore, open_store, prepare
+from lasp.data.tokenizer import ByteTokenizer, load_tokenizer
+
+
+def build(folder: Path, cache: Path, **changes: object) -> TokenStore:
+    options: dict = {"suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0} | changes
+    return prepare(folder=folder, tokenizer=ByteTokenizer(), cache=cache, **options)
+
+
+def test_documents_are_whole_in_order_and_separated(tmp_path: Path) -> None:
+    folder = write_text(tmp_path / "text")
+    (folder / "empty.txt").touch()
+    (folder / ".hidden.txt").write_text("never read")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    store = build(folder, tmp_path / "cache")
+    documents = find_documents(folder, (".txt",), 0.2, 0)
+    assert {document.split for document in documents} == {"train", "validation"}
+    for split, stream in (("train", store.train), ("validation", store.validation)):
+        texts = [document.path.read_bytes() for document in documents if document.split == split]
+        expected = [token for text in texts if text for token in (*text, 256)]  # an empty one adds nothing
+        assert stream.tolist() == expected
+    assert sum(store.num_documents.values()) == 24
+
+
+def test_the_split_does_not_move_when_a_file_is_added(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text")
+    before = {document.name: document.split for document in find_documents(text, (".txt",), 0.2, 0)}
+    (text / "new.txt").write_text("more")
+    after = {document.name: document.split for document in find_documents(text, (".txt",), 0.2, 1)}
+    assert before.items() < after.items()
+
+
+def test_a_store_is_built_once_and_again_when_the_text_changes(tmp_path: Path) -> None:
+    text, cache = write_text(tmp_path / "text"), tmp_path / "cache"
+    first = build(text, cache)
+    built_at = (first.folder / "train.bin").stat().st_mtime_ns
+    assert (build(text, cache).folder / "train.bin").stat().st_mtime_ns == built_at
+    file = text / "part0" / "text0.txt"
+    file.write_bytes(file.read_bytes()[::-1])  # same size
+    changed = build(text, cache)
+    assert changed.key != first.key and changed.folder != first.folder
+    assert build(text, cache, seed=1).key != changed.key
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "index"])
+def test_a_damaged_store_is_refused_and_rebuilt(tmp_path: Path, damage: str) -> None:
+    text, cache = write_text(tmp_path / "text"), tmp_path / "cache"
+    store = build(text, cache)
+    expected = np.array(store.train)
+    path = store.folder / ("index.json" if damage == "index" else "train.bin")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data[: len(data) // 2] if damage != "flip" else data)
+    with pytest.raises(DataError):
+        open_store(store.folder, verify=True)
+    np.testing.assert_array_equal(build(text, cache).train, expected)
+
+
+def test_a_build_that_dies_leaves_nothing_to_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, cache = write_text(tmp_path / "text"), tmp_path / "cache"
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_store.os, "rename", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build(text, cache)
+    assert list(cache.iterdir()) == []
+    assert len(build(text, cache).train) > 0
+
+
+def test_unusable_text_and_tokenizers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
+        build(tmp_path / "nowhere", tmp_path)
+    (tmp_path / "notes.rst").write_text("text")
+    with pytest.raises(DataError, match=r"ends in \.txt \(found: \.rst\)"):
+        build(tmp_path, tmp_path / "cache")
+    with pytest.raises(DataError, match="'bytes' or a tokenizers JSON file"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_the_standard_library_is_text_enough() -> None:
+    documents = find_documents(None, (), 0.05, 0)
+    names = {document.name for document in documents}
+    assert "argparse.py" in names and len(names) > 300
+    assert not any(set(Path(name).parts[:-1]) & {"test", "tests", "site-packages"} for name in names)
+
+
+def test_bytes_decode_across_tokens() -> None:
+    tokenizer = ByteTokenizer()
+    decode = tokenizer.decode_stream()
+    text = "naïve — 漢字\n"
+    assert "".join(decode(int(token)) for token in tokenizer.encode(text.encode())) == text

@@ -1,0 +1,139 @@
+"""The loss curve belongs to the data and the seed, not to how many processes share the work."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import world
+from training_runs import small_config
+
+from lasp.data import store as token_store
+from lasp.data.tokenizer import ByteTokenizer
+from lasp.distributed.mesh import build_mesh
+from lasp.train import loop, step
+from lasp.train.config import TrainConfig
+from lasp.train.metrics import read_metrics
+
+
+def losses(config: TrainConfig, num_processes: int, before: Callable[[], object] = lambda: None) -> list[float]:
+    """The loss of every step of a run over `num_processes` forked processes; `before` runs first in each."""
+
+    def train(_rank: int) -> None:
+        before()
+        loop.train(config)
+
+    world.run(num_processes, train)
+    assert config.run_dir is not None
+    return [line["loss"] for line in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def furthest(curve: list[float], reference: list[float]) -> float:
+    """Largest relative difference of two curves of one length."""
+    assert len(curve) == len(reference)
+    return max(abs(a - b) / b for a, b in zip(curve, reference, strict=True))
+
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    folder = tmp_path_factory.mktemp("reference")
+    curve = losses(small_config(folder, steps=STEPS), 1)
+    assert len(curve) == STEPS and curve[-1] < 0.7 * curve[0]
+    return folder, curve
+
+
+@pytest.mark.parametrize(("dp", "sp", "accumulation"), [(1, 2, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2)])
+def test_every_layout_has_the_same_loss_curve(
+    reference: tuple[Path, list[float]], dp: int, sp: int, accumulation: int
+) -> None:
+    folder, curve = reference
+    run_dir = folder / f"run-{dp}-{sp}-{accumulation}"
+    config = small_config(folder, dp=dp, sp=sp, accumulation=accumulation, steps=STEPS, run_dir=run_dir)
+    assert furthest(losses(config, dp * sp), curve) < 1e-5
+    sent = {line["exchanged_bytes"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line}
+    assert len(sent) == 1 and sent.pop() > 0  # the same every step
+
+
+def no_exchange() -> None:
+    """Each shard for itself, as if it were a sequence."""
+    spread = loop.parallelize
+
+    def without(*arguments: object, **options: object) -> object:
+        model = spread(*arguments, **options)  # type: ignore[arg-type]
+        model.sp = None
+        return model
+
+    loop.parallelize = without  # type: ignore[assignment]
+
+
+def averaged_gradients() -> None:
+    """The shares averaged, as DDP does by itself, and not summed."""
+    loop.ParallelModel.mean_loss = lambda _self, loss_sum, tokens: loss_sum / tokens  # type: ignore[method-assign]
+
+
+def labels_shifted_after_sharding() -> None:
+    """A shard's last token predicts nothing of the next shard."""
+    original = step.Sequences.batch
+
+    def shifted(*arguments: object, **options: object) -> object:
+        batch = original(*arguments, **options)  # type: ignore[arg-type]
+        batch.labels[:, -1] = -100
+        return batch
+
+    step.Sequences.batch = shifted  # type: ignore[method-assign,assignment]
+
+
+@pytest.mark.parametrize("damage", [no_exchange, averaged_gradients, labels_shifted_after_sharding])
+def test_the_comparison_can_fail(
+    reference: tuple[Path, list[float]], damage: Callable[[], None], tmp_path: Path
+) -> None:
+    folder, curve = reference
+    config = small_config(folder, sp=2, steps=STEPS, run_dir=tmp_path / "run")
+    short = 10
+    stopped_early = losses(config, 2, before=damage)[:short]
+    assert furthest(stopped_early, curve[:short]) > 1e-4
+
+
+def test_a_mesh_that_does_not_fit_says_what_to_start() -> None:
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
+        build_mesh(sp=1)
+
+    def messages(_rank: int) -> list[str]:
+        found = []
+        for sizes in ({"sp": 2}, {"sp": 1, "dp": 2}, {"sp": 0}):
+            with pytest.raises(ValueError) as error:  # noqa: PT011 - the messages are compared below
+                build_mesh(**sizes)
+            found.append(str(error.value))
+        return found
+
+    for split, size, zero in world.run(3, messages):
+        assert "3 processes cannot be split into sequence groups of sp=2" in split
+        assert "dp=2 x sp=1 needs 2 processes, but the world has 3" in size
+        assert "at least 1" in zero
+
+
+def test_sequence_groups_are_neighbours() -> None:
+    def groups(_rank: int) -> tuple[list[int], list[int]]:
+        import torch.distributed as dist
+
+        mesh = build_mesh(sp=2, timeout_s=20)
+        assert mesh.mesh_dim_names == ("dp_replicate", "sp")
+        return tuple(dist.get_process_group_ranks(mesh[name].get_group()) for name in mesh.mesh_dim_names)  # type: ignore[return-value]
+
+    assert world.run(4, groups) == [([0, 2], [0, 1]), ([1, 3], [0, 1]), ([0, 2], [2, 3]), ([1, 3], [2, 3])]
+
+
+def test_the_text_is_prepared_once_for_all(tmp_path: Path) -> None:
+    config = small_config(tmp_path, sp=2, steps=1)
+    losses(config, 2)
+    store = token_store.prepare(
+        folder=config.data.path,
+        suffixes=config.data.suffixes,
+        tokenizer=ByteTokenizer(),
+        validation_fraction=config.data.validation_fraction,
+        seed=config.data.seed,
+        cache=config.data.cache,
+    )
+    assert [path.name for path in config.data.cache.iterdir()] == [store.folder.name]
