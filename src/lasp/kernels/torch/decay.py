@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition, scan
+from lasp.kernels.torch.chunks import cut, join
 from lasp.recurrence.contract import Run
 from lasp.recurrence.decay import state_dtype, state_shape, transition
 
@@ -38,18 +38,6 @@ class Chunks(NamedTuple):
     b: Tensor | None
 
 
-def _cut(tensor: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, D] -> [B, H, N, C, D], padded with zeros."""
-    tensor = pad(tensor, (0, 0, 0, 0, 0, -tensor.shape[1] % chunk))
-    batch, tokens, heads, dim = tensor.shape
-    return tensor.view(batch, tokens // chunk, chunk, heads, dim).permute(0, 3, 1, 2, 4).contiguous()
-
-
-def _join(tensor: Tensor, tokens: int) -> Tensor:
-    """[B, H, N, C, D] -> [B, T, H, D]: the inverse of `_cut`."""
-    return tensor.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
-
-
 def _chunk_size(x: Run) -> int:
     limit = CHUNK_PER_CHANNEL if x.g is not None and x.g.dim() == 4 else CHUNK
     return max(1, min(limit, x.q.shape[1]))
@@ -57,7 +45,7 @@ def _chunk_size(x: Run) -> int:
 
 def _chunks(x: Run) -> Chunks:
     size, tokens, dtype = _chunk_size(x), x.q.shape[1], state_dtype(x.q.dtype)
-    q, k, v = (_cut(tensor.to(dtype), size) for tensor in (x.q, x.k, x.v))
+    q, k, v = (cut(tensor.to(dtype), size) for tensor in (x.q, x.k, x.v))
     if x.g is None:
         return Chunks(q, k, v, None)
     g = x.g.to(torch.float64).clamp(min=MIN_LOG_DECAY)
@@ -68,7 +56,7 @@ def _chunks(x: Run) -> Chunks:
             return Chunks(q, k, v, (g[:, None] * steps)[None, :, None, :, None])
         g = g.expand(1, tokens, -1)
     g = g if g.dim() == 4 else g[..., None]
-    return Chunks(q, k, v, _cut(g, size).cumsum(3))
+    return Chunks(q, k, v, cut(g, size).cumsum(3))
 
 
 def _exp(log: Tensor, like: Tensor) -> Tensor:
@@ -186,12 +174,12 @@ def outputs(x: Run, totals: tuple[Chunks, Tensor], partial: Tensor, state_in: Te
     c, starts = totals
     starts = starts + _carried_from(_chunk_transitions(c), state_in, starts.shape[2], reverse=False)
     o = x.scale * (partial + _from_start(c, c.q) @ starts)
-    return _join(o, x.q.shape[1]).to(x.v.dtype), starts
+    return join(o, x.q.shape[1]).to(x.v.dtype), starts
 
 
 def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Tensor]]:
     c = _chunks(x)
-    d_out = x.scale * _cut(d_o.to(c.q.dtype), c.q.shape[3])
+    d_out = x.scale * cut(d_o.to(c.q.dtype), c.q.shape[3])
     added = _from_start(c, c.q).mT @ d_out
     ends, d_state = scan(Summary(_chunk_transitions(c), added.movedim(2, 0)), _zeros(x), reverse=True)
     return Summary(transition(x).adjoint(), d_state), (c, d_out, ends.movedim(0, 2))
@@ -226,9 +214,9 @@ def gradients(
         across = runs.apply((saved * ends).movedim(2, 0)).movedim(0, 2).sum(-1)
         dg = _decay_gradient(x, c, c.q * dq_state, c.k * dk_state, across, d_scores)
     return (
-        _join(dq, tokens).to(x.q.dtype),
-        _join(dk, tokens).to(x.k.dtype),
-        _join(dv, tokens).to(x.v.dtype),
+        join(dq, tokens).to(x.q.dtype),
+        join(dk, tokens).to(x.k.dtype),
+        join(dv, tokens).to(x.v.dtype),
         dg,
     )
 
@@ -248,7 +236,7 @@ def _decay_gradient(x: Run, c: Chunks, from_start: Tensor, to_end: Tensor, acros
     before = torch.cat([torch.zeros_like(to_end[..., :1, :]), to_end[..., :-1, :]], 3).cumsum(3)
     after = from_start.flip(3).cumsum(3).flip(3)
     d_g = after + before + across[..., None, :] + _scores_gradient_decay(c, d_scores)
-    d_g = _join(d_g, x.q.shape[1])
+    d_g = join(d_g, x.q.shape[1])
     if x.g.dim() == 4:
         return d_g
     return d_g.squeeze(-1) if x.g.dim() == 3 else d_g.squeeze(-1).sum((0, 1))
