@@ -1,5 +1,5 @@
 """Chunked PyTorch: runs on every device."""
 
-from lasp.kernels.torch import decay, unmasked
+from lasp.kernels.torch import decay, delta, unmasked
 
-__all__ = ["decay", "unmasked"]
+__all__ = ["decay", "delta", "unmasked"]

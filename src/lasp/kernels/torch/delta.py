@@ -1,0 +1,220 @@
+"""The delta family in chunks (the WY form), in plain PyTorch: any device, any dtype.
+
+Legend: B batch, H heads, N chunks, C tokens a chunk, K and V head dims, G = 1 (decay per head) or K (per channel).
+    S        [B, H, N, K, V]  state at the start of each chunk
+    u        [B, H, N, C, V]  what each token writes: S_t = diag(exp(g_t)) S_{t-1} + k_t u_t^T
+    exp(i<j) decay of everything after token j up to token i, i's own included
+
+A token writes what is missing from what its key reads, u_t = beta_t (v_t - k_t diag(exp(g_t)) S_{t-1}), and the
+state it reads holds the writes before it. Over a chunk that is a triangular system with unit diagonal,
+
+    u_i + beta_i sum_{j<i} (k_i exp(i<j) k_j) u_j = beta_i (v_i - k_i exp(i<start) S),
+
+whose solution is affine in the chunk's entering state: u = writes - erases S. Everything else follows by matrix
+products: the chunk is S -> (diag(exp(end<start)) - stores^T erases) S + stores^T writes with stores_j =
+k_j exp(end<j), and its outputs are partial + queries S. The system is solved by substitution, in fp32 or fp64: the
+terms of an explicit series of its inverse grow where beta nears 2.
+
+Decays appear only as exponentials of sums of gates, never of differences of sums: nothing overflows, and neither a
+decay nor its gradient loses digits to cancellation. Backward recomputes the chunks. The scans and the products with
+states are written out; PyTorch differentiates what depends on a chunk's own inputs alone (`_weave`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.algebra import Dense, Summary, scan
+from lasp.kernels.torch.chunks import cut, join
+from lasp.recurrence.decay import state_dtype
+from lasp.recurrence.delta import DeltaRun
+
+GROUPED_HEADS = False
+CHUNK = 64
+
+
+class Woven(NamedTuple):
+    """A chunk's quantities that depend on its own tokens only.
+
+    Attributes:
+        reads: [.., C, K], queries decayed from the chunk's start, times scale.
+        scores: [.., C, C], query against key with the decay between them, times scale; zero for j > i.
+        stores: [.., C, K], keys decayed to the chunk's end.
+        writes: [.., C, V], u for a zero entering state.
+        erases: [.., C, K], u = writes - erases S.
+        kept: [.., G], decay over the chunk; None without gates.
+    """
+
+    reads: Tensor
+    scores: Tensor
+    stores: Tensor
+    writes: Tensor
+    erases: Tensor
+    kept: Tensor | None
+
+
+class Forward(NamedTuple):
+    """`summarize`'s totals: the chunks, and the state at their starts as an affine map on the run's entering one."""
+
+    chunks: Woven
+    starts: Tensor
+    prefixes: Tensor
+
+
+class Adjoint(NamedTuple):
+    """`summarize_adjoint`'s totals: the chunks as a function of their inputs, and the gradient of the state at their
+    ends as an affine map on that of the run's leaving one."""
+
+    inputs: list[Tensor]
+    chunks: Woven
+    d_out: Tensor
+    ends: Tensor
+    suffixes: Tensor
+
+
+class Local(NamedTuple):
+    """What `local_gradients` finds: the writes, and the part of their gradient that comes from the outputs."""
+
+    writes: Tensor
+    d_writes: Tensor
+    d_reads: Tensor
+    d_scores: Tensor
+
+
+def _cut_inputs(x: DeltaRun) -> list[Tensor]:
+    """q, k, v, beta and g if there is one, in chunks. Padding neither decays nor writes."""
+    size = min(CHUNK, 1 << max(0, x.q.shape[1] - 1).bit_length())
+    dtype = state_dtype(x.q.dtype)
+    tensors = [x.q, x.k, x.v, x.beta] if x.g is None else [x.q, x.k, x.v, x.beta, x.g]
+    return [cut((t if t.dim() == 4 else t[..., None]).to(dtype), size) for t in tensors]
+
+
+def _after(g: Tensor) -> Tensor:
+    """Sum of the gates after each token, up to the chunk's end; [.., C, G]."""
+    later = torch.cat([g[..., 1:, :], torch.zeros_like(g[..., :1, :])], -2)
+    return later.flip(-2).cumsum(-2).flip(-2)
+
+
+def _channel_scores(rows: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    """rows_i exp(i<j) k_j for j <= i, [.., C, C], with a decay per channel.
+
+    By halves: tokens of the second half see those of the first through the decay up to the middle and from there,
+    a matrix product; within each half the same again. C is a power of two.
+    """
+    size = k.shape[-2]
+    if size == 1:
+        return (rows * k).sum(-1, keepdim=True)
+    rows, k, g = (t.unflatten(-2, (2, size // 2)) for t in (rows, k, g))
+    within = _channel_scores(rows, k, g)
+    late = rows[..., 1, :, :] * g[..., 1, :, :].cumsum(-2).exp()
+    early = k[..., 0, :, :] * _after(g[..., 0, :, :]).exp()
+    across = late @ early.mT
+    first = torch.cat([within[..., 0, :, :], torch.zeros_like(across)], -1)
+    return torch.cat([first, torch.cat([across, within[..., 1, :, :]], -1)], -2)
+
+
+def _weave(scale: float, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> Woven:
+    """The chunks' quantities; see the head of this file."""
+    kept, reads, reading_keys, stores = None, q, k, k
+    if g is None:
+        scores, overlaps = (q @ k.mT).tril(), k @ k.mT
+    else:
+        from_start = g.cumsum(-2).exp()
+        kept, reads, reading_keys = from_start[..., -1, :], q * from_start, k * from_start
+        if g.shape[-1] == 1:
+            # [i, j] = sum of the gates of j+1 .. i.
+            spans = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2)
+            decay = spans.exp().tril()
+            scores, overlaps = (q @ k.mT) * decay, (k @ k.mT) * decay
+            stores = k * decay[..., -1:, :].mT
+        else:
+            scores, overlaps = _channel_scores(torch.stack([q, k]), k, g)
+            stores = k * _after(g).exp()
+    system, known = beta * overlaps.tril(-1), beta * torch.cat([v, reading_keys], -1)
+    solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    writes, erases = solved.split([v.shape[-1], k.shape[-1]], -1)
+    return Woven(scale * reads, scale * scores, stores, writes, erases, kept)
+
+
+def _queries(c: Woven) -> Tensor:
+    """[.., C, K], what each token's output takes from the chunk's entering state."""
+    return c.reads - c.scores @ c.erases
+
+
+def _transitions(c: Woven) -> Tensor:
+    """What each chunk does to its entering state: [.., K, K]."""
+    size = c.stores.shape[-1]
+    if c.kept is None:
+        decay = torch.eye(size, dtype=c.stores.dtype, device=c.stores.device)
+    else:
+        decay = c.kept.expand(*c.kept.shape[:-1], size).diag_embed()
+    return decay - c.stores.mT @ c.erases
+
+
+def _scan(matrices: Tensor, added: Tensor, *, reverse: bool = False) -> tuple[Summary, Tensor, Tensor]:
+    """Chunks S -> matrix S + added, [B, H, N, K, ...]: the run's summary, and the state that enters each chunk as
+    offset + factor @ (the state that enters the run).
+
+    The factors are the same scan on the identity's columns.
+    """
+    batch, heads, count, size, values = added.shape
+    eye = torch.eye(size, dtype=added.dtype, device=added.device).expand(batch, heads, size, size)
+    initial = torch.cat([added.new_zeros(batch, heads, size, values), eye], -1)
+    added = torch.cat([added, added.new_zeros(batch, heads, count, size, size)], -1)
+    entering, end = scan(Summary(Dense(matrices.movedim(2, 0)), added.movedim(2, 0)), initial, reverse=reverse)
+    offsets, factors = entering.movedim(0, 2).split([values, size], -1)
+    state, matrix = end.split([values, size], -1)
+    return Summary(Dense(matrix.contiguous()), state.contiguous()), offsets, factors
+
+
+def summarize(x: DeltaRun) -> tuple[Summary, Forward]:
+    c = _weave(x.scale, *_cut_inputs(x))
+    summary, starts, prefixes = _scan(_transitions(c), c.stores.mT @ c.writes)
+    return summary, Forward(c, starts, prefixes)
+
+
+def local_outputs(x: DeltaRun, totals: Forward) -> tuple[Tensor, Tensor]:
+    c = totals.chunks
+    return c.scores @ c.writes, _queries(c)
+
+
+def outputs(x: DeltaRun, totals: Forward, partial: tuple[Tensor, Tensor], state_in: Tensor) -> tuple[Tensor, Tensor]:
+    starts = totals.starts + totals.prefixes @ state_in[:, :, None]
+    o = partial[0] + partial[1] @ starts
+    return join(o, x.q.shape[1]).to(x.v.dtype), starts
+
+
+def summarize_adjoint(x: DeltaRun, d_o: Tensor) -> tuple[Summary, Adjoint]:
+    inputs = [t.detach().requires_grad_() for t in _cut_inputs(x)]
+    with torch.enable_grad():
+        c = _weave(x.scale, *inputs)
+    d_out = cut(d_o.to(c.reads.dtype), c.reads.shape[3])
+    # Gradients flow from a chunk's end to its start: S -> matrix S + added, transposed.
+    summary, ends, suffixes = _scan(_transitions(c).mT, _queries(c).mT @ d_out, reverse=True)
+    return summary, Adjoint(inputs, c, d_out, ends, suffixes)
+
+
+def local_gradients(x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint, d_o: Tensor) -> Local:
+    c, d_out = totals_adjoint.chunks, totals_adjoint.d_out
+    writes = c.writes - c.erases @ saved
+    return Local(writes, c.scores.mT @ d_out, d_out @ saved.mT, d_out @ writes.mT)
+
+
+def gradients(
+    x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint, local: Local, d_o: Tensor, d_state_out: Tensor
+) -> tuple[Tensor | None, ...]:
+    inputs, c, _, ends, suffixes = totals_adjoint
+    ends = ends + suffixes @ d_state_out[:, :, None]
+    d_writes = local.d_writes + c.stores @ ends
+    d_chunks = [local.d_reads, local.d_scores, local.writes @ ends.mT, d_writes, -d_writes @ saved.mT]
+    if c.kept is not None:
+        d_kept = (saved * ends).sum(-1)
+        d_chunks.append(d_kept if c.kept.shape[-1] > 1 else d_kept.sum(-1, keepdim=True))
+    d_inputs = torch.autograd.grad([t for t in c if t is not None], inputs, d_chunks)
+    joined = [join(d, x.q.shape[1]) for d in d_inputs]
+    given = [t for t in x[:-1] if t is not None]
+    found: list[Tensor | None] = [d.reshape(t.shape).to(t.dtype) for d, t in zip(joined, given, strict=True)]
+    return tuple(found if x.g is not None else [*found, None])
