@@ -17,7 +17,7 @@ def layer_and_input(name, layer, dtype=torch.float64):
     return model.blocks[layer].attention, torch.randn(2, T, 128, dtype=dtype)
 
 
-def quadratic(layer, x, *, decay_shift=0, masked=True):
+def quadratic(layer, x, *, decay=1.0, masked=True):
     """softmax attention's shape with the layer's scores in place of the exponentials."""
     split = (layer.num_heads, -1)
     q = layer.q_map(layer.q_proj(x).unflatten(-1, split))
@@ -28,7 +28,7 @@ def quadratic(layer, x, *, decay_shift=0, masked=True):
     scores = layer.scale * torch.einsum("bthk,bshk->bhts", q, k)
     distance = torch.arange(T)[:, None] - torch.arange(T)
     if layer.decay is not None:
-        scores = scores * (layer.decay(x.dtype)[:, None, None] * (distance + decay_shift)).exp()
+        scores = scores * (decay * layer.decay(x.dtype)[:, None, None] * distance).exp()
     if masked:
         scores = scores * (distance >= 0)
     if layer.normalization == "denominator":
@@ -59,6 +59,8 @@ def test_layer_equals_quadratic_attention(name, layer):
         assert error(y, quadratic(attention, x)) < 1e-12
         assert error(y, quadratic(attention, x, masked=False)) > 1e-3
         assert error(y, quadratic(attention, x.roll(1, 1))) > 1e-3
+        if attention.decay is not None:
+            assert error(y, quadratic(attention, x, decay=0.99)) > 1e-4
 
 
 def test_the_first_head_norms_its_own_channels_only():
