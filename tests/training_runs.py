@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from pathlib import Path
@@ -15,6 +16,11 @@ from lasp.train.config import (
     SampleOptions,
     TrainConfig,
 )
+
+# Every run draws its curve; forked processes inherit the import instead of paying for it each.
+with contextlib.suppress(ImportError):
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
 
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "key_dim": 16, "value_dim": 16, "ffn_dim": 64}
 

@@ -1,0 +1,105 @@
+"""The command line: help, options, errors with their exit codes; all without training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import small_config, write_text
+
+from lasp.cli import main as cli
+from lasp.cli import train as train_command
+from lasp.train.config import TrainConfig
+from lasp.train.errors import ConfigError
+
+
+def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("train", "generate", "check"))
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, lasp.cli.main; print('tyro' in sys.modules, 'matplotlib' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.split() == ["False", "False"]
+
+
+def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tarin"]) == 64
+    assert "no command 'tarin'; known: train, generate, check" in capsys.readouterr().err
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("steps = 7\nseq_len = 32\n[parallel]\nsp = 4\n[optimizer]\nlr = 0.5\n")
+    options = train_command.parse(["--config", str(file), "--steps", "9", "--dp", "2", "--nproc", "8"])
+    config = options.settings
+    assert (config.steps, config.seq_len, config.parallel.sp, config.parallel.dp) == (9, 32, 4, 2)
+    assert config.optimizer.lr == 0.5 and options.nproc == 8
+    assert train_command.parse([]).settings == TrainConfig()
+
+
+def test_the_shipped_configs_are_valid() -> None:
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+    assert files
+    for file in files:
+        settings = train_command.parse(["--config", str(file)]).settings
+        settings.validate((settings.parallel.dp or 1) * settings.parallel.sp)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "--sp", "2", "--nproc", "3"], 64, "3 processes cannot be split into sequence groups of 2"),
+        (["train", "--sp", "2", "--seq-len", "7"], 64, "--seq-len must be a multiple of --sp"),
+        (["train", "--config", "a.toml", "--resume", "b"], 64, "give one of them"),
+        (["train", "--config", "nowhere.toml"], 64, "cannot read the config file nowhere.toml"),
+        (["train", "--resume", "nowhere"], 66, "there is no checkpoint in nowhere"),
+        (["generate", "nowhere"], 66, "there is no checkpoint in nowhere"),
+        (["generate", "nowhere", "--top-k", "0"], 64, "--top-k must be at least 1"),
+        (["train", "--sp", "1", "--data.path", "nowhere"], 65, "nowhere is not a folder"),
+        (["train", "--sp", "1", "--model.overrides", "widht", "3"], 64, "no field 'widht'; known: "),
+    ],
+)
+def test_wrong_usage_has_a_message_and_a_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nproc_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="a launcher has started them already"):
+        train_command.main(["--nproc", "2"])
+
+
+def test_train_then_generate_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    small = [f"{key} {value}" for key, value in small_config(tmp_path).model.overrides.items()]
+    arguments = "train --sp 1 --steps 3 --seq-len 32 --data.path text --sample.num-tokens 12 --model.overrides"
+    assert cli.main([*arguments.split(), *" ".join(small).split()]) == 0
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "data")
+    said = capsys.readouterr().out
+    for word in ("30,784 parameters", "byte 3-gram", "bits per byte", str(Path("runs") / run.name / "metrics.jsonl")):
+        assert word in said
+    assert (run / "curve.png").exists() and len((run / "sample.txt").read_text()) > 4
+    texts = []
+    for _ in range(2):
+        assert cli.main(["generate", str(run), "--prompt", "abc", "--num-tokens", "20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("abc") and len(texts[0]) > 10

@@ -1,0 +1,128 @@
+"""`lasp train` with processes of its own, for real: they finish, fail, stop and die together.
+
+Each test starts Python and PyTorch anew, several times over; a behaviour that needs it has one test.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from training_runs import SMALL, write_text
+
+from lasp.train import checkpoint
+from lasp.train.metrics import read_metrics
+
+LASP = [sys.executable, "-m", "lasp.cli.main"]
+FOREVER = ["--steps", "1000000"]
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    """A small training run, writing to `folder`/run."""
+    text = folder / "text"
+    if not text.exists():
+        write_text(text)
+    overrides = [word for key, value in SMALL.items() for word in (key, str(value))]
+    fixed = ["--data.path", str(text), "--data.cache", str(folder / "cache"), "--run-dir", str(folder / "run")]
+    small = ["--seq-len", "32", "--sample.num-tokens", "0", "--model.overrides", *overrides]
+    return ["train", *fixed, *options, *small]
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """An endless run over two processes that has made its first steps."""
+    process = subprocess.Popen(
+        [*LASP, *command(tmp_path, *FOREVER)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    wait_until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 3, process)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def wait_until(condition, process: subprocess.Popen[str] | None = None, deadline_s: float = 60) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.05)
+
+
+def workers(parent: int) -> dict[int, int]:
+    """Rank -> process id of the processes that `parent` started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        variables = dict(
+            item.split("=", 1) for item in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in item
+        )
+        ranks[int(variables["RANK"])] = child
+    return ranks
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+
+
+@linux
+def test_ctrl_c_saves_and_ends_everything(running: subprocess.Popen[str], tmp_path: Path) -> None:
+    started = workers(running.pid)
+    running.send_signal(signal.SIGINT)
+    out, error = running.communicate(timeout=30)
+    assert running.returncode == 75, error
+    assert "Stopped; saved" in out and f"lasp train --resume {tmp_path / 'run'}" in out
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert checkpoint.find(tmp_path / "run", report=pytest.fail).state["step"] == last
+    assert sorted(started) == [0, 1] and not any(alive(pid) for pid in started.values())
+    assert not list(tmp_path.glob("lasp-*"))  # the meeting place is gone too
+
+
+@linux
+def test_a_killed_process_ends_the_run_by_name(running: subprocess.Popen[str]) -> None:
+    started = workers(running.pid)
+    os.kill(started[1], signal.SIGKILL)
+    _, error = running.communicate(timeout=40)
+    assert running.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 was ended by signal SIGKILL" in error
+    assert not any(alive(pid) for pid in started.values())
+
+
+@linux
+def test_no_process_outlives_the_launcher(running: subprocess.Popen[str]) -> None:
+    started = workers(running.pid)
+    assert len(started) == 2 and all(alive(pid) for pid in started.values())
+    running.kill()
+    wait_until(lambda: not any(alive(pid) for pid in started.values()), deadline_s=15)
+
+
+def test_the_failing_process_says_why_once(tmp_path: Path) -> None:
+    """Found out by the first process alone, after all have met."""
+    arguments = command(tmp_path, "--steps", "2", "--data.suffixes", ".rst")
+    done = subprocess.run([*LASP, *arguments], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 65
+    assert done.stderr.count("no file below") == 1 and "Traceback" not in done.stderr
+
+
+def test_torchrun_runs_the_same_command(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    for number, start in enumerate((LASP, [*torchrun, "-m", "lasp.cli.main"])):
+        arguments = command(tmp_path, "--steps", "4", "--run-dir", str(tmp_path / f"run{number}"))
+        done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "2 processes on cpu: dp 1 x sp 2" in done.stdout and "Finished" in done.stdout
+    one, other = (read_metrics(tmp_path / f"run{number}" / "metrics.jsonl") for number in range(2))
+    assert [line.get("loss") for line in one] == [line.get("loss") for line in other]
