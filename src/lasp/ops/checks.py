@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,28 +38,48 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def check_gate(g: Tensor, q: Tensor, v: Tensor) -> None:
-    """g [H_v], [B, T, H_v] or [B, T, H_v, K], a natural logarithm <= 0.
-
-    Values are checked where that needs no synchronisation (on CPU), and by an assertion on the device elsewhere.
+def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> None:
+    """g [H_v] (where `constant` decays are allowed), [B, T, H_v] or [B, T, H_v, K], a natural logarithm <= 0.
 
     Raises:
         ValueError: the shape, dtype or device does not fit, or a value is positive or NaN.
     """
     (batch, tokens, heads), keys = v.shape[:3], q.shape[3]
-    allowed = {1: (heads,), 3: (batch, tokens, heads), 4: (batch, tokens, heads, keys)}
-    if tuple(g.shape) != allowed.get(g.dim()):
-        raise ValueError(
-            f"g must be [H_v] {allowed[1]}, [B, T, H_v] {allowed[3]} or [B, T, H_v, K] {allowed[4]}, "
-            f"got {tuple(g.shape)}"
-        )
+    allowed = {"[H_v]": (heads,), "[B, T, H_v]": (batch, tokens, heads), "[B, T, H_v, K]": (batch, tokens, heads, keys)}
+    if not constant:
+        del allowed["[H_v]"]
+    if tuple(g.shape) not in allowed.values():
+        *others, last = (f"{name} {shape}" for name, shape in allowed.items())
+        raise ValueError(f"g must be {', '.join(others)} or {last}, got {tuple(g.shape)}")
     if not g.is_floating_point() or g.device != q.device:
         raise ValueError(f"g must be floating point on {q.device}, got {g.dtype} on {g.device}")
     message = "g is the natural logarithm of the decay and must be <= 0 (for a decay a in (0, 1], pass a.log())"
-    if g.device.type != "cpu":
-        torch._assert_async((g <= 0).all(), message)
-    elif not bool((g <= 0).all()):
-        raise ValueError(f"{message}; got a largest value of {g.max().item():g}")
+    _check_values(g <= 0, message, lambda: f"a largest value of {g.max().item():g}")
+
+
+def check_beta(beta: Tensor, v: Tensor) -> None:
+    """beta [B, T, H_v], in [0, 2].
+
+    Raises:
+        ValueError: the shape, dtype or device does not fit, or a value is outside or NaN.
+    """
+    if beta.shape != v.shape[:3]:
+        raise ValueError(f"beta must be [B, T, H_v] {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
+    if not beta.is_floating_point() or beta.device != v.device:
+        raise ValueError(f"beta must be floating point on {v.device}, got {beta.dtype} on {beta.device}")
+    _check_values(
+        (beta >= 0) & (beta <= 2),
+        "beta must be in [0, 2] (sigmoid, or twice it for negative eigenvalues)",
+        lambda: f"values from {beta.min().item():g} to {beta.max().item():g}",
+    )
+
+
+def _check_values(good: Tensor, message: str, found: Callable[[], str]) -> None:
+    """All `good`: checked where that needs no synchronisation (on CPU), asserted on the device elsewhere."""
+    if good.device.type != "cpu":
+        torch._assert_async(good.all(), message)
+    elif not bool(good.all()):
+        raise ValueError(f"{message}; got {found()}")
 
 
 def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:

@@ -1,17 +1,17 @@
-"""The public operators: one function per family."""
+"""Linear attention with any decay, and its normalised form."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.distributed import SequenceParallel
 from lasp.kernels.select import select
-from lasp.ops.checks import check_gate, check_inputs, check_state
+from lasp.ops.call import agree, check_shard, initial_of, refusing, scale_of, ungrouped
+from lasp.ops.checks import check_gate, check_inputs
 from lasp.ops.scan import Plan, scan
 from lasp.recurrence.contract import Run
-from lasp.recurrence.decay import state_dtype, state_shape
+from lasp.recurrence.decay import state_dtype
 
 
 def linear_attention(
@@ -55,39 +55,19 @@ def linear_attention(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
-    try:
-        x, initial = _checked(q, k, v, g, scale, initial_state, causal, sp)
+    with refusing(sp):
+        check_inputs(q, k, v)
+        check_shard(sp, q.shape[1])
+        if g is not None:
+            if not causal:
+                raise ValueError("causal=False has no order in which to decay: g must be None")
+            check_gate(g, q, v)
+            g = g.to(state_dtype(q.dtype))
+        x = Run(q, k, v, g, scale_of(q, scale))
+        initial = initial_of(x, initial_state)
         stages = select("decay" if causal else "unmasked", backend, q)
-    except ValueError as error:
-        if isinstance(sp, SequenceParallel):
-            sp.report_error(error)
-        raise
-    if sp is not None:
-        differentiable = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (q, k, v, g, initial_state)
-        )
-        sp.agree(
-            {
-                "operator": "linear_attention",
-                "batch": q.shape[0],
-                "tokens (pass lengths= to SequenceParallel for unequal shards)": (
-                    q.shape[1] if sp.lengths is None else "by lengths"
-                ),
-                "heads of q and v": (q.shape[2], v.shape[2]),
-                "K and V": (q.shape[3], v.shape[3]),
-                "dtype": str(q.dtype),
-                "gate dims": None if g is None else g.dim(),
-                "scale": x.scale,
-                "causal": causal,
-                "initial_state": initial_state is not None,
-                "output_final_state": output_final_state,
-                "gradients": differentiable,
-            }
-        )
-    if not stages.GROUPED_HEADS and v.shape[2] != q.shape[2]:
-        groups = v.shape[2] // q.shape[2]
-        x = x._replace(q=x.q.repeat_interleave(groups, 2), k=x.k.repeat_interleave(groups, 2))
-    return scan(Plan(stages, sp, not causal, output_final_state), x, initial)
+    agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
+    return scan(Plan(stages, sp, not causal, output_final_state), ungrouped(stages, x), initial)
 
 
 def normalized_linear_attention(
@@ -129,35 +109,3 @@ def normalized_linear_attention(
         backend=backend,
     )
     return o[..., :-1] / (o[..., -1:] + eps), final_state
-
-
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    scale: float | None,
-    initial_state: Tensor | None,
-    causal: bool,
-    sp: SequenceParallel | None,
-) -> tuple[Run, Tensor]:
-    """The arguments in the form the stages take, or a ValueError."""
-    if sp is not None and not isinstance(sp, SequenceParallel):
-        raise ValueError(f"sp must be a SequenceParallel or None, got {type(sp).__name__}")
-    check_inputs(q, k, v)
-    dtype = state_dtype(q.dtype)
-    if g is not None:
-        if not causal:
-            raise ValueError("causal=False has no order in which to decay: g must be None")
-        check_gate(g, q, v)
-        g = g.to(dtype)
-    if sp is not None and sp.lengths is not None and q.shape[1] != sp.lengths[sp.rank]:
-        raise ValueError(
-            f"rank {sp.rank} must hold lengths[{sp.rank}] = {sp.lengths[sp.rank]} tokens, got {q.shape[1]}"
-        )
-    x = Run(q, k, v, g, q.shape[3] ** -0.5 if scale is None else float(scale))
-    shape = state_shape(x)
-    if initial_state is None:
-        return x, q.new_zeros(shape, dtype=dtype)
-    check_state(initial_state, shape, q)
-    return x, initial_state

@@ -12,9 +12,9 @@ class DeltaRun(NamedTuple):
 
     Attributes:
         q, k: [B, T, H, K].
-        v: [B, T, H, V].
-        beta: [B, T, H], in [0, 2].
-        g: log-decay <= 0: None (DeltaNet), [B, T, H] (Gated DeltaNet) or [B, T, H, K] (KDA).
+        v: [B, T, H_v, V], H_v a multiple of H.
+        beta: [B, T, H_v], in [0, 2], in the state's dtype.
+        g: log-decay <= 0 in the state's dtype: None (DeltaNet), [B, T, H_v] (Gated DeltaNet) or [B, T, H_v, K] (KDA).
         scale: factor of the outputs.
     """
 

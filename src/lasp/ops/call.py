@@ -1,0 +1,98 @@
+"""What every operator does around its scan: refuse, agree with the other ranks, spread grouped heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lasp.distributed import SequenceParallel
+from lasp.ops.checks import check_state
+from lasp.recurrence.contract import Stages
+from lasp.recurrence.decay import state_dtype, state_shape
+
+_Inputs = TypeVar("_Inputs", bound=Any)
+
+
+@contextmanager
+def refusing(sp: SequenceParallel | None) -> Iterator[None]:
+    """Tell the other ranks of a ValueError raised inside, so that they do not wait for this one."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(sp, SequenceParallel):
+            sp.report_error(error)
+        raise
+
+
+def check_shard(sp: SequenceParallel | None, tokens: int) -> None:
+    """This rank holds as many tokens as `sp` says.
+
+    Raises:
+        ValueError: it does not, or `sp` is something else.
+    """
+    if sp is None:
+        return
+    if not isinstance(sp, SequenceParallel):
+        raise ValueError(f"sp must be a SequenceParallel or None, got {type(sp).__name__}")
+    if sp.lengths is not None and tokens != sp.lengths[sp.rank]:
+        raise ValueError(f"rank {sp.rank} must hold lengths[{sp.rank}] = {sp.lengths[sp.rank]} tokens, got {tokens}")
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor of the outputs: K ** -0.5 where none is given."""
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def initial_of(x: Any, initial_state: Tensor | None) -> Tensor:
+    """The state before the first token: the one given, checked, or zero."""
+    shape = state_shape(x)
+    if initial_state is None:
+        return x.q.new_zeros(shape, dtype=state_dtype(x.q.dtype))
+    check_state(initial_state, shape, x.q)
+    return initial_state
+
+
+def agree(
+    sp: SequenceParallel | None, operator: str, x: Any, initial_state: Tensor | None, want_final: bool, **options: Any
+) -> None:
+    """Compare with the other ranks what is about to be computed.
+
+    Raises:
+        ExchangeError: the ranks differ.
+    """
+    if sp is None:
+        return
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*x[:-1], initial_state)
+    )
+    sp.agree(
+        {
+            "operator": operator,
+            "batch": x.q.shape[0],
+            "tokens (pass lengths= to SequenceParallel for unequal shards)": (
+                x.q.shape[1] if sp.lengths is None else "by lengths"
+            ),
+            "heads of q and v": (x.q.shape[2], x.v.shape[2]),
+            "K and V": (x.q.shape[3], x.v.shape[3]),
+            "dtype": str(x.q.dtype),
+            "gate dims": None if x.g is None else x.g.dim(),
+            "scale": x.scale,
+            "initial_state": initial_state is not None,
+            "output_final_state": want_final,
+            "gradients": differentiable,
+            **options,
+        }
+    )
+
+
+def ungrouped(stages: Stages, x: _Inputs) -> _Inputs:
+    """x with a query head for every value head, where the stages cannot share them."""
+    groups = x.v.shape[2] // x.q.shape[2]
+    if stages.GROUPED_HEADS or groups == 1:
+        return x
+    inputs: _Inputs = x._replace(q=x.q.repeat_interleave(groups, 2), k=x.k.repeat_interleave(groups, 2))
+    return inputs
