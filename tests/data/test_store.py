@@ -1,5 +1,6 @@
 """The token file: deterministic, rebuilt when the text changes, never trusted when it is damaged."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,11 @@ def test_bytes_decode_across_tokens() -> None:
     decode = tokenizer.decode_stream()
     text = "naïve — 漢字\n"
     assert "".join(decode(int(token)) for token in tokenizer.encode(text.encode())) == text
+
+
+def test_a_missing_tokenizers_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match=r"pip install 'lasp-torch\[hf\]'"):
+        load_tokenizer(str(file))

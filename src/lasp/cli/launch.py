@@ -36,7 +36,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     read_end, write_end = os.pipe()
     workers: list[subprocess.Popen[bytes]] = []
     try:
-        with _passing_on_signals(workers):
+        with _passing_on_signals(workers) as signals:
             for rank in range(num_processes):
                 with open(folder / f"rank{rank}.err", "wb") as errors:
                     workers.append(
@@ -49,7 +49,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
                             start_new_session=True,  # the terminal's Ctrl-C reaches only this process
                         )
                     )
-            failed = _wait(workers)
+            failed = _wait(workers, signals)
         first = _cause(failed, workers)
         _show_errors(folder, first, [worker.returncode for worker in workers])
         return 0 if first is None else _exit_code(workers[first].returncode)
@@ -63,15 +63,18 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait until all have ended; return the ranks that failed by themselves, in the order it was seen."""
+def _wait(workers: list[subprocess.Popen[bytes]], signals: list[int]) -> list[int]:
+    """Wait until all have ended; return the ranks that failed by themselves, in the order it was seen.
+
+    A failure, or a second signal from the user, gives the others a last while.
+    """
     failed: list[int] = []
     deadline = float("inf")
     running = True
     while running:
         running = any(worker.poll() is None for worker in workers)
         failed += [rank for rank, worker in enumerate(workers) if worker.poll() and rank not in failed]
-        if failed and deadline == float("inf"):
+        if (failed or len(signals) > 1) and deadline == float("inf"):
             deadline = time.monotonic() + _GRACE_S
         if time.monotonic() > deadline:
             for worker in workers:
@@ -92,18 +95,22 @@ def _cause(failed: list[int], workers: list[subprocess.Popen[bytes]]) -> int | N
 
 
 @contextlib.contextmanager
-def _passing_on_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _passing_on_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Hand SIGINT and SIGTERM to the workers; the list yielded grows by each."""
+    signals: list[int] = []
+
     def pass_on(number: int, _frame: object) -> None:
+        signals.append(number)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -58,7 +58,7 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
             raise PeerLostError(f"rank {world.rank} lost another process: {error}") from error
         raise
     finally:
-        leave()
+        leave(world)
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
@@ -124,17 +124,13 @@ class _Run:
             finally:
                 self.output.stop()
         trained_s = self.watch.seconds()
-        score = baseline = None
-        if not stopped:
-            score = self._evaluate(metrics, config.eval_sequences)
+        score = None if stopped else self._evaluate(metrics, config.eval_sequences)
         if metrics is not None:
             metrics.close()
-            if score is not None and self.store.tokenizer == "bytes":
-                baseline = trigram.bits_per_byte(self.store.train, self.store.validation, score.num_tokens)
-            self._conclude(score, baseline, trained_s)
-        self.world.gather([0.0])  # no process leaves before the first has written everything
+        # The others wait, so that no launcher takes the run for finished before everything is written.
+        end = self.world.first_does(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
-        return TrainResult(self.run_dir, self.finished, stopped, bits, baseline)
+        return TrainResult(self.run_dir, self.finished, stopped, bits, end["trigram"])
 
     def _step(self, metrics: MetricsFile | None, stop_requested: Callable[[], bool]) -> bool:
         began = time.monotonic()
@@ -297,9 +293,12 @@ class _Run:
         )
         self.output.line("")
 
-    def _conclude(self, score: Score | None, baseline: float | None, seconds: float) -> None:
-        """On the first process: the sample, the curve, and where everything is."""
+    def _conclude(self, score: Score | None, seconds: float) -> dict[str, Any]:
+        """On the first process: the score to beat, the sample, the curve, and where everything is."""
         config, run_dir = self.config, self.run_dir
+        baseline = None
+        if score is not None and self.store.tokenizer == "bytes":
+            baseline = trigram.bits_per_byte(self.store.train, self.store.validation, score.num_tokens)
         rows = {}
         if score is not None:
             self._write_sample()
@@ -321,6 +320,7 @@ class _Run:
         if self.finished < config.steps:
             rows["continue"] = f"lasp train --resume {run_dir}"
         self.output.table("Finished" if score is not None else "Stopped; saved", rows)
+        return {"trigram": baseline}
 
     def _write_sample(self) -> None:
         options = self.config.sample

@@ -1,6 +1,6 @@
 """Text from a trained model, piece by piece."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,16 @@ class Loaded(NamedTuple):
     folder: Path
 
 
-def load(path: Path, *, report: object = print) -> Loaded:
-    """The newest good checkpoint of a run folder, or the checkpoint at `path`. Raises CheckpointError."""
-    found = checkpoint.find(path, report=report)  # type: ignore[arg-type]
+def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
+    """The model of a run folder's newest good checkpoint, or of the checkpoint at `path`; on a GPU if there is one.
+
+    report: told of damaged checkpoints. Raises CheckpointError if there is no good one.
+    """
+    found = checkpoint.find(path, report=report)
     config = ModelConfig(**found.state["model_config"])
     model = CausalLM(config)
     checkpoint.load_model(found, model, found.state["model_config"])
-    model.eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Loaded(model, load_tokenizer(found.state["tokenizer"]), int(found.state["step"]), found.folder)
 
 

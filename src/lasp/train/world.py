@@ -33,6 +33,8 @@ class World:
     mesh: DeviceMesh | None = None
     control: Comm | None = None
     """Small messages between all processes, on the host, apart from everything else."""
+    owns_group: bool = False
+    """The process group was made by `join`, and `leave` ends it."""
 
     @property
     def is_first(self) -> bool:
@@ -98,7 +100,8 @@ def join(config: TrainConfig) -> World:
 
     An existing process group is used as it is. Raises ConfigError if the layout does not fit the processes.
     """
-    if not dist.is_initialized():
+    owns_group = not dist.is_initialized()
+    if owns_group:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         config.validate(size)  # before anything is connected
         device = _device(config.device)
@@ -127,12 +130,12 @@ def join(config: TrainConfig) -> World:
     if dist.get_world_size() > 1:
         hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
-    return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control)
+    return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, owns_group)
 
 
-def leave() -> None:
+def leave(world: World) -> None:
     """Undo `join`."""
-    if dist.is_available() and dist.is_initialized():
+    if world.owns_group and dist.is_initialized():
         dist.destroy_process_group()
 
 
