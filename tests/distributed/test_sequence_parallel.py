@@ -189,4 +189,4 @@ def test_later_ranks_are_not_seen():
             same.append(torch.equal(clean, poisoned))
         return same
 
-    assert run(3, work) == [[True, True], [True, True], [False, False]]
+    assert run(3, work) == [[True] * len(EXCHANGES), [True] * len(EXCHANGES), [False] * len(EXCHANGES)]

@@ -6,13 +6,18 @@ Ranks here are ranks within the group. Every operation is counted, has a deadlin
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import json
+import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +26,7 @@ from torch import Tensor
 # Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _RECORD_BYTES = 2048
+_Result = TypeVar("_Result")
 
 
 class ExchangeError(RuntimeError):
@@ -44,13 +50,13 @@ class Counters:
         self.sent_bytes = self.received_bytes = self.messages = 0
 
 
-class Pending:
+class Pending(Generic[_Result]):
     """An operation under way; `wait` gives its result."""
 
-    def __init__(self, comm: Comm, work: Any, what: str, result: Callable[[], Tensor]) -> None:
+    def __init__(self, comm: Comm, work: Any, what: str, result: Callable[[], _Result]) -> None:
         self._comm, self._work, self._what, self._result = comm, work, what, result
 
-    def wait(self) -> Tensor:
+    def wait(self) -> _Result:
         with self._comm.explained(self._what):
             self._work.wait()
         return self._result()
@@ -91,7 +97,9 @@ class Comm:
         self.global_ranks = dist.get_process_group_ranks(group)
         self.counters = Counters()
         self.operations = 0
+        self.backend: str = dist.get_backend(group)
         self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._nodes: tuple[int, ...] | None = (1,) if self.size == 1 else None
         if self.size == 1:
             return
         options: dict[str, Any] = {
@@ -100,15 +108,29 @@ class Comm:
             "use_local_synchronization": True,
         }
         self._control = dist.new_group(backend="gloo", **options)
-        uses_gloo = dist.get_backend(group) == "gloo"
+        uses_gloo = self.backend == "gloo"
         self._group = dist.new_group(backend="gloo", **options) if uses_gloo else group
+        # A process that ends takes its unsent messages with it, and a chain's first rank is done long before its last.
+        atexit.register(_let_messages_leave, self._sending)
         # gloo cannot send CUDA tensors from one process to another: they pass through the host.
         self._through_host = uses_gloo
 
     def explained(self, what: str) -> _Explained:
         return _Explained(self, what)
 
-    def all_gather(self, tensor: Tensor) -> Pending:
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """How many consecutive ranks share a host, host after host. Collective when first asked for."""
+        if self._nodes is None:
+            own = torch.frombuffer(bytearray(hashlib.sha256(_host().encode()).digest()), dtype=torch.uint8)
+            hosts = [torch.empty_like(own) for _ in range(self.size)]
+            self.operations += 1
+            with self.explained("learn which ranks share a host"):
+                dist.all_gather(hosts, own, group=self._control)
+            self._nodes = tuple(len(list(ranks)) for _, ranks in groupby(bytes(host.tolist()) for host in hosts))
+        return self._nodes
+
+    def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
         """Start gathering every rank's `tensor` [n]; the result is [size, n]."""
         gathered = tensor.new_empty(self.size, tensor.numel())
         self._count(sent=tensor.nbytes * (self.size - 1), received=tensor.nbytes * (self.size - 1))
@@ -125,15 +147,75 @@ class Comm:
         with self.explained(f"send a state to rank {to}"):
             self._sending.append((dist.isend(payload, group=self._group, group_dst=to), payload))
 
-    def receive(self, like: Tensor, source: int) -> Pending:
+    def receive(self, like: Tensor, source: int) -> Pending[Tensor]:
         """Start receiving a tensor shaped as `like` from rank `source`."""
         self._count(received=like.nbytes)
-        buffer = torch.empty_like(
-            like, device="cpu" if self._through_host else like.device, memory_format=torch.contiguous_format
-        )
+        buffer = self._buffer(like)
         with self.explained(f"receive a state from rank {source}"):
             work = dist.irecv(buffer, group=self._group, group_src=source)
         return Pending(self, work, f"receive a state from rank {source}", lambda: buffer.to(like.device))
+
+    def trade(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
+    ) -> list[Pending[Tensor]]:
+        """Start several messages at once, as `send` and `receive` do one: no order among them can block.
+
+        Args:
+            sends: tensors and the ranks they go to.
+            receives: tensors of the shapes that come, and the ranks they come from.
+
+        Returns:
+            what comes, in the order of `receives`.
+        """
+        if self._through_host:  # gloo: messages are independent of each other as it is
+            pending = [self.receive(like, source) for like, source in receives]
+            for tensor, to in sends:
+                self.send(tensor, to)
+            return pending
+        if not sends and not receives:
+            return []
+        self._reap()
+        outgoing = [tensor.detach().contiguous() for tensor, _ in sends]
+        buffers = [self._buffer(like) for like, _ in receives]
+        operations = [
+            dist.P2POp(dist.isend, tensor, group=self._group, group_peer=to)
+            for tensor, (_, to) in zip(outgoing, sends, strict=True)
+        ]
+        operations += [
+            dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=source)
+            for buffer, (_, source) in zip(buffers, receives, strict=True)
+        ]
+        for tensor in outgoing:
+            self._count(sent=tensor.nbytes)
+        for buffer in buffers:
+            self._count(received=buffer.nbytes)
+        peers = sorted({peer for _, peer in (*sends, *receives)})
+        what = f"exchange states with ranks {peers}"
+        with self.explained(what):
+            works = _Works(dist.batch_isend_irecv(operations))
+        self._sending.extend((works, tensor) for tensor in outgoing)
+        return [Pending(self, works, what, lambda buffer=buffer: buffer) for buffer in buffers]  # type: ignore[misc]
+
+    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Pending[list[Tensor]]:
+        """Start sending `parts[r]` to rank r, for all r; the results are flat, `sizes[r]` numbers from rank r.
+
+        What a rank sends to itself comes back as it is.
+        """
+        rank = self.rank
+        outgoing = torch.cat([part.detach().reshape(-1) for r, part in enumerate(parts) if r != rank])
+        counts = [0 if r == rank else part.numel() for r, part in enumerate(parts)]
+        expected = [0 if r == rank else n for r, n in enumerate(sizes)]
+        incoming = outgoing.new_empty(sum(expected))
+        self._count(sent=outgoing.nbytes, received=incoming.nbytes)
+        with self.explained("start an all-to-all"):
+            work = dist.all_to_all_single(incoming, outgoing, expected, counts, group=self._group, async_op=True)
+
+        def split() -> list[Tensor]:
+            received = list(incoming.split(expected))
+            received[rank] = parts[rank].detach().reshape(-1)
+            return received
+
+        return Pending(self, work, "finish an all-to-all", split)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """`tensor` of rank `source`, on every rank; elsewhere it gives only the shape."""
@@ -176,6 +258,10 @@ class Comm:
         if len(set(records)) > 1 or "error" in description:
             raise ExchangeError(_disagreement(records))
 
+    def _buffer(self, like: Tensor) -> Tensor:
+        device = "cpu" if self._through_host else like.device
+        return torch.empty_like(like, device=device, memory_format=torch.contiguous_format)
+
     def _count(self, **share: int) -> None:
         self.operations += 1
         self.counters.add(**share)
@@ -186,6 +272,32 @@ class Comm:
             work, _ = self._sending.popleft()
             with self.explained("finish sending a state"):
                 work.wait()
+
+
+class _Works:
+    """Several handles as one."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
+def _let_messages_leave(sending: deque[tuple[Any, Tensor]]) -> None:
+    while sending:
+        with contextlib.suppress(RuntimeError):  # the receiver is gone, or the group is
+            sending.popleft()[0].wait()
+
+
+def _host() -> str:
+    """A name of this host that no other host has, the same in all its containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text() if boot.exists() else socket.gethostname()
 
 
 def _disagreement(records: list[str]) -> str:

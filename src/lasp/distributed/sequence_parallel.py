@@ -48,7 +48,7 @@ class SequenceParallel:
 
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
-        self.exchange = resolve(exchange, comm.size)
+        self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
         self._agreed: set[str] = set()
 

@@ -12,32 +12,28 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Comm
 from lasp.distributed.comm import Pending as Gathering
-from lasp.exchange.base import Carried, Traffic
+from lasp.exchange.base import Carried, Line, Traffic
+from lasp.exchange.cost import Model
+from lasp.exchange.load import Load
 
 
 class _Pending:
     def __init__(
-        self,
-        comm: Comm,
-        summary: Summary,
-        initial: Tensor,
-        gathering: Gathering,
-        reverse: bool,
-        want_total: bool,
+        self, line: Line, summary: Summary, initial: Tensor, gathering: Gathering[Tensor], want_total: bool
     ) -> None:
-        self._comm, self._summary, self._initial = comm, summary, initial
-        self._gathering, self._reverse, self._want_total = gathering, reverse, want_total
+        self._line, self._summary, self._initial = line, summary, initial
+        self._gathering, self._want_total = gathering, want_total
 
     def wait(self) -> Carried:
         gathered = self._gathering.wait()
-        size, rank = self._comm.size, self._comm.rank
+        line = self._line
         state, entering = self._initial, self._initial
-        for index in reversed(range(size)) if self._reverse else range(size):
-            if index == rank:
+        for position in range(line.size):
+            if position == line.position:
                 entering = state
                 if not self._want_total:
                     break
-            state = self._summary.unpack_like(gathered[index]).apply(state)
+            state = self._summary.unpack_like(gathered[line.rank(position)]).apply(state)
         return Carried(entering, state if self._want_total else None)
 
 
@@ -47,7 +43,12 @@ class AllGather:
     name = "all_gather"
 
     def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
-        return _Pending(comm, summary, initial, comm.all_gather(summary.pack()), reverse, want_total)
+        return _Pending(Line(comm, reverse), summary, initial, comm.all_gather(summary.pack()), want_total)
 
-    def traffic(self, state_bytes: int, summary_bytes: int, rank: int, size: int, *, want_total: bool) -> Traffic:
-        return Traffic(summary_bytes * (size - 1), summary_bytes * (size - 1))
+    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+        others = sum(nodes) - 1
+        return Traffic(load.summary_bytes * others, load.summary_bytes * others)
+
+    def seconds(self, model: Model, *, want_total: bool) -> float:
+        others = model.size - 1
+        return model.gather(model.load.summary_bytes * others) + (others + want_total) * model.fold()

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lasp.algebra import Summary
 from lasp.distributed.comm import Comm
+from lasp.exchange.cost import Model
+from lasp.exchange.load import Load
 
 
 class Carried(NamedTuple):
@@ -28,6 +30,30 @@ class Traffic(NamedTuple):
     sent_bytes: int
     received_bytes: int
 
+    def __add__(self, other: object) -> Traffic:
+        assert isinstance(other, Traffic)
+        return Traffic(self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes)
+
+
+class Line(NamedTuple):
+    """The ranks in the order in which the state passes them. A position is a place in that order."""
+
+    comm: Comm
+    reverse: bool
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    @property
+    def position(self) -> int:
+        """This rank's."""
+        return self.rank(self.comm.rank)
+
+    def rank(self, position: int) -> int:
+        """The rank at a position, and the position of a rank."""
+        return self.comm.size - 1 - position if self.reverse else position
+
 
 class PendingExchange(Protocol):
     """An exchange under way. Local work belongs between `begin` and `wait`."""
@@ -43,12 +69,30 @@ class Exchange(Protocol):
     locally, in rank order: results never depend on the network.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the ranks must agree on: the schedule and all its parameters."""
+        ...
 
     def begin(
         self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange: ...
 
-    def traffic(self, state_bytes: int, summary_bytes: int, rank: int, size: int, *, want_total: bool) -> Traffic:
-        """The exact payload of one exchange; `rank` counts from the first in the exchange's direction."""
+    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+        """The exact payload of one exchange on the rank at `position`.
+
+        Both `position` and `nodes` (how many consecutive ranks share a host, host after host) are in the direction
+        of the exchange.
+        """
         ...
+
+    def seconds(self, model: Model, *, want_total: bool) -> float:
+        """The predicted time of one exchange, until the last rank has what it waits for."""
+        ...
+
+
+def broadcast_traffic(load: Load, position: int, size: int) -> Traffic:
+    """The payload of the total, sent by the last rank to all."""
+    if position == size - 1:
+        return Traffic(load.state_bytes * (size - 1), 0)
+    return Traffic(0, load.state_bytes)

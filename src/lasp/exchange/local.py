@@ -7,9 +7,13 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Comm
 from lasp.exchange.base import Carried, Traffic
+from lasp.exchange.cost import Model
+from lasp.exchange.load import Load
 
 
-class _Pending:
+class Ready:
+    """An exchange that has ended."""
+
     def __init__(self, carried: Carried) -> None:
         self._carried = carried
 
@@ -22,10 +26,11 @@ class Local:
 
     name = "local"
 
-    def begin(
-        self, comm: Comm | None, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
-    ) -> _Pending:
-        return _Pending(Carried(initial, summary.apply(initial) if want_total else None))
+    def begin(self, comm: Comm | None, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> Ready:
+        return Ready(Carried(initial, summary.apply(initial) if want_total else None))
 
-    def traffic(self, state_bytes: int, summary_bytes: int, rank: int, size: int, *, want_total: bool) -> Traffic:
+    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         return Traffic(0, 0)
+
+    def seconds(self, model: Model, *, want_total: bool) -> float:
+        return model.fold() if want_total else 0.0

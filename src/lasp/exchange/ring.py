@@ -11,31 +11,27 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Comm
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Carried, Traffic
+from lasp.exchange.base import Carried, Line, Traffic, broadcast_traffic
+from lasp.exchange.cost import Model
+from lasp.exchange.load import Load
 
 
 class _Pending:
     def __init__(
-        self,
-        comm: Comm,
-        summary: Summary,
-        initial: Tensor,
-        message: Message | None,
-        step: int,
-        want_total: bool,
+        self, line: Line, summary: Summary, initial: Tensor, message: Message[Tensor] | None, want_total: bool
     ) -> None:
-        self._comm, self._summary, self._initial = comm, summary, initial
-        self._message, self._step, self._want_total = message, step, want_total
+        self._line, self._summary, self._initial = line, summary, initial
+        self._message, self._want_total = message, want_total
 
     def wait(self) -> Carried:
-        comm, last = self._comm, self._comm.size - 1 if self._step > 0 else 0
+        line, last = self._line, self._line.size - 1
         entering = self._initial if self._message is None else self._message.wait()
-        if comm.rank == last:
-            leaving = self._summary.apply(entering) if self._want_total else entering
-        else:
+        leaving = entering
+        if line.position < last or self._want_total:
             leaving = self._summary.apply(entering)
-            comm.send(leaving, comm.rank + self._step)
-        return Carried(entering, comm.broadcast(leaving, last) if self._want_total else None)
+        if line.position < last:
+            line.comm.send(leaving, line.rank(line.position + 1))
+        return Carried(entering, line.comm.broadcast(leaving, line.rank(last)) if self._want_total else None)
 
 
 class Ring:
@@ -44,14 +40,18 @@ class Ring:
     name = "ring"
 
     def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
-        step, first = (-1, comm.size - 1) if reverse else (1, 0)
-        message = None if comm.rank == first else comm.receive(summary.state, comm.rank - step)
-        return _Pending(comm, summary, initial, message, step, want_total)
+        line = Line(comm, reverse)
+        message = None
+        if line.position > 0:
+            message = comm.receive(summary.state, line.rank(line.position - 1))
+        return _Pending(line, summary, initial, message, want_total)
 
-    def traffic(self, state_bytes: int, summary_bytes: int, rank: int, size: int, *, want_total: bool) -> Traffic:
-        last = rank == size - 1
-        sent = 0 if last else state_bytes
-        received = 0 if rank == 0 else state_bytes
-        if want_total:
-            sent, received = sent + last * state_bytes * (size - 1), received + (not last) * state_bytes
-        return Traffic(sent, received)
+    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+        size, state = sum(nodes), load.state_bytes
+        chain = Traffic(state * (position < size - 1), state * (position > 0))
+        return chain + broadcast_traffic(load, position, size) if want_total else chain
+
+    def seconds(self, model: Model, *, want_total: bool) -> float:
+        state = model.load.state_bytes
+        seconds = model.chain(state) + (model.size - 1) * model.fold()
+        return seconds + model.fold() + model.broadcast(state) if want_total else seconds

@@ -1,0 +1,50 @@
+"""Who holds which tokens of a sequence, and where its documents start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from torch import Tensor
+
+from lasp.distributed.sequence_parallel import SequenceParallel
+
+
+def shard_starts(sp: SequenceParallel | None, tokens: int) -> tuple[int, ...]:
+    """Global index of every rank's first token, and the length of the whole sequence: size + 1 numbers.
+
+    tokens: how many this rank holds.
+    """
+    if sp is None:
+        return (0, tokens)
+    lengths = [tokens] * sp.size if sp.lengths is None else sp.lengths
+    return (0, *accumulate(lengths))
+
+
+def document_bounds(cu_seqlens: Tensor | Sequence[int] | None, total: int, batch: int) -> tuple[int, ...]:
+    """Where each document starts in the whole sequence, and its end: N + 1 numbers. Without packing, (0, total).
+
+    Args:
+        cu_seqlens: integers [N + 1], the same on every rank. On a GPU, reading them waits for it: keep them on the host.
+        total: tokens of the whole sequence.
+        batch: sequences of the batch.
+
+    Raises:
+        ValueError: they do not rise from 0 to `total`, or the batch is not 1.
+    """
+    if cu_seqlens is None:
+        return (0, total)
+    if isinstance(cu_seqlens, Tensor) and (cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
+        raise ValueError(
+            f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    bounds = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, Tensor) else tuple(int(n) for n in cu_seqlens)
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds, bounds[1:])):
+        shown = bounds if len(bounds) <= 8 else (*bounds[:4], "..", *bounds[-3:])
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {total} tokens of the whole sequence (of all ranks together); got "
+            f"{shown}"
+        )
+    if batch != 1:
+        raise ValueError(f"packed documents lie in one sequence: with cu_seqlens the batch must be 1, got {batch}")
+    return bounds

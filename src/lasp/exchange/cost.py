@@ -1,0 +1,191 @@
+"""The time of an exchange as a sum of elementary operations, and the constants of those.
+
+Every schedule states its time with the methods of `Model`; see its `seconds`. All times are those of the rank that
+finishes last, with nothing to hide behind: what a schedule costs when local work hides none of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lasp.exchange.load import Load
+
+
+class Link(NamedTuple):
+    """An operation takes latency_s + bytes / bytes_per_s, and step_s for every other rank that takes part."""
+
+    latency_s: float
+    bytes_per_s: float
+    step_s: float = 0.0
+
+    def seconds(self, nbytes: float, others: int = 0) -> float:
+        return self.latency_s + self.step_s * others + nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What the model knows of a group of ranks. Bytes are those that one rank receives.
+
+    Attributes:
+        message: one message to the next rank while the others wait, as in a chain.
+        shift: every rank sends one message and receives one, at the same time.
+        gather, swap, broadcast: the collectives; an all-to-all is a swap.
+        across: one message to a rank on another host.
+        fold: apply a summary to a state of so many bytes, without matrix products.
+        flops_per_s: of matrix products in the state's dtype, for dense transitions.
+        source: where the numbers come from, for the reader.
+    """
+
+    message: Link
+    shift: Link
+    gather: Link
+    swap: Link
+    broadcast: Link
+    across: Link
+    fold: Link
+    flops_per_s: float
+    source: str
+
+    def save(self, path: Path | str) -> None:
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Constants:
+        """The constants that `save` wrote.
+
+        Raises:
+            ValueError: the file does not hold them.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            links: dict[str, Any] = {name: _link(values.pop(name)) for name in LINKS}
+            return cls(**links, flops_per_s=_positive(values.pop("flops_per_s")), **values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not hold constants of an exchange ({error}); write it with `lasp bench exchange --save`"
+            ) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight characters that differ where the numbers do: ranks must choose by the same constants."""
+        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:8]
+
+
+LINKS = tuple(field.name for field in dataclasses.fields(Constants) if field.type == "Link")
+
+# Starting points, for groups that were not measured. gloo's were measured between processes on a two-core machine;
+# those of NCCL assume NVLink inside a host and one 400 Gbit/s adapter a rank between hosts.
+GLOO = Constants(
+    message=Link(90e-6, 1.0e9),
+    shift=Link(150e-6, 0.6e9),
+    gather=Link(100e-6, 0.8e9, 60e-6),
+    swap=Link(100e-6, 0.8e9, 60e-6),
+    broadcast=Link(100e-6, 0.8e9, 30e-6),
+    across=Link(150e-6, 1.0e9),
+    fold=Link(15e-6, 4e9),
+    flops_per_s=20e9,
+    source="defaults for gloo",
+)
+NCCL = Constants(
+    message=Link(10e-6, 200e9),
+    shift=Link(12e-6, 200e9),
+    gather=Link(12e-6, 250e9, 1e-6),
+    swap=Link(14e-6, 250e9, 1e-6),
+    broadcast=Link(12e-6, 200e9, 0.5e-6),
+    across=Link(20e-6, 40e9),
+    fold=Link(12e-6, 1e12),
+    flops_per_s=30e12,
+    source="defaults for NCCL",
+)
+
+
+def defaults(backend: str) -> Constants:
+    """The starting point for a backend of torch.distributed."""
+    return NCCL if backend == "nccl" else GLOO
+
+
+class Model:
+    """Times of the elementary operations for one load in one group.
+
+    Args:
+        load: what is exchanged.
+        nodes: how many consecutive ranks share a host, host after host.
+        constants: of the group.
+    """
+
+    def __init__(self, load: Load, nodes: tuple[int, ...], constants: Constants) -> None:
+        self.load, self.nodes, self.constants = load, nodes, constants
+        self.size = sum(nodes)
+
+    def chain(self, nbytes: float) -> float:
+        """A message from the first rank to the last, one neighbour after the other."""
+        between = len(self.nodes) - 1
+        c = self.constants
+        return (self.size - 1 - between) * c.message.seconds(nbytes) + between * c.across.seconds(nbytes)
+
+    def hop(self, nbytes: float, distance: int = 1) -> float:
+        """Every rank sends to the one `distance` further."""
+        c = self.constants
+        one_host = len(self.nodes) == 1
+        return c.shift.seconds(nbytes) if one_host else max(c.shift.seconds(nbytes), c.across.seconds(nbytes))
+
+    def gather(self, nbytes: float) -> float:
+        return self._collective(self.constants.gather, nbytes)
+
+    def swap(self, nbytes: float) -> float:
+        return self._collective(self.constants.swap, nbytes)
+
+    def broadcast(self, nbytes: float) -> float:
+        return self._collective(self.constants.broadcast, nbytes)
+
+    def fold(self, load: Load | None = None) -> float:
+        """Apply a summary."""
+        load = self.load if load is None else load
+        seconds = self.constants.fold.seconds(load.state_bytes)
+        if load.is_dense:
+            seconds += 2 * load.heads * load.keys**2 * load.values / self.constants.flops_per_s
+        return seconds
+
+    def compose(self) -> float:
+        """Compose two summaries."""
+        load = self.load
+        seconds = self.fold()
+        if load.is_dense:
+            seconds += 2 * load.heads * load.keys**3 / self.constants.flops_per_s
+        return seconds
+
+    def best_blocks(self) -> int:
+        """How many blocks a state is cut into to stream down the chain in the least time (size - 2 + P)(a + b / P)."""
+        stage = self.hop(0) + self.constants.fold.latency_s
+        streaming = self.hop(self.load.state_bytes) - self.hop(0) + self.fold() - self.constants.fold.latency_s
+        best = round(math.sqrt(max(self.size - 2, 0) * streaming / stage))
+        return max(1, min(best, max(self.load.heads, self.load.values)))
+
+    def _collective(self, link: Link, nbytes: float) -> float:
+        if len(self.nodes) > 1:
+            across = self.constants.across
+            link = Link(
+                max(link.latency_s, across.latency_s),
+                min(link.bytes_per_s, across.bytes_per_s),
+                max(link.step_s, across.latency_s / 4),
+            )
+        return link.seconds(nbytes, self.size - 1)
+
+
+def _link(values: Any) -> Link:
+    link = Link(**values) if isinstance(values, dict) else Link(*values)
+    if not (link.latency_s >= 0 and link.step_s >= 0 and link.bytes_per_s > 0):
+        raise ValueError(f"a link needs times >= 0 and bytes_per_s > 0, got {link}")
+    return link
+
+
+def _positive(value: Any) -> float:
+    if not float(value) > 0:
+        raise ValueError(f"flops_per_s must be > 0, got {value}")
+    return float(value)

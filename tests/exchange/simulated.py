@@ -1,0 +1,188 @@
+"""Ranks in one process, for the combinatorial tests: `run(size, function)` calls `function(comm)` once a rank.
+
+Each rank is a thread, but only one runs at a time; it runs until it has to wait for a message that is not there.
+Which rank runs next is drawn from a seed, so every order of events can be tried and every failure repeats. When no
+rank can run, that is a deadlock and fails at once. Messages between two ranks keep their order, as in gloo and NCCL;
+a message taken for one of another size is an error, which gloo would not notice.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import lasp
+from lasp.distributed.comm import Counters
+from lasp.exchange import resolve
+
+
+class DeadlockError(AssertionError):
+    """Every rank waits."""
+
+
+class World:
+    """The messages under way and whose turn it is."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.random = size, random.Random(seed)
+        self.turn = [threading.Semaphore(0) for _ in range(size)]
+        self.waiting: list[Callable[[], bool] | None] = [lambda: True] * size
+        self.alive = set(range(size))
+        self.queues: dict[tuple, deque] = defaultdict(deque)
+        self.failure: BaseException | None = None
+
+    def next(self) -> None:
+        """Let a rank run that can; with a failure all do, to end."""
+        runnable = [rank for rank in sorted(self.alive) if self.failure or self.waiting[rank]()]
+        if runnable:
+            self.turn[self.random.choice(runnable)].release()
+        elif self.alive:
+            self.failure = DeadlockError(f"ranks {sorted(self.alive)} of {self.size} all wait")
+            self.next()
+
+    def wait(self, rank: int, ready: Callable[[], bool]) -> None:
+        self.waiting[rank] = ready
+        self.next()
+        self.turn[rank].acquire()
+        if self.failure is not None:
+            raise self.failure
+
+
+class Pending:
+    def __init__(self, world: World, rank: int, ready: Callable[[], bool], result: Callable[[], Any]) -> None:
+        self._world, self._rank, self._ready, self._result = world, rank, ready, result
+
+    def wait(self) -> Any:
+        self._world.wait(self._rank, self._ready)
+        return self._result()
+
+
+class SimulatedComm:
+    """Looks like `lasp.distributed.Comm`."""
+
+    backend = "gloo"
+
+    def __init__(self, world: World, rank: int, nodes: tuple[int, ...] | None) -> None:
+        self._world, self.rank, self.size = world, rank, world.size
+        self.nodes = nodes or (world.size,)
+        self.counters = Counters()
+        self._posted: dict[int, int] = defaultdict(int)
+        self._collectives = 0
+
+    def send(self, tensor, to):
+        assert to != self.rank and 0 <= to < self.size
+        self.counters.add(sent=tensor.nbytes)
+        self._put(("message", self.rank, to), tensor)
+
+    def receive(self, like, source):
+        """Receives of one source are served in the order in which they were posted."""
+        assert source != self.rank and 0 <= source < self.size
+        self.counters.add(received=like.nbytes)
+        queue = self._world.queues["message", source, self.rank]
+        index = self._posted[source]
+        self._posted[source] += 1
+
+        def result():
+            message = queue[index]
+            assert message.shape == like.shape and message.dtype == like.dtype, (message.shape, like.shape)
+            return message
+
+        return Pending(self._world, self.rank, lambda: len(queue) > index, result)
+
+    def trade(self, sends, receives):
+        for tensor, to in sends:
+            self.send(tensor, to)
+        return [self.receive(like, source) for like, source in receives]
+
+    def all_gather(self, tensor):
+        others = tensor.nbytes * (self.size - 1)
+        self.counters.add(sent=others, received=others)
+        return self._collective(tensor, lambda parts: torch.stack(parts))
+
+    def all_to_all(self, parts, sizes):
+        assert len(parts) == len(sizes) == self.size
+        own = [part.reshape(-1) for part in parts]
+        self.counters.add(
+            sent=sum(part.nbytes for rank, part in enumerate(own) if rank != self.rank),
+            received=sum(n for rank, n in enumerate(sizes) if rank != self.rank) * parts[0].element_size(),
+        )
+
+        def pick(everything):
+            mine = [theirs[self.rank] for theirs in everything]
+            for rank, part in enumerate(mine):
+                assert rank == self.rank or part.numel() == sizes[rank], (rank, part.numel(), sizes)
+            return mine
+
+        return self._collective(own, pick)
+
+    def broadcast(self, tensor, source):
+        if self.rank == source:
+            self.counters.add(sent=tensor.nbytes * (self.size - 1))
+        else:
+            self.counters.add(received=tensor.nbytes)
+        return self._collective(tensor, lambda tensors: tensors[source]).wait()
+
+    def sum(self, tensor):
+        return self._collective(tensor, lambda tensors: sum(tensors[1:], tensors[0])).wait()
+
+    def agree(self, description):
+        pass
+
+    def _put(self, key, tensor):
+        """A copy, as a network makes one: what the sender does to its tensor afterwards is not seen."""
+        copy = [t.detach().clone() for t in tensor] if isinstance(tensor, list) else tensor.detach().clone()
+        self._world.queues[key].append(copy)
+
+    def _collective(self, own, result):
+        key = self._collectives
+        self._collectives += 1
+        self._put((key, self.rank), own)
+        queues = [self._world.queues[key, rank] for rank in range(self.size)]
+        return Pending(self._world, self.rank, lambda: all(queues), lambda: result([queue[0] for queue in queues]))
+
+
+def run(
+    size: int,
+    function: Callable[[SimulatedComm], Any],
+    *,
+    seed: int = 0,
+    nodes: tuple[int, ...] | None = None,
+) -> list[Any]:
+    """`function(comm)` on every rank; the results in rank order. The first error of any rank is raised."""
+    world = World(size, seed)
+    results: list[Any] = [None] * size
+
+    def work(rank: int) -> None:
+        world.turn[rank].acquire()
+        try:
+            if world.failure is None:
+                results[rank] = function(SimulatedComm(world, rank, nodes))
+        except BaseException as error:
+            world.failure = world.failure or error
+        finally:
+            world.alive.discard(rank)
+            world.next()
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    world.next()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a rank does not end"
+    if world.failure is not None:
+        raise world.failure
+    return results
+
+
+def sequence_parallel(comm: SimulatedComm, exchange: Any, lengths: tuple[int, ...]) -> lasp.SequenceParallel:
+    """A SequenceParallel over simulated ranks."""
+    sp = object.__new__(lasp.SequenceParallel)
+    sp.comm, sp.lengths, sp._agreed = comm, lengths, set()
+    sp.exchange = resolve(exchange, comm.size)
+    return sp
