@@ -1,6 +1,9 @@
-"""Loads, stores and matrix products of tiles.
+"""Tiles of rows, and of states.
 
-C: rows of a chunk; N: columns that exist; BN: columns of the tile, a power of two >= 16.
+A *view* of the tokens of one (batch, head), [T, N] with `row` elements from one token to the next, is read and
+written in chunks of C tokens. It is a tensor descriptor where alignment allows (the copy engine then moves a chunk
+without a register or an address computed per thread), else a plain pointer. Both give zeros outside [T, N] and
+write nothing there. BN: columns of a tile, a power of two >= 16.
 """
 
 import triton
@@ -8,48 +11,52 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(ptr, row_stride, length, columns, C: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr):
-    """[C, BN] rows at ptr; zero in rows >= length and, unless WHOLE, in columns >= `columns`."""
-    rows = tl.arange(0, C)
-    cols = tl.arange(0, BN)
-    mask = rows[:, None] < length
-    if not WHOLE:
-        mask = mask & (cols[None, :] < columns)
-    return tl.load(ptr + rows[:, None] * row_stride + cols[None, :], mask=mask, other=0.0)
+def view(ptr, T, row, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(ptr, [T, N], [tl.cast(row, tl.int64), 1], [C, BN])
+    else:
+        return ptr
 
 
 @triton.jit
-def store_rows(
-    ptr, row_stride, tile, length, columns, C: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr
+def _addresses(ptr, first, column, T, row, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr):
+    tokens = first + tl.arange(0, C)[:, None]
+    columns = column + tl.arange(0, BN)[None, :]
+    pointers = ptr + tl.cast(first, tl.int64) * row + tl.arange(0, C)[:, None] * row + columns
+    return pointers, (tokens < T) & (columns < N)
+
+
+@triton.jit
+def load_chunk(
+    source, first, column, T, row, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, DESCRIPTORS: tl.constexpr
 ):
-    """Writes the rows < length and, unless WHOLE, the columns < `columns` of a [C, BN] tile."""
-    rows = tl.arange(0, C)
-    cols = tl.arange(0, BN)
-    mask = rows[:, None] < length
-    if not WHOLE:
-        mask = mask & (cols[None, :] < columns)
-    tl.store(ptr + rows[:, None] * row_stride + cols[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+    """[C, BN]: tokens from `first` on, columns from `column` on."""
+    if DESCRIPTORS:
+        return source.load([first, column])
+    else:
+        pointers, mask = _addresses(source, first, column, T, row, N, C, BN)
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def state_tile(ptr, k_first, v_first, K, V, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Pointers and mask of a tile of a contiguous [K, V] state: [BK, BV], or its transpose [BV, BK].
+def store_chunk(
+    target, tile, first, column, T, row, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """The inverse of `load_chunk`; tile has the view's dtype."""
+    if DESCRIPTORS:
+        target.store([first, column], tile)
+    else:
+        pointers, mask = _addresses(target, first, column, T, row, N, C, BN)
+        tl.store(pointers, tile, mask=mask)
 
-    The transpose is formed by addressing, never from an accumulator (a compiler trap, see docs/kernels.md).
+
+@triton.jit
+def state_tile(ptr, row_first, column_first, R, S, row, column, BR: tl.constexpr, BS: tl.constexpr):
+    """Pointers and mask of a [BR, BS] tile of a state [R, S] with the given strides.
+
+    Swapped strides read the transpose: it is never formed from an accumulator (a compiler trap, see
+    docs/kernels.md).
     """
-    if TRANSPOSED:
-        k = k_first + tl.arange(0, BK)[None, :]
-        v = v_first + tl.arange(0, BV)[:, None]
-    else:
-        k = k_first + tl.arange(0, BK)[:, None]
-        v = v_first + tl.arange(0, BV)[None, :]
-    return ptr + k * V + v, (k < K) & (v < V)
-
-
-@triton.jit
-def state_product(rows, state, PRECISION: tl.constexpr):
-    """rows @ state for an fp32 state: bf16 rows in bf16; others as fp32, since a state may exceed fp16's range."""
-    if rows.dtype == tl.bfloat16:
-        return tl.dot(rows, state.to(tl.bfloat16))
-    else:
-        return tl.dot(rows.to(tl.float32), state, input_precision=PRECISION)
+    r = row_first + tl.arange(0, BR)[:, None]
+    s = column_first + tl.arange(0, BS)[None, :]
+    return ptr + r * row + s * column, (r < R) & (s < S)

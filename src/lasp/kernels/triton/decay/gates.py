@@ -37,36 +37,46 @@ def head_rate(g_ptr, head, KIND: tl.constexpr):
 
 
 @triton.jit
-def chunk_decay(g_ptr, g_row, rate, length, KIND: tl.constexpr, C: tl.constexpr):
-    """prefix [C], suffix [C] and total of the chunk whose gates start at g_ptr (TOKEN) or are `rate` (HEAD)."""
+def sum_gates(g_ptr, g_row, length, C: tl.constexpr):
+    """prefix [C], suffix [C] and total of the chunk whose gates start at g_ptr, g_row elements apart."""
     i = tl.arange(0, C)
-    if KIND == TOKEN:
-        gates = log2_gate(g_ptr + i * g_row, i < length)
-        prefix = tl.cumsum(gates, 0)
-        suffix = tl.cumsum(log2_gate(g_ptr + (i + 1) * g_row, i + 1 < length), 0, reverse=True)
-        total = tl.sum(gates, 0)
-    else:
-        prefix = (i + 1) * rate
-        suffix = tl.maximum(length - 1 - i, 0) * rate
-        total = length * rate
-    return prefix, suffix, total
+    gates = log2_gate(g_ptr + i * g_row, i < length)
+    later = log2_gate(g_ptr + (i + 1) * g_row, i + 1 < length)
+    return tl.cumsum(gates, 0), tl.cumsum(later, 0, reverse=True), tl.sum(gates, 0)
+
+
+@triton.jit
+def constant_gates(rate, length, C: tl.constexpr):
+    """prefix [C], suffix [C] and total of a chunk whose tokens all decay by `rate`."""
+    i = tl.arange(0, C)
+    return (i + 1) * rate, tl.maximum(length - 1 - i, 0) * rate, length * rate
+
+
+@triton.jit
+def load_gates(prefix_ptr, suffix_ptr, length, C: tl.constexpr):
+    """prefix [C], suffix [C] and total as `sum_gates` gave them when the run was summarized."""
+    i = tl.arange(0, C)
+    inside = i < length
+    prefix = tl.load(prefix_ptr + i, mask=inside, other=0.0)
+    return prefix, tl.load(suffix_ptr + i, mask=inside, other=0.0), tl.load(prefix_ptr + length - 1)
 
 
 @triton.jit
 def pair_decay(
     g_ptr, g_row, rate, prefix, length, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
 ):
-    """[C, C] factors 2^between(i, j): row i, column j <= i; with REVERSE row j, column i >= j. Zero elsewhere.
+    """[C, C] factors from source (row) to target (column) tokens; zero where the one does not reach the other.
 
+    2^between(target, source) for sources <= targets; with REVERSE 2^between(source, target) for sources >= targets.
     EXACT sums every pair's gates on their own instead of taking a difference of prefixes: for fp32 inputs, where
     a difference after a strong gate costs more than the bound.
     """
-    r = tl.arange(0, C)[:, None]
-    c = tl.arange(0, C)[None, :]
-    distance = c - r if REVERSE else r - c
-    keep = distance >= 0
+    source = tl.arange(0, C)[:, None]
+    target = tl.arange(0, C)[None, :]
+    distance = source - target if REVERSE else target - source
+    reached = distance >= 0
     if KIND == NONE:
-        return tl.where(keep, 1.0, 0.0)
+        return tl.where(reached, 1.0, 0.0)
     else:
         if KIND == HEAD:
             log2 = distance * rate
@@ -74,11 +84,11 @@ def pair_decay(
             i = tl.arange(0, C)
             gates = log2_gate(g_ptr + i * g_row, i < length)
             if REVERSE:
-                log2 = tl.cumsum(tl.where(c > r, gates[None, :], 0.0), 1)
+                log2 = tl.cumsum(tl.where(source > target, gates[:, None], 0.0), 0)
             else:
-                log2 = tl.cumsum(tl.where(r > c, gates[:, None], 0.0), 0)
+                log2 = tl.cumsum(tl.where(target > source, gates[None, :], 0.0), 1)
         elif REVERSE:
-            log2 = prefix[None, :] - prefix[:, None]
-        else:
             log2 = prefix[:, None] - prefix[None, :]
-        return tl.where(keep, tl.exp2(tl.where(keep, log2, 0.0)), 0.0)
+        else:
+            log2 = prefix[None, :] - prefix[:, None]
+        return tl.where(reached, tl.exp2(tl.where(reached, log2, 0.0)), 0.0)

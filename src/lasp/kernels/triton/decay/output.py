@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.gates import head_rate
 from lasp.kernels.triton.decay.sweep import place, sweep
 
 
@@ -14,6 +13,8 @@ def output_kernel(
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v], [B, T, H_v] or unused
+    prefix_ptr,  # fp32 [B, H_v, T] or unused
+    suffix_ptr,  # likewise
     o_ptr,  # [B, T, H_v, V], written
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
     before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment
@@ -32,29 +33,30 @@ def output_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, row, tokens = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
-    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, 0, v_first, K, V, BK, BV, False)
-    outside, _ = state_tile(state_in_ptr + run * K * V, 0, v_first, K, V, BK, BV, False)
+    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
+    outside, _ = state_tile(state_in_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)
     before = tl.exp2(tl.load(before_ptr + run * segments + segment))
     state = tl.load(entering, mask=mask, other=0.0) + before * tl.load(outside, mask=mask, other=0.0)
     # A tile smaller than the program is held by several threads: none may store before all have loaded.
     tl.debug_barrier()
     tl.store(entering, state, mask=mask)
 
+    row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
-    vo = (row * H_v + head) * V + v_first
-    g_token = g_ptr + row * H_v + head
+    vo = (row * H_v + head) * V
     state = sweep(
-        q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo, g_token, H * K, H * K, H_v * V, H_v * V, H_v,
-        q_ptr, g_ptr, g_ptr, 0.0,
-        state, head_rate(g_ptr, head, KIND), scale, tokens, V - v_first,
-        K, BK, BV, V % BV == 0, C, KIND, False, False, EXACT, PRECISION,
+        q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo, q_ptr,
+        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T, g_ptr, g_ptr, 0.0,
+        state, H * K, H * K, H_v * V, H_v * V, scale, T, H_v, batch, head, first, last, v_first,
+        K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if segment == segments - 1:
-        leaving, _ = state_tile(state_out_ptr + run * K * V, 0, v_first, K, V, BK, BV, False)
+        leaving, _ = state_tile(state_out_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)
         tl.store(leaving, state, mask=mask)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 CHUNK = 64
-MIN_SEGMENT_CHUNKS = 4
+CHUNK_FP32 = 32
+# Costs in units of one chunk of one sweep: what a program spends before its first chunk, and what one segment's
+# state (written, scanned and read back) adds to the whole device's traffic.
+START_COST = 1.5
+STATE_COST = 0.017
+
+
+class Tiles(NamedTuple):
+    """A kernel's launch: columns of its output (or state) per program, warps per program, stages of its pipeline."""
+
+    columns: int
+    warps: int
+    stages: int
 
 
 class Plan(NamedTuple):
@@ -17,23 +28,22 @@ class Plan(NamedTuple):
         chunk: tokens per chunk.
         segment_chunks: chunks that one program walks.
         segments: of one head.
-        summary_columns: columns of the state per program of the summaries.
-        columns: columns of the outputs (and state) per program of the sweeps.
-        summary_warps, summary_stages, warps, stages: of the summaries and of the sweeps.
+        summary: of the summaries.
+        keys: of the sweeps whose output has K columns (dq, dk).
+        values: of those whose output has V columns (o, dv).
         exact: whether decays between tokens are summed pair by pair (fp32).
+        descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
     """
 
     chunk: int
     segment_chunks: int
     segments: int
-    summary_columns: int
-    columns: int
-    summary_warps: int
-    summary_stages: int
-    warps: int
-    stages: int
+    summary: Tiles
+    keys: Tiles
+    values: Tiles
     exact: bool
+    descriptors: bool
     precision: str
 
 
@@ -43,35 +53,58 @@ def tile(dim: int) -> int:
 
 
 def segment_chunks(chunks: int, heads: int, processors: int) -> int:
-    """Chunks per segment: few enough that `heads` times segments fill the device, many enough that the segments'
-    states (K V fp32 numbers each) stay a small part of the traffic."""
-    ideal = 3 * math.sqrt(heads * chunks / processors)
-    return max(MIN_SEGMENT_CHUNKS, 1 << round(math.log2(ideal)))
+    """Chunks per segment that make `heads` runs of `chunks` chunks fastest on a device.
+
+    Few long segments save state traffic, many short ones fill the processors: programs run in waves, one or two
+    per processor, and the last wave should be full.
+    """
+
+    def cost(length: int) -> float:
+        programs = heads * -(-chunks // length)
+        waves = -(-programs // processors)
+        return waves * (length + START_COST) + STATE_COST * programs
+
+    # Every number of segments up to a few waves' worth; more only adds states.
+    most = max(1, min(chunks, 8 * processors // heads + 1))
+    lengths = {-(-chunks // segments) for segments in range(1, most + 1)}
+    return min(lengths, key=lambda length: (cost(length), length))
+
+
+def _sweep_tiles(columns: int, contracted: int, element_bytes: int, state_in_bf16: bool) -> Tiles:
+    if element_bytes == 4:
+        return Tiles(32, 4, 1)
+    if not state_in_bf16:
+        return Tiles(min(64, tile(columns)), 4, 1)
+    if columns > 64 and contracted <= 128:
+        # 128 rows of transposed outputs and states: two warpgroups share every product evenly.
+        return Tiles(128, 8, 3)
+    return Tiles(min(64, tile(columns)), 4, 3 if contracted <= 128 else 2)
 
 
 @functools.lru_cache(maxsize=256)
-def plan(tokens: int, heads: int, K: int, V: int, element_bytes: int, processors: int) -> Plan:
+def plan(tokens: int, heads: int, K: int, V: int, dtype: str, processors: int) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` > 0 tokens.
 
     Args:
-        element_bytes: 2 (bf16, fp16) or 4 (fp32).
+        dtype: "bf16", "fp16" or "fp32", of q, k, v.
         processors: multiprocessors of the device.
     """
-    exact = element_bytes == 4
-    chunk = 32 if exact else CHUNK
+    element_bytes = 4 if dtype == "fp32" else 2
+    exact = dtype == "fp32"
+    chunk = CHUNK_FP32 if exact else CHUNK
     chunks = -(-tokens // chunk)
-    length = min(segment_chunks(chunks, heads, processors), chunks)
-    columns = 32 if exact else 64
+    length = segment_chunks(chunks, heads, processors)
+    # The copy engine wants rows of a multiple of 16 bytes.
+    aligned = (K * element_bytes) % 16 == 0 and (V * element_bytes) % 16 == 0
+    wide = V > 64 and K <= 128 and not exact
     return Plan(
         chunk=chunk,
         segment_chunks=length,
         segments=-(-chunks // length),
-        summary_columns=columns,
-        columns=columns,
-        summary_warps=4,
-        summary_stages=3,
-        warps=4,
-        stages=1 if exact else 3,
+        summary=Tiles(128 if wide else 32 if exact else min(64, tile(V)), 4, 3),
+        keys=_sweep_tiles(K, V, element_bytes, dtype == "bf16"),
+        values=_sweep_tiles(V, K, element_bytes, dtype == "bf16"),
         exact=exact,
+        descriptors=aligned and dtype == "bf16",
         precision="ieee" if exact else "tf32",
     )

@@ -1,7 +1,7 @@
 """The decay family's stages on a GPU (contract: `lasp.recurrence.contract`).
 
-summarize: K1 summary of every segment, scan over segments.  outputs: K2 sweep.
-summarize_adjoint: K3 summary, reversed scan.  local_gradients: K4 sweep of dq.  gradients: K5 sweep of dk, dv, dg.
+summarize: summary of every segment, scan over segments.  outputs: sweep of o.
+summarize_adjoint: summary, reversed scan.  local_gradients: sweep of dq.  gradients: sweeps of dk (and dg), dv.
 What is kept for backward is one state per segment, not per chunk, with other ranks' part applied.
 """
 
@@ -10,39 +10,45 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from lasp.algebra import Identity, Scalar, Summary
 from lasp.kernels.triton.decay.gates import HEAD, NONE, TOKEN
-from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
+from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
 from lasp.kernels.triton.decay.scan import scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
+from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
 
 GROUPED_HEADS = True
-SCAN_BLOCK = 512
+SCAN_BLOCK, SCAN_WARPS = 256, 2
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_processors: dict[torch.device, int] = {}
 
 
 class Segments(NamedTuple):
-    """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the
-    run's end on that side to them."""
+    """States [B, H_v, segments, K, V] at one end of each segment, decays [B, H_v, segments] (base 2) from the run's
+    end on that side to them, and prefix, suffix [2, B, H_v, T] of every chunk (a gate per token, forward only)."""
 
     states: Tensor
     decays: Tensor
+    gates: Tensor
 
 
 class Saved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], and the state leaving the run [B, H_v, K, V]."""
+    """States entering each segment [B, H_v, segments, K, V], the state leaving the run [B, H_v, K, V], gates."""
 
     entering: Tensor
     leaving: Tensor
+    gates: Tensor
 
 
 class QueryGradient(NamedTuple):
-    """dq per value head [B, T, H_v, K], and the terms of dg that its sweep yields."""
+    """dq per value head [B, T, H_v, K], and q . dq per slice of channels [slices, B, H_v, T]."""
 
     dq: Tensor
     terms: Tensor
@@ -54,7 +60,9 @@ def _kind(g: Tensor | None) -> int:
     return HEAD.value if g.dim() == 1 else TOKEN.value
 
 
-_processors: dict[torch.device, int] = {}
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory in which a program writes its tensor descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def plan_of(x: Run) -> Plan:
@@ -63,31 +71,36 @@ def plan_of(x: Run) -> Plan:
     if device not in _processors:
         is_cuda = device.type == "cuda"
         _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 4
+    # Triton keeps the allocator per thread, and autograd's are not the caller's.
+    triton.set_allocator(_scratch)
     B, T, H_v, V = x.v.shape
-    return plan(T, B * H_v, x.q.shape[3], V, x.q.element_size(), _processors[device])
+    return plan(T, B * H_v, x.q.shape[3], V, _DTYPES[x.q.dtype], _processors[device])
 
 
 def _summarize(x: Run, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Segments]:
     p = plan_of(x)
     B, T, H, K = k.shape
     H_v, V = v.shape[2:]
-    kind = _kind(x.g)
-    states = torch.empty(B, H_v, p.segments, K, V, dtype=torch.float32, device=k.device)
-    decays = torch.empty(2, B, H_v, p.segments, dtype=torch.float32, device=k.device)
-    total = torch.empty(B, H_v, K, V, dtype=torch.float32, device=k.device)
-    total_decay = torch.empty(B, H_v, dtype=torch.float32, device=k.device)
-    own, before = decays.unbind(0)
-    slices = -(-V // p.summary_columns)
-    summary_kernel[(slices * H_v * B, p.segments)](
-        k, v, k if x.g is None else x.g, states, own, x.scale, T, H, H_v, p.segments, p.segment_chunks,
-        K, V, tile(K), p.summary_columns, p.chunk, kind, reverse, p.precision,
-        num_warps=p.summary_warps, num_stages=p.summary_stages,
+    kind, device, f32 = _kind(x.g), k.device, torch.float32
+    states = torch.empty(B, H_v, p.segments, K, V, dtype=f32, device=device)
+    gates = torch.empty(2, B, H_v, p.segments, dtype=f32, device=device)
+    decays, before = gates[0], gates[1]
+    total = torch.empty(B, H_v, K, V, dtype=f32, device=device)
+    total_decay = torch.empty(B, H_v, dtype=f32, device=device)
+    if kind == TOKEN.value and not reverse:
+        gates = torch.empty(2, B, H_v, T, dtype=f32, device=device)
+    columns, warps, stages = p.summary
+    summary_kernel[(-(-V // columns) * H_v * B, p.segments)](
+        k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1],
+        x.scale, T, H, H_v, p.segments, p.segment_chunks,
+        K, V, tile(K), columns, p.chunk, kind, reverse, p.descriptors, p.precision,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     scan_kernel[(-(-K * V // SCAN_BLOCK), B * H_v)](
-        states, own, before, total, total_decay, p.segments, K * V, V, 1, SCAN_BLOCK, reverse
-    )
-    transition = Identity() if x.g is None else Scalar(total_decay)
-    return Summary(transition, total), Segments(states, before)
+        states, decays, before, total, total_decay, p.segments, K * V, V, 1, SCAN_BLOCK, reverse,
+        num_warps=SCAN_WARPS,
+    )  # fmt: skip
+    return Summary(Identity() if x.g is None else Scalar(total_decay), total), Segments(states, before, gates)
 
 
 def summarize(x: Run) -> tuple[Summary, Segments]:
@@ -104,13 +117,15 @@ def outputs(x: Run, totals: Segments, partial: None, state_in: Tensor) -> tuple[
     H_v, V = x.v.shape[2:]
     o = torch.empty_like(x.v)
     leaving = torch.empty_like(state_in)
-    output_kernel[(-(-V // p.columns) * H_v * B, p.segments)](
-        x.q, x.k, x.v, x.q if x.g is None else x.g, o, totals.states, totals.decays, state_in, leaving,
+    columns, warps, stages = p.values
+    output_kernel[(-(-V // columns) * H_v * B, p.segments)](
+        x.q, x.k, x.v, x.q if x.g is None else x.g, totals.gates[0], totals.gates[1], o,
+        totals.states, totals.decays, state_in, leaving,
         x.scale, T, H, H_v, p.segments, p.segment_chunks,
-        K, V, tile(K), p.columns, p.chunk, _kind(x.g), p.exact, p.precision,
-        num_warps=p.warps, num_stages=p.stages,
+        K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return o, Saved(totals.states, leaving)
+    return o, Saved(totals.states, leaving, totals.gates)
 
 
 def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Segments]:
@@ -121,15 +136,16 @@ def local_gradients(x: Run, saved: Saved, totals_adjoint: Segments, d_o: Tensor)
     p = plan_of(x)
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
-    slices = -(-K // p.columns)
+    columns, warps, stages = p.keys
+    slices = -(-K // columns)
     dq = torch.empty(B, T, H_v, K, dtype=_partial_dtype(x), device=x.q.device)
-    with_decay = x.g is not None
-    terms = torch.empty(slices, B, T, H_v, dtype=torch.float32, device=dq.device) if with_decay else dq
+    with_decay = x.g is not None and x.g.requires_grad
+    terms = torch.empty(slices, B, H_v, T, dtype=torch.float32, device=dq.device) if with_decay else saved.leaving
     query_gradient_kernel[(slices * H_v * B, p.segments)](
-        x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, dq, saved.entering, terms,
-        x.scale, T, H, H_v, p.segments, p.segment_chunks, B * T,
-        K, V, p.columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.precision,
-        num_warps=p.warps, num_stages=p.stages,
+        x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, saved.gates[0], saved.gates[1], dq, terms, saved.entering,
+        x.scale, B, T, H, H_v, p.segments, p.segment_chunks,
+        K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return QueryGradient(dq, terms)
 
@@ -140,22 +156,40 @@ def gradients(
     p = plan_of(x)
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
-    slices_k, slices_v = -(-K // p.columns), -(-V // p.columns)
+    g = x.q if x.g is None else x.g
+    prefix, suffix = saved.gates[0], saved.gates[1]
+    d_states, after, _ = totals_adjoint
+    with_decay = x.g is not None and x.g.requires_grad
+
     dk = torch.empty_like(local.dq)
-    dv = torch.empty_like(x.v)
-    with_decay = x.g is not None
-    dg = torch.empty_like(local.terms) if with_decay else dk
-    key_value_gradient_kernel[((slices_k + slices_v) * H_v * B, p.segments)](
-        x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, dk, dv, local.terms, dg,
-        saved.entering, saved.leaving, totals_adjoint.states, totals_adjoint.decays, d_state_out,
-        x.scale, T, H, H_v, p.segments, p.segment_chunks, B * T,
-        K, V, p.columns, p.columns, tile(K), tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.precision,
-        num_warps=p.warps, num_stages=p.stages,
+    dg = torch.empty_like(local.terms) if with_decay else local.terms
+    columns, warps, stages = p.keys
+    key_gradient_kernel[(-(-K // columns) * H_v * B, p.segments)](
+        x.q, x.k, x.v, d_o, g, prefix, suffix, dk, local.terms, dg,
+        saved.entering, saved.leaving, d_states, after, d_state_out,
+        x.scale, B, T, H, H_v, p.segments, p.segment_chunks,
+        K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    d_gate = None
-    if x.g is not None:
-        d_gate = dg.sum((0, 1, 2)) if x.g.dim() == 1 else dg.sum(0) if slices_k > 1 else dg[0]
+
+    dv = torch.empty_like(x.v)
+    columns, warps, stages = p.values
+    value_gradient_kernel[(-(-V // columns) * H_v * B, p.segments)](
+        x.q, x.k, d_o, g, prefix, suffix, dv, d_states, after, d_state_out,
+        x.scale, T, H, H_v, p.segments, p.segment_chunks,
+        K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    d_gate = _gate_gradient(x, dg) if with_decay else None
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
+
+
+def _gate_gradient(x: Run, slices: Tensor) -> Tensor:
+    """[slices, B, H_v, T] -> like g."""
+    assert x.g is not None
+    if x.g.dim() == 1:
+        return slices.sum((0, 1, 3))
+    return (slices[0] if slices.shape[0] == 1 else slices.sum(0)).transpose(1, 2)
 
 
 def _partial_dtype(x: Run) -> torch.dtype:

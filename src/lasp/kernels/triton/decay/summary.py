@@ -8,8 +8,8 @@ One program walks one segment of one head, for BV columns of the state, which st
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_rows, state_tile
-from lasp.kernels.triton.decay.gates import chunk_decay, head_rate
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
+from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_rate, sum_gates
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
@@ -19,6 +19,8 @@ def summary_kernel(
     g_ptr,  # [H_v], [B, T, H_v] or unused
     totals_ptr,  # fp32 [B, H_v, segments, K, V], written
     decays_ptr,  # fp32 [B, H_v, segments], base 2, written
+    prefix_ptr,  # fp32 [B, H_v, T], written if KIND is TOKEN and not REVERSE
+    suffix_ptr,  # likewise
     scale,
     T,
     H,
@@ -32,34 +34,40 @@ def summary_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
     v_first = (tl.program_id(0) % slices) * BV
-    head_v = tl.program_id(0) // slices % H_v
+    head = tl.program_id(0) // slices % H_v
     batch = tl.program_id(0) // slices // H_v
     segment = tl.program_id(1)
-
     first = segment * segment_chunks * C
-    tokens = tl.minimum(segment_chunks * C, T - first)
-    row = (batch * T + first).to(tl.int64)
-    k_ptr += (row * H + head_v // (H_v // H)) * K
-    v_ptr += (row * H_v + head_v) * V + v_first
-    rate = head_rate(g_ptr, head_v, KIND)
-    g_ptr += row * H_v + head_v
+    last = tl.minimum(first + segment_chunks * C, T)
+    row = tl.cast(batch, tl.int64) * T
+    run = tl.cast(batch, tl.int64) * H_v + head
+
+    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + (row * H_v + head) * V, T, H_v * V, V, C, BV, DESCRIPTORS)
+    rate = head_rate(g_ptr, head, KIND)
 
     state = tl.zeros((BK, BV), tl.float32)
     decay = 0.0
-    chunks = tl.cdiv(tokens, C)
+    chunks = tl.cdiv(last - first, C)
     for step in range(chunks):
-        index = chunks - 1 - step if REVERSE else step
-        start = tl.cast(index * C, tl.int64)
-        length = tokens - index * C
-        k = load_rows(k_ptr + start * H * K, H * K, length, K, C, BK, K == BK)
-        v = load_rows(v_ptr + start * H_v * V, H_v * V, length, V - v_first, C, BV, V % BV == 0)
-        prefix, suffix, total = chunk_decay(
-            g_ptr + start * H_v, H_v, rate, tl.minimum(length, C), KIND, C
-        )
+        start = first + (chunks - 1 - step if REVERSE else step) * C
+        length = tl.minimum(last - start, C)
+        k = load_chunk(k_view, start, 0, T, H * K, K, C, BK, DESCRIPTORS)
+        v = load_chunk(v_view, start, v_first, T, H_v * V, V, C, BV, DESCRIPTORS)
+        if KIND == TOKEN:
+            prefix, suffix, total = sum_gates(g_ptr + (row + start) * H_v + head, H_v, length, C)
+            if not REVERSE:
+                if v_first == 0:
+                    i = tl.arange(0, C)
+                    tl.store(prefix_ptr + run * T + start + i, prefix, mask=i < length)
+                    tl.store(suffix_ptr + run * T + start + i, suffix, mask=i < length)
+        else:
+            prefix, suffix, total = constant_gates(rate, length, C)
         if REVERSE:
             weight = tl.exp2(prefix) * scale
         else:
@@ -68,8 +76,8 @@ def summary_kernel(
         state = tl.dot(tl.trans(k), weighted, state * tl.exp2(total), input_precision=PRECISION)
         decay += total
 
-    out = (batch * H_v + head_v).to(tl.int64) * segments + segment
-    pointers, mask = state_tile(totals_ptr + out * K * V, 0, v_first, K, V, BK, BV, False)
+    out = run * segments + segment
+    pointers, mask = state_tile(totals_ptr + out * K * V, 0, v_first, K, V, V, 1, BK, BV)
     tl.store(pointers, state, mask=mask)
     if v_first == 0:
         tl.store(decays_ptr + out, decay)

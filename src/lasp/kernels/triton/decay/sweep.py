@@ -8,69 +8,83 @@ enter a chunk from the past and, as gradients, from the future):
     dv_j =         2^suffix_j k_j D    + scale sum_{i >= j} L_ij (k_j . q_i) do_i
     dk_j =         2^suffix_j v_j D^T  + scale sum_{i >= j} L_ij (v_j . do_i) q_i
 
-that is, rows a against pairs (b, c): the state is the decayed sum of b c^T, so that S^T and D^T are accumulated as
-such and no accumulator is ever transposed. A program walks one segment of one head for BC columns of c, state in
-registers.
+that is, rows a against pairs (b, c): the state is the decayed sum of b c^T. A program walks one segment of one head
+for BC columns of c. It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outputs [BC, C]:
+so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
 
-Decay gradients of one scalar per token need two more scalars per token (all dots over channels; slices add up):
+Decay gradients of one scalar per token need two more scalars per token (slices of channels add up):
 
     d_g_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s) + <S_end, D_end>
 
-within a segment, where the end is the segment's. Pairs inside a chunk would cancel only up to their rounding, so
-they are taken from one [C, C] matrix instead, row sums less column sums, in the sweep of dq ("terms"); what the
-states add, in the sweeps of dq and dk. D_end is the sweep's own state before its first chunk.
+within a segment, where the end is the segment's. Products inside a chunk cancel exactly in it: both sweeps round
+the same scores alike. D_end is the state of the sweep of dk before its first chunk.
 """
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_rows, state_product, store_rows
-from lasp.kernels.triton.decay.gates import chunk_decay, pair_decay
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, load_gates, pair_decay
 
 
 @triton.jit
 def sweep(
-    a_ptr,
+    a_ptr,  # the row operand, c_ptr the one whose columns are out's: all at [B, T, heads, dim] of the batch and head
     b_ptr,
     c_ptr,
     out_ptr,
-    g_ptr,  # all five at the segment's first token and the program's head, c and out at its first column
+    x_ptr,  # q for the sweep of dq, k for that of dk: beside c
+    g_ptr,  # [H_v], [B, T, H_v] or unused
+    prefix_ptr,  # [T] of the head
+    suffix_ptr,
+    terms_ptr,  # [T] of the head and slice: the sweep of dq writes it, that of dk reads it
+    d_g_ptr,  # [T] of the head and slice: written by the sweep of dk
+    carry,  # <S_end, D_end> of the slice, for the sweep of dk
+    state,
     a_row,
     b_row,
     c_row,
     out_row,
-    g_row,  # elements from one token to the next
-    x_ptr,  # q for the terms of dq, k for those of dk: laid out like c
-    terms_ptr,  # per token, row g_row: what the sweep of dq writes and that of dk reads
-    d_g_ptr,  # per token, row g_row: written by the sweep of dk
-    carry,  # <S_end, D_end>, for the sweep of dk
-    state,
-    rate,
     scale,
-    tokens,
-    columns,  # those of c that exist, from the first
+    T,
+    H_v,
+    batch,
+    head,
+    first,
+    last,
+    column,
     A: tl.constexpr,
+    N: tl.constexpr,
     BA: tl.constexpr,
     BC: tl.constexpr,
-    WHOLE: tl.constexpr,  # no column of c is masked
     C: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
     DECAY_GRADIENT: tl.constexpr,
     EXACT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    chunks = tl.cdiv(tokens, C)
+    dtype = c_ptr.dtype.element_ty
+    a_view = view(a_ptr, T, a_row, A, C, BA, DESCRIPTORS)
+    b_view = view(b_ptr, T, b_row, A, C, BA, DESCRIPTORS)
+    c_view = view(c_ptr, T, c_row, N, C, BC, DESCRIPTORS)
+    out_view = view(out_ptr, T, out_row, N, C, BC, DESCRIPTORS)
+    x_view = view(x_ptr, T, c_row, N, C, BC, DESCRIPTORS) if DECAY_GRADIENT else x_ptr
+    rate = head_rate(g_ptr, head, KIND)
+    chunks = tl.cdiv(last - first, C)
     for step in range(chunks):
-        index = chunks - 1 - step if REVERSE else step
-        start = tl.cast(index * C, tl.int64)
-        length = tl.minimum(tokens - index * C, C)
-        a = load_rows(a_ptr + start * a_row, a_row, length, A, C, BA, A == BA)
-        b = load_rows(b_ptr + start * b_row, b_row, length, A, C, BA, A == BA)
-        c = load_rows(c_ptr + start * c_row, c_row, length, columns, C, BC, WHOLE)
-        g_chunk = g_ptr + start * g_row
-        prefix, suffix, total = chunk_decay(g_chunk, g_row, rate, length, KIND, C)
-        pairs = pair_decay(g_chunk, g_row, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
+        start = first + (chunks - 1 - step if REVERSE else step) * C
+        length = tl.minimum(last - start, C)
+        a = load_chunk(a_view, start, 0, T, a_row, A, C, BA, DESCRIPTORS)
+        b = load_chunk(b_view, start, 0, T, b_row, A, C, BA, DESCRIPTORS)
+        c_t = tl.trans(load_chunk(c_view, start, column, T, c_row, N, C, BC, DESCRIPTORS))
+        if KIND == TOKEN:
+            prefix, suffix, total = load_gates(prefix_ptr + start, suffix_ptr + start, length, C)
+        else:
+            prefix, suffix, total = constant_gates(rate, length, C)
+        g_chunk = g_ptr + (tl.cast(batch, tl.int64) * T + start) * H_v + head
+        pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
         if REVERSE:
             from_state = tl.exp2(suffix)
             to_state = tl.exp2(prefix) * scale
@@ -78,37 +92,41 @@ def sweep(
             from_state = tl.exp2(prefix) * scale
             to_state = tl.exp2(suffix)
 
-        scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * pairs
-        out = state_product(a, state, PRECISION) * from_state[:, None]
+        a_t = tl.trans(a)
+        if dtype == tl.bfloat16:
+            out = tl.dot(state.to(tl.bfloat16), a_t)
+        else:
+            # A state may exceed fp16's range: its product is taken in fp32 operands (rounded as PRECISION says).
+            out = tl.dot(state, a_t.to(tl.float32), input_precision=PRECISION)
+        scores = tl.dot(b, a_t, input_precision=PRECISION) * pairs
+        out = tl.dot(c_t, scores.to(dtype), out * from_state[None, :], input_precision=PRECISION)
+
+        if KIND == NONE and not REVERSE:
+            weighted = c_t
+        else:
+            weighted = (c_t * to_state[None, :]).to(dtype)
+        state = tl.dot(weighted, b, state * tl.exp2(total), input_precision=PRECISION)
+
         if DECAY_GRADIENT:
             i = tl.arange(0, C)
-            x = load_rows(x_ptr + start * c_row, c_row, length, columns, C, BC, WHOLE)
-            through_state = tl.sum(x.to(tl.float32) * out, 1)
+            x = load_chunk(x_view, start, column, T, c_row, N, C, BC, DESCRIPTORS)
+            own = tl.sum(tl.trans(x).to(tl.float32) * out, 0)
             if REVERSE:
-                terms = tl.load(terms_ptr + (start + i) * g_row, mask=i < length, other=0.0) - through_state
-                d_g = carry + tl.cumsum(terms, 0, reverse=True)
+                terms = tl.load(terms_ptr + start + i, mask=i < length, other=0.0) - own
+                tl.store(d_g_ptr + start + i, carry + tl.cumsum(terms, 0, reverse=True), mask=i < length)
                 carry += tl.sum(terms, 0)
-                tl.store(d_g_ptr + (start + i) * g_row, d_g, mask=i < length)
             else:
-                meet = tl.dot(x, tl.trans(c), input_precision=PRECISION) * scores
-                meet = tl.where(i[:, None] > i[None, :], meet, 0.0)
-                terms = tl.sum(meet, 1) - tl.sum(meet, 0) + through_state
-                tl.store(terms_ptr + (start + i) * g_row, terms, mask=i < length)
-        out = tl.dot(scores.to(c.dtype), c, out, input_precision=PRECISION)
-        store_rows(out_ptr + start * out_row, out_row, out, length, columns, C, BC, WHOLE)
-
-        weighted = (c * to_state[:, None]).to(c.dtype)
-        state = tl.dot(tl.trans(b), weighted, state * tl.exp2(total), input_precision=PRECISION)
+                tl.store(terms_ptr + start + i, own, mask=i < length)
+        o = tl.trans(out).to(out_ptr.dtype.element_ty)
+        store_chunk(out_view, o, start, column, T, out_row, N, C, BC, DESCRIPTORS)
     return state
 
 
 @triton.jit
 def place(slices, segment_chunks, T, H_v, C: tl.constexpr):
-    """Which slice, value head, batch and segment a program has, its first row [B * T] and its tokens."""
+    """Which slice, value head, batch and segment a program has; its first token and the one after its last."""
     part = tl.program_id(0) % slices
     head = tl.program_id(0) // slices % H_v
     batch = tl.program_id(0) // slices // H_v
-    segment = tl.program_id(1)
-    first = segment * segment_chunks * C
-    row = tl.cast(batch, tl.int64) * T + first
-    return part, head, batch, segment, row, tl.minimum(segment_chunks * C, T - first)
+    first = tl.program_id(1) * segment_chunks * C
+    return part, head, batch, tl.program_id(1), first, tl.minimum(first + segment_chunks * C, T)

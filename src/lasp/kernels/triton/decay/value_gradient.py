@@ -1,0 +1,55 @@
+"""The gradient of v, in reverse order."""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import state_tile
+from lasp.kernels.triton.decay.sweep import place, sweep
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
+def value_gradient_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    do_ptr,  # [B, T, H_v, V]
+    g_ptr,  # [H_v], [B, T, H_v] or unused
+    prefix_ptr,  # fp32 [B, H_v, T] or unused
+    suffix_ptr,  # likewise
+    dv_ptr,  # [B, T, H_v, V], written
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
+    after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
+    d_state_out_ptr,  # fp32 [B, H_v, K, V]
+    scale,
+    T,
+    H,
+    H_v,
+    segments,
+    segment_chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,  # columns of dv a program has
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = (V + BV - 1) // BV
+    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    v_first = part * BV
+    run = tl.cast(batch, tl.int64) * H_v + head
+    inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
+    outside, _ = state_tile(d_state_out_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)
+    after = tl.exp2(tl.load(after_ptr + run * segments + segment))
+    state = tl.load(inside, mask=mask, other=0.0) + after * tl.load(outside, mask=mask, other=0.0)
+
+    row = tl.cast(batch, tl.int64) * T
+    qk = (row * H + head // (H_v // H)) * K
+    vo = (row * H_v + head) * V
+    sweep(
+        k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo, k_ptr,
+        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T, g_ptr, g_ptr, 0.0,
+        state, H * K, H * K, H_v * V, H_v * V, scale, T, H_v, batch, head, first, last, v_first,
+        K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
