@@ -53,9 +53,9 @@ class OptimizerOptions:
     """Peak learning rate."""
     min_lr_ratio: float = 0.05
     """Final learning rate as a share of the peak."""
-    warmup_steps: int = 40
+    warmup_steps: int = 50
     beta1: float = 0.9
-    beta2: float = 0.98
+    beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip_norm: float = 1.0
@@ -95,9 +95,9 @@ class TrainConfig:
     optimizer: OptimizerOptions = OptimizerOptions()
     parallel: Annotated[ParallelOptions, tyro.conf.arg(name="")] = ParallelOptions()
     sample: SampleOptions = SampleOptions()
-    steps: int = 600
+    steps: int = 700
     """Optimizer steps in all."""
-    seq_len: int = 1024
+    seq_len: int = 512
     """Tokens per sequence, over all its processes."""
     global_batch: int = 4
     """Sequences per step, over all processes."""
