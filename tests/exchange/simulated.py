@@ -3,7 +3,8 @@
 Each rank is a thread, but only one runs at a time; it runs until it has to wait for a message that is not there.
 Which rank runs next is drawn from a seed, so every order of events can be tried and every failure repeats. When no
 rank can run, that is a deadlock and fails at once. Messages between two ranks keep their order, as in gloo and NCCL;
-a message taken for one of another size is an error, which gloo would not notice.
+a message taken for one of another size is an error, which gloo would not notice. `comm.rounds` is a rank's logical
+clock: the longest chain of messages that led to where it is.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class SimulatedComm:
         self._world, self.rank, self.size = world, rank, world.size
         self.nodes = nodes or (world.size,)
         self.counters = Counters()
+        self.rounds = 0
         self._posted: dict[int, int] = defaultdict(int)
         self._collectives = 0
 
@@ -88,7 +90,8 @@ class SimulatedComm:
         self._posted[source] += 1
 
         def result():
-            message = queue[index]
+            message, rounds = queue[index]
+            self.rounds = max(self.rounds, rounds)
             assert message.shape == like.shape and message.dtype == like.dtype, (message.shape, like.shape)
             return message
 
@@ -136,14 +139,19 @@ class SimulatedComm:
     def _put(self, key, tensor):
         """A copy, as a network makes one: what the sender does to its tensor afterwards is not seen."""
         copy = [t.detach().clone() for t in tensor] if isinstance(tensor, list) else tensor.detach().clone()
-        self._world.queues[key].append(copy)
+        self._world.queues[key].append((copy, self.rounds + 1))
 
     def _collective(self, own, result):
         key = self._collectives
         self._collectives += 1
         self._put((key, self.rank), own)
         queues = [self._world.queues[key, rank] for rank in range(self.size)]
-        return Pending(self._world, self.rank, lambda: all(queues), lambda: result([queue[0] for queue in queues]))
+
+        def everything():
+            self.rounds = max(self.rounds, *(queue[0][1] for queue in queues))
+            return result([queue[0][0] for queue in queues])
+
+        return Pending(self._world, self.rank, lambda: all(queues), everything)
 
 
 def run(

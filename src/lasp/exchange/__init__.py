@@ -1,11 +1,13 @@
 """How the state crosses ranks: interchangeable schedules behind one interface."""
 
+from lasp.exchange.auto import Auto
 from lasp.exchange.base import Carried, Exchange, PendingExchange, Traffic
 from lasp.exchange.cost import Constants
 from lasp.exchange.hierarchical import Hierarchical
 from lasp.exchange.load import Load
 from lasp.exchange.pipelined import Pipelined
-from lasp.exchange.select import EXCHANGES, Auto, resolve
+from lasp.exchange.reach import Reach, forgets_constant
+from lasp.exchange.select import EXCHANGES, resolve
 
 __all__ = [
     "EXCHANGES",
@@ -17,6 +19,8 @@ __all__ = [
     "Load",
     "PendingExchange",
     "Pipelined",
+    "Reach",
     "Traffic",
+    "forgets_constant",
     "resolve",
 ]

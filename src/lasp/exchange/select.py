@@ -1,109 +1,20 @@
-"""From a name to an exchange, and the choice by predicted time."""
+"""From a name to an exchange."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
-from torch import Tensor
-
-from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.all_to_all import AllToAll
-from lasp.exchange.base import Exchange, PendingExchange, Traffic
-from lasp.exchange.cost import GLOO, NCCL, Constants, Model, defaults
+from lasp.exchange.auto import Auto
+from lasp.exchange.base import Exchange
+from lasp.exchange.cost import defaults
 from lasp.exchange.doubling import Doubling
 from lasp.exchange.hierarchical import Hierarchical
-from lasp.exchange.load import Load
 from lasp.exchange.local import Local
 from lasp.exchange.pipelined import Pipelined
+from lasp.exchange.reach import Reach
 from lasp.exchange.ring import Ring
-
-
-class Candidate(NamedTuple):
-    """A schedule with what it is predicted to take and to move: the most that any rank sends and receives."""
-
-    exchange: Exchange
-    seconds: float
-    sent_bytes: int
-    received_bytes: int
-
-
-@cache
-def rank_schedules(
-    load: Load, nodes: tuple[int, ...], constants: Constants, *, want_total: bool = False
-) -> tuple[Candidate, ...]:
-    """All schedules for a load, from the fastest predicted to the slowest; ties keep a fixed order."""
-    model = Model(load, nodes, constants)
-    size = sum(nodes)
-    schedules: list[Exchange] = [AllGather(), Ring(), Doubling(), AllToAll(), Pipelined(constants=constants)]
-    if len(nodes) > 1:
-        schedules.append(Hierarchical())
-    candidates = []
-    for schedule in schedules:
-        traffic = [schedule.traffic(load, position, nodes, want_total=want_total) for position in range(size)]
-        candidates.append(
-            Candidate(
-                schedule,
-                schedule.seconds(model, want_total=want_total),
-                max(share.sent_bytes for share in traffic),
-                max(share.received_bytes for share in traffic),
-            )
-        )
-    return tuple(sorted(candidates, key=lambda candidate: candidate.seconds))
-
-
-@dataclass(frozen=True)
-class Auto:
-    """The schedule that the cost model finds fastest for what is carried.
-
-    The choice is made when the sizes are known, at every exchange, from what all ranks know: those sizes, the
-    ranks' places, and the constants, which are part of the name that the ranks agree on.
-    """
-
-    constants: Constants
-
-    @property
-    def name(self) -> str:
-        if self.constants in (GLOO, NCCL):
-            return "auto"
-        return f"auto by constants {self.constants.fingerprint}"
-
-    def choose(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> Exchange:
-        """The schedule for a load; `nodes` as in `Exchange.traffic`."""
-        if sum(nodes) == 1:
-            return Local()
-        return rank_schedules(load, nodes, self.constants, want_total=want_total)[0].exchange
-
-    def explain(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> str:
-        """The choice as a table: predicted time and bytes of every schedule."""
-        candidates = rank_schedules(load, nodes, self.constants, want_total=want_total)
-        hosts = "one host" if len(nodes) == 1 else f"{len(nodes)} hosts"
-        lines = [
-            f"{sum(nodes)} ranks on {hosts}; state {load.state_bytes:,} bytes, with its transition "
-            f"{load.summary_bytes:,}; {self.constants.source}",
-            f"{'schedule':<40} {'predicted us':>12} {'sent':>14} {'received':>14}",
-        ]
-        for c in candidates:
-            lines.append(f"{c.exchange.name:<40} {c.seconds * 1e6:>12.1f} {c.sent_bytes:>14,} {c.received_bytes:>14,}")
-        return "\n".join([*lines, f"chosen: {candidates[0].exchange.name}"])
-
-    def begin(
-        self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
-    ) -> PendingExchange:
-        chosen = self.choose(Load.of(summary), comm.nodes, want_total=want_total)
-        return chosen.begin(comm, summary, initial, reverse=reverse, want_total=want_total)
-
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
-        return self.choose(load, nodes, want_total=want_total).traffic(load, position, nodes, want_total=want_total)
-
-    def seconds(self, model: Model, *, want_total: bool) -> float:
-        chosen = self.choose(model.load, model.nodes, want_total=want_total)
-        return chosen.seconds(model, want_total=want_total)
-
 
 EXCHANGES: dict[str, Callable[[], Exchange]] = {
     "ring": Ring,
@@ -112,6 +23,7 @@ EXCHANGES: dict[str, Callable[[], Exchange]] = {
     "doubling": Doubling,
     "all_to_all": AllToAll,
     "hierarchical": Hierarchical,
+    "reach": Reach,
 }
 
 
