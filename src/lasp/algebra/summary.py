@@ -33,7 +33,7 @@ class Summary:
         """The state after the run when `state` enters it."""
         return self.transition.apply(state) + self.state
 
-    def __getitem__(self, index: int) -> Summary:
+    def __getitem__(self, index: int | slice) -> Summary:
         return Summary(self.transition[index], self.state[index])
 
     @property

@@ -50,7 +50,7 @@ class Transition:
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
-    def __getitem__(self: _Kind, index: int) -> _Kind:
+    def __getitem__(self: _Kind, index: int | slice) -> _Kind:
         """The transition at `index` of the leading axis."""
         return type(self)(*(tensor[index] for tensor in self.tensors()))
 
@@ -58,6 +58,31 @@ class Transition:
     def identity(cls: type[_Kind], state: Tensor) -> _Kind:
         """The transition of an empty run, for states like `state`."""
         raise NotImplementedError
+
+    @classmethod
+    def zero(cls: type[_Kind], state: Tensor) -> _Kind:
+        """The transition of a run that forgets what enters it, a NaN too, for states like `state`."""
+        raise NotImplementedError
+
+    def forgettable(self, state: Tensor) -> Transition:
+        """The same map in a kind that also has a zero."""
+        return self
+
+
+# A decay of zero, a logarithm of -inf, forgets: selected, not multiplied, because 0 * NaN is NaN.
+
+
+def _decayed(log_decay: Tensor, state: Tensor) -> Tensor:
+    return torch.where(log_decay == -torch.inf, 0.0, log_decay.exp() * state)
+
+
+def _sum(late: Tensor, early: Tensor) -> Tensor:
+    forgets = (late == -torch.inf) | (early == -torch.inf)
+    return torch.where(forgets, -torch.inf, late + early)
+
+
+def _is_zero(matrix: Tensor) -> Tensor:
+    return (matrix == 0).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -74,12 +99,15 @@ class Identity(Transition):
     def tail_shape(state_shape: torch.Size) -> None:
         return None
 
-    def __getitem__(self, index: int) -> Identity:
+    def __getitem__(self, index: int | slice) -> Identity:
         return self
 
     @classmethod
     def identity(cls, state: Tensor) -> Identity:
         return cls()
+
+    def forgettable(self, state: Tensor) -> Scalar:
+        return Scalar.identity(state)
 
 
 @dataclass(frozen=True)
@@ -89,10 +117,10 @@ class Scalar(Transition):
     log_decay: Tensor
 
     def apply(self, state: Tensor) -> Tensor:
-        return self.log_decay.exp()[..., None, None] * state
+        return _decayed(self.log_decay[..., None, None], state)
 
     def compose(self, early: Scalar) -> Scalar:
-        return Scalar(self.log_decay + early.log_decay)
+        return Scalar(_sum(self.log_decay, early.log_decay))
 
     @staticmethod
     def tail_shape(state_shape: torch.Size) -> tuple[int, ...]:
@@ -102,6 +130,10 @@ class Scalar(Transition):
     def identity(cls, state: Tensor) -> Scalar:
         return cls(state.new_zeros(state.shape[:-2]))
 
+    @classmethod
+    def zero(cls, state: Tensor) -> Scalar:
+        return cls(state.new_full(state.shape[:-2], -torch.inf))
+
 
 @dataclass(frozen=True)
 class Diagonal(Transition):
@@ -110,10 +142,10 @@ class Diagonal(Transition):
     log_decay: Tensor
 
     def apply(self, state: Tensor) -> Tensor:
-        return self.log_decay.exp()[..., None] * state
+        return _decayed(self.log_decay[..., None], state)
 
     def compose(self, early: Diagonal) -> Diagonal:
-        return Diagonal(self.log_decay + early.log_decay)
+        return Diagonal(_sum(self.log_decay, early.log_decay))
 
     @staticmethod
     def tail_shape(state_shape: torch.Size) -> tuple[int, ...]:
@@ -122,6 +154,10 @@ class Diagonal(Transition):
     @classmethod
     def identity(cls, state: Tensor) -> Diagonal:
         return cls(state.new_zeros(state.shape[:-1]))
+
+    @classmethod
+    def zero(cls, state: Tensor) -> Diagonal:
+        return cls(state.new_full(state.shape[:-1], -torch.inf))
 
 
 @dataclass(frozen=True)
@@ -135,10 +171,11 @@ class Dense(Transition):
     matrix: Tensor
 
     def apply(self, state: Tensor) -> Tensor:
-        return self.matrix @ state
+        return torch.where(_is_zero(self.matrix), 0.0, self.matrix @ state)
 
     def compose(self, early: Dense) -> Dense:
-        return Dense(self.matrix @ early.matrix)
+        forgets = _is_zero(self.matrix) | _is_zero(early.matrix)
+        return Dense(torch.where(forgets, 0.0, self.matrix @ early.matrix))
 
     def adjoint(self) -> Dense:
         return Dense(self.matrix.mT)
@@ -152,3 +189,7 @@ class Dense(Transition):
         size = state.shape[-2]
         eye = torch.eye(size, dtype=state.dtype, device=state.device)
         return cls(eye.expand(*state.shape[:-2], size, size))
+
+    @classmethod
+    def zero(cls, state: Tensor) -> Dense:
+        return cls(state.new_zeros(*state.shape[:-1], state.shape[-2]))

@@ -77,6 +77,10 @@ class SequenceParallel:
         """The global index of this rank's first token, where this rank holds `tokens` of the sequence."""
         return self.rank * tokens if self.lengths is None else sum(self.lengths[: self.rank])
 
+    def total(self, tokens: int) -> int:
+        """Tokens of the whole sequence, of which this rank holds `tokens`."""
+        return self.size * tokens if self.lengths is None else sum(self.lengths)
+
     def shard(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a global tensor along `dim`: `lengths`, or equal parts.
 

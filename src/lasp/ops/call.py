@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from lasp.distributed import SequenceParallel
 from lasp.ops.checks import check_state
-from lasp.recurrence.contract import Stages
+from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
+from lasp.recurrence.documents import Documents, documents_here
 
 _Inputs = TypeVar("_Inputs", bound=Any)
 
@@ -42,6 +44,32 @@ def check_shard(sp: SequenceParallel | None, tokens: int) -> None:
         raise ValueError(f"rank {sp.rank} must hold lengths[{sp.rank}] = {sp.lengths[sp.rank]} tokens, got {tokens}")
 
 
+def packed(
+    cu_seqlens: Tensor | Sequence[int] | None, batch: int, tokens: int, sp: SequenceParallel | None
+) -> Documents | None:
+    """The documents on this rank, which holds `tokens` tokens of each of `batch` sequences.
+
+    Raises:
+        ValueError: cu_seqlens does not describe the whole sequence, or there are several sequences.
+    """
+    if cu_seqlens is None:
+        return None
+    bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+    total = tokens if sp is None else sp.total(tokens)
+    if batch != 1:
+        raise ValueError(f"packed documents lie in one sequence: B must be 1 with cu_seqlens, got {batch}")
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {total} tokens of the whole sequence"
+            f"{'' if sp is None else ' over all ranks'}, got {_short(bounds)}"
+        )
+    return documents_here(bounds, 0 if sp is None else sp.offset(tokens), tokens)
+
+
+def _short(values: tuple[int, ...]) -> str:
+    return str(values) if len(values) <= 8 else f"({', '.join(map(str, values[:4]))}, .., {values[-1]})"
+
+
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the outputs: K ** -0.5 where none is given."""
     return q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -50,6 +78,8 @@ def scale_of(q: Tensor, scale: float | None) -> float:
 def initial_of(x: Any, initial_state: Tensor | None) -> Tensor:
     """The state before the first token: the one given, checked, or zero."""
     shape = state_shape(x)
+    if x.documents is not None:
+        shape = (x.documents.count, *shape[1:])
     if initial_state is None:
         return x.q.new_zeros(shape, dtype=state_dtype(x.q.dtype))
     check_state(initial_state, shape, x.q)
@@ -67,7 +97,7 @@ def agree(
     if sp is None:
         return
     differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*x[:-1], initial_state)
+        t is not None and t.requires_grad for t in (*tensors_of(x), initial_state)
     )
     sp.agree(
         {
@@ -81,7 +111,8 @@ def agree(
             "dtype": str(x.q.dtype),
             "gate dims": None if x.g is None else x.g.dim(),
             "scale": x.scale,
-            "initial_state": initial_state is not None,
+            "documents": None if x.documents is None else (x.documents.count, x.documents.digest),
+            "initial_state": "none" if initial_state is None else f"requires_grad={initial_state.requires_grad}",
             "output_final_state": want_final,
             "gradients": differentiable,
             **options,

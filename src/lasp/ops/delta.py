@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lasp.distributed import SequenceParallel
 from lasp.kernels.select import select
-from lasp.ops.call import agree, check_shard, initial_of, refusing, scale_of, ungrouped
+from lasp.ops.call import agree, check_shard, initial_of, packed, refusing, scale_of, ungrouped
 from lasp.ops.checks import check_beta, check_gate, check_inputs
 from lasp.ops.scan import Plan, scan
 from lasp.recurrence.decay import state_dtype
@@ -27,6 +29,7 @@ def delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     sp: SequenceParallel | None = None,
     backend: str = "auto",
     normalize_qk: bool = False,
@@ -47,7 +50,7 @@ def delta_rule(
             2 reflects (negative eigenvalues).
         g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's.
         normalize_qk: divide q and k by their lengths first, in the state's dtype: sqrt(sum of squares + 1e-6).
-        scale, initial_state, output_final_state, sp: as in `linear_attention`.
+        scale, initial_state, output_final_state, cu_seqlens, sp: as in `linear_attention`.
         backend: "auto", "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU, with the
             extra `fla`) or "reference" (token by token, slow, exact).
 
@@ -65,7 +68,9 @@ def delta_rule(
         if g is not None:
             check_gate(g, q, v, constant=False)
         dtype = state_dtype(q.dtype)
-        x = DeltaRun(q, k, v, beta.to(dtype), None if g is None else g.to(dtype), scale_of(q, scale))
+        documents = packed(cu_seqlens, q.shape[0], q.shape[1], sp)
+        gate = None if g is None else g.to(dtype)
+        x = DeltaRun(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
         initial = initial_of(x, initial_state)
         stages = select("delta", backend, q)
     agree(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.distributed import SequenceParallel
 from lasp.kernels.select import select
-from lasp.ops.call import agree, check_shard, initial_of, refusing, scale_of, ungrouped
+from lasp.ops.call import agree, check_shard, initial_of, packed, refusing, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_inputs
 from lasp.ops.scan import Plan, scan
 from lasp.recurrence.contract import Run
@@ -24,6 +26,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     causal: bool = True,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     sp: SequenceParallel | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -45,6 +48,9 @@ def linear_attention(
         output_final_state: also return the state after the last token of the global sequence, on every rank. The
             gradients that the ranks give for it are summed.
         causal: False for outputs that see all tokens (g must be None).
+        cu_seqlens: packed documents: 0, the end of the first, of the second, .. up to the tokens of the whole
+            sequence, over all ranks of `sp` (int tensor, best on the CPU, or ints). B must be 1; states are then
+            [documents, H_v, K, V]. Documents may cross any number of ranks and may be empty; nothing leaks between.
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
         backend: "auto", "torch" (chunked, any device) or "reference" (token by token, slow, exact).
 
@@ -63,7 +69,10 @@ def linear_attention(
                 raise ValueError("causal=False has no order in which to decay: g must be None")
             check_gate(g, q, v)
             g = g.to(state_dtype(q.dtype))
-        x = Run(q, k, v, g, scale_of(q, scale))
+        documents = packed(cu_seqlens, q.shape[0], q.shape[1], sp)
+        if documents is not None and not causal:
+            raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
+        x = Run(q, k, v, g, scale_of(q, scale), documents)
         initial = initial_of(x, initial_state)
         stages = select("decay" if causal else "unmasked", backend, q)
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
@@ -81,6 +90,7 @@ def normalized_linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     causal: bool = True,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     sp: SequenceParallel | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +115,7 @@ def normalized_linear_attention(
         initial_state=initial_state,
         output_final_state=output_final_state,
         causal=causal,
+        cu_seqlens=cu_seqlens,
         sp=sp,
         backend=backend,
     )

@@ -10,6 +10,7 @@ backward recomputes no forward state and exchanges once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.distributed import SequenceParallel
 from lasp.exchange.local import Local
-from lasp.recurrence.contract import Stages
+from lasp.ops.crossing import Packed
+from lasp.recurrence.contract import Stages, tensors_of
+from lasp.recurrence.documents import Documents
 
 
 class Plan(NamedTuple):
@@ -39,14 +42,21 @@ class Plan(NamedTuple):
 
 
 def scan(plan: Plan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The recurrence `plan.stages` on the inputs `x`, a NamedTuple of tensors or None that ends with scale.
+    """The recurrence `plan.stages` on the inputs `x`, a NamedTuple of tensors or None that ends with scale, documents.
+
+    Args:
+        initial: [B, H_v, K, V], or one for every document of the whole sequence.
 
     Returns:
-        o [B, T, H_v, V] and, where wanted, the final state of the global sequence [B, H_v, K, V].
+        o [B, T, H_v, V] and, where wanted, the final states of the global sequence, as many as initial ones.
     """
-    *tensors, scale = x
-    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, type(x), scale, initial, *tensors)
+    run = partial(_rebuilt, type(x), x.scale, x.documents)
+    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, run, initial, *tensors_of(x))
     return result
+
+
+def _rebuilt(kind: Callable[..., Any], scale: float, documents: Documents | None, tensors: tuple[Any, ...]) -> Any:
+    return kind(*tensors, scale, documents)
 
 
 def _begin(plan: Plan, summary: Any, initial: Tensor, *, reverse: bool, want_total: bool) -> Any:
@@ -59,37 +69,54 @@ def _begin(plan: Plan, summary: Any, initial: Tensor, *, reverse: bool, want_tot
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, kind: Callable[..., Any], scale: float, initial: Tensor, *inputs: Tensor | None
+        ctx: Any, plan: Plan, run: Callable[..., Any], initial: Tensor, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        x, stages = kind(*inputs, scale), plan.stages
+        x, stages = run(inputs), plan.stages
+        packed = None if x.documents is None else Packed(x.documents, plan.sp)
         summary, totals = stages.summarize(x)
-        pending = _begin(plan, summary, initial, reverse=False, want_total=plan.want_final)
-        partial = stages.local_outputs(x, totals)
+        border, before = (summary, initial) if packed is None else packed.leaving(summary, initial)
+        pending = _begin(plan, border, before, reverse=False, want_total=plan.want_final and packed is None)
+        partial_outputs = stages.local_outputs(x, totals)
         carried = pending.wait()
-        o, saved = stages.outputs(x, totals, partial, carried.total if plan.whole else carried.entering)
+        entering = carried.total if plan.whole else carried.entering
+        entering = entering if packed is None else packed.entering(entering, initial)
+        o, saved = stages.outputs(x, totals, partial_outputs, entering)
+        final = carried.total
+        if packed is not None and plan.want_final:
+            final = packed.with_empty(packed.final(summary, entering), initial)
         # Every tensor through save_for_backward, so that saved-tensor hooks (offloading, recomputation) see them.
         tensors, ctx.structure = tree_flatten((inputs, saved))
-        ctx.plan, ctx.kind, ctx.scale = plan, kind, scale
+        ctx.plan, ctx.run, ctx.packed = plan, run, packed
         ctx.save_for_backward(*tensors)
-        return o, carried.total if plan.want_final else None
+        return o, final if plan.want_final else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor | None) -> tuple[Any, ...]:
-        plan, stages, sp = ctx.plan, ctx.plan.stages, ctx.plan.sp
+        plan, stages, sp, packed = ctx.plan, ctx.plan.stages, ctx.plan.sp, ctx.packed
         inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
-        x = ctx.kind(*inputs, ctx.scale)
+        x = ctx.run(inputs)
         summary, totals = stages.summarize_adjoint(x, d_o)
+        if d_final is None:
+            count = summary.state.shape[0] if packed is None else x.documents.count
+            d_final = summary.state.new_zeros(count, *summary.state.shape[1:])
+        d_final = d_final.to(summary.state.dtype)
         # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.
-        d_leaving = torch.zeros_like(summary.state) if d_final is None else d_final.to(summary.state.dtype)
         if plan.want_final and sp is not None:
-            d_leaving = sp.comm.sum(d_leaving)
-        pending = _begin(plan, summary, d_leaving, reverse=True, want_total=False)
+            d_final = sp.comm.sum(d_final)
+        border, before = (summary, d_final) if packed is None else packed.leaving_adjoint(summary, d_final)
+        pending = _begin(plan, border, before, reverse=True, want_total=False)
         local = stages.local_gradients(x, saved, totals, d_o)
         carried = pending.wait()
-        d_state_out = carried.total if plan.whole else carried.entering
-        d_inputs = stages.gradients(x, saved, totals, local, d_o, d_state_out)
-        d_initial = carried.total if plan.whole else summary.apply(carried.entering)
-        if sp is not None and sp.rank > 0:
-            d_initial = torch.zeros_like(d_initial)
-        return None, None, None, d_initial, *d_inputs
+        d_leaving = carried.total if plan.whole else carried.entering
+        d_leaving = d_leaving if packed is None else packed.entering_adjoint(d_leaving, d_final)
+        d_inputs = stages.gradients(x, saved, totals, local, d_o, d_leaving)
+        d_initial = None
+        if ctx.needs_input_grad[2]:
+            if packed is not None:
+                d_initial = packed.with_empty(packed.initial(summary, d_leaving), d_final)
+            else:
+                d_initial = d_leaving if plan.whole else summary.apply(d_leaving)
+            # Whole on the first rank: the ranks' gradients are shares of one sum.
+            d_initial = d_initial if sp is None or sp.rank == 0 else torch.zeros_like(d_initial)
+        return None, None, d_initial, *d_inputs

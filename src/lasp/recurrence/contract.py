@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from lasp.algebra import Summary
+from lasp.recurrence.documents import Documents
 
 
 class Stages(Protocol):
@@ -53,6 +54,8 @@ class Run(NamedTuple):
         v: [B, T, H_v, V], H_v a multiple of H.
         g: log-decay <= 0 in the state's dtype: None, [H_v], [B, T, H_v] or [B, T, H_v, K].
         scale: factor of the outputs.
+        documents: where packed documents lie (then B = 1), or None. States are one for each document here, else one
+            for each sequence of the batch.
     """
 
     q: Tensor
@@ -60,3 +63,14 @@ class Run(NamedTuple):
     v: Tensor
     g: Tensor | None
     scale: float
+    documents: Documents | None = None
+
+
+def tensors_of(x: Any) -> tuple[Tensor | None, ...]:
+    """The tensors among a run's inputs: all but its last two fields, scale and documents."""
+    return tuple(x[:-2])
+
+
+def num_states(x: Any) -> int:
+    """How many states the run has: one for each document here, else for each sequence of the batch."""
+    return int(x.q.shape[0]) if x.documents is None else len(x.documents.ids)

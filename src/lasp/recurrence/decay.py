@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Transition
-from lasp.recurrence.contract import Run
+from lasp.recurrence.contract import Run, num_states
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -14,16 +16,24 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def state_shape(x: Run) -> tuple[int, int, int, int]:
-    """[B, H_v, K, V] of the state."""
-    return (x.q.shape[0], x.v.shape[2], x.q.shape[3], x.v.shape[3])
+def state_shape(x: Any) -> tuple[int, int, int, int]:
+    """[B, H_v, K, V] of the states; [documents here, H_v, K, V] where they are packed."""
+    return (num_states(x), x.v.shape[2], x.q.shape[3], x.v.shape[3])
 
 
 def transition(x: Run) -> Transition:
-    """The product of the run's transitions."""
+    """The product of the run's transitions, for each of its states."""
+    count, heads = num_states(x), x.v.shape[2]
     if x.g is None:
         return Identity()
     if x.g.dim() == 1:
-        return Scalar((x.g * x.v.shape[1]).expand(x.v.shape[0], -1))
-    total: Tensor = x.g.sum(1)
+        if x.documents is None:
+            return Scalar((x.g * x.v.shape[1]).expand(count, -1))
+        lengths = torch.tensor([end - start for start, end in x.documents.spans], dtype=x.g.dtype, device=x.g.device)
+        return Scalar(lengths[:, None] * x.g)
+    if x.documents is None:
+        total: Tensor = x.g.sum(1)
+    else:
+        total = x.g.new_zeros(count, heads, *x.g.shape[3:])
+        total.index_add_(0, x.documents.of_tokens.to(x.g.device), x.g[0])
     return Scalar(total) if x.g.dim() == 3 else Diagonal(total)

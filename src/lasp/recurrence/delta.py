@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lasp.recurrence.documents import Documents
+
 
 class DeltaRun(NamedTuple):
     """The inputs of the delta family on one rank.
@@ -16,6 +18,7 @@ class DeltaRun(NamedTuple):
         beta: [B, T, H_v], in [0, 2], in the state's dtype.
         g: log-decay <= 0 in the state's dtype: None (DeltaNet), [B, T, H_v] (Gated DeltaNet) or [B, T, H_v, K] (KDA).
         scale: factor of the outputs.
+        documents: as in `lasp.recurrence.contract.Run`.
     """
 
     q: Tensor
@@ -24,3 +27,4 @@ class DeltaRun(NamedTuple):
     beta: Tensor
     g: Tensor | None
     scale: float
+    documents: Documents | None = None

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lasp.algebra import Summary, Transition
+from lasp.algebra import Identity, Summary, Transition
+from lasp.recurrence.contract import num_states, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 
 
@@ -21,7 +23,7 @@ class TokenLoop:
 
     Args:
         token: (x, t, dtype) -> the affine map of token t, in dtype. x is a NamedTuple that begins with q, k, v and
-            ends with scale.
+            ends with scale and documents.
     """
 
     GROUPED_HEADS = False
@@ -41,11 +43,14 @@ class TokenLoop:
 
     def summarize_adjoint(self, x: Any, d_o: Tensor) -> tuple[Summary, None]:
         d_state = _zero_state(x)
-        for t in reversed(range(x.q.shape[1])):
-            q, d = x.q[:, t].to(d_state.dtype), d_o[:, t].to(d_state.dtype)
-            transition = self._token(x, t, d_state.dtype).transition
-            d_state = transition.adjoint().apply(d_state + x.scale * q[..., :, None] * d[..., None, :])
-        return Summary(self._transition(x, d_state).adjoint(), d_state), None
+        ends = []
+        for part, d, (first, last) in zip(_parts(x), _pieces(x, d_o), _rows(x), strict=True):
+            d_part = d_state[first:last]
+            for t in reversed(range(part.q.shape[1])):
+                outer = part.q[:, t].to(d_part.dtype)[..., :, None] * d[:, t].to(d_part.dtype)[..., None, :]
+                d_part = self._token(part, t, d_part.dtype).transition.adjoint().apply(d_part + x.scale * outer)
+            ends.append(d_part)
+        return Summary(self._transition(x, d_state).adjoint(), torch.cat(ends) if ends else d_state), None
 
     def local_gradients(self, x: Any, saved: Tensor, totals_adjoint: None, d_o: Tensor) -> None:
         return None
@@ -53,38 +58,66 @@ class TokenLoop:
     def gradients(
         self, x: Any, saved: Tensor, totals_adjoint: None, local: None, d_o: Tensor, d_state_out: Tensor
     ) -> tuple[Tensor | None, ...]:
-        tensors = [None if t is None else t.detach().requires_grad_() for t in x[:-1]]
+        tensors = [None if t is None else t.detach().requires_grad_() for t in tensors_of(x)]
         with torch.enable_grad():
-            o, state_out = self._loop(type(x)(*tensors, x.scale), saved)
+            o, state_out = self._loop(type(x)(*tensors, x.scale, x.documents), saved)
             # A zero that depends on everything: without tokens nothing else would.
-            o = o + sum((t.sum() * 0 for t in tensors if t is not None), start=o.new_zeros(()))
+            zero = sum((t[:0].sum() for t in tensors if t is not None), start=o.new_zeros(()))
             found = torch.autograd.grad(
-                (o, state_out + o.sum() * 0), [t for t in tensors if t is not None], (d_o.to(o.dtype), d_state_out)
+                (o + zero, state_out + zero), [t for t in tensors if t is not None], (d_o.to(o.dtype), d_state_out)
             )
         gradients = iter(found)
         return tuple(None if t is None else next(gradients) for t in tensors)
 
     def _loop(self, x: Any, state: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = []
-        for t in range(x.q.shape[1]):
-            state = self._token(x, t, state.dtype).apply(state)
-            outputs.append(x.scale * (x.q[:, t].to(state.dtype)[..., None, :] @ state).squeeze(-2))
-        o = torch.stack(outputs, 1) if outputs else x.v.to(state.dtype)
-        return o.to(x.v.dtype), state
+        outputs, states = [x.v[:, :0].to(state.dtype)], []
+        for part, (first, last) in zip(_parts(x), _rows(x), strict=True):
+            here = state[first:last]
+            for t in range(part.q.shape[1]):
+                here = self._token(part, t, state.dtype).apply(here)
+                outputs.append(x.scale * (part.q[:, t].to(state.dtype)[..., None, :] @ here).transpose(1, 2))
+            states.append(here)
+        return torch.cat(outputs, 1).to(x.v.dtype), torch.cat(states) if states else state
 
     def _transition(self, x: Any, state: Tensor) -> Transition:
-        """The product of the tokens' transitions."""
-        tokens = [self._token(x, t, state.dtype).transition for t in range(x.q.shape[1])]
-        if not tokens:
-            # An empty run has its recurrence's kind of transition; a token of zeros tells which.
-            empty = type(x)(
-                *(t if t is None or t.dim() == 1 else t.new_zeros(t.shape[0], 1, *t.shape[2:]) for t in x[:-1]), x.scale
+        """The product of the tokens' transitions, of each sequence or document."""
+        products = []
+        for part in _parts(x):
+            product = self._token(_padded(part), part.q.shape[1], state.dtype).transition.identity(
+                state.new_empty(part.q.shape[0], *state.shape[1:])
             )
-            return type(self._token(empty, 0, state.dtype).transition).identity(state)
-        product = tokens[0]
-        for transition in tokens[1:]:
-            product = transition.compose(product)
-        return product
+            for t in range(part.q.shape[1]):
+                product = self._token(part, t, state.dtype).transition.compose(product)
+            products.append(product)
+        if not products:
+            return Identity()
+        tensors = zip(*(product.tensors() for product in products), strict=True)
+        return type(products[0])(*(torch.cat(several) for several in tensors))
+
+
+def _parts(x: Any) -> list[Any]:
+    """The run itself, or each of its documents as a run of one sequence."""
+    if x.documents is None:
+        return [x]
+    return [
+        type(x)(*(t if t is None or t.dim() == 1 else t[:, start:end] for t in tensors_of(x)), x.scale)
+        for start, end in x.documents.spans
+    ]
+
+
+def _pieces(x: Any, tensor: Tensor) -> list[Tensor]:
+    return [tensor] if x.documents is None else [tensor[:, start:end] for start, end in x.documents.spans]
+
+
+def _rows(x: Any) -> list[tuple[int, int]]:
+    """Which states each part has."""
+    return [(0, x.q.shape[0])] if x.documents is None else [(n, n + 1) for n in range(num_states(x))]
+
+
+def _padded(x: Any) -> Any:
+    """x with a token of zeros behind: an empty run has its recurrence's kind of transition too."""
+    tensors = [t if t is None or t.dim() == 1 else pad(t, [0, 0] * (t.dim() - 2) + [0, 1]) for t in tensors_of(x)]
+    return type(x)(*tensors, x.scale)
 
 
 def _zero_state(x: Any) -> Tensor:

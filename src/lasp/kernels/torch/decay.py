@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition, scan
-from lasp.kernels.torch.chunks import cut, join
+from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition
+from lasp.kernels.torch.chunks import Chunking, chunk_size
 from lasp.recurrence.contract import Run
 from lasp.recurrence.decay import state_dtype, state_shape, transition
 
@@ -30,33 +30,31 @@ MIN_LOG_DECAY = -1e4
 
 
 class Chunks(NamedTuple):
-    """A run cut into chunks, the last one padded with tokens that neither decay nor add anything."""
+    """A run cut into chunks. Padding neither decays nor adds anything."""
 
+    chunking: Chunking
     q: Tensor
     k: Tensor
     v: Tensor
     b: Tensor | None
 
 
-def _chunk_size(x: Run) -> int:
-    limit = CHUNK_PER_CHANNEL if x.g is not None and x.g.dim() == 4 else CHUNK
-    return max(1, min(limit, x.q.shape[1]))
-
-
 def _chunks(x: Run) -> Chunks:
-    size, tokens, dtype = _chunk_size(x), x.q.shape[1], state_dtype(x.q.dtype)
-    q, k, v = (cut(tensor.to(dtype), size) for tensor in (x.q, x.k, x.v))
+    limit = CHUNK_PER_CHANNEL if x.g is not None and x.g.dim() == 4 else CHUNK
+    tokens, dtype = x.q.shape[1], state_dtype(x.q.dtype)
+    chunking = Chunking(tokens, chunk_size(limit, tokens, x.documents), x.documents)
+    q, k, v = (chunking.cut(tensor.to(dtype)) for tensor in (x.q, x.k, x.v))
     if x.g is None:
-        return Chunks(q, k, v, None)
+        return Chunks(chunking, q, k, v, None)
     g = x.g.to(torch.float64).clamp(min=MIN_LOG_DECAY)
     if g.dim() == 1:
-        # Padding must not decay: a constant is laid out per token only where the last chunk is padded.
-        if tokens % size == 0:
-            steps = torch.arange(1, size + 1, device=g.device, dtype=g.dtype)
-            return Chunks(q, k, v, (g[:, None] * steps)[None, :, None, :, None])
+        # Padding must not decay: a constant is laid out per token only where some chunk is padded.
+        if not chunking.is_padded:
+            steps = torch.arange(1, chunking.size + 1, device=g.device, dtype=g.dtype)
+            return Chunks(chunking, q, k, v, (g[:, None] * steps)[None, :, None, :, None])
         g = g.expand(1, tokens, -1)
     g = g if g.dim() == 4 else g[..., None]
-    return Chunks(q, k, v, cut(g, size).cumsum(3))
+    return Chunks(chunking, q, k, v, chunking.cut(g).cumsum(3))
 
 
 def _exp(log: Tensor, like: Tensor) -> Tensor:
@@ -145,48 +143,35 @@ def _zeros(x: Run) -> Tensor:
     return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))
 
 
-def _carried_from(runs: Transition, state: Tensor, count: int, *, reverse: bool) -> Tensor:
-    """What `state`, entering from outside, contributes at the start of each chunk: [B, H, N, K, V]."""
-    if isinstance(runs, Identity):
-        return state[:, :, None].expand(-1, -1, count, -1, -1)
-    log = runs.tensors()[0].movedim(0, 2)
-    log = log.flip(2) if reverse else log
-    # Shifted rather than "cumsum minus own term", which would lose a slow decay next to a fast one.
-    before = torch.cat([torch.zeros_like(log[:, :, :1]), log[:, :, :-1]], 2).cumsum(2)[:, :, :count]
-    before = before.flip(2) if reverse else before
-    weight = before.exp()[..., None, None] if isinstance(runs, Scalar) else before.exp()[..., None]
-    return weight * state[:, :, None]
-
-
-def summarize(x: Run) -> tuple[Summary, tuple[Chunks, Tensor]]:
+def summarize(x: Run) -> tuple[Summary, tuple[Chunks, Summary]]:
     c = _chunks(x)
-    added = _to_end(c, c.k).mT @ c.v
-    starts, state = scan(Summary(_chunk_transitions(c), added.movedim(2, 0)), _zeros(x))
-    return Summary(transition(x), state), (c, starts.movedim(0, 2))
+    runs = Summary(_chunk_transitions(c), (_to_end(c, c.k).mT @ c.v).movedim(2, 0))
+    _, state = c.chunking.scan(runs, _zeros(x))
+    return Summary(transition(x), state), (c, runs)
 
 
-def local_outputs(x: Run, totals: tuple[Chunks, Tensor]) -> Tensor:
+def local_outputs(x: Run, totals: tuple[Chunks, Summary]) -> Tensor:
     c, _ = totals
     return _scores(c) @ c.v
 
 
-def outputs(x: Run, totals: tuple[Chunks, Tensor], partial: Tensor, state_in: Tensor) -> tuple[Tensor, Tensor]:
-    c, starts = totals
-    starts = starts + _carried_from(_chunk_transitions(c), state_in, starts.shape[2], reverse=False)
+def outputs(x: Run, totals: tuple[Chunks, Summary], partial: Tensor, state_in: Tensor) -> tuple[Tensor, Tensor]:
+    c, runs = totals
+    starts, _ = c.chunking.scan(runs, state_in)
     o = x.scale * (partial + _from_start(c, c.q) @ starts)
-    return join(o, x.q.shape[1]).to(x.v.dtype), starts
+    return c.chunking.join(o).to(x.v.dtype), starts
 
 
-def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Tensor]]:
+def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Summary]]:
     c = _chunks(x)
-    d_out = x.scale * cut(d_o.to(c.q.dtype), c.q.shape[3])
-    added = _from_start(c, c.q).mT @ d_out
-    ends, d_state = scan(Summary(_chunk_transitions(c), added.movedim(2, 0)), _zeros(x), reverse=True)
-    return Summary(transition(x).adjoint(), d_state), (c, d_out, ends.movedim(0, 2))
+    d_out = x.scale * c.chunking.cut(d_o.to(c.q.dtype))
+    runs = Summary(_chunk_transitions(c), (_from_start(c, c.q).mT @ d_out).movedim(2, 0))
+    _, d_state = c.chunking.scan(runs, _zeros(x), reverse=True)
+    return Summary(transition(x).adjoint(), d_state), (c, d_out, runs)
 
 
 def local_gradients(
-    x: Run, saved: Tensor, totals_adjoint: tuple[Chunks, Tensor, Tensor], d_o: Tensor
+    x: Run, saved: Tensor, totals_adjoint: tuple[Chunks, Tensor, Summary], d_o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     c, d_out, _ = totals_adjoint
     d_scores = d_out @ c.v.mT
@@ -197,28 +182,23 @@ def local_gradients(
 def gradients(
     x: Run,
     saved: Tensor,
-    totals_adjoint: tuple[Chunks, Tensor, Tensor],
+    totals_adjoint: tuple[Chunks, Tensor, Summary],
     local: tuple[Tensor, Tensor, Tensor],
     d_o: Tensor,
     d_state_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    c, d_out, ends = totals_adjoint
+    c, d_out, runs = totals_adjoint
     dq, d_scores, dq_state = local
-    runs, tokens = _chunk_transitions(c), x.q.shape[1]
-    ends = ends + _carried_from(runs, d_state_out, ends.shape[2], reverse=True)
+    ends, _ = c.chunking.scan(runs, d_state_out, reverse=True)
     dk_state = _to_end(c, c.v @ ends.mT)
     dk = _scores_gradient_k(c, d_scores) + dk_state
     dv = _scores(c).mT @ d_out + _to_end(c, c.k) @ ends
     dg = None
     if x.g is not None:
-        across = runs.apply((saved * ends).movedim(2, 0)).movedim(0, 2).sum(-1)
+        across = runs.transition.apply((saved * ends).movedim(2, 0)).movedim(0, 2).sum(-1)
         dg = _decay_gradient(x, c, c.q * dq_state, c.k * dk_state, across, d_scores)
-    return (
-        join(dq, tokens).to(x.q.dtype),
-        join(dk, tokens).to(x.k.dtype),
-        join(dv, tokens).to(x.v.dtype),
-        dg,
-    )
+    joined = (c.chunking.join(d).to(t.dtype) for d, t in ((dq, x.q), (dk, x.k), (dv, x.v)))
+    return (*joined, dg)
 
 
 def _decay_gradient(x: Run, c: Chunks, from_start: Tensor, to_end: Tensor, across: Tensor, d_scores: Tensor) -> Tensor:
@@ -236,7 +216,7 @@ def _decay_gradient(x: Run, c: Chunks, from_start: Tensor, to_end: Tensor, acros
     before = torch.cat([torch.zeros_like(to_end[..., :1, :]), to_end[..., :-1, :]], 3).cumsum(3)
     after = from_start.flip(3).cumsum(3).flip(3)
     d_g = after + before + across[..., None, :] + _scores_gradient_decay(c, d_scores)
-    d_g = join(d_g, x.q.shape[1])
+    d_g = c.chunking.join(d_g)
     if x.g.dim() == 4:
         return d_g
     return d_g.squeeze(-1) if x.g.dim() == 3 else d_g.squeeze(-1).sum((0, 1))

@@ -26,10 +26,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lasp.algebra import Dense, Summary, scan
-from lasp.kernels.torch.chunks import cut, join
-from lasp.recurrence.decay import state_dtype
+from lasp.algebra import Dense, Summary
+from lasp.kernels.torch.chunks import Chunking, chunk_size
+from lasp.recurrence.contract import tensors_of
+from lasp.recurrence.decay import state_dtype, state_shape
 from lasp.recurrence.delta import DeltaRun
 
 GROUPED_HEADS = False
@@ -59,6 +61,7 @@ class Woven(NamedTuple):
 class Forward(NamedTuple):
     """`summarize`'s totals: the chunks, and the state at their starts as an affine map on the run's entering one."""
 
+    chunking: Chunking
     chunks: Woven
     starts: Tensor
     prefixes: Tensor
@@ -68,6 +71,7 @@ class Adjoint(NamedTuple):
     """`summarize_adjoint`'s totals: the chunks as a function of their inputs, and the gradient of the state at their
     ends as an affine map on that of the run's leaving one."""
 
+    chunking: Chunking
     inputs: list[Tensor]
     chunks: Woven
     d_out: Tensor
@@ -84,12 +88,13 @@ class Local(NamedTuple):
     d_scores: Tensor
 
 
-def _cut_inputs(x: DeltaRun) -> list[Tensor]:
+def _cut_inputs(x: DeltaRun) -> tuple[Chunking, list[Tensor]]:
     """q, k, v, beta and g if there is one, in chunks. Padding neither decays nor writes."""
-    size = min(CHUNK, 1 << max(0, x.q.shape[1] - 1).bit_length())
+    tokens = x.q.shape[1]
+    chunking = Chunking(tokens, chunk_size(CHUNK, tokens, x.documents), x.documents)
     dtype = state_dtype(x.q.dtype)
-    tensors = [x.q, x.k, x.v, x.beta] if x.g is None else [x.q, x.k, x.v, x.beta, x.g]
-    return [cut((t if t.dim() == 4 else t[..., None]).to(dtype), size) for t in tensors]
+    tensors = [t for t in tensors_of(x) if t is not None]
+    return chunking, [chunking.cut((t if t.dim() == 4 else t[..., None]).to(dtype)) for t in tensors]
 
 
 def _after(g: Tensor) -> Tensor:
@@ -154,26 +159,29 @@ def _transitions(c: Woven) -> Tensor:
     return decay - c.stores.mT @ c.erases
 
 
-def _scan(matrices: Tensor, added: Tensor, *, reverse: bool = False) -> tuple[Summary, Tensor, Tensor]:
+def _scan(
+    x: DeltaRun, chunking: Chunking, matrices: Tensor, added: Tensor, *, reverse: bool = False
+) -> tuple[Summary, Tensor, Tensor]:
     """Chunks S -> matrix S + added, [B, H, N, K, ...]: the run's summary, and the state that enters each chunk as
-    offset + factor @ (the state that enters the run).
+    offset + factor @ (the state that enters its sequence or document).
 
     The factors are the same scan on the identity's columns.
     """
-    batch, heads, count, size, values = added.shape
-    eye = torch.eye(size, dtype=added.dtype, device=added.device).expand(batch, heads, size, size)
-    initial = torch.cat([added.new_zeros(batch, heads, size, values), eye], -1)
-    added = torch.cat([added, added.new_zeros(batch, heads, count, size, size)], -1)
-    entering, end = scan(Summary(Dense(matrices.movedim(2, 0)), added.movedim(2, 0)), initial, reverse=reverse)
-    offsets, factors = entering.movedim(0, 2).split([values, size], -1)
+    count, heads, size, values = state_shape(x)
+    eye = torch.eye(size, dtype=added.dtype, device=added.device).expand(count, heads, size, size)
+    initial = torch.cat([added.new_zeros(count, heads, size, values), eye], -1)
+    added = pad(added, (0, size))
+    entering, end = chunking.scan(Summary(Dense(matrices.movedim(2, 0)), added.movedim(2, 0)), initial, reverse=reverse)
+    offsets, factors = entering.split([values, size], -1)
     state, matrix = end.split([values, size], -1)
     return Summary(Dense(matrix.contiguous()), state.contiguous()), offsets, factors
 
 
 def summarize(x: DeltaRun) -> tuple[Summary, Forward]:
-    c = _weave(x.scale, *_cut_inputs(x))
-    summary, starts, prefixes = _scan(_transitions(c), c.stores.mT @ c.writes)
-    return summary, Forward(c, starts, prefixes)
+    chunking, inputs = _cut_inputs(x)
+    c = _weave(x.scale, *inputs)
+    summary, starts, prefixes = _scan(x, chunking, _transitions(c), c.stores.mT @ c.writes)
+    return summary, Forward(chunking, c, starts, prefixes)
 
 
 def local_outputs(x: DeltaRun, totals: Forward) -> tuple[Tensor, Tensor]:
@@ -182,19 +190,20 @@ def local_outputs(x: DeltaRun, totals: Forward) -> tuple[Tensor, Tensor]:
 
 
 def outputs(x: DeltaRun, totals: Forward, partial: tuple[Tensor, Tensor], state_in: Tensor) -> tuple[Tensor, Tensor]:
-    starts = totals.starts + totals.prefixes @ state_in[:, :, None]
+    starts = totals.starts + totals.prefixes @ totals.chunking.spread(state_in)
     o = partial[0] + partial[1] @ starts
-    return join(o, x.q.shape[1]).to(x.v.dtype), starts
+    return totals.chunking.join(o).to(x.v.dtype), starts
 
 
 def summarize_adjoint(x: DeltaRun, d_o: Tensor) -> tuple[Summary, Adjoint]:
-    inputs = [t.detach().requires_grad_() for t in _cut_inputs(x)]
+    chunking, cut = _cut_inputs(x)
+    inputs = [t.detach().requires_grad_() for t in cut]
     with torch.enable_grad():
         c = _weave(x.scale, *inputs)
-    d_out = cut(d_o.to(c.reads.dtype), c.reads.shape[3])
+    d_out = chunking.cut(d_o.to(c.reads.dtype))
     # Gradients flow from a chunk's end to its start: S -> matrix S + added, transposed.
-    summary, ends, suffixes = _scan(_transitions(c).mT, _queries(c).mT @ d_out, reverse=True)
-    return summary, Adjoint(inputs, c, d_out, ends, suffixes)
+    summary, ends, suffixes = _scan(x, chunking, _transitions(c).mT, _queries(c).mT @ d_out, reverse=True)
+    return summary, Adjoint(chunking, inputs, c, d_out, ends, suffixes)
 
 
 def local_gradients(x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint, d_o: Tensor) -> Local:
@@ -206,15 +215,15 @@ def local_gradients(x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint, d_o: Te
 def gradients(
     x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint, local: Local, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
-    inputs, c, _, ends, suffixes = totals_adjoint
-    ends = ends + suffixes @ d_state_out[:, :, None]
+    chunking, inputs, c, _, ends, suffixes = totals_adjoint
+    ends = ends + suffixes @ chunking.spread(d_state_out)
     d_writes = local.d_writes + c.stores @ ends
     d_chunks = [local.d_reads, local.d_scores, local.writes @ ends.mT, d_writes, -d_writes @ saved.mT]
     if c.kept is not None:
         d_kept = (saved * ends).sum(-1)
         d_chunks.append(d_kept if c.kept.shape[-1] > 1 else d_kept.sum(-1, keepdim=True))
     d_inputs = torch.autograd.grad([t for t in c if t is not None], inputs, d_chunks)
-    joined = [join(d, x.q.shape[1]) for d in d_inputs]
-    given = [t for t in x[:-1] if t is not None]
+    joined = [chunking.join(d) for d in d_inputs]
+    given = [t for t in tensors_of(x) if t is not None]
     found: list[Tensor | None] = [d.reshape(t.shape).to(t.dtype) for d, t in zip(joined, given, strict=True)]
     return tuple(found if x.g is not None else [*found, None])

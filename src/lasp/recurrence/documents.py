@@ -1,0 +1,84 @@
+"""Where the documents of a packed sequence lie: globally, and on one rank."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of which a rank holds tokens.
+
+    Attributes:
+        bounds: where they start here, and the end of the last: 0 = bounds[0] < .. < bounds[-1] = tokens here; just
+            (0,) where the rank holds none.
+        ids: their indices among all documents.
+        from_before: the first has tokens on earlier ranks.
+        to_after: the last has tokens on later ranks.
+        count: number of documents of the whole sequence.
+        empty: indices of the documents without tokens anywhere.
+        digest: of all documents' bounds, the same on every rank of the sequence.
+    """
+
+    bounds: tuple[int, ...]
+    ids: tuple[int, ...]
+    from_before: bool
+    to_after: bool
+    count: int
+    empty: tuple[int, ...]
+    digest: str
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and end of each document here."""
+        return list(pairwise(self.bounds))
+
+    @property
+    def starting(self) -> list[int]:
+        """Positions in `ids` of the documents that start here."""
+        return list(range(int(self.from_before), len(self.ids)))
+
+    @property
+    def ending(self) -> list[int]:
+        """Positions in `ids` of the documents that end here."""
+        return list(range(len(self.ids) - int(self.to_after)))
+
+    @cached_property
+    def of_tokens(self) -> Tensor:
+        """int64 [T], on the host: which document here each token belongs to."""
+        lengths = torch.tensor([end - start for start, end in self.spans], dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(self.ids)), lengths)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T], on the host: each token's position in the part of its document that lies here."""
+        starts = torch.tensor(self.bounds[:-1], dtype=torch.int64)
+        return torch.arange(self.bounds[-1]) - starts[self.of_tokens]
+
+
+@lru_cache(maxsize=64)
+def documents_here(cu_seqlens: tuple[int, ...], offset: int, tokens: int) -> Documents:
+    """The documents on a rank that holds `tokens` tokens from global index `offset` on.
+
+    cu_seqlens: 0, the end of the first document, of the second, .. and the length of the whole sequence. Every layer
+    of a model asks the same, hence the cache.
+    """
+    bounds, ids, empty = [0], [], []
+    from_before = to_after = False
+    for index, (start, end) in enumerate(pairwise(cu_seqlens)):
+        if start == end:
+            empty.append(index)
+        here = min(end, offset + tokens) - max(start, offset)
+        if here > 0:
+            from_before |= start < offset
+            to_after |= end > offset + tokens
+            ids.append(index)
+            bounds.append(bounds[-1] + here)
+    digest = hashlib.sha256(repr(cu_seqlens).encode()).hexdigest()[:16]
+    return Documents(tuple(bounds), tuple(ids), from_before, to_after, len(cu_seqlens) - 1, tuple(empty), digest)

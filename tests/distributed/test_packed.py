@@ -1,0 +1,187 @@
+"""Packed documents: each gives what it gives alone, wherever the rank borders lie, and nothing leaks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import GATES
+from tolerances import relative_error
+from world import run
+
+import lasp
+from lasp.exchange import EXCHANGES
+
+H, K, V = 2, 4, 3
+KINDS = [*GATES, "delta", "gated delta", "kda"]
+
+
+def inputs_of(kind: str, tokens: int, documents: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs of one packed sequence, with a state for each document."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    inputs = {"q": normal(1, tokens, H, K), "k": normal(1, tokens, H, K), "v": normal(1, tokens, H, V)}
+    if kind in ("delta", "gated delta", "kda"):
+        inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
+        inputs["beta"] = 2 * normal(1, tokens, H).sigmoid()
+    shape = {
+        "constant": (H,), "scalar": (1, tokens, H), "gated delta": (1, tokens, H),
+        "channel": (1, tokens, H, K), "kda": (1, tokens, H, K),
+    }.get(kind)  # fmt: skip
+    if shape is not None:
+        inputs["g"] = -0.1 * normal(*shape).abs()
+    return {**inputs, "initial_state": normal(documents, H, K, V)}
+
+
+def call(inputs, *, sp=None, cu_seqlens=None, backend="torch"):
+    given = dict(inputs)
+    tensors = [given.pop(name) for name in ("q", "k", "v")]
+    options = {"output_final_state": True, "sp": sp, "cu_seqlens": cu_seqlens, "backend": backend}
+    if "beta" in given:
+        return lasp.delta_rule(*tensors, given["beta"], given.get("g"), initial_state=given["initial_state"], **options)
+    return lasp.linear_attention(*tensors, given.get("g"), initial_state=given["initial_state"], **options)
+
+
+def solve(inputs, d_o, d_final, **options) -> dict[str, torch.Tensor]:
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    o, final = call(leaves, **options)
+    torch.autograd.backward((o, final), (d_o, d_final))
+    return {"o": o.detach(), "final": final.detach(), **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+def alone(inputs, d_o, d_final, bounds) -> dict[str, torch.Tensor]:
+    """Every document by itself, by the reference."""
+    parts = []
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+        piece = {n: t if t.dim() == 1 else t[:, start:end] for n, t in inputs.items() if n != "initial_state"}
+        piece["initial_state"] = inputs["initial_state"][index : index + 1]
+        parts.append(solve(piece, d_o[:, start:end], d_final[index : index + 1], backend="reference"))
+    whole = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if values[0].dim() == 1:
+            whole[name] = torch.stack(values).sum(0)
+        else:
+            whole[name] = torch.cat(values, 0 if name in ("final", "d_initial_state") else 1)
+    return whole
+
+
+def shard_errors(sp, inputs, d_o, d_final, bounds, expected) -> float:
+    local = {n: t if n == "initial_state" or t.dim() == 1 else sp.shard(t) for n, t in inputs.items()}
+    share = d_final * (2.0 * sp.rank + 1.0) / sp.size**2
+    got = solve(local, sp.shard(d_o), share, sp=sp, cu_seqlens=bounds)
+    worst = 0.0
+    for name, value in got.items():
+        reference = expected[name]
+        if name == "d_initial_state":
+            reference = reference if sp.rank == 0 else torch.zeros_like(reference)
+        elif value.dim() == 1:
+            dist.all_reduce(value)
+        elif name != "final":
+            reference = sp.shard(reference)
+        worst = max(worst, relative_error(value, reference))
+    return worst
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_device(kind):
+    """Documents of zero, one, and many tokens, longer and shorter than a chunk, at every backend."""
+    bounds = (0, 0, 1, 2, 70, 70, 199, 200)
+    inputs = inputs_of(kind, 200, len(bounds) - 1)
+    d_o, d_final = torch.randn(1, 200, H, V, dtype=torch.float64), torch.randn(7, H, K, V, dtype=torch.float64)
+    expected = alone(inputs, d_o, d_final, bounds)
+    for backend in ("torch", "reference"):
+        got = solve(inputs, d_o, d_final, cu_seqlens=bounds, backend=backend)
+        errors = {name: relative_error(got[name], expected[name]) for name in expected}
+        assert max(errors.values()) < 1e-11, errors
+    leaky = solve({**inputs, "initial_state": inputs["initial_state"][:1]}, d_o, d_final[:1])
+    assert relative_error(leaky["o"], expected["o"]) > 1e-2, "the control: without boundaries it is something else"
+
+
+@pytest.mark.parametrize(("kind", "step"), [("scalar", 1), ("gated delta", 7)])
+def test_every_set_of_boundaries(kind, step):
+    """T=12 over 4 ranks, all 2^11 ways to cut it into documents, so every boundary at, before and after a border."""
+    tokens = 12
+    problems = []
+    # The packed single device has been compared with documents run alone, by every backend, above.
+    for number in range(0, 2 ** (tokens - 1), step):
+        inner = [t for t in range(1, tokens) if number >> (t - 1) & 1]
+        bounds = (0, *inner, tokens)
+        inputs = inputs_of(kind, tokens, len(bounds) - 1, seed=number)
+        random = torch.Generator().manual_seed(number)
+        d_o = torch.randn(1, tokens, H, V, generator=random, dtype=torch.float64)
+        d_final = torch.randn(len(bounds) - 1, H, K, V, generator=random, dtype=torch.float64)
+        problems.append((bounds, inputs, d_o, d_final, solve(inputs, d_o, d_final, cu_seqlens=bounds)))
+
+    def work(rank: int) -> float:
+        worst, exchanges = 0.0, list(EXCHANGES)
+        groups = [lasp.SequenceParallel(dist.group.WORLD, exchange=name) for name in exchanges]
+        for number, problem in enumerate(problems):
+            sp = groups[number % len(groups)].with_lengths(None if number % 3 else (5, 0, 6, 1))
+            bounds, inputs, d_o, d_final, expected = problem
+            worst = max(worst, shard_errors(sp, inputs, d_o, d_final, bounds, expected))
+        return worst
+
+    assert max(run(4, work, deadline_s=300)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_stays_in_its_document(kind):
+    """A document full of NaN that crosses two borders leaves every other document's outputs and gradients clean."""
+    tokens, bounds = 40, (0, 7, 10, 10, 31, 33, 40)
+    inputs = inputs_of(kind, tokens, 6)
+    d_o, d_final = torch.ones(1, tokens, H, V, dtype=torch.float64), torch.ones(6, H, K, V, dtype=torch.float64)
+    clean = solve(inputs, d_o, d_final, cu_seqlens=bounds)
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].clone()
+        inputs[name][:, 10:31] = torch.nan
+
+    def work(rank: int) -> bool:
+        good = True
+        for exchange in EXCHANGES:
+            sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange)
+            local = {n: t if n == "initial_state" or t.dim() == 1 else sp.shard(t) for n, t in inputs.items()}
+            got = solve(local, sp.shard(d_o), d_final / sp.size, sp=sp, cu_seqlens=bounds)
+            here = sp.shard(((torch.arange(tokens) < 10) | (torch.arange(tokens) >= 31))[None])[0]
+            for name in ("o", "d_q", "d_k", "d_v"):
+                good &= relative_error(got[name][:, here], sp.shard(clean[name])[:, here]) < 1e-12
+            good &= bool(got["o"][:, ~here].isnan().all())
+            others = [0, 1, 2, 4, 5]
+            good &= relative_error(got["final"][others], clean["final"][others]) < 1e-12
+        return good
+
+    assert all(run(4, work))
+
+
+def test_thousands_of_tiny_documents():
+    tokens = 3000
+    bounds = tuple(range(tokens + 1))
+    inputs = inputs_of("scalar", tokens, tokens)
+    d_o, d_final = torch.ones(1, tokens, H, V, dtype=torch.float64), torch.zeros(tokens, H, K, V, dtype=torch.float64)
+    got = solve(inputs, d_o, d_final, cu_seqlens=bounds)
+    state = inputs["g"][0].exp()[..., None, None] * inputs["initial_state"]
+    state = state + inputs["k"][0][..., None] * inputs["v"][0][..., None, :]
+    assert relative_error(got["final"], state) < 1e-13
+    expected = K**-0.5 * torch.einsum("thk,thkv->thv", inputs["q"][0], state)
+    assert relative_error(got["o"][0], expected) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("batch", "bounds", "message"),
+    [
+        (2, (0, 8), "B must be 1"),
+        (1, (0, 7), "to the 8 tokens"),
+        (1, (1, 8), "rise from 0"),
+        (1, (0, 5, 4, 8), "rise from 0"),
+        (1, (), "rise from 0"),
+    ],
+)
+def test_messages(batch, bounds, message):
+    q = torch.zeros(batch, 8, 1, 2)
+    with pytest.raises(ValueError, match=message):
+        lasp.linear_attention(q, q, q, cu_seqlens=torch.tensor(bounds))
