@@ -14,6 +14,7 @@ from world import run
 
 import lasp
 from lasp.exchange import EXCHANGES
+from lasp.kernels.fla.library import check_triton
 
 GATES = ("none", "scalar", "channel")
 # Relative errors against the fp64 reference; a triangular system a chunk costs digits that sums do not.
@@ -321,11 +322,20 @@ def _call(**changed):
         ({"initial_state": torch.zeros(2, 4, 3, 4)}, r"initial_state must be \[B, H_v, K, V\] \(2, 4, 4, 3\)"),
         ({"backend": "cuda"}, r"backend must be one of"),
         ({"sp": "ring"}, r"sp must be a SequenceParallel"),
+        ({"backend": "fla"}, r'runs on GPUs, the tensors are on cpu: use backend="torch"'),
     ],
 )
 def test_message(changed, message):
     with pytest.raises(ValueError, match=message):
         _call(**changed)
+
+
+def test_compilers_known_to_be_wrong_are_refused():
+    for version in ("3.4.0", "3.6.0", "3.7.0", "3.7.0+git1"):
+        with pytest.raises(ValueError, match=f"Triton {version}".replace("+", r"\+")):
+            check_triton(version)
+    for version in ("3.3.1", "3.7.1", "3.8.0", "4.0"):
+        check_triton(version)
 
 
 def test_valid_call_passes():

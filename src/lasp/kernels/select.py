@@ -16,20 +16,25 @@ from lasp.recurrence.contract import Stages
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "fla", "reference", "torch")
 
 
 @cache
 def _load(family: str, backend: str) -> Stages:
+    package = importlib.import_module(f"lasp.kernels.{backend}")
+    if family not in package.__all__:
+        raise ValueError(
+            f"backend {backend!r} has no kernels for this recurrence (it has: {', '.join(package.__all__)})"
+        )
     logger.debug("stages of the %s recurrence: backend %s", family, backend)
-    return cast(Stages, getattr(importlib.import_module(f"lasp.kernels.{backend}"), family))
+    return cast(Stages, getattr(package, family))
 
 
 def select(family: str, backend: str, like: Tensor) -> Stages:
     """The stages of `family` for tensors like `like`; "auto" takes the fastest that runs there.
 
     Raises:
-        ValueError: the backend is unknown.
+        ValueError: the backend is unknown, or does not implement the family.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
