@@ -138,6 +138,17 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
 
 
+def test_a_history_written_anew_replaces_the_damaged_future(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    for step in (3, 4, 5, 6):
+        write(tmp_path, step, model, optimizer, keep=4)
+    for step in (5, 6):
+        (tmp_path / f"step-0000000{step}" / "state.json").write_text("{}")
+    assert checkpoint.find(tmp_path, report=lambda _: None).state["step"] == 4
+    write(tmp_path, 4, model, optimizer, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
 def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     write(tmp_path, 1, *toy())
     found = checkpoint.find(tmp_path, report=pytest.fail)

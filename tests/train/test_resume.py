@@ -117,6 +117,9 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path: Path, capfd:
     config = small_config(tmp_path, sp=1, save_every=6)
     whole = train(config)
     assert config.run_dir is not None
+    older = config.run_dir / "checkpoints" / "step-00000006"
+    with pytest.raises(ConfigError, match="is not the newest checkpoint of its run"):
+        loop.train(config, resume=older)
     model = config.run_dir / "checkpoints" / "step-00000012" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-8])
     assert key(train(config, resume=config.run_dir)) == key(whole)

@@ -47,8 +47,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of `state["step"]` below `root`, then remove all but the newest `keep`.
 
-    state: JSON-able; must hold "step". Returns the checkpoint's folder. A failure at any moment leaves the
-    checkpoints that were there.
+    Checkpoints of later steps are removed too. state: JSON-able; must hold "step". Returns the checkpoint's
+    folder. A failure at any moment leaves the checkpoints that were there.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{state['step']:08d}"
@@ -72,9 +72,11 @@ def save(
         os.rename(final, replaced)
     os.rename(temporary, final)
     _sync(root)
-    # Only now, with a newer checkpoint safe on disk, is anything removed.
+    # Only now, with a newer checkpoint safe on disk, is anything removed. Steps past this one are of a history
+    # that is being written anew: damaged ones, which the run fell back from.
     leftovers = [path for path in root.iterdir() if path.name.startswith((".writing-", ".replaced-"))]
-    for path in leftovers + _folders(root)[keep:]:
+    past = [path for path in _folders(root) if path.name > final.name]
+    for path in leftovers + past + _folders(root)[len(past) + keep :]:
         shutil.rmtree(path, ignore_errors=True)
     return final
 

@@ -214,13 +214,7 @@ class _Run:
             seed=config.data.seed,
             cache=config.data.cache,
         )
-        run_dir = config.run_dir
-        if found is not None:
-            run_dir = run_dir or found.folder.parent.parent
-        elif run_dir is None:
-            run_dir = _new_folder(Path("runs"), f"{config.model.family}-{config.model.size}")
-        elif run_dir.exists() and any(run_dir.iterdir()):
-            raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another folder")
+        run_dir = self._choose_folder(found)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
         return {
@@ -228,6 +222,23 @@ class _Run:
             "store": str(store.folder),
             "checkpoint": str(found.folder) if found is not None else None,
         }
+
+    def _choose_folder(self, found: Checkpoint | None) -> Path:
+        """The run folder: as configured, that of the run continued, or a new one. Raises ConfigError."""
+        home = found.folder.parent.parent if found is not None else None
+        run_dir = self.config.run_dir or home
+        if run_dir is None:
+            return _new_folder(Path("runs"), f"{self.config.model.family}-{self.config.model.size}")
+        if home is not None and found is not None and run_dir.resolve() == home.resolve():
+            newest = checkpoint.find(home, report=lambda _: None).folder
+            if newest.resolve() != found.folder.resolve():
+                raise ConfigError(
+                    f"{found.folder} is not the newest checkpoint of its run ({newest.name} is), and going on "
+                    "from it would write over what followed: name a new folder with --run-dir"
+                )
+        elif run_dir.exists() and any(run_dir.iterdir()):
+            raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another")
+        return run_dir
 
     def _read_checkpoint(self, folder: str | None) -> Checkpoint | None:
         if folder is None:
@@ -255,13 +266,15 @@ class _Run:
             )
 
     def _measure_step(self) -> float:
-        """Seconds of one step, found by two rehearsals."""
+        """Seconds of one step: the better of two rehearsals, after one in which everything is new."""
         random_state = torch.get_rng_state()
-        self.stepper.rehearse()
-        began = time.monotonic()
-        self.stepper.rehearse()
+        seconds = []
+        for _ in range(3):
+            began = time.monotonic()
+            self.stepper.rehearse()
+            seconds.append(time.monotonic() - began)
         torch.set_rng_state(random_state)
-        return time.monotonic() - began
+        return min(seconds[1:])
 
     def _introduce(self, step_seconds: float) -> None:
         config, shard, world, store = self.config, self.world.shard, self.world, self.store

@@ -16,7 +16,7 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
     groups = [{"params": matrices, "weight_decay": options.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizerOptions) -> float:
