@@ -1,7 +1,16 @@
 """LASP: linear attention sequence parallelism for PyTorch."""
 
 from lasp.distributed import ExchangeError, SequenceParallel
+from lasp.halo import short_convolution, token_shift
 from lasp.ops import delta_rule, linear_attention, normalized_linear_attention
 
 __version__ = "0.1.0"
-__all__ = ["ExchangeError", "SequenceParallel", "delta_rule", "linear_attention", "normalized_linear_attention"]
+__all__ = [
+    "ExchangeError",
+    "SequenceParallel",
+    "delta_rule",
+    "linear_attention",
+    "normalized_linear_attention",
+    "short_convolution",
+    "token_shift",
+]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def document_bounds(cu_seqlens: Tensor | Sequence[int] | None, total: int, batch
     """Where each document starts in the whole sequence, and its end: N + 1 numbers. Without packing, (0, total).
 
     Args:
-        cu_seqlens: integers [N + 1], the same on every rank. On a GPU, reading them waits for it: keep them on the host.
+        cu_seqlens: integers [N + 1], the same on every rank. Keep them on the host: to read them, a GPU is waited for.
         total: tokens of the whole sequence.
         batch: sequences of the batch.
 
@@ -39,7 +41,7 @@ def document_bounds(cu_seqlens: Tensor | Sequence[int] | None, total: int, batch
             f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     bounds = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, Tensor) else tuple(int(n) for n in cu_seqlens)
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         shown = bounds if len(bounds) <= 8 else (*bounds[:4], "..", *bounds[-3:])
         raise ValueError(
             f"cu_seqlens must rise from 0 to the {total} tokens of the whole sequence (of all ranks together); got "
@@ -48,3 +50,9 @@ def document_bounds(cu_seqlens: Tensor | Sequence[int] | None, total: int, batch
     if batch != 1:
         raise ValueError(f"packed documents lie in one sequence: with cu_seqlens the batch must be 1, got {batch}")
     return bounds
+
+
+@lru_cache(maxsize=32)
+def document_digest(bounds: tuple[int, ...]) -> str:
+    """What ranks compare to know that they mean the same documents."""
+    return f"{len(bounds) - 1} documents, {hashlib.sha256(repr(bounds).encode()).hexdigest()[:16]}"

@@ -1,0 +1,100 @@
+"""The autograd function that brings rows across ranks, and takes their gradients back.
+
+A row travels once to every rank that wants it, from its holder straight to there: neighbour to neighbour, and over
+several ranks only where shards are shorter than the width. In the backward pass its gradients come the same ways and
+are added in rank order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.distributed import SequenceParallel
+from lasp.halo.rows import Plan
+
+
+def extend(x: Tensor, initial: Tensor | None, plan: Plan, sp: SequenceParallel | None) -> tuple[Tensor, Tensor]:
+    """The shard with what stands before it.
+
+    Args:
+        x: [B, T, C].
+        initial: [B, N * w, C], the rows before each document, the same on every rank; their gradient is whole on the
+            first rank and zero elsewhere. None for none.
+
+    Returns:
+        extended [B, w + T, C]: x after the w rows before it, zero where its document has not begun there; and the
+        rows of the plan's wish [B, M, C].
+    """
+    extended, wish = _Extend.apply(plan, sp, x, initial)
+    return extended, wish
+
+
+class _Extend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, sp: SequenceParallel | None, x: Tensor, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.sp, ctx.like = plan, sp, (x.shape, None if initial is None else initial.shape)
+        route, batch, channels = plan.route, x.shape[0], x.shape[2]
+        wish = x.new_zeros(batch, plan.num_rows, channels)
+        pending = _trade(
+            sp,
+            [(x.index_select(1, tokens), rank) for rank, tokens in route.sends],
+            [(x.new_empty(batch, len(positions), channels), rank) for rank, positions in route.receives],
+        )
+        wish.index_copy_(1, route.here[0], x.index_select(1, route.here[1]))
+        if initial is not None:
+            wish.index_copy_(1, route.state[0], initial.index_select(1, route.state[1]))
+        for (_, positions), message in zip(route.receives, pending, strict=True):
+            wish.index_copy_(1, positions, message.wait())
+        halo = wish[:, route.halo]
+        missing = x.new_zeros(batch, plan.width - halo.shape[1], channels)
+        return torch.cat((missing, halo, x), 1), wish
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_extended: Tensor, d_wish: Tensor) -> tuple[Any, ...]:
+        plan, route, (shape, initial_shape) = ctx.plan, ctx.plan.route, ctx.like
+        d_rows = d_wish.clone()
+        count = route.halo.stop - route.halo.start
+        d_rows[:, route.halo] += d_extended[:, plan.width - count : plan.width]
+        d_x = d_extended[:, plan.width :].clone()
+        first = ctx.sp is None or ctx.sp.rank == 0
+        # To the first rank go, after the gradients of its tokens, those of the initial states.
+        going = dict(route.receives)
+        if not first and len(route.state[0]):
+            going[0] = torch.cat((going[0], route.state[0])) if 0 in going else route.state[0]
+        coming: dict[int, list[Tensor]] = {}
+        none = route.state[0].new_empty(0)
+        for rank, tokens in route.sends:
+            coming[rank] = [tokens, none]
+        for rank, rows in route.state_of:
+            coming.setdefault(rank, [none, none])[1] = rows
+        pending = _trade(
+            ctx.sp,
+            [(d_rows.index_select(1, going[rank]), rank) for rank in sorted(going)],
+            [
+                (d_x.new_empty(shape[0], len(coming[rank][0]) + len(coming[rank][1]), shape[2]), rank)
+                for rank in sorted(coming)
+            ],
+        )
+        d_initial = None if initial_shape is None else d_x.new_zeros(initial_shape)
+        d_x.index_add_(1, route.here[1], d_rows.index_select(1, route.here[0]))
+        if d_initial is not None and first:
+            d_initial.index_add_(1, route.state[1], d_rows.index_select(1, route.state[0]))
+        for rank, message in zip(sorted(coming), pending, strict=True):
+            tokens, rows = coming[rank]
+            gradients = message.wait()
+            d_x.index_add_(1, tokens, gradients[:, : len(tokens)])
+            if d_initial is not None:
+                d_initial.index_add_(1, rows, gradients[:, len(tokens) :])
+        return None, None, d_x, d_initial
+
+
+def _trade(sp: SequenceParallel | None, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> Any:
+    """Start the messages; without other ranks there are none."""
+    return [] if sp is None or sp.size == 1 else sp.comm.trade(sends, receives)

@@ -1,0 +1,217 @@
+"""The public functions over halos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.distributed import SequenceParallel
+from lasp.distributed.guard import check_shard, refusing
+from lasp.distributed.shards import document_bounds, document_digest, shard_starts
+from lasp.halo.exchange import extend
+from lasp.halo.rows import Fix, Layout, plan
+
+ACTIVATIONS = (None, "silu")
+MAX_WIDTH = 8
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    sp: SequenceParallel | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Depthwise causal convolution: y_t = activation(bias + sum_j weight[:, W - 1 - j] x_{t - j}), j = 0 .. W - 1.
+
+    With `sp`, T is this rank's part of a longer sequence, and the result is as if one device had computed all of it:
+    each rank gets the W - 1 rows before its first token from its neighbour, or from several where shards are shorter.
+
+    Args:
+        x: [B, T, C], fp64, fp32, bf16 or fp16.
+        weight: [C, W] of the same dtype, W from 1 to 8; the last column is for the token itself.
+        bias: [C] of the same dtype.
+        activation: None or "silu".
+        initial_state: [B, C, W - 1] (packed: [N, C, W - 1]) of the same dtype, the inputs before the first token of
+            the global sequence (of each document), oldest first, the same on every rank of `sp`; zeros if None. Its
+            gradient is whole on the group's first rank and zero on the others.
+        output_final_state: also return the last W - 1 inputs, in the form of initial_state, on every rank. The
+            gradients that the ranks give for it are summed.
+        cu_seqlens: integers [N + 1], the same on every rank: where the packed documents of the whole sequence (of
+            all ranks together) start, and its length; B must be 1. No document sees another.
+        sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
+
+    Returns:
+        y [B, T, C] and the final state or None.
+
+    Raises:
+        ValueError: an argument does not fit.
+        ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
+    """
+    with refusing(sp):
+        _check_x(x)
+        _check_weight(x, weight, bias)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+        width = weight.shape[1] - 1
+        layout = _layout(x, width, initial_state, output_final_state, cu_seqlens, sp)
+    gradients = tuple(t is not None and t.requires_grad for t in (x, weight, bias, initial_state))
+    _agree(sp, "short_convolution", x, layout, gradients, (bias is not None, activation))
+    read = _read(x, layout, initial_state, sp)
+    y = _convolve(read.extended, weight, bias)
+    if read.fix is not None:
+        tokens = sum((read.back(j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
+        y = y.index_copy(1, read.fix.tokens, tokens if bias is None else tokens + bias)
+    return F.silu(y) if activation == "silu" else y, read.final
+
+
+def token_shift(
+    x: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    sp: SequenceParallel | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The row of the token before: y_t = x_{t-1}, zeros (or the initial state) at a document's start, as in RWKV.
+
+    Args:
+        x: [B, T, C], fp64, fp32, bf16 or fp16.
+        initial_state: [B, C] (packed: [N, C]), the row before the first token of the sequence (of each document).
+        others: as in `short_convolution`; the final state is the last token's row, in the form of initial_state.
+
+    Returns:
+        y [B, T, C] and the final state or None.
+
+    Raises:
+        ValueError: an argument does not fit.
+        ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
+    """
+    with refusing(sp):
+        _check_x(x)
+        if initial_state is not None:
+            if initial_state.dim() != 2:
+                raise ValueError(f"initial_state must be [B or N, C], got {tuple(initial_state.shape)}")
+            initial_state = initial_state[..., None]
+        layout = _layout(x, 1, initial_state, output_final_state, cu_seqlens, sp)
+    gradients = tuple(t is not None and t.requires_grad for t in (x, initial_state))
+    _agree(sp, "token_shift", x, layout, gradients, ())
+    read = _read(x, layout, initial_state, sp)
+    y = read.extended[:, :-1]
+    if read.fix is not None:
+        y = y.index_copy(1, read.fix.tokens, read.back(1))
+    return y, None if read.final is None else read.final[..., 0]
+
+
+class _Read(NamedTuple):
+    """What the tokens here read: extended [B, w + T, C], but for the tokens of `fix`; and the final state."""
+
+    extended: Tensor
+    wish: Tensor
+    fix: Fix | None
+    final: Tensor | None
+
+    def back(self, tokens: int) -> Tensor:
+        """[B, A, C]: what the tokens of `fix` read so many tokens back."""
+        assert self.fix is not None
+        # Selected, not multiplied by zero: another document may hold NaN.
+        near = self.extended.index_select(1, self.fix.near[tokens])
+        far = self.wish.index_select(1, self.fix.far[tokens])
+        return torch.where(self.fix.is_near[tokens][:, None], near, far)
+
+
+def _read(x: Tensor, layout: Layout, initial_state: Tensor | None, sp: SequenceParallel | None) -> _Read:
+    """Exchange rows."""
+    states = (x.shape[0] if len(layout.bounds) == 2 else len(layout.bounds) - 1, layout.width)
+    initial = None
+    if initial_state is not None:  # [B, C, w] -> [B, w, C], packed [N, C, w] -> [1, N * w, C]
+        initial = initial_state.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2])
+    scheme = plan(layout, 0 if sp is None else sp.rank, x.device)
+    extended, wish = extend(x, initial, scheme, sp)
+    wish = F.pad(wish, (0, 0, 0, 1))  # and a row of zeros
+    final = None
+    if scheme.final is not None:
+        final = wish.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
+    return _Read(extended, wish, scheme.fix, final)
+
+
+def _convolve(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """extended [B, W - 1 + T, C], weight [C, W] -> [B, T, C]."""
+    channels, taps = weight.shape
+    if extended.shape[1] < taps:  # no token: conv1d refuses, but gradients must exist
+        y = extended[:, taps - 1 :] * weight[:, -1]
+        return y if bias is None else y + bias
+    return F.conv1d(extended.transpose(1, 2), weight[:, None], bias, groups=channels).transpose(1, 2)
+
+
+def _layout(
+    x: Tensor,
+    width: int,
+    initial_state: Tensor | None,
+    want_final: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    sp: SequenceParallel | None,
+) -> Layout:
+    check_shard(sp, x.shape[1])
+    starts = shard_starts(sp, x.shape[1])
+    bounds = document_bounds(cu_seqlens, starts[-1], x.shape[0])
+    if initial_state is not None:
+        shape = (x.shape[0] if cu_seqlens is None else len(bounds) - 1, x.shape[2], width)
+        if tuple(initial_state.shape) != shape or initial_state.dtype != x.dtype or initial_state.device != x.device:
+            raise ValueError(
+                f"initial_state must be [B or documents, C, rows before the first token] {shape}, {x.dtype}, on "
+                f"{x.device}; got {tuple(initial_state.shape)}, {initial_state.dtype}, on {initial_state.device}"
+            )
+    return Layout(starts, bounds, width, initial_state is not None, want_final)
+
+
+def _agree(
+    sp: SequenceParallel | None, operator: str, x: Tensor, layout: Layout, gradients: Sequence[bool], options: object
+) -> None:
+    if sp is None:
+        return
+    sp.agree(
+        {
+            "operator": operator,
+            "batch": x.shape[0],
+            "tokens (pass lengths= to SequenceParallel for unequal shards)": (
+                x.shape[1] if sp.lengths is None else "by lengths"
+            ),
+            "channels": x.shape[2],
+            "dtype": str(x.dtype),
+            "width": layout.width + 1,
+            "documents": document_digest(layout.bounds),
+            "initial_state": layout.initial,
+            "output_final_state": layout.final,
+            "requires_grad": tuple(gradients) if torch.is_grad_enabled() else None,
+            "options": options,
+        }
+    )
+
+
+def _check_x(x: Tensor) -> None:
+    if x.dim() != 3 or x.dtype not in _FLOATS:
+        raise ValueError(f"x must be [B, T, C] and one of {[str(d) for d in _FLOATS]}, got {x.dtype} {tuple(x.shape)}")
+
+
+def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or weight.shape[0] != x.shape[2] or not 1 <= weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(
+            f"weight must be [C, W] with x's C = {x.shape[2]} and W from 1 to {MAX_WIDTH}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (x.shape[2],):
+        raise ValueError(f"bias must be [C] = [{x.shape[2]}], got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ValueError(
+                f"{name} must have x's dtype {x.dtype} and device {x.device}, got {tensor.dtype} on {tensor.device}"
+            )
