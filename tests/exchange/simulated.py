@@ -14,12 +14,13 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
 import lasp
+from lasp.distributed import sequence_parallel as module
 from lasp.distributed.comm import Counters
-from lasp.exchange import resolve
 
 
 class DeadlockError(AssertionError):
@@ -190,7 +191,5 @@ def run(
 
 def sequence_parallel(comm: SimulatedComm, exchange: Any, lengths: tuple[int, ...]) -> lasp.SequenceParallel:
     """A SequenceParallel over simulated ranks."""
-    sp = object.__new__(lasp.SequenceParallel)
-    sp.comm, sp.lengths, sp._agreed = comm, lengths, set()
-    sp.exchange = resolve(exchange, comm.size)
-    return sp
+    with mock.patch.multiple(module, Comm=lambda group, timeout_s: group, _process_group=lambda group: group):
+        return lasp.SequenceParallel(comm, lengths=lengths, exchange=exchange)

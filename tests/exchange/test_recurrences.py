@@ -1,0 +1,154 @@
+"""Every recurrence by every schedule on up to 8 ranks, in one process: outputs, final state and all gradients."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from problems import GATES, make
+from simulated import run, sequence_parallel
+from tolerances import relative_error
+
+import lasp
+from lasp.exchange import EXCHANGES, Carried, Hierarchical, Pipelined, resolve
+
+SIZES = (1, 2, 3, 4, 5, 8)
+SCHEDULES = {
+    **dict.fromkeys((*EXCHANGES, "auto")),
+    "pipelined in 3 blocks": Pipelined(blocks=3),
+    "hierarchical by 3": Hierarchical(ranks_per_node=3),
+}
+TOKENS = 19
+DELTA_GATES = ("none", "scalar", "channel")
+
+
+def ragged(size: int, tokens: int) -> tuple[int, ...]:
+    """Shards of any length: some empty, some of one token, none like its neighbour by rule."""
+    draw = random.Random(size)
+    cuts = sorted(draw.choices(range(tokens + 1), k=size - 1))
+    return tuple(b - a for a, b in zip([0, *cuts], [*cuts, tokens], strict=True))
+
+
+def delta_inputs(gate: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = {
+        "q": normal(1, TOKENS, 2, 4),
+        "k": torch.nn.functional.normalize(normal(1, TOKENS, 2, 4), dim=-1),
+        "v": normal(1, TOKENS, 2, 3),
+        "beta": 2 * normal(1, TOKENS, 2).sigmoid(),
+        "initial_state": normal(1, 2, 4, 3),
+        "d_o": normal(1, TOKENS, 2, 3),
+        "d_final": normal(1, 2, 4, 3),
+    }
+    shape = {"none": None, "scalar": (1, TOKENS, 2), "channel": (1, TOKENS, 2, 4)}[gate]
+    if shape is not None:
+        inputs["g"] = -0.05 * normal(*shape).abs()
+    return inputs
+
+
+def problems() -> dict[str, tuple[dict[str, torch.Tensor], bool]]:
+    """Inputs and output gradients by name, and whether outputs see only the past."""
+    result = {}
+    for gate, causal in [*((gate, True) for gate in GATES), ("none", False)]:
+        problem = make(gate, batch=1, tokens=TOKENS, value_heads=4, keys=4, values=3, slow=0.05, causal=causal)
+        inputs = {name: t for name, t in problem.inputs.items() if t is not None}
+        name = f"linear attention, gate {gate}, causal {causal}"
+        result[name] = ({**inputs, "d_o": problem.d_o, "d_final": problem.d_final}, causal)
+    for gate in DELTA_GATES:
+        result[f"delta rule, gate {gate}"] = (delta_inputs(gate), True)
+    return result
+
+
+PROBLEMS = problems()
+
+
+def compute(name: str, sp: lasp.SequenceParallel | None, backend: str = "auto") -> dict[str, torch.Tensor]:
+    """Outputs, final state and gradients of this rank's part."""
+    inputs, causal = PROBLEMS[name]
+    d_o, d_final = inputs["d_o"], inputs["d_final"]
+    leaves = {}
+    for key, tensor in inputs.items():
+        if not key.startswith("d_"):
+            whole = sp is None or key == "initial_state" or tensor.dim() == 1
+            leaves[key] = (tensor if whole else sp.shard(tensor)).clone().requires_grad_()
+    if sp is not None:  # every rank has a share of its own of the final state's gradient
+        d_o, d_final = sp.shard(d_o), d_final * (2.0 * sp.rank + 1.0) / sp.size**2
+    keywords = {"initial_state": leaves["initial_state"], "output_final_state": True, "sp": sp, "backend": backend}
+    if "beta" in leaves:
+        o, final = lasp.delta_rule(*(leaves.get(key) for key in ("q", "k", "v", "beta", "g")), **keywords)
+    else:
+        o, final = lasp.linear_attention(*(leaves.get(key) for key in "qkvg"), causal=causal, **keywords)
+    torch.autograd.backward((o, final), (d_o, d_final))
+    return {"o": o.detach(), "final": final.detach(), **{f"d_{key}": leaf.grad for key, leaf in leaves.items()}}
+
+
+@cache
+def solution(name: str) -> dict[str, torch.Tensor]:
+    """By one device, token by token where there is an order."""
+    return compute(name, None, "reference" if PROBLEMS[name][1] else "torch")
+
+
+def whole(parts: list[dict[str, torch.Tensor]], key: str) -> torch.Tensor:
+    """The ranks' results as one device's: shards joined, shares summed, what all have from the last."""
+    values = [part[key] for part in parts]
+    if key == "d_initial_state" or values[0].dim() == 1:
+        return sum(values[1:], values[0])
+    return values[-1] if key == "final" else torch.cat(values, 1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_equals_one_device(name, schedule):
+    """1e-12 on 1 to 8 ranks with ragged shards, whichever rank runs when."""
+    expected = solution(name)
+    exchange = SCHEDULES[schedule] or schedule
+    for size in SIZES:
+        lengths = ragged(size, TOKENS)
+        parts = run(size, lambda comm, lengths=lengths: compute(name, sequence_parallel(comm, exchange, lengths)))
+        for key, reference in expected.items():
+            error = relative_error(whole(parts, key), reference)
+            assert error < 1e-12, (size, lengths, key, error)
+        assert all(torch.equal(part["final"], parts[0]["final"]) for part in parts), "one final state everywhere"
+
+
+class Wrong:
+    """A schedule that carries, backward only, what another head has."""
+
+    name = "wrong"
+
+    def begin(self, comm, summary, initial, *, reverse, want_total):
+        pending = EXCHANGES["doubling"]().begin(comm, summary, initial, reverse=reverse, want_total=want_total)
+
+        class Mixed:
+            def wait(_):
+                entering, total = pending.wait()
+                return Carried(entering.roll(1, 1) if reverse else entering, total)
+
+        return Mixed()
+
+
+def test_the_comparison_can_fail():
+    name = "delta rule, gate scalar"
+    expected = compute(name, None)
+    parts = run(3, lambda comm: compute(name, sequence_parallel(comm, Wrong(), (6, 6, 7))))
+    assert relative_error(whole(parts, "o"), expected["o"]) < 1e-12
+    assert relative_error(whole(parts, "d_k"), expected["d_k"]) > 1e-2
+
+
+def test_names_tell_schedules_apart():
+    """The name is what ranks compare: it holds every parameter that changes what is sent."""
+    names = {
+        exchange.name
+        for exchange in (
+            *(resolve(name, 2) for name in (*EXCHANGES, "auto")),
+            *(Pipelined(blocks=blocks) for blocks in (3, 4)),
+            *(Hierarchical(count, EXCHANGES[across]()) for count in (2, 3) for across in ("ring", "doubling")),
+        )
+    }
+    assert len(names) == len(EXCHANGES) + 7
