@@ -16,6 +16,7 @@ from world import run
 
 import lasp
 from lasp.halo import exchange as halo_exchange
+from lasp.layers import ShortConvolution
 
 BOUND = 1e-12
 C = 3
@@ -261,6 +262,22 @@ def test_without_ranks():
     expected = F.pad(given["x"], (0, 0, 1, -1))
     expected[:, list(bounds[:-1])] = 0
     assert torch.equal(shifted, expected)
+
+
+def test_the_layer_continues_and_starts_from_its_generator():
+    layer = ShortConvolution(C, 4, bias=True).double()
+    layer.reset_parameters(torch.Generator().manual_seed(1))
+    x = problem(9, 4, 1)["x"]
+    whole, state = layer(x, output_state=True)
+    assert state.shape == (1, *layer.state_dims)
+    pieces, state = [], None
+    for part in x.split((4, 1, 1, 2, 1), 1):
+        y, state = layer(part, state=state, output_state=True)
+        pieces.append(y)
+    assert relative_error(torch.cat(pieces, 1), whole) < BOUND
+    other = ShortConvolution(C, 4, bias=True).double()
+    other.reset_parameters(torch.Generator().manual_seed(1))
+    assert torch.equal(other.weight, layer.weight) and layer.weight.abs().max() <= 0.5
 
 
 def mistaken(mistake: str, monkeypatch) -> None:

@@ -6,6 +6,7 @@ from lasp.layers.feature_maps import FEATURE_MAPS, feature_map
 from lasp.layers.feedforward import FEEDFORWARDS, feedforward
 from lasp.layers.norms import NORMS, RMSNorm, SimpleRMSNorm, norm
 from lasp.layers.positions import LRPE, Rotary, sinusoids
+from lasp.layers.short_convolution import ShortConvolution
 
 __all__ = [
     "FEATURE_MAPS",
@@ -16,6 +17,7 @@ __all__ = [
     "LinearAttention",
     "RMSNorm",
     "Rotary",
+    "ShortConvolution",
     "SimpleRMSNorm",
     "alibi_slopes",
     "feature_map",

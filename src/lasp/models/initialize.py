@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lasp.layers import ShortConvolution
 from lasp.models.config import ModelConfig
 
 # RetNet's gains for the projections that enter retention; those that leave it and the feed-forward layer have 1.
@@ -20,7 +21,8 @@ def initialize(model: nn.Module, config: ModelConfig, generator: torch.Generator
     "normal" (TransNormerLLM's released code): every matrix and the embedding from N(0, init_std^2).
     "xavier" (RetNet's released code): uniform Xavier, with gain 2^-2.5 for q, k, v and gate and 1 elsewhere;
     embedding and output projection from N(0, 1 / d_model).
-    Norms start at gain 1 and bias 0; LRPE's angles and learned feature maps where their modules say.
+    Norms start at gain 1 and bias 0; LRPE's angles, learned feature maps and short convolutions where their
+    modules say.
 
     Numbers are drawn on the generator's device (the CPU by default) in the order of the model's modules, then
     copied: the same generator gives the same weights on every device and on every rank.
@@ -36,6 +38,8 @@ def initialize(model: nn.Module, config: ModelConfig, generator: torch.Generator
                 else:
                     gain = _RETNET_GAIN if name.rsplit(".", 1)[-1] in _RETNET_SMALL else 1.0
                     _xavier(module.weight, gain, generator)
+            elif isinstance(module, ShortConvolution):
+                module.reset_parameters(generator)
             elif any(True for _ in module.parameters(recurse=False)):
                 module.reset_parameters()  # type: ignore[operator]
 
