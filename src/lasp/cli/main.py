@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model; alone, `lasp train` starts its own processes, under torchrun it joins them",
     "generate": "continue a prompt with a trained model",
     "check": "compare a model split over processes with the same model in one",
+    "bench": "time every way of carrying the state between processes",
 }
 
 

@@ -37,7 +37,8 @@ class Constants:
         shift: every rank sends one message and receives one, at the same time.
         gather, swap, broadcast: the collectives; an all-to-all is a swap.
         across: one message to a rank on another host.
-        fold: apply a summary to a state of so many bytes, without matrix products.
+        fold, fold_alone: apply a summary to a state of so many bytes, without matrix products, on all ranks at once and
+            on one while the others wait. They differ where ranks share cores or memory.
         flops_per_s: of matrix products in the state's dtype, for dense transitions.
         source: where the numbers come from, for the reader.
     """
@@ -49,6 +50,7 @@ class Constants:
     broadcast: Link
     across: Link
     fold: Link
+    fold_alone: Link
     flops_per_s: float
     source: str
 
@@ -89,6 +91,7 @@ GLOO = Constants(
     broadcast=Link(100e-6, 0.8e9, 30e-6),
     across=Link(150e-6, 1.0e9),
     fold=Link(15e-6, 4e9),
+    fold_alone=Link(15e-6, 4e9),
     flops_per_s=20e9,
     source="defaults for gloo",
 )
@@ -100,6 +103,7 @@ NCCL = Constants(
     broadcast=Link(12e-6, 200e9, 0.5e-6),
     across=Link(20e-6, 40e9),
     fold=Link(12e-6, 1e12),
+    fold_alone=Link(12e-6, 1e12),
     flops_per_s=30e12,
     source="defaults for NCCL",
 )
@@ -129,8 +133,8 @@ class Model:
         c = self.constants
         return (self.size - 1 - between) * c.message.seconds(nbytes) + between * c.across.seconds(nbytes)
 
-    def hop(self, nbytes: float, distance: int = 1) -> float:
-        """Every rank sends to the one `distance` further."""
+    def hop(self, nbytes: float) -> float:
+        """Every rank sends one message to another."""
         c = self.constants
         one_host = len(self.nodes) == 1
         return c.shift.seconds(nbytes) if one_host else max(c.shift.seconds(nbytes), c.across.seconds(nbytes))
@@ -144,10 +148,11 @@ class Model:
     def broadcast(self, nbytes: float) -> float:
         return self._collective(self.constants.broadcast, nbytes)
 
-    def fold(self, load: Load | None = None) -> float:
-        """Apply a summary."""
+    def fold(self, load: Load | None = None, *, alone: bool = False) -> float:
+        """Apply a summary, on all ranks at once or on one alone."""
         load = self.load if load is None else load
-        seconds = self.constants.fold.seconds(load.state_bytes)
+        link = self.constants.fold_alone if alone else self.constants.fold
+        seconds = link.seconds(load.state_bytes)
         if load.is_dense:
             seconds += 2 * load.heads * load.keys**2 * load.values / self.constants.flops_per_s
         return seconds

@@ -93,4 +93,4 @@ class Doubling:
             # Two compositions a step: what is known of the ranks before, and with the own summary in front.
             seconds += model.fold() + (model.fold() if is_state else model.compose())
             distance *= 2
-        return seconds + model.fold() + model.broadcast(load.state_bytes) if want_total else seconds
+        return seconds + model.fold(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds

@@ -162,4 +162,4 @@ class Hierarchical:
             leaders = Model(load, (1,) * len(model.nodes), model.constants)
             seconds += self.across.seconds(leaders, want_total=False)
             seconds += model.constants.message.seconds((most - 1) * load.state_bytes)
-        return seconds + model.fold() + model.broadcast(load.state_bytes) if want_total else seconds
+        return seconds + model.fold(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds

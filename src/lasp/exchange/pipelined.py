@@ -96,4 +96,4 @@ class Pipelined:
         stage = model.hop(load.state_bytes / blocks)
         stage += model.constants.fold.latency_s + (model.fold() - model.constants.fold.latency_s) / blocks
         seconds = (model.size - 2 + blocks) * stage
-        return seconds + model.fold() + model.broadcast(load.state_bytes) if want_total else seconds
+        return seconds + model.fold(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds

@@ -53,5 +53,5 @@ class Ring:
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         state = model.load.state_bytes
-        seconds = model.chain(state) + (model.size - 1) * model.fold()
-        return seconds + model.fold() + model.broadcast(state) if want_total else seconds
+        seconds = model.chain(state) + (model.size - 1) * model.fold(alone=True)
+        return seconds + model.fold(alone=True) + model.broadcast(state) if want_total else seconds
