@@ -2,11 +2,16 @@
 
 from lasp.layers.attention import LinearAttention
 from lasp.layers.decay import ConstantDecay, alibi_slopes, retnet_log_decay, transnormer_log_decay
+from lasp.layers.deltanet import DeltaNet
 from lasp.layers.feature_maps import FEATURE_MAPS, feature_map
 from lasp.layers.feedforward import FEEDFORWARDS, feedforward
+from lasp.layers.gates import GatedHeadNorm, LowRank, SteppedDecay
+from lasp.layers.gla import GatedLinearAttention
+from lasp.layers.mamba2 import Mamba2
 from lasp.layers.norms import NORMS, RMSNorm, SimpleRMSNorm, norm
 from lasp.layers.positions import LRPE, Rotary, sinusoids
 from lasp.layers.short_convolution import ShortConvolution
+from lasp.layers.state import RecurrentState
 
 __all__ = [
     "FEATURE_MAPS",
@@ -14,11 +19,18 @@ __all__ = [
     "LRPE",
     "NORMS",
     "ConstantDecay",
+    "DeltaNet",
+    "GatedHeadNorm",
+    "GatedLinearAttention",
     "LinearAttention",
+    "LowRank",
+    "Mamba2",
     "RMSNorm",
+    "RecurrentState",
     "Rotary",
     "ShortConvolution",
     "SimpleRMSNorm",
+    "SteppedDecay",
     "alibi_slopes",
     "feature_map",
     "feedforward",

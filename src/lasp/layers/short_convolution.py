@@ -69,8 +69,8 @@ class ShortConvolution(nn.Module):
         """
         return short_convolution(
             x,
-            self.weight,
-            self.bias,
+            self.weight.to(x.dtype),
+            None if self.bias is None else self.bias.to(x.dtype),
             activation=self.activation,
             initial_state=state,
             output_final_state=output_state,

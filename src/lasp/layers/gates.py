@@ -1,0 +1,92 @@
+"""Learned decays: what turns a projection of the input into natural-log decays <= 0, and gated output norms.
+
+All decays come in the state's dtype, fp32 or fp64: in 16 bits a decay of 0.999 is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.layers.norms import RMSNorm
+from lasp.recurrence.decay import state_dtype
+
+# Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.
+RATES = (1.0, 16.0)
+STEPS = (1e-3, 1e-1)
+
+
+class SteppedDecay(nn.Module):
+    """dt = softplus(x + bias), log-decay -A dt, A = exp(log_rate) > 0: of Mamba-2, Gated DeltaNet and KDA.
+
+    Args:
+        num_heads: H; each has a rate of its own.
+        channels: K decays a head, each with a bias of its own; 1 for a single one.
+    """
+
+    def __init__(self, num_heads: int, channels: int = 1) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.channels = channels
+        self.log_rate = nn.Parameter(torch.empty(num_heads))
+        self.bias = nn.Parameter(torch.empty(num_heads * channels))
+        if not self.bias.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Rates uniform in RATES; biases such that a zero input gives steps spread over STEPS."""
+        with torch.no_grad():
+            self.log_rate.copy_(_drawn(self.num_heads, *RATES, generator).log())
+            steps = _drawn(len(self.bias), math.log(STEPS[0]), math.log(STEPS[1]), generator).exp()
+            self.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, H * channels] -> dt and log-decay, both [B, T, H], or [B, T, H, K] for K channels."""
+        dtype = state_dtype(x.dtype)
+        dt = F.softplus(x.to(dtype) + self.bias.to(dtype))
+        rate = self.log_rate.to(dtype).exp()
+        if self.channels > 1:
+            dt, rate = dt.unflatten(-1, (self.num_heads, self.channels)), rate[:, None]
+        return dt, -rate * dt
+
+
+def _drawn(count: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:
+    """Uniform values, drawn on the generator's device (CPU): the same wherever they are used."""
+    device = torch.device("cpu") if generator is None else generator.device
+    return torch.empty(count, dtype=torch.float32, device=device).uniform_(low, high, generator=generator)
+
+
+class LowRank(nn.Module):
+    """up(down(x)): a projection through `rank` channels; only the second has a bias, if any."""
+
+    def __init__(self, dim_in: int, rank: int, dim_out: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim_in, rank, bias=False)
+        self.up = nn.Linear(rank, dim_out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class GatedHeadNorm(nn.Module):
+    """RMS norm over each head's V channels, with one gain for all heads, times activation(gate).
+
+    Args:
+        value_dim: V.
+        eps: added to the mean square.
+        activation: of the gate; None for a norm without one.
+    """
+
+    def __init__(self, value_dim: int, eps: float, activation: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.norm = RMSNorm(value_dim, eps)
+        self.activation = activation
+
+    def forward(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """o [B, T, H, V], gate [B, T, H * V] or None -> [B, T, H * V]."""
+        o = self.norm(o).flatten(-2)
+        return o if gate is None or self.activation is None else o * self.activation(gate)

@@ -1,0 +1,98 @@
+"""Mamba-2's layer against the SSD paper's definition: a masked matrix of scores, written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tolerances import relative_error
+from world import run
+
+import lasp
+from lasp.layers import Mamba2
+
+T = 23
+
+
+def layer_and_input(num_groups: int = 2):
+    torch.manual_seed(0)
+    layer = Mamba2(d_model=12, num_heads=4, head_dim=5, state_dim=6, num_groups=num_groups, conv_width=4).double()
+    with torch.no_grad():
+        for parameter in (layer.skip, layer.gain, layer.convolution.bias):
+            parameter.normal_()
+    return layer, torch.randn(2, T, 12, dtype=torch.float64)
+
+
+def quadratic(layer: Mamba2, x, *, mistake: str = ""):
+    """y = (L o C B^T) (dt x) + D x, L[i, j] = exp(sum of A dt over j+1 .. i) (arXiv 2405.21060, eq. 7 and 16)."""
+    inner, shared = layer.num_heads * layer.head_dim, layer.num_groups * layer.state_dim
+    projected = x @ layer.in_proj.weight.T
+    z, xbc, dt = projected[..., :inner], projected[..., inner : 2 * inner + 2 * shared], projected[..., -4:]
+    weight, bias = layer.convolution.weight, layer.convolution.bias
+    padded = F.pad(xbc, (0, 0, 3, 0))
+    xbc = F.silu(sum(padded[:, j : j + T] * weight[:, j] for j in range(4)) + bias)
+    values = xbc[..., :inner].reshape(2, T, 4, 5)
+    b, c = (xbc[..., part : part + shared].reshape(2, T, -1, 6) for part in (inner, inner + shared))
+    b, c = (t.repeat_interleave(4 // layer.num_groups, 2) for t in (b, c))
+    dt = torch.log1p((dt + layer.decay.bias).exp())
+    a = -layer.decay.log_rate.exp() * dt
+    mask = torch.zeros(2, T, T, 4, dtype=x.dtype)
+    for i in range(T):
+        for j in range(i + 1):
+            mask[:, i, j] = a[:, j + (mistake != "own decay") : i + 1].sum(1).exp()
+    scores = torch.einsum("bihn,bjhn->bijh", c, b) * mask
+    weighted = values if mistake == "no step" else dt[..., None] * values
+    y = torch.einsum("bijh,bjhp->bihp", scores, weighted) + layer.skip[:, None] * values
+    y = y.reshape(2, T, inner) * F.silu(z)
+    groups = 1 if mistake == "one norm" else layer.num_groups
+    y = y.reshape(2, T, groups, -1)
+    y = (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()).reshape(2, T, inner) * layer.gain
+    return y @ layer.out_proj.weight.T
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_layer_equals_the_definition(num_groups):
+    layer, x = layer_and_input(num_groups)
+    with torch.no_grad():
+        assert relative_error(layer(x)[0], quadratic(layer, x)) < 1e-13
+
+
+@pytest.mark.parametrize("mistake", ["own decay", "no step", "one norm"])
+def test_mistakes_are_seen(mistake):
+    """The control: each departure from the definition fails the comparison."""
+    layer, x = layer_and_input()
+    with torch.no_grad():
+        assert relative_error(layer(x)[0], quadratic(layer, x, mistake=mistake)) > 1e-3
+
+
+def test_gradients():
+    """Through the definition, by PyTorch, and through the layer: every parameter and the input."""
+    layer, x = layer_and_input()
+    x.requires_grad_()
+    tensors = [x, *layer.parameters()]
+    got = torch.autograd.grad(layer(x)[0].square().sum(), tensors)
+    expected = torch.autograd.grad(quadratic(layer, x).square().sum(), tensors)
+    assert max(relative_error(a, b) for a, b in zip(got, expected, strict=True)) < 1e-12
+
+
+def test_crosses_ranks():
+    """Shards shorter than the convolution, and an empty one: outputs and the input's gradient as on one device."""
+    layer, x = layer_and_input()
+    x.requires_grad_()
+    y, _ = layer(x)
+    (expected,) = torch.autograd.grad(y.square().sum(), x)
+
+    def work(rank: int) -> float:
+        sp = lasp.SequenceParallel(dist.group.WORLD, lengths=(2, 0, 21))
+        shard = sp.shard(x.detach()).clone().requires_grad_()
+        here, _ = layer(shard, sp=sp)
+        here.square().sum().backward()
+        return max(relative_error(here, sp.shard(y.detach())), relative_error(shard.grad, sp.shard(expected)))
+
+    assert max(run(3, work)) < 1e-12
+
+
+def test_heads_and_groups_must_fit():
+    with pytest.raises(ValueError, match="num_heads 4 must be a multiple of num_groups 3"):
+        Mamba2(d_model=8, num_heads=4, head_dim=2, state_dim=4, num_groups=3)
