@@ -101,7 +101,7 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
     import torch.distributed as dist
 
     from lasp.distributed.comm import Comm
-    from lasp.exchange import EXCHANGES, Auto, Load
+    from lasp.exchange import EXCHANGES, Auto, Load, Pipelined
     from lasp.exchange.cost import Model
     from lasp.exchange.measure import exchange_work, measure, timings
 
@@ -113,7 +113,7 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
     auto, rows = Auto(constants), []
     for load in (Load(*sizes) for sizes in LOADS):
         model = Model(load, comm.nodes, constants)
-        schedules = [make() for make in EXCHANGES.values()]
+        schedules = [make() for make in EXCHANGES.values() if make is not Pipelined] + [Pipelined(constants=constants)]
         times = timings(
             comm, [exchange_work(comm, schedule, load, device) for schedule in schedules], device, config.repetitions
         )
@@ -124,11 +124,11 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
                 {
                     **asdict(load),
                     "state_bytes": load.state_bytes,
-                    "schedule": schedule.name,
+                    "schedule": schedule.name.split(" by constants")[0],
                     "predicted_s": schedule.seconds(model, want_total=False),
                     "measured_s": seconds[0],
                     "quartiles_s": seconds[1:],
-                    "chosen": schedule.name == chosen.name.split(" by constants")[0],
+                    "chosen": schedule.name == chosen.name,
                 }
             )
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"

@@ -102,4 +102,6 @@ class AllToAll:
         largest = max((load.part(cut, index) for index in range(size)), key=lambda part: part.state_bytes)
         there = (size - 1) * largest.summary_bytes
         back = load.state_bytes * (1 + want_total) * (size - 1) / size
-        return model.swap(there) + (size - 1 + want_total) * model.fold(largest) + model.swap(back)
+        # Slices are copied out and in again on both ways.
+        copies = 4 * model.fold()
+        return model.swap(there) + (size - 1 + want_total) * model.fold(largest) + model.swap(back) + copies

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,11 +132,13 @@ class Model:
         c = self.constants
         return (self.size - 1 - between) * c.message.seconds(nbytes) + between * c.across.seconds(nbytes)
 
-    def hop(self, nbytes: float) -> float:
-        """Every rank sends one message to another."""
+    def hop(self, nbytes: float, senders: int | None = None) -> float:
+        """So many ranks, by default all but the last, send one message each at the same time."""
         c = self.constants
-        one_host = len(self.nodes) == 1
-        return c.shift.seconds(nbytes) if one_host else max(c.shift.seconds(nbytes), c.across.seconds(nbytes))
+        # Between one pair and all pairs: where ranks share cores or wires, each more makes it slower.
+        share = 1.0 if senders is None or self.size <= 2 else (senders - 1) / (self.size - 2)
+        seconds = c.message.seconds(nbytes) * (1 - share) + c.shift.seconds(nbytes) * share
+        return seconds if len(self.nodes) == 1 else max(seconds, c.across.seconds(nbytes))
 
     def gather(self, nbytes: float) -> float:
         return self._collective(self.constants.gather, nbytes)
@@ -165,12 +166,18 @@ class Model:
             seconds += 2 * load.heads * load.keys**3 / self.constants.flops_per_s
         return seconds
 
+    def pipeline(self, blocks: int) -> float:
+        """A state streams down the chain in blocks, (size - 2 + P)(a + b / P) for P blocks; one is the plain chain."""
+        state, c = self.load.state_bytes, self.constants
+        if blocks == 1:
+            return self.chain(state) + (self.size - 1) * self.fold(alone=True)
+        stage = self.hop(state / blocks) + c.fold.latency_s + (self.fold() - c.fold.latency_s) / blocks
+        return (self.size - 2 + blocks) * stage
+
     def best_blocks(self) -> int:
-        """How many blocks a state is cut into to stream down the chain in the least time (size - 2 + P)(a + b / P)."""
-        stage = self.hop(0) + self.constants.fold.latency_s
-        streaming = self.hop(self.load.state_bytes) - self.hop(0) + self.fold() - self.constants.fold.latency_s
-        best = round(math.sqrt(max(self.size - 2, 0) * streaming / stage))
-        return max(1, min(best, max(self.load.heads, self.load.values)))
+        """The number of blocks, a power of two, in which a state streams down the chain fastest."""
+        most = max(self.load.heads, self.load.values)
+        return min((2**power for power in range(most.bit_length())), key=self.pipeline)
 
     def _collective(self, link: Link, nbytes: float) -> float:
         if len(self.nodes) > 1:

@@ -89,7 +89,7 @@ class Doubling:
         while distance < model.size:
             # The ranks at the end of the line still send summaries where any but the first `distance` send.
             is_state = model.size - 1 - distance < distance
-            seconds += model.hop(load.state_bytes if is_state else load.summary_bytes)
+            seconds += model.hop(load.state_bytes if is_state else load.summary_bytes, model.size - distance)
             # Two compositions a step: what is known of the ranks before, and with the own summary in front.
             seconds += model.fold() + (model.fold() if is_state else model.compose())
             distance *= 2

@@ -157,7 +157,8 @@ class Hierarchical:
     def seconds(self, model: Model, *, want_total: bool) -> float:
         load, most = model.load, max(model.nodes)
         inside = Model(load, (most,), model.constants)
-        seconds = inside.gather((most - 1) * load.summary_bytes) + (most - 1) * model.compose() + model.fold()
+        # Ranks send to later ones only: half of an all-gather.
+        seconds = inside.gather((most - 1) * load.summary_bytes / 2) + (most - 1) * model.compose() + model.fold()
         if len(model.nodes) > 1:
             leaders = Model(load, (1,) * len(model.nodes), model.constants)
             seconds += self.across.seconds(leaders, want_total=False)

@@ -3,7 +3,7 @@
 A rank passes on a block while it waits for the next. Volume as in the ring, one state a rank; the time
 (size - 2 + P)(a + b / P) for P blocks, a the latency and b the time of a whole state, is least at
 P = sqrt((size - 2) b / a). The paper cuts along K, which is right for elementwise decays only; here the cut is along
-heads, or V, and right for all.
+heads, or V, and right for all. The number of blocks is the model's best, by its measured or default constants.
 """
 
 from __future__ import annotations
@@ -92,8 +92,5 @@ class Pipelined:
         return chain + broadcast_traffic(load, position, size) if want_total else chain
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
-        load, blocks = model.load, self.blocks or model.best_blocks()
-        stage = model.hop(load.state_bytes / blocks)
-        stage += model.constants.fold.latency_s + (model.fold() - model.constants.fold.latency_s) / blocks
-        seconds = (model.size - 2 + blocks) * stage
-        return seconds + model.fold(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds
+        seconds = model.pipeline(self.blocks or model.best_blocks())
+        return seconds + model.fold(alone=True) + model.broadcast(model.load.state_bytes) if want_total else seconds

@@ -52,6 +52,7 @@ class Ring:
         return chain + broadcast_traffic(load, position, size) if want_total else chain
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
-        state = model.load.state_bytes
-        seconds = model.chain(state) + (model.size - 1) * model.fold(alone=True)
-        return seconds + model.fold(alone=True) + model.broadcast(state) if want_total else seconds
+        seconds = model.pipeline(1)
+        if want_total:
+            seconds += model.fold(alone=True) + model.broadcast(model.load.state_bytes)
+        return seconds

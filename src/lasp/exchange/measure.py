@@ -1,0 +1,171 @@
+"""Times on a group of ranks: the elementary operations, for the model's constants, and whole exchanges.
+
+A measurement repeats: all ranks meet, each runs the work and takes its time; the slowest rank's time counts. Work
+goes forward and back, as training does, so that no rank can run ahead of the others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, Transition
+from lasp.distributed.comm import Comm
+from lasp.exchange.base import Exchange, Line
+from lasp.exchange.cost import Constants, Link
+from lasp.exchange.load import Load
+
+# Bytes that a rank receives in one elementary operation.
+PROBES = (4 << 10, 64 << 10, 512 << 10, 4 << 20)
+
+
+class Timing(NamedTuple):
+    """Seconds of one forward or backward exchange: the median over repetitions, and the quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def timings(
+    comm: Comm, works: Sequence[Callable[[], object]], device: torch.device, repetitions: int, *, warmup: int = 2
+) -> list[Timing]:
+    """The times of several works, which take turns, so that a slow moment of the machine falls on all of them."""
+    token = torch.zeros(1, device=device)
+    seconds = torch.zeros(repetitions, len(works), dtype=torch.float64)
+    for repetition in range(-warmup, repetitions):
+        for index, work in enumerate(works):
+            comm.all_gather(token).wait()
+            _finish(device)
+            start = time.perf_counter()
+            work()
+            _finish(device)
+            if repetition >= 0:
+                seconds[repetition, index] = time.perf_counter() - start
+    gathered = comm.all_gather(seconds.to(device=device).view(-1)).wait().cpu()
+    slowest = gathered.view(comm.size, repetitions, len(works)).amax(0)
+    result = []
+    for column in slowest.unbind(1):
+        low, median, high = torch.quantile(column, torch.tensor([0.25, 0.5, 0.75], dtype=column.dtype)).tolist()
+        result.append(Timing(median, low, high))
+    return result
+
+
+def exchange_work(comm: Comm, exchange: Exchange, load: Load, device: torch.device) -> Callable[[], object]:
+    """An exchange forward, then one back; half of its time is an exchange's."""
+    summary, initial = random_summary(load, comm.rank, device)
+
+    def work() -> None:
+        for reverse in (False, True):
+            exchange.begin(comm, summary, initial, reverse=reverse, want_total=False).wait()
+
+    return work
+
+
+def random_summary(load: Load, seed: int, device: torch.device) -> tuple[Summary, Tensor]:
+    """A summary of a load's sizes, and an initial state."""
+    random = torch.Generator().manual_seed(seed)
+    dtype = torch.float64 if load.itemsize == 8 else torch.float32
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(load.heads, *shape, generator=random, dtype=dtype).to(device)
+
+    transitions: dict[int, Callable[[], Transition]] = {
+        0: lambda: Identity(),
+        1: lambda: Scalar(-0.1 * normal().abs()),
+        load.keys: lambda: Diagonal(-0.1 * normal(load.keys).abs()),
+        load.keys**2: lambda: Dense(normal(load.keys, load.keys) / load.keys),
+    }
+    state = normal(load.keys, load.values)
+    return Summary(transitions[load.transition](), state), torch.zeros_like(state)
+
+
+def measure(comm: Comm, device: torch.device, *, repetitions: int = 15) -> Constants:
+    """The constants of a group of at least two ranks, the same on all. Takes seconds.
+
+    One host is assumed to be all there is: `across` is what a message costs in the group's ring.
+    """
+    size, others = comm.size, comm.size - 1
+
+    def floats(nbytes: float) -> Tensor:
+        return torch.zeros(max(1, int(nbytes / 4)), device=device)
+
+    def chain(payload: Tensor) -> None:
+        for reverse in (False, True):
+            line = Line(comm, reverse)
+            if line.position > 0:
+                comm.receive(payload, line.rank(line.position - 1)).wait()
+            if line.position < others:
+                comm.send(payload, line.rank(line.position + 1))
+
+    def shift(payload: Tensor) -> None:
+        for reverse in (False, True):
+            line = Line(comm, reverse)
+            sends = [(payload, line.rank(line.position + 1))] if line.position < others else []
+            receives = [(payload, line.rank(line.position - 1))] if line.position > 0 else []
+            for message in comm.trade(sends, receives):
+                message.wait()
+
+    def swap(part: Tensor) -> None:
+        for message in [comm.all_to_all([part] * size, [part.numel()] * size)]:
+            message.wait()
+
+    def fold(payload: Tensor, active: bool) -> None:
+        if active:
+            state = payload.view(1, 1, -1)
+            Summary(Scalar(payload[:1]), state).apply(state)
+
+    def product(matrix: Tensor) -> None:
+        matrix @ matrix
+
+    # Name, the work for so many received bytes, and how many operations in a row it is.
+    probes: dict[str, tuple[Callable[[int], Callable[[], object]], int]] = {
+        "message": (lambda n: _bound(chain, floats(n)), 2 * others),
+        "shift": (lambda n: _bound(shift, floats(n)), 2),
+        "gather": (lambda n: _bound(lambda part: comm.all_gather(part).wait(), floats(n / others)), 1),
+        "swap": (lambda n: _bound(swap, floats(n / others)), 1),
+        "broadcast": (lambda n: _bound(lambda whole: comm.broadcast(whole, 0), floats(n)), 1),
+        "fold": (lambda n: _bound(fold, floats(n), True), 1),
+        "fold_alone": (lambda n: _bound(fold, floats(n), comm.rank == 0), 1),
+    }
+    works = [make(n) for make, _ in probes.values() for n in PROBES]
+    edge = 128
+    matrix = torch.zeros(16, edge, edge, device=device)
+    *times, products = timings(comm, [*works, _bound(product, matrix)], device, repetitions)
+    links: dict[str, Link] = {}
+    for index, (name, (_, count)) in enumerate(probes.items()):
+        own = times[index * len(PROBES) : (index + 1) * len(PROBES)]
+        links[name] = fit(PROBES, [timing.median / count for timing in own])
+    return Constants(
+        **links,
+        across=links["message"],
+        flops_per_s=2 * 16 * edge**3 / products.median,
+        source=f"measured on {size} ranks over {comm.backend} on {device.type}",
+    )
+
+
+def fit(nbytes: Sequence[int], seconds: Sequence[float]) -> Link:
+    """Latency and bandwidth with the least sum of squared relative errors, both positive."""
+    weights = [1 / s for s in seconds]
+    rows = torch.tensor([[w, w * n] for w, n in zip(weights, nbytes, strict=True)], dtype=torch.float64)
+    latency, per_byte = torch.linalg.lstsq(rows, torch.ones(len(seconds), 1, dtype=torch.float64)).solution.flatten()
+    if per_byte <= 0:
+        return Link(statistics.fmean(seconds), 1e15)
+    if latency < 0:
+        ratios = [n / s for n, s in zip(nbytes, seconds, strict=True)]
+        return Link(0.0, statistics.median(ratios))
+    return Link(float(latency), float(1 / per_byte))
+
+
+def _bound(function: Callable[..., object], *arguments: Any) -> Callable[[], object]:
+    return lambda: function(*arguments)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
