@@ -61,7 +61,9 @@ def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     x = [line["tokens"] / 1e6 for line in steps]
-    axes.plot(x, [line["loss"] / math.log(2) for line in steps], lw=0.8, color="tab:blue", label="training")
+    losses = [line["loss"] / math.log(2) for line in steps]
+    axes.plot(x, losses, lw=0.6, alpha=0.35, color="tab:blue")
+    axes.plot(x, _smoothed(losses), lw=1.2, color="tab:blue", label="training, smoothed over 20 steps")
     scored = [line for line in scores if line["step"] in tokens_at]
     axes.plot(
         [tokens_at[line["step"]] for line in scored],
@@ -80,3 +82,13 @@ def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | 
     figure.tight_layout()
     figure.savefig(picture)
     return None
+
+
+def _smoothed(values: list[float], span: int = 20) -> list[float]:
+    """Exponential mean over about `span` values, without a pull towards zero at the start."""
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean += (value - mean) * 2 / (span + 1)
+        weight += (1 - weight) * 2 / (span + 1)
+        smooth.append(mean / weight)
+    return smooth
