@@ -54,26 +54,27 @@ def constant_gates(rate, length, C: tl.constexpr):
 
 @triton.jit
 def load_gates(prefix_ptr, suffix_ptr, length, C: tl.constexpr):
-    """prefix [C], suffix [C] and total as `sum_gates` gave them when the run was summarized."""
+    """prefix [C], suffix [C] and total as `sum_gates` gave them when the run was summarized; length <= 0 loads none."""
     i = tl.arange(0, C)
     inside = i < length
     prefix = tl.load(prefix_ptr + i, mask=inside, other=0.0)
-    return prefix, tl.load(suffix_ptr + i, mask=inside, other=0.0), tl.load(prefix_ptr + length - 1)
+    suffix = tl.load(suffix_ptr + i, mask=inside, other=0.0)
+    return prefix, suffix, tl.load(prefix_ptr + length - 1, mask=length > 0, other=0.0)
 
 
 @triton.jit
 def pair_decay(
     g_ptr, g_row, rate, prefix, length, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
 ):
-    """[C, C] factors from source (row) to target (column) tokens; zero where the one does not reach the other.
+    """[C, C] factors between row and column tokens: 2^between(column, row), zero for rows after columns.
 
-    2^between(target, source) for sources <= targets; with REVERSE 2^between(source, target) for sources >= targets.
+    With REVERSE 2^between(row, column), zero for rows before columns.
     EXACT sums every pair's gates on their own instead of taking a difference of prefixes: for fp32 inputs, where
     a difference after a strong gate costs more than the bound.
     """
-    source = tl.arange(0, C)[:, None]
-    target = tl.arange(0, C)[None, :]
-    distance = source - target if REVERSE else target - source
+    row = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    distance = row - column if REVERSE else column - row
     reached = distance >= 0
     if KIND == NONE:
         return tl.where(reached, 1.0, 0.0)
@@ -84,11 +85,12 @@ def pair_decay(
             i = tl.arange(0, C)
             gates = log2_gate(g_ptr + i * g_row, i < length)
             if REVERSE:
-                log2 = tl.cumsum(tl.where(source > target, gates[:, None], 0.0), 0)
+                log2 = tl.cumsum(tl.where(row > column, gates[:, None], 0.0), 0)
             else:
-                log2 = tl.cumsum(tl.where(target > source, gates[None, :], 0.0), 1)
+                log2 = tl.cumsum(tl.where(column > row, gates[None, :], 0.0), 1)
         elif REVERSE:
             log2 = prefix[:, None] - prefix[None, :]
         else:
             log2 = prefix[None, :] - prefix[:, None]
-        return tl.where(reached, tl.exp2(tl.where(reached, log2, 0.0)), 0.0)
+        # The floor of unreached pairs, and of tokens past the end, whose prefixes are zero, must not overflow.
+        return tl.where(reached, tl.exp2(tl.minimum(log2, 0.0)), 0.0)

@@ -52,10 +52,10 @@ def output_kernel(
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
     state = sweep(
-        q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo, q_ptr,
-        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T, g_ptr, g_ptr, 0.0,
+        q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
+        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T,
         state, H * K, H * K, H_v * V, H_v * V, scale, T, H_v, batch, head, first, last, v_first,
-        K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PRECISION,
+        K, V, BK, BV, C, KIND, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if segment == segments - 1:
         leaving, _ = state_tile(state_out_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)

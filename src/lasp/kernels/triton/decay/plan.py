@@ -30,6 +30,7 @@ class Plan(NamedTuple):
         segments: of one head.
         summary: of the summaries.
         keys: of the sweeps whose output has K columns (dq, dk).
+        scalar_keys: of the same where the decay's gradient is wanted too.
         values: of those whose output has V columns (o, dv).
         exact: whether decays between tokens are summed pair by pair (fp32).
         descriptors: whether chunks are moved by tensor descriptors.
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     segments: int
     summary: Tiles
     keys: Tiles
+    scalar_keys: Tiles
     values: Tiles
     exact: bool
     descriptors: bool
@@ -70,15 +72,22 @@ def segment_chunks(chunks: int, heads: int, processors: int) -> int:
     return min(lengths, key=lambda length: (cost(length), length))
 
 
-def _sweep_tiles(columns: int, contracted: int, element_bytes: int, state_in_bf16: bool) -> Tiles:
-    if element_bytes == 4:
-        return Tiles(32, 4, 1)
-    if not state_in_bf16:
+def _sweep_tiles(columns: int, contracted: int, dtype: str) -> Tiles:
+    if dtype == "fp32":
+        return Tiles(min(32, tile(columns)), 4, 1)
+    if dtype == "fp16":
         return Tiles(min(64, tile(columns)), 4, 1)
-    if columns > 64 and contracted <= 128:
+    stages = 3 if contracted <= 128 else 2
+    if columns > 64:
         # 128 rows of transposed outputs and states: two warpgroups share every product evenly.
-        return Tiles(128, 8, 3)
-    return Tiles(min(64, tile(columns)), 4, 3 if contracted <= 128 else 2)
+        return Tiles(128, 8, stages)
+    return Tiles(min(64, tile(columns)), 4, stages)
+
+
+def _scalar_tiles(columns: int, contracted: int, dtype: str) -> Tiles:
+    if dtype != "bf16":
+        return _sweep_tiles(columns, contracted, dtype)
+    return Tiles(min(64, tile(columns)), 4, 3 if contracted <= 64 else 2)
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,8 +111,9 @@ def plan(tokens: int, heads: int, K: int, V: int, dtype: str, processors: int) -
         segment_chunks=length,
         segments=-(-chunks // length),
         summary=Tiles(128 if wide else 32 if exact else min(64, tile(V)), 4, 3),
-        keys=_sweep_tiles(K, V, element_bytes, dtype == "bf16"),
-        values=_sweep_tiles(V, K, element_bytes, dtype == "bf16"),
+        keys=_sweep_tiles(K, V, dtype),
+        scalar_keys=_scalar_tiles(K, V, dtype),
+        values=_sweep_tiles(V, K, dtype),
         exact=exact,
         descriptors=aligned and dtype == "bf16",
         precision="ieee" if exact else "tf32",

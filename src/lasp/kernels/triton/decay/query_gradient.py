@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
+from lasp.kernels.triton.decay.scalar_sweep import scalar_sweep
 from lasp.kernels.triton.decay.sweep import place, sweep
 
 
@@ -41,16 +42,27 @@ def query_gradient_kernel(
     part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
-    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    state = tl.load(entering, mask=mask, other=0.0)
-
+    states_ptr += (run * segments + segment) * K * V
     row = tl.cast(batch, tl.int64) * T
-    qk = (row * H + head // (H_v // H)) * K
+    q_ptr += (row * H + head // (H_v // H)) * K
+    k_ptr += (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
-    terms = terms_ptr + (tl.cast(part, tl.int64) * B * H_v + run) * T
-    sweep(
-        do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K, q_ptr + qk,
-        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T, terms, terms, 0.0,
-        state, H_v * V, H_v * V, H * K, H_v * K, scale, T, H_v, batch, head, first, last, k_first,
-        V, K, BV, BK, C, KIND, False, DECAY_GRADIENT, EXACT, DESCRIPTORS, PRECISION,
-    )  # fmt: skip
+    if DECAY_GRADIENT:
+        terms = terms_ptr + (tl.cast(part, tl.int64) * B * H_v + run) * T
+        entering, mask = state_tile(states_ptr, 0, k_first, V, K, 1, V, BV, BK)
+        scalar_sweep(
+            do_ptr + token_head * V, v_ptr + token_head * V, k_ptr, dq_ptr + token_head * K, q_ptr,
+            g_ptr, prefix_ptr + run * T, suffix_ptr + run * T, terms, terms, 0.0,
+            tl.load(entering, mask=mask, other=0.0),
+            H_v * V, H_v * V, H * K, H_v * K, scale, T, H_v, batch, head, first, last, k_first,
+            V, K, BV, BK, C, KIND, False, EXACT, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+    else:
+        entering, mask = state_tile(states_ptr, k_first, 0, K, V, V, 1, BK, BV)
+        sweep(
+            do_ptr + token_head * V, v_ptr + token_head * V, k_ptr, dq_ptr + token_head * K,
+            g_ptr, prefix_ptr + run * T, suffix_ptr + run * T,
+            tl.load(entering, mask=mask, other=0.0),
+            H_v * V, H_v * V, H * K, H_v * K, scale, T, H_v, batch, head, first, last, k_first,
+            V, K, BV, BK, C, KIND, False, EXACT, DESCRIPTORS, PRECISION,
+        )  # fmt: skip

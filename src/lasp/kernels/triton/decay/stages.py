@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from lasp.algebra import Identity, Scalar, Summary
+from lasp.kernels.triton.common.launch import launch, use_scratch
 from lasp.kernels.triton.decay.gates import HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.output import output_kernel
@@ -60,19 +60,13 @@ def _kind(g: Tensor | None) -> int:
     return HEAD.value if g.dim() == 1 else TOKEN.value
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Device memory in which a program writes its tensor descriptors."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
 def plan_of(x: Run) -> Plan:
     """The launch configuration for x."""
     device = x.q.device
     if device not in _processors:
         is_cuda = device.type == "cuda"
         _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 4
-    # Triton keeps the allocator per thread, and autograd's are not the caller's.
-    triton.set_allocator(_scratch)
+    use_scratch()
     B, T, H_v, V = x.v.shape
     return plan(T, B * H_v, x.q.shape[3], V, _DTYPES[x.q.dtype], _processors[device])
 
@@ -90,15 +84,15 @@ def _summarize(x: Run, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Se
     if kind == TOKEN.value and not reverse:
         gates = torch.empty(2, B, H_v, T, dtype=f32, device=device)
     columns, warps, stages = p.summary
-    summary_kernel[(-(-V // columns) * H_v * B, p.segments)](
-        k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1],
-        x.scale, T, H, H_v, p.segments, p.segment_chunks,
-        K, V, tile(K), columns, p.chunk, kind, reverse, p.descriptors, p.precision,
-        num_warps=warps, num_stages=stages,
+    launch(
+        summary_kernel, (-(-V // columns) * H_v * B, p.segments),
+        (k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1]),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, tile(K), columns, p.chunk, kind, reverse, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
-    scan_kernel[(-(-K * V // SCAN_BLOCK), B * H_v)](
-        states, decays, before, total, total_decay, p.segments, K * V, V, 1, SCAN_BLOCK, reverse,
-        num_warps=SCAN_WARPS,
+    launch(
+        scan_kernel, (-(-K * V // SCAN_BLOCK), B * H_v), (states, decays, before, total, total_decay),
+        (p.segments,), (K * V, V, 1, SCAN_BLOCK, reverse), SCAN_WARPS, 1,
     )  # fmt: skip
     return Summary(Identity() if x.g is None else Scalar(total_decay), total), Segments(states, before, gates)
 
@@ -118,12 +112,12 @@ def outputs(x: Run, totals: Segments, partial: None, state_in: Tensor) -> tuple[
     o = torch.empty_like(x.v)
     leaving = torch.empty_like(state_in)
     columns, warps, stages = p.values
-    output_kernel[(-(-V // columns) * H_v * B, p.segments)](
-        x.q, x.k, x.v, x.q if x.g is None else x.g, totals.gates[0], totals.gates[1], o,
-        totals.states, totals.decays, state_in, leaving,
-        x.scale, T, H, H_v, p.segments, p.segment_chunks,
-        K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision,
-        num_warps=warps, num_stages=stages,
+    launch(
+        output_kernel, (-(-V // columns) * H_v * B, p.segments),
+        (x.q, x.k, x.v, x.q if x.g is None else x.g, totals.gates[0], totals.gates[1], o,
+         totals.states, totals.decays, state_in, leaving),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     return o, Saved(totals.states, leaving, totals.gates)
 
@@ -136,16 +130,17 @@ def local_gradients(x: Run, saved: Saved, totals_adjoint: Segments, d_o: Tensor)
     p = plan_of(x)
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
-    columns, warps, stages = p.keys
+    with_decay = _with_decay(x)
+    columns, warps, stages = p.scalar_keys if with_decay else p.keys
     slices = -(-K // columns)
     dq = torch.empty(B, T, H_v, K, dtype=_partial_dtype(x), device=x.q.device)
-    with_decay = x.g is not None and x.g.requires_grad
     terms = torch.empty(slices, B, H_v, T, dtype=torch.float32, device=dq.device) if with_decay else saved.leaving
-    query_gradient_kernel[(slices * H_v * B, p.segments)](
-        x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, saved.gates[0], saved.gates[1], dq, terms, saved.entering,
-        x.scale, B, T, H, H_v, p.segments, p.segment_chunks,
-        K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision,
-        num_warps=warps, num_stages=stages,
+    launch(
+        query_gradient_kernel, (slices * H_v * B, p.segments),
+        (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, saved.gates[0], saved.gates[1], dq, terms, saved.entering),
+        (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
+        warps, stages,
     )  # fmt: skip
     return QueryGradient(dq, terms)
 
@@ -159,29 +154,35 @@ def gradients(
     g = x.q if x.g is None else x.g
     prefix, suffix = saved.gates[0], saved.gates[1]
     d_states, after, _ = totals_adjoint
-    with_decay = x.g is not None and x.g.requires_grad
+    with_decay = _with_decay(x)
 
     dk = torch.empty_like(local.dq)
     dg = torch.empty_like(local.terms) if with_decay else local.terms
-    columns, warps, stages = p.keys
-    key_gradient_kernel[(-(-K // columns) * H_v * B, p.segments)](
-        x.q, x.k, x.v, d_o, g, prefix, suffix, dk, local.terms, dg,
-        saved.entering, saved.leaving, d_states, after, d_state_out,
-        x.scale, B, T, H, H_v, p.segments, p.segment_chunks,
-        K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision,
-        num_warps=warps, num_stages=stages,
+    columns, warps, stages = p.scalar_keys if with_decay else p.keys
+    launch(
+        key_gradient_kernel, (-(-K // columns) * H_v * B, p.segments),
+        (x.q, x.k, x.v, d_o, g, prefix, suffix, dk, local.terms, dg,
+         saved.entering, saved.leaving, d_states, after, d_state_out),
+        (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
+        warps, stages,
     )  # fmt: skip
 
     dv = torch.empty_like(x.v)
     columns, warps, stages = p.values
-    value_gradient_kernel[(-(-V // columns) * H_v * B, p.segments)](
-        x.q, x.k, d_o, g, prefix, suffix, dv, d_states, after, d_state_out,
-        x.scale, T, H, H_v, p.segments, p.segment_chunks,
-        K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision,
-        num_warps=warps, num_stages=stages,
+    launch(
+        value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
+        (x.q, x.k, d_o, g, prefix, suffix, dv, d_states, after, d_state_out),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     d_gate = _gate_gradient(x, dg) if with_decay else None
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
+
+
+def _with_decay(x: Run) -> bool:
+    """Whether the decay's gradient is wanted: it needs other, slower sweeps."""
+    return x.g is not None and x.g.requires_grad
 
 
 def _gate_gradient(x: Run, slices: Tensor) -> Tensor:

@@ -11,13 +11,6 @@ enter a chunk from the past and, as gradients, from the future):
 that is, rows a against pairs (b, c): the state is the decayed sum of b c^T. A program walks one segment of one head
 for BC columns of c. It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outputs [BC, C]:
 so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
-
-Decay gradients of one scalar per token need two more scalars per token (slices of channels add up):
-
-    d_g_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s) + <S_end, D_end>
-
-within a segment, where the end is the segment's. Products inside a chunk cancel exactly in it: both sweeps round
-the same scores alike. D_end is the state of the sweep of dk before its first chunk.
 """
 
 import triton
@@ -33,14 +26,10 @@ def sweep(
     b_ptr,
     c_ptr,
     out_ptr,
-    x_ptr,  # q for the sweep of dq, k for that of dk: beside c
     g_ptr,  # [H_v], [B, T, H_v] or unused
     prefix_ptr,  # [T] of the head
     suffix_ptr,
-    terms_ptr,  # [T] of the head and slice: the sweep of dq writes it, that of dk reads it
-    d_g_ptr,  # [T] of the head and slice: written by the sweep of dk
-    carry,  # <S_end, D_end> of the slice, for the sweep of dk
-    state,
+    state,  # [BC, BA]
     a_row,
     b_row,
     c_row,
@@ -60,7 +49,6 @@ def sweep(
     C: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
-    DECAY_GRADIENT: tl.constexpr,
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -70,9 +58,12 @@ def sweep(
     b_view = view(b_ptr, T, b_row, A, C, BA, DESCRIPTORS)
     c_view = view(c_ptr, T, c_row, N, C, BC, DESCRIPTORS)
     out_view = view(out_ptr, T, out_row, N, C, BC, DESCRIPTORS)
-    x_view = view(x_ptr, T, c_row, N, C, BC, DESCRIPTORS) if DECAY_GRADIENT else x_ptr
     rate = head_rate(g_ptr, head, KIND)
     chunks = tl.cdiv(last - first, C)
+    # Gates are loaded a chunk ahead: nothing else hides their latency.
+    start = first + (chunks - 1 if REVERSE else 0) * C
+    if KIND == TOKEN:
+        prefix, suffix, total = load_gates(prefix_ptr + start, suffix_ptr + start, tl.minimum(last - start, C), C)
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
         length = tl.minimum(last - start, C)
@@ -80,7 +71,9 @@ def sweep(
         b = load_chunk(b_view, start, 0, T, b_row, A, C, BA, DESCRIPTORS)
         c_t = tl.trans(load_chunk(c_view, start, column, T, c_row, N, C, BC, DESCRIPTORS))
         if KIND == TOKEN:
-            prefix, suffix, total = load_gates(prefix_ptr + start, suffix_ptr + start, length, C)
+            ahead = start - C if REVERSE else start + C
+            ahead_length = tl.where(step + 1 < chunks, tl.minimum(last - ahead, C), 0)
+            next_gates = load_gates(prefix_ptr + ahead, suffix_ptr + ahead, ahead_length, C)
         else:
             prefix, suffix, total = constant_gates(rate, length, C)
         g_chunk = g_ptr + (tl.cast(batch, tl.int64) * T + start) * H_v + head
@@ -107,18 +100,10 @@ def sweep(
             weighted = (c_t * to_state[None, :]).to(dtype)
         state = tl.dot(weighted, b, state * tl.exp2(total), input_precision=PRECISION)
 
-        if DECAY_GRADIENT:
-            i = tl.arange(0, C)
-            x = load_chunk(x_view, start, column, T, c_row, N, C, BC, DESCRIPTORS)
-            own = tl.sum(tl.trans(x).to(tl.float32) * out, 0)
-            if REVERSE:
-                terms = tl.load(terms_ptr + start + i, mask=i < length, other=0.0) - own
-                tl.store(d_g_ptr + start + i, carry + tl.cumsum(terms, 0, reverse=True), mask=i < length)
-                carry += tl.sum(terms, 0)
-            else:
-                tl.store(terms_ptr + start + i, own, mask=i < length)
         o = tl.trans(out).to(out_ptr.dtype.element_ty)
         store_chunk(out_view, o, start, column, T, out_row, N, C, BC, DESCRIPTORS)
+        if KIND == TOKEN:
+            prefix, suffix, total = next_gates
     return state
 
 

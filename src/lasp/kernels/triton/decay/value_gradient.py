@@ -48,8 +48,8 @@ def value_gradient_kernel(
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
     sweep(
-        k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo, k_ptr,
-        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T, g_ptr, g_ptr, 0.0,
+        k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
+        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T,
         state, H * K, H * K, H_v * V, H_v * V, scale, T, H_v, batch, head, first, last, v_first,
-        K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
+        K, V, BK, BV, C, KIND, True, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

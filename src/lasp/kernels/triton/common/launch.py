@@ -1,0 +1,55 @@
+"""Launches at little cost to the host.
+
+Triton's own call looks at every argument to find the binary that fits it, tens of microseconds a call: more than
+many kernels here run. What decides the binary of our kernels is known without looking (integers are not
+specialised, pointers are aligned), so it is found by a short key after the first call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+ALIGNMENT = 16
+_compiled: dict[Any, Any] = {}
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory in which programs write their tensor descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def use_scratch() -> None:
+    """Gives Triton its allocator. It keeps one per thread, and autograd's threads are not the caller's."""
+    triton.set_allocator(_scratch)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int],
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[int | float, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    stages: int,
+) -> None:
+    """Runs `kernel` over `grid` with pointers to `tensors`, then `scalars`, then `constants`.
+
+    Scalars must be ones that the kernel does not specialise; constants are its constexprs.
+    """
+    pointers = 0
+    for tensor in tensors:
+        pointers |= tensor.data_ptr()
+    aligned = pointers % ALIGNMENT == 0
+    device = tensors[0].device
+    key = (id(kernel), device, constants, warps, stages, tuple([tensor.dtype for tensor in tensors]))
+    compiled = _compiled.get(key) if aligned else None
+    if compiled is None:
+        compiled = kernel[grid](*tensors, *scalars, *constants, num_warps=warps, num_stages=stages)
+        if aligned and device.type == "cuda":
+            _compiled[key] = compiled
+    else:
+        compiled[(*grid, 1)](*tensors, *scalars, *constants)
