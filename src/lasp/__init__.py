@@ -3,6 +3,7 @@
 from lasp.distributed import ExchangeError, SequenceParallel
 from lasp.halo import short_convolution, token_shift
 from lasp.ops import delta_rule, linear_attention, normalized_linear_attention
+from lasp.softmax import softmax_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "linear_attention",
     "normalized_linear_attention",
     "short_convolution",
+    "softmax_attention",
     "token_shift",
 ]

@@ -1,0 +1,205 @@
+"""How queries, keys, values and outputs cross ranks, each with the exchange that takes their gradients back.
+
+LASP-2H (arXiv 2502.07563) gathers keys and values. Ulysses (arXiv 2309.14509) trades tokens for heads: in between,
+each rank has all tokens of some heads. Sums of gradients are taken in rank order, in fp32 for 16-bit inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.distributed import SequenceParallel
+from lasp.distributed.comm import Comm
+
+Shape = tuple[int, ...]
+
+
+def _all_to_all(comm: Comm, parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
+    """The tensors `parts[r]` go to rank r as one message; what comes from rank r has `shapes[r]`."""
+    flat = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in parts]
+    sizes = [[math.prod(shape) for shape in wanted] for wanted in shapes]
+    received = comm.all_to_all(flat, [sum(size) for size in sizes]).wait()
+    return [
+        [piece.view(shape) for piece, shape in zip(message.split(size), wanted, strict=True)]
+        for message, size, wanted in zip(received, sizes, shapes, strict=True)
+    ]
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """In order, and in fp32 where the parts have 16 bits."""
+    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts[0].dtype)
+
+
+def gather(
+    k: Tensor, v: Tensor, sp: SequenceParallel | None, starts: tuple[int, ...], *, all_ranks: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of all ranks, or of those up to this one: [B, S, H_kv, D] and [B, S, H_kv, D_v].
+
+    starts: first token of every rank, and the total. all_ranks: also of later ranks, the same on every rank.
+    """
+    if sp is None or sp.size == 1 or starts[-1] == 0:
+        return k, v
+    gathered: tuple[Tensor, Tensor] = _Gather.apply(sp.comm, starts, all_ranks, k, v)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, comm: Comm, starts: tuple[int, ...], all_ranks: bool, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.comm, ctx.starts, ctx.all_ranks, ctx.shapes = comm, starts, all_ranks, (k.shape, v.shape)
+        lengths = [end - start for start, end in pairwise(starts)]
+        own = torch.cat((k.reshape(-1), v.reshape(-1)))
+        row_k, row_v = (t.shape[0] * t.shape[2] * t.shape[3] for t in (k, v))
+        # Collectives want equal parts: shorter shards are filled up.
+        message = own.new_zeros(max(lengths) * (row_k + row_v))
+        message[: own.numel()] = own
+        gathered = comm.all_gather(message).wait()
+        ranks = range(comm.size if all_ranks else comm.rank + 1)
+        keys = [_view(gathered[r, : lengths[r] * row_k], k, lengths[r]) for r in ranks]
+        values = [_view(gathered[r, lengths[r] * row_k : lengths[r] * (row_k + row_v)], v, lengths[r]) for r in ranks]
+        return torch.cat(keys, 1), torch.cat(values, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
+        """Each rank's share of every gradient goes to the tokens' rank; no rank sees keys of later ones."""
+        comm, starts = ctx.comm, ctx.starts
+        parts, shapes = [], []
+        for rank, (start, end) in enumerate(pairwise(starts)):
+            parts.append((d_k[:, start:end], d_v[:, start:end]))
+            used = ctx.all_ranks or rank >= comm.rank
+            shapes.append(ctx.shapes if used else [(0,), (0,)])
+        received = _all_to_all(comm, parts, shapes)
+        users = received if ctx.all_ranks else received[comm.rank :]
+        return None, None, None, _sum([part[0] for part in users]), _sum([part[1] for part in users])
+
+
+def _view(flat: Tensor, like: Tensor, tokens: int) -> Tensor:
+    return flat.view(like.shape[0], tokens, *like.shape[2:])
+
+
+class Heads(NamedTuple):
+    """Which heads each rank works on.
+
+    Attributes:
+        queries: (first, last + 1) query heads of every rank.
+        keys: (first, last + 1) key heads that those use; ranks may share some.
+    """
+
+    queries: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, int], ...]
+
+
+def heads_of(size: int, heads: int, key_heads: int) -> Heads:
+    """Equal shares of `heads`, a multiple of `size`, and the key heads that they use."""
+    share, group = heads // size, heads // key_heads
+    queries = tuple((rank * share, (rank + 1) * share) for rank in range(size))
+    return Heads(queries, tuple((first // group, (last - 1) // group + 1) for first, last in queries))
+
+
+def to_heads(
+    tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], comm: Comm, starts: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """[B, T, all heads, D] -> [B, S, this rank's heads, D], for each tensor with the heads of every rank."""
+    moved: tuple[Tensor, ...] = _ToHeads.apply(comm, starts, tuple(ranges), *tensors)
+    return moved
+
+
+def to_tokens(o: Tensor, of: Sequence[tuple[int, int]], comm: Comm, starts: tuple[int, ...]) -> Tensor:
+    """o [B, S, h, D_v], all tokens of this rank's heads -> [B, T, H, D_v], all heads of this rank's tokens."""
+    tokens: Tensor = _ToTokens.apply(comm, starts, of, o)
+    return tokens
+
+
+def _tokens_to_heads(comm: Comm, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+    """[B, T, all heads, D] -> [B, S, own heads, D] for each tensor with its ranges of heads."""
+    parts = [[t[:, :, slice(*of[rank])] for t, of in zip(tensors, ranges, strict=True)] for rank in range(comm.size)]
+    own = [of[comm.rank][1] - of[comm.rank][0] for of in ranges]
+    shapes = [
+        [(t.shape[0], end - start, count, t.shape[3]) for t, count in zip(tensors, own, strict=True)]
+        for start, end in pairwise(starts)
+    ]
+    received = _all_to_all(comm, parts, shapes)
+    return tuple(torch.cat(pieces, 1) for pieces in zip(*received, strict=True))
+
+
+def _heads_to_tokens(
+    comm: Comm, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor], heads: Sequence[int]
+) -> Any:
+    """[B, S, own heads, D] -> [B, T, all heads, D]; where several ranks have the same head, their sum."""
+    parts = [[t[:, start:end] for t in tensors] for start, end in pairwise(starts)]
+    tokens = starts[comm.rank + 1] - starts[comm.rank]
+    shapes = [
+        [(t.shape[0], tokens, of[rank][1] - of[rank][0], t.shape[3]) for t, of in zip(tensors, ranges, strict=True)]
+        for rank in range(comm.size)
+    ]
+    received = _all_to_all(comm, parts, shapes)
+    results = []
+    for index, (of, count) in enumerate(zip(ranges, heads, strict=True)):
+        if all(left[1] == right[0] for left, right in pairwise(of)):
+            results.append(torch.cat([message[index] for message in received], 2))
+            continue
+        columns = []
+        for head in range(count):
+            holders = [rank for rank, (first, last) in enumerate(of) if first <= head < last]
+            columns.append(_sum([received[rank][index][:, :, head - of[rank][0]] for rank in holders]))
+        results.append(torch.stack(columns, 2))
+    return tuple(results)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, comm: Comm, starts: tuple[int, ...], ranges: Any, *tensors: Tensor) -> Any:
+        ctx.comm, ctx.starts, ctx.ranges, ctx.heads = comm, starts, ranges, [t.shape[2] for t in tensors]
+        return _tokens_to_heads(comm, starts, ranges, tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *_heads_to_tokens(ctx.comm, ctx.starts, ctx.ranges, gradients, ctx.heads)
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, comm: Comm, starts: tuple[int, ...], of: Any, o: Tensor) -> Tensor:
+        ctx.comm, ctx.starts, ctx.of = comm, starts, of
+        (tokens,) = _heads_to_tokens(comm, starts, [of], [o], [of[-1][1]])
+        return tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *_tokens_to_heads(ctx.comm, ctx.starts, [ctx.of], [d_o])
+
+
+def replicated(tensor: Tensor, sp: SequenceParallel | None) -> Tensor:
+    """`tensor`, the same on every rank; its gradient is whole on the first rank and zero on the others."""
+    if sp is None or sp.size == 1:
+        return tensor
+    same: Tensor = _Replicated.apply(sp.comm, tensor)
+    return same
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, comm: Comm, tensor: Tensor) -> Tensor:
+        ctx.comm = comm
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        total = ctx.comm.sum(gradient)
+        return None, total if ctx.comm.rank == 0 else torch.zeros_like(total)

@@ -1,0 +1,198 @@
+"""The public function: softmax attention whose sequence lies on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lasp.distributed import SequenceParallel
+from lasp.distributed.guard import check_shard, refusing
+from lasp.distributed.shards import document_bounds, document_digest, shard_starts
+from lasp.softmax.blocks import blocks_of
+from lasp.softmax.exchange import gather, heads_of, replicated, to_heads, to_tokens
+from lasp.softmax.local import attend
+
+METHODS = ("all_gather", "ulysses")
+BACKENDS = ("auto", "torch", "reference")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    sp: SequenceParallel | None = None,
+    method: str = "all_gather",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention: o_t = sum_s softmax_s(scale q_t k_s) v_s over the tokens s that t sees.
+
+    With `sp`, T is this rank's part of a longer sequence, and the result is as if one device had computed all of it.
+    Unlike a recurrence's, the state here grows: it is the keys and values of all tokens.
+
+    Args:
+        q: [B, T, H, D], fp64, fp32, bf16 or fp16.
+        k: [B, T, H_kv, D] and v [B, T, H_kv, D_v] of the same dtype; H a multiple of H_kv. Query head h uses key
+            head h // (H // H_kv).
+        causal: False to let every token see all tokens of its document.
+        scale: factor of the scores, D ** -0.5 by default.
+        initial_state: [B, P, H_kv, D + D_v] of q's dtype, keys beside values of the P tokens before the first of the
+            global sequence, the same on every rank of `sp`. Its gradient is whole on the group's first rank and zero
+            on the others. Not with cu_seqlens.
+        output_final_state: also return the keys and values of all tokens of the global sequence, after
+            initial_state's, in the same form, on every rank. The gradients that the ranks give for it are summed.
+        cu_seqlens: integers [N + 1], the same on every rank: where the packed documents of the whole sequence (of
+            all ranks together) start, and its length; B must be 1. No document sees another.
+        sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
+        method: "all_gather": each rank gets the keys and values of all (LASP-2H, arXiv 2502.07563); any heads.
+            "ulysses": each rank computes all tokens of some heads (arXiv 2309.14509); H must be a multiple of the
+            number of ranks. docs/hybrids.md says when to choose which.
+        backend: "auto" or "torch" (PyTorch's kernels) or "reference" (query by query, slow).
+
+    Returns:
+        o [B, T, H, D_v], and the final state or None.
+
+    Raises:
+        ValueError: an argument does not fit.
+        ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
+    """
+    with refusing(sp):
+        _check_inputs(q, k, v)
+        for name, value, known in (("method", method, METHODS), ("backend", backend, BACKENDS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        check_shard(sp, q.shape[1])
+        _check_heads(q.shape[2], method, sp)
+        starts = shard_starts(sp, q.shape[1])
+        bounds = document_bounds(cu_seqlens, starts[-1], q.shape[0])
+        _check_states(initial_state, output_final_state, cu_seqlens, k, v)
+        scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    options = (causal, scale, method, backend, output_final_state)
+    _agree(sp, q, k, v, bounds, initial_state, options)
+
+    before = 0 if initial_state is None else initial_state.shape[1]
+    blocks_before = (0, *(before + bound for bound in bounds[1:]))
+    rank = 0 if sp is None else sp.rank
+    state = None if initial_state is None else replicated(initial_state, sp)
+    if method == "ulysses" and sp is not None and sp.size > 1 and starts[-1] > 0:
+        of = heads_of(sp.size, q.shape[2], k.shape[2])
+        blocks = blocks_of(blocks_before, before, before + starts[-1], causal)
+        if output_final_state:
+            # The state takes all heads to all ranks; and o must depend on that exchange, because its backward pass
+            # needs every rank, also those that make no use of the state.
+            k_all, v_all = _after(state, *gather(k, v, sp, starts, all_ranks=True))
+            final_state = torch.cat((k_all, v_all), -1)
+            (q_all,) = to_heads((q,), (of.queries,), sp.comm, starts)
+            k_all, v_all = (t[:, :, slice(*of.keys[rank])] for t in (k_all, v_all))
+        else:
+            final_state = None
+            q_all, k_all, v_all = to_heads((q, k, v), (of.queries, of.keys, of.keys), sp.comm, starts)
+            k_all, v_all = _after(None if state is None else state[:, :, slice(*of.keys[rank])], k_all, v_all)
+        k_all, v_all = (_key_heads(t, of.queries[rank], q.shape[2] // k.shape[2]) for t in (k_all, v_all))
+        o = attend(q_all, k_all, v_all, blocks, causal=causal, scale=scale, backend=backend)
+        return to_tokens(o, of.queries, sp.comm, starts), final_state
+    k_all, v_all = gather(k, v, sp, starts, all_ranks=output_final_state or not causal)
+    k_all, v_all = _after(state, k_all, v_all)
+    final_state = torch.cat((k_all, v_all), -1) if output_final_state else None
+    blocks = blocks_of(blocks_before, before + starts[rank], before + starts[rank + 1], causal)
+    return attend(q, k_all, v_all, blocks, causal=causal, scale=scale, backend=backend), final_state
+
+
+def _after(state: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values after those of the state."""
+    if state is None:
+        return k, v
+    old_k, old_v = state.split((k.shape[3], v.shape[3]), -1)
+    return torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
+
+
+def _key_heads(tensor: Tensor, queries: tuple[int, int], group: int) -> Tensor:
+    """The key heads of a range of query heads, spread out where not every one has equally many queries."""
+    heads = torch.arange(*queries) // group
+    heads = heads - heads[0]
+    count = tensor.shape[2]
+    even = len(heads) % count == 0 and torch.equal(heads, torch.arange(len(heads)) // (len(heads) // count))
+    return tensor if even else tensor.index_select(2, heads.to(tensor.device))
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, H, D] (4 dims), got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be one of {[str(d) for d in _FLOATS]}, got {tensor.dtype}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"q, k and v must have one dtype and device, got q {q.dtype} on {q.device} and {name} {tensor.dtype} "
+                f"on {tensor.device}"
+            )
+    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"q [B, T, H, D], k [B, T, H_kv, D] and v [B, T, H_kv, D_v] must agree in B, T, D and H_kv; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if 0 in (*q.shape[2:], *v.shape[2:]) or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q's heads must be a multiple of k's and no dim but B and T may be 0; got q {tuple(q.shape)}, "
+            f"k {tuple(k.shape)}"
+        )
+
+
+def _check_heads(heads: int, method: str, sp: SequenceParallel | None) -> None:
+    if method == "ulysses" and sp is not None and heads % sp.size:
+        raise ValueError(
+            f"method 'ulysses' gives each rank some of the heads: the {heads} query heads must be a multiple of the "
+            f"{sp.size} ranks. Use method='all_gather', or ranks that divide the heads"
+        )
+
+
+def _check_states(initial_state: Tensor | None, want_final: bool, cu_seqlens: object, k: Tensor, v: Tensor) -> None:
+    if cu_seqlens is not None and (initial_state is not None or want_final):
+        raise ValueError("the states of packed documents grow differently: with cu_seqlens there are none")
+    if initial_state is None:
+        return
+    expected = (k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
+    given = tuple(initial_state.shape)
+    if len(given) != 4 or (given[0], *given[2:]) != expected or initial_state.dtype != k.dtype:
+        raise ValueError(
+            f"initial_state must be [B, tokens, H_kv, D + D_v] = [{expected[0]}, .., {expected[1]}, {expected[2]}], "
+            f"{k.dtype}; got {given}, {initial_state.dtype}"
+        )
+
+
+def _agree(
+    sp: SequenceParallel | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[int, ...],
+    initial_state: Tensor | None,
+    options: tuple[object, ...],
+) -> None:
+    if sp is None:
+        return
+    gradients = tuple(t is not None and t.requires_grad for t in (q, k, v, initial_state))
+    sp.agree(
+        {
+            "operator": "softmax_attention",
+            "batch": q.shape[0],
+            "tokens (pass lengths= to SequenceParallel for unequal shards)": (
+                q.shape[1] if sp.lengths is None else "by lengths"
+            ),
+            "heads of q and k": (q.shape[2], k.shape[2]),
+            "D and D_v": (q.shape[3], v.shape[3]),
+            "dtype": str(q.dtype),
+            "documents": document_digest(bounds),
+            "tokens of initial_state": None if initial_state is None else initial_state.shape[1],
+            "causal, scale, method, backend, output_final_state": options,
+            "requires_grad": gradients if torch.is_grad_enabled() else None,
+        }
+    )

@@ -1,0 +1,62 @@
+"""Attention within one process, over keys that are all here: PyTorch's kernels, and the definition."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from lasp.softmax.blocks import Block, Blocks
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, causal: bool, scale: float, backend: str) -> Tensor:
+    """q [B, T, H, D], k [B, S, H_kv, D], v [B, S, H_kv, D_v] -> o [B, T, H, D_v]."""
+    if not blocks.blocks:
+        # Nothing to compute, but every rank must be part of the backward pass of k and v.
+        return q.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
+    one = reference_block if backend == "reference" else sdpa_block
+    outputs = [
+        one(block.of_queries(q), block.of_keys(k), block.of_keys(v), causal, scale).reshape(
+            q.shape[0], _tokens(block), q.shape[2], v.shape[3]
+        )
+        for block in blocks.blocks
+    ]
+    if blocks.order is None:
+        return outputs[0]
+    return torch.cat(outputs, 1).index_select(1, blocks.order.to(q.device))
+
+
+def _tokens(block: Block) -> int:
+    return block.queries * len(block.first_queries)
+
+
+def sdpa_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """q [n, T, H, D], k and v [n, S, H_kv, ..], the last query beside the last key -> [n, T, H, D_v]."""
+    queries, keys = q.shape[1], k.shape[1]
+    # A square block needs no mask, one query sees everything, and the rest is a form that flash kernels know.
+    square = causal and queries == keys
+    bias = causal_lower_right(queries, keys) if causal and 1 < queries < keys else None
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=bias,
+        is_causal=square,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o.transpose(1, 2)
+
+
+def reference_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """The same, query by query: each reads the keys it sees and no others."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    outputs = []
+    for index in range(q.shape[1]):
+        seen = k.shape[1] - q.shape[1] + index + 1 if causal else k.shape[1]
+        scores = scale * torch.einsum("bhd,bshd->bhs", q[:, index], k[:, :seen])
+        weights = scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype)
+        outputs.append(torch.einsum("bhs,bshd->bhd", weights, v[:, :seen]))
+    return torch.stack(outputs, 1)

@@ -1,0 +1,306 @@
+"""Softmax attention across ranks, against the whole matrix of scores on one device: fp64, all gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from exchange.simulated import run as simulate
+from exchange.simulated import sequence_parallel
+from tolerances import relative_error
+from torch import Tensor
+from world import run
+
+import lasp
+from lasp.softmax import exchange as softmax_exchange
+from lasp.softmax import functions as softmax_functions
+from lasp.softmax.blocks import blocks_of
+
+BOUND = 1e-12
+D, DV = 4, 3
+LENGTHS = {
+    1: [(12,)],
+    2: [(6, 6), (12, 0), (0, 12), (1, 11)],
+    3: [(4, 4, 4), (0, 9, 3), (10, 1, 1)],
+    4: [(3, 3, 3, 3), (7, 0, 4, 1)],
+}
+# Query and key heads by number of ranks: one key head a query head, shared ones, and for ulysses ranks that share a
+# key head and ranks whose queries use two key heads unevenly.
+HEADS = {1: [(2, 1)], 2: [(2, 2), (6, 3)], 3: [(3, 3), (6, 2)], 4: [(4, 2), (8, 8)]}
+
+
+def problem(tokens: int, heads: int, key_heads: int, *, batch: int = 2, before: int = 0, seed: int = 0):
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    return {
+        "q": normal(batch, tokens, heads, D), "k": normal(batch, tokens, key_heads, D),
+        "v": normal(batch, tokens, key_heads, DV), "initial_state": normal(batch, before, key_heads, D + DV),
+        "d_o": normal(batch, tokens, heads, DV), "d_final": normal(batch, before + tokens, key_heads, D + DV),
+    }  # fmt: skip
+
+
+def by_matrix(given, causal: bool, bounds=None, with_states: bool = True, offset: int = 0) -> dict[str, Tensor]:
+    """softmax of the whole masked matrix. offset: a control, how many tokens too far the mask lets one see."""
+    leaves = {name: given[name].clone().requires_grad_() for name in ("q", "k", "v", "initial_state")}
+    before, tokens = given["initial_state"].shape[1], given["q"].shape[1]
+    group = given["q"].shape[2] // given["k"].shape[2]
+    whole = torch.cat((leaves["initial_state"], torch.cat((leaves["k"], leaves["v"]), -1)), 1)
+    k, v = (t.repeat_interleave(group, 2) for t in whole.split((D, DV), -1))
+    scores = torch.einsum("bthd,bshd->bhts", leaves["q"], k) * D**-0.5
+    t, s = torch.arange(tokens)[:, None], torch.arange(-before, tokens)
+    seen = (s <= t + offset) if causal else torch.ones(tokens, before + tokens, dtype=torch.bool)
+    if bounds is not None:
+        cuts = torch.tensor(bounds[1:-1], dtype=torch.int64)
+        seen = seen & (torch.searchsorted(cuts, t, right=True) == torch.searchsorted(cuts, s, right=True))
+    o = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    if with_states:
+        torch.autograd.backward((o, whole), (given["d_o"], given["d_final"]))
+    else:
+        o.backward(given["d_o"])
+    gradients = {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+    return {"o": o.detach(), "final": whole.detach(), **gradients}
+
+
+def errors(sp, given, expected, *, states: bool, **options) -> dict[str, float]:
+    """This rank's errors, all ranks but the last giving a share of the final state's gradient."""
+    leaves = {name: sp.shard(given[name]).clone().requires_grad_() for name in "qkv"}
+    if states:
+        initial = given["initial_state"].clone().requires_grad_()
+        o, final = lasp.softmax_attention(
+            *leaves.values(), initial_state=initial, output_final_state=True, sp=sp, **options
+        )
+        if sp.rank == sp.size - 1 > 0:  # a rank that makes no use of the state must not keep the others waiting
+            o.backward(sp.shard(given["d_o"]))
+        else:
+            share = given["d_final"] / max(1, sp.size - 1)
+            torch.autograd.backward((o, final), (sp.shard(given["d_o"]), share))
+    else:
+        o, final = lasp.softmax_attention(*leaves.values(), sp=sp, **options)
+        assert final is None
+        o.backward(sp.shard(given["d_o"]))
+    result = {"o": relative_error(o, sp.shard(expected["o"]))}
+    for name, leaf in leaves.items():
+        result[f"d_{name}"] = relative_error(leaf.grad, sp.shard(expected[f"d_{name}"]))
+    if states:
+        d_initial = expected["d_initial_state"] if sp.rank == 0 else torch.zeros_like(initial)
+        result["final"] = relative_error(final, expected["final"])
+        result["d_initial_state"] = relative_error(initial.grad, d_initial)
+    return result
+
+
+@pytest.mark.parametrize("size", LENGTHS)
+def test_equals_one_device(size):
+    cases = []
+    for lengths, (heads, key_heads), causal, before in itertools.product(
+        LENGTHS[size], HEADS[size], (True, False), (0, 5)
+    ):
+        given = problem(sum(lengths), heads, key_heads, before=before)
+        cases.append((lengths, causal, given, before > 0, by_matrix(given, causal, with_states=before > 0)))
+
+    def work(rank: int) -> list:
+        base = lasp.SequenceParallel(dist.group.WORLD)
+        failures = []
+        for (lengths, causal, given, states, expected), method in itertools.product(cases, ("all_gather", "ulysses")):
+            sp = base.with_lengths(lengths)
+            found = errors(sp, given, expected, states=states, causal=causal, method=method)
+            what = (lengths, given["q"].shape[2], causal, states, method)
+            failures += [(*what, name, error) for name, error in found.items() if not error < BOUND]
+        return failures
+
+    assert [failure for failures in run(size, work) for failure in failures] == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_without_ranks(backend):
+    given = problem(9, 4, 2, before=3)
+    expected = by_matrix(given, True)
+    o, final = lasp.softmax_attention(
+        *(given[name] for name in "qkv"), initial_state=given["initial_state"], output_final_state=True,
+        backend=backend,
+    )  # fmt: skip
+    assert relative_error(o, expected["o"]) < BOUND and torch.equal(final, expected["final"])
+    assert relative_error(o, by_matrix(given, True, offset=-1)["o"]) > 1e-2
+    # One token at a time, the state growing.
+    state, outputs = given["initial_state"], []
+    for t in range(9):
+        part, state = lasp.softmax_attention(
+            *(given[name][:, t : t + 1] for name in "qkv"), initial_state=state, output_final_state=True
+        )
+        outputs.append(part)
+    assert relative_error(torch.cat(outputs, 1), expected["o"]) < BOUND and torch.equal(state, expected["final"])
+    nothing, _ = lasp.softmax_attention(*(given[name][:, :0].requires_grad_() for name in "qkv"))
+    assert nothing.shape == (2, 0, 4, DV) and nothing.requires_grad
+
+
+@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
+def test_document_boundaries(method):
+    """T = 12 over 4 ranks, every 11th of the 2^11 ways to cut it into documents, boundaries at rank edges among them."""
+    given = problem(12, 4, 2, batch=1)
+    subsets = [(0, *(cut for cut in range(1, 12) if mask >> (cut - 1) & 1), 12) for mask in range(0, 2**11, 11)]
+    subsets += [(0, 3, 6, 9, 12), (0, 0, 3, 3, 12, 12), tuple(range(13))]
+    expected = [by_matrix(given, True, bounds, with_states=False) for bounds in subsets]
+
+    def work(comm):
+        worst = 0.0
+        for index, (bounds, solution) in enumerate(zip(subsets, expected, strict=True)):
+            sp = sequence_parallel(comm, "ring", ((3, 3, 3, 3), (1, 0, 2, 9))[index % 2])
+            found = errors(sp, given, solution, states=False, cu_seqlens=bounds, method=method)
+            worst = max(worst, *found.values())
+        return worst
+
+    assert max(simulate(4, work)) < BOUND
+
+
+def test_a_document_of_nan_reaches_no_other():
+    bounds = (0, 2, 5, 6, 6, 11, 12)
+    given = problem(12, 4, 2, batch=1)
+
+    def work(comm):
+        sp = sequence_parallel(comm, "ring", (4, 1, 0, 7))
+        clean = []
+        for method, (start, end) in itertools.product(("all_gather", "ulysses"), itertools.pairwise(bounds)):
+            here = torch.ones(12, dtype=torch.bool)
+            here[start:end] = False
+            leaves = []
+            for name in "qkv":
+                poisoned = given[name].clone()
+                poisoned[:, start:end] = torch.nan
+                leaves.append(sp.shard(poisoned).clone().requires_grad_())
+            o, _ = lasp.softmax_attention(*leaves, cu_seqlens=bounds, sp=sp, method=method)
+            o.sum().backward()
+            others = sp.shard(here, 0)
+            clean += [t[:, others].isfinite().all() for t in (o, *(leaf.grad for leaf in leaves))]
+            clean.append(o[:, ~others].isnan().all())
+        return torch.stack(clean).all()
+
+    assert all(simulate(4, work))
+
+
+def test_later_ranks_are_not_seen():
+    given = problem(12, 3, 3)
+
+    def work(rank: int) -> bool:
+        sp = lasp.SequenceParallel(dist.group.WORLD)
+        q, k, v = (sp.shard(given[name]) for name in "qkv")
+        clean, _ = lasp.softmax_attention(q, k, v, sp=sp)
+        if rank == 2:
+            k, v = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+        return torch.equal(clean, lasp.softmax_attention(q, k, v, sp=sp)[0])
+
+    assert run(3, work) == [True, True, False]
+
+
+def test_thousands_of_documents_are_few_calls():
+    bounds = tuple(range(4097))
+    assert len(blocks_of(bounds, 1000, 3000, True).blocks) == 1
+    lengths = [n % 37 + 1 for n in range(500)]
+    bounds = (0, *itertools.accumulate(lengths))
+    blocks, order = blocks_of(bounds, 0, bounds[-1], True)
+    assert len(blocks) == 37 and sorted(order.tolist()) == list(range(bounds[-1]))
+
+
+MISTAKES = {
+    "none": lambda patch: None,
+    "wrong causal offset": lambda patch: patch.setattr(
+        softmax_functions, "blocks_of", lambda bounds, first, last, causal: blocks_of(bounds, 0, last - first, causal)
+    ),
+    "one key too few": lambda patch: patch.setattr(
+        softmax_functions,
+        "gather",
+        lambda k, v, *rest, **options: [t.roll(1, 1) for t in softmax_exchange.gather(k, v, *rest, **options)],
+    ),
+    "others' gradients dropped": lambda patch: patch.setattr(softmax_exchange, "_sum", lambda parts: parts[0]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen(mistake, monkeypatch):
+    """The control: each fails the same comparison by far."""
+    given = problem(12, 4, 2)
+    expected = by_matrix(given, True, with_states=False)
+
+    def work(rank: int) -> dict[str, float]:
+        MISTAKES[mistake](monkeypatch)
+        return errors(lasp.SequenceParallel(dist.group.WORLD), given, expected, states=False)
+
+    results = run(3, work)
+    worst = {name: max(result[name] for result in results) for name in results[0]}
+    assert (worst["o"] > 1e-2) == (mistake in ("wrong causal offset", "one key too few")), worst
+    assert (worst["d_k"] > 1e-2) == (mistake != "none"), worst
+
+
+def test_bytes_equal_the_formula():
+    """all_gather: keys and values to all, their gradients back to those before; ulysses: the heads that others need."""
+    size, tokens, heads, key_heads, number = 4, 5, 8, 4, 4
+    row = key_heads * (D + DV) * number
+
+    def step(sp, tokens: int, **options) -> tuple[int, int, int, int]:
+        leaves = [torch.randn(2, tokens, h, d, requires_grad=True) for h, d in
+                  ((heads, D), (key_heads, D), (key_heads, DV))]  # fmt: skip
+        sp.counters.reset()
+        o, _ = lasp.softmax_attention(*leaves, sp=sp, **options)
+        forward = sp.counters.sent_bytes, sp.counters.received_bytes
+        o.sum().backward()
+        return *forward, sp.counters.sent_bytes - forward[0], sp.counters.received_bytes - forward[1]
+
+    def work(rank: int) -> None:
+        sp = lasp.SequenceParallel(dist.group.WORLD)
+        gathered, shard = (size - 1) * 2 * tokens * row, 2 * tokens * row
+        assert step(sp, tokens) == (gathered, gathered, rank * shard, (size - 1 - rank) * shard)
+        assert step(sp, tokens, causal=False) == (gathered, gathered, gathered, gathered)
+        moved = 2 * tokens * (heads * D + key_heads * (D + DV) + heads * DV) * number * (size - 1) // size
+        assert step(sp, tokens, method="ulysses") == (moved, moved, moved, moved)
+        # Ragged: messages of all ranks are as long as the longest; gradients are not.
+        lengths = (1, 0, 6, 2)
+        found = step(sp.with_lengths(lengths), lengths[rank])
+        back = 2 * row * sum(lengths[:rank]), 2 * row * lengths[rank] * (size - 1 - rank)
+        assert found == (3 * 2 * 6 * row, 3 * 2 * 6 * row, *back)
+
+    run(size, work)
+
+
+def test_ranks_that_differ_and_wrong_arguments():
+    def work(rank: int) -> list[str]:
+        messages = []
+        for arguments in (
+            {"causal": bool(rank)},
+            {"v": torch.zeros(1, 4, 2, 3 + rank)},
+            {"cu_seqlens": (0, 3 + rank, 8)},
+            {"method": "ulysses" if rank else "all_gather"},
+            {"k": torch.zeros(1, 4, 2, 3, requires_grad=bool(rank))},
+            {"method": "ring"},
+            {name: torch.zeros(1, 4, 3, 3) for name in "qkv"} | {"method": "ulysses"},
+        ):
+            sp = lasp.SequenceParallel(dist.group.WORLD, timeout_s=20)
+            tensors = {name: torch.zeros(1, 4, 2, 3) for name in "qkv"}
+            try:
+                lasp.softmax_attention(**{**tensors, "sp": sp, **arguments})
+            except (lasp.ExchangeError, ValueError) as error:
+                messages.append(str(error))
+        return messages
+
+    for messages in run(2, work):
+        for text, message in zip(
+            ("causal", "D and D_v: rank 0 has", "documents", "method", "requires_grad",
+             "known: all_gather, ulysses", "the 3 query heads must be a multiple of the 2 ranks"),
+            messages, strict=True,
+        ):  # fmt: skip
+            assert text in message, message
+
+    good = {name: torch.zeros(1, 4, 2, 3) for name in "qkv"}
+    for arguments, text in (
+        ({"q": torch.zeros(1, 4, 3, 3)}, "q's heads must be a multiple of k's"),
+        ({"k": torch.zeros(1, 5, 2, 3)}, "must agree in B, T, D and H_kv"),
+        ({"v": torch.zeros(1, 4, 2, 3).double()}, "one dtype and device"),
+        ({"q": torch.zeros(4, 2, 3)}, r"\[B, T, H, D\]"),
+        ({"backend": "flash"}, "known: auto, torch, reference"),
+        ({"initial_state": torch.zeros(1, 7, 2, 5)}, r"\[1, .., 2, 6\]"),
+        ({"cu_seqlens": (0, 4), "output_final_state": True}, "with cu_seqlens there are none"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            lasp.softmax_attention(**{**good, **arguments})
