@@ -3,8 +3,10 @@
 Each rank is a thread, but only one runs at a time; it runs until it has to wait for a message that is not there.
 Which rank runs next is drawn from a seed, so every order of events can be tried and every failure repeats. When no
 rank can run, that is a deadlock and fails at once. Messages between two ranks keep their order, as in gloo and NCCL;
-a message taken for one of another size is an error, which gloo would not notice. `comm.rounds` is a rank's logical
-clock: the longest chain of messages that led to where it is.
+a message taken for one of another size is an error, which gloo would not notice.
+
+`comm.clock` is when a rank is where it is: an ideal network takes `duration(kind, bytes)` for each operation, one
+message at a time between two ranks. By default all take 1, so that the clock counts rounds.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ class DeadlockError(AssertionError):
 class World:
     """The messages under way and whose turn it is."""
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, duration: Callable[[str, int], float] | None) -> None:
         self.size, self.random = size, random.Random(seed)
+        self.timed, self.duration = duration is not None, duration or (lambda kind, nbytes: 1)
+        self.free: dict[tuple, float] = defaultdict(float)
         self.turn = [threading.Semaphore(0) for _ in range(size)]
         self.waiting: list[Callable[[], bool] | None] = [lambda: True] * size
         self.alive = set(range(size))
@@ -73,14 +77,19 @@ class SimulatedComm:
         self._world, self.rank, self.size = world, rank, world.size
         self.nodes = nodes or (world.size,)
         self.counters = Counters()
-        self.rounds = 0
+        self.clock = 0.0
         self._posted: dict[int, int] = defaultdict(int)
         self._collectives = 0
 
     def send(self, tensor, to):
         assert to != self.rank and 0 <= to < self.size
         self.counters.add(sent=tensor.nbytes)
-        self._put(("message", self.rank, to), tensor)
+        link = "message", self.rank, to
+        duration = self._world.duration("message", tensor.nbytes)
+        # Counting rounds, messages that do not wait for another are in one.
+        start = max(self.clock, self._world.free[link])
+        self._world.free[link] = start + (duration if self._world.timed else 0)
+        self._put(link, tensor, start + duration)
 
     def receive(self, like, source):
         """Receives of one source are served in the order in which they were posted."""
@@ -91,8 +100,8 @@ class SimulatedComm:
         self._posted[source] += 1
 
         def result():
-            message, rounds = queue[index]
-            self.rounds = max(self.rounds, rounds)
+            message, arrival = queue[index]
+            self.clock = max(self.clock, arrival)
             assert message.shape == like.shape and message.dtype == like.dtype, (message.shape, like.shape)
             return message
 
@@ -106,14 +115,14 @@ class SimulatedComm:
     def all_gather(self, tensor):
         others = tensor.nbytes * (self.size - 1)
         self.counters.add(sent=others, received=others)
-        return self._collective(tensor, lambda parts: torch.stack(parts))
+        return self._collective("gather", others, tensor, lambda parts: torch.stack(parts))
 
     def all_to_all(self, parts, sizes):
         assert len(parts) == len(sizes) == self.size
         own = [part.reshape(-1) for part in parts]
+        received = sum(n for rank, n in enumerate(sizes) if rank != self.rank) * parts[0].element_size()
         self.counters.add(
-            sent=sum(part.nbytes for rank, part in enumerate(own) if rank != self.rank),
-            received=sum(n for rank, n in enumerate(sizes) if rank != self.rank) * parts[0].element_size(),
+            sent=sum(part.nbytes for rank, part in enumerate(own) if rank != self.rank), received=received
         )
 
         def pick(everything):
@@ -122,34 +131,34 @@ class SimulatedComm:
                 assert rank == self.rank or part.numel() == sizes[rank], (rank, part.numel(), sizes)
             return mine
 
-        return self._collective(own, pick)
+        return self._collective("swap", received, own, pick)
 
     def broadcast(self, tensor, source):
         if self.rank == source:
             self.counters.add(sent=tensor.nbytes * (self.size - 1))
         else:
             self.counters.add(received=tensor.nbytes)
-        return self._collective(tensor, lambda tensors: tensors[source]).wait()
+        return self._collective("broadcast", tensor.nbytes, tensor, lambda tensors: tensors[source]).wait()
 
     def sum(self, tensor):
-        return self._collective(tensor, lambda tensors: sum(tensors[1:], tensors[0])).wait()
+        return self._collective("gather", 0, tensor, lambda tensors: sum(tensors[1:], tensors[0])).wait()
 
     def agree(self, description):
         pass
 
-    def _put(self, key, tensor):
+    def _put(self, key, tensor, arrival):
         """A copy, as a network makes one: what the sender does to its tensor afterwards is not seen."""
         copy = [t.detach().clone() for t in tensor] if isinstance(tensor, list) else tensor.detach().clone()
-        self._world.queues[key].append((copy, self.rounds + 1))
+        self._world.queues[key].append((copy, arrival))
 
-    def _collective(self, own, result):
+    def _collective(self, kind, nbytes, own, result):
         key = self._collectives
         self._collectives += 1
-        self._put((key, self.rank), own)
+        self._put((key, self.rank), own, self.clock + self._world.duration(kind, nbytes))
         queues = [self._world.queues[key, rank] for rank in range(self.size)]
 
         def everything():
-            self.rounds = max(self.rounds, *(queue[0][1] for queue in queues))
+            self.clock = max(self.clock, *(queue[0][1] for queue in queues))
             return result([queue[0][0] for queue in queues])
 
         return Pending(self._world, self.rank, lambda: all(queues), everything)
@@ -161,9 +170,10 @@ def run(
     *,
     seed: int = 0,
     nodes: tuple[int, ...] | None = None,
+    duration: Callable[[str, int], float] | None = None,
 ) -> list[Any]:
     """`function(comm)` on every rank; the results in rank order. The first error of any rank is raised."""
-    world = World(size, seed)
+    world = World(size, seed, duration)
     results: list[Any] = [None] * size
 
     def work(rank: int) -> None:

@@ -37,11 +37,11 @@ def runs_of(kind: str, size: int, dtype: torch.dtype, seed: int, cuts: float = 0
 
 
 def carry(exchange, runs: Summary, initial, *, reverse: bool = False, want_total: bool = False, seed: int = 0, **extra):
-    """What each rank gets, its counters and its rounds."""
+    """What each rank gets, its counters and its clock, in rounds."""
 
     def work(comm):
         pending = exchange.begin(comm, runs[comm.rank], initial, reverse=reverse, want_total=want_total, **extra)
-        return *pending.wait(), (comm.counters.sent_bytes, comm.counters.received_bytes), comm.rounds
+        return *pending.wait(), (comm.counters.sent_bytes, comm.counters.received_bytes), comm.clock
 
     return run(runs.state.shape[0], work, seed=seed)
 

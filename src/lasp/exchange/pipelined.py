@@ -59,7 +59,8 @@ class _Pending:
     def _join(self, blocks: list[Tensor]) -> Tensor:
         if not blocks:
             return self._initial
-        return torch.cat(blocks, 0 if self._cut.along_heads else -1).reshape(self._shape)
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 0 if self._cut.along_heads else -1)
+        return whole.reshape(self._shape)
 
 
 @dataclass(frozen=True)
