@@ -139,7 +139,7 @@ def test_without_ranks(backend):
 
 @pytest.mark.parametrize("method", ["all_gather", "ulysses"])
 def test_document_boundaries(method):
-    """T = 12 over 4 ranks, every 11th of the 2^11 ways to cut it into documents, boundaries at rank edges among them."""
+    """T = 12 over 4 ranks, every 11th way to cut it into documents, boundaries at rank edges among them."""
     given = problem(12, 4, 2, batch=1)
     subsets = [(0, *(cut for cut in range(1, 12) if mask >> (cut - 1) & 1), 12) for mask in range(0, 2**11, 11)]
     subsets += [(0, 3, 6, 9, 12), (0, 0, 3, 3, 12, 12), tuple(range(13))]
