@@ -47,6 +47,7 @@ class CheckConfig:
     precision: Literal["fp64", "fp32"] = "fp64"
     """fp64 tells mistakes from rounding best; fp32 also runs kernels that have no fp64."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Processes may share a GPU."""
     seed: int = 0
 
     def validate(self) -> None:
@@ -101,12 +102,15 @@ def run(config: CheckConfig, *, broken: bool = False) -> int:
     """Compare in this process, one of `config.sp` that RANK and WORLD_SIZE number; print the table on the first."""
     from datetime import timedelta
 
+    import torch
     import torch.distributed as dist
 
     if int(os.environ["WORLD_SIZE"]) != config.sp:
         raise ConfigError(f"--sp {config.sp} needs as many processes, found {os.environ['WORLD_SIZE']}")
+    # NCCL refuses two processes on one GPU; gloo does not, and shows the same.
+    own_gpu = config.device == "cuda" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     dist.init_process_group(
-        "nccl" if config.device == "cuda" else "gloo",
+        "nccl" if own_gpu else "gloo",
         init_method=os.environ.get("LASP_RENDEZVOUS", "env://"),
         rank=int(os.environ["RANK"]),
         world_size=config.sp,
@@ -162,7 +166,10 @@ def _problem(config: CheckConfig) -> tuple[Any, Any, Any]:
     from lasp.models import CausalLM, preset
 
     options = load_toml(config.config).model if config.config is not None else config.model
-    device = torch.device(config.device, int(os.environ.get("LOCAL_RANK", "0"))) if config.device == "cuda" else "cpu"
+    device = torch.device("cpu")
+    if config.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     model = CausalLM(preset(options.family, options.size, vocab_size=257, **options.overrides))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(config.seed)
     model.init_weights(generator)
