@@ -153,3 +153,21 @@ def test_the_comparison_can_fail():
     right = carry(Ring(), runs, initial)
     assert not torch.equal(wrong[3][0], right[3][0])
     assert torch.equal(wrong[3][0][:, 0], right[3][0][:, 0]), "the head that does forget is right"
+
+
+def test_bytes_saved_by_lightning_decays():
+    """The figures of docs/exchange.md: 16 heads with slopes 2^(-h/2), K = V = 128, fp32, received by the last rank."""
+    gate = -(2.0 ** -(torch.arange(1, 17) / 2))
+    load = Load(heads=16, keys=128, values=128, transition=1)
+    rows = []
+    for size, tokens in ((8, 16_384), (8, 32_768), (64, 16_384), (64, 32_768)):
+        known = forgets_constant(gate, [tokens] * size, 1, torch.float32)
+        reach = Reach().traffic(load, size - 1, (size,), want_total=False, known=known)
+        plain = EXCHANGES["all_gather"]().traffic(load, size - 1, (size,), want_total=False)
+        rows.append((size, tokens, int(known[0].sum()), plain.received_bytes, reach.received_bytes))
+    assert rows == [
+        (8, 16_384, 14, 7_340_480, 1_835_064),
+        (8, 32_768, 16, 7_340_480, 1_048_576),
+        (64, 16_384, 14, 66_064_320, 9_175_544),
+        (64, 32_768, 16, 66_064_320, 1_048_576),
+    ]

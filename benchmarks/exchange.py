@@ -1,0 +1,87 @@
+"""Every way of carrying the state, timed on 2, 4 and 8 processes, against what the cost model predicts.
+
+    python benchmarks/exchange.py            (about 5 minutes on two cores)
+
+Each group of processes first measures the constants of the model (`lasp bench exchange`), then times the schedules,
+which take turns. The table says how far the chosen schedule is from the fastest measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measured(size: int, repetitions: int) -> dict:
+    """The figures of `size` processes; their table is printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "lasp.cli.main", "bench", "exchange", "--nproc", str(size)]
+        subprocess.run(
+            [*command, "--repetitions", str(repetitions), "--output", str(output)],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        return json.loads(output.read_text()) | {"load_average": os.getloadavg()}
+
+
+def summary(figures: list[dict]) -> list[dict]:
+    """For every group and load: what was chosen, what was fastest, and how far the predictions are off."""
+    lines = []
+    for group in figures:
+        for load in dict.fromkeys((row["state_bytes"], row["transition"]) for row in group["rows"]):
+            rows = [row for row in group["rows"] if (row["state_bytes"], row["transition"]) == load]
+            best = min(rows, key=lambda row: row["measured_s"])
+            chosen = next(row for row in rows if row["chosen"])
+            lines.append(
+                {
+                    "ranks": group["ranks"],
+                    "state_bytes": load[0],
+                    "transition": load[1],
+                    "chosen": chosen["schedule"],
+                    "fastest": best["schedule"],
+                    "chosen_to_fastest": chosen["measured_s"] / best["measured_s"],
+                    "chosen_quartiles_s": chosen["quartiles_s"],
+                    "predicted_to_measured": {row["schedule"]: row["predicted_s"] / row["measured_s"] for row in rows},
+                }
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8])
+    arguments = parser.parse_args()
+    figures = [measured(size, arguments.repetitions) for size in arguments.sizes]
+    lines = summary(figures)
+    print("\nranks      state  transition  chosen        fastest       chosen / fastest")
+    for line in lines:
+        print(
+            f"{line['ranks']:>5} {line['state_bytes'] >> 10:>6} KiB {line['transition']:>10}  {line['chosen']:<14}"
+            f"{line['fastest']:<14}{line['chosen_to_fastest']:.2f}"
+        )
+    record = {
+        "what": "time of one exchange by schedule, predicted and measured",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "summary": lines,
+        "groups": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{record['date']}-cpu-exchange.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {path}; the largest ratio is {max(line['chosen_to_fastest'] for line in lines):.2f}")
+
+
+if __name__ == "__main__":
+    main()
