@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lasp.models import NAMES, Cache, CausalLM, preset
 from lasp.models.loss import cross_entropy_sum
@@ -11,6 +12,8 @@ T = 23
 
 def model_and_tokens(name, **overrides):
     small = {"d_model": 16, "num_layers": 3, "num_heads": 2, "key_dim": 4, "value_dim": 8, "ffn_dim": 12}
+    if name == "mamba2":
+        del small["ffn_dim"]
     model = CausalLM(preset(name, "tiny", vocab_size=31, **{**small, **overrides}))
     model.init_weights(torch.Generator().manual_seed(0))
     return model.double(), torch.randint(31, (2, T), generator=torch.Generator().manual_seed(1))
@@ -38,12 +41,14 @@ def test_any_split_is_one_pass(name):
         logits, cache = run_in_parts(model, tokens, cuts)
         assert error(logits, whole.logits) < 1e-12
         assert cache.position == T
-        for state, expected in zip(cache.states, whole.cache.states, strict=True):
+        for state, expected in zip(tree_leaves(cache.states), tree_leaves(whole.cache.states), strict=True):
             assert error(state, expected) < 1e-12
     # Negative control: the same split without the state, or at the wrong position, is noticed.
     first = model(tokens[:, :7], output_cache=True).cache
-    second = model(tokens[:, 7:], cache=Cache(tuple(map(torch.zeros_like, first.states)), 7)).logits
+    second = model(tokens[:, 7:], cache=Cache(tree_map(torch.zeros_like, first.states), 7)).logits
     assert error(second, whole.logits[:, 7:]) > 1e-3
+    if model.config.positions == "none":
+        return
     moved = model(tokens[:, 7:], cache=Cache(first.states, 8)).logits
     assert error(moved, whole.logits[:, 7:]) > 1e-3
 
@@ -63,6 +68,10 @@ def test_the_future_is_unseen(name):
     clean = model(tokens).logits
     model.embedding.weight[30] = torch.nan
     tokens[:, 11] = 30
+    if model.config.mixer != "linear-attention":  # gates learned from the input: the op refuses NaN ones
+        with pytest.raises(ValueError, match="nan"):
+            model(tokens)
+        return
     logits = model(tokens).logits
     torch.testing.assert_close(logits[:, :11], clean[:, :11], rtol=0, atol=0)
     assert logits[:, 11].isnan().all()
@@ -77,7 +86,7 @@ class Shard:
         return 5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if preset(name, "tiny").positions != "none"])
 @torch.no_grad()
 def test_positions_are_global(name, monkeypatch):
     """A shard's positions start at its offset, on top of what the cache has seen."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lasp.models import NAMES, ModelConfig, num_parameters, parameter_table, preset
+from lasp.models import NAMES, ModelConfig, config, mixers, num_parameters, parameter_table, preset
 
 # Counted by hand from the papers' shapes: embedding + layers * (attention + feed-forward + norms) (+ LRPE's theta).
 EXPECTED = {
@@ -15,6 +15,22 @@ EXPECTED = {
     ("transnormer", "1b"): 64000 * 2048 + 16 * (5 * 2048**2 + 3 * 2048 * 5632) + 2048,
     ("retnet", "1b"): 64000 * 2048 + 24 * (8 * 2048**2 + 4 * 2048**2 + 2 * 2048) + 2048,
     ("linear-transformer", "0.4b"): 50272 * 1024 + 24 * (4 * 1024**2 + 8 * 1024**2 + 4 * 1024) + 2 * 1024,
+    # q, k at half width, v, gate, output; decays of rank 16 with a bias; a norm per head.
+    ("gla", "1b"): 2 * 32000 * 2048
+    + 24 * (4 * 2048**2 + 16 * (2048 + 1024) + 1024 + 512 + 3 * 2048 * 5632 + 2 * 2048)
+    + 2048,
+    # 16 heads of 128: q, k, v, output; a convolution of width 4 over q, k, v; beta; a norm per head.
+    ("deltanet", "1b"): 2 * 32000 * 2048
+    + 24 * (4 * 2048**2 + 3 * 2048 * 4 + 16 * 2048 + 128 + 3 * 2048 * 5632 + 2 * 2048)
+    + 2048,
+    # 6 heads, K = 256, V = 512: q, k of 1536, v, gate, output of 3072; beta, decay with its rate and bias.
+    ("gated-deltanet", "1b"): 2 * 32000 * 2048
+    + 21 * (6 * 2048**2 + (2 * 1536 + 3072) * 4 + 2 * 6 * 2048 + 12 + 512 + 3 * 2048 * 5632 + 2 * 2048)
+    + 2048,
+    # z, x of 4096, B, C of 128, dt of 64 heads; convolution with bias over x, B, C; A, D, bias of dt; norm; output.
+    ("mamba2", "1b"): 50288 * 2048
+    + 48 * (2048 * (2 * 4096 + 2 * 128 + 64) + 5 * (4096 + 256) + 3 * 64 + 4096 + 4096 * 2048 + 2048)
+    + 2048,
 }
 
 
@@ -37,6 +53,11 @@ def test_tiny_models_are_tiny_and_configurations_are_json(name):
     assert num_parameters(untied) == num_parameters(config) + 257 * 128
 
 
+def test_every_mixer_can_be_made():
+    assert tuple(mixers.MIXERS) == config.MIXERS
+    assert {preset(name, "tiny").mixer for name in NAMES} == set(config.MIXERS)
+
+
 def test_lrpe_is_in_the_first_layer_only_and_decay_slows_with_depth():
     config = preset("transnormer", "tiny")
     assert [config.layer_positions(layer) for layer in range(4)] == ["lrpe", "none", "none", "none"]
@@ -56,6 +77,11 @@ def test_lrpe_is_in_the_first_layer_only_and_decay_slows_with_depth():
         (lambda: preset("retnet", "tiny", init_std=0.0), "init_std must be > 0, got 0.0"),
         (lambda: preset("linear-transformer", "tiny", feature_map="silu"), "use one of elu\\+1, hedgehog, relu"),
         (lambda: preset("linear-transformer", "tiny", positions="rotary"), "use positions 'none' here"),
+        (lambda: preset("kda", "7b"), "unknown size '7b' of kda; known: tiny"),
+        (lambda: preset("retnet", "tiny", mixer="rwkv"), "unknown mixer 'rwkv'; known: linear-attention, gla"),
+        (lambda: preset("gla", "tiny", decay="retnet"), "mixer 'gla' settles decay itself"),
+        (lambda: preset("gla", "tiny", num_key_heads=2), "leave num_key_heads None"),
+        (lambda: preset("kda", "tiny", num_key_heads=3), "num_key_heads must divide num_heads 4, got 3"),
     ],
 )
 def test_configuration_errors(call, message):

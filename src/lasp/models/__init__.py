@@ -2,12 +2,11 @@
 
 from lasp.models.causal_lm import Cache, CausalLM, LMOutput
 from lasp.models.config import ModelConfig
-from lasp.models.presets import NAMES, SIZES, preset
+from lasp.models.presets import NAMES, preset, sizes
 from lasp.models.table import num_parameters, parameter_table
 
 __all__ = [
     "NAMES",
-    "SIZES",
     "Cache",
     "CausalLM",
     "LMOutput",
@@ -15,4 +14,5 @@ __all__ = [
     "num_parameters",
     "parameter_table",
     "preset",
+    "sizes",
 ]

@@ -7,30 +7,34 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lasp.layers import LinearAttention, feedforward, norm, sinusoids
+from lasp.layers import RecurrentState, feedforward, norm, sinusoids
 from lasp.models.config import ModelConfig
 from lasp.models.initialize import initialize
 from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
+from lasp.models.mixers import mixer
 
 if TYPE_CHECKING:
     from lasp.distributed import SequenceParallel
+
+LayerState = Tensor | RecurrentState
 
 
 class Cache(NamedTuple):
     """What a model remembers of the tokens so far; its size does not depend on how many there were.
 
     Attributes:
-        states: one [B, H, K, V] per layer, fp32 (fp64 for an fp64 model).
+        states: one per layer: [B, H, K, V] in fp32 (fp64 for an fp64 model), or that and a convolution's window.
         position: how many tokens it has seen: the global position of the next one.
     """
 
-    states: tuple[Tensor, ...]
+    states: tuple[LayerState, ...]
     position: int
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for state in self.states)
+        return sum(tensor.nbytes for tensor in tree_leaves(self.states))
 
 
 class LMOutput(NamedTuple):
@@ -50,36 +54,28 @@ class LMOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then x + ffn(norm(x)) where there is one; attention is the configuration's mixer."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = norm(config.norm, config.d_model, config.norm_eps)
-        self.attention = LinearAttention(
-            d_model=config.d_model,
-            num_heads=config.num_heads,
-            key_dim=config.key_dim,
-            value_dim=config.value_dim,
-            feature_map=config.feature_map,
-            positions=config.layer_positions(layer),
-            log_decay=config.layer_log_decay(layer),
-            normalization=config.normalization,
-            gate=config.gate,
-            scale=config.key_dim**-0.5 if config.scale_scores else 1.0,
-            norm_eps=config.norm_eps,
-            backend=config.backend,
-        )
-        self.ffn_norm = norm(config.norm, config.d_model, config.norm_eps)
-        self.ffn = feedforward(config.ffn, config.d_model, config.ffn_dim)
+        self.attention = mixer(config, layer)
+        self.ffn_norm: nn.Module | None = None
+        self.ffn: nn.Module | None = None
+        if config.ffn != "none":
+            self.ffn_norm = norm(config.norm, config.d_model, config.norm_eps)
+            self.ffn = feedforward(config.ffn, config.d_model, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, start: int, state: Tensor | None, output_state: bool, sp: SequenceParallel | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, start: int, state: LayerState | None, output_state: bool, sp: SequenceParallel | None
+    ) -> tuple[Tensor, LayerState | None]:
         """x [B, T, D] whose first token is at global position `start` -> x and the state after the sequence."""
         attended, state = self.attention(
             self.attention_norm(x), start=start, state=state, output_state=output_state, sp=sp
         )
         x = x + attended
+        if self.ffn is None or self.ffn_norm is None:
+            return x, state
         return x + self.ffn(self.ffn_norm(x)), state
 
 

@@ -12,11 +12,14 @@ from lasp.layers.norms import NORMS
 
 POSITIONS = ("none", "sinusoidal", "rotary", "lrpe")
 INITS = ("normal", "xavier")
+MIXERS = ("linear-attention", "gla", "deltanet", "gated-deltanet", "kda", "mamba2")
+# What the mixer "linear-attention" leaves open and the others settle themselves.
+_OPEN = ("feature_map", "positions", "positions_in", "decay", "normalization", "gate", "scale_scores")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of `num_layers` pre-norm blocks, each linear attention then a feed-forward layer.
+    """A decoder of `num_layers` pre-norm blocks, each a sequence mixer then a feed-forward layer.
 
     All fields are plain values: `dataclasses.asdict` gives JSON and `ModelConfig(**values)` takes it back.
 
@@ -24,9 +27,15 @@ class ModelConfig:
         vocab_size: number of token ids.
         d_model: width of the residual stream.
         num_layers: blocks.
-        num_heads: heads of each attention layer.
-        key_dim, value_dim: query/key and value channels of one head.
+        num_heads: heads of each mixer.
+        key_dim, value_dim: query/key and value channels of one head; of mamba2, state dimension and head dimension.
         ffn_dim: hidden width of the feed-forward layer.
+        mixer: linear-attention (which the fields from feature_map to scale_scores describe), gla, deltanet,
+            gated-deltanet, kda, mamba2.
+        num_key_heads: heads of queries and keys where fewer than those of values, a divisor of num_heads (delta
+            rules); groups of mamba2. num_heads if None.
+        conv_width: of the short convolution of delta rules and mamba2.
+        negative_eigenvalues: beta of delta rules up to 2.
         feature_map: of queries and keys: identity, elu+1, relu, silu, hedgehog.
         positions: "none", "sinusoidal" (added to embeddings), "rotary" or "lrpe" (on queries and keys).
         positions_in: "all" layers or the "first" only; for rotary and lrpe.
@@ -34,7 +43,7 @@ class ModelConfig:
         normalization: of the attention output: "head", "hidden" or "denominator".
         gate: activation of the attention's output gate: none, linear, silu, sigmoid.
         scale_scores: multiply scores by key_dim ** -0.5.
-        ffn: sglu, swiglu, gelu, relu.
+        ffn: sglu, swiglu, gelu, relu, none.
         norm: before each layer and at the end: rmsnorm, simple_rmsnorm, layernorm.
         norm_eps: added to the mean square.
         scale_embeddings: multiply embeddings by d_model ** 0.5.
@@ -51,6 +60,10 @@ class ModelConfig:
     key_dim: int
     value_dim: int
     ffn_dim: int
+    mixer: str = "linear-attention"
+    num_key_heads: int | None = None
+    conv_width: int = 4
+    negative_eigenvalues: bool = False
     feature_map: str = "identity"
     positions: str = "none"
     positions_in: str = "all"
@@ -70,21 +83,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "key_dim", "value_dim", "ffn_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            least = 0 if name == "ffn_dim" and self.ffn == "none" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
         for name, known in (
+            ("mixer", MIXERS),
             ("feature_map", FEATURE_MAPS),
             ("positions", POSITIONS),
             ("positions_in", ("all", "first")),
             ("decay", DECAYS),
             ("normalization", NORMALIZATIONS),
             ("gate", GATES),
-            ("ffn", FEEDFORWARDS),
+            ("ffn", (*FEEDFORWARDS, "none")),
             ("norm", NORMS),
             ("init", INITS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        self._check_mixer()
         for name in ("norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
@@ -94,6 +110,19 @@ class ModelConfig:
             raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
         per_head = "none" if self.positions == "sinusoidal" else self.positions
         check_denominator(self.normalization, self.feature_map, per_head)
+
+    def _check_mixer(self) -> None:
+        fields = type(self).__dataclass_fields__
+        if self.mixer != "linear-attention":
+            changed = [name for name in _OPEN if getattr(self, name) != fields[name].default]
+            if changed:
+                raise ValueError(f"mixer {self.mixer!r} settles {', '.join(changed)} itself: leave them as they are")
+        if self.num_key_heads is None:
+            return
+        if self.mixer in ("linear-attention", "gla"):
+            raise ValueError(f"mixer {self.mixer!r} has as many key heads as heads: leave num_key_heads None")
+        if self.num_key_heads < 1 or self.num_heads % self.num_key_heads:
+            raise ValueError(f"num_key_heads must divide num_heads {self.num_heads}, got {self.num_key_heads}")
 
     def layer_positions(self, layer: int) -> str:
         """What layer `layer` (from 0) does to its queries and keys: "none", "rotary" or "lrpe"."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lasp.layers import ShortConvolution
+from lasp.layers import ShortConvolution, SteppedDecay
 from lasp.models.config import ModelConfig
 
 # RetNet's gains for the projections that enter retention; those that leave it and the feed-forward layer have 1.
@@ -33,12 +33,14 @@ def initialize(model: nn.Module, config: ModelConfig, generator: torch.Generator
                 std = config.init_std if config.init == "normal" else config.d_model**-0.5
                 _normal(module.weight, std, generator)
             elif isinstance(module, nn.Linear):
+                if module.bias is not None:
+                    module.bias.zero_()
                 if config.init == "normal":
                     _normal(module.weight, config.init_std, generator)
                 else:
                     gain = _RETNET_GAIN if name.rsplit(".", 1)[-1] in _RETNET_SMALL else 1.0
                     _xavier(module.weight, gain, generator)
-            elif isinstance(module, ShortConvolution):
+            elif isinstance(module, (ShortConvolution, SteppedDecay)):
                 module.reset_parameters(generator)
             elif any(True for _ in module.parameters(recurse=False)):
                 module.reset_parameters()  # type: ignore[operator]

@@ -41,6 +41,11 @@ _KINDS: dict[str, dict[str, Any]] = {
         "scale_embeddings": True,
         "init": "xavier",
     },
+    "gla": {"mixer": "gla", "norm_eps": 1e-5, "tied_embeddings": False},
+    "deltanet": {"mixer": "deltanet", "norm_eps": 1e-5, "tied_embeddings": False},
+    "gated-deltanet": {"mixer": "gated-deltanet", "norm_eps": 1e-5, "tied_embeddings": False},
+    "kda": {"mixer": "kda", "norm_eps": 1e-5, "tied_embeddings": False},
+    "mamba2": {"mixer": "mamba2", "num_key_heads": 1, "ffn": "none", "norm_eps": 1e-5},
 }
 
 # d_model, num_layers, num_heads, key_dim, value_dim, ffn_dim
@@ -63,36 +68,55 @@ _SHAPES: dict[str, dict[str, tuple[int, int, int, int, int, int]]] = {
         "1b": (2048, 24, 8, 256, 512, 4096),
         "7b": (4096, 32, 16, 256, 512, 8192),
     },
+    "gla": {
+        "tiny": (128, 4, 4, 16, 32, 352),
+        "0.4b": (1024, 24, 4, 128, 256, 2816),
+        "1b": (2048, 24, 4, 256, 512, 5632),
+    },
+    "deltanet": {"tiny": (128, 4, 4, 32, 32, 352), "1b": (2048, 24, 16, 128, 128, 5632)},
+    "gated-deltanet": {"tiny": (128, 4, 3, 32, 64, 256), "1b": (2048, 21, 6, 256, 512, 5632)},
+    "kda": {"tiny": (128, 4, 4, 32, 32, 320)},
+    "mamba2": {
+        "tiny": (128, 8, 8, 32, 32, 0),
+        "0.4b": (1024, 48, 32, 128, 64, 0),
+        "1b": (2048, 48, 64, 128, 64, 0),
+    },
 }
 
+# The authors' published models have one vocabulary for all sizes of a family, but for the first three here.
 _VOCABULARIES = {"tiny": BYTE_VOCABULARY, "0.4b": 50272, "1b": 64000, "7b": 64000}
+_OWN_VOCABULARIES = {"gla": 32000, "deltanet": 32000, "gated-deltanet": 32000, "mamba2": 50288}
 
 NAMES = tuple(_KINDS)
-SIZES = tuple(_VOCABULARIES)
+
+
+def sizes(name: str) -> tuple[str, ...]:
+    """The sizes of a family."""
+    if name not in _SHAPES:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
+    return tuple(_SHAPES[name])
 
 
 def preset(name: str, size: str, **overrides: Any) -> ModelConfig:
     """The configuration of a published model.
 
     Args:
-        name: "linear-transformer", "transnormer" or "retnet".
-        size: "tiny" (bytes, under 1M parameters), "0.4b", "1b" or "7b".
+        name: one of NAMES.
+        size: one of `sizes(name)`: "tiny" (bytes, under 1M parameters), "0.4b", "1b" or "7b".
         overrides: any field of ModelConfig, above all `vocab_size`.
 
     Raises:
         ValueError: unknown name, size or field, or a combination ModelConfig refuses.
     """
-    if name not in _KINDS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
-    if size not in _VOCABULARIES:
-        raise ValueError(f"unknown size {size!r} of {name}; known: {', '.join(SIZES)}")
+    if size not in sizes(name):
+        raise ValueError(f"unknown size {size!r} of {name}; known: {', '.join(sizes(name))}")
     unknown = sorted(set(overrides) - set(ModelConfig.__dataclass_fields__))
     if unknown:
         known = ", ".join(ModelConfig.__dataclass_fields__)
         raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {known}")
     d_model, num_layers, num_heads, key_dim, value_dim, ffn_dim = _SHAPES[name][size]
     values: dict[str, Any] = dict(
-        vocab_size=_VOCABULARIES[size],
+        vocab_size=BYTE_VOCABULARY if size == "tiny" else _OWN_VOCABULARIES.get(name, _VOCABULARIES[size]),
         d_model=d_model,
         num_layers=num_layers,
         num_heads=num_heads,
@@ -101,6 +125,8 @@ def preset(name: str, size: str, **overrides: Any) -> ModelConfig:
         ffn_dim=ffn_dim,
         **_KINDS[name],
     )
+    if size == "tiny":
+        values["tied_embeddings"] = True
     if size == "tiny" and name != "retnet":
         values["init_std"] = d_model**-0.5  # 0.02 is about 2048 ** -0.5: too small a start at this width
     return ModelConfig(**{**values, **overrides})

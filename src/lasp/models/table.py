@@ -6,7 +6,7 @@ import torch
 
 from lasp.models.causal_lm import CausalLM
 from lasp.models.config import ModelConfig
-from lasp.models.presets import NAMES, SIZES, preset
+from lasp.models.presets import NAMES, preset, sizes
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -23,7 +23,7 @@ def parameter_table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in NAMES:
-        for size in SIZES:
+        for size in sizes(name):
             c = preset(name, size)
             shape = (c.d_model, c.num_layers, c.num_heads, c.key_dim, c.value_dim, c.ffn_dim, c.vocab_size)
             cells = [name, size, *map(str, shape), f"{num_parameters(c):,}"]
