@@ -136,7 +136,8 @@ class Model:
         """So many ranks, by default all but the last, send one message each at the same time."""
         c = self.constants
         # Between one pair and all pairs: where ranks share cores or wires, each more makes it slower.
-        share = 1.0 if senders is None or self.size <= 2 else (senders - 1) / (self.size - 2)
+        most = self.size - 1
+        share = ((senders or most) - 1) / (most - 1) if most > 1 else 0.0
         seconds = c.message.seconds(nbytes) * (1 - share) + c.shift.seconds(nbytes) * share
         return seconds if len(self.nodes) == 1 else max(seconds, c.across.seconds(nbytes))
 
@@ -152,7 +153,8 @@ class Model:
     def fold(self, load: Load | None = None, *, alone: bool = False) -> float:
         """Apply a summary, on all ranks at once or on one alone."""
         load = self.load if load is None else load
-        link = self.constants.fold_alone if alone else self.constants.fold
+        # Of two ranks only one has something to apply.
+        link = self.constants.fold_alone if alone or self.size == 2 else self.constants.fold
         seconds = link.seconds(load.state_bytes)
         if load.is_dense:
             seconds += 2 * load.heads * load.keys**2 * load.values / self.constants.flops_per_s

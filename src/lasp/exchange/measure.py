@@ -85,9 +85,10 @@ def random_summary(load: Load, seed: int, device: torch.device) -> tuple[Summary
     return Summary(transitions[load.transition](), state), torch.zeros_like(state)
 
 
-def measure(comm: Comm, device: torch.device, *, repetitions: int = 15) -> Constants:
+def measure(comm: Comm, device: torch.device, *, repetitions: int = 40) -> Constants:
     """The constants of a group of at least two ranks, the same on all. Takes seconds.
 
+    Lower quartiles are taken, as whatever else a machine does only adds time.
     One host is assumed to be all there is: `across` is what a message costs in the group's ring.
     """
     size, others = comm.size, comm.size - 1
@@ -140,11 +141,11 @@ def measure(comm: Comm, device: torch.device, *, repetitions: int = 15) -> Const
     links: dict[str, Link] = {}
     for index, (name, (_, count)) in enumerate(probes.items()):
         own = times[index * len(PROBES) : (index + 1) * len(PROBES)]
-        links[name] = fit(PROBES, [timing.median / count for timing in own])
+        links[name] = fit(PROBES, [timing.low / count for timing in own])
     return Constants(
         **links,
         across=links["message"],
-        flops_per_s=2 * 16 * edge**3 / products.median,
+        flops_per_s=2 * 16 * edge**3 / products.low,
         source=f"measured on {size} ranks over {comm.backend} on {device.type}",
     )
 
