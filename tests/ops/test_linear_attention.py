@@ -188,3 +188,22 @@ def test_half_precision(dtype):
     )
     assert o.dtype == dtype and final.dtype == torch.float32
     assert relative_error(o, exact) < 5e-3
+
+
+def test_autocast_does_not_reach_the_state():
+    """Under autocast, 16-bit inputs give the bits they give without it: the state stays fp32 inside."""
+    problem = make("scalar", tokens=130)
+    q, k, v = (problem.inputs[name].bfloat16() for name in "qkv")
+    g = problem.inputs["g"].float()
+
+    def run(autocast):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, g)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            o, final = lasp.linear_attention(*leaves, output_final_state=True)
+            o.float().square().sum().backward()
+        return [o, final, *(leaf.grad for leaf in leaves)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        product = q.float()[0, 0] @ k.float()[0, 0].mT
+    assert product.dtype == torch.bfloat16, "the control: autocast does round matrix products"

@@ -10,8 +10,8 @@ backward recomputes no forward state and exchanges once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from lasp.exchange.local import Local
 from lasp.ops.crossing import Packed
 from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.documents import Documents
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Plan(NamedTuple):
@@ -66,8 +68,21 @@ def _begin(plan: Plan, summary: Any, initial: Tensor, *, reverse: bool, want_tot
     return plan.sp.exchange.begin(plan.sp.comm, summary, initial, reverse=reverse, want_total=want_total)
 
 
+def _exactly(function: _Function) -> _Function:
+    """`function` outside autocast, which would round states to 16 bits in the stages' matrix products."""
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        device = next(a.device.type for a in arguments if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return cast(_Function, wrapped)
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
+    @_exactly
     def forward(
         ctx: Any, plan: Plan, run: Callable[..., Any], initial: Tensor, *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -92,6 +107,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exactly
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor | None) -> tuple[Any, ...]:
         plan, stages, sp, packed = ctx.plan, ctx.plan.stages, ctx.plan.sp, ctx.packed
         inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
