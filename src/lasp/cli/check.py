@@ -179,10 +179,10 @@ def _problem(config: CheckConfig) -> tuple[Any, Any, Any]:
 
 
 def _scale_decays(model: Any, factor: float) -> None:
-    from lasp.layers.decay import ConstantDecay
+    from lasp.layers import ConstantDecay, SteppedDecay
 
     for module in model.modules():
-        if isinstance(module, ConstantDecay):
+        if isinstance(module, (ConstantDecay, SteppedDecay)):
             module.scale(factor)
 
 

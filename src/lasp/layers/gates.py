@@ -44,6 +44,11 @@ class SteppedDecay(nn.Module):
             steps = _drawn(len(self.bias), math.log(STEPS[0]), math.log(STEPS[1]), generator).exp()
             self.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
+    def scale(self, factor: float) -> None:
+        """Multiply all log-decays."""
+        with torch.no_grad():
+            self.log_rate.add_(math.log(factor))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, H * channels] -> dt and log-decay, both [B, T, H], or [B, T, H, K] for K channels."""
         dtype = state_dtype(x.dtype)

@@ -19,7 +19,9 @@ C = TypeVar("C")
 class ModelOptions:
     """The model: a named preset."""
 
-    family: Literal["linear-transformer", "transnormer", "retnet"] = "transnormer"
+    family: Literal[
+        "linear-transformer", "transnormer", "retnet", "gla", "deltanet", "gated-deltanet", "kda", "mamba2"
+    ] = "transnormer"
     """Kind of model."""
     size: Literal["tiny", "0.4b", "1b", "7b"] = "tiny"
     """Size of the preset."""
