@@ -32,6 +32,8 @@ class Plan(NamedTuple):
         keys: of the sweeps whose output has K columns (dq, dk).
         scalar_keys: of the same where the decay's gradient is wanted too.
         values: of those whose output has V columns (o, dv).
+        channels: for a gate per channel, of the kernels that divide the channels among programs.
+        channel_values: for a gate per channel, of those that divide V.
         exact: whether decays between tokens are summed pair by pair (fp32).
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
@@ -44,6 +46,8 @@ class Plan(NamedTuple):
     keys: Tiles
     scalar_keys: Tiles
     values: Tiles
+    channels: Tiles
+    channel_values: Tiles
     exact: bool
     descriptors: bool
     precision: str
@@ -92,7 +96,7 @@ def _scalar_tiles(columns: int, contracted: int, dtype: str) -> Tiles:
 
 @functools.lru_cache(maxsize=256)
 def plan(tokens: int, heads: int, K: int, V: int, dtype: str, processors: int) -> Plan:
-    """The plan for `heads` (batch times value heads) runs of `tokens` > 0 tokens.
+    """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
     Args:
         dtype: "bf16", "fp16" or "fp32", of q, k, v.
@@ -101,7 +105,7 @@ def plan(tokens: int, heads: int, K: int, V: int, dtype: str, processors: int) -
     element_bytes = 4 if dtype == "fp32" else 2
     exact = dtype == "fp32"
     chunk = CHUNK_FP32 if exact else CHUNK
-    chunks = -(-tokens // chunk)
+    chunks = max(1, -(-tokens // chunk))
     length = segment_chunks(chunks, heads, processors)
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = (K * element_bytes) % 16 == 0 and (V * element_bytes) % 16 == 0
@@ -114,7 +118,9 @@ def plan(tokens: int, heads: int, K: int, V: int, dtype: str, processors: int) -
         keys=_sweep_tiles(K, V, dtype),
         scalar_keys=_scalar_tiles(K, V, dtype),
         values=_sweep_tiles(V, K, dtype),
+        channels=Tiles(min(32 if exact else 64, tile(K)), 4, 1 if exact else 2),
+        channel_values=Tiles(min(32 if exact else 64, tile(V)), 4, 1 if exact else 2),
         exact=exact,
-        descriptors=aligned and dtype == "bf16",
+        descriptors=aligned and dtype == "bf16" and tokens > 0,
         precision="ieee" if exact else "tf32",
     )

@@ -64,7 +64,7 @@ def scalar_sweep(
     rate = head_rate(g_ptr, head, KIND)
     i = tl.arange(0, C)
     chunks = tl.cdiv(last - first, C)
-    start = first + (chunks - 1 if REVERSE else 0) * C
+    start = first + (tl.maximum(chunks - 1, 0) if REVERSE else 0) * C
     if KIND == TOKEN:
         prefix, suffix, total = load_gates(prefix_ptr + start, suffix_ptr + start, tl.minimum(last - start, C), C)
     for step in range(chunks):

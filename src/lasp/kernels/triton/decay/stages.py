@@ -7,12 +7,13 @@ What is kept for backward is one state per segment, not per chunk, with other ra
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.algebra import Identity, Scalar, Summary
+from lasp.kernels.triton.decay import channel_stages as channel
 from lasp.kernels.triton.common.launch import launch, use_scratch
 from lasp.kernels.triton.decay.gates import HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
@@ -71,8 +72,14 @@ def plan_of(x: Run) -> Plan:
     return plan(T, B * H_v, x.q.shape[3], V, _DTYPES[x.q.dtype], _processors[device])
 
 
-def _summarize(x: Run, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Segments]:
+def _per_channel(x: Run) -> bool:
+    return x.g is not None and x.g.dim() == 4
+
+
+def _summarize(x: Run, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Any]:
     p = plan_of(x)
+    if _per_channel(x):
+        return channel.summarize(x, p, k, v, reverse)
     B, T, H, K = k.shape
     H_v, V = v.shape[2:]
     kind, device, f32 = _kind(x.g), k.device, torch.float32
@@ -97,16 +104,18 @@ def _summarize(x: Run, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Se
     return Summary(Identity() if x.g is None else Scalar(total_decay), total), Segments(states, before, gates)
 
 
-def summarize(x: Run) -> tuple[Summary, Segments]:
+def summarize(x: Run) -> tuple[Summary, Any]:
     return _summarize(x, x.k, x.v, False)
 
 
-def local_outputs(x: Run, totals: Segments) -> None:
-    return None
+def local_outputs(x: Run, totals: Any) -> Any:
+    return channel.local_outputs(x, plan_of(x)) if _per_channel(x) else None
 
 
-def outputs(x: Run, totals: Segments, partial: None, state_in: Tensor) -> tuple[Tensor, Saved]:
+def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
     p = plan_of(x)
+    if _per_channel(x):
+        return channel.outputs(x, p, totals, partial, state_in)
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     o = torch.empty_like(x.v)
@@ -122,12 +131,14 @@ def outputs(x: Run, totals: Segments, partial: None, state_in: Tensor) -> tuple[
     return o, Saved(totals.states, leaving, totals.gates)
 
 
-def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Segments]:
+def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
     return _summarize(x, x.q, d_o, True)
 
 
-def local_gradients(x: Run, saved: Saved, totals_adjoint: Segments, d_o: Tensor) -> QueryGradient:
+def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
     p = plan_of(x)
+    if _per_channel(x):
+        return channel.local_gradients(x, p, saved, d_o, _partial_dtype(x))
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     with_decay = _with_decay(x)
@@ -146,9 +157,12 @@ def local_gradients(x: Run, saved: Saved, totals_adjoint: Segments, d_o: Tensor)
 
 
 def gradients(
-    x: Run, saved: Saved, totals_adjoint: Segments, local: QueryGradient, d_o: Tensor, d_state_out: Tensor
+    x: Run, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     p = plan_of(x)
+    if _per_channel(x):
+        dq, dk, dv, d_gate = channel.gradients(x, p, saved, totals_adjoint, local, d_o, d_state_out)
+        return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     g = x.q if x.g is None else x.g

@@ -61,7 +61,7 @@ def sweep(
     rate = head_rate(g_ptr, head, KIND)
     chunks = tl.cdiv(last - first, C)
     # Gates are loaded a chunk ahead: nothing else hides their latency.
-    start = first + (chunks - 1 if REVERSE else 0) * C
+    start = first + (tl.maximum(chunks - 1, 0) if REVERSE else 0) * C
     if KIND == TOKEN:
         prefix, suffix, total = load_gates(prefix_ptr + start, suffix_ptr + start, tl.minimum(last - start, C), C)
     for step in range(chunks):

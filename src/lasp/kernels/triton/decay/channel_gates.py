@@ -1,0 +1,65 @@
+"""Decays of a gate per key channel: sums of gates over stretches of a chunk, taken as matrix products.
+
+A sum over any stretch of tokens is a product with a matrix of zeros and ones, so every decay a kernel needs comes
+from the chunk's gates [C, BK] directly, by tensor cores, with no scan and no difference of long sums. For 16-bit
+inputs the gates enter as a sum of two 16-bit parts, exact to 2^-16 of each gate: a decay 2^-x is then wrong by at most
+x 2^-x 2^-16.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import load_chunk
+from lasp.kernels.triton.decay.gates import LOG2_E, MIN_LOG2
+
+
+@triton.jit
+def load_channel_gates(
+    source, first, last, column, T, row, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """[C, BN] floored base-2 log-decays; zero for tokens from `last` on."""
+    g = load_chunk(source, first, column, T, row, N, C, BN, DESCRIPTORS)
+    g = tl.maximum(g.to(tl.float32) * LOG2_E, MIN_LOG2)
+    return tl.where((first + tl.arange(0, C) < last)[:, None], g, 0.0)
+
+
+@triton.jit
+def sum_over(stretch, gates, dtype: tl.constexpr):
+    """stretch [C, C] (which tokens each row sums over) times gates [C, BK], in fp32."""
+    if dtype == tl.float32:
+        return tl.dot(stretch.to(tl.float32), gates, input_precision="ieee")
+    else:
+        ones = stretch.to(dtype)
+        high = gates.to(dtype)
+        low = (gates - high.to(tl.float32)).to(dtype)
+        return tl.dot(ones, low, tl.dot(ones, high))
+
+
+@triton.jit
+def prefix_sums(gates, dtype: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: from the chunk's start to each token, its own included."""
+    i = tl.arange(0, C)
+    return sum_over(i[:, None] >= i[None, :], gates, dtype)
+
+
+@triton.jit
+def suffix_sums(gates, dtype: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: from each token, its own excluded, to the chunk's end."""
+    i = tl.arange(0, C)
+    return sum_over(i[:, None] < i[None, :], gates, dtype)
+
+
+@triton.jit
+def meeting_decay(gates, half: tl.constexpr, dtype: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: each token's decay to or from the middle of its block of 2 `half` tokens; see channel_scores."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    late = (i // half) % 2 == 1
+    stretch = (i // half == j // half) & ((late & (j <= i)) | ((late == 0) & (j > i)))
+    return tl.exp2(sum_over(stretch, gates, dtype))
+
+
+@triton.jit
+def meeting_pairs(i, j, half: tl.constexpr):
+    """Whether late token i and early token j are in the two halves of one block of 2 `half` tokens."""
+    return (i // (2 * half) == j // (2 * half)) & ((i // half) % 2 == 1) & ((j // half) % 2 == 0)

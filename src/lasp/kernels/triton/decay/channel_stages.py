@@ -1,0 +1,141 @@
+"""The stages for a gate per key channel; `stages` gives the same names for every kind of decay."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.algebra import Diagonal, Summary
+from lasp.kernels.triton.common.launch import launch
+from lasp.kernels.triton.decay.channel_gradient import channel_key_gradient_kernel, channel_query_gradient_kernel
+from lasp.kernels.triton.decay.channel_output import channel_output_kernel, channel_value_gradient_kernel
+from lasp.kernels.triton.decay.channel_scores import channel_scores_gradient_kernel, channel_scores_kernel
+from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
+from lasp.kernels.triton.decay.plan import Plan, tile
+from lasp.kernels.triton.decay.scan import scan_kernel
+from lasp.recurrence.contract import Run
+
+SCAN_BLOCK, SCAN_WARPS = 256, 2
+
+
+class Segments(NamedTuple):
+    """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments, K] (base 2) from the
+    run's end on that side to them."""
+
+    states: Tensor
+    decays: Tensor
+
+
+class Saved(NamedTuple):
+    """States entering each segment [B, H_v, segments, K, V], the state leaving the run [B, H_v, K, V], and the
+    scores within chunks [B, H_v, T, C]."""
+
+    entering: Tensor
+    leaving: Tensor
+    scores: Tensor
+
+
+class WithinChunks(NamedTuple):
+    """dq, complete; dk and dg [B, T, H_v, K], so far within chunks (dg: and what the states give through dq); and the
+    sums over chunks [B, H_v, chunks, K] that dg still wants."""
+
+    dq: Tensor
+    dk: Tensor
+    dg: Tensor
+    sums: Tensor
+
+
+def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Segments]:
+    B, T, H, K = k.shape
+    H_v, V = v.shape[2:]
+    empty = {"dtype": torch.float32, "device": k.device}
+    states = torch.empty(B, H_v, p.segments, K, V, **empty)
+    decays = torch.empty(2, B, H_v, p.segments, K, **empty)
+    total, total_decay = torch.empty(B, H_v, K, V, **empty), torch.empty(B, H_v, K, **empty)
+    columns, warps, stages = p.channels
+    launch(
+        channel_summary_kernel, (-(-K // columns) * H_v * B, p.segments), (k, v, x.g, states, decays[0]),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, columns, tile(V), p.chunk, reverse, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    launch(
+        scan_kernel, (-(-K * V // SCAN_BLOCK), B * H_v), (states, decays[0], decays[1], total, total_decay),
+        (p.segments,), (K * V, V, K, SCAN_BLOCK, reverse), SCAN_WARPS, 1,
+    )  # fmt: skip
+    return Summary(Diagonal(total_decay), total), Segments(states, decays[1])
+
+
+def local_outputs(x: Run, p: Plan) -> Tensor:
+    """Scores within chunks [B, H_v, T, C]."""
+    B, T, H, K = x.q.shape
+    H_v = x.v.shape[2]
+    scores = torch.empty(B, H_v, T, p.chunk, dtype=x.q.dtype, device=x.q.device)
+    columns, warps, stages = p.channels
+    launch(
+        channel_scores_kernel, (H_v * B, -(-T // p.chunk)), (x.q, x.k, x.g, scores), (T, H, H_v),
+        (K, columns, p.chunk, p.chunk.bit_length() - 1, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    return scores
+
+
+def outputs(x: Run, p: Plan, totals: Segments, scores: Tensor, state_in: Tensor) -> tuple[Tensor, Saved]:
+    B, T, H, K = x.q.shape
+    H_v, V = x.v.shape[2:]
+    o, leaving = torch.empty_like(x.v), torch.empty_like(state_in)
+    columns, warps, stages = p.channel_values
+    launch(
+        channel_output_kernel, (-(-V // columns) * H_v * B, p.segments),
+        (x.q, x.k, x.v, x.g, scores, o, totals.states, totals.decays, state_in, leaving),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, tile(K), columns, p.chunk, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    return o, Saved(totals.states, leaving, scores)
+
+
+def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor, dtype: torch.dtype) -> WithinChunks:
+    B, T, H, K = x.q.shape
+    H_v, V = x.v.shape[2:]
+    device, chunks = x.q.device, -(-T // p.chunk)
+    dq, dk = (torch.empty(B, T, H_v, K, dtype=dtype, device=device) for _ in range(2))
+    dg = torch.empty(B, T, H_v, K, dtype=torch.float32, device=device)
+    sums = torch.empty(B, H_v, chunks, K, dtype=torch.float32, device=device)
+    columns, warps, stages = p.channels
+    slices = -(-K // columns)
+    launch(
+        channel_scores_gradient_kernel, (slices * H_v * B, chunks), (x.q, x.k, x.v, d_o, x.g, dq, dk, dg),
+        (x.scale, T, H, H_v),
+        (K, V, columns, tile(V), p.chunk, p.chunk.bit_length() - 1, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    launch(
+        channel_query_gradient_kernel, (slices * H_v * B, p.segments),
+        (x.q, x.k, x.v, d_o, x.g, dq, dg, sums, saved.entering),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, columns, tile(V), p.chunk, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    return WithinChunks(dq, dk, dg, sums)
+
+
+def gradients(
+    x: Run, p: Plan, saved: Saved, adjoint: Segments, local: WithinChunks, d_o: Tensor, d_state_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq and dk per value head, dv, dg."""
+    B, T, H, K = x.q.shape
+    H_v, V = x.v.shape[2:]
+    numbers = (x.scale, T, H, H_v, p.segments, p.segment_chunks)
+    columns, warps, stages = p.channels
+    launch(
+        channel_key_gradient_kernel, (-(-K // columns) * H_v * B, p.segments),
+        (x.q, x.k, x.v, d_o, x.g, local.dk, local.dg, local.sums,
+         saved.entering, saved.leaving, adjoint.states, adjoint.decays, d_state_out),
+        numbers, (K, V, columns, tile(V), p.chunk, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    dv = torch.empty_like(x.v)
+    columns, warps, stages = p.channel_values
+    launch(
+        channel_value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
+        (x.q, x.k, d_o, x.g, saved.scores, dv, adjoint.states, adjoint.decays, d_state_out),
+        numbers, (K, V, tile(K), columns, p.chunk, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    return local.dq, local.dk, dv, local.dg

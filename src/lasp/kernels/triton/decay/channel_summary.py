@@ -1,0 +1,64 @@
+"""Segment summaries for a gate per channel; see `summary`."""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
+from lasp.kernels.triton.decay.channel_gates import load_channel_gates, prefix_sums, suffix_sums
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
+def channel_summary_kernel(
+    k_ptr,  # [B, T, H, K]; q when REVERSE
+    v_ptr,  # [B, T, H_v, V]; do when REVERSE
+    g_ptr,  # [B, T, H_v, K]
+    totals_ptr,  # fp32 [B, H_v, segments, K, V], written
+    decays_ptr,  # fp32 [B, H_v, segments, K], base 2, written
+    scale,
+    T,
+    H,
+    H_v,
+    segments,
+    segment_chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,  # rows of the state a program has
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    slices: tl.constexpr = (K + BK - 1) // BK
+    k_first = (tl.program_id(0) % slices) * BK
+    head = tl.program_id(0) // slices % H_v
+    batch = tl.program_id(0) // slices // H_v
+    segment = tl.program_id(1)
+    first = segment * segment_chunks * C
+    last = tl.minimum(first + segment_chunks * C, T)
+    row = tl.cast(batch, tl.int64) * T
+    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + (row * H_v + head) * V, T, H_v * V, V, C, BV, DESCRIPTORS)
+    g_view = view(g_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
+    # Transposed, [BV, BK], so that a channel's decay is one column's.
+    state = tl.zeros((BV, BK), tl.float32)
+    decay = tl.zeros((BK,), tl.float32)
+    chunks = tl.cdiv(last - first, C)
+    for step in range(chunks):
+        start = first + (chunks - 1 - step if REVERSE else step) * C
+        k = load_chunk(k_view, start, k_first, T, H * K, K, C, BK, DESCRIPTORS)
+        v = load_chunk(v_view, start, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
+        gates = load_channel_gates(g_view, start, last, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        total = tl.sum(gates, 0)
+        if REVERSE:
+            weighted = (k * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)).to(dtype)
+        else:
+            weighted = (k * tl.exp2(suffix_sums(gates, dtype, C))).to(dtype)
+        state = tl.dot(tl.trans(v), weighted, state * tl.exp2(total)[None, :], input_precision=PRECISION)
+        decay += total
+    out = (tl.cast(batch, tl.int64) * H_v + head) * segments + segment
+    pointers, mask = state_tile(totals_ptr + out * K * V, 0, k_first, V, K, 1, V, BV, BK)
+    tl.store(pointers, state, mask=mask)
+    channel = k_first + tl.arange(0, BK)
+    tl.store(decays_ptr + out * K + channel, decay, mask=channel < K)
