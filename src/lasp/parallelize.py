@@ -92,7 +92,8 @@ def parallelize(
         sp = SequenceParallel(mesh[SP_AXIS], exchange=exchange, timeout_s=timeout_s)
     if mesh.size() == 1:
         return ParallelModel(model, model, sp)
-    training = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Buffers are constants of the configuration: nothing to broadcast in every forward pass.
+    training = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     parallel = ParallelModel(model, training, sp, mesh.size())
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
