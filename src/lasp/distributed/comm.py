@@ -275,14 +275,14 @@ class Comm:
 
 
 class _Works:
-    """Several handles as one."""
+    """Several handles as one. Each is waited for once: gloo's would wait for another message the second time."""
 
     def __init__(self, works: Sequence[Any]) -> None:
-        self._works = works
+        self._works = list(works)
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        while self._works:
+            self._works.pop().wait()
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self._works)

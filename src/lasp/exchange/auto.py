@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from lasp.exchange.load import Load
 from lasp.exchange.local import Local
 from lasp.exchange.pipelined import Pipelined
 from lasp.exchange.ring import Ring
+
+logger = logging.getLogger("lasp.exchange")
 
 
 class Candidate(NamedTuple):
@@ -52,7 +55,21 @@ def rank_schedules(
                 max(share.received_bytes for share in traffic),
             )
         )
-    return tuple(sorted(candidates, key=lambda candidate: candidate.seconds))
+    ranked = tuple(sorted(candidates, key=lambda candidate: candidate.seconds))
+    logger.debug("%s", _table(load, nodes, constants, ranked))
+    return ranked
+
+
+def _table(load: Load, nodes: tuple[int, ...], constants: Constants, candidates: tuple[Candidate, ...]) -> str:
+    hosts = "one host" if len(nodes) == 1 else f"{len(nodes)} hosts"
+    lines = [
+        f"{sum(nodes)} ranks on {hosts}; state {load.state_bytes:,} bytes, with its transition "
+        f"{load.summary_bytes:,}; {constants.source}",
+        f"{'schedule':<40} {'predicted us':>12} {'sent':>14} {'received':>14}",
+    ]
+    for c in candidates:
+        lines.append(f"{c.exchange.name:<40} {c.seconds * 1e6:>12.1f} {c.sent_bytes:>14,} {c.received_bytes:>14,}")
+    return "\n".join([*lines, f"chosen: {candidates[0].exchange.name}"])
 
 
 @dataclass(frozen=True)
@@ -79,16 +96,7 @@ class Auto:
 
     def explain(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> str:
         """The choice as a table: predicted time and bytes of every schedule."""
-        candidates = rank_schedules(load, nodes, self.constants, want_total=want_total)
-        hosts = "one host" if len(nodes) == 1 else f"{len(nodes)} hosts"
-        lines = [
-            f"{sum(nodes)} ranks on {hosts}; state {load.state_bytes:,} bytes, with its transition "
-            f"{load.summary_bytes:,}; {self.constants.source}",
-            f"{'schedule':<40} {'predicted us':>12} {'sent':>14} {'received':>14}",
-        ]
-        for c in candidates:
-            lines.append(f"{c.exchange.name:<40} {c.seconds * 1e6:>12.1f} {c.sent_bytes:>14,} {c.received_bytes:>14,}")
-        return "\n".join([*lines, f"chosen: {candidates[0].exchange.name}"])
+        return _table(load, nodes, self.constants, rank_schedules(load, nodes, self.constants, want_total=want_total))
 
     def begin(
         self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
