@@ -14,6 +14,8 @@ def model_and_tokens(name, **overrides):
     small = {"d_model": 16, "num_layers": 3, "num_heads": 2, "key_dim": 4, "value_dim": 8, "ffn_dim": 12}
     if name == "mamba2":
         del small["ffn_dim"]
+    if name == "hybrid":
+        small["layer_pattern"] = "LN"
     model = CausalLM(preset(name, "tiny", vocab_size=31, **{**small, **overrides}))
     model.init_weights(torch.Generator().manual_seed(0))
     return model.double(), torch.randint(31, (2, T), generator=torch.Generator().manual_seed(1))
@@ -95,9 +97,12 @@ def test_positions_are_global(name, monkeypatch):
     expected = model(tokens[:, 5:], cache=first).logits
     op_name = "normalized_linear_attention" if name == "linear-transformer" else "linear_attention"
     from lasp.layers import attention
+    from lasp.layers import softmax_attention as softmax_layer
 
     op = getattr(attention, op_name)
     monkeypatch.setattr(attention, op_name, lambda *args, sp, **kwargs: op(*args, **kwargs))
+    softmax = softmax_layer.softmax_attention
+    monkeypatch.setattr(softmax_layer, "softmax_attention", lambda *args, sp, **kwargs: softmax(*args, **kwargs))
     out = model(tokens[:, 5:], cache=Cache(first.states, 0), output_cache=True, sp=Shard())
     assert error(out.logits, expected) < 1e-12
     assert out.cache.position == T

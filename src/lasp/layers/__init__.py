@@ -11,6 +11,7 @@ from lasp.layers.mamba2 import Mamba2
 from lasp.layers.norms import NORMS, RMSNorm, SimpleRMSNorm, norm
 from lasp.layers.positions import LRPE, Rotary, sinusoids
 from lasp.layers.short_convolution import ShortConvolution
+from lasp.layers.softmax_attention import SoftmaxAttention
 from lasp.layers.state import RecurrentState
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Rotary",
     "ShortConvolution",
     "SimpleRMSNorm",
+    "SoftmaxAttention",
     "SteppedDecay",
     "alibi_slopes",
     "feature_map",

@@ -1,4 +1,7 @@
-"""A decoder-only language model over linear attention. Single-device code: `sp` is handed to the op."""
+"""A decoder-only language model over linear attention, with softmax layers where wanted.
+
+Single-device code: `sp` is handed to the operators.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ LayerState = Tensor | RecurrentState
 
 
 class Cache(NamedTuple):
-    """What a model remembers of the tokens so far; its size does not depend on how many there were.
+    """What a model remembers of the tokens so far. Only a softmax layer's part grows with their number.
 
     Attributes:
-        states: one per layer: [B, H, K, V] in fp32 (fp64 for an fp64 model), or that and a convolution's window.
+        states: one per layer: [B, H, K, V] in fp32 (fp64 for an fp64 model), or that and a convolution's window; of
+            a softmax layer keys beside values of all tokens, [B, tokens, H_kv, K + V] in the model's dtype.
         position: how many tokens it has seen: the global position of the next one.
     """
 

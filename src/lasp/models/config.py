@@ -9,6 +9,7 @@ from lasp.layers.decay import DECAYS
 from lasp.layers.feature_maps import FEATURE_MAPS
 from lasp.layers.feedforward import FEEDFORWARDS
 from lasp.layers.norms import NORMS
+from lasp.softmax import METHODS as SOFTMAX_METHODS
 
 POSITIONS = ("none", "sinusoidal", "rotary", "lrpe")
 INITS = ("normal", "xavier")
@@ -36,6 +37,9 @@ class ModelConfig:
             rules); groups of mamba2. num_heads if None.
         conv_width: of the short convolution of delta rules and mamba2.
         negative_eigenvalues: beta of delta rules up to 2.
+        layer_pattern: repeated over the layers: L is a layer of `mixer`, N one of softmax attention, as in "LLLN".
+        num_kv_heads: key and value heads of softmax layers, a divisor of num_heads; num_heads if None.
+        softmax_method: how keys and values of softmax layers cross ranks, "all_gather" or "ulysses".
         feature_map: of queries and keys: identity, elu+1, relu, silu, hedgehog.
         positions: "none", "sinusoidal" (added to embeddings), "rotary" or "lrpe" (on queries and keys).
         positions_in: "all" layers or the "first" only; for rotary and lrpe.
@@ -64,6 +68,9 @@ class ModelConfig:
     num_key_heads: int | None = None
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    layer_pattern: str = "L"
+    num_kv_heads: int | None = None
+    softmax_method: str = "all_gather"
     feature_map: str = "identity"
     positions: str = "none"
     positions_in: str = "all"
@@ -97,10 +104,12 @@ class ModelConfig:
             ("ffn", (*FEEDFORWARDS, "none")),
             ("norm", NORMS),
             ("init", INITS),
+            ("softmax_method", SOFTMAX_METHODS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
         self._check_mixer()
+        self._check_pattern()
         for name in ("norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
@@ -123,6 +132,30 @@ class ModelConfig:
             raise ValueError(f"mixer {self.mixer!r} has as many key heads as heads: leave num_key_heads None")
         if self.num_key_heads < 1 or self.num_heads % self.num_key_heads:
             raise ValueError(f"num_key_heads must divide num_heads {self.num_heads}, got {self.num_key_heads}")
+
+    def _check_pattern(self) -> None:
+        if not self.layer_pattern or set(self.layer_pattern) - set("LN"):
+            raise ValueError(
+                f"layer_pattern must be of the letters L ({self.mixer}) and N (softmax attention), for example 'LLLN'; "
+                f"got {self.layer_pattern!r}"
+            )
+        if "N" not in self.layer_pattern:
+            if self.num_kv_heads is not None:
+                raise ValueError(f"no softmax layer in layer_pattern {self.layer_pattern!r}: leave num_kv_heads None")
+            return
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(f"num_kv_heads must divide num_heads {self.num_heads}, got {self.num_kv_heads}")
+        if self.softmax_rotary and self.key_dim % 2:
+            raise ValueError(f"rotary positions need an even key_dim, got {self.key_dim}")
+
+    def is_softmax(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) is one of softmax attention."""
+        return self.layer_pattern[layer % len(self.layer_pattern)] == "N"
+
+    @property
+    def softmax_rotary(self) -> bool:
+        """Whether softmax layers rotate queries and keys: where linear layers know positions by themselves."""
+        return self.mixer != "linear-attention" or self.positions in ("rotary", "lrpe")
 
     def layer_positions(self, layer: int) -> str:
         """What layer `layer` (from 0) does to its queries and keys: "none", "rotary" or "lrpe"."""

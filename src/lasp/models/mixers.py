@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lasp.layers import DeltaNet, GatedLinearAttention, LinearAttention, Mamba2
+from lasp.layers import DeltaNet, GatedLinearAttention, LinearAttention, Mamba2, SoftmaxAttention
 from lasp.models.config import ModelConfig
 
 
@@ -68,6 +68,20 @@ def _mamba2(config: ModelConfig, layer: int) -> nn.Module:
     )
 
 
+def _softmax(config: ModelConfig) -> nn.Module:
+    return SoftmaxAttention(
+        d_model=config.d_model,
+        num_heads=config.num_heads,
+        key_dim=config.key_dim,
+        value_dim=config.value_dim,
+        num_kv_heads=config.num_kv_heads,
+        rotary=config.softmax_rotary,
+        method=config.softmax_method,
+        # Other names are backends of recurrences only.
+        backend="reference" if config.backend == "reference" else "auto",
+    )
+
+
 MIXERS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "linear-attention": _linear_attention,
     "gla": _gla,
@@ -80,4 +94,4 @@ MIXERS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
 
 def mixer(config: ModelConfig, layer: int) -> nn.Module:
     """The mixer of layer `layer` (from 0): x [B, T, D] -> y [B, T, D] and its state."""
-    return MIXERS[config.mixer](config, layer)
+    return _softmax(config) if config.is_softmax(layer) else MIXERS[config.mixer](config, layer)

@@ -46,6 +46,14 @@ _KINDS: dict[str, dict[str, Any]] = {
     "gated-deltanet": {"mixer": "gated-deltanet", "norm_eps": 1e-5, "tied_embeddings": False},
     "kda": {"mixer": "kda", "norm_eps": 1e-5, "tied_embeddings": False},
     "mamba2": {"mixer": "mamba2", "num_key_heads": 1, "ffn": "none", "norm_eps": 1e-5},
+    "hybrid": {
+        "layer_pattern": "LLLN",
+        "positions": "rotary",
+        "decay": "retnet",
+        "normalization": "head",
+        "gate": "silu",
+        "norm_eps": 1e-5,
+    },
 }
 
 # d_model, num_layers, num_heads, key_dim, value_dim, ffn_dim
@@ -81,11 +89,15 @@ _SHAPES: dict[str, dict[str, tuple[int, int, int, int, int, int]]] = {
         "0.4b": (1024, 48, 32, 128, 64, 0),
         "1b": (2048, 48, 64, 128, 64, 0),
     },
+    "hybrid": {"tiny": (128, 4, 4, 32, 32, 352), "1b": (2048, 16, 32, 64, 64, 8192)},
 }
+
+# Key and value heads of softmax layers.
+_KV_HEADS = {"hybrid": {"tiny": 1, "1b": 8}}
 
 # The authors' published models have one vocabulary for all sizes of a family, but for the first three here.
 _VOCABULARIES = {"tiny": BYTE_VOCABULARY, "0.4b": 50272, "1b": 64000, "7b": 64000}
-_OWN_VOCABULARIES = {"gla": 32000, "deltanet": 32000, "gated-deltanet": 32000, "mamba2": 50288}
+_OWN_VOCABULARIES = {"gla": 32000, "deltanet": 32000, "gated-deltanet": 32000, "mamba2": 50288, "hybrid": 128256}
 
 NAMES = tuple(_KINDS)
 
@@ -125,6 +137,8 @@ def preset(name: str, size: str, **overrides: Any) -> ModelConfig:
         ffn_dim=ffn_dim,
         **_KINDS[name],
     )
+    if name in _KV_HEADS:
+        values["num_kv_heads"] = _KV_HEADS[name][size]
     if size == "tiny":
         values["tied_embeddings"] = True
     if size == "tiny" and name != "retnet":
