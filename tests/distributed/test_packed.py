@@ -71,8 +71,12 @@ def alone(inputs, d_o, d_final, bounds) -> dict[str, torch.Tensor]:
     return whole
 
 
+def local_inputs(sp, inputs) -> dict[str, torch.Tensor]:
+    return {n: t if n == "initial_state" or t.dim() == 1 else sp.shard(t) for n, t in inputs.items()}
+
+
 def shard_errors(sp, inputs, d_o, d_final, bounds, expected) -> float:
-    local = {n: t if n == "initial_state" or t.dim() == 1 else sp.shard(t) for n, t in inputs.items()}
+    local = local_inputs(sp, inputs)
     share = d_final * (2.0 * sp.rank + 1.0) / sp.size**2
     got = solve(local, sp.shard(d_o), share, sp=sp, cu_seqlens=bounds)
     worst = 0.0
@@ -103,9 +107,12 @@ def test_one_device(kind):
     assert relative_error(leaky["o"], expected["o"]) > 1e-2, "the control: without boundaries it is something else"
 
 
-@pytest.mark.parametrize(("kind", "step"), [("scalar", 1), ("gated delta", 7)])
-def test_every_set_of_boundaries(kind, step):
-    """T=12 over 4 ranks, all 2^11 ways to cut it into documents, so every boundary at, before and after a border."""
+@pytest.mark.parametrize(("kind", "step", "gradients"), [("scalar", 1, False), ("scalar", 9, True), ("kda", 25, True)])
+def test_every_set_of_boundaries(kind, step, gradients):
+    """T=12 over 4 ranks, all 2^11 ways to cut it into documents, so every boundary at, before and after a border.
+
+    Gradients for every ninth: forward and backward place documents by the same code.
+    """
     tokens = 12
     problems = []
     # The packed single device has been compared with documents run alone, by every backend, above.
@@ -116,7 +123,8 @@ def test_every_set_of_boundaries(kind, step):
         random = torch.Generator().manual_seed(number)
         d_o = torch.randn(1, tokens, H, V, generator=random, dtype=torch.float64)
         d_final = torch.randn(len(bounds) - 1, H, K, V, generator=random, dtype=torch.float64)
-        problems.append((bounds, inputs, d_o, d_final, solve(inputs, d_o, d_final, cu_seqlens=bounds)))
+        solution = solve(inputs, d_o, d_final, cu_seqlens=bounds) if gradients else call(inputs, cu_seqlens=bounds)
+        problems.append((bounds, inputs, d_o, d_final, solution))
 
     def work(rank: int) -> float:
         worst, exchanges = 0.0, list(EXCHANGES)
@@ -124,7 +132,11 @@ def test_every_set_of_boundaries(kind, step):
         for number, problem in enumerate(problems):
             sp = groups[number % len(groups)].with_lengths(None if number % 3 else (5, 0, 6, 1))
             bounds, inputs, d_o, d_final, expected = problem
-            worst = max(worst, shard_errors(sp, inputs, d_o, d_final, bounds, expected))
+            if gradients:
+                worst = max(worst, shard_errors(sp, inputs, d_o, d_final, bounds, expected))
+            else:
+                o, final = call(local_inputs(sp, inputs), sp=sp, cu_seqlens=bounds)
+                worst = max(worst, relative_error(o, sp.shard(expected[0])), relative_error(final, expected[1]))
         return worst
 
     assert max(run(4, work, deadline_s=300)) < 1e-12
@@ -145,7 +157,7 @@ def test_nan_stays_in_its_document(kind):
         good = True
         for exchange in EXCHANGES:
             sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange)
-            local = {n: t if n == "initial_state" or t.dim() == 1 else sp.shard(t) for n, t in inputs.items()}
+            local = local_inputs(sp, inputs)
             got = solve(local, sp.shard(d_o), d_final / sp.size, sp=sp, cu_seqlens=bounds)
             here = sp.shard(((torch.arange(tokens) < 10) | (torch.arange(tokens) >= 31))[None])[0]
             for name in ("o", "d_q", "d_k", "d_v"):
