@@ -4,9 +4,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+ORACLE := build/oracle
 ARGS ?=
 
-.PHONY: train test lint clean
+.PHONY: train test lint oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,6 +23,9 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed beside the environment, on the CPU
+	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
+
 $(VENV)/.installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("lasp needs Python >= 3.10, found " + sys.version.split()[0] + ": pass PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
 	@echo "Setting up $(VENV) (about a minute, once)"
@@ -33,5 +37,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'triton==3.7.1' -e '.[report,dev]'
 	@touch $@
 
+# Not in the environment: importing it changes other libraries, and nothing else here needs it.
+$(ORACLE)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ORACLE) 'fla-core==0.6.0' einops
+	@touch $@
+
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLE) .pytest_cache .mypy_cache .ruff_cache .hypothesis
