@@ -50,7 +50,7 @@ def suffix_sums(gates, dtype: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def meeting_decay(gates, half: tl.constexpr, dtype: tl.constexpr, C: tl.constexpr):
+def meeting_decay(gates, half, dtype: tl.constexpr, C: tl.constexpr):
     """[C, BK]: each token's decay to or from the middle of its block of 2 `half` tokens; see channel_scores."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -60,6 +60,6 @@ def meeting_decay(gates, half: tl.constexpr, dtype: tl.constexpr, C: tl.constexp
 
 
 @triton.jit
-def meeting_pairs(i, j, half: tl.constexpr):
+def meeting_pairs(i, j, half):
     """Whether late token i and early token j are in the two halves of one block of 2 `half` tokens."""
     return (i // (2 * half) == j // (2 * half)) & ((i // half) % 2 == 1) & ((j // half) % 2 == 0)

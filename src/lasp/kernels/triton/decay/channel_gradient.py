@@ -120,9 +120,7 @@ def channel_query_gradient_kernel(
     part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
-    entering, mask = state_tile(
-        states_ptr + (run * segments + segment) * K * V, 0, k_first, V, K, 1, V, BV, BK
-    )
+    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, 0, k_first, V, K, 1, V, BV, BK)
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head

@@ -1,7 +1,7 @@
 """Outputs and the gradient of v for a gate per channel: sweeps whose state is contracted over the gated channels.
 
-    o_i  = scale (q_i 2^prefix_i) S + scale sum_{j <= i} scores_ij v_j
-    dv_j =       (k_j 2^suffix_j) D + scale sum_{i >= j} scores_ij do_i
+o_i  = scale (q_i 2^prefix_i) S + scale sum_{j <= i} scores_ij v_j
+dv_j =       (k_j 2^suffix_j) D + scale sum_{i >= j} scores_ij do_i
 """
 
 import triton

@@ -51,7 +51,7 @@ def channel_scores_kernel(
         k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
         gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
         scores += tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-        for level in tl.static_range(LEVELS):
+        for level in range(LEVELS):
             decay = meeting_decay(gates, 1 << level, dtype, C)
             met = tl.dot((q * decay).to(dtype), tl.trans((k * decay).to(dtype)), input_precision=PRECISION)
             scores += tl.where(meeting_pairs(i, j, 1 << level), met, 0.0)
@@ -111,7 +111,7 @@ def channel_scores_gradient_kernel(
     diagonal = tl.sum(tl.where(i == j, d_scores, 0.0), 1)[:, None]
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
-    for level in tl.static_range(LEVELS):
+    for level in range(LEVELS):
         decay = meeting_decay(gates, 1 << level, dtype, C)
         met = tl.where(meeting_pairs(i, j, 1 << level), d_scores, 0.0).to(dtype)
         met_t = tl.where(meeting_pairs(j, i, 1 << level), d_scores_t, 0.0).to(dtype)

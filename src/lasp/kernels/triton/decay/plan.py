@@ -6,7 +6,7 @@ import functools
 from typing import NamedTuple
 
 CHUNK = 64
-CHUNK_FP32 = 32
+CHUNK_SMALL = 32
 # Costs in units of one chunk of one sweep: what a program spends before its first chunk, and what one segment's
 # state (written, scanned and read back) adds to the whole device's traffic.
 START_COST = 1.5
@@ -95,16 +95,18 @@ def _scalar_tiles(columns: int, contracted: int, dtype: str) -> Tiles:
 
 
 @functools.lru_cache(maxsize=256)
-def plan(tokens: int, heads: int, K: int, V: int, dtype: str, processors: int) -> Plan:
+def plan(tokens: int, heads: int, K: int, V: int, dtype: str, per_channel: bool, processors: int) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
     Args:
         dtype: "bf16", "fp16" or "fp32", of q, k, v.
+        per_channel: whether the gate is per key channel.
         processors: multiprocessors of the device.
     """
     element_bytes = 4 if dtype == "fp32" else 2
     exact = dtype == "fp32"
-    chunk = CHUNK_FP32 if exact else CHUNK
+    # Gates per channel are fp32 tiles of K columns: with wide heads only short chunks fit shared memory.
+    chunk = CHUNK_SMALL if exact or (per_channel and max(K, V) > 128) else CHUNK
     chunks = max(1, -(-tokens // chunk))
     length = segment_chunks(chunks, heads, processors)
     # The copy engine wants rows of a multiple of 16 bytes.

@@ -41,7 +41,7 @@ def scan_kernel(
     before_ptr += head * segments * D + channel
     state = tl.zeros((BLOCK,), tl.float32)
     decay = tl.zeros((BLOCK,), tl.float32)
-    for block in range(0, tl.cdiv(segments, UNROLL)):
+    for block in range(tl.cdiv(segments, UNROLL)):
         # Loads first: a store in between would keep the compiler from issuing the next load early.
         i0 = block * UNROLL
         i1 = i0 + 1

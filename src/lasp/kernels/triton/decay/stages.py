@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from lasp.algebra import Identity, Scalar, Summary
-from lasp.kernels.triton.decay import channel_stages as channel
 from lasp.kernels.triton.common.launch import launch, use_scratch
+from lasp.kernels.triton.decay import channel_stages as channel
 from lasp.kernels.triton.decay.gates import HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.output import output_kernel
@@ -27,6 +28,8 @@ from lasp.recurrence.contract import Run
 
 GROUPED_HEADS = True
 SCAN_BLOCK, SCAN_WARPS = 256, 2
+MAX_DIM = 256
+INTERPRETED_PROCESSORS = 4
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _processors: dict[torch.device, int] = {}
 
@@ -61,23 +64,50 @@ def _kind(g: Tensor | None) -> int:
     return HEAD.value if g.dim() == 1 else TOKEN.value
 
 
-def plan_of(x: Run) -> Plan:
-    """The launch configuration for x."""
-    device = x.q.device
+def _processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter.
+
+    Raises:
+        ValueError: Triton cannot run there.
+    """
     if device not in _processors:
-        is_cuda = device.type == "cuda"
-        _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 4
-    use_scratch()
+        if device.type == "cuda":
+            _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+        elif triton.knobs.runtime.interpret or not isinstance(scan_kernel, triton.JITFunction):
+            _processors[device] = INTERPRETED_PROCESSORS
+        else:
+            raise ValueError(
+                f"backend 'triton' runs on a GPU (or on CPU under TRITON_INTERPRET=1), got tensors on {device}; "
+                "use backend='torch'"
+            )
+    return _processors[device]
+
+
+def _prepare(x: Run) -> tuple[Run, Plan]:
+    """x with dense tensors, and its launch configuration.
+
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
     B, T, H_v, V = x.v.shape
-    return plan(T, B * H_v, x.q.shape[3], V, _DTYPES[x.q.dtype], _processors[device])
+    K = x.q.shape[3]
+    if x.q.dtype not in _DTYPES or K > MAX_DIM or V > MAX_DIM:
+        raise ValueError(
+            f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {MAX_DIM}, got {x.q.dtype} with K = {K}, "
+            f"V = {V}; use backend='torch'"
+        )
+    processors = _processors_of(x.q.device)
+    use_scratch()
+    g = x.g if x.g is None or x.g.is_contiguous() else x.g.contiguous()
+    x = Run(x.q.contiguous(), x.k.contiguous(), x.v.contiguous(), g, x.scale)
+    return x, plan(T, B * H_v, K, V, _DTYPES[x.q.dtype], _per_channel(x), processors)
 
 
 def _per_channel(x: Run) -> bool:
     return x.g is not None and x.g.dim() == 4
 
 
-def _summarize(x: Run, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Any]:
-    p = plan_of(x)
+def _summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Any]:
     if _per_channel(x):
         return channel.summarize(x, p, k, v, reverse)
     B, T, H, K = k.shape
@@ -105,15 +135,17 @@ def _summarize(x: Run, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, An
 
 
 def summarize(x: Run) -> tuple[Summary, Any]:
-    return _summarize(x, x.k, x.v, False)
+    x, p = _prepare(x)
+    return _summarize(x, p, x.k, x.v, False)
 
 
 def local_outputs(x: Run, totals: Any) -> Any:
-    return channel.local_outputs(x, plan_of(x)) if _per_channel(x) else None
+    return channel.local_outputs(*_prepare(x)) if _per_channel(x) else None
 
 
 def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
-    p = plan_of(x)
+    x, p = _prepare(x)
+    state_in = state_in.contiguous()
     if _per_channel(x):
         return channel.outputs(x, p, totals, partial, state_in)
     B, T, H, K = x.q.shape
@@ -132,11 +164,13 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
 
 
 def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
-    return _summarize(x, x.q, d_o, True)
+    x, p = _prepare(x)
+    return _summarize(x, p, x.q, d_o.contiguous(), True)
 
 
 def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
-    p = plan_of(x)
+    x, p = _prepare(x)
+    d_o = d_o.contiguous()
     if _per_channel(x):
         return channel.local_gradients(x, p, saved, d_o, _partial_dtype(x))
     B, T, H, K = x.q.shape
@@ -159,7 +193,8 @@ def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any
 def gradients(
     x: Run, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
-    p = plan_of(x)
+    x, p = _prepare(x)
+    d_o, d_state_out = d_o.contiguous(), d_state_out.contiguous()
     if _per_channel(x):
         dq, dk, dv, d_gate = channel.gradients(x, p, saved, totals_adjoint, local, d_o, d_state_out)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102, SIM108
 """Segment summaries: what each run of chunks adds to the state.
 
 Forward, over k and v:           state = sum_t 2^(decay from t to the segment's end) k_t v_t^T

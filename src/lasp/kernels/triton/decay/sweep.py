@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108
 """The one loop behind outputs and gradients.
 
 With L_ij = 2^between(i, j), all four are the same causal form, of other operands (S and D are the states that
