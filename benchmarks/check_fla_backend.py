@@ -1,0 +1,183 @@
+"""The delta rule's backend "fla" on a GPU: two processes on one GPU against one, and both against fp64.
+
+    python benchmarks/check_fla_backend.py
+
+needs flash-linear-attention (`pip install "fla-core==0.6.0"`, or `make oracle` and PYTHONPATH=build/oracle). The
+processes speak gloo, which lets them share a GPU. Outputs, final state and all gradients are compared on every rank:
+SP=2 with SP=1 in the same backend, which must be as close as the bounds below, or as SP=1 is to the truth; SP=1 with
+the chunked PyTorch backend in fp64; and for scale the PyTorch backend on the same 16-bit inputs. Exit code 1 if not.
+
+Where fla's gated kernels are refused (Triton before 3.7.1 on Hopper), the message is printed and Gated DeltaNet's
+gate is spread over the channels for KDA's kernels: the same recurrence, by other kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import lasp
+from lasp.exchange import EXCHANGES
+
+# Relative errors of outputs and states, and of gradients, with 16-bit inputs and fp32 states.
+OUTPUT_BOUND, GRADIENT_BOUND = 5e-3, 8e-3
+# fla holds the states of chunks and its triangular systems in 16 bits; more than this is a mistake.
+TRUTH_BOUND = 3e-2
+
+
+def make(gate: str, tokens: int, heads: int, value_heads: int, dim: int, device: str, dtype: torch.dtype) -> dict:
+    """A problem that depends on its sizes alone: inputs and the gradients of its outputs."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=random)
+
+    run = (1, tokens, value_heads)
+    gates = {"none": None, "head": -0.05 * uniform(*run), "channel": -0.05 * uniform(*run, dim)}
+    halves = {
+        "q": normal(1, tokens, heads, dim),
+        "k": normal(1, tokens, heads, dim),
+        "v": normal(*run, dim),
+        "d_o": normal(*run, dim),
+    }
+    rest = {
+        "beta": uniform(*run),
+        "g": gates[gate],
+        "initial_state": normal(1, value_heads, dim, dim),
+        "d_final": normal(1, value_heads, dim, dim),
+    }
+    problem = {name: t.to(device, dtype) for name, t in halves.items()}
+    return {**problem, **{name: t.to(device) for name, t in rest.items() if t is not None}}
+
+
+def solve(problem: dict, backend: str, sp: lasp.SequenceParallel | None = None, spread: bool = False) -> dict:
+    """Outputs, final state and gradients; of this rank's shard where there are ranks."""
+    whole = ("initial_state", "d_final")
+    local = {name: t if sp is None or name in whole else sp.shard(t) for name, t in problem.items()}
+    d_o, d_final = local.pop("d_o"), local.pop("d_final")
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in local.items()}
+    g = leaves.get("g")
+    if g is not None and spread:
+        g = g[..., None].expand(*g.shape, leaves["k"].shape[-1])
+    o, final = lasp.delta_rule(
+        leaves["q"], leaves["k"], leaves["v"], leaves["beta"], g, initial_state=leaves["initial_state"],
+        output_final_state=True, normalize_qk=True, sp=sp, backend=backend,
+    )  # fmt: skip
+    torch.autograd.backward((o, final), (d_o.to(o.dtype), d_final.to(final.dtype) / (1 if sp is None else sp.size)))
+    return {"o": o.detach(), "final_state": final.detach(), **{f"d_{name}": t.grad for name, t in leaves.items()}}
+
+
+def errors(got: dict, expected: dict, sp: lasp.SequenceParallel | None = None) -> dict[str, float]:
+    """Relative errors against global results."""
+    result = {}
+    for name, value in got.items():
+        reference = expected[name]
+        if sp is not None and name == "d_initial_state":
+            reference = reference if sp.rank == 0 else torch.zeros_like(reference)
+        elif sp is not None and name != "final_state":
+            reference = sp.shard(reference)
+        difference = (value.double() - reference.double()).norm().item()
+        size = reference.double().norm().item()
+        result[name] = difference / size if size > 0 else difference
+    return result
+
+
+def take_first_configurations() -> None:
+    """Do not time kernels' configurations, which takes minutes: correctness is what is asked."""
+    from triton.runtime.autotuner import Autotuner
+
+    made = Autotuner.__init__
+
+    def first_only(self, fn, arg_names, configs, *args, **kwargs):  # type: ignore[no-untyped-def]
+        made(self, fn, arg_names, configs[:1], *args, **kwargs)
+
+    Autotuner.__init__ = first_only
+
+
+def work(rank: int, size: int, store: str, options: argparse.Namespace) -> None:
+    if options.backend == "fla" and not options.tune:
+        take_first_configurations()
+    if options.device == "cuda":
+        torch.cuda.set_device(0)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dtype, good = getattr(torch, options.dtype), True
+    for title, gate in (("DeltaNet", "none"), ("Gated DeltaNet", "head"), ("KDA", "channel")):
+        problem = make(gate, options.tokens, options.heads, 2 * options.heads, options.dim, options.device, dtype)
+        spread = False
+        try:
+            alone = solve(problem, options.backend)
+        except ValueError as refusal:
+            if gate != "head":
+                raise
+            spread = True
+            alone = solve(problem, options.backend, spread=True)
+            if rank == 0:
+                print(f"{title}: refused, as it should be: {refusal}\n{title}: gate spread over the channels instead")
+        exact = solve({name: t.double() for name, t in problem.items()}, "torch")
+        scale = errors(solve(problem, "torch"), exact)
+        single = errors(alone, exact)
+        ragged = (options.tokens // 2 + 37, options.tokens - options.tokens // 2 - 37)
+        split: dict[str, float] = {}
+        for exchange in options.exchanges.split(","):
+            for lengths in (None, ragged):
+                sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange, lengths=lengths)
+                for name, error in errors(solve(problem, options.backend, sp, spread), alone, sp).items():
+                    split[name] = max(split.get(name, 0.0), error)
+        everywhere: list = [None] * size
+        dist.all_gather_object(everywhere, split)
+        split = {name: max(each[name] for each in everywhere) for name in split}
+        # The control: with nothing carried from rank to rank the comparison fails.
+        lonely = errors(solve({n: sp.shard(t) if t.dim() > 2 and t.shape[1] == options.tokens else t
+                               for n, t in problem.items()}, options.backend, None, spread), alone, sp)  # fmt: skip
+        if rank == size - 1 and not lonely["o"] > 10 * OUTPUT_BOUND:
+            print(f"{title}: the control is not seen, {lonely['o']:.1e}")
+            good = False
+        for name in split:
+            bound = OUTPUT_BOUND if name in ("o", "final_state") else GRADIENT_BOUND
+            ok = split[name] < max(bound, 1.5 * single[name]) and single[name] < TRUTH_BOUND
+            good &= ok
+            if rank == 0:
+                print(
+                    f"{title:15} {name:16} SP={size} vs SP=1 {split[name]:.1e}   SP=1 vs fp64 {single[name]:.1e}   "
+                    f"torch vs fp64 {scale[name]:.1e}   {'ok' if ok else 'MISSED'}",
+                    flush=True,
+                )
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(0 if good else 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=2, help="of queries and keys; values have twice as many")
+    parser.add_argument("--dim", type=int, default=128, help="key and value channels of a head")
+    parser.add_argument("--backend", default="fla")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--exchanges", default="all_gather,ring", help=f"some of {', '.join(EXCHANGES)}")
+    parser.add_argument("--tune", action="store_true", help="let fla time its configurations first (minutes)")
+    options = parser.parse_args()
+    if options.device == "cuda":
+        name, major = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
+        print(f"{name} (compute capability {major}), PyTorch {torch.__version__}, {options.dtype}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        mp.start_processes(work, (options.processes, store, options), options.processes, start_method="spawn")
+    print("The split recurrence is the same recurrence.")
+
+
+if __name__ == "__main__":
+    main()
