@@ -80,18 +80,18 @@ class Constants:
 
 LINKS = tuple(field.name for field in dataclasses.fields(Constants) if field.type == "Link")
 
-# Starting points, for groups that were not measured. gloo's were measured between processes on a two-core machine;
-# those of NCCL assume NVLink inside a host and one 400 Gbit/s adapter a rank between hosts.
+# Starting points, for groups that were not measured. gloo's are rounded from 2 to 8 processes on a two-core machine;
+# those of NCCL are assumptions: NVLink inside a host, one 400 Gbit/s adapter a rank between hosts.
 GLOO = Constants(
-    message=Link(90e-6, 1.0e9),
-    shift=Link(150e-6, 0.6e9),
-    gather=Link(100e-6, 0.8e9, 60e-6),
-    swap=Link(100e-6, 0.8e9, 60e-6),
-    broadcast=Link(100e-6, 0.8e9, 30e-6),
-    across=Link(150e-6, 1.0e9),
-    fold=Link(15e-6, 4e9),
-    fold_alone=Link(15e-6, 4e9),
-    flops_per_s=20e9,
+    message=Link(200e-6, 2e9),
+    shift=Link(150e-6, 1e9, 150e-6),
+    gather=Link(200e-6, 0.4e9, 400e-6),
+    swap=Link(300e-6, 0.5e9, 500e-6),
+    broadcast=Link(200e-6, 1e9, 400e-6),
+    across=Link(200e-6, 1e9),
+    fold=Link(100e-6, 1.5e9),
+    fold_alone=Link(80e-6, 2e9),
+    flops_per_s=50e9,
     source="defaults for gloo",
 )
 NCCL = Constants(
@@ -138,7 +138,7 @@ class Model:
         # Between one pair and all pairs: where ranks share cores or wires, each more makes it slower.
         most = self.size - 1
         share = ((senders or most) - 1) / (most - 1) if most > 1 else 0.0
-        seconds = c.message.seconds(nbytes) * (1 - share) + c.shift.seconds(nbytes) * share
+        seconds = c.message.seconds(nbytes) * (1 - share) + c.shift.seconds(nbytes, most) * share
         return seconds if len(self.nodes) == 1 else max(seconds, c.across.seconds(nbytes))
 
     def gather(self, nbytes: float) -> float:
