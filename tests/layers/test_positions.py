@@ -96,7 +96,7 @@ def test_theta_stays_fp32_in_a_bf16_model():
 
 
 def test_sinusoids_at_a_global_position():
-    table = sinusoids(FAR, 2, 4, base=10000.0, dtype=torch.float64, device=torch.device("cpu"))
+    table = sinusoids(torch.arange(FAR, FAR + 2).double(), 4, base=10000.0, dtype=torch.float64)
     angles = [FAR + 1, (FAR + 1) / 100]
     expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float64)
     torch.testing.assert_close(table[1], expected, rtol=0, atol=1e-9)

@@ -87,6 +87,9 @@ class Shard:
     def offset(self, tokens):
         return 5
 
+    def total(self, tokens):
+        return T
+
 
 @pytest.mark.parametrize("name", [name for name in NAMES if preset(name, "tiny").positions != "none"])
 @torch.no_grad()

@@ -109,6 +109,7 @@ class LinearAttention(nn.Module):
         start: int = 0,
         state: Tensor | None = None,
         output_state: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -118,6 +119,7 @@ class LinearAttention(nn.Module):
             start: global position of x's first token.
             state: [B, *state_dims] in fp32 (fp64 for fp64 x), what came before the whole sequence; zero if None.
             output_state: also return the state after the whole sequence, in the same form.
+            cu_seqlens: of packed documents, global; see `lasp.linear_attention`.
             sp: the ranks that share the sequence.
 
         Returns:
@@ -138,6 +140,7 @@ class LinearAttention(nn.Module):
             scale=self.scale,
             initial_state=state,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
             sp=sp,
             backend=self.backend,
         )

@@ -12,6 +12,7 @@ per head. Twice the sigmoid gives beta in (0, 2) and the state negative eigenval
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,6 +102,7 @@ class DeltaNet(nn.Module):
         start: int = 0,
         state: RecurrentState | None = None,
         output_state: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """As `LinearAttention.forward`; the state's memory is [B, H_v, K, V]. It has no use for `start`."""
@@ -109,6 +111,7 @@ class DeltaNet(nn.Module):
             torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
             state=None if state is None else state.window,
             output_state=output_state,
+            cu_seqlens=cu_seqlens,
             sp=sp,
         )
         keys, values = (self.key_heads, self.key_dim), (self.num_heads, self.value_dim)
@@ -124,6 +127,7 @@ class DeltaNet(nn.Module):
             log_decay,
             initial_state=None if state is None else state.memory,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
             sp=sp,
             backend=self.backend,
             normalize_qk=True,

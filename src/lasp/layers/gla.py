@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
@@ -59,6 +60,7 @@ class GatedLinearAttention(nn.Module):
         start: int = 0,
         state: Tensor | None = None,
         output_state: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `LinearAttention.forward`; it has no use for `start`."""
@@ -71,6 +73,7 @@ class GatedLinearAttention(nn.Module):
             F.logsigmoid(decay.to(state_dtype(decay.dtype))).unflatten(-1, keys) / GATE_TEMPERATURE,
             initial_state=state,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
             sp=sp,
             backend=self.backend,
         )

@@ -8,6 +8,7 @@ H = heads, P = channels of one head, G = groups of heads that share B and C, N =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,12 +80,17 @@ class Mamba2(nn.Module):
         start: int = 0,
         state: RecurrentState | None = None,
         output_state: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """As `LinearAttention.forward`; the state's memory is [B, H, N, P]. It has no use for `start`."""
         z, mixed, dt = self.in_proj(x).split(self.widths, -1)
         mixed, window = self.convolution(
-            mixed, state=None if state is None else state.window, output_state=output_state, sp=sp
+            mixed,
+            state=None if state is None else state.window,
+            output_state=output_state,
+            cu_seqlens=cu_seqlens,
+            sp=sp,
         )
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_dim
         values, keys, queries = mixed.split([inner, shared, shared], -1)
@@ -99,6 +105,7 @@ class Mamba2(nn.Module):
             scale=1.0,
             initial_state=None if state is None else state.memory,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
             sp=sp,
             backend=self.backend,
         )

@@ -24,13 +24,13 @@ def _rotation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sinusoids(start: int, length: int, dim: int, *, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Absolute encoding [T, dim] to add to embeddings: sines, then cosines, of s * base^(-2 i / dim).
+def sinusoids(positions: Tensor, dim: int, *, base: float, dtype: torch.dtype) -> Tensor:
+    """Encoding [T, dim] of `positions` [T] (fp64) to add to embeddings: sines, then cosines, of s * base^(-2 i / dim).
 
     Source: Vaswani et al., "Attention is all you need", section 3.5 (there sines and cosines alternate).
     """
-    pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
-    angles = global_positions(start, length, device)[:, None] * base ** (-2 * pairs / dim)
+    pairs = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
+    angles = positions[:, None] * base ** (-2 * pairs / dim)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
 
 

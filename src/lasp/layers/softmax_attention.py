@@ -6,6 +6,7 @@ Its state is not a recurrence's: it is the keys and values of all tokens so far,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class SoftmaxAttention(nn.Module):
         start: int = 0,
         state: Tensor | None = None,
         output_state: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -74,6 +76,7 @@ class SoftmaxAttention(nn.Module):
             state: [B, tokens, H_kv, K + V] of x's dtype, rotated keys beside values of what came before the whole
                 sequence, the same on every rank.
             output_state: also return the state after the whole sequence, in the same form.
+            cu_seqlens: of packed documents, global; see `lasp.linear_attention`.
             sp: the ranks that share the sequence.
 
         Returns:
@@ -91,6 +94,7 @@ class SoftmaxAttention(nn.Module):
             scale=self.scale,
             initial_state=state,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
             sp=sp,
             method=self.method,
             backend=self.backend,

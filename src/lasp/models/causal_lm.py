@@ -5,6 +5,7 @@ Single-device code: `sp` is handed to the operators.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lasp.layers import RecurrentState, feedforward, norm, sinusoids
+from lasp.layers.positions import global_positions
 from lasp.models.config import ModelConfig
 from lasp.models.initialize import initialize
 from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
@@ -71,11 +73,17 @@ class Block(nn.Module):
             self.ffn = feedforward(config.ffn, config.d_model, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, start: int, state: LayerState | None, output_state: bool, sp: SequenceParallel | None
+        self,
+        x: Tensor,
+        start: int,
+        state: LayerState | None,
+        output_state: bool,
+        cu_seqlens: Tensor | Sequence[int] | None,
+        sp: SequenceParallel | None,
     ) -> tuple[Tensor, LayerState | None]:
         """x [B, T, D] whose first token is at global position `start` -> x and the state after the sequence."""
         attended, state = self.attention(
-            self.attention_norm(x), start=start, state=state, output_state=output_state, sp=sp
+            self.attention_norm(x), start=start, state=state, output_state=output_state, cu_seqlens=cu_seqlens, sp=sp
         )
         x = x + attended
         if self.ffn is None or self.ffn_norm is None:
@@ -113,6 +121,7 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         output_cache: bool = False,
         last_logits: int | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
     ) -> LMOutput:
         """Logits, or the summed loss where labels are given.
@@ -124,24 +133,30 @@ class CausalLM(nn.Module):
             cache: continue after the tokens it has seen; with `sp` the same on every rank.
             output_cache: also return the cache after the whole sequence.
             last_logits: compute logits of the last so many tokens only; all by default.
+            cu_seqlens: packed documents, see `lasp.linear_attention`: B is 1, every document starts anew, and there
+                is no cache before or after.
             sp: the ranks that share the sequence; tokens are their contiguous shards in rank order.
 
         Raises:
             ValueError: wrong shapes or dtypes.
         """
         self._check(tokens, labels, cache)
+        if cu_seqlens is not None and (cache is not None or output_cache):
+            raise ValueError("packed documents start anew: with cu_seqlens there is no cache, before or after")
         start = 0 if cache is None else cache.position
         here = start if sp is None else start + sp.offset(tokens.shape[1])
         x = self.embedding(tokens)
         if self.config.scale_embeddings:
             x = x * self.config.d_model**0.5
         if self.config.positions == "sinusoidal":
-            x = x + sinusoids(here, tokens.shape[1], self.config.d_model, base=10000.0, dtype=x.dtype, device=x.device)
+            x = x + sinusoids(
+                self._positions(tokens, here, cu_seqlens, sp), self.config.d_model, base=10000.0, dtype=x.dtype
+            )
         states = []
         for layer, block in enumerate(self.blocks):
-            x, state = block(x, here, None if cache is None else cache.states[layer], output_cache, sp)
+            x, state = block(x, here, None if cache is None else cache.states[layer], output_cache, cu_seqlens, sp)
             states.append(state)
-        seen = start + _global_tokens(tokens.shape[1], sp)
+        seen = start + (tokens.shape[1] if sp is None else sp.total(tokens.shape[1]))
         new_cache = Cache(tuple(states), seen) if output_cache else None
         weight = self.embedding.weight if self.head is None else self.head.weight
         if labels is None:
@@ -150,6 +165,17 @@ class CausalLM(nn.Module):
             return LMOutput(F.linear(self.final_norm(x), weight), None, None, new_cache)
         loss_sum = cross_entropy_sum(self.final_norm(x).flatten(0, 1), weight, labels.flatten())
         return LMOutput(None, loss_sum, (labels != IGNORED_LABEL).sum(), new_cache)
+
+    def _positions(
+        self, tokens: Tensor, here: int, cu_seqlens: Tensor | Sequence[int] | None, sp: SequenceParallel | None
+    ) -> Tensor:
+        """fp64 [T], each token's position in its sequence, or in its document."""
+        positions = global_positions(here, tokens.shape[1], tokens.device)
+        if cu_seqlens is None:
+            return positions
+        bounds = torch.as_tensor(cu_seqlens, device=tokens.device)
+        document = torch.searchsorted(bounds, positions.to(bounds.dtype), right=True) - 1
+        return positions - bounds[document]
 
     def _check(self, tokens: Tensor, labels: Tensor | None, cache: Cache | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
@@ -163,10 +189,3 @@ class CausalLM(nn.Module):
             raise ValueError(
                 f"this model has {self.config.num_layers} layers, the cache is of one with {len(cache.states)}"
             )
-
-
-def _global_tokens(tokens: int, sp: SequenceParallel | None) -> int:
-    """Tokens of the whole sequence, of which this rank holds `tokens`."""
-    if sp is None:
-        return tokens
-    return sp.size * tokens if sp.lengths is None else sum(sp.lengths)
