@@ -283,6 +283,20 @@ def test_the_layer_continues_and_starts_from_its_generator():
     assert torch.equal(other.weight, layer.weight) and layer.weight.abs().max() <= 0.5
 
 
+def test_inference_and_autocast_leave_no_trace():
+    """Plans made while generating serve training; inside autocast the arguments' dtype is kept, packed or not."""
+    given = {name: t.float() for name, t in problem(10, 4, 2).items()}
+    bounds = (0, 7, 10)
+    with torch.inference_mode():
+        lasp.short_convolution(given["x"], given["weight"], cu_seqlens=bounds)
+    x = given["x"].clone().requires_grad_()
+    y, _ = lasp.short_convolution(x, given["weight"], cu_seqlens=bounds)
+    y.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        again, _ = lasp.short_convolution(x, given["weight"], cu_seqlens=bounds)
+    assert torch.equal(again, y)
+
+
 def mistaken(mistake: str, monkeypatch) -> None:
     """Make the exchange wrong."""
     real = halo_exchange._trade

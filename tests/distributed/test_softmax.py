@@ -204,6 +204,20 @@ def test_thousands_of_documents_are_few_calls():
     assert len(blocks) == 37 and sorted(order.tolist()) == list(range(bounds[-1]))
 
 
+def test_inference_and_autocast_leave_no_trace():
+    """Blocks made while generating serve training; inside autocast the arguments' dtype is kept."""
+    q, k, v = (problem(10, 4, 2, batch=1)[name].float().requires_grad_() for name in "qkv")
+    bounds = (0, 3, 6, 10)
+    with torch.inference_mode():
+        lasp.softmax_attention(q, k, v, cu_seqlens=bounds)
+    o, _ = lasp.softmax_attention(q, k, v, cu_seqlens=bounds)
+    o.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("torch", "reference"):
+            again, _ = lasp.softmax_attention(q, k, v, cu_seqlens=bounds, backend=backend)
+            assert again.dtype == torch.float32 and relative_error(again, o) < 1e-6
+
+
 MISTAKES = {
     "none": lambda patch: None,
     "wrong causal offset": lambda patch: patch.setattr(

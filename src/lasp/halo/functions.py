@@ -67,11 +67,12 @@ def short_convolution(
     gradients = tuple(t is not None and t.requires_grad for t in (x, weight, bias, initial_state))
     _agree(sp, "short_convolution", x, layout, gradients, (bias is not None, activation))
     read = _read(x, layout, initial_state, sp)
-    y = _convolve(read.extended, weight, bias)
-    if read.fix is not None:
-        tokens = sum((read.back(j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
-        y = y.index_copy(1, read.fix.tokens, tokens if bias is None else tokens + bias)
-    return F.silu(y) if activation == "silu" else y, read.final
+    with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
+        y = _convolve(read.extended, weight, bias)
+        if read.fix is not None:
+            tokens = sum((read.back(j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
+            y = y.index_copy(1, read.fix.tokens, tokens if bias is None else tokens + bias)
+        return F.silu(y) if activation == "silu" else y, read.final
 
 
 def token_shift(

@@ -168,9 +168,10 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=32)
 def plan(layout: Layout, rank: int, device: torch.device) -> Plan:
     """The plan, computed once for all layers of a model."""
-    rows = Rows(layout, rank)
-    final = _position(rows, final_rows(layout).flatten()).to(device) if layout.final else None
-    return Plan(layout.width, len(rows.wish.rows), _route(rows, device), _fix(rows, device), final)
+    with torch.inference_mode(False):  # a plan made while generating may serve training, which saves its indices
+        rows = Rows(layout, rank)
+        final = _position(rows, final_rows(layout).flatten()).to(device) if layout.final else None
+        return Plan(layout.width, len(rows.wish.rows), _route(rows, device), _fix(rows, device), final)
 
 
 def _position(rows: Rows, wanted: Tensor) -> Tensor:

@@ -71,5 +71,6 @@ def blocks_of(bounds: tuple[int, ...], first: int, last: int, causal: bool) -> B
     blocks = tuple(Block(*shape, *zip(*places, strict=True)) for shape, places in groups.items())
     if sum(len(block.first_queries) for block in blocks) <= 1:
         return Blocks(blocks, None)
-    tokens = [torch.tensor(b.first_queries)[:, None] + torch.arange(b.queries) for b in blocks]
-    return Blocks(blocks, torch.cat([t.flatten() for t in tokens]).argsort())
+    with torch.inference_mode(False):  # blocks made while generating may serve training, which saves the order
+        tokens = [torch.tensor(b.first_queries)[:, None] + torch.arange(b.queries) for b in blocks]
+        return Blocks(blocks, torch.cat([t.flatten() for t in tokens]).argsort())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +78,27 @@ def softmax_attention(
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     options = (causal, scale, method, backend, output_final_state)
     _agree(sp, q, k, v, bounds, initial_state, options)
+    problem = _Problem(causal, scale, method, backend, output_final_state, starts, bounds)
+    with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
+        return _across_ranks(q, k, v, initial_state, sp, problem)
 
+
+class _Problem(NamedTuple):
+    """The checked arguments that are no tensors; see `softmax_attention`, `shard_starts` and `document_bounds`."""
+
+    causal: bool
+    scale: float
+    method: str
+    backend: str
+    want_final: bool
+    starts: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+
+def _across_ranks(
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, sp: SequenceParallel | None, problem: _Problem
+) -> tuple[Tensor, Tensor | None]:
+    causal, scale, method, backend, output_final_state, starts, bounds = problem
     before = 0 if initial_state is None else initial_state.shape[1]
     blocks_before = (0, *(before + bound for bound in bounds[1:]))
     rank = 0 if sp is None else sp.rank
