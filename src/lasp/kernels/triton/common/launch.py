@@ -17,9 +17,21 @@ ALIGNMENT = 16
 _compiled: dict[Any, Any] = {}
 
 
+_scratch_of_stream: dict[int | None, Tensor] = {}
+
+
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Device memory in which programs write their tensor descriptors."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    """Device memory in which programs write their tensor descriptors.
+
+    Kernels of one stream follow one another, so they share it. A captured graph keeps its own.
+    """
+    kept = _scratch_of_stream.get(stream)
+    if kept is not None and kept.numel() >= size and kept.device.index == torch.cuda.current_device():
+        return kept
+    fresh = torch.empty(size, dtype=torch.int8, device="cuda")
+    if not torch.cuda.is_current_stream_capturing():
+        _scratch_of_stream[stream] = fresh
+    return fresh
 
 
 def use_scratch() -> None:

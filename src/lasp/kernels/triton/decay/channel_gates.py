@@ -50,16 +50,17 @@ def suffix_sums(gates, dtype: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def meeting_decay(gates, half, dtype: tl.constexpr, C: tl.constexpr):
-    """[C, BK]: each token's decay to or from the middle of its block of 2 `half` tokens; see channel_scores."""
+def meeting_decay(gates, level, dtype: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: each token's decay to or from the middle of its block of 2^(level + 1) tokens; see channel_prepare."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    late = (i // half) % 2 == 1
-    stretch = (i // half == j // half) & ((late & (j <= i)) | ((late == 0) & (j > i)))
+    late = (i >> level) & 1
+    stretch = ((i >> level) == (j >> level)) & tl.where(late == 1, j <= i, j > i)
     return tl.exp2(sum_over(stretch, gates, dtype))
 
 
 @triton.jit
-def meeting_pairs(i, j, half):
-    """Whether late token i and early token j are in the two halves of one block of 2 `half` tokens."""
-    return (i // (2 * half) == j // (2 * half)) & ((i // half) % 2 == 1) & ((j // half) % 2 == 0)
+def meeting_pairs(i, j, level):
+    """Whether late token i and early token j are in the two halves of one block of 2^(level + 1) tokens."""
+    # Shifted by level, the two differ in the last bit alone.
+    return (((i >> level) ^ (j >> level)) == 1) & (i > j)

@@ -21,7 +21,7 @@ from lasp.kernels.triton.decay.sweep import place
 def _sweep(
     a_ptr,  # do, or v when REVERSE: [T, V] rows that read the state
     b_ptr,  # v, or do: the rows that feed it
-    c_ptr,  # k, or q: [T, K] rows that feed it
+    c_ptr,  # k 2^suffix, or scale q 2^prefix: [T, K] rows that feed it
     x_ptr,  # q, or k: whose gradient this is
     g_ptr,
     out_ptr,  # holds the gradient within chunks; the state's part is added
@@ -30,7 +30,7 @@ def _sweep(
     state,  # [BV, BK]
     carry,  # [BK]
     a_row,
-    c_row,
+    x_row,
     out_row,
     scale,
     T,
@@ -49,8 +49,8 @@ def _sweep(
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     a_view = view(a_ptr, T, a_row, V, C, BV, DESCRIPTORS)
     b_view = view(b_ptr, T, a_row, V, C, BV, DESCRIPTORS)
-    c_view = view(c_ptr, T, c_row, K, C, BK, DESCRIPTORS)
-    x_view = view(x_ptr, T, c_row, K, C, BK, DESCRIPTORS)
+    c_view = view(c_ptr, T, out_row, K, C, BK, DESCRIPTORS)
+    x_view = view(x_ptr, T, x_row, K, C, BK, DESCRIPTORS)
     g_view = view(g_ptr, T, out_row, K, C, BK, DESCRIPTORS)
     out_view = view(out_ptr, T, out_row, K, C, BK, DESCRIPTORS)
     dg_view = view(dg_ptr, T, out_row, K, C, BK, DESCRIPTORS)
@@ -60,41 +60,37 @@ def _sweep(
         start = first + (chunks - 1 - step if REVERSE else step) * C
         a = load_chunk(a_view, start, 0, T, a_row, V, C, BV, DESCRIPTORS)
         b = load_chunk(b_view, start, 0, T, a_row, V, C, BV, DESCRIPTORS)
-        c = load_chunk(c_view, start, column, T, c_row, K, C, BK, DESCRIPTORS)
-        x = load_chunk(x_view, start, column, T, c_row, K, C, BK, DESCRIPTORS)
+        c = load_chunk(c_view, start, column, T, out_row, K, C, BK, DESCRIPTORS)
+        x = load_chunk(x_view, start, column, T, x_row, K, C, BK, DESCRIPTORS)
         gates = load_channel_gates(g_view, start, last, column, T, out_row, K, C, BK, DESCRIPTORS)
         within = load_chunk(out_view, start, column, T, out_row, K, C, BK, DESCRIPTORS)
         dg = load_chunk(dg_view, start, column, T, out_row, K, C, BK, DESCRIPTORS)
         total = tl.sum(gates, 0)
-        from_start = tl.exp2(prefix_sums(gates, dtype, C)) * scale
-        to_end = tl.exp2(suffix_sums(gates, dtype, C))
         if dtype == tl.bfloat16:
             out = tl.dot(a, state.to(tl.bfloat16))
         else:
             out = tl.dot(a.to(tl.float32), state, input_precision=PRECISION)
         sums = sums_ptr + tl.cast(start // C, tl.int64) * K + channel
         if REVERSE:
-            out *= to_end
-            feeding = (c * from_start).to(dtype)
+            out *= tl.exp2(suffix_sums(gates, dtype, C))
             own = x * out
             dg += carry[None, :] - tl.cumsum(own, 0, reverse=True)
             carry += tl.load(sums, mask=channel < K, other=0.0) - tl.sum(own, 0)
         else:
-            out *= from_start
-            feeding = (c * to_end).to(dtype)
+            out *= tl.exp2(prefix_sums(gates, dtype, C)) * scale
             own = x * out
             dg += tl.cumsum(own, 0, reverse=True)
             tl.store(sums, tl.sum(own, 0), mask=channel < K)
         out += within.to(tl.float32)
         store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, T, out_row, K, C, BK, DESCRIPTORS)
         store_chunk(dg_view, dg, start, column, T, out_row, K, C, BK, DESCRIPTORS)
-        state = tl.dot(tl.trans(b), feeding, state * tl.exp2(total)[None, :], input_precision=PRECISION)
+        state = tl.dot(tl.trans(b), c, state * tl.exp2(total)[None, :], input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
 def channel_query_gradient_kernel(
     q_ptr,  # [B, T, H, K]
-    k_ptr,  # [B, T, H, K]
+    to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
@@ -125,8 +121,8 @@ def channel_query_gradient_kernel(
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
     _sweep(
-        do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, q_ptr + qk, g_ptr + token_head * K,
-        dq_ptr + token_head * K, dg_ptr + token_head * K, sums_ptr + run * tl.cdiv(T, C) * K,
+        do_ptr + token_head * V, v_ptr + token_head * V, to_end_ptr + token_head * K, q_ptr + qk,
+        g_ptr + token_head * K, dq_ptr + token_head * K, dg_ptr + token_head * K, sums_ptr + run * tl.cdiv(T, C) * K,
         tl.load(entering, mask=mask, other=0.0), tl.zeros((BK,), tl.float32),
         H_v * V, H * K, H_v * K, scale, T, first, last, k_first,
         K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
@@ -135,7 +131,7 @@ def channel_query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
 def channel_key_gradient_kernel(
-    q_ptr,  # [B, T, H, K]
+    from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
@@ -183,8 +179,8 @@ def channel_key_gradient_kernel(
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
     _sweep(
-        v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, k_ptr + qk, g_ptr + token_head * K,
-        dk_ptr + token_head * K, dg_ptr + token_head * K, sums_ptr + run * tl.cdiv(T, C) * K,
+        v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, k_ptr + qk,
+        g_ptr + token_head * K, dk_ptr + token_head * K, dg_ptr + token_head * K, sums_ptr + run * tl.cdiv(T, C) * K,
         state, carry, H_v * V, H * K, H_v * K, scale, T, first, last, k_first,
         K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip

@@ -11,7 +11,8 @@ from lasp.algebra import Diagonal, Summary
 from lasp.kernels.triton.common.launch import launch
 from lasp.kernels.triton.decay.channel_gradient import channel_key_gradient_kernel, channel_query_gradient_kernel
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel, channel_value_gradient_kernel
-from lasp.kernels.triton.decay.channel_scores import channel_scores_gradient_kernel, channel_scores_kernel
+from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
+from lasp.kernels.triton.decay.channel_scores_gradient import channel_scores_gradient_kernel
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
 from lasp.kernels.triton.decay.plan import Plan, tile
 from lasp.kernels.triton.decay.scan import scan_kernel
@@ -28,13 +29,23 @@ class Segments(NamedTuple):
     decays: Tensor
 
 
+class Prepared(NamedTuple):
+    """Per chunk: scores [B, H_v, T, C], scale q 2^prefix and k 2^suffix [B, T, H_v, K], and the chunks' log-decays
+    [B, H_v, chunks, K] (base 2)."""
+
+    scores: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    totals: Tensor
+
+
 class Saved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], the state leaving the run [B, H_v, K, V], and the
-    scores within chunks [B, H_v, T, C]."""
+    """States entering each segment [B, H_v, segments, K, V], the state leaving the run [B, H_v, K, V], and what was
+    prepared per chunk."""
 
     entering: Tensor
     leaving: Tensor
-    scores: Tensor
+    prepared: Prepared
 
 
 class WithinChunks(NamedTuple):
@@ -58,7 +69,7 @@ def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Sum
     launch(
         channel_summary_kernel, (-(-K // columns) * H_v * B, p.segments), (k, v, x.g, states, decays[0]),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V), p.chunk, reverse, p.descriptors, p.precision), warps, stages,
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, reverse, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     launch(
         scan_kernel, (-(-K * V // SCAN_BLOCK), B * H_v), (states, decays[0], decays[1], total, total_decay),
@@ -67,31 +78,34 @@ def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Sum
     return Summary(Diagonal(total_decay), total), Segments(states, decays[1])
 
 
-def local_outputs(x: Run, p: Plan) -> Tensor:
-    """Scores within chunks [B, H_v, T, C]."""
+def local_outputs(x: Run, p: Plan) -> Prepared:
     B, T, H, K = x.q.shape
-    H_v = x.v.shape[2]
-    scores = torch.empty(B, H_v, T, p.chunk, dtype=x.q.dtype, device=x.q.device)
+    H_v, device, chunks = x.v.shape[2], x.q.device, -(-T // p.chunk)
+    scores = torch.empty(B, H_v, T, p.chunk, dtype=x.q.dtype, device=device)
+    from_start, to_end = (torch.empty(B, T, H_v, K, dtype=x.q.dtype, device=device) for _ in range(2))
+    totals = torch.empty(B, H_v, chunks, K, dtype=torch.float32, device=device)
     columns, warps, stages = p.channels
     launch(
-        channel_scores_kernel, (H_v * B, -(-T // p.chunk)), (x.q, x.k, x.g, scores), (T, H, H_v),
+        channel_prepare_kernel, (H_v * B, chunks), (x.q, x.k, x.g, scores, from_start, to_end, totals),
+        (x.scale, T, H, H_v),
         (K, columns, p.chunk, p.chunk.bit_length() - 1, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
-    return scores
+    return Prepared(scores, from_start, to_end, totals)
 
 
-def outputs(x: Run, p: Plan, totals: Segments, scores: Tensor, state_in: Tensor) -> tuple[Tensor, Saved]:
-    B, T, H, K = x.q.shape
+def outputs(x: Run, p: Plan, totals: Segments, prepared: Prepared, state_in: Tensor) -> tuple[Tensor, Saved]:
+    B, T, _, K = x.q.shape
     H_v, V = x.v.shape[2:]
     o, leaving = torch.empty_like(x.v), torch.empty_like(state_in)
     columns, warps, stages = p.channel_values
     launch(
         channel_output_kernel, (-(-V // columns) * H_v * B, p.segments),
-        (x.q, x.k, x.v, x.g, scores, o, totals.states, totals.decays, state_in, leaving),
-        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K), columns, p.chunk, p.descriptors, p.precision), warps, stages,
+        (prepared.from_start, prepared.to_end, x.v, prepared.totals, prepared.scores, o,
+         totals.states, totals.decays, state_in, leaving),
+        (x.scale, T, H_v, p.segments, p.segment_chunks),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
-    return o, Saved(totals.states, leaving, scores)
+    return o, Saved(totals.states, leaving, prepared)
 
 
 def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor, dtype: torch.dtype) -> WithinChunks:
@@ -106,13 +120,14 @@ def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor, dtype: torch.dty
     launch(
         channel_scores_gradient_kernel, (slices * H_v * B, chunks), (x.q, x.k, x.v, d_o, x.g, dq, dk, dg),
         (x.scale, T, H, H_v),
-        (K, V, columns, tile(V), p.chunk, p.chunk.bit_length() - 1, p.descriptors, p.precision), warps, stages,
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.chunk.bit_length() - 1, p.descriptors, p.precision),
+        warps, stages,
     )  # fmt: skip
     launch(
         channel_query_gradient_kernel, (slices * H_v * B, p.segments),
-        (x.q, x.k, x.v, d_o, x.g, dq, dg, sums, saved.entering),
+        (x.q, saved.prepared.to_end, x.v, d_o, x.g, dq, dg, sums, saved.entering),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V), p.chunk, p.descriptors, p.precision), warps, stages,
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     return WithinChunks(dq, dk, dg, sums)
 
@@ -123,19 +138,22 @@ def gradients(
     """dq and dk per value head, dv, dg."""
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
-    numbers = (x.scale, T, H, H_v, p.segments, p.segment_chunks)
+    ready = saved.prepared
     columns, warps, stages = p.channels
     launch(
         channel_key_gradient_kernel, (-(-K // columns) * H_v * B, p.segments),
-        (x.q, x.k, x.v, d_o, x.g, local.dk, local.dg, local.sums,
+        (saved.prepared.from_start, x.k, x.v, d_o, x.g, local.dk, local.dg, local.sums,
          saved.entering, saved.leaving, adjoint.states, adjoint.decays, d_state_out),
-        numbers, (K, V, columns, tile(V), p.chunk, p.descriptors, p.precision), warps, stages,
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     dv = torch.empty_like(x.v)
     columns, warps, stages = p.channel_values
     launch(
         channel_value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
-        (x.q, x.k, d_o, x.g, saved.scores, dv, adjoint.states, adjoint.decays, d_state_out),
-        numbers, (K, V, tile(K), columns, p.chunk, p.descriptors, p.precision), warps, stages,
+        (ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv,
+         adjoint.states, adjoint.decays, d_state_out),
+        (x.scale, T, H_v, p.segments, p.segment_chunks),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     return local.dq, local.dk, dv, local.dg

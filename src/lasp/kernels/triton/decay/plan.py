@@ -5,6 +5,11 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
+
+from lasp.kernels.triton.decay import gates
+
+NONE, HEAD, TOKEN, CHANNEL = (kind.value for kind in (gates.NONE, gates.HEAD, gates.TOKEN, gates.CHANNEL))
 CHUNK = 64
 CHUNK_SMALL = 32
 # Costs in units of one chunk of one sweep: what a program spends before its first chunk, and what one segment's
@@ -53,9 +58,13 @@ class Plan(NamedTuple):
     precision: str
 
 
-def tile(dim: int) -> int:
-    """The power of two >= 16 that holds `dim` columns."""
-    return max(16, 1 << (dim - 1).bit_length())
+def tile(dim: int, dtype: torch.dtype) -> int:
+    """The power of two that holds `dim` columns.
+
+    Never below 64 for 16-bit inputs: matrix units work on 64 rows, and with tiles of 32 columns Triton 3.6 compiled
+    some of these kernels wrongly for Hopper (see docs/kernels.md).
+    """
+    return max(16 if dtype == torch.float32 else 64, 1 << (dim - 1).bit_length())
 
 
 def segment_chunks(chunks: int, heads: int, processors: int) -> int:
@@ -76,53 +85,59 @@ def segment_chunks(chunks: int, heads: int, processors: int) -> int:
     return min(lengths, key=lambda length: (cost(length), length))
 
 
-def _sweep_tiles(columns: int, contracted: int, dtype: str) -> Tiles:
-    if dtype == "fp32":
-        return Tiles(min(32, tile(columns)), 4, 1)
-    if dtype == "fp16":
-        return Tiles(min(64, tile(columns)), 4, 1)
-    stages = 3 if contracted <= 128 else 2
-    if columns > 64:
-        # 128 rows of transposed outputs and states: two warpgroups share every product evenly.
-        return Tiles(128, 8, stages)
-    return Tiles(min(64, tile(columns)), 4, stages)
+def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, kind: int) -> Tiles:
+    """Of the sweeps that yield outputs of `columns` columns and contract `contracted`."""
+    if dtype == torch.float32:
+        return Tiles(min(32, tile(columns, dtype)), 4, 1)
+    if dtype == torch.float16:
+        return Tiles(64, 4, 1)
+    if contracted > 128:
+        return Tiles(128, 8, 2) if columns > 64 else Tiles(64, 4, 2)
+    if columns <= 64:
+        return Tiles(64, 4, 3)
+    # 128 rows of transposed outputs and states: two warpgroups share every product evenly. A gate per token takes the
+    # registers for that.
+    return Tiles(64, 4, 2) if kind == TOKEN else Tiles(128, 8, 3)
 
 
-def _scalar_tiles(columns: int, contracted: int, dtype: str) -> Tiles:
-    if dtype != "bf16":
-        return _sweep_tiles(columns, contracted, dtype)
-    return Tiles(min(64, tile(columns)), 4, 3 if contracted <= 64 else 2)
+def _scalar_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
+    """Of the sweeps of dq and dk that yield decay gradients too."""
+    if dtype != torch.bfloat16 or contracted > 128:
+        return _sweep_tiles(columns, contracted, dtype, NONE)
+    return Tiles(64, 4, 3 if contracted <= 64 else 2)
 
 
 @functools.lru_cache(maxsize=256)
-def plan(tokens: int, heads: int, K: int, V: int, dtype: str, per_channel: bool, processors: int) -> Plan:
+def plan(tokens: int, heads: int, K: int, V: int, dtype: torch.dtype, kind: int, processors: int) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
     Args:
-        dtype: "bf16", "fp16" or "fp32", of q, k, v.
-        per_channel: whether the gate is per key channel.
+        dtype: bf16, fp16 or fp32, of q, k, v.
+        kind: of decay, as in `gates`.
         processors: multiprocessors of the device.
     """
-    element_bytes = 4 if dtype == "fp32" else 2
-    exact = dtype == "fp32"
+    exact = dtype == torch.float32
     # Gates per channel are fp32 tiles of K columns: with wide heads only short chunks fit shared memory.
-    chunk = CHUNK_SMALL if exact or (per_channel and max(K, V) > 128) else CHUNK
+    chunk = CHUNK_SMALL if exact or (kind == CHANNEL and max(K, V) > 128) else CHUNK
     chunks = max(1, -(-tokens // chunk))
-    length = segment_chunks(chunks, heads, processors)
+    # Gates leave a program waiting more often: two to a processor.
+    length = segment_chunks(chunks, heads, processors if kind in (NONE, HEAD) else 2 * processors)
     # The copy engine wants rows of a multiple of 16 bytes.
-    aligned = (K * element_bytes) % 16 == 0 and (V * element_bytes) % 16 == 0
+    aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     wide = V > 64 and K <= 128 and not exact
+    narrow = 32 if exact else 64
+    stages = 1 if exact else 2
     return Plan(
         chunk=chunk,
         segment_chunks=length,
         segments=-(-chunks // length),
-        summary=Tiles(128 if wide else 32 if exact else min(64, tile(V)), 4, 3),
-        keys=_sweep_tiles(K, V, dtype),
+        summary=Tiles(128 if wide else min(narrow, tile(V, dtype)), 4, 3),
+        keys=_sweep_tiles(K, V, dtype, kind),
         scalar_keys=_scalar_tiles(K, V, dtype),
-        values=_sweep_tiles(V, K, dtype),
-        channels=Tiles(min(32 if exact else 64, tile(K)), 4, 1 if exact else 2),
-        channel_values=Tiles(min(32 if exact else 64, tile(V)), 4, 1 if exact else 2),
+        values=_sweep_tiles(V, K, dtype, kind),
+        channels=Tiles(min(narrow, tile(K, dtype)), 4, stages),
+        channel_values=Tiles(min(narrow, tile(V, dtype)), 4, stages),
         exact=exact,
-        descriptors=aligned and dtype == "bf16" and tokens > 0,
+        descriptors=aligned and dtype == torch.bfloat16 and tokens > 0,
         precision="ieee" if exact else "tf32",
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from lasp.algebra import Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import launch, use_scratch
 from lasp.kernels.triton.decay import channel_stages as channel
-from lasp.kernels.triton.decay.gates import HEAD, NONE, TOKEN
+from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, plan, tile
@@ -30,7 +30,7 @@ GROUPED_HEADS = True
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 MAX_DIM = 256
 INTERPRETED_PROCESSORS = 4
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _processors: dict[torch.device, int] = {}
 
 
@@ -61,7 +61,7 @@ class QueryGradient(NamedTuple):
 def _kind(g: Tensor | None) -> int:
     if g is None:
         return NONE.value
-    return HEAD.value if g.dim() == 1 else TOKEN.value
+    return (HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL).value
 
 
 def _processors_of(device: torch.device) -> int:
@@ -91,7 +91,7 @@ def _prepare(x: Run) -> tuple[Run, Plan]:
     """
     B, T, H_v, V = x.v.shape
     K = x.q.shape[3]
-    if x.q.dtype not in _DTYPES or K > MAX_DIM or V > MAX_DIM:
+    if x.q.dtype not in DTYPES or K > MAX_DIM or V > MAX_DIM:
         raise ValueError(
             f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {MAX_DIM}, got {x.q.dtype} with K = {K}, "
             f"V = {V}; use backend='torch'"
@@ -100,7 +100,7 @@ def _prepare(x: Run) -> tuple[Run, Plan]:
     use_scratch()
     g = x.g if x.g is None or x.g.is_contiguous() else x.g.contiguous()
     x = Run(x.q.contiguous(), x.k.contiguous(), x.v.contiguous(), g, x.scale)
-    return x, plan(T, B * H_v, K, V, _DTYPES[x.q.dtype], _per_channel(x), processors)
+    return x, plan(T, B * H_v, K, V, x.q.dtype, _kind(x.g), processors)
 
 
 def _per_channel(x: Run) -> bool:
@@ -125,7 +125,7 @@ def _summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Su
         summary_kernel, (-(-V // columns) * H_v * B, p.segments),
         (k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1]),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K), columns, p.chunk, kind, reverse, p.descriptors, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind, reverse, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     launch(
         scan_kernel, (-(-K * V // SCAN_BLOCK), B * H_v), (states, decays, before, total, total_decay),
@@ -158,7 +158,7 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
         (x.q, x.k, x.v, x.q if x.g is None else x.g, totals.gates[0], totals.gates[1], o,
          totals.states, totals.decays, state_in, leaving),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     return o, Saved(totals.states, leaving, totals.gates)
 
@@ -184,7 +184,7 @@ def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any
         query_gradient_kernel, (slices * H_v * B, p.segments),
         (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, saved.gates[0], saved.gates[1], dq, terms, saved.entering),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
         warps, stages,
     )  # fmt: skip
     return QueryGradient(dq, terms)
@@ -213,7 +213,7 @@ def gradients(
         (x.q, x.k, x.v, d_o, g, prefix, suffix, dk, local.terms, dg,
          saved.entering, saved.leaving, d_states, after, d_state_out),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
         warps, stages,
     )  # fmt: skip
 
@@ -223,7 +223,7 @@ def gradients(
         value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
         (x.q, x.k, d_o, g, prefix, suffix, dv, d_states, after, d_state_out),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     d_gate = _gate_gradient(x, dg) if with_decay else None
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate

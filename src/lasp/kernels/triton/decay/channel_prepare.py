@@ -1,0 +1,79 @@
+"""What every sweep of a gate per channel reads, chunk by chunk: scores, and the operands with their decays.
+
+    scores_ij = sum_K q_i k_j 2^between(i, j), j <= i
+
+is no plain product of q and k, and splitting 2^between(i, j) over a common reference would overflow. But two tokens
+always meet at one power of two: there is one `level` such that j is in the early half and i in the late half of a
+block of 2^(level + 1) tokens, and its middle lies between them, so that both decays to the middle are <= 1:
+
+    2^between(i, j) = 2^(from the middle to i) 2^(from j to the middle).
+
+So the scores are log2(C) products, each masked to the pairs that meet there, and the diagonal. Chunks are
+independent: nothing here needs a state or another rank, so it runs while the exchange is under way.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.decay.channel_gates import (
+    load_channel_gates,
+    meeting_decay,
+    meeting_pairs,
+    prefix_sums,
+    suffix_sums,
+)
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v"])
+def channel_prepare_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    g_ptr,  # [B, T, H_v, K]
+    scores_ptr,  # [B, H_v, T, C], written
+    from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
+    to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
+    totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
+    scale,
+    T,
+    H,
+    H_v,
+    K: tl.constexpr,
+    BK: tl.constexpr,  # channels at a time
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,  # log2(C)
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    first = tl.program_id(1) * C
+    head = tl.program_id(0) % H_v
+    batch = tl.program_id(0) // H_v
+    row = tl.cast(batch, tl.int64) * T
+    run = tl.cast(batch, tl.int64) * H_v + head
+    q_view = view(q_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
+    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
+    g_view = view(g_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
+    from_start_view = view(from_start_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
+    to_end_view = view(to_end_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    scores = tl.zeros((C, C), tl.float32)
+    for k_first in range(0, K, BK):
+        q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
+        gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        scores += tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
+        for level in range(LEVELS):
+            decay = meeting_decay(gates, level, dtype, C)
+            met = tl.dot((q * decay).to(dtype), tl.trans((k * decay).to(dtype)), input_precision=PRECISION)
+            scores += tl.where(meeting_pairs(i, j, level), met, 0.0)
+        from_start = (q * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)).to(dtype)
+        store_chunk(from_start_view, from_start, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        to_end = (k * tl.exp2(suffix_sums(gates, dtype, C))).to(dtype)
+        store_chunk(to_end_view, to_end, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        channel = k_first + tl.arange(0, BK)
+        chunk = run * tl.cdiv(T, C) + tl.program_id(1)
+        tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
+    out = view(scores_ptr + run * T * C, T, C, C, C, C, DESCRIPTORS)
+    store_chunk(out, scores.to(dtype), first, 0, T, C, C, C, C, DESCRIPTORS)
