@@ -16,7 +16,7 @@ from lasp.recurrence.contract import Stages
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "fla", "reference", "torch")
+BACKENDS = ("auto", "fla", "reference", "torch", "triton")
 
 
 @cache
