@@ -135,19 +135,19 @@ class Route(NamedTuple):
 
 
 class Fix(NamedTuple):
-    """Tokens whose reads are replaced, and where instead they read `j` tokens back; indices on the tensors' device.
+    """Tokens whose reads are replaced, and where instead they read j = 0 .. w tokens back; on the tensors' device.
 
     Attributes:
         tokens: int64 [A], tokens here.
-        near: for j = 0 .. w, [A]: rows of the extended shard.
-        far: for j = 0 .. w, [A]: rows of the wish, its length for zeros.
-        is_near: for j = 0 .. w, bool [A]: read the former.
+        near: int64 [w + 1, A], rows of the extended shard.
+        far: int64 [w + 1, A], rows of the wish, its length for zeros.
+        is_near: bool [w + 1, A], read the former.
     """
 
     tokens: Tensor
-    near: tuple[Tensor, ...]
-    far: tuple[Tensor, ...]
-    is_near: tuple[Tensor, ...]
+    near: Tensor
+    far: Tensor
+    is_near: Tensor
 
 
 class Plan(NamedTuple):
@@ -213,11 +213,9 @@ def _fix(rows: Rows, device: torch.device) -> Fix | None:
     tokens, documents = rows.exceptions()
     if not len(tokens):
         return None
-    near, far, is_near = [], [], []
-    for back in range(rows.layout.width + 1):
-        wanted = before(rows.layout, tokens - back, documents)
-        inside = (wanted != NONE) & (wanted < rows.total)
-        near.append(torch.where(inside, wanted - rows.start + rows.layout.width, 0).to(device))
-        far.append(torch.where(inside, len(rows.wish.rows), _position(rows, wanted)).to(device))
-        is_near.append(inside.to(device))
-    return Fix((tokens - rows.start).to(device), tuple(near), tuple(far), tuple(is_near))
+    # A row for each token back, from none to w.
+    wanted = before(rows.layout, tokens - torch.arange(rows.layout.width + 1)[:, None], documents)
+    is_near = (wanted != NONE) & (wanted < rows.total)
+    near = torch.where(is_near, wanted - rows.start + rows.layout.width, 0)
+    far = torch.where(is_near, len(rows.wish.rows), _position(rows, wanted))
+    return Fix((tokens - rows.start).to(device), near.to(device), far.to(device), is_near.to(device))
