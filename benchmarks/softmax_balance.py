@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"PyTorch {torch.__version__}, {torch.cuda.get_device_name()}, bf16, forward and backward: {options}")
     print(
-        "ranks | all_gather ms, rank 0 .. last | slowest / mean | MiB | ulysses ms | MiB | slowest / ulysses | spread ms"
+        "ranks | all_gather ms, rank 0 .. last | slowest / mean | MiB | ulysses ms | MiB | slowest / ulysses | spread"
     )
     for size in (1, 2, 4, 8):
         share = options.tokens // size
