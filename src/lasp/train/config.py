@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from lasp.exchange import EXCHANGES
 from lasp.train.errors import ConfigError
 
 C = TypeVar("C")
@@ -20,7 +21,7 @@ class ModelOptions:
     """The model: a named preset."""
 
     family: Literal[
-        "linear-transformer", "transnormer", "retnet", "gla", "deltanet", "gated-deltanet", "kda", "mamba2"
+        "linear-transformer", "transnormer", "retnet", "gla", "deltanet", "gated-deltanet", "kda", "mamba2", "hybrid"
     ] = "transnormer"
     """Kind of model."""
     size: Literal["tiny", "0.4b", "1b", "7b"] = "tiny"
@@ -72,8 +73,8 @@ class ParallelOptions:
     """Processes that share one sequence."""
     dp: int | None = None
     """Groups of them, each with its own sequences; default: as many as the processes allow."""
-    exchange: Literal["auto", "ring", "all_gather"] = "auto"
-    """How states travel between the processes of a sequence."""
+    exchange: str = "auto"
+    """How states travel between the processes of a sequence: see docs/exchange.md."""
     timeout_s: float = 120.0
     """Seconds after which a process that waits for another gives up."""
 
@@ -169,6 +170,8 @@ class TrainConfig:
             raise ConfigError(f"--optimizer.weight-decay must not be negative, got {optimizer.weight_decay}")
         if not self.data.suffixes:
             raise ConfigError("--data.suffixes must name at least one file name ending, such as .txt")
+        if parallel.exchange not in ("auto", *EXCHANGES):
+            raise ConfigError(f"--exchange must be auto or one of {', '.join(EXCHANGES)}, got {parallel.exchange!r}")
         if self.seq_len % parallel.sp:
             raise ConfigError(
                 f"--seq-len must be a multiple of --sp, got {self.seq_len} tokens over {parallel.sp} processes"
