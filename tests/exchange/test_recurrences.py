@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -115,6 +115,35 @@ def test_equals_one_device(name, schedule):
             error = relative_error(whole(parts, key), reference)
             assert error < 1e-12, (size, lengths, key, error)
         assert all(torch.equal(part["final"], parts[0]["final"]) for part in parts), "one final state everywhere"
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+@pytest.mark.parametrize("family", ["linear attention", "delta rule"])
+def test_packed_documents(family, gate):
+    """Documents across ranks, with edges at ranks' edges, empty ones, one of one token: transitions that are zero."""
+    causal = ", causal True" if family == "linear attention" else ""
+    inputs, _ = PROBLEMS[f"{family}, gate {gate}{causal}"]
+    documents = torch.tensor([0, 0, 4, 5, 5, 13, TOKENS])
+
+    def solve(sp):
+        leaves = {
+            key: (tensor if sp is None else sp.shard(tensor)).clone().requires_grad_()
+            for key, tensor in inputs.items()
+            if not key.startswith("d_") and key != "initial_state"
+        }
+        operator = lasp.linear_attention if family == "linear attention" else lasp.delta_rule
+        names = ("q", "k", "v", "g") if family == "linear attention" else ("q", "k", "v", "beta", "g")
+        o, _ = operator(*(leaves.get(key) for key in names), cu_seqlens=documents, sp=sp)
+        o.backward(inputs["d_o"] if sp is None else sp.shard(inputs["d_o"]))
+        return {"o": o.detach(), **{key: leaf.grad for key, leaf in leaves.items()}}
+
+    expected = solve(None)
+    for schedule, exchange in SCHEDULES.items():
+        for lengths in ((4, 1, 8, 6), (0, 3, 0, 12, 4), (3, 2, 2, 3, 2, 3, 2, 2)):
+            work = partial(lambda e, n, comm: solve(sequence_parallel(comm, e, n)), exchange or schedule, lengths)
+            parts = run(len(lengths), work)
+            for key, reference in expected.items():
+                assert relative_error(whole(parts, key), reference) < 1e-12, (schedule, lengths, key)
 
 
 class Wrong:
