@@ -14,6 +14,7 @@ LEVELS = {
     "recurrence": 1,
     "exchange": 1,
     "kernels": 2,
+    "sequence": 2,
     "ops": 3,
     "halo": 3,
     "softmax": 3,

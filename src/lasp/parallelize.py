@@ -17,8 +17,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lasp.distributed import SequenceParallel
 from lasp.distributed.mesh import SP_AXIS
+from lasp.sequence import SequenceParallel
 
 
 @dataclass

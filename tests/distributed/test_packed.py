@@ -186,11 +186,11 @@ def test_thousands_of_tiny_documents():
 @pytest.mark.parametrize(
     ("batch", "bounds", "message"),
     [
-        (2, (0, 8), "B must be 1"),
+        (2, (0, 8), "batch must be 1, got 2"),
         (1, (0, 7), "to the 8 tokens"),
         (1, (1, 8), "rise from 0"),
         (1, (0, 5, 4, 8), "rise from 0"),
-        (1, (), "rise from 0"),
+        (1, (8,), "rise from 0"),
     ],
 )
 def test_messages(batch, bounds, message):

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from world import run
 
 import lasp
-from lasp.distributed.sequence_parallel import balanced_lengths
 from lasp.exchange import EXCHANGES, Carried
+from lasp.sequence.sequence_parallel import balanced_lengths
 
 # Equal shards where None; otherwise a share of the tokens for each rank: empty, single-token, and longer than a chunk.
 SHARES = {

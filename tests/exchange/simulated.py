@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 
 import lasp
-from lasp.distributed import sequence_parallel as module
 from lasp.distributed.comm import Counters
+from lasp.sequence import sequence_parallel as module
 
 
 class DeadlockError(AssertionError):

@@ -188,7 +188,7 @@ def _scale_decays(model: Any, factor: float) -> None:
 
 def _lengths(config: CheckConfig, unevenness: int) -> tuple[int, ...]:
     """Shards that differ by at most a token, or (1) the first of a single token and the last of most."""
-    from lasp.distributed.sequence_parallel import balanced_lengths
+    from lasp.sequence.sequence_parallel import balanced_lengths
 
     if not unevenness or config.sp == 1:
         return balanced_lengths(config.seq_len, config.sp)

@@ -1,6 +1,5 @@
-"""Ranks: communication, shards, meshes."""
+"""Ranks: communication and meshes."""
 
 from lasp.distributed.comm import Comm, Counters, ExchangeError
-from lasp.distributed.sequence_parallel import SequenceParallel
 
-__all__ = ["Comm", "Counters", "ExchangeError", "SequenceParallel"]
+__all__ = ["Comm", "Counters", "ExchangeError"]

@@ -16,7 +16,7 @@ from lasp.generate.sampling import check_sampling, sample
 from lasp.models import Cache, CausalLM
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 # Bounds the activations of a long prompt; large enough that a chunk keeps a GPU busy.
 PREFILL_TOKENS = 16384

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.distributed import SequenceParallel
 from lasp.halo.rows import Plan
+from lasp.sequence import SequenceParallel
 
 
 def extend(x: Tensor, initial: Tensor | None, plan: Plan, sp: SequenceParallel | None) -> tuple[Tensor, Tensor]:

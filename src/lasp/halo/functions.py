@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.distributed import SequenceParallel
-from lasp.distributed.guard import check_shard, refusing
-from lasp.distributed.shards import document_bounds, document_digest, shard_starts
 from lasp.halo.exchange import extend
 from lasp.halo.rows import Fix, Layout, plan
+from lasp.sequence import SequenceParallel
+from lasp.sequence.guard import check_shard, refusing
+from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
 ACTIVATIONS = (None, "silu")
 MAX_WIDTH = 8

@@ -23,7 +23,7 @@ from lasp.ops import linear_attention, normalized_linear_attention
 from lasp.recurrence.decay import state_dtype
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 GATES: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,

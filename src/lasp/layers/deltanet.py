@@ -25,7 +25,7 @@ from lasp.layers.state import RecurrentState
 from lasp.ops import delta_rule
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 DECAYS = ("none", "head", "channel")
 OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}

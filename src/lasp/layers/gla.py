@@ -13,7 +13,7 @@ from lasp.ops import linear_attention
 from lasp.recurrence.decay import state_dtype
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 # The paper's temperature: decays are the 16th root of a sigmoid, so that they start slow.
 GATE_TEMPERATURE = 16.0

@@ -22,7 +22,7 @@ from lasp.layers.state import RecurrentState
 from lasp.ops import linear_attention
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 
 class Mamba2(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lasp.halo import short_convolution
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 
 class ShortConvolution(nn.Module):

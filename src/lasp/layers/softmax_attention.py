@@ -15,7 +15,7 @@ from lasp.layers.positions import Rotary
 from lasp.softmax import softmax_attention
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 
 class SoftmaxAttention(nn.Module):

@@ -21,7 +21,7 @@ from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
 from lasp.models.mixers import mixer
 
 if TYPE_CHECKING:
-    from lasp.distributed import SequenceParallel
+    from lasp.sequence import SequenceParallel
 
 LayerState = Tensor | RecurrentState
 

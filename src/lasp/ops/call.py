@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lasp.distributed import SequenceParallel
 from lasp.ops.checks import check_state
 from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 from lasp.recurrence.documents import Documents, documents_here
+from lasp.sequence import SequenceParallel
+from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Any)
-
-
-@contextmanager
-def refusing(sp: SequenceParallel | None) -> Iterator[None]:
-    """Tell the other ranks of a ValueError raised inside, so that they do not wait for this one."""
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(sp, SequenceParallel):
-            sp.report_error(error)
-        raise
-
-
-def check_shard(sp: SequenceParallel | None, tokens: int) -> None:
-    """This rank holds as many tokens as `sp` says.
-
-    Raises:
-        ValueError: it does not, or `sp` is something else.
-    """
-    if sp is None:
-        return
-    if not isinstance(sp, SequenceParallel):
-        raise ValueError(f"sp must be a SequenceParallel or None, got {type(sp).__name__}")
-    if sp.lengths is not None and tokens != sp.lengths[sp.rank]:
-        raise ValueError(f"rank {sp.rank} must hold lengths[{sp.rank}] = {sp.lengths[sp.rank]} tokens, got {tokens}")
 
 
 def packed(
@@ -54,20 +28,9 @@ def packed(
     """
     if cu_seqlens is None:
         return None
-    bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
     total = tokens if sp is None else sp.total(tokens)
-    if batch != 1:
-        raise ValueError(f"packed documents lie in one sequence: B must be 1 with cu_seqlens, got {batch}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the {total} tokens of the whole sequence"
-            f"{'' if sp is None else ' over all ranks'}, got {_short(bounds)}"
-        )
+    bounds = document_bounds(cu_seqlens, total, batch)
     return documents_here(bounds, 0 if sp is None else sp.offset(tokens), tokens)
-
-
-def _short(values: tuple[int, ...]) -> str:
-    return str(values) if len(values) <= 8 else f"({', '.join(map(str, values[:4]))}, .., {values[-1]})"
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
@@ -111,7 +74,7 @@ def agree(
             "dtype": str(x.q.dtype),
             "gate dims": None if x.g is None else x.g.dim(),
             "scale": x.scale,
-            "documents": None if x.documents is None else (x.documents.count, x.documents.digest),
+            "documents": None if x.documents is None else (x.documents.count, document_digest(x.documents.cu_seqlens)),
             "initial_state": "none" if initial_state is None else f"requires_grad={initial_state.requires_grad}",
             "output_final_state": want_final,
             "gradients": differentiable,

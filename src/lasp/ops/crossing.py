@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed import SequenceParallel
 from lasp.recurrence.documents import Documents
+from lasp.sequence import SequenceParallel
 
 
 def _border(parts: Summary, own: Tensor, enters: bool, leaves: bool, first: bool) -> Summary:

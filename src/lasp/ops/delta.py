@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lasp.distributed import SequenceParallel
 from lasp.kernels.select import select
-from lasp.ops.call import agree, check_shard, initial_of, packed, refusing, scale_of, ungrouped
+from lasp.ops.call import agree, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_beta, check_gate, check_inputs
 from lasp.ops.scan import Plan, scan
 from lasp.recurrence.decay import state_dtype
 from lasp.recurrence.delta import DeltaRun
+from lasp.sequence import SequenceParallel
+from lasp.sequence.guard import check_shard, refusing
 
 # Added to the squared length of queries and keys, so that a zero vector stays zero.
 NORM_EPS = 1e-6

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lasp.distributed import SequenceParallel
 from lasp.exchange.local import Local
 from lasp.ops.crossing import Packed
 from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.documents import Documents
+from lasp.sequence import SequenceParallel
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -23,7 +22,7 @@ class Documents:
         to_after: the last has tokens on later ranks.
         count: number of documents of the whole sequence.
         empty: indices of the documents without tokens anywhere.
-        digest: of all documents' bounds, the same on every rank of the sequence.
+        cu_seqlens: of all documents, the same on every rank of the sequence.
     """
 
     bounds: tuple[int, ...]
@@ -32,7 +31,7 @@ class Documents:
     to_after: bool
     count: int
     empty: tuple[int, ...]
-    digest: str
+    cu_seqlens: tuple[int, ...]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -80,5 +79,4 @@ def documents_here(cu_seqlens: tuple[int, ...], offset: int, tokens: int) -> Doc
             to_after |= end > offset + tokens
             ids.append(index)
             bounds.append(bounds[-1] + here)
-    digest = hashlib.sha256(repr(cu_seqlens).encode()).hexdigest()[:16]
-    return Documents(tuple(bounds), tuple(ids), from_before, to_after, len(cu_seqlens) - 1, tuple(empty), digest)
+    return Documents(tuple(bounds), tuple(ids), from_before, to_after, len(cu_seqlens) - 1, tuple(empty), cu_seqlens)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.distributed import SequenceParallel
 from lasp.distributed.comm import Comm
+from lasp.sequence import SequenceParallel
 
 Shape = tuple[int, ...]
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.distributed import SequenceParallel
-from lasp.distributed.guard import check_shard, refusing
-from lasp.distributed.shards import document_bounds, document_digest, shard_starts
+from lasp.sequence import SequenceParallel
+from lasp.sequence.guard import check_shard, refusing
+from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 from lasp.softmax.blocks import blocks_of
 from lasp.softmax.exchange import gather, heads_of, replicated, to_heads, to_tokens
 from lasp.softmax.local import attend

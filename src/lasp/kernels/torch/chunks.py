@@ -25,7 +25,8 @@ class Chunking:
         # Chunks of each document: [first, end).
         self._spans: list[tuple[int, int]] = []
         # For each slot of the chunks the token it holds (`tokens` for padding), and for each token its slot.
-        self._token_of_slot = self._slot_of_token = None
+        self._token_of_slot: Tensor | None = None
+        self._slot_of_token: Tensor | None = None
         if documents is not None:
             self._lay_out(documents)
 
@@ -84,9 +85,10 @@ class Chunking:
             slots.append(first * size + torch.arange(end - start))
             self._spans.append((first, first + count))
             first += count
-        self._slot_of_token = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64)
-        self._token_of_slot = torch.full((first * size,), self._tokens)
-        self._token_of_slot[self._slot_of_token] = torch.arange(self._tokens)
+        slot_of_token = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64)
+        token_of_slot = torch.full((first * size,), self._tokens)
+        token_of_slot[slot_of_token] = torch.arange(self._tokens)
+        self._slot_of_token, self._token_of_slot = slot_of_token, token_of_slot
 
 
 def chunk_size(limit: int, tokens: int, documents: Documents | None) -> int:

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-from lasp.distributed.sequence_parallel import SequenceParallel
+from lasp.sequence.sequence_parallel import SequenceParallel
 
 
 def shard_starts(sp: SequenceParallel | None, tokens: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lasp.distributed.sequence_parallel import SequenceParallel
+from lasp.sequence.sequence_parallel import SequenceParallel
 
 
 @contextmanager

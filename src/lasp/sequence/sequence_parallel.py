@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lasp.distributed.comm import Comm, Counters, ExchangeError
-
-if TYPE_CHECKING:
-    from lasp.exchange import Exchange
+from lasp.distributed.comm import Comm, Counters
+from lasp.exchange import Exchange, resolve
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
+_MAX_AGREED = 1024
 
 
 class SequenceParallel:
@@ -44,8 +42,6 @@ class SequenceParallel:
         exchange: str | Exchange = "auto",
         timeout_s: float = 300.0,
     ) -> None:
-        from lasp.exchange import resolve
-
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
         self.exchange = resolve(exchange, comm.size, comm.backend)
@@ -110,6 +106,9 @@ class SequenceParallel:
         key = repr(description)
         if key not in self._agreed:
             self.comm.agree({**description, "exchange": self.exchange.name, "lengths": self.lengths})
+            # Bounded: documents change every step. All ranks describe the same, so all forget at the same call.
+            if len(self._agreed) >= _MAX_AGREED:
+                self._agreed.clear()
             self._agreed.add(key)
 
     def report_error(self, error: Exception) -> None:
@@ -152,6 +151,3 @@ def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
             f"{type(group).__name__}; this process may not be a member of the group that was made"
         )
     return group
-
-
-__all__ = ["ExchangeError", "SequenceParallel", "balanced_lengths"]
