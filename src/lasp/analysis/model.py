@@ -90,15 +90,15 @@ def _norm(config: ModelConfig) -> int:
 
 
 def _of(config: ModelConfig, matrices: int, other: int, inputs: int, **rest: int | None) -> Layer:
-    values: dict[str, int | None] = dict(
-        keys=config.key_dim,
-        values=config.value_dim,
-        heads=config.num_heads,
-        key_heads=config.num_heads,
-        transition=0,
-        convolved=0,
-        gates=0,
-    )
+    values: dict[str, int | None] = {
+        "keys": config.key_dim,
+        "values": config.value_dim,
+        "heads": config.num_heads,
+        "key_heads": config.num_heads,
+        "transition": 0,
+        "convolved": 0,
+        "gates": 0,
+    }
     return Layer(matrices, 0, other, inputs, 0, **{**values, **rest})  # type: ignore[arg-type]
 
 

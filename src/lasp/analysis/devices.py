@@ -1,0 +1,180 @@
+"""Kinds of devices and their figures; every figure says where it comes from.
+
+Bandwidths are bytes/s in one direction. "datasheet" is NVIDIA's for the named part, dense matrix products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from lasp.exchange.cost import GLOO, NCCL, Constants, Link
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One kind.
+
+    Attributes:
+        memory_bytes: of one device, and the share of it that a run can use.
+        peak_flops: of matrix products in `precision`, and the share of it that large ones reach.
+        peak_bytes_per_s: of its memory, and the share of it that kernels reach.
+        softmax_share: of peak_flops that softmax attention reaches.
+        precision: of training, "bf16" or "fp32".
+        processors: streaming multiprocessors; None for a CPU.
+        per_node: devices of one host.
+        inside, across: bandwidth of collectives of large tensors for one rank, in a host and between hosts.
+        constants: of small messages, for exchanges.
+        host_s_per_layer: time in which the host can start one layer's kernels, forward and backward; a step is never
+            faster.
+        sources: for every figure, what it rests on.
+    """
+
+    name: str
+    memory_bytes: float
+    memory_share: float
+    peak_flops: float
+    flops_share: float
+    peak_bytes_per_s: float
+    bytes_share: float
+    softmax_share: float
+    precision: str
+    processors: int | None
+    per_node: int
+    inside: Link
+    across: Link
+    constants: Constants
+    host_s_per_layer: float
+    sources: dict[str, str] = field(hash=False)
+
+    @property
+    def flops(self) -> float:
+        return self.peak_flops * self.flops_share
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.peak_bytes_per_s * self.bytes_share
+
+
+def _network(inside: float, across: float) -> tuple[Link, Link, Constants]:
+    """NCCL's default latencies with the bandwidths of a kind of node."""
+    constants = replace(
+        NCCL,
+        message=Link(NCCL.message.latency_s, inside),
+        shift=Link(NCCL.shift.latency_s, inside),
+        gather=NCCL.gather._replace(bytes_per_s=inside),
+        swap=NCCL.swap._replace(bytes_per_s=inside),
+        broadcast=NCCL.broadcast._replace(bytes_per_s=inside),
+        across=Link(NCCL.across.latency_s, across),
+        source=f"NCCL's default latencies; {inside / 1e9:.0f} GB/s in a host, {across / 1e9:.0f} GB/s between hosts",
+    )
+    return Link(30e-6, inside), Link(60e-6, across), constants
+
+
+# Shares that large kernels reach of the datasheet's peaks, from one H100: bf16 products 694-738 of 989 TFLOP/s, copies
+# 3.00 of 3.35 TB/s, cuDNN causal softmax attention forward and backward of 65,536 tokens, 16 heads of 128 in 115 ms.
+_MATMUL, _COPY = 0.72, 0.9
+_SOFTMAX = 3.5 * 2 * 65536**2 * 16 * 128 / 0.115 / 989e12
+_NETWORK = "assumed: 80 % of the datasheet's bandwidth; latencies are NCCL's defaults of lasp.exchange.cost"
+_H100_SOURCES = {
+    "memory": "datasheet; 92 % usable assumed (context, NCCL buffers, fragments)",
+    "flops": "datasheet peak; share measured on an H100",
+    "bandwidth": "datasheet peak; share measured on an H100",
+    "softmax": "share measured on an H100",
+    "network": f"{_NETWORK}; NVLink 4 450 GB/s, 400 Gbit/s adapter a GPU",
+    "host": "assumed 1.5 ms a layer, forward and backward: about 200 kernel starts",
+}
+
+_A100_NETWORK = _network(0.8 * 300e9, 0.8 * 25e9)
+_H100_NETWORK = _network(0.8 * 450e9, 0.8 * 50e9)
+
+A100 = Device(
+    name="A100-80G",
+    memory_bytes=80 * GIB,
+    memory_share=0.92,
+    peak_flops=312e12,
+    flops_share=_MATMUL,
+    peak_bytes_per_s=2.039e12,
+    bytes_share=_COPY,
+    softmax_share=_SOFTMAX,
+    precision="bf16",
+    processors=108,
+    per_node=8,
+    inside=_A100_NETWORK[0],
+    across=_A100_NETWORK[1],
+    constants=_A100_NETWORK[2],
+    host_s_per_layer=1.5e-3,
+    sources=_H100_SOURCES
+    | {
+        "flops": "datasheet peak; share assumed as measured on an H100",
+        "bandwidth": "datasheet peak (SXM); share assumed as measured on an H100",
+        "softmax": "share assumed as measured on an H100",
+        "network": f"{_NETWORK}; NVLink 3 300 GB/s, 200 Gbit/s adapter a GPU (DGX A100)",
+    },
+)
+H100 = Device(
+    name="H100",
+    memory_bytes=80 * GIB,
+    memory_share=0.92,
+    peak_flops=989e12,
+    flops_share=_MATMUL,
+    peak_bytes_per_s=3.35e12,
+    bytes_share=_COPY,
+    softmax_share=_SOFTMAX,
+    precision="bf16",
+    processors=132,
+    per_node=8,
+    inside=_H100_NETWORK[0],
+    across=_H100_NETWORK[1],
+    constants=_H100_NETWORK[2],
+    host_s_per_layer=1.5e-3,
+    sources=_H100_SOURCES,
+)
+H200 = replace(
+    H100,
+    name="H200",
+    memory_bytes=139 * GIB,
+    flops_share=790 / 989,
+    peak_bytes_per_s=4.8e12,
+    sources=_H100_SOURCES | {"flops": "datasheet peak; 790 TFLOP/s of bf16 products measured on an H200"},
+)
+# One process of one thread: `benchmarks/simulator.py --calibrate` measures these on a machine.
+CPU = Device(
+    name="cpu",
+    memory_bytes=8 * GIB,
+    memory_share=0.9,
+    peak_flops=60e9,
+    flops_share=0.6,
+    peak_bytes_per_s=10e9,
+    bytes_share=0.6,
+    softmax_share=0.3,
+    precision="fp32",
+    processors=None,
+    per_node=1 << 20,
+    inside=Link(300e-6, 0.8e9),
+    across=Link(300e-6, 0.8e9),
+    constants=GLOO,
+    host_s_per_layer=0.0,
+    sources={
+        "memory": "assumed 8 GiB a process",
+        "flops": "measured: fp32 products of one thread of a two-core Xeon, whole training steps",
+        "bandwidth": "assumed 6 GB/s a thread",
+        "softmax": "assumed",
+        "network": "measured: lasp.exchange.cost.GLOO, between processes on a two-core machine",
+        "host": "none: part of the measured share",
+    },
+)
+DEVICES = {device.name.lower(): device for device in (A100, H100, H200, CPU)}
+
+
+def device(name: str) -> Device:
+    """A kind by name, in any case.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    found = DEVICES.get(name.lower())
+    if found is None:
+        raise ValueError(f"unknown device {name!r}; known: {', '.join(each.name for each in DEVICES.values())}")
+    return found

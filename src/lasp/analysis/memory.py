@@ -1,0 +1,199 @@
+"""Memory of one rank in training, in bytes: parameters, gradients, optimizer, activations, states, buffers.
+
+Activations are the tensors that autograd keeps between forward and backward, listed layer by layer from the code of
+lasp.layers; tests/analysis compares the lists with what PyTorch saves. Two widths occur: under autocast ("bf16")
+matrix products and the recurrence keep 2 bytes a number, norms, decays and the residual stream 4; in fp32 all keep 4.
+D width, H heads, G key heads, K and V channels of a head, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lasp.analysis.model import GLA_GATE_RANK, embedding_parameters, layer, layers, num_parameters
+from lasp.models.config import ModelConfig
+
+PRECISIONS = ("fp32", "bf16")
+RECOMPUTATIONS = ("none", "ffn", "block")
+SHARDINGS = ("ddp", "zero1", "zero2", "fsdp")
+# lasp.models.loss holds the logits of a chunk of tokens, 2^24 numbers in fp32, and as much for their gradient.
+LOSS_BUFFER = 2 * 4 * (1 << 24)
+# Tokens between two states that the backward pass keeps, of the PyTorch kernels; per channel: shorter chunks.
+CHUNK, CHUNK_PER_CHANNEL = 64, 16
+
+
+class Saved(NamedTuple):
+    """What autograd keeps of a layer's part, for one token.
+
+    Attributes:
+        narrow: numbers in the dtype of matrix products.
+        wide: numbers in fp32.
+        inputs: projections that read one tensor of width D. In fp32 they keep it once, under autocast a 16-bit copy
+            each.
+    """
+
+    narrow: float
+    wide: float
+    inputs: int
+
+    def nbytes(self, width: int, precision: str) -> float:
+        if precision == "fp32":
+            return 4 * (self.narrow + self.wide + width * (self.inputs > 0))
+        return 2 * (self.narrow + width * self.inputs) + 4 * self.wide
+
+
+def saved_by_mixer(config: ModelConfig, index: int) -> Saved:
+    """Of the mixer of layer `index` (from 0) and the norm before it, without states.
+
+    The short shards of gates and norm statistics count too; rows of padding do not.
+    """
+    each = layer(config, index)
+    heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
+    norm = _norm_wide(config)
+    if config.is_softmax(index):
+        pairs = each.key_heads * (config.key_dim + config.value_dim)
+        rotation = config.key_dim if config.softmax_rotary else 0
+        return Saved(keys + pairs + 2 * values, norm + rotation + heads, each.inputs)
+    if config.mixer == "linear-attention":
+        return _linear(config, index, norm, each.inputs)
+    if config.mixer == "gla":
+        return Saved(2 * keys + 5 * values + GLA_GATE_RANK, norm + 3 * keys + 2 * values + heads, each.inputs)
+    if config.mixer == "mamba2":
+        queries = 2 * heads * config.key_dim  # spread over the heads of their groups
+        projected = values + each.convolved + heads
+        narrow = 3 * each.convolved + queries + values + projected + 4 * values
+        return Saved(narrow, norm + 3 * heads + values + each.key_heads, each.inputs)
+    # Delta rules: normalised queries and keys in fp32.
+    qk = 2 * each.key_heads * config.key_dim
+    narrow, wide = 3 * each.convolved + heads + values, norm + qk + 2 * each.key_heads + heads + 2 * values + heads
+    if config.mixer == "gated-deltanet":
+        narrow, wide = narrow + 3 * values, wide + 3 * heads
+    elif config.mixer == "kda":
+        narrow, wide = narrow + 2 * config.value_dim + 2 * values, wide + 3 * keys
+    return Saved(narrow, wide, each.inputs)
+
+
+def _linear(config: ModelConfig, index: int, norm: float, inputs: int) -> Saved:
+    heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
+    positions = config.layer_positions(index)
+    mapped = {"identity": 2, "relu": 2, "silu": 4, "elu+1": 4, "hedgehog": 6}[config.feature_map]
+    narrow, wide = float(mapped * keys + values), norm
+    if positions == "lrpe":
+        narrow += 4 * keys
+    elif positions == "rotary":
+        wide += config.key_dim
+    if config.normalization == "denominator":
+        return Saved(narrow + heads + 2 * values + heads, wide + heads, inputs)
+    wide += values + (heads if config.normalization == "head" else 1)
+    gate = {"none": 1, "linear": 3}.get(config.gate, 4)
+    return Saved(narrow + gate * values, wide, inputs)
+
+
+def _norm_wide(config: ModelConfig) -> float:
+    """The residual stream that a norm reads, its statistics, and where it has a gain the normalised stream."""
+    return {"simple_rmsnorm": config.d_model + 1, "rmsnorm": 2 * config.d_model + 1, "layernorm": config.d_model + 2}[
+        config.norm
+    ]
+
+
+def saved_by_ffn(config: ModelConfig) -> Saved:
+    """Of the feed-forward layer and the norm before it."""
+    kept = {"sglu": (3, 2), "swiglu": (4, 2), "gelu": (2, 1), "relu": (1, 1), "none": (0, 0)}[config.ffn]
+    return Saved(kept[0] * config.ffn_dim, _norm_wide(config) if kept[1] else 0.0, kept[1])
+
+
+def state_cache_bytes(config: ModelConfig, index: int, batch: int, tokens: int, processors: int | None) -> float:
+    """fp32 states that the backward pass of layer `index` keeps (LASP's state cache, prefix of other ranks applied).
+
+    PyTorch kernels keep one for every chunk. The GPU's (decays per head or channel) keep one for every segment, of
+    which there are as many as fill `processors` about four times; `processors` None is a CPU.
+    """
+    each = layer(config, index)
+    if each.transition is None:
+        return 0.0
+    per_channel = each.transition == each.keys and config.mixer == "gla"
+    chunks = -(-tokens // (CHUNK_PER_CHANNEL if per_channel else CHUNK)) * batch * each.heads
+    count = chunks
+    if processors is not None and each.transition <= each.keys:
+        count = min(chunks, max(batch * each.heads, 4 * processors))
+    return 4.0 * count * each.keys * each.values
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank, by what takes them."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    states: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def training_memory(
+    config: ModelConfig,
+    *,
+    batch: int,
+    tokens: int,
+    precision: str,
+    recomputation: str,
+    sharding: str,
+    ranks: int,
+    processors: int | None,
+    extra_per_token: float = 0.0,
+    weight_share: float = 1.0,
+    buffers: float = 0.0,
+) -> Memory:
+    """Memory at the peak of a step, on one rank.
+
+    Weights, gradients and AdamW's two moments are fp32, as `lasp train` holds them.
+
+    Args:
+        batch, tokens: sequences here, and tokens of each here.
+        recomputation: "none"; "ffn": feed-forward layers run again in the backward pass; "block": whole blocks do,
+            their exchange too, and of each only its input is kept.
+        sharding: of weights and optimizer over all `ranks`: "ddp" nothing, "zero1" the optimizer, "zero2" gradients
+            too, "fsdp" all, gathered two layers at a time.
+        processors: of the GPU; None for a CPU.
+        extra_per_token: bytes that a method keeps beside (per token and layer).
+        weight_share: of a layer's weights, where tensor parallelism divides them.
+        buffers: bytes that a method needs at once beside.
+    """
+    count, each = num_parameters(config), layers(config)
+    inside = sum(one.parameters for one in each)
+    count = count - inside + inside * weight_share
+    whole = {"ddp": (1, 1, 1), "zero1": (1, 1, 0), "zero2": (1, 0, 0), "fsdp": (0, 0, 0)}[sharding]
+    held = [4 * count * (1.0 if one else 1 / ranks) for one in whole]
+
+    positions, d = batch * tokens, config.d_model
+    ffn = saved_by_ffn(config).nbytes(d, precision)
+    activations = states = largest = 0.0
+    for index in range(config.num_layers):
+        mixer = saved_by_mixer(config, index).nbytes(d, precision) + extra_per_token
+        cache = state_cache_bytes(config, index, batch, tokens, processors)
+        largest = max(largest, positions * (mixer + ffn) + cache)
+        if recomputation == "block":
+            activations += positions * 4 * d
+            continue
+        states += cache
+        activations += positions * (mixer + (4 * d if recomputation == "ffn" and config.ffn != "none" else ffn))
+    # Final norm and the input of the loss; token ids and labels.
+    activations += positions * (_norm_wide(config) * 4 + d * (4 if precision == "fp32" else 2) + 16)
+    # While one layer's gradients are taken, those of its largest part are there, beside what was recomputed.
+    if recomputation == "block":
+        buffers += largest
+    elif recomputation == "ffn":
+        buffers += positions * ffn
+    narrow = 4 if precision == "fp32" else 2
+    buffers += positions * narrow * max(2 * config.ffn_dim, 4 * d) + LOSS_BUFFER
+    if precision == "bf16":
+        matrices = sum(one.mixer_matrices + one.ffn_matrices for one in each) * weight_share
+        # Autocast's 16-bit copies live as long as the layer's activations.
+        buffers += 2 * matrices / (1 if recomputation != "block" else config.num_layers)
+    if sharding == "fsdp":
+        buffers += 2 * 4 * max(embedding_parameters(config), max(one.parameters for one in each))
+    return Memory(held[0], held[1], 2 * held[2], activations, states, buffers)

@@ -1,0 +1,138 @@
+"""Time of a training step on one rank, by roofline: a kernel takes the longer of its FLOP and its bytes.
+
+Matrix products: 2 FLOP a number and token forward, twice that backward; weights are read once.
+Linear attention, chunks of C tokens (docs of the kernels): forward 2 C (K + V) + 4 K V FLOP a token and head, backward
+2.5 times that; bytes as in the stages: k, v | q, k, v -> o, then q, do | k, v, do, q -> dq | q, k, v, do -> dk, dv.
+Softmax attention, causal, T tokens: 2 T (K + V) / 2 FLOP a token and head forward, 2.5 times that backward.
+Everything else (norms, maps, gates, residuals) moves bytes: what it saves is written and read forward, and read, with
+gradients as large written and read, backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lasp.analysis.devices import Device
+from lasp.analysis.memory import saved_by_ffn, saved_by_mixer
+from lasp.analysis.model import layers
+from lasp.models.config import ModelConfig
+
+CHUNK = 64
+# Time of other recurrences' kernels relative to scalar decay's, forward and backward: flash-linear-attention 0.6.0 on
+# one H100, B=1 T=65536 H=16 K=V=128, ms.
+_KERNEL_MS = {
+    "linear-attention": 4.63,
+    "mamba2": 5.69,
+    "gla": 14.3,
+    "deltanet": 8.51,
+    "gated-deltanet": 10.3,
+    "kda": 23.7,
+}
+
+
+class Compute(NamedTuple):
+    """Seconds of one rank's own work in a step.
+
+    Attributes:
+        forward, backward: with nothing but this rank's work.
+        attention: of these, attention kernels.
+        hidden_backward: work of one layer's backward pass that needs no other rank's state.
+        optimizer: AdamW.
+        flops: of all matrix products and attention, for utilisation.
+    """
+
+    forward: float
+    backward: float
+    attention: float
+    hidden_backward: float
+    optimizer: float
+    flops: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.optimizer
+
+
+def kernel(device: Device, flops: float, nbytes: float) -> float:
+    """Roofline: seconds."""
+    return max(flops / device.flops, nbytes / device.bytes_per_s)
+
+
+def compute(
+    config: ModelConfig,
+    device: Device,
+    *,
+    batch: int,
+    tokens: int,
+    context: int,
+    recomputation: str,
+    optimizer_parameters: float,
+    softmax_everywhere: bool = False,
+    share: float = 1.0,
+) -> Compute:
+    """One rank's work.
+
+    Args:
+        batch, tokens: sequences here, tokens of each here.
+        context: tokens of the whole sequence, for softmax attention.
+        optimizer_parameters: numbers that this rank updates.
+        softmax_everywhere: every mixer's recurrence replaced by softmax attention of the same heads.
+        share: of a layer's matrices and heads on this rank, where tensor parallelism divides them; `tokens` are then
+            those inside the blocks.
+    """
+    narrow = 2 if device.precision == "bf16" else 4
+    positions = batch * tokens
+    forward = backward = attention = flops = hidden = again = 0.0
+    for index, each in enumerate(layers(config)):
+        for part, saved in (
+            (each.mixer_matrices, saved_by_mixer(config, index)),
+            (each.ffn_matrices, saved_by_ffn(config)),
+        ):
+            product = 2.0 * part * positions * share
+            moved = saved.nbytes(config.d_model, device.precision) * positions * share
+            once = kernel(device, product, narrow * part * share) + 2 * moved / device.bytes_per_s
+            forward += once
+            backward += kernel(device, 2 * product, 3 * narrow * part * share) + 3 * moved / device.bytes_per_s
+            flops += 3 * product
+            if recomputation == "block" or (recomputation == "ffn" and part is each.ffn_matrices):
+                again += once
+        rows = positions * each.heads * share
+        if each.transition is None or softmax_everywhere:
+            work = rows * context * (config.key_dim + config.value_dim)
+            speed = device.peak_flops * device.softmax_share
+            there, back = work / speed, 2.5 * work / speed
+        else:
+            k, v = each.keys, each.values
+            work = rows * (2 * CHUNK * (k + v) + 4 * k * v)
+            slower = _KERNEL_MS[config.mixer] / _KERNEL_MS["linear-attention"]
+            there = slower * kernel(device, work, rows * narrow * (3 * k + 3 * v))
+            sweep = slower * kernel(device, work, rows * narrow * (3 * k + 2 * v))
+            rest = slower * kernel(device, 1.5 * work, rows * narrow * (4 * k + 4 * v))
+            back = sweep + rest
+            hidden = sweep
+        forward, backward, attention, flops = (
+            forward + there,
+            backward + back,
+            attention + there + back,
+            flops + 3.5 * work,
+        )
+        again += there * (recomputation == "block")
+    head = 2.0 * positions * config.vocab_size * config.d_model
+    # The loss computes its logits again in the backward pass, and moves them in fp32 about six times.
+    logits = 4.0 * positions * config.vocab_size
+    forward += kernel(device, head, 0) + 3 * logits / device.bytes_per_s
+    backward += kernel(device, 3 * head, 0) + 6 * logits / device.bytes_per_s
+    flops += 3 * head
+    # AdamW reads weight, gradient and two moments and writes three of them, fp32.
+    optimizer = 28.0 * optimizer_parameters / device.bytes_per_s
+    launch = device.host_s_per_layer * config.num_layers * (1 + (recomputation == "block") / 3)
+    slack = max(0.0, launch - forward - backward - again)
+    return Compute(forward, backward + again + slack, attention, hidden, optimizer, flops)
+
+
+def collective(device: Device, nbytes: float, ranks: int) -> float:
+    """Seconds of a collective in which a rank receives `nbytes`, over consecutive ranks; hosts set the pace."""
+    if ranks == 1 or nbytes == 0:
+        return 0.0
+    link = device.inside if ranks <= device.per_node else device.across
+    return link.seconds(nbytes)
