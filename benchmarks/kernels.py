@@ -150,7 +150,7 @@ def errors(kind: str, call: Callable[[dict[str, Tensor]], Tensor], tokens: int =
     reference_o = lasp.linear_attention(exact["q"], exact["k"], exact["v"], exact["g"], backend="torch")[0]
     references = (reference_o, *torch.autograd.grad(reference_o, wanted_gradients(exact), exact["d_o"]))
     return {
-        name: float((value.double() - reference).norm() / reference.norm())
+        name: ((value.detach().double() - reference.detach()).norm() / reference.detach().norm()).item()
         for name, value, reference in zip(names, values, references, strict=True)
     }
 
@@ -205,10 +205,10 @@ def measure(implementation: str, shape: tuple[int, int, int, int], kind: str) ->
         with torch.no_grad():
             return call(x)
 
-    forward_ms = milliseconds(forward)
-    return {
-        "forward": forward_ms,
-        "both": milliseconds(lambda: step(call, x)),
+    row: dict[str, Any] = {"forward": milliseconds(forward), "both": milliseconds(lambda: step(call, x))}
+    if implementation == "lasp":
+        row["graph"] = {"forward": graph_milliseconds(forward), "both": graph_milliseconds(lambda: step(call, x))}
+    return row | {
         "peak_gib": peak_bytes(lambda: step(call, x)) / 2**30,
     }
 
@@ -256,7 +256,8 @@ def main() -> None:
                     continue
                 print(
                     f"{shape!s:26}{kind:10}{implementation:6}{row['forward']['median']:9.3f}{row['floor']['forward']:8.3f}"
-                    f"{row['both']['median']:9.3f}{row['floor']['both']:8.3f}{row['peak_gib']:10.2f}",
+                    f"{row['both']['median']:9.3f}{row['floor']['both']:8.3f}{row['peak_gib']:10.2f}"
+                    + "".join(f"  graph {part} {ms['median']:.3f}" for part, ms in row.get("graph", {}).items()),
                     flush=True,
                 )
     if not options.only_speed:

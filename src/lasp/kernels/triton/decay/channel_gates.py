@@ -50,6 +50,17 @@ def suffix_sums(gates, dtype: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: each token's term and those of all later tokens of the chunk."""
+    if dtype == tl.bfloat16:
+        i = tl.arange(0, C)
+        return sum_over(i[:, None] <= i[None, :], terms, dtype)
+    else:
+        # Terms, unlike gates, may exceed fp16.
+        return tl.cumsum(terms, 0, reverse=True)
+
+
+@triton.jit
 def meeting_decay(gates, level, dtype: tl.constexpr, C: tl.constexpr):
     """[C, BK]: each token's decay to or from the middle of its block of 2^(level + 1) tokens; see channel_prepare."""
     i = tl.arange(0, C)[:, None]

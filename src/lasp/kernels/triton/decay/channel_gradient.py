@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import load_channel_gates, prefix_sums, suffix_sums
+from lasp.kernels.triton.decay.channel_gates import load_channel_gates, prefix_sums, suffix_sums, sums_to_end
 from lasp.kernels.triton.decay.sweep import place
 
 
@@ -74,12 +74,12 @@ def _sweep(
         if REVERSE:
             out *= tl.exp2(suffix_sums(gates, dtype, C))
             own = x * out
-            dg += carry[None, :] - tl.cumsum(own, 0, reverse=True)
+            dg += carry[None, :] - sums_to_end(own, dtype, C)
             carry += tl.load(sums, mask=channel < K, other=0.0) - tl.sum(own, 0)
         else:
             out *= tl.exp2(prefix_sums(gates, dtype, C)) * scale
             own = x * out
-            dg += tl.cumsum(own, 0, reverse=True)
+            dg += sums_to_end(own, dtype, C)
             tl.store(sums, tl.sum(own, 0), mask=channel < K)
         out += within.to(tl.float32)
         store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, T, out_row, K, C, BK, DESCRIPTORS)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import load_channel_gates, meeting_decay, meeting_pairs
+from lasp.kernels.triton.decay.channel_gates import load_channel_gates, meeting_decay, meeting_pairs, sums_to_end
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v"])
@@ -65,7 +65,7 @@ def channel_scores_gradient_kernel(
         dq += decay * tl.dot(met, (k * decay).to(dtype), input_precision=PRECISION)
         dk += decay * tl.dot(met_t, (q * decay).to(dtype), input_precision=PRECISION)
     # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
-    dg = tl.cumsum(q * dq - k * dk, 0, reverse=True)
+    dg = sums_to_end(q * dq - k * dk, dtype, C)
     dq += diagonal * k
     dk += diagonal * q
     out = token_head * K

@@ -19,6 +19,8 @@ from lasp.kernels.triton.decay.scan import scan_kernel
 from lasp.recurrence.contract import Run
 
 SCAN_BLOCK, SCAN_WARPS = 256, 2
+# A program of one chunk would spend longer on making descriptors than on its chunk.
+SINGLE_CHUNK_DESCRIPTORS = False
 
 
 class Segments(NamedTuple):
@@ -88,7 +90,7 @@ def local_outputs(x: Run, p: Plan) -> Prepared:
     launch(
         channel_prepare_kernel, (H_v * B, chunks), (x.q, x.k, x.g, scores, from_start, to_end, totals),
         (x.scale, T, H, H_v),
-        (K, columns, p.chunk, p.chunk.bit_length() - 1, p.descriptors, p.precision), warps, stages,
+        (K, columns, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision), warps, stages,
     )  # fmt: skip
     return Prepared(scores, from_start, to_end, totals)
 
@@ -120,7 +122,7 @@ def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor, dtype: torch.dty
     launch(
         channel_scores_gradient_kernel, (slices * H_v * B, chunks), (x.q, x.k, x.v, d_o, x.g, dq, dk, dg),
         (x.scale, T, H, H_v),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.chunk.bit_length() - 1, p.descriptors, p.precision),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
         warps, stages,
     )  # fmt: skip
     launch(

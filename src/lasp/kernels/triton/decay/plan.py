@@ -12,6 +12,8 @@ from lasp.kernels.triton.decay import gates
 NONE, HEAD, TOKEN, CHANNEL = (kind.value for kind in (gates.NONE, gates.HEAD, gates.TOKEN, gates.CHANNEL))
 CHUNK = 64
 CHUNK_SMALL = 32
+# A program makes its tensor descriptors in microseconds: fewer chunks than this do not pay for them.
+DESCRIPTOR_CHUNKS = 8
 # Costs in units of one chunk of one sweep: what a program spends before its first chunk, and what one segment's
 # state (written, scanned and read back) adds to the whole device's traffic.
 START_COST = 1.5
@@ -126,7 +128,7 @@ def plan(tokens: int, heads: int, K: int, V: int, dtype: torch.dtype, kind: int,
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     wide = V > 64 and K <= 128 and not exact
     narrow = 32 if exact else 64
-    stages = 1 if exact else 2
+    stages = 1 if exact else 3
     return Plan(
         chunk=chunk,
         segment_chunks=length,
@@ -138,6 +140,6 @@ def plan(tokens: int, heads: int, K: int, V: int, dtype: torch.dtype, kind: int,
         channels=Tiles(min(narrow, tile(K, dtype)), 4, stages),
         channel_values=Tiles(min(narrow, tile(V, dtype)), 4, stages),
         exact=exact,
-        descriptors=aligned and dtype == torch.bfloat16 and tokens > 0,
+        descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS,
         precision="ieee" if exact else "tf32",
     )

@@ -1,0 +1,173 @@
+"""The Triton stages of the decay family against the chunked PyTorch backend in fp64, and against mutilated runs.
+
+The interpreter takes milliseconds a program, so shapes are the smallest that reach every branch: several segments,
+a ragged last chunk, grouped heads, dims that are no power of two, several slices of columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from tolerances import relative_error
+from torch import Tensor
+
+from lasp.kernels.torch import decay as exact
+from lasp.kernels.triton import decay as fused
+from lasp.kernels.triton.decay import plan as plans
+from lasp.kernels.triton.decay import stages
+from lasp.recurrence.contract import Run
+
+KINDS = ("none", "constant", "scalar", "channel")
+# fp32: the policy's bound. fp16: its rounding, 2^-11, of inputs to products and of outputs.
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3}
+
+
+class Problem(NamedTuple):
+    x: Run
+    state_in: Tensor
+    d_o: Tensor
+    d_state_out: Tensor
+
+
+class Dims(NamedTuple):
+    B: int = 1
+    T: int = 150
+    H: int = 1
+    H_v: int = 2
+    K: int = 16
+    V: int = 16
+
+
+def problem(kind: str, dims: Dims, device: torch.device, dtype: torch.dtype, strongest: float = 0.1) -> Problem:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    B, T, H, H_v, K, V = dims
+    shape = {"none": None, "constant": (H_v,), "scalar": (B, T, H_v), "channel": (B, T, H_v, K)}[kind]
+    g = None if shape is None else (-strongest * torch.rand(shape, generator=random)).to(device).requires_grad_()
+    q, k, v, d_o = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H_v, V), normal(B, T, H_v, V)
+    q, k, v, d_o = (tensor.to(device, dtype) for tensor in (q, k, v, d_o))
+    return Problem(Run(q, k, v, g, K**-0.5), normal(B, H_v, K, V).to(device), d_o, normal(B, H_v, K, V).to(device))
+
+
+@torch.no_grad()
+def run(backend: object, p: Problem) -> dict[str, Tensor]:
+    """Every output and gradient of the stages, as the scan across ranks calls them."""
+    x, state_in, d_o, d_state_out = p
+    summary, totals = backend.summarize(x)
+    partial = backend.local_outputs(x, totals)
+    o, saved = backend.outputs(x, totals, partial, state_in)
+    adjoint, totals_adjoint = backend.summarize_adjoint(x, d_o)
+    local = backend.local_gradients(x, saved, totals_adjoint, d_o)
+    dq, dk, dv, dg = backend.gradients(x, saved, totals_adjoint, local, d_o, d_state_out)
+    results = {"o": o, "state_out": summary.apply(state_in), "d_state_in": adjoint.apply(d_state_out)}
+    return results | {"dq": dq, "dk": dk, "dv": dv} | ({} if dg is None else {"dg": dg})
+
+
+def solution(p: Problem) -> dict[str, Tensor]:
+    """In fp64, by the chunked backend, q's and k's heads repeated and their gradients summed."""
+    x = p.x
+    group = x.v.shape[2] // x.q.shape[2]
+    q, k, v = (tensor.double() for tensor in (x.q, x.k, x.v))
+    g = None if x.g is None else x.g.detach().double()
+    wide = Run(q.repeat_interleave(group, 2), k.repeat_interleave(group, 2), v, g, x.scale)
+    result = run(exact, Problem(wide, *(tensor.double() for tensor in p[1:])))
+    for name in ("dq", "dk"):
+        result[name] = result[name].unflatten(2, (-1, group)).sum(3)
+    return result
+
+
+def check(values: dict[str, Tensor], references: dict[str, Tensor], bound: float) -> None:
+    assert values.keys() == references.keys()
+    errors = {name: relative_error(values[name], references[name]) for name in values}
+    # A gate's gradient is a sum over tokens, with cancellation.
+    assert max(error / (2 if name == "dg" else 1) for name, error in errors.items()) <= bound, errors
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks a segment, so that few tokens make several, and tensor descriptors as for 16-bit inputs."""
+
+    def short(*arguments: object) -> plans.Plan:
+        p = plans.plan(*arguments)
+        return p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))), descriptors=True)
+
+    monkeypatch.setattr(stages, "plan", short)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_results_fp32(kind: str, device: torch.device) -> None:
+    p = problem(kind, Dims(), device, torch.float32)
+    check(run(fused, p), solution(p), BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_results_with_descriptors(kind: str, device: torch.device, short_segments: None) -> None:
+    p = problem(kind, Dims(B=2, T=70, H=2, H_v=2, K=20, V=36), device, torch.float32)
+    check(run(fused, p), solution(p), BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_results_fp16(kind: str, device: torch.device) -> None:
+    p = problem(kind, Dims(T=130, V=32), device, torch.float16)
+    check(run(fused, p), solution(p), BOUNDS[torch.float16])
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_strong_gates(kind: str, device: torch.device) -> None:
+    """Gates down to -20 among weak ones: neither overflow nor a difference of large sums."""
+    p = problem(kind, Dims(T=70, H_v=1), device, torch.float32, strongest=20.0)
+    values, references = run(fused, p), solution(p)
+    # Its terms cancel: the error is relative to them, not to what is left.
+    dg = relative_error(values.pop("dg"), references.pop("dg"))
+    check(values, references, BOUNDS[torch.float32])
+    assert dg <= 2e-5
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hardly_any_tokens(kind: str, tokens: int, device: torch.device) -> None:
+    p = problem(kind, Dims(T=tokens), device, torch.float32)
+    values = run(fused, p)
+    if tokens == 0:
+        assert torch.equal(values["state_out"], p.state_in) and torch.equal(values["d_state_in"], p.d_state_out)
+        assert values["o"].shape == p.x.v.shape and values["dq"].shape == p.x.q.shape
+    else:
+        check(values, solution(p), 2 * BOUNDS[torch.float32])
+
+
+def test_gate_gradient_only_where_wanted(device: torch.device) -> None:
+    p = problem("constant", Dims(T=70), device, torch.float32)
+    unwanted = p._replace(x=p.x._replace(g=p.x.g.detach()))
+    values, references = run(fused, unwanted), solution(p)
+    references.pop("dg")
+    check(values, references, BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_sees_a_dropped_state(kind: str, device: torch.device) -> None:
+    p = problem(kind, Dims(T=70), device, torch.float32, strongest=1e-3)
+    values = run(fused, p._replace(state_in=torch.zeros_like(p.state_in)))
+    with pytest.raises(AssertionError):
+        check({"o": values["o"]}, {"o": solution(p)["o"]}, 100 * BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_the_check_sees_gates_shifted_by_a_token(kind: str, device: torch.device) -> None:
+    p = problem(kind, Dims(T=70), device, torch.float32, strongest=0.1)
+    shifted = run(fused, p._replace(x=p.x._replace(g=p.x.g.detach().roll(1, 1).requires_grad_())))
+    references = solution(p)
+    for name in ("o", "dq", "dk", "dv", "dg"):
+        assert relative_error(shifted[name], references[name]) > 100 * BOUNDS[torch.float32], name
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    p = problem("none", Dims(T=3), torch.device("cpu"), torch.float32)
+    wide = p.x._replace(q=torch.zeros(1, 3, 1, 300), k=torch.zeros(1, 3, 1, 300))
+    for x in (wide, p.x._replace(q=p.x.q.double())):
+        with pytest.raises(ValueError, match="backend='torch'"):
+            fused.summarize(x)
