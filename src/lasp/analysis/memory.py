@@ -163,9 +163,9 @@ def training_memory(
         weight_share: of a layer's weights, where tensor parallelism divides them.
         buffers: bytes that a method needs at once beside.
     """
-    count, each = num_parameters(config), layers(config)
+    each = layers(config)
     inside = sum(one.parameters for one in each)
-    count = count - inside + inside * weight_share
+    count = num_parameters(config) - inside * (1 - weight_share)
     whole = {"ddp": (1, 1, 1), "zero1": (1, 1, 0), "zero2": (1, 0, 0), "fsdp": (0, 0, 0)}[sharding]
     held = [4 * count * (1.0 if one else 1 / ranks) for one in whole]
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model; alone, `lasp train` starts its own processes, under torchrun it joins them",
     "generate": "continue a prompt with a trained model",
     "check": "compare a model split over processes with the same model in one",
+    "plan": "predict memory, speed and the longest sequence of a run, by method and layout",
     "bench": "time every way of carrying the state between processes",
 }
 

@@ -1,0 +1,329 @@
+"""Which layouts of a run fit, how fast they are, and which is best: every method, by the models of this package.
+
+A layout is a method, dp groups of sp ranks, a sharding of weights, and a recomputation. Methods:
+    lasp      the state crosses ranks, by the schedule with the least predicted time
+    ulysses   tokens are traded for heads around every attention; sp must divide the heads
+    megatron  tensor parallelism with activations cut along tokens between blocks; sp must divide the heads
+    ring      Ring Attention: the same model with softmax attention in every layer
+    data      no sequence is divided: sp = 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lasp.analysis import volume
+from lasp.analysis.devices import Device
+from lasp.analysis.memory import RECOMPUTATIONS, SHARDINGS, Memory, training_memory
+from lasp.analysis.model import layer, num_parameters
+from lasp.analysis.timing import Compute, collective, compute
+from lasp.exchange.auto import rank_schedules
+from lasp.exchange.base import Exchange
+from lasp.exchange.cost import Model
+from lasp.exchange.select import EXCHANGES
+from lasp.models.config import ModelConfig
+
+METHODS = ("lasp", "ulysses", "megatron", "ring", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained on what.
+
+    Attributes:
+        batch: sequences of a step, over all devices.
+        seq_len: tokens of each.
+    """
+
+    config: ModelConfig
+    device: Device
+    devices: int
+    seq_len: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("devices", self.devices), ("seq_len", self.seq_len), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+class Layout(NamedTuple):
+    """A way to run a job; see the module."""
+
+    method: str
+    dp: int
+    sp: int
+    sharding: str
+    recomputation: str
+    schedule: str
+
+
+class Estimate(NamedTuple):
+    """A layout's predicted cost.
+
+    Attributes:
+        memory: of the fullest device.
+        step_s: seconds of a step.
+        compute_s: of these, the device's own work.
+        exposed_s: of these, waiting for other devices.
+        sequence_s: communication along the sequence, hidden or not. data_s: of weights and gradients.
+        received_bytes: by one rank along the sequence, in a step.
+        flops: of one rank, for utilisation.
+    """
+
+    layout: Layout
+    memory: Memory
+    capacity_bytes: float
+    step_s: float
+    compute_s: float
+    exposed_s: float
+    sequence_s: float
+    data_s: float
+    received_bytes: float
+    flops: float
+    tokens: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.capacity_bytes
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+    @property
+    def communication_share(self) -> float:
+        return self.exposed_s / self.step_s
+
+
+def nodes_of(device: Device, ranks: int) -> tuple[int, ...]:
+    """How many of consecutive ranks share a host."""
+    whole, rest = divmod(ranks, device.per_node)
+    return (device.per_node,) * whole + (rest,) * (rest > 0)
+
+
+def problem(job: Job, method: str, sp: int) -> str | None:
+    """Why a method cannot divide a sequence over `sp` devices; None if it can."""
+    dp, config = job.devices // sp, job.config
+    if job.devices % sp:
+        return f"{job.devices} devices are no multiple of sp={sp}"
+    if job.batch % dp:
+        return f"a batch of {job.batch} cannot be spread over dp={dp}"
+    if method == "data":
+        return None if sp == 1 else "data parallelism does not divide sequences"
+    if sp == 1:
+        return "nothing to divide"
+    if job.seq_len % sp:
+        return f"{job.seq_len} tokens are no multiple of sp={sp}"
+    each = layer(config, 0)
+    if method in ("ulysses", "megatron") and config.num_heads % sp:
+        return f"sp={sp} does not divide the {config.num_heads} heads"
+    if method == "megatron" and (each.key_heads % sp or config.ffn_dim % sp):
+        return f"sp={sp} does not divide key heads or feed-forward channels"
+    return None
+
+
+def estimate(job: Job, layout: Layout) -> Estimate:
+    """What a layout costs.
+
+    Assumes: the exchange of a layer waits for nothing but hides behind the local part of attention's backward pass
+    only; collectives of other methods hide behind nothing; gathering and reducing of weights and gradients hides
+    behind three quarters of the backward pass (and half of the forward, where it is gathered).
+    """
+    config, device, sp = job.config, job.device, layout.sp
+    batch, tokens = job.batch // layout.dp, job.seq_len // sp
+    narrow = 2 if device.precision == "bf16" else 4
+    is_tensor = layout.method == "megatron"
+    parameters = num_parameters(config)
+    ranks = layout.dp if is_tensor else job.devices
+    updated = parameters / (1 if layout.sharding == "ddp" else ranks) / (sp if is_tensor else 1)
+    own = compute(
+        config,
+        device,
+        batch=batch,
+        tokens=tokens * sp if is_tensor else tokens,
+        context=job.seq_len,
+        recomputation=layout.recomputation,
+        optimizer_parameters=updated,
+        softmax_everywhere=layout.method == "ring",
+        share=1 / sp if is_tensor else 1.0,
+    )
+    sequence_s, exposed, received = _along_sequence(job, layout, own, batch, tokens, narrow)
+    data_s = _of_weights(job, layout, parameters, narrow)
+    hidden = 0.75 * own.backward + (0.5 * own.forward if layout.sharding == "fsdp" else 0.0)
+    exposed += max(0.0, data_s - hidden)
+    memory = training_memory(
+        config,
+        batch=batch,
+        tokens=tokens,
+        precision=device.precision,
+        recomputation=layout.recomputation,
+        sharding=layout.sharding,
+        ranks=ranks,
+        processors=device.processors,
+        # Ulysses and ring keep what they exchanged beside what they were given; tensor parallelism gathers its input.
+        extra_per_token=_kept(config, narrow) if layout.method == "ulysses" else 0.0,
+        weight_share=1 / sp if is_tensor else 1.0,
+        buffers=_buffers(config, layout, batch, tokens, narrow),
+    )
+    return Estimate(
+        layout=layout,
+        memory=memory,
+        capacity_bytes=device.memory_bytes * device.memory_share,
+        step_s=own.total + exposed,
+        compute_s=own.total,
+        exposed_s=exposed,
+        sequence_s=sequence_s,
+        data_s=data_s,
+        received_bytes=received,
+        flops=own.flops,
+        tokens=job.batch * job.seq_len,
+    )
+
+
+def _kept(config: ModelConfig, narrow: int) -> float:
+    heads = config.num_heads
+    return narrow * heads * 2.0 * (config.key_dim + config.value_dim)
+
+
+def _buffers(config: ModelConfig, layout: Layout, batch: int, tokens: int, narrow: int) -> float:
+    """Tensors that only the method needs, of one layer: gathered inputs, keys and values under way, or gathered."""
+    positions = float(batch * tokens * narrow)
+    if layout.sp == 1:
+        return 0.0
+    key_values = (config.num_kv_heads or config.num_heads) * (config.key_dim + config.value_dim)
+    if layout.method == "megatron":
+        return positions * layout.sp * 2 * config.d_model
+    if layout.method == "ring":
+        return positions * key_values * 4
+    softmax = any(config.is_softmax(index) for index in range(config.num_layers))
+    return positions * layout.sp * key_values * 2 if layout.method == "lasp" and softmax else 0.0
+
+
+def _along_sequence(
+    job: Job, layout: Layout, own: Compute, batch: int, tokens: int, narrow: int
+) -> tuple[float, float, float]:
+    """Seconds of communication along the sequence, of these not hidden, and bytes received by the last rank."""
+    config, device, sp = job.config, job.device, layout.sp
+    if sp == 1:
+        return 0.0, 0.0, 0.0
+    nodes = nodes_of(device, sp)
+    seconds = exposed = received = 0.0
+    for index in range(config.num_layers):
+        each = layer(config, index)
+        shard = volume.Shard(
+            batch=batch,
+            tokens=tokens,
+            d_model=config.d_model,
+            heads=config.num_heads,
+            key_heads=each.key_heads,
+            key_dim=config.key_dim,
+            value_dim=config.value_dim,
+            itemsize=narrow,
+        )
+        again = 1 if layout.recomputation == "block" else 0
+        if layout.method == "lasp" and each.transition is not None:
+            load = each.load(batch)
+            schedule = _schedule(layout.schedule)
+            once = schedule.seconds(Model(load, nodes, device.constants), want_total=False)
+            moved = volume.state_exchange(schedule, load, sp - 1, nodes)
+            visible = (1 + again) * once + max(0.0, once - own.hidden_backward)
+            if each.convolved:
+                moved += volume.halo(each.convolved, batch, config.conv_width, narrow, sp - 1, sp)
+                convolution = 2 * device.constants.across.latency_s if len(nodes) > 1 else 2 * device.inside.latency_s
+                once, visible = once + convolution / 2, visible + convolution
+        else:
+            formulas = {
+                "lasp": volume.gathered_softmax,
+                "ulysses": volume.ulysses,
+                "megatron": volume.megatron,
+                "ring": volume.ring_attention,
+            }
+            moved = formulas[layout.method](shard, 0, sp)
+            collectives = {"lasp": 2, "ulysses": 4, "megatron": 10, "ring": 2 * (sp - 1)}[layout.method]
+            if layout.method == "ulysses" and each.transition is not None:
+                moved = volume.megatron_all_to_all(shard, 0, sp, gates=each.gates if each.convolved else 0)
+            there, back = (max(traffic) for traffic in moved)
+            latency = collectives * collective(device, 1e-9, sp)
+            once = (there + back) / _bandwidth(device, sp) + latency
+            visible = once + again * (there / _bandwidth(device, sp) + latency / 2)
+            if layout.method == "ring":  # a block travels while the one before is worked on
+                visible = max(0.0, visible - own.attention / config.num_layers)
+            once /= 2
+        seconds += (2 + again) * once
+        exposed += visible
+        received += moved.step.received_bytes + again * moved.forward.received_bytes
+    return seconds, exposed, received
+
+
+def _bandwidth(device: Device, ranks: int) -> float:
+    return (device.inside if ranks <= device.per_node else device.across).bytes_per_s
+
+
+def _of_weights(job: Job, layout: Layout, parameters: int, narrow: int) -> float:
+    """Seconds in which gradients are summed and weights gathered."""
+    device, ranks = job.device, job.devices
+    if layout.method == "megatron":
+        parameters, ranks = parameters // layout.sp, layout.dp
+    if ranks == 1:
+        return 0.0
+    kinds = {
+        "ddp": lambda: volume.ddp(parameters, ranks),
+        "zero1": lambda: volume.zero(parameters, ranks),
+        "zero2": lambda: volume.zero(parameters, ranks),
+        "fsdp": lambda: volume.fsdp(parameters, ranks, parameter_itemsize=narrow),
+    }
+    # The ranks of one tensor-parallel group are neighbours, so those that share a summand are on different hosts.
+    spread = job.devices if layout.method == "megatron" else ranks
+    return collective(device, kinds[layout.sharding]().received_bytes, spread)
+
+
+def _schedule(name: str) -> Exchange:
+    return EXCHANGES[name]()
+
+
+def schedules_for(job: Job, dp: int, sp: int) -> tuple[str, ...]:
+    """Names of the schedules for a job's states, fastest first; those of `auto`, which `reach` is not among."""
+    states = [layer(job.config, index) for index in range(job.config.num_layers)]
+    recurrent = [each for each in states if each.transition is not None]
+    if sp == 1 or not recurrent:
+        return ("none",)
+    ranked = rank_schedules(recurrent[-1].load(job.batch // dp), nodes_of(job.device, sp), job.device.constants)
+    names = {type(make()): name for name, make in EXCHANGES.items()}
+    return tuple(names[type(candidate.exchange)] for candidate in ranked)
+
+
+def layouts(job: Job, method: str) -> Iterator[Layout]:
+    """All layouts of a method that can run the job."""
+    for sp in range(1, job.devices + 1):
+        if problem(job, method, sp) is not None:
+            continue
+        dp = job.devices // sp
+        schedule = schedules_for(job, dp, sp)[0] if method == "lasp" else "-"
+        for sharding in SHARDINGS:
+            for recomputation in RECOMPUTATIONS:
+                if recomputation == "ffn" and job.config.ffn == "none":
+                    continue
+                yield Layout(method, dp, sp, sharding, recomputation, schedule)
+
+
+def best(job: Job, method: str) -> Estimate | None:
+    """The fastest layout of a method that fits, or the one nearest to fitting; None where it cannot divide the job."""
+    estimates = [estimate(job, layout) for layout in layouts(job, method)]
+    fitting = [each for each in estimates if each.fits]
+    if fitting:
+        return min(fitting, key=lambda each: each.step_s)
+    return min(estimates, key=lambda each: each.memory.total, default=None)
+
+
+def longest(config: ModelConfig, device: Device, devices: int, method: str, *, batch: int = 1) -> int:
+    """The longest sequence, a power of two, that fits on `devices` with any layout; 0 for none. No longer than 2^40."""
+    for power in range(40, 6, -1):
+        job = Job(config=config, device=device, devices=devices, seq_len=1 << power, batch=batch)
+        # Nothing saves more memory than to share a sequence among all and to run blocks again.
+        frugal = [each for each in layouts(job, method) if each.recomputation == "block" and each.sharding == "fsdp"]
+        if any(estimate(job, each).fits for each in frugal):
+            return 1 << power
+    return 0

@@ -1,0 +1,104 @@
+"""What a plan says, as plain values: for JSON, for the table and for the plot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lasp.analysis.model import num_parameters
+from lasp.analysis.planner import METHODS, Estimate, Job, best, estimate, layouts, longest, problem
+
+BASIS = {
+    "memory": "derived: weights, gradients and AdamW in fp32; activations as listed by lasp.analysis.memory, compared "
+    "with what PyTorch saves; capacity and usable share: see device.memory",
+    "received_bytes": "derived: lasp.analysis.volume, equal to counted bytes",
+    "compute": "derived: roofline over the device's figures (device.flops, device.bandwidth, device.softmax)",
+    "kernels": "measured on an H100: other recurrences' kernels relative to scalar decay's",
+    "exchange": "derived: the schedules' own cost model; its constants: device.network",
+    "overlap": "assumed: weights and gradients hide behind 75 % of backward and, gathered, half of forward; the "
+    "exchange behind the local part of attention's backward pass",
+    "step floor": "device.host",
+}
+
+
+def row(estimate: Estimate) -> dict[str, Any]:
+    """One estimate in plain values: bytes, seconds, tokens/s."""
+    layout = estimate.layout
+    return {
+        **layout._asdict(),
+        "fits": estimate.fits,
+        "memory_bytes": estimate.memory.total,
+        "memory": estimate.memory._asdict(),
+        "tokens_per_s": estimate.tokens_per_s,
+        "step_s": estimate.step_s,
+        "compute_s": estimate.compute_s,
+        "exposed_communication_s": estimate.exposed_s,
+        "sequence_communication_s": estimate.sequence_s,
+        "weight_communication_s": estimate.data_s,
+        "communication_share": estimate.communication_share,
+        "received_bytes": estimate.received_bytes,
+    }
+
+
+def why_not(job: Job, method: str) -> str:
+    """Why a method has no layout: the reason at the largest division that the devices allow."""
+    if method == "data":
+        return f"a batch of {job.batch} cannot be spread over {job.devices} devices"
+    reasons = [problem(job, method, sp) for sp in range(job.devices, 1, -1) if job.devices % sp == 0]
+    return next((reason for reason in reasons if reason is not None), "one device has nothing to divide")
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """Every method's best layout, the recommended one, and what the numbers rest on."""
+    methods: list[dict[str, Any]] = []
+    for method in METHODS:
+        found = best(job, method)
+        entry: dict[str, Any] = {"method": method}
+        if found is None:
+            entry |= {"fits": False, "reason": why_not(job, method)}
+        else:
+            entry |= row(found)
+        entry["longest_tokens"] = longest(job.config, job.device, job.devices, method, batch=job.batch)
+        methods.append(entry)
+    # The same model must come out: softmax attention in its place is there for comparison only.
+    usable = [entry for entry in methods if entry["fits"] and entry["method"] != "ring"]
+    recommended = max(usable, key=lambda entry: entry["tokens_per_s"], default=None)
+    return {
+        "model_parameters": num_parameters(job.config),
+        "device": job.device.name,
+        "devices": job.devices,
+        "seq_len": job.seq_len,
+        "batch": job.batch,
+        "capacity_bytes": job.device.memory_bytes * job.device.memory_share,
+        "recommended": recommended,
+        "methods": methods,
+        "rests_on": BASIS | {f"device.{name}": source for name, source in job.device.sources.items()},
+    }
+
+
+def alternatives(job: Job) -> list[dict[str, Any]]:
+    """All layouts that fit and train the same model, the fastest first."""
+    found = [estimate(job, layout) for method in METHODS if method != "ring" for layout in layouts(job, method)]
+    return [row(each) for each in sorted((e for e in found if e.fits), key=lambda each: each.step_s)]
+
+
+def curves(job: Job) -> dict[str, Any]:
+    """For the plot: bytes received against length, and longest sequence and throughput against devices."""
+    lengths = [1 << power for power in range(11, max(job.seq_len.bit_length(), 22))]
+    counts = [1 << power for power in range(max(job.devices.bit_length() + 1, 4))]
+    result: dict[str, Any] = {"lengths": lengths, "devices": counts, "volume": {}, "longest": {}, "throughput": {}}
+    for method in METHODS:
+        volume, longest_tokens, throughput = [], [], []
+        for seq_len in lengths:
+            found = best(
+                Job(config=job.config, device=job.device, devices=job.devices, seq_len=seq_len, batch=1), method
+            )
+            volume.append(found.received_bytes if found is not None and found.layout.sp > 1 else None)
+        for devices in counts:
+            longest_tokens.append(longest(job.config, job.device, devices, method) or None)
+            same = Job(config=job.config, device=job.device, devices=devices, seq_len=job.seq_len, batch=job.batch)
+            found = best(same, method)
+            throughput.append(found.tokens_per_s if found is not None and found.fits else None)
+        result["volume"][method] = volume
+        result["longest"][method] = longest_tokens
+        result["throughput"][method] = throughput
+    return result

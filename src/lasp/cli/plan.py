@@ -1,0 +1,188 @@
+"""`lasp plan`: what fits where, how fast, and which layout to take, before any device is rented."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lasp.train.config import ModelOptions, load_toml
+from lasp.train.errors import ConfigError
+
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_LARGEST = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Predict memory, speed and the longest sequence of a training run for every method, and recommend a layout.
+
+    Nothing is run and nothing downloaded; every number says what it rests on.
+    """
+
+    config: Path | None = None
+    """TOML file of a training run: its model, sequence length and batch."""
+    model: ModelOptions = field(default_factory=lambda: ModelOptions(family="transnormer", size="1b"))
+    """The model, where no --config is given."""
+    gpu: str = "a100-80g"
+    """Kind of device: a100-80g, h100, h200, or cpu (a process of one thread)."""
+    gpus: int = 8
+    """How many."""
+    seq_len: str = "64K"
+    """Tokens of a sequence; 64K is 65536, 1M 1048576."""
+    batch: int = 1
+    """Sequences per step, over all devices."""
+    json: bool = False
+    """Print everything as JSON instead of the table."""
+    plot: Path | None = None
+    """PNG file: volume against length, longest sequence and throughput against devices."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `lasp plan ARGUMENTS`."""
+    config = tyro.cli(PlanConfig, args=list(arguments), prog="lasp plan")
+    job, name = _job(config)
+    from lasp.analysis.report import curves, plan
+
+    found = {"model": name, **plan(job)}
+    if config.plot is not None:
+        if not config.plot.absolute().parent.is_dir():
+            raise ConfigError(f"the folder of {config.plot} does not exist")
+        _plot(found, curves(job), config.plot)
+    if config.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def tokens(text: str) -> int:
+    """A number of tokens such as 4096, 64K or 1M. Raises ConfigError."""
+    digits, unit = text.strip(), 1
+    if digits and digits[-1].lower() in _UNITS:
+        digits, unit = digits[:-1], _UNITS[digits[-1].lower()]
+    if not digits.isdecimal() or not 0 < int(digits) * unit <= _LARGEST:
+        raise ConfigError(
+            f"--seq-len must be a number of tokens from 1 to 1024G, such as 4096, 64K or 1M; got {text!r}"
+        )
+    return int(digits) * unit
+
+
+def _job(config: PlanConfig) -> tuple[Any, str]:
+    from lasp.analysis.devices import device
+    from lasp.analysis.planner import Job
+    from lasp.models.presets import preset
+
+    options, seq_len, batch = config.model, tokens(config.seq_len), config.batch
+    if config.config is not None:
+        run = load_toml(config.config)
+        options, seq_len, batch = run.model, run.seq_len, run.global_batch
+    if not 1 <= config.gpus <= 1 << 16:
+        raise ConfigError(f"--gpus must be from 1 to {1 << 16}, got {config.gpus}")
+    if batch < 1:
+        raise ConfigError(f"--batch must be at least 1, got {batch}")
+    try:
+        model = preset(options.family, options.size, **options.overrides)  # type: ignore[arg-type]
+        job = Job(config=model, device=device(config.gpu), devices=config.gpus, seq_len=seq_len, batch=batch)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return job, f"{options.family}-{options.size}"
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{found['model']} ({found['model_parameters'] / 1e6:,.0f}M parameters), {found['batch']} x "
+        f"{_length(found['seq_len'])} tokens on {found['devices']} x {found['device']}"
+    )
+    columns = ("method", "fits", "GB each", "tokens/s", "step", "waits", "received", "dp x sp", "weights", "runs again")
+    for column in (*columns, "schedule", "longest"):
+        table.add_column(column, justify="left" if column in ("method", "fits", "schedule") else "right")
+    for entry in found["methods"]:
+        limit = _length(entry["longest_tokens"]) if entry["longest_tokens"] else "-"
+        if "reason" in entry:
+            table.add_row(entry["method"], "no", *["-"] * 9, limit)
+            continue
+        table.add_row(
+            entry["method"],
+            "yes" if entry["fits"] else "no",
+            f"{entry['memory_bytes'] / 1e9:.1f}",
+            f"{entry['tokens_per_s']:,.0f}",
+            f"{entry['step_s']:.3g} s",
+            f"{entry['communication_share']:.0%}",
+            _bytes(entry["received_bytes"]),
+            f"{entry['dp']} x {entry['sp']}",
+            entry["sharding"],
+            entry["recomputation"],
+            entry["schedule"],
+            limit,
+        )
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 132)
+    console.print(table)
+    for entry in found["methods"]:
+        if "reason" in entry:
+            console.print(f"{entry['method']}: {entry['reason']}", highlight=False)
+    best = found["recommended"]
+    if best is None:
+        console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.", highlight=False)
+    else:
+        schedule = f", schedule {best['schedule']}" if best["method"] == "lasp" and best["sp"] > 1 else ""
+        console.print(
+            f"Recommended: {best['method']}, dp={best['dp']} x sp={best['sp']}{schedule}, weights {best['sharding']}, "
+            f"running again: {best['recomputation']}.",
+            highlight=False,
+        )
+    console.print(
+        "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"
+        "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, with the layout\n"
+        "that saves most memory.\n\nWhat the numbers rest on:",
+        highlight=False,
+    )
+    for name, basis in found["rests_on"].items():
+        console.print(f"  {name}: {basis}", highlight=False)
+
+
+def _plot(found: dict[str, Any], curves: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
+    parts = (
+        ("volume", "lengths", "tokens of the sequence", "bytes received by a rank, a step"),
+        ("longest", "devices", "devices", "longest sequence, tokens"),
+        ("throughput", "devices", "devices", f"tokens/s at {_length(found['seq_len'])}"),
+    )
+    for axes, (name, along, x_label, y_label) in zip(panels, parts, strict=True):
+        for method, values in curves[name].items():
+            points = [(x, y) for x, y in zip(curves[along], values, strict=True) if y is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=method, markersize=3)
+        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{found['model']} on {found['device']}, predicted", fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def _length(count: int) -> str:
+    for unit, size in (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if count % size == 0:
+            return f"{count // size}{unit}"
+    return f"{count:,}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
