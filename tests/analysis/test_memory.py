@@ -62,7 +62,7 @@ def test_recomputation_and_sharding_save_memory():
     config = preset("transnormer", "1b")
 
     def total(**changes: object) -> float:
-        base = dict(precision="bf16", recomputation="none", sharding="ddp", ranks=8, processors=108)
+        base = {"precision": "bf16", "recomputation": "none", "sharding": "ddp", "ranks": 8, "processors": 108}
         return memory.training_memory(config, batch=1, tokens=16384, **{**base, **changes}).total
 
     assert total() > total(recomputation="ffn") > total(recomputation="block")

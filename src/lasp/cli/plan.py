@@ -141,7 +141,7 @@ def _print(found: dict[str, Any]) -> None:
         )
     console.print(
         "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"
-        "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, with the layout\n"
+        "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, by the layout\n"
         "that saves most memory.\n\nWhat the numbers rest on:",
         highlight=False,
     )
