@@ -61,17 +61,28 @@ def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def meeting_decay(gates, level, dtype: tl.constexpr, C: tl.constexpr):
-    """[C, BK]: each token's decay to or from the middle of its block of 2^(level + 1) tokens; see channel_prepare."""
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    late = (i >> level) & 1
-    stretch = ((i >> level) == (j >> level)) & tl.where(late == 1, j <= i, j > i)
-    return tl.exp2(sum_over(stretch, gates, dtype))
+def load_meeting(meeting_ptr, level, C: tl.constexpr):
+    """The two [C, C] matrices of a level (see `meeting_matrices` in channel_stages): stretches, and pairs that meet.
+
+    They are read, not computed: integer arithmetic on [C, C] would cost more than all products of the level.
+    """
+    at = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+    stretches = tl.load(meeting_ptr + 2 * level * C * C + at)
+    pairs = tl.load(meeting_ptr + (2 * level + 1) * C * C + at)
+    return stretches, pairs
 
 
 @triton.jit
-def meeting_pairs(i, j, level):
-    """Whether late token i and early token j are in the two halves of one block of 2^(level + 1) tokens."""
-    # Shifted by level, the two differ in the last bit alone.
-    return (((i >> level) ^ (j >> level)) == 1) & (i > j)
+def meeting_decay(gates_high, gates_low, stretches, dtype: tl.constexpr):
+    """[C, BK]: each token's decay to or from the middle of its block of 2^(level + 1) tokens; see channel_prepare."""
+    if dtype == tl.float32:
+        return tl.exp2(tl.dot(stretches, gates_high, input_precision="ieee"))
+    else:
+        return tl.exp2(tl.dot(stretches, gates_low, tl.dot(stretches, gates_high)))
+
+
+@triton.jit
+def split_gates(gates, dtype: tl.constexpr):
+    """The two parts of `dtype` that gates enter products as (fp32: themselves, and nothing)."""
+    high = gates.to(dtype)
+    return high, (gates - high.to(tl.float32)).to(dtype)

@@ -18,9 +18,10 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import (
     load_channel_gates,
+    load_meeting,
     meeting_decay,
-    meeting_pairs,
     prefix_sums,
+    split_gates,
     suffix_sums,
 )
 
@@ -30,6 +31,7 @@ def channel_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     g_ptr,  # [B, T, H_v, K]
+    meeting_ptr,  # [LEVELS, 2, C, C]
     scores_ptr,  # [B, H_v, T, C], written
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
@@ -64,10 +66,12 @@ def channel_prepare_kernel(
         k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
         gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
         scores += tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
+        high, low = split_gates(gates, dtype)
         for level in range(LEVELS):
-            decay = meeting_decay(gates, level, dtype, C)
+            stretches, pairs = load_meeting(meeting_ptr, level, C)
+            decay = meeting_decay(high, low, stretches, dtype)
             met = tl.dot((q * decay).to(dtype), tl.trans((k * decay).to(dtype)), input_precision=PRECISION)
-            scores += tl.where(meeting_pairs(i, j, level), met, 0.0)
+            scores += met * pairs
         from_start = (q * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)).to(dtype)
         store_chunk(from_start_view, from_start, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(gates, dtype, C))).to(dtype)

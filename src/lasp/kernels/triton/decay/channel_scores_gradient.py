@@ -4,7 +4,13 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import load_channel_gates, meeting_decay, meeting_pairs, sums_to_end
+from lasp.kernels.triton.decay.channel_gates import (
+    load_channel_gates,
+    load_meeting,
+    meeting_decay,
+    split_gates,
+    sums_to_end,
+)
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v"])
@@ -14,6 +20,7 @@ def channel_scores_gradient_kernel(
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
+    meeting_ptr,  # [LEVELS, 2, C, C]
     dq_ptr,  # [B, T, H_v, K], written: what tokens of the same chunk give
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
@@ -58,10 +65,13 @@ def channel_scores_gradient_kernel(
     diagonal = tl.sum(tl.where(i == j, d_scores, 0.0), 1)[:, None]
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
+    high, low = split_gates(gates, dtype)
     for level in range(LEVELS):
-        decay = meeting_decay(gates, level, dtype, C)
-        met = tl.where(meeting_pairs(i, j, level), d_scores, 0.0).to(dtype)
-        met_t = tl.where(meeting_pairs(j, i, level), d_scores_t, 0.0).to(dtype)
+        stretches, pairs = load_meeting(meeting_ptr, level, C)
+        pairs_t = tl.load(meeting_ptr + (2 * level + 1) * C * C + j * C + i)
+        decay = meeting_decay(high, low, stretches, dtype)
+        met = (d_scores * pairs).to(dtype)
+        met_t = (d_scores_t * pairs_t).to(dtype)
         dq += decay * tl.dot(met, (k * decay).to(dtype), input_precision=PRECISION)
         dk += decay * tl.dot(met_t, (q * decay).to(dtype), input_precision=PRECISION)
     # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,22 @@ class WithinChunks(NamedTuple):
     sums: Tensor
 
 
+@functools.cache
+def meeting_matrices(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[levels, 2, C, C] of zeros and ones for the levels at which tokens of a chunk meet (see channel_prepare).
+
+    At each level, row i of the first sums the gates between token i and the middle of its block; the second holds the
+    pairs, late i and early j, that meet in that middle.
+    """
+    i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
+    levels = []
+    for level in range(chunk.bit_length() - 1):
+        half_i, half_j = i >> level, j >> level
+        stretches = (half_i == half_j) & torch.where(half_i % 2 == 1, j <= i, j > i)
+        levels.append(torch.stack([stretches, (half_i ^ half_j == 1) & (i > j)]))
+    return torch.stack(levels).to(device, dtype).contiguous()
+
+
 def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Segments]:
     B, T, H, K = k.shape
     H_v, V = v.shape[2:]
@@ -88,7 +105,8 @@ def local_outputs(x: Run, p: Plan) -> Prepared:
     totals = torch.empty(B, H_v, chunks, K, dtype=torch.float32, device=device)
     columns, warps, stages = p.channels
     launch(
-        channel_prepare_kernel, (H_v * B, chunks), (x.q, x.k, x.g, scores, from_start, to_end, totals),
+        channel_prepare_kernel, (H_v * B, chunks), 
+        (x.q, x.k, x.g, meeting_matrices(p.chunk, x.q.dtype, device), scores, from_start, to_end, totals),
         (x.scale, T, H, H_v),
         (K, columns, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision), warps, stages,
     )  # fmt: skip
@@ -120,7 +138,8 @@ def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor, dtype: torch.dty
     columns, warps, stages = p.channels
     slices = -(-K // columns)
     launch(
-        channel_scores_gradient_kernel, (slices * H_v * B, chunks), (x.q, x.k, x.v, d_o, x.g, dq, dk, dg),
+        channel_scores_gradient_kernel, (slices * H_v * B, chunks), 
+        (x.q, x.k, x.v, d_o, x.g, meeting_matrices(p.chunk, x.q.dtype, device), dq, dk, dg),
         (x.scale, T, H, H_v),
         (K, V, columns, tile(V, x.q.dtype), p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
         warps, stages,
