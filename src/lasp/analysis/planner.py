@@ -70,6 +70,7 @@ class Estimate(NamedTuple):
         exposed_s: of these, waiting for other devices.
         sequence_s: communication along the sequence, hidden or not. data_s: of weights and gradients.
         received_bytes: by one rank along the sequence, in a step.
+        attention_s: of compute_s, attention kernels.
         flops: of one rank, for utilisation.
     """
 
@@ -82,6 +83,7 @@ class Estimate(NamedTuple):
     sequence_s: float
     data_s: float
     received_bytes: float
+    attention_s: float
     flops: float
     tokens: int
 
@@ -178,6 +180,7 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         sequence_s=sequence_s,
         data_s=data_s,
         received_bytes=received,
+        attention_s=own.attention,
         flops=own.flops,
         tokens=job.batch * job.seq_len,
     )
