@@ -4,9 +4,9 @@
 
 For every number of processes, in one group: what the machine can do is measured (a step of one process alone at
 several lengths; how many cores' worth a feed-forward block of plain PyTorch gets when all processes run it; the
-exchanges' constants; the sum of gradients), then whole steps of all processes, taking turns with the single steps, so that other work on
-the machine falls on both. The prediction uses none of the measured steps of several processes; for one process it
-uses the steps of other lengths. Times are lower quartiles over repetitions.
+exchanges' constants; the sum of gradients), then whole steps of all processes, taking turns with the single steps, so
+that other work on the machine falls on both. The prediction uses none of the measured steps of several processes; for
+one process it uses the steps of other lengths. Times are lower quartiles over repetitions.
 """
 
 from __future__ import annotations
