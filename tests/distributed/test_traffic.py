@@ -90,8 +90,10 @@ def test_bytes_equal_the_formula(size, monkeypatch):
                 exchange = EXCHANGES[name]()
                 load = Load(B * H, K, V, transition)
                 assert load.state_bytes == STATE
-                forward = exchange.traffic(load, rank, (size,), want_total=False)
-                backward = exchange.traffic(load, size - 1 - rank, (size,), want_total=False)
+                # Constant decays are known to all ranks; none of these forgets over so short a shard.
+                known = {"known": torch.zeros(size, B * H, dtype=torch.bool)} if (name, gate) == ("reach", "constant") else {}
+                forward = exchange.traffic(load, rank, (size,), want_total=False, **known)
+                backward = exchange.traffic(load, size - 1 - rank, (size,), want_total=False, **known)
                 assert counted[0] == tuple(forward + backward), (name, gate)
 
     run(size, work)
@@ -106,3 +108,24 @@ def test_final_state_costs_one_broadcast_over_the_ring():
         assert (sp.counters.sent_bytes, sp.counters.received_bytes) == tuple(expected)
 
     run(3, work)
+
+
+def test_reach_knows_constant_decays():
+    """Heads that forget over a shard, known beforehand: neighbours only, no question asked, and the same bits."""
+
+    def work(rank: int) -> tuple[int, bool]:
+        random = torch.Generator().manual_seed(rank)
+        q, k, v = (torch.randn(1, 200, 2, 4, generator=random) for _ in range(3))
+        g = torch.tensor([-1.0, -2.0])
+        found = []
+        for exchange in ("ring", "reach"):
+            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+            sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange)
+            o, _ = lasp.linear_attention(*leaves, g, sp=sp)
+            sp.counters.reset()
+            o.sum().backward()
+            found.append([o.detach(), *(leaf.grad for leaf in leaves)])
+        return sp.counters.received_bytes, all(map(torch.equal, *found))
+
+    state = 2 * 4 * 4 * 4
+    assert run(4, work) == [(state, True), (state, True), (state, True), (0, True)]

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.exchange.local import Local
+from lasp.exchange.reach import Reach, forgets_constant
 from lasp.ops.crossing import Packed
 from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.documents import Documents
@@ -61,11 +62,17 @@ def _rebuilt(kind: Callable[..., Any], scale: float, documents: Documents | None
     return kind(*tensors, scale, documents)
 
 
-def _begin(plan: Plan, summary: Any, initial: Tensor, *, reverse: bool, want_total: bool) -> Any:
+def _begin(plan: Plan, x: Any, summary: Any, initial: Tensor, *, reverse: bool, want_total: bool) -> Any:
     want_total = want_total or plan.whole
-    if plan.sp is None or plan.sp.size == 1:
+    sp = plan.sp
+    if sp is None or sp.size == 1:
         return Local().begin(None, summary, initial, reverse=reverse, want_total=want_total)
-    return plan.sp.exchange.begin(plan.sp.comm, summary, initial, reverse=reverse, want_total=want_total)
+    if isinstance(sp.exchange, Reach) and x.g is not None and x.g.dim() == 1 and x.documents is None:
+        # Constant decays: every rank knows which heads forget where, and need not ask.
+        lengths = [x.q.shape[1]] * sp.size if sp.lengths is None else sp.lengths
+        known = forgets_constant(x.g.detach(), lengths, x.q.shape[0], initial.dtype)
+        return sp.exchange.begin(sp.comm, summary, initial, reverse=reverse, want_total=want_total, known=known)
+    return sp.exchange.begin(sp.comm, summary, initial, reverse=reverse, want_total=want_total)
 
 
 def _exactly(function: _Function) -> _Function:
@@ -90,7 +97,7 @@ class _Scan(torch.autograd.Function):
         packed = None if x.documents is None else Packed(x.documents, plan.sp)
         summary, totals = stages.summarize(x)
         border, before = (summary, initial) if packed is None else packed.leaving(summary, initial)
-        pending = _begin(plan, border, before, reverse=False, want_total=plan.want_final and packed is None)
+        pending = _begin(plan, x, border, before, reverse=False, want_total=plan.want_final and packed is None)
         partial_outputs = stages.local_outputs(x, totals)
         carried = pending.wait()
         entering = carried.total if plan.whole else carried.entering
@@ -121,7 +128,7 @@ class _Scan(torch.autograd.Function):
         if plan.want_final and sp is not None:
             d_final = sp.comm.sum(d_final)
         border, before = (summary, d_final) if packed is None else packed.leaving_adjoint(summary, d_final)
-        pending = _begin(plan, border, before, reverse=True, want_total=False)
+        pending = _begin(plan, x, border, before, reverse=True, want_total=False)
         local = stages.local_gradients(x, saved, totals, d_o)
         carried = pending.wait()
         d_leaving = carried.total if plan.whole else carried.entering
