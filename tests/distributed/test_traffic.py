@@ -91,7 +91,8 @@ def test_bytes_equal_the_formula(size, monkeypatch):
                 load = Load(B * H, K, V, transition)
                 assert load.state_bytes == STATE
                 # Constant decays are known to all ranks; none of these forgets over so short a shard.
-                known = {"known": torch.zeros(size, B * H, dtype=torch.bool)} if (name, gate) == ("reach", "constant") else {}
+                knows = (name, gate) == ("reach", "constant")
+                known = {"known": torch.zeros(size, B * H, dtype=torch.bool)} if knows else {}
                 forward = exchange.traffic(load, rank, (size,), want_total=False, **known)
                 backward = exchange.traffic(load, size - 1 - rank, (size,), want_total=False, **known)
                 assert counted[0] == tuple(forward + backward), (name, gate)
