@@ -12,6 +12,7 @@ from lasp.kernels.triton.decay import gates
 NONE, HEAD, TOKEN, CHANNEL = (kind.value for kind in (gates.NONE, gates.HEAD, gates.TOKEN, gates.CHANNEL))
 CHUNK = 64
 CHUNK_SMALL = 32
+SHARED_FOR_THREE_STAGES, SHARED_FOR_TWO_STAGES = 220_000, 150_000
 # A program makes its tensor descriptors in microseconds: fewer chunks than this do not pay for them.
 DESCRIPTOR_CHUNKS = 8
 # Costs in units of one chunk of one sweep: what a program spends before its first chunk, and what one segment's
@@ -110,13 +111,23 @@ def _scalar_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
 
 
 @functools.lru_cache(maxsize=256)
-def plan(tokens: int, heads: int, K: int, V: int, dtype: torch.dtype, kind: int, processors: int) -> Plan:
+def plan(
+    tokens: int,
+    heads: int,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    kind: int,
+    processors: int,
+    shared_bytes: int,
+) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
     Args:
         dtype: bf16, fp16 or fp32, of q, k, v.
         kind: of decay, as in `gates`.
         processors: multiprocessors of the device.
+        shared_bytes: shared memory that a program may have there.
     """
     exact = dtype == torch.float32
     # Gates per channel are fp32 tiles of K columns: with wide heads only short chunks fit shared memory.
@@ -129,16 +140,23 @@ def plan(tokens: int, heads: int, K: int, V: int, dtype: torch.dtype, kind: int,
     wide = V > 64 and K <= 128 and not exact
     narrow = 32 if exact else 64
     stages = 1 if exact else 3
+    # Every configuration of three stages fits 227 KB; devices with less take fewer. They are older ones, or of other
+    # makers, whose matrix units hold operands in registers too: eight warps share those.
+    most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
+
+    def fitting(tiles: Tiles) -> Tiles:
+        return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
+
     return Plan(
         chunk=chunk,
         segment_chunks=length,
         segments=-(-chunks // length),
-        summary=Tiles(128 if wide else min(narrow, tile(V, dtype)), 4, 3),
-        keys=_sweep_tiles(K, V, dtype, kind),
-        scalar_keys=_scalar_tiles(K, V, dtype),
-        values=_sweep_tiles(V, K, dtype, kind),
-        channels=Tiles(min(narrow, tile(K, dtype)), 4, stages),
-        channel_values=Tiles(min(narrow, tile(V, dtype)), 4, stages),
+        summary=fitting(Tiles(128 if wide else min(narrow, tile(V, dtype)), 4, 3)),
+        keys=fitting(_sweep_tiles(K, V, dtype, kind)),
+        scalar_keys=fitting(_scalar_tiles(K, V, dtype)),
+        values=fitting(_sweep_tiles(V, K, dtype, kind)),
+        channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
+        channel_values=fitting(Tiles(min(narrow, tile(V, dtype)), 4, stages)),
         exact=exact,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS,
         precision="ieee" if exact else "tf32",

@@ -29,9 +29,9 @@ from lasp.recurrence.contract import Run
 GROUPED_HEADS = True
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 MAX_DIM = 256
-INTERPRETED_PROCESSORS = 4
+INTERPRETED = (4, 1 << 20)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_processors: dict[torch.device, int] = {}
+_devices: dict[torch.device, tuple[int, int]] = {}
 
 
 class Segments(NamedTuple):
@@ -64,23 +64,24 @@ def _kind(g: Tensor | None) -> int:
     return (HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL).value
 
 
-def _processors_of(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter.
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU and bytes of shared memory a program may have; a few processors for the interpreter.
 
     Raises:
         ValueError: Triton cannot run there.
     """
-    if device not in _processors:
+    if device not in _devices:
         if device.type == "cuda":
-            _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
-        elif triton.knobs.runtime.interpret or not isinstance(scan_kernel, triton.JITFunction):
-            _processors[device] = INTERPRETED_PROCESSORS
+            properties = torch.cuda.get_device_properties(device)
+            _devices[device] = (properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        elif not isinstance(scan_kernel, triton.JITFunction):
+            _devices[device] = INTERPRETED
         else:
             raise ValueError(
                 f"backend 'triton' runs on a GPU (or on CPU under TRITON_INTERPRET=1), got tensors on {device}; "
                 "use backend='torch'"
             )
-    return _processors[device]
+    return _devices[device]
 
 
 def _prepare(x: Run) -> tuple[Run, Plan]:
@@ -96,11 +97,13 @@ def _prepare(x: Run) -> tuple[Run, Plan]:
             f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {MAX_DIM}, got {x.q.dtype} with K = {K}, "
             f"V = {V}; use backend='torch'"
         )
-    processors = _processors_of(x.q.device)
+    if x.documents is not None:
+        raise ValueError("backend 'triton' does not take packed documents (cu_seqlens) yet; use backend='torch'")
+    device = _device(x.q.device)
     use_scratch()
     g = x.g if x.g is None or x.g.is_contiguous() else x.g.contiguous()
-    x = Run(x.q.contiguous(), x.k.contiguous(), x.v.contiguous(), g, x.scale)
-    return x, plan(T, B * H_v, K, V, x.q.dtype, _kind(x.g), processors)
+    x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
+    return x, plan(T, B * H_v, K, V, x.q.dtype, _kind(x.g), *device)
 
 
 def _per_channel(x: Run) -> bool:

@@ -1,0 +1,118 @@
+"""Compiles the decay family's kernels for a device that need not be there, and reports what they need.
+
+    python tests/kernels/triton/compile_ahead.py cuda:90 [cuda:80 cuda:100 hip:gfx942 ...]
+
+Prints one JSON object a line: kernel, target, shared memory, spilled bytes per thread (CUDA below sm_100), matrix
+instructions. A script of its own: where the tests run in the interpreter, kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lasp.kernels.triton.decay.channel_output import channel_output_kernel
+from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
+from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
+from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, TOKEN
+from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
+from lasp.kernels.triton.decay.output import output_kernel
+from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
+from lasp.kernels.triton.decay.summary import summary_kernel
+
+INPUTS = {
+    "q_ptr",
+    "k_ptr",
+    "v_ptr",
+    "o_ptr",
+    "do_ptr",
+    "dk_ptr",
+    "scores_ptr",
+    "from_start_ptr",
+    "to_end_ptr",
+    "meeting_ptr",
+}
+DTYPE, NAME = torch.bfloat16, "bf16"
+# Shared memory a program may have, in bytes.
+LIMITS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
+
+
+def target_of(name: str) -> GPUTarget:
+    kind, architecture = name.split(":")
+    return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
+
+
+def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
+    """One kernel of each sort with its constants and launch, for K = V = dim."""
+    padded = tile(dim, DTYPE)
+
+    def planned(kind: int) -> tuple[Plan, dict[str, Any]]:
+        p = plan(65536, 16, dim, dim, DTYPE, kind, 132, shared_limit)
+        return p, {"K": dim, "V": dim, "C": p.chunk, "DESCRIPTORS": p.descriptors, "PRECISION": p.precision}
+
+    p, common = planned(HEAD.value)
+    common |= {"BK": padded, "KIND": HEAD.value}
+    yield summary_kernel, common | {"BV": p.summary.columns, "REVERSE": False}, p.summary
+    yield output_kernel, common | {"BV": p.values.columns, "EXACT": False}, p.values
+    p, common = planned(CHANNEL.value)
+    yield channel_summary_kernel, common | {"BK": p.channels.columns, "BV": padded, "REVERSE": False}, p.channels
+    yield channel_output_kernel, common | {"BK": padded, "BV": p.channel_values.columns}, p.channel_values
+    del common["V"]
+    levels = {"LEVELS": p.chunk.bit_length() - 1, "DESCRIPTORS": False}
+    yield channel_prepare_kernel, common | levels | {"BK": p.channels.columns}, p.channels
+    p, common = planned(TOKEN.value)
+    gradient = {"BK": p.scalar_keys.columns, "BV": padded, "DECAY_GRADIENT": True, "EXACT": False, "KIND": TOKEN.value}
+    yield key_gradient_kernel, common | gradient, p.scalar_keys
+
+
+def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarget) -> dict[str, Any]:
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{NAME}" if name in INPUTS else "*fp32"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    compiled = triton.compile(source, target=target, options=options)
+    report = {"kernel": kernel.__name__, "tiles": tuple(tiles), "shared": compiled.metadata.shared}
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    report["matrix_instructions"] = len(re.findall(r"wgmma|mma\.sync|tcgen05\.mma|mfma", text))
+    report["trap"] = bool(re.search(r"^\s*(trap|s_trap)", text, re.MULTILINE))
+    if "cubin" in compiled.asm:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found:
+            report |= {"registers": int(found[1]), "spilled_bytes": int(found[2])}
+    elif found := re.search(r"vgpr_spill_count:\s+(\d+)", text):
+        report["spilled_bytes"] = 4 * int(found[1])
+    return report
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        for kernel, constants, tiles in kernels(128, LIMITS[name]):
+            report = {"target": name, "limit": LIMITS[name]}
+            try:
+                report |= needs(kernel, constants, tiles, target_of(name))
+            except RuntimeError as error:
+                report |= {"kernel": kernel.__name__, "error": str(error)}
+            print(json.dumps(report), flush=True)
