@@ -2,11 +2,11 @@
 
     python -m benchmarks.simulator            (about five minutes on two cores)
 
-For every number of processes, in one group: what the machine can do is measured (a step of one process alone at
-several lengths; how many cores' worth a feed-forward block of plain PyTorch gets when all processes run it; the
-exchanges' constants; the sum of gradients), then whole steps of all processes, taking turns with the single steps, so
-that other work on the machine falls on both. The prediction uses none of the measured steps of several processes; for
-one process it uses the steps of other lengths. Times are lower quartiles over repetitions.
+For every number of processes, in one group, it measures what the machine can do: a step of one process alone at
+several lengths (wrapped in DDP with a group of one); how many cores' worth such steps get when all processes make one
+at once, each for itself; the exchanges' constants; the sum of gradients. And whole steps of all processes, taking turns
+with these, so that other work on the machine falls on all. The prediction uses none of the whole steps of several
+processes; for one process it uses the steps of other lengths. Times are lower quartiles over repetitions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 PROBED = (128, 256, 512, 1024, 2048, 4096, 8192)  # tokens of a step of one process alone
 LENGTHS = (2048, 4096)  # tokens of the whole sequence
 EXCHANGES = ("ring", "all_gather", "doubling")
+PROBE = 1024
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -38,16 +39,21 @@ def group_work(size: int, repetitions: int) -> Callable[[int], dict[str, Any]]:
     def work(rank: int) -> dict[str, Any]:
         import torch
         import torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
 
         from lasp.distributed.comm import Comm
         from lasp.distributed.mesh import build_mesh
         from lasp.exchange.measure import fit, measure
         from lasp.models import CausalLM, preset
-        from lasp.parallelize import parallelize
+        from lasp.parallelize import ParallelModel, parallelize
 
         config = preset("transnormer", "tiny")
         names = EXCHANGES if size > 1 else ("none",)
-        alone = parallelize(CausalLM(config), None)
+        # What DDP does on a process counts as its own work: here with a group of one.
+        own_group = [dist.new_group([each]) for each in range(size)][rank]
+        single_model = CausalLM(config)
+        wrapped = DistributedDataParallel(single_model, process_group=own_group, gradient_as_bucket_view=True)
+        alone = ParallelModel(single_model, wrapped if size > 1 else single_model, None)
         models = {}
         for name in names:
             torch.manual_seed(0)
@@ -68,17 +74,9 @@ def group_work(size: int, repetitions: int) -> Callable[[int], dict[str, Any]]:
             marks.append(time.perf_counter())
             return [after - before for before, after in itertools.pairwise(marks)]
 
-        # A feed-forward block of the model's shape, plain PyTorch, nothing of this library.
-        block = torch.nn.Sequential(
-            torch.nn.LayerNorm(128), torch.nn.Linear(128, 352), torch.nn.SiLU(), torch.nn.Linear(352, 128)
-        )
-        blocks = [torch.randn(total // size, 128, requires_grad=True) for total in LENGTHS]
-
         def probe() -> float:
             start = time.perf_counter()
-            for _ in range(2):
-                for rows in blocks:
-                    (rows + block(rows).cumsum(0)).square().sum().backward()
+            step(alone, PROBE, PROBE)
             return time.perf_counter() - start
 
         def meet() -> None:
@@ -102,7 +100,7 @@ def group_work(size: int, repetitions: int) -> Callable[[int], dict[str, Any]]:
                 if rank == 0:
                     single[n].append(step(alone, n, n)) if repetition >= 0 else step(alone, n, n)
                 meet()
-            for _ in range(4):
+            for _ in range(2):
                 if rank == 0:
                     probes["alone"].append(probe())
                 meet()
