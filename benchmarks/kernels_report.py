@@ -16,7 +16,7 @@ BEGIN, END = "<!-- begin: made by benchmarks/kernels_report.py -->", "<!-- end -
 
 def speed_table(result: dict[str, Any]) -> list[str]:
     lines = [
-        "| B, T, H, D | decay | | forward ms: graph, eager (floor) | forward+backward ms: graph, eager (floor) | peak GiB |",
+        "| B, T, H, D | decay | | forward ms: **graph**, eager (floor) | forward+backward ms | peak GiB |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -101,7 +101,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{BEGIN}\n{report(result)}{END}{after}")
     if result.get("crossover"):
-        plot(result, DOCS / "kernels-crossover.png")
+        plot(result, DOCS / "img" / "kernels-crossover.png")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ class Plan(NamedTuple):
 def tile(dim: int, dtype: torch.dtype) -> int:
     """The power of two that holds `dim` columns.
 
-    Never below 64 for 16-bit inputs: matrix units work on 64 rows, and with tiles of 32 columns Triton 3.6 compiled
-    some of these kernels wrongly for Hopper (see docs/kernels.md).
+    Never below 64 for 16-bit inputs: Hopper's matrix units work on 64 rows, and with tiles of 32 columns some of these
+    kernels gave wrong results there (see docs/kernels.md).
     """
     return max(16 if dtype == torch.float32 else 64, 1 << (dim - 1).bit_length())
 
