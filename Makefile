@@ -17,7 +17,7 @@ train: $(VENV)/.installed  ## train transnormer-tiny, its sequences split over t
 	$(BIN)/lasp train $(ARGS)
 
 test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
