@@ -54,11 +54,15 @@ def launch(
     """
     if 0 in grid:
         return
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, scalars, constants, warps, stages)
+        return
     pointers = 0
     for tensor in tensors:
         pointers |= tensor.data_ptr()
     aligned = pointers % ALIGNMENT == 0
-    device = tensors[0].device
     key = (id(kernel), device, constants, warps, stages, tuple([tensor.dtype for tensor in tensors]))
     compiled = _compiled.get(key) if aligned else None
     if compiled is None:

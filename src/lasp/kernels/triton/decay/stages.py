@@ -58,13 +58,14 @@ class QueryGradient(NamedTuple):
     terms: Tensor
 
 
-def _kind(g: Tensor | None) -> int:
+def kind_of(g: Tensor | None) -> int:
+    """The kind of decay, as in `gates`."""
     if g is None:
         return NONE.value
     return (HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL).value
 
 
-def _device(device: torch.device) -> tuple[int, int]:
+def device_limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors of a GPU and bytes of shared memory a program may have; a few processors for the interpreter.
 
     Raises:
@@ -99,11 +100,11 @@ def _prepare(x: Run) -> tuple[Run, Plan]:
         )
     if x.documents is not None:
         raise ValueError("backend 'triton' does not take packed documents (cu_seqlens) yet; use backend='torch'")
-    device = _device(x.q.device)
+    device = device_limits(x.q.device)
     use_scratch()
     g = x.g if x.g is None or x.g.is_contiguous() else x.g.contiguous()
     x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
-    return x, plan(T, B * H_v, K, V, x.q.dtype, _kind(x.g), *device)
+    return x, plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device)
 
 
 def _per_channel(x: Run) -> bool:
@@ -115,7 +116,7 @@ def _summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Su
         return channel.summarize(x, p, k, v, reverse)
     B, T, H, K = k.shape
     H_v, V = v.shape[2:]
-    kind, device, f32 = _kind(x.g), k.device, torch.float32
+    kind, device, f32 = kind_of(x.g), k.device, torch.float32
     states = torch.empty(B, H_v, p.segments, K, V, dtype=f32, device=device)
     gates = torch.empty(2, B, H_v, p.segments, dtype=f32, device=device)
     decays, before = gates[0], gates[1]
@@ -161,7 +162,7 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
         (x.q, x.k, x.v, x.q if x.g is None else x.g, totals.gates[0], totals.gates[1], o,
          totals.states, totals.decays, state_in, leaving),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     return o, Saved(totals.states, leaving, totals.gates)
 
@@ -187,7 +188,7 @@ def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any
         query_gradient_kernel, (slices * H_v * B, p.segments),
         (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, saved.gates[0], saved.gates[1], dq, terms, saved.entering),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.precision),
         warps, stages,
     )  # fmt: skip
     return QueryGradient(dq, terms)
@@ -216,7 +217,7 @@ def gradients(
         (x.q, x.k, x.v, d_o, g, prefix, suffix, dk, local.terms, dg,
          saved.entering, saved.leaving, d_states, after, d_state_out),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, _kind(x.g), with_decay, p.exact, p.descriptors, p.precision),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.precision),
         warps, stages,
     )  # fmt: skip
 
@@ -226,7 +227,7 @@ def gradients(
         value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
         (x.q, x.k, d_o, g, prefix, suffix, dv, d_states, after, d_state_out),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, _kind(x.g), p.exact, p.descriptors, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     d_gate = _gate_gradient(x, dg) if with_decay else None
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
