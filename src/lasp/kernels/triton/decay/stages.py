@@ -74,7 +74,9 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     if device not in _devices:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
-            _devices[device] = (properties.multi_processor_count, properties.shared_memory_per_block_optin)
+            # AMD's properties lack the second; its devices have 64 KB.
+            shared = getattr(properties, "shared_memory_per_block_optin", 65536)
+            _devices[device] = (properties.multi_processor_count, shared)
         elif not isinstance(scan_kernel, triton.JITFunction):
             _devices[device] = INTERPRETED
         else:
