@@ -36,6 +36,9 @@ def test_recommended_is_the_fastest_that_fits():
     fitting = alternatives(job())
     assert found["recommended"]["tokens_per_s"] == max(each["tokens_per_s"] for each in fitting)
     assert all(each["memory_bytes"] <= found["capacity_bytes"] for each in fitting)
+    ours = found["recommended_for_lasp_train"]
+    assert (ours["sharding"], ours["recomputation"]) == ("ddp", "none") and ours in fitting
+    assert plan(job(seq_len=1 << 30))["recommended_for_lasp_train"] is None
 
 
 def test_the_longest_sequence_fits_and_twice_of_it_does_not():
@@ -86,7 +89,12 @@ def test_table_and_plot(capsys, tmp_path):
     image = tmp_path / "plan.png"
     assert cli.main(["plan", "--seq-len", "16K", "--plot", str(image)]) == 0
     said = capsys.readouterr().out
-    assert "Recommended: " in said and "What the numbers rest on" in said and image.stat().st_size > 10_000
+    assert (
+        "Recommended: " in said
+        and "Recommended of what lasp train runs: " in said
+        and "What the numbers rest on" in said
+        and image.stat().st_size > 10_000
+    )
 
 
 @pytest.mark.parametrize(

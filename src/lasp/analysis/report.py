@@ -70,9 +70,15 @@ def plan(job: Job) -> dict[str, Any]:
         "batch": job.batch,
         "capacity_bytes": job.device.memory_bytes * job.device.memory_share,
         "recommended": recommended,
+        "recommended_for_lasp_train": next((each for each in alternatives(job) if _trains(each)), None),
         "methods": methods,
         "rests_on": BASIS | {f"device.{name}": source for name, source in job.device.sources.items()},
     }
+
+
+def _trains(entry: dict[str, Any]) -> bool:
+    """Whether `lasp train` can run a layout: DDP, nothing computed again."""
+    return entry["method"] in ("lasp", "data") and (entry["sharding"], entry["recomputation"]) == ("ddp", "none")
 
 
 def alternatives(job: Job) -> list[dict[str, Any]]:

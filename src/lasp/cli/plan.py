@@ -129,16 +129,17 @@ def _print(found: dict[str, Any]) -> None:
     for entry in found["methods"]:
         if "reason" in entry:
             console.print(f"{entry['method']}: {entry['reason']}", highlight=False)
-    best = found["recommended"]
-    if best is None:
+    if found["recommended"] is None:
         console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.", highlight=False)
-    else:
-        schedule = f", schedule {best['schedule']}" if best["method"] == "lasp" and best["sp"] > 1 else ""
-        console.print(
-            f"Recommended: {best['method']}, dp={best['dp']} x sp={best['sp']}{schedule}, weights {best['sharding']}, "
-            f"running again: {best['recomputation']}.",
-            highlight=False,
-        )
+    for name, best in (("", found["recommended"]), (" of what lasp train runs", found["recommended_for_lasp_train"])):
+        if best is not None:
+            schedule = f", schedule {best['schedule']}" if best["method"] == "lasp" and best["sp"] > 1 else ""
+            console.print(
+                f"Recommended{name}: {best['method']}, dp={best['dp']} x sp={best['sp']}{schedule}, weights "
+                f"{best['sharding']}, running again: {best['recomputation']}; {best['tokens_per_s']:,.0f} tokens/s, "
+                f"{best['memory_bytes'] / 1e9:.1f} GB.",
+                highlight=False,
+            )
     console.print(
         "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"
         "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, by the layout\n"
