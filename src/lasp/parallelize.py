@@ -93,7 +93,9 @@ def parallelize(
     if mesh.size() == 1:
         return ParallelModel(model, model, sp)
     # Buffers are constants of the configuration: nothing to broadcast in every forward pass.
-    training = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    training = DistributedDataParallel(model, gradient_as_bucket_view=True)
     parallel = ParallelModel(model, training, sp, mesh.size())
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
