@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from lasp.softmax.blocks import Block, Blocks
 
@@ -36,6 +35,9 @@ def sdpa_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> T
     queries, keys = q.shape[1], k.shape[1]
     # A square block needs no mask, one query sees everything, and the rest is a form that flash kernels know.
     square = causal and queries == keys
+    # Imported here: it brings torch's compiler, a second that programs without softmax layers need not wait.
+    from torch.nn.attention.bias import causal_lower_right
+
     bias = causal_lower_right(queries, keys) if causal and 1 < queries < keys else None
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),

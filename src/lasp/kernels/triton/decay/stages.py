@@ -29,6 +29,7 @@ from lasp.recurrence.contract import Run
 GROUPED_HEADS = True
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 MAX_DIM = 256
+MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _devices: dict[torch.device, tuple[int, int]] = {}
@@ -106,7 +107,13 @@ def _prepare(x: Run) -> tuple[Run, Plan]:
     use_scratch()
     g = x.g if x.g is None or x.g.is_contiguous() else x.g.contiguous()
     x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
-    return x, plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device)
+    p = plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device)
+    if _per_channel(x) and T > MAX_GRID * p.chunk:
+        raise ValueError(
+            f"backend 'triton' takes up to {MAX_GRID * p.chunk} tokens a rank with a gate per channel, got {T}; "
+            "split the sequence over more ranks or use backend='torch'"
+        )
+    return x, p
 
 
 def _per_channel(x: Run) -> bool:
