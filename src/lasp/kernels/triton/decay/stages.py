@@ -108,7 +108,7 @@ def _prepare(x: Run) -> tuple[Run, Plan]:
     g = x.g if x.g is None or x.g.is_contiguous() else x.g.contiguous()
     x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
     p = plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device)
-    if _per_channel(x) and T > MAX_GRID * p.chunk:
+    if _per_channel(x) and MAX_GRID * p.chunk < T:
         raise ValueError(
             f"backend 'triton' takes up to {MAX_GRID * p.chunk} tokens a rank with a gate per channel, got {T}; "
             "split the sequence over more ranks or use backend='torch'"
