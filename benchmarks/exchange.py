@@ -1,6 +1,7 @@
 """Every way of carrying the state, timed on 2, 4 and 8 processes, against what the cost model predicts.
 
-    python benchmarks/exchange.py            (about 5 minutes on two cores)
+    python benchmarks/exchange.py                       (about 5 minutes on two cores)
+    python benchmarks/exchange.py --table RESULT.json   (the documentation's table of a kept result)
 
 Each group of processes first measures the constants of the model (`lasp bench exchange`), then times the schedules,
 which take turns. The table says how far the chosen schedule is from the fastest measured.
@@ -57,11 +58,35 @@ def summary(figures: list[dict]) -> list[dict]:
     return lines
 
 
+def table(record: dict) -> str:
+    """Markdown: predicted / measured milliseconds by schedule, the chosen one in bold."""
+    names = {"hierarchical, doubling across": "hierarchical"}
+    columns = ("ring", "pipelined", "doubling", "all_to_all", "hierarchical", "all_gather")
+    lines = ["| ranks | state | " + " | ".join(f"`{name}`" for name in columns) + " | chosen / fastest |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
+    for line in record["summary"]:
+        group = next(group for group in record["groups"] if group["ranks"] == line["ranks"])
+        load = (line["state_bytes"], line["transition"])
+        rows = [row for row in group["rows"] if (row["state_bytes"], row["transition"]) == load]
+        cells = {}
+        for row in rows:
+            cell = f"{1e3 * row['predicted_s']:.3g} / {1e3 * row['measured_s']:.3g}"
+            cells[names.get(row["schedule"], row["schedule"])] = f"**{cell}**" if row["chosen"] else cell
+        state = f"{load[0] >> 10} KiB" + (", dense" if load[1] > 1 else "")
+        shown = " | ".join(cells[name] for name in columns)
+        lines.append(f"| {line['ranks']} | {state} | {shown} | {line['chosen_to_fastest']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--table", type=Path, help="print the table of this result, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(json.loads(arguments.table.read_text())))
+        return
     figures = [measured(size, arguments.repetitions) for size in arguments.sizes]
     lines = summary(figures)
     print("\nranks      state  transition  chosen        fastest       chosen / fastest")
