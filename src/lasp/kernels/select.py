@@ -31,7 +31,7 @@ def _load(family: str, backend: str) -> Stages:
 
 
 def select(family: str, backend: str, like: Tensor) -> Stages:
-    """The stages of `family` for tensors like `like`; "auto" takes the fastest that runs there.
+    """The stages of `family` for tensors like `like`; "auto" is "torch".
 
     Raises:
         ValueError: the backend is unknown, or does not implement the family.
