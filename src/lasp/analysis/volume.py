@@ -18,8 +18,6 @@ from typing import NamedTuple
 from lasp.exchange.base import Exchange, Traffic
 from lasp.exchange.load import Load
 
-NOTHING = Traffic(0, 0)
-
 
 class Volume(NamedTuple):
     """Payload of one layer on one rank."""
@@ -35,11 +33,6 @@ class Volume(NamedTuple):
     def __add__(self, other: object) -> Volume:
         assert isinstance(other, Volume)
         return Volume(self.forward + other.forward, self.backward + other.backward)
-
-    @property
-    def largest_bytes(self) -> int:
-        """The larger of sent and received, forward and backward together."""
-        return max(self.step)
 
 
 @dataclass(frozen=True, kw_only=True)

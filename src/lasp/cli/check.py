@@ -50,6 +50,11 @@ class CheckConfig:
     """Processes may share a GPU."""
     seed: int = 0
 
+    @property
+    def checked_model(self) -> ModelOptions:
+        """The model of --config where there is one. Raises ConfigError if it cannot be read."""
+        return self.model if self.config is None else load_toml(self.config).model
+
     def validate(self) -> None:
         """Raises ConfigError if a value means nothing."""
         from lasp.exchange import EXCHANGES
@@ -165,7 +170,7 @@ def _problem(config: CheckConfig) -> tuple[Any, Any, Any]:
 
     from lasp.models import CausalLM, preset
 
-    options = load_toml(config.config).model if config.config is not None else config.model
+    options = config.checked_model
     device = torch.device("cpu")
     if config.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -256,7 +261,7 @@ def _print(config: CheckConfig, rows: list[Row], good: bool) -> None:
     from rich.table import Table
 
     bound = BOUNDS[config.precision]
-    options = load_toml(config.config).model if config.config is not None else config.model
+    options = config.checked_model
     table = Table(
         title=f"{options.family}-{options.size}, {config.batch} x {config.seq_len} tokens over {config.sp} processes "
         f"against one process, {config.precision}",

@@ -10,8 +10,6 @@ import logging
 from functools import cache
 from typing import cast
 
-from torch import Tensor
-
 from lasp.recurrence.contract import Stages
 
 logger = logging.getLogger(__name__)
@@ -30,8 +28,8 @@ def _load(family: str, backend: str) -> Stages:
     return cast(Stages, getattr(package, family))
 
 
-def select(family: str, backend: str, like: Tensor) -> Stages:
-    """The stages of `family` for tensors like `like`; "auto" is "torch".
+def select(family: str, backend: str) -> Stages:
+    """The stages of `family`; "auto" is "torch".
 
     Raises:
         ValueError: the backend is unknown, or does not implement the family.

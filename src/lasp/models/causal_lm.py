@@ -150,7 +150,7 @@ class CausalLM(nn.Module):
             x = x * self.config.d_model**0.5
         if self.config.positions == "sinusoidal":
             x = x + sinusoids(
-                self._positions(tokens, here, cu_seqlens, sp), self.config.d_model, base=10000.0, dtype=x.dtype
+                self._positions(tokens, here, cu_seqlens), self.config.d_model, base=10000.0, dtype=x.dtype
             )
         states = []
         for layer, block in enumerate(self.blocks):
@@ -166,9 +166,7 @@ class CausalLM(nn.Module):
         loss_sum = cross_entropy_sum(self.final_norm(x).flatten(0, 1), weight, labels.flatten())
         return LMOutput(None, loss_sum, (labels != IGNORED_LABEL).sum(), new_cache)
 
-    def _positions(
-        self, tokens: Tensor, here: int, cu_seqlens: Tensor | Sequence[int] | None, sp: SequenceParallel | None
-    ) -> Tensor:
+    def _positions(self, tokens: Tensor, here: int, cu_seqlens: Tensor | Sequence[int] | None) -> Tensor:
         """fp64 [T], each token's position in its sequence, or in its document."""
         positions = global_positions(here, tokens.shape[1], tokens.device)
         if cu_seqlens is None:

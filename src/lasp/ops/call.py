@@ -74,7 +74,7 @@ def agree(
             "dtype": str(x.q.dtype),
             "gate dims": None if x.g is None else x.g.dim(),
             "scale": x.scale,
-            "documents": None if x.documents is None else (x.documents.count, document_digest(x.documents.cu_seqlens)),
+            "documents": None if x.documents is None else document_digest(x.documents.cu_seqlens),
             "initial_state": "none" if initial_state is None else f"requires_grad={initial_state.requires_grad}",
             "output_final_state": want_final,
             "gradients": differentiable,

@@ -48,12 +48,12 @@ class Packed:
     def leaving(self, parts: Summary, initial: Tensor) -> tuple[Summary, Tensor]:
         """This rank's summary, and the state before the first rank."""
         d = self._documents
-        summary = _border(parts, self._own(initial), d.from_before, d.to_after, first=False)
+        summary = _border(parts, self._here(initial), d.from_before, d.to_after, first=False)
         return summary, torch.zeros_like(summary.state)
 
     def entering(self, carried: Tensor, initial: Tensor) -> Tensor:
         """[n, H, K, V], the state that enters each document here."""
-        own = self._own(initial)
+        own = self._here(initial)
         return torch.cat([carried, own[1:]]) if self._documents.from_before else own
 
     def final(self, parts: Summary, entering: Tensor) -> Tensor:
@@ -62,12 +62,12 @@ class Packed:
 
     def leaving_adjoint(self, parts: Summary, d_final: Tensor) -> tuple[Summary, Tensor]:
         d = self._documents
-        summary = _border(parts, self._own_adjoint(d_final), d.to_after, d.from_before, first=True)
+        summary = _border(parts, self._here(d_final), d.to_after, d.from_before, first=True)
         return summary, torch.zeros_like(summary.state)
 
     def entering_adjoint(self, carried: Tensor, d_final: Tensor) -> Tensor:
         """[n, H, K, V], the gradient of the state that leaves each document here."""
-        own = self._own_adjoint(d_final)
+        own = self._here(d_final)
         return torch.cat([own[:-1], carried]) if self._documents.to_after else own
 
     def initial(self, parts: Summary, entering: Tensor) -> Tensor:
@@ -81,11 +81,9 @@ class Packed:
             spread[empty] = values[empty]
         return spread
 
-    def _own(self, initial: Tensor) -> Tensor:
-        return initial[list(self._documents.ids)]
-
-    def _own_adjoint(self, d_final: Tensor) -> Tensor:
-        return d_final[list(self._documents.ids)]
+    def _here(self, values: Tensor) -> Tensor:
+        """Of the values of all documents those of the documents here."""
+        return values[list(self._documents.ids)]
 
     def _spread(self, values: Tensor, wanted: Sequence[int]) -> Tensor:
         """Each rank knows some documents' values; together, all."""

@@ -73,7 +73,7 @@ def delta_rule(
         gate = None if g is None else g.to(dtype)
         x = DeltaRun(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
         initial = initial_of(x, initial_state)
-        stages = select("delta", backend, q)
+        stages = select("delta", backend)
     agree(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)
     if normalize_qk:
         x = x._replace(q=_unit(q, dtype), k=_unit(k, dtype))

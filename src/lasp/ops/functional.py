@@ -76,7 +76,7 @@ def linear_attention(
             raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
         x = Run(q, k, v, g, scale_of(q, scale), documents)
         initial = initial_of(x, initial_state)
-        stages = select("decay" if causal else "unmasked", backend, q)
+        stages = select("decay" if causal else "unmasked", backend)
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
     return scan(Plan(stages, sp, not causal, output_final_state), ungrouped(stages, x), initial)
 

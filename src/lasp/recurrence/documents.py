@@ -54,12 +54,6 @@ class Documents:
         lengths = torch.tensor([end - start for start, end in self.spans], dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(self.ids)), lengths)
 
-    @cached_property
-    def positions(self) -> Tensor:
-        """int64 [T], on the host: each token's position in the part of its document that lies here."""
-        starts = torch.tensor(self.bounds[:-1], dtype=torch.int64)
-        return torch.arange(self.bounds[-1]) - starts[self.of_tokens]
-
 
 @lru_cache(maxsize=64)
 def documents_here(cu_seqlens: tuple[int, ...], offset: int, tokens: int) -> Documents:

@@ -1,14 +1,9 @@
-"""The kernels run in Triton's interpreter where there is no GPU: set before Triton is first imported, for good."""
+"""The kernels run on the GPU where there is one, else in Triton's interpreter (tests/conftest.py)."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
 
