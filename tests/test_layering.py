@@ -24,7 +24,7 @@ LEVELS = {
     "generate": 6,
     "data": 6,
     "train": 7,
-    "analysis": 7,
+    "analysis": 6,
     "cli": 8,
 }
 COLLECTIVES = {

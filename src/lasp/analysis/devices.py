@@ -179,3 +179,26 @@ def device(name: str) -> Device:
     if found is None:
         raise ValueError(f"unknown device {name!r}; known: {', '.join(each.name for each in DEVICES.values())}")
     return found
+
+# Dense bf16 matrix products, FLOP/s, from the vendors' datasheets, by what the driver calls the device. The first
+# name that occurs in the driver's is taken.
+_PEAK_BF16 = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(driver_name: str, precision: str) -> float | None:
+    """The peak of a device in matrix products of "bf16" or "fp32", FLOP/s; None where no datasheet's figure is here.
+
+    driver_name: as torch.cuda.get_device_name gives it.
+    """
+    if precision != "bf16":  # fp32 products run at one of several speeds, by a setting of PyTorch's
+        return None
+    return next((peak for name, peak in _PEAK_BF16.items() if name in driver_name), None)

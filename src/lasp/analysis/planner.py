@@ -71,7 +71,6 @@ class Estimate(NamedTuple):
         sequence_s: communication along the sequence, hidden or not. data_s: of weights and gradients.
         received_bytes: by one rank along the sequence, in a step.
         attention_s: of compute_s, attention kernels.
-        flops: of one rank, for utilisation.
     """
 
     layout: Layout
@@ -84,7 +83,6 @@ class Estimate(NamedTuple):
     data_s: float
     received_bytes: float
     attention_s: float
-    flops: float
     tokens: int
 
     @property
@@ -181,7 +179,6 @@ def estimate(job: Job, layout: Layout) -> Estimate:
         data_s=data_s,
         received_bytes=received,
         attention_s=own.attention,
-        flops=own.flops,
         tokens=job.batch * job.seq_len,
     )
 

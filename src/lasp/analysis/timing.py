@@ -38,7 +38,6 @@ class Compute(NamedTuple):
         attention: of these, attention kernels.
         hidden_backward: work of one layer's backward pass that needs no other rank's state.
         optimizer: AdamW.
-        flops: of all matrix products and attention, for utilisation.
     """
 
     forward: float
@@ -46,7 +45,6 @@ class Compute(NamedTuple):
     attention: float
     hidden_backward: float
     optimizer: float
-    flops: float
 
     @property
     def total(self) -> float:
@@ -82,7 +80,7 @@ def compute(
     """
     narrow = 2 if device.precision == "bf16" else 4
     positions = batch * tokens
-    forward = backward = attention = flops = hidden = again = 0.0
+    forward = backward = attention = hidden = again = 0.0
     for index, each in enumerate(layers(config)):
         for part, saved in (
             (each.mixer_matrices, saved_by_mixer(config, index)),
@@ -93,7 +91,6 @@ def compute(
             once = kernel(device, product, narrow * part * share) + 2 * moved / device.bytes_per_s
             forward += once
             backward += kernel(device, 2 * product, 3 * narrow * part * share) + 3 * moved / device.bytes_per_s
-            flops += 3 * product
             if recomputation == "block" or (recomputation == "ffn" and part is each.ffn_matrices):
                 again += once
         rows = positions * each.heads * share
@@ -110,24 +107,18 @@ def compute(
             rest = slower * kernel(device, 1.5 * work, rows * narrow * (4 * k + 4 * v))
             back = sweep + rest
             hidden = sweep
-        forward, backward, attention, flops = (
-            forward + there,
-            backward + back,
-            attention + there + back,
-            flops + 3.5 * work,
-        )
+        forward, backward, attention = forward + there, backward + back, attention + there + back
         again += there * (recomputation == "block")
     head = 2.0 * positions * config.vocab_size * config.d_model
     # The loss computes its logits again in the backward pass, and moves them in fp32 about six times.
     logits = 4.0 * positions * config.vocab_size
     forward += kernel(device, head, 0) + 3 * logits / device.bytes_per_s
     backward += kernel(device, 3 * head, 0) + 6 * logits / device.bytes_per_s
-    flops += 3 * head
     # AdamW reads weight, gradient and two moments and writes three of them, fp32.
     optimizer = 28.0 * optimizer_parameters / device.bytes_per_s
     launch = device.host_s_per_layer * config.num_layers * (1 + (recomputation == "block") / 3)
     slack = max(0.0, launch - forward - backward - again)
-    return Compute(forward, backward + again + slack, attention, hidden, optimizer, flops)
+    return Compute(forward, backward + again + slack, attention, hidden, optimizer)
 
 
 def collective(device: Device, nbytes: float, ranks: int) -> float:

@@ -1,0 +1,95 @@
+"""Operations of a model by its configuration, against what PyTorch counts when the model runs token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import lasp.layers.attention
+import lasp.layers.deltanet
+import lasp.layers.gla
+import lasp.layers.mamba2
+import lasp.layers.short_convolution
+import lasp.layers.softmax_attention
+import lasp.models.causal_lm
+from lasp.analysis.devices import peak_flops
+from lasp.analysis.flops import flops_per_token
+from lasp.models import NAMES, CausalLM, preset
+
+TOKENS = 6
+
+
+def start_of(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A state that is not known to be zero."""
+    return k.new_zeros(k.shape[0] * v.shape[2], k.shape[-1], v.shape[-1]).requires_grad_()
+
+
+def rows(x: torch.Tensor, t: int, heads: int) -> torch.Tensor:
+    return x[:, t].repeat_interleave(heads // x.shape[2], 1).reshape(-1, 1, x.shape[-1])
+
+
+def with_gates(o: torch.Tensor, *gates: torch.Tensor | None) -> torch.Tensor:
+    """Gates are elementwise, but the matrices that make them have gradients."""
+    return o + sum(gate.sum() for gate in gates if gate is not None)
+
+
+def recurrence(q, k, v, g=None, **options):
+    state, heads, outputs = start_of(k, v), v.shape[2], []
+    for t in range(q.shape[1]):
+        state = state + rows(k, t, heads).mT @ rows(v, t, heads)
+        outputs.append((rows(q, t, heads) @ state).view(v.shape[0], heads, -1))
+    return with_gates(torch.stack(outputs, 1), g), None
+
+
+def corrected(q, k, v, beta, g=None, **options):
+    state, heads, outputs = start_of(k, v), v.shape[2], []
+    for t in range(q.shape[1]):
+        key = rows(k, t, heads)
+        state = state + key.mT @ (rows(v, t, heads) - key @ state)
+        outputs.append((rows(q, t, heads) @ state).view(v.shape[0], heads, -1))
+    return with_gates(torch.stack(outputs, 1), beta, g), None
+
+
+def half_seen(q, k, v, **options):
+    """Softmax attention of every token to half of the tokens, the average of a causal one."""
+    q, k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
+    half = k.shape[2] // 2
+    return ((q @ k[:, :, :half].mT).softmax(-1) @ v[:, :, :half]).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_are_those_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("attention", "gla", "mamba2"):
+        monkeypatch.setattr(getattr(lasp.layers, module), "linear_attention", recurrence)
+    monkeypatch.setattr(lasp.layers.deltanet, "delta_rule", corrected)
+    monkeypatch.setattr(lasp.layers.softmax_attention, "softmax_attention", half_seen)
+    # The library's own loss computes logits twice to save memory, which is no work of the model's.
+    monkeypatch.setattr(
+        lasp.models.causal_lm, "cross_entropy_sum", lambda x, w, labels: F.cross_entropy(x @ w.mT, labels)
+    )
+    # PyTorch counts a depthwise convolution's backward pass as a dense one's; ours is elementwise work.
+    monkeypatch.setattr(
+        lasp.layers.short_convolution,
+        "short_convolution",
+        lambda x, weight, bias=None, **_: (x * weight.sum(1) + (0 if bias is None else bias), None),
+    )
+    config = preset(name, "tiny", num_layers=len(preset(name, "tiny").layer_pattern))
+    if config.normalization == "denominator":  # its extra column of values lives inside the operator
+        config = dataclasses.replace(config, normalization="head")
+    model, tokens = CausalLM(config), torch.zeros(2, TOKENS, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).loss_sum.backward()
+    expected = flops_per_token(config, TOKENS)
+    assert counter.get_total_flops() == 2 * TOKENS * expected.step
+    assert min(expected) > 0
+
+
+def test_only_known_devices_have_a_peak() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") is None
+    assert peak_flops("Some CPU @ 2.0 GHz", "bf16") is None
