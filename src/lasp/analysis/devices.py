@@ -180,6 +180,7 @@ def device(name: str) -> Device:
         raise ValueError(f"unknown device {name!r}; known: {', '.join(each.name for each in DEVICES.values())}")
     return found
 
+
 # Dense bf16 matrix products, FLOP/s, from the vendors' datasheets, by what the driver calls the device. The first
 # name that occurs in the driver's is taken.
 _PEAK_BF16 = {

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.distributed.clock import ExchangeClock
+
 # Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _RECORD_BYTES = 2048
@@ -55,9 +57,11 @@ class Pending(Generic[_Result]):
 
     def __init__(self, comm: Comm, work: Any, what: str, result: Callable[[], _Result]) -> None:
         self._comm, self._work, self._what, self._result = comm, work, what, result
+        if comm.clock is not None:
+            comm.clock.begun()
 
     def wait(self) -> _Result:
-        with self._comm.explained(self._what):
+        with self._comm.waiting(self._what, messages=1):
             self._work.wait()
         return self._result()
 
@@ -82,6 +86,23 @@ class _Explained:
         ) from error
 
 
+class _Waiting(_Explained):
+    """Also adds the time spent inside to the clock, as waiting for so many messages that have begun."""
+
+    def __init__(self, comm: Comm, what: str, messages: int) -> None:
+        super().__init__(comm, what)
+        self._messages = messages
+
+    def __enter__(self) -> None:
+        if self._comm.clock is not None:
+            self._comm.clock.wait_begins()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self._comm.clock is not None:
+            self._comm.clock.wait_ends(self._messages)
+        super().__exit__(kind, error, trace)
+
+
 class Comm:
     """Point-to-point and collective operations within one group.
 
@@ -96,6 +117,7 @@ class Comm:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.global_ranks = dist.get_process_group_ranks(group)
         self.counters = Counters()
+        self.clock: ExchangeClock | None = None
         self.operations = 0
         self.backend: str = dist.get_backend(group)
         self._sending: deque[tuple[Any, Tensor]] = deque()
@@ -117,6 +139,15 @@ class Comm:
 
     def explained(self, what: str) -> _Explained:
         return _Explained(self, what)
+
+    def waiting(self, what: str, *, messages: int = 0) -> _Waiting:
+        """Around whatever blocks; messages: how many that have begun come with it."""
+        return _Waiting(self, what, messages)
+
+    def start_clock(self) -> ExchangeClock:
+        """Measure from now on, until `clock` is set to None or started anew."""
+        self.clock = ExchangeClock(on_device=self.backend == "nccl")
+        return self.clock
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -224,7 +255,7 @@ class Comm:
         tensor = tensor.detach().contiguous() if self.rank == source else torch.empty_like(tensor).contiguous()
         share = {"sent": tensor.nbytes * (self.size - 1)} if self.rank == source else {"received": tensor.nbytes}
         self._count(**share)
-        with self.explained(f"broadcast from rank {source}"):
+        with self.waiting(f"broadcast from rank {source}"):
             dist.broadcast(tensor, group=self._group, group_src=source)
         return tensor
 
@@ -252,7 +283,7 @@ class Comm:
         buffer[: len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
         gathered = [torch.empty_like(buffer) for _ in range(self.size)]
         self.operations += 1
-        with self.explained("agree with the other ranks on what to compute"):
+        with self.waiting("agree with the other ranks on what to compute"):
             dist.all_gather(gathered, buffer, group=self._control)
         records = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
         if len(set(records)) > 1 or "error" in description:
@@ -270,7 +301,7 @@ class Comm:
         """Let go of what has left; wait for the oldest where too much is still under way."""
         while self._sending and (len(self._sending) > 8 or self._sending[0][0].is_completed()):
             work, _ = self._sending.popleft()
-            with self.explained("finish sending a state"):
+            with self.waiting("finish sending a state"):
                 work.wait()
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from lasp.analysis.devices import peak_flops
+from lasp.analysis.flops import flops_per_token
 from lasp.data import store as token_store
 from lasp.data import trigram
 from lasp.data.batches import Sequences, num_sequences
@@ -26,7 +28,9 @@ from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import TrainConfig, differences, to_dict
 from lasp.train.errors import ConfigError, PeerLostError
 from lasp.train.evaluate import Score, evaluate
-from lasp.train.metrics import MetricsFile, draw_curve
+from lasp.train.figures import Machine
+from lasp.train.metrics import draw_curve
+from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
 from lasp.train.sample import stream_text
@@ -103,62 +107,51 @@ class _Run:
         self.stepper = Stepper(config, self.model, self.optimizer, self.sequences, world)
         self.finished = int(self.resumed.state["step"]) if self.resumed is not None else 0
         self.saved_at = self.finished if self.resumed is not None else -1
+        self.observer: Observer | None = None
 
     def train(self) -> TrainResult:
         config = self.config
-        metrics = None
         if self.world.is_first:
-            metrics = MetricsFile(self.run_dir / "metrics.jsonl", finished_steps=self.finished)
+            self.observer = Observer(config, self.run_dir, self.output, self._machine(), finished=self.finished)
         self._introduce(self._measure_step())
         stopped = False
         with _stop_signals() as stop_requested:
             self.output.start(self.finished, config.steps)
             try:
                 while self.finished < config.steps and not stopped:
-                    stopped = self._step(metrics, stop_requested)
+                    stopped = self._step(stop_requested)
                     last = self.finished == config.steps
                     if stopped or last or self.finished % config.save_every == 0:
                         self._save()
                     if self.finished % config.eval_every == 0 and not last and not stopped:
-                        self._evaluate(metrics, max(1, config.eval_sequences // 8))
+                        self._evaluate(max(1, config.eval_sequences // 8))
             finally:
                 self.output.stop()
         trained_s = self.watch.seconds()
-        score = None if stopped else self._evaluate(metrics, config.eval_sequences)
-        if metrics is not None:
-            metrics.close()
+        score = None if stopped else self._evaluate(config.eval_sequences)
+        if self.observer is not None:
+            self.observer.close()
         # The others wait, so that no launcher takes the run for finished before everything is written.
         end = self.world.first_does(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
         return TrainResult(self.run_dir, self.finished, stopped, bits, end["trigram"])
 
-    def _step(self, metrics: MetricsFile | None, stop_requested: Callable[[], bool]) -> bool:
+    def _step(self, stop_requested: Callable[[], bool]) -> bool:
         began = time.monotonic()
         result = self.stepper.step(self.finished, stop_requested=stop_requested)
-        seconds = time.monotonic() - began
         self.finished += 1
-        tokens = self.config.global_batch * self.config.seq_len
-        if metrics is not None:
-            metrics.write(
-                step=self.finished,
-                loss=result.loss,
-                lr=result.lr,
-                grad_norm=result.grad_norm,
-                tokens=self.finished * tokens,
-                tokens_per_s=round(tokens / seconds, 1),
-                exchanged_bytes=result.exchanged_bytes,
-            )
-        self.output.step(
-            self.finished,
-            self.config.steps,
-            loss=result.loss,
-            tokens=tokens,
-            seconds=seconds,
-            exchanged_bytes=result.exchanged_bytes,
-        )
+        if self.observer is not None:
+            self.observer.step(self.finished, result, time.monotonic() - began)
         return result.stop
 
-    def _evaluate(self, metrics: MetricsFile | None, max_sequences: int) -> Score:
+    def _machine(self) -> Machine:
+        """What utilisation is counted against."""
+        device, peak = self.world.device, None
+        if device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(device), self.config.precision)
+        return Machine(flops_per_token(self.model_config, self.config.seq_len).step, peak)
+
+    def _evaluate(self, max_sequences: int) -> Score:
         score = evaluate(
             self.model,
             self.store,
@@ -168,12 +161,8 @@ class _Run:
             max_sequences=max_sequences,
             autocast_dtype=self.stepper.autocast_dtype,
         )
-        if metrics is not None:
-            metrics.write(
-                step=self.finished,
-                validation_bits_per_byte=score.bits_per_byte,
-                validation_tokens=score.num_tokens,
-            )
+        if self.observer is not None:
+            self.observer.validation(self.finished, score)
         self.output.line(f"step {self.finished}: validation {score.bits_per_byte:.4f} bits per byte")
         return score
 

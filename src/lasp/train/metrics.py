@@ -1,8 +1,6 @@
 """What a run leaves to be read: one JSON object a line in metrics.jsonl, and a picture of the loss curve.
 
-Lines of steps:       {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "exchanged_bytes"}
-Lines of validation:  {"step", "validation_bits_per_byte", "validation_tokens"}
-`step` counts finished optimizer steps, `loss` is nats per token, `tokens` counts from the start of training.
+lasp.train.observe says what the lines are.
 """
 
 import json

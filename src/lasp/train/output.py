@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from lasp.train.figures import StepFigures
+
 
 class Output:
     """Prints on the first process, and nowhere else."""
@@ -41,16 +43,17 @@ class Output:
         self._task = self._progress.add_task("", completed=finished, total=total, text="")
         self._progress.start()
 
-    def step(
-        self, finished: int, total: int, *, loss: float, tokens: int, seconds: float, exchanged_bytes: int
-    ) -> None:
-        """Show a finished step. tokens, seconds, exchanged_bytes: of this step, all processes together."""
+    def step(self, finished: int, total: int, *, seconds: float, figures: StepFigures) -> None:
+        """Show a finished step that took `seconds`."""
         before = self._step_seconds
         self._step_seconds = seconds if before is None else 0.95 * before + 0.05 * seconds
         left = (total - finished) * self._step_seconds
+        tokens_per_s = figures.tokens_per_s * seconds / self._step_seconds
+        utilisation = "" if figures.mfu is None else f"  {figures.mfu:.1%} of peak"
         text = (
-            f"loss {loss:.4f}  {tokens / self._step_seconds:,.0f} tokens/s  "
-            f"exchanged {bytes_text(exchanged_bytes)}/step  {duration(left)} left"
+            f"loss {figures.loss:.4f}  grad {figures.grad_norm:.2f}  {tokens_per_s:,.0f} tokens/s{utilisation}  "
+            f"exchanged {bytes_text(figures.exchanged_bytes)}/step, {figures.exposed_s / seconds:.0%} waiting  "
+            f"peak {bytes_text(figures.peak_memory_bytes)}  {duration(left)} left"
         )
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=finished, text=text)

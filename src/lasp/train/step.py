@@ -17,6 +17,7 @@ from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
 from lasp.train.errors import NumericsError
 from lasp.train.optimizer import learning_rate
+from lasp.train.watch import RankStep, StepWatch
 from lasp.train.world import World
 
 
@@ -26,8 +27,8 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Global, before clipping."""
     lr: float
-    exchanged_bytes: int
-    """Sent in the exchange of states by all processes together; gradient sums are not counted."""
+    ranks: tuple[RankStep, ...]
+    """What the step cost every process, by global rank."""
     stop: bool
     """Some process was asked to stop."""
 
@@ -47,14 +48,15 @@ class Stepper:
         self.sequences, self.world = sequences, world
         self.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
         self.names = [name for name, _ in model.module.named_parameters()]
+        self.watch = StepWatch(model, world.device)
 
     def step(self, number: int, *, stop_requested: Callable[[], bool]) -> StepResult:
         """Optimizer step `number` (from 0). Raises NumericsError, on all processes, and changes no weight."""
-        sent_before = self._sent_bytes()
+        self.watch.start()
         loss_sum = self.gradients(number)
         bad = self.model.bad_gradients()
         first_bad = self.names.index(bad[0]) if bad else -1
-        rows = self.world.gather([loss_sum, first_bad, self._sent_bytes() - sent_before, float(stop_requested())])
+        rows = self.world.gather([loss_sum, first_bad, float(stop_requested()), *self.watch.read()])
         # Added in rank order, in fp64: the printed loss is the same on every process and in every repetition.
         loss = sum(row[0] for row in rows) / (self.config.global_batch * self.config.seq_len)
         self._refuse_bad(number, [row[0] for row in rows], [int(row[1]) for row in rows])
@@ -70,7 +72,7 @@ class Stepper:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm, lr, int(sum(row[2] for row in rows)), any(row[3] for row in rows))
+        return StepResult(loss, grad_norm, lr, tuple(RankStep(*row[3:]) for row in rows), any(row[2] for row in rows))
 
     def gradients(self, number: int) -> float:
         """Leave the gradients of step `number` in the parameters; return this process's sum of losses."""
@@ -87,6 +89,7 @@ class Stepper:
                         out = model.training(tokens, labels=labels, sp=model.sp)
                     model.mean_loss(out.loss_sum, global_tokens).backward()
                 total += out.loss_sum.detach()
+        self.watch.backward_ended()
         return total.item()
 
     def rehearse(self) -> None:
@@ -127,6 +130,3 @@ class Stepper:
             f"(ranks with bad losses: {bad_losses}, with bad gradients: {bad_gradients}). "
             "No weight was changed; the last checkpoint is good. Lower --optimizer.lr or raise the warm-up."
         )
-
-    def _sent_bytes(self) -> int:
-        return self.model.sp.counters.sent_bytes if self.model.sp is not None else 0

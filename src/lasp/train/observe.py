@@ -1,0 +1,81 @@
+"""Whatever is written down while a run trains: one observer, told of every step and every validation.
+
+Lines of metrics.jsonl, all with "step", the number of finished optimizer steps:
+    every step          the fields of lasp.train.figures.StepFigures
+    every --log-every   "ranks": for each figure of lasp.train.watch.RankStep a list by global rank, the median of the
+                        "steps" since the last such line; "slow": a sentence, if one rank is slow
+    every validation    "validation_bits_per_byte", "validation_tokens"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lasp.train.config import TrainConfig
+from lasp.train.evaluate import Score
+from lasp.train.figures import Machine, StepFigures, figures_of, slow_rank, typical
+from lasp.train.metrics import MetricsFile
+from lasp.train.output import Output
+from lasp.train.step import StepResult
+from lasp.train.watch import RankStep
+
+
+class Observer:
+    """On the first process; the others have none."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, output: Output, machine: Machine, *, finished: int) -> None:
+        self._config, self._output, self._machine = config, output, machine
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
+        self._window: list[tuple[RankStep, ...]] = []
+
+    def step(self, number: int, result: StepResult, seconds: float) -> None:
+        """Step `number` (from 1) has ended after `seconds`."""
+        config = self._config
+        figures = figures_of(
+            number,
+            result,
+            seconds=seconds,
+            tokens_per_step=config.global_batch * config.seq_len,
+            machine=self._machine,
+        )
+        self._metrics.write(**_rounded(figures))
+        self._output.step(number, config.steps, seconds=seconds, figures=figures)
+        self._window.append(result.ranks)
+        if number % config.log_every == 0 or number == config.steps or result.stop:
+            self._compare_ranks(number)
+
+    def validation(self, number: int, score: Score) -> None:
+        """The model was scored after step `number`."""
+        self._metrics.write(
+            step=number, validation_bits_per_byte=score.bits_per_byte, validation_tokens=score.num_tokens
+        )
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _compare_ranks(self, number: int) -> None:
+        ranks = typical(self._window)
+        line = slow_rank(ranks)
+        self._metrics.write(
+            step=number,
+            steps=len(self._window),
+            ranks={name: [_short(getattr(rank, name)) for rank in ranks] for name in RankStep._fields},
+            slow=line,
+        )
+        if line is not None:
+            self._output.line(line)
+        self._window.clear()
+
+
+def _rounded(figures: StepFigures) -> dict[str, object]:
+    """As written: results to their last digit, because a resumed run is compared by them; measurements to a few."""
+    exact = ("loss", "lr", "grad_norm")
+    return {
+        name: value if name in exact or not isinstance(value, float) else _short(value)
+        for name, value in figures._asdict().items()
+        if value is not None
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}") if value < 1e3 else round(value)

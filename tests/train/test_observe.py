@@ -1,0 +1,90 @@
+"""What a run writes down about its steps, against independent counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import world
+from training_runs import SMALL, small_config
+
+from lasp.train import loop, step
+from lasp.train.figures import Machine, figures_of, slow_rank, typical
+from lasp.train.metrics import read_metrics
+from lasp.train.step import StepResult
+from lasp.train.watch import RankStep
+
+DP, SP = 2, 2
+PARTS = ("own_s", "exposed_s", "summing_s")
+
+
+def rank(own_s: float, *, sent: float = 0.0, exposed: float = 0.1, memory: float = 1.0) -> RankStep:
+    return RankStep(own_s, exposed, 0.05, 0.02, sent, memory)
+
+
+def test_figures_of_a_run(tmp_path: Path) -> None:
+    config = dataclasses.replace(small_config(tmp_path, dp=DP, sp=SP, steps=4, log_every=1), accumulation=2)
+
+    def work(_rank: int) -> int:
+        loop.train(config)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    largest = max(world.run(DP * SP, work))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps, ranks = ([line for line in lines if name in line] for name in ("loss", "ranks"))
+    assert [line["step"] for line in steps] == [line["step"] for line in ranks] == [1, 2, 3, 4]
+    # Each of the two directions moves every layer's fp32 states once over the one border of each sequence.
+    keys = 2 * SMALL["key_dim"] + SMALL["key_dim"]  # the first of the two layers has LRPE, which doubles them
+    states = keys * SMALL["num_heads"] * SMALL["value_dim"] * config.global_batch
+    for line, compared in zip(steps, ranks, strict=True):
+        assert line["exchanged_bytes"] == sum(compared["ranks"]["sent_bytes"]) == 2 * 4 * states
+        assert line["tokens_per_s"] * line["step_s"] == pytest.approx(config.global_batch * config.seq_len, rel=2e-3)
+        assert 30e6 < line["peak_memory_bytes"] <= largest
+        assert "mfu" not in line  # no CPU has a known peak
+        assert all(value >= 0 for name in PARTS for value in compared["ranks"][name])
+        # The parts of a step do not overlap, and the first rank's step contains its parts.
+        assert sum(compared["ranks"][name][0] for name in PARTS) <= line["step_s"] * 1.002
+        for name in ("exposed_s", "summing_s", "hidden_s"):
+            assert line[name] == pytest.approx(sum(compared["ranks"][name]) / (DP * SP), rel=2e-3)
+        assert line["slowest_s"] == max(compared["ranks"]["own_s"])
+
+
+def test_a_slow_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, sp=2, steps=3, log_every=3)
+
+    def work(number: int) -> None:
+        original = step.Stepper._batch
+
+        def late(self: step.Stepper, *arguments: int) -> object:
+            time.sleep(0.3 if number == 1 else 0)  # the fault: one rank's data come late
+            return original(self, *arguments)
+
+        step.Stepper._batch = late  # type: ignore[method-assign,assignment]
+        loop.train(config)
+
+    world.run(2, work)
+    (compared,) = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "ranks" in line)
+    assert compared["slow"].startswith("rank 1 is slow") and compared["steps"] == 3
+    assert "rank 1 is slow: its own work takes" in capfd.readouterr().out
+
+
+def test_what_is_slow() -> None:
+    even = [rank(0.10), rank(0.11), rank(0.12)]
+    assert slow_rank(even) is None and slow_rank([rank(9.0)]) is None
+    assert slow_rank([rank(0.10), rank(0.30), rank(0.12)]).startswith("rank 1 is slow: its own work takes 300 ms")  # type: ignore[union-attr]
+    # One hiccup in a window makes nobody slow.
+    hiccup = [[rank(0.1), rank(5.0 if number == 2 else 0.1)] for number in range(5)]
+    assert slow_rank(typical(hiccup)) is None
+
+
+def test_utilisation_is_of_all_devices() -> None:
+    result = StepResult(2.0, 1.0, 0.1, (rank(0.4, sent=10), rank(0.3, sent=20)), stop=False)
+    machine = Machine(flops_per_token=6e9, peak_flops=1e12)
+    figures = figures_of(7, result, seconds=0.5, tokens_per_step=100, machine=machine)
+    assert figures.tokens_per_s == 200 and figures.tokens == 700
+    assert figures.mfu == pytest.approx(200 * 6e9 / 2e12)
+    assert (figures.slowest_rank, figures.slowest_s, figures.fastest_s, figures.exchanged_bytes) == (0, 0.4, 0.3, 30)
+    assert figures_of(7, result, seconds=1.0, tokens_per_step=1, machine=Machine(6e9, None)).mfu is None
