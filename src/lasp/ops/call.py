@@ -38,15 +38,27 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return q.shape[3] ** -0.5 if scale is None else float(scale)
 
 
-def initial_of(x: Any, initial_state: Tensor | None) -> Tensor:
-    """The state before the first token: the one given, checked, or zero."""
+def _initial_shape(x: Any) -> tuple[int, ...]:
+    """One state for each sequence of the batch, or for each document of the whole sequence."""
     shape = state_shape(x)
-    if x.documents is not None:
-        shape = (x.documents.count, *shape[1:])
-    if initial_state is None:
-        return x.q.new_zeros(shape, dtype=state_dtype(x.q.dtype))
-    check_state(initial_state, shape, x.q)
-    return initial_state
+    return shape if x.documents is None else (x.documents.count, *shape[1:])
+
+
+def check_initial(x: Any, initial_state: Tensor | None) -> None:
+    """The initial state, if there is one, fits.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if initial_state is not None:
+        check_state(initial_state, _initial_shape(x), x.q)
+
+
+def initial_of(x: Any, initial_state: Tensor | None) -> Tensor:
+    """The state before the first token: the one given, or zero."""
+    if initial_state is not None:
+        return initial_state
+    return x.q.new_zeros(_initial_shape(x), dtype=state_dtype(x.q.dtype))
 
 
 def agree(

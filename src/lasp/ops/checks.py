@@ -39,10 +39,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> None:
-    """g [H_v] (where `constant` decays are allowed), [B, T, H_v] or [B, T, H_v, K], a natural logarithm <= 0.
+    """g [H_v] (where `constant` decays are allowed), [B, T, H_v] or [B, T, H_v, K], floating point.
 
     Raises:
-        ValueError: the shape, dtype or device does not fit, or a value is positive or NaN.
+        ValueError: the shape, dtype or device does not fit.
     """
     (batch, tokens, heads), keys = v.shape[:3], q.shape[3]
     allowed = {"[H_v]": (heads,), "[B, T, H_v]": (batch, tokens, heads), "[B, T, H_v, K]": (batch, tokens, heads, keys)}
@@ -53,6 +53,14 @@ def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> Non
         raise ValueError(f"g must be {', '.join(others)} or {last}, got {tuple(g.shape)}")
     if not g.is_floating_point() or g.device != q.device:
         raise ValueError(f"g must be floating point on {q.device}, got {g.dtype} on {g.device}")
+
+
+def check_gate_values(g: Tensor) -> None:
+    """g is a natural logarithm of a decay.
+
+    Raises:
+        ValueError: a value is positive or NaN, on CPU; on a GPU an assertion on the device fails.
+    """
     message = "g is the natural logarithm of the decay and must be <= 0 (for a decay a in (0, 1], pass a.log())"
     _check_values(g <= 0, message, lambda: f"a largest value of {g.max().item():g}")
 
@@ -75,8 +83,8 @@ def check_beta(beta: Tensor, v: Tensor) -> None:
 
 
 def _check_values(good: Tensor, message: str, found: Callable[[], str]) -> None:
-    """All `good`: checked where that needs no synchronisation (on CPU), asserted on the device elsewhere."""
-    if good.device.type != "cpu":
+    """All `good`: checked where that needs no synchronisation (on CPU), asserted when it is computed elsewhere."""
+    if good.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(good.all(), message)
     elif not bool(good.all()):
         raise ValueError(f"{message}; got {found()}")

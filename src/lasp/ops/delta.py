@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.select import select
-from lasp.ops.call import agree, initial_of, packed, scale_of, ungrouped
-from lasp.ops.checks import check_beta, check_gate, check_inputs
+from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
+from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs
 from lasp.ops.scan import Plan, scan
 from lasp.recurrence.decay import state_dtype
 from lasp.recurrence.delta import DeltaRun
@@ -68,15 +68,17 @@ def delta_rule(
         check_beta(beta, v)
         if g is not None:
             check_gate(g, q, v, constant=False)
+            check_gate_values(g)
         dtype = state_dtype(q.dtype)
         documents = packed(cu_seqlens, q.shape[0], q.shape[1], sp)
         gate = None if g is None else g.to(dtype)
         x = DeltaRun(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
-        initial = initial_of(x, initial_state)
-        stages = select("delta", backend)
+        check_initial(x, initial_state)
+        stages = select("delta", backend, x)
     agree(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)
     if normalize_qk:
         x = x._replace(q=_unit(q, dtype), k=_unit(k, dtype))
+    initial = initial_of(x, initial_state)
     return scan(Plan(stages, sp, False, output_final_state), ungrouped(stages, x), initial)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.kernels.select import select
-from lasp.ops.call import agree, initial_of, packed, scale_of, ungrouped
-from lasp.ops.checks import check_gate, check_inputs
+from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
+from lasp.ops.checks import check_gate, check_gate_values, check_inputs
 from lasp.ops.scan import Plan, scan
 from lasp.recurrence.contract import Run
 from lasp.recurrence.decay import state_dtype
@@ -41,7 +41,9 @@ def linear_attention(
     Args:
         q, k: [B, T, H, K], fp64, fp32, bf16 or fp16.
         v: [B, T, H_v, V] of the same dtype; H_v a multiple of H. Value head h uses query head h // (H_v // H).
-        g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's.
+        g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's. On a GPU, where looking
+            would wait for it, a value that is positive or NaN makes an assertion on the device fail ("torch") or gives
+            NaN from its token on ("triton").
         scale: factor of the outputs, K ** -0.5 by default.
         initial_state: [B, H_v, K, V], the state before the first token of the global sequence, the same on every
             rank of `sp`; fp32, fp64 for fp64 inputs. Its gradient is whole on the group's first rank and zero on
@@ -54,7 +56,8 @@ def linear_attention(
             [documents, H_v, K, V]. Documents may cross any number of ranks and may be empty; nothing leaks between.
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
         backend: "torch" (chunked, any device), "triton" (fused kernels on a GPU; bf16, fp16 and fp32, K and V up to
-            256, no packed documents) or "reference" (token by token, slow, exact); "auto" is "torch".
+            256, no packed documents) or "reference" (token by token, slow, exact); "auto" is "triton" where that
+            runs, else "torch", and logs which (`lasp.kernels.select`, level INFO).
 
     Returns:
         o [B, T, H_v, V] in v's dtype, and the final state [B, H_v, K, V] or None.
@@ -75,9 +78,16 @@ def linear_attention(
         if documents is not None and not causal:
             raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
         x = Run(q, k, v, g, scale_of(q, scale), documents)
-        initial = initial_of(x, initial_state)
-        stages = select("decay" if causal else "unmasked", backend)
+        check_initial(x, initial_state)
+        stages = select("decay" if causal else "unmasked", backend, x)
+        if g is not None and not (g.is_cuda and getattr(stages, "BAD_GATES_GIVE_NAN", False)):
+            check_gate_values(g)
+    if sp is None or sp.size == 1:
+        alone = getattr(stages, "on_one_device", None)
+        if alone is not None and documents is None:
+            return alone(x, initial_state, output_final_state)
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
+    initial = initial_of(x, initial_state)
     return scan(Plan(stages, sp, not causal, output_final_state), ungrouped(stages, x), initial)
 
 

@@ -17,6 +17,14 @@ summaries. Tensors marked opaque are the backend's own (tuples of tensors or Non
     gradients(x, saved, totals_adjoint, local, d_o, d_state_out) -> gradients of x's tensors, in order
         d_state_out: the gradient of the state that leaves the run.
 
+A backend may also have
+
+    on_one_device(x, initial, want_final) -> o, final state or None
+        All stages around no exchange, differentiable, for less of the host's time; initial is None for zero. It takes
+        no packed documents.
+    BAD_GATES_GIVE_NAN = True
+        A gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look for one before.
+
 A recurrence whose outputs see the whole sequence instead of the past (`causal=False`) has the same stages; the
 state that enters `outputs` is then the state after all ranks, and the same for gradients.
 """

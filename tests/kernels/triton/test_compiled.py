@@ -1,49 +1,77 @@
-"""torch.compile over the operators: one graph, no breaks, the eager gradients."""
+"""torch.compile over the public operator: one graph, no breaks, the eager gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from problems import GATES, make
+from tolerances import relative_error
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lasp.kernels.triton.decay.operators import decay_forward, linear_attention
-from lasp.recurrence.contract import Run
+import lasp
+from lasp.kernels.triton.decay.operators import decay_forward
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
 
 
-def leaves_of(gate: str) -> tuple[list[Tensor | None], Tensor]:
+def leaves_of(gate: str, device: torch.device) -> tuple[list[Tensor | None], Tensor]:
     problem = make(gate, **DIMS)
-    names = ("q", "k", "v", "g", "initial_state")
-    leaves = [None if (t := problem.inputs[name]) is None else t.float().requires_grad_() for name in names]
-    return leaves, problem.d_o.float()
+    inputs = [problem.inputs[name] for name in ("q", "k", "v", "g", "initial_state")]
+    leaves = [None if t is None else t.to(device, torch.float32).requires_grad_() for t in inputs]
+    return leaves, problem.d_o.to(device, torch.float32)
 
 
-def model(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor) -> Tensor:
-    o, final = linear_attention(Run(q * 2.0, k, v, g, 0.25), initial)
+def model(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None) -> Tensor:
+    o, final = lasp.linear_attention(
+        q * 2.0, k, v, g, initial_state=initial, output_final_state=True, backend="triton"
+    )
     return o * final.sum()
 
 
+def gradients(output: Tensor, leaves: list[Tensor | None], d_o: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, [leaf for leaf in leaves if leaf is not None and leaf.requires_grad], d_o)
+
+
 @pytest.mark.parametrize("gate", GATES)
-def test_compiles_without_breaks(gate: str) -> None:
-    leaves, d_o = leaves_of(gate)
-    wanted = [leaf for leaf in leaves if leaf is not None]
+def test_compiles_without_breaks(gate: str, device: torch.device) -> None:
+    leaves, d_o = leaves_of(gate, device)
     eager = model(*leaves)
-    expected = torch.autograd.grad(eager, wanted, d_o)
+    expected = gradients(eager, leaves, d_o)
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*leaves)
     assert counters["stats"]["unique_graphs"] == 1
     assert torch.equal(compiled, eager)
-    for got, reference in zip(torch.autograd.grad(compiled, wanted, d_o), expected, strict=True):
+    for got, reference in zip(gradients(compiled, leaves, d_o), expected, strict=True):
         assert torch.equal(got, reference)
 
 
+def test_compiles_what_is_not_wanted_and_under_autocast(device: torch.device) -> None:
+    """Without a gate's gradient and an initial state, from projections that autocast rounds."""
+    leaves, d_o = leaves_of("scalar", device)
+    leaves[3].requires_grad_(False)
+    leaves[4] = None
+    weight = torch.eye(16, device=device).requires_grad_()
+
+    def projected(q: Tensor, *others: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.float16):
+            k, v = (t @ weight for t in others[:2])
+            return model(q @ weight, k, v, *others[2:])
+
+    eager = projected(*leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(projected, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.equal(compiled, eager)
+    wanted = [*leaves[:3], weight]
+    d_o = 0.01 * d_o.half()  # within the range of fp16
+    for got, reference in zip(gradients(compiled, wanted, d_o), gradients(eager, wanted, d_o), strict=True):
+        assert relative_error(got, reference) <= 2e-3  # what three projections give the weight is added in fp16
+
+
 @pytest.mark.parametrize("gate", GATES)
-def test_operator_contract(gate: str) -> None:
+def test_operator_contract(gate: str, device: torch.device) -> None:
     """Schema, fake shapes and autograd registration, as PyTorch checks them."""
-    leaves, _ = leaves_of(gate)
+    leaves, _ = leaves_of(gate, device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(decay_forward, (*leaves, 0.25), test_utils=tests)

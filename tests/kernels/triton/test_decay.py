@@ -148,6 +148,27 @@ def test_gate_gradient_only_where_wanted(device: torch.device) -> None:
     check(values, references, BOUNDS[torch.float32])
 
 
+@pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
+@pytest.mark.parametrize("bad", [0.1, float("nan")])
+def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device) -> None:
+    """From its token on, in its head, and nowhere else."""
+    p = problem(kind, Dims(T=70), device, torch.float32)
+    g = p.x.g.detach().clone()
+    token = 0 if kind == "constant" else 40
+    (g if kind == "constant" else g[0, token])[1] = bad
+    values = run(fused, p._replace(x=p.x._replace(g=g)))
+    finite = values["o"].isfinite()
+    assert finite[:, :, 0].all() and not finite[:, token:, 1].any()
+    assert values["state_out"][:, 0].isfinite().all() and not values["state_out"][:, 1].isfinite().any()
+
+
+def test_gradient_of_a_gate_laid_out_otherwise(device: torch.device) -> None:
+    p = problem("scalar", Dims(T=70), device, torch.float32)
+    g = p.x.g.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert not g.is_contiguous()
+    check(run(fused, p._replace(x=p.x._replace(g=g))), solution(p), BOUNDS[torch.float32])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_check_sees_a_dropped_state(kind: str, device: torch.device) -> None:
     p = problem(kind, Dims(T=70), device, torch.float32, strongest=1e-3)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk
-from lasp.kernels.triton.decay.gates import LOG2_E, MIN_LOG2
+from lasp.kernels.triton.decay.gates import floored_log2
 
 
 @triton.jit
@@ -19,8 +19,7 @@ def load_channel_gates(
 ):
     """[C, BN] floored base-2 log-decays; zero for tokens from `last` on."""
     g = load_chunk(source, first, column, T, row, N, C, BN, DESCRIPTORS)
-    g = tl.maximum(g.to(tl.float32) * LOG2_E, MIN_LOG2)
-    return tl.where((first + tl.arange(0, C) < last)[:, None], g, 0.0)
+    return tl.where((first + tl.arange(0, C) < last)[:, None], floored_log2(g.to(tl.float32)), 0.0)
 
 
 @triton.jit

@@ -19,12 +19,22 @@ CHANNEL = tl.constexpr(3)  # a gate per head, token and key channel
 LOG2_E = tl.constexpr(1.4426950408889634)
 # 2^-256 is zero in fp32; a finite floor keeps sums finite and their differences fine after a gate that forgets all.
 MIN_LOG2 = tl.constexpr(-256.0)
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def floored_log2(g):
+    """Natural log-decays as floored base-2 ones; NaN for what is no decay (positive, or NaN): everything after it is NaN.
+
+    That costs no launch and no wait, unlike looking at gates before they are used.
+    """
+    return tl.where(g <= 0, tl.maximum(g * LOG2_E, MIN_LOG2), NAN)
 
 
 @triton.jit
 def log2_gate(ptr, mask):
     """Natural log-decays at ptr as floored base-2 ones; zero where not mask."""
-    return tl.maximum(tl.load(ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E, MIN_LOG2)
+    return floored_log2(tl.load(ptr, mask=mask, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -32,7 +42,7 @@ def head_rate(g_ptr, head, KIND: tl.constexpr):
     """The base-2 log-decay per token of a head; zero unless KIND is HEAD."""
     rate = 0.0
     if KIND == HEAD:
-        rate = tl.maximum(tl.load(g_ptr + head).to(tl.float32) * LOG2_E, MIN_LOG2)
+        rate = floored_log2(tl.load(g_ptr + head).to(tl.float32))
     return rate
 
 

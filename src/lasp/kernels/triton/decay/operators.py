@@ -1,7 +1,9 @@
-"""The stages on one device as two operators that torch.compile puts into its graph without looking inside.
+"""The stages on one device, around no exchange: two functions, and what makes them differentiable.
 
-`decay_forward` and `decay_backward` are the six stages around no exchange. Their lists end with what backward keeps,
-whose number depends on the kind of decay.
+Eager calls go through one autograd function, whose cost to the host decides how short a sequence is worth while.
+torch.compile gets the same two functions as operators `lasp::decay_forward` and `lasp::decay_backward`, which it puts
+into its graph without looking inside. Their lists end with what backward keeps, whose number depends on the kind of
+decay.
 """
 
 # No postponed annotations: the operators' schemas are read from them.
@@ -9,46 +11,115 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages, stages
-from lasp.kernels.triton.decay.plan import plan
+from lasp.kernels.triton.decay.plan import Plan, plan
 from lasp.recurrence.contract import Run
 
 
 def _saved_list(saved: Any) -> list[Tensor]:
+    """Beginning with the final state."""
     if isinstance(saved, channel_stages.Saved):
-        return [saved.entering, saved.leaving, *saved.prepared]
-    return list(saved)
+        return [saved.leaving, saved.entering, *saved.prepared]
+    return [saved.leaving, saved.entering, saved.gates]
 
 
 def _saved_tuple(g: Tensor | None, tensors: list[Tensor]) -> Any:
+    leaving, entering, *others = tensors
     if g is not None and g.dim() == 4:
-        return channel_stages.Saved(tensors[0], tensors[1], channel_stages.Prepared(*tensors[2:]))
-    return stages.Saved(*tensors)
+        return channel_stages.Saved(entering, leaving, channel_stages.Prepared(*others))
+    return stages.Saved(entering, leaving, *others)
+
+
+def _zero_state(x: Run) -> Tensor:
+    B, _, H_v, V = x.v.shape
+    return torch.zeros(B, H_v, x.q.shape[3], V, dtype=torch.float32, device=x.v.device)
+
+
+def _wanting(g: Tensor | None, gradient: bool) -> Tensor | None:
+    """g such that the stages compute its gradient, or do not."""
+    return g if g is None or g.requires_grad == gradient else g.detach().requires_grad_(gradient)
+
+
+def _forward(x: Run, p: Plan, initial: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """o, and what backward keeps, beginning with the final state."""
+    state_in = _zero_state(x) if initial is None else initial.contiguous()
+    _, totals = stages.totals_of(x, p, x.k, x.v, reverse=False)
+    o, saved = stages.outputs_of(x, p, totals, stages.local_outputs_of(x, p), state_in)
+    if x.v.numel() == 0:  # no kernel ran
+        saved.leaving.copy_(state_in)
+    return o, _saved_list(saved)
+
+
+def _backward(
+    x: Run, p: Plan, kept: list[Tensor], d_o: Tensor | None, d_final: Tensor | None, want_initial: bool
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """The gradients of q, k, v and g, and, if wanted, of the initial state."""
+    saved = _saved_tuple(x.g, kept)
+    d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
+    d_leaving = _zero_state(x) if d_final is None else d_final.contiguous()
+    summary, totals = stages.totals_of(x, p, x.q, d_o, reverse=True)
+    local = stages.local_gradients_of(x, p, saved, d_o)
+    gradients = stages.gradients_of(x, p, saved, totals, local, d_o, d_leaving)
+    return gradients, summary.apply(d_leaving) if want_initial else None
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        initial: Tensor | None,
+        scale: float,
+        want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        x, p = stages.prepare(Run(q, k, v, g, scale))
+        o, kept = _forward(x, p, initial)
+        ctx.set_materialize_grads(False)
+        ctx.p, ctx.scale = p, scale
+        ctx.save_for_backward(x.q, x.k, x.v, x.g, *kept)
+        return o, kept[0] if want_final else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        use_scratch()
+        q, k, v, g, *kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        x = Run(q, k, v, _wanting(g, wanted[3]), ctx.scale)
+        gradients, d_initial = _backward(x, ctx.p, kept, d_o, d_final, wanted[4])
+        return *gradients, d_initial, None, None
 
 
 @torch.library.custom_op("lasp::decay_forward", mutates_args=())
-def decay_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor, scale: float) -> list[Tensor]:
-    """o [B, T, H_v, V], the final state [B, H_v, K, V], and what `decay_backward` takes as `saved`."""
-    x = Run(q, k, v, g, scale)
-    summary, totals = stages.summarize(x)
-    o, saved = stages.outputs(x, totals, stages.local_outputs(x, totals), initial)
-    return [o, summary.apply(initial), *_saved_list(saved)]
+def decay_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float
+) -> list[Tensor]:
+    """o [B, T, H_v, V], the final state [B, H_v, K, V], and what else `decay_backward` takes as `kept`."""
+    x, p = stages.prepare(Run(q, k, v, g, scale))
+    o, kept = _forward(x, p, initial)
+    return [o, *kept]
 
 
 @decay_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor, scale: float) -> list[Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float) -> list[Tensor]:
     B, T, H_v, V = v.shape
     K = q.shape[3]
-    kind = stages.kind_of(g)
-    p = plan(T, B * H_v, K, V, q.dtype, kind, *stages.device_limits(q.device))
-    states = [initial.new_empty(B, H_v, p.segments, K, V), torch.empty_like(initial)]
+    p = plan(T, B * H_v, K, V, q.dtype, stages.kind_of(g), *stages.device_limits(q.device))
+
+    def state(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    results = [v.new_empty(v.shape), state(B, H_v, K, V), state(B, H_v, p.segments, K, V)]
     if g is not None and g.dim() == 4:
         prepared = [q.new_empty(B, H_v, T, p.chunk), q.new_empty(B, T, H_v, K), q.new_empty(B, T, H_v, K)]
-        saved = [*states, *prepared, initial.new_empty(B, H_v, -(-T // p.chunk), K)]
-    else:
-        saved = [*states, initial.new_empty(2, B, H_v, T if g is not None and g.dim() == 3 else p.segments)]
-    return [v.new_empty(v.shape), torch.empty_like(initial), *saved]
+        return [*results, *prepared, state(B, H_v, -(-T // p.chunk), K)]
+    return [*results, state(2, B, H_v, T if g is not None and g.dim() == 3 else p.segments)]
 
 
 @torch.library.custom_op("lasp::decay_backward", mutates_args=())
@@ -57,20 +128,18 @@ def decay_backward(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    saved: list[Tensor],
-    d_o: Tensor,
-    d_final: Tensor,
+    kept: list[Tensor],
+    d_o: Tensor | None,
+    d_final: Tensor | None,
     scale: float,
-    gate_gradient: bool,
+    want_gate: bool,
+    want_initial: bool,
 ) -> list[Tensor]:
-    """The gradients of q, k, v and the initial state, and, if wanted, of g."""
-    x = Run(q, k, v, None if g is None else g.detach().requires_grad_(gate_gradient), scale)
-    kept = _saved_tuple(g, saved)
-    summary, totals = stages.summarize_adjoint(x, d_o)
-    local = stages.local_gradients(x, kept, totals, d_o)
-    dq, dk, dv, dg = stages.gradients(x, kept, totals, local, d_o, d_final)
-    gradients = [dq, dk, dv, summary.apply(d_final)]
-    return [*gradients, dg.contiguous()] if gate_gradient else gradients
+    """The gradients of q, k and v, and, if wanted, of g and of the initial state."""
+    x, p = stages.prepare(Run(q, k, v, _wanting(g, want_gate), scale))
+    (dq, dk, dv, dg), d_initial = _backward(x, p, kept, d_o, d_final, want_initial)
+    others = (None if dg is None else dg.contiguous(), d_initial)
+    return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
 
 
 @decay_backward.register_fake
@@ -79,44 +148,42 @@ def _(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    saved: list[Tensor],
-    d_o: Tensor,
-    d_final: Tensor,
+    kept: list[Tensor],
+    d_o: Tensor | None,
+    d_final: Tensor | None,
     scale: float,
-    gate_gradient: bool,
+    want_gate: bool,
+    want_initial: bool,
 ) -> list[Tensor]:
-    gradients = [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(d_final)]
-    return [*gradients, g.new_empty(g.shape)] if gate_gradient else gradients
+    wanted = [q, k, v, *([g] if want_gate and g is not None else []), *(kept[:1] if want_initial else [])]
+    return [tensor.new_empty(tensor.shape) for tensor in wanted]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, g, _, ctx.scale = inputs
-    ctx.has_gate = g is not None
-    ctx.gate_gradient = ctx.needs_input_grad[3]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *(() if g is None else (g,)), *output[1:])
+    ctx.save_for_backward(q, k, v, g, *output[1:])
 
 
-def _backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    tensors = list(ctx.saved_tensors)
-    q, k, v = tensors[:3]
-    g = tensors[3] if ctx.has_gate else None
-    final, *saved = tensors[3 + ctx.has_gate :]
-    d_o = torch.zeros_like(v) if d_output[0] is None else d_output[0]
-    d_final = torch.zeros_like(final) if d_output[1] is None else d_output[1]
-    dq, dk, dv, d_initial, *dg = decay_backward(q, k, v, g, saved, d_o, d_final, ctx.scale, ctx.gate_gradient)
-    return dq, dk, dv, dg[0] if dg else None, d_initial, None
+def _compiled_backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    q, k, v, g, *kept = ctx.saved_tensors
+    _, _, _, want_gate, want_initial, _ = ctx.needs_input_grad
+    dq, dk, dv, *others = decay_backward(q, k, v, g, kept, d_output[0], d_output[1], ctx.scale, want_gate, want_initial)
+    return dq, dk, dv, others.pop(0) if want_gate else None, others.pop() if want_initial else None, None
 
 
-decay_forward.register_autograd(_backward, setup_context=_setup)
+decay_forward.register_autograd(_compiled_backward, setup_context=_keep)
 
 
-def linear_attention(x: Run, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """o [B, T, H_v, V] and the final state [B, H_v, K, V] of one device's sequence, differentiable.
+def linear_attention(x: Run, initial: Tensor | None, want_final: bool) -> tuple[Tensor, Tensor | None]:
+    """o [B, T, H_v, V] and, if wanted, the final state [B, H_v, K, V] of one device's sequence, differentiable.
 
     Args:
-        x: q, k, v, g and scale; g in fp32.
-        initial: [B, H_v, K, V], fp32.
+        x: q, k, v, g and scale; g in fp32; no documents.
+        initial: [B, H_v, K, V], fp32; zero if None.
     """
-    o, final, *_ = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale)
-    return o, final
+    if torch.compiler.is_compiling():
+        o, final, *_ = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale)
+        return o, final if want_final else None
+    result: tuple[Tensor, Tensor | None] = _Eager.apply(x.q, x.k, x.v, x.g, initial, x.scale, want_final)
+    return result

@@ -3,6 +3,9 @@
 summarize: summary of every segment, scan over segments.  outputs: sweep of o.
 summarize_adjoint: summary, reversed scan.  local_gradients: sweep of dq.  gradients: sweeps of dk (and dg), dv.
 What is kept for backward is one state per segment, not per chunk, with other ranks' part applied.
+
+Each stage prepares its inputs and calls the function of the same work on prepared ones (`*_of`), which the operators of
+one device (`operators`) call directly.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
 
 GROUPED_HEADS = True
+BAD_GATES_GIVE_NAN = True
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 MAX_DIM = 256
 MAX_GRID = 65535  # of a launch's second and third dims
@@ -88,7 +92,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return _devices[device]
 
 
-def _prepare(x: Run) -> tuple[Run, Plan]:
+def prepare(x: Run) -> tuple[Run, Plan]:
     """x with dense tensors, and its launch configuration.
 
     Raises:
@@ -103,11 +107,14 @@ def _prepare(x: Run) -> tuple[Run, Plan]:
         )
     if x.documents is not None:
         raise ValueError("backend 'triton' does not take packed documents (cu_seqlens) yet; use backend='torch'")
-    device = device_limits(x.q.device)
     use_scratch()
-    g = x.g if x.g is None or x.g.is_contiguous() else x.g.contiguous()
-    x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
-    p = plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device)
+    if not (
+        x.q.is_contiguous() and x.k.is_contiguous() and x.v.is_contiguous() and (x.g is None or x.g.is_contiguous())
+    ):
+        # A copy made while nothing is recorded would no longer say that its gradient is wanted.
+        g = None if x.g is None else x.g.contiguous().requires_grad_(x.g.requires_grad)
+        x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
+    p = plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device_limits(x.q.device))
     if _per_channel(x) and MAX_GRID * p.chunk < T:
         raise ValueError(
             f"backend 'triton' takes up to {MAX_GRID * p.chunk} tokens a rank with a gate per channel, got {T}; "
@@ -120,7 +127,7 @@ def _per_channel(x: Run) -> bool:
     return x.g is not None and x.g.dim() == 4
 
 
-def _summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Any]:
+def totals_of(x: Run, p: Plan, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Summary, Any]:
     if _per_channel(x):
         return channel.summarize(x, p, k, v, reverse)
     B, T, H, K = k.shape
@@ -148,17 +155,23 @@ def _summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Su
 
 
 def summarize(x: Run) -> tuple[Summary, Any]:
-    x, p = _prepare(x)
-    return _summarize(x, p, x.k, x.v, False)
+    x, p = prepare(x)
+    return totals_of(x, p, x.k, x.v, reverse=False)
 
 
 def local_outputs(x: Run, totals: Any) -> Any:
-    return channel.local_outputs(*_prepare(x)) if _per_channel(x) else None
+    return local_outputs_of(*prepare(x))
+
+
+def local_outputs_of(x: Run, p: Plan) -> Any:
+    return channel.local_outputs(x, p) if _per_channel(x) else None
 
 
 def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
-    x, p = _prepare(x)
-    state_in = state_in.contiguous()
+    return outputs_of(*prepare(x), totals, partial, state_in.contiguous())
+
+
+def outputs_of(x: Run, p: Plan, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
     if _per_channel(x):
         return channel.outputs(x, p, totals, partial, state_in)
     B, T, H, K = x.q.shape
@@ -177,13 +190,15 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
 
 
 def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
-    x, p = _prepare(x)
-    return _summarize(x, p, x.q, d_o.contiguous(), True)
+    x, p = prepare(x)
+    return totals_of(x, p, x.q, d_o.contiguous(), reverse=True)
 
 
 def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
-    x, p = _prepare(x)
-    d_o = d_o.contiguous()
+    return local_gradients_of(*prepare(x), saved, d_o.contiguous())
+
+
+def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
     if _per_channel(x):
         return channel.local_gradients(x, p, saved, d_o, _partial_dtype(x))
     B, T, H, K = x.q.shape
@@ -206,8 +221,12 @@ def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any
 def gradients(
     x: Run, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
-    x, p = _prepare(x)
-    d_o, d_state_out = d_o.contiguous(), d_state_out.contiguous()
+    return gradients_of(*prepare(x), saved, totals_adjoint, local, d_o.contiguous(), d_state_out.contiguous())
+
+
+def gradients_of(
+    x: Run, p: Plan, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
+) -> tuple[Tensor | None, ...]:
     if _per_channel(x):
         dq, dk, dv, d_gate = channel.gradients(x, p, saved, totals_adjoint, local, d_o, d_state_out)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
