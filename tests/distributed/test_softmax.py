@@ -44,7 +44,7 @@ def problem(tokens: int, heads: int, key_heads: int, *, batch: int = 2, before: 
     }  # fmt: skip
 
 
-def by_matrix(given, causal: bool, bounds=None, with_states: bool = True, offset: int = 0) -> dict[str, Tensor]:
+def by_matrix(given, causal: bool, with_states: bool = True, offset: int = 0) -> dict[str, Tensor]:
     """softmax of the whole masked matrix. offset: a control, how many tokens too far the mask lets one see."""
     leaves = {name: given[name].clone().requires_grad_() for name in ("q", "k", "v", "initial_state")}
     before, tokens = given["initial_state"].shape[1], given["q"].shape[1]
@@ -54,9 +54,6 @@ def by_matrix(given, causal: bool, bounds=None, with_states: bool = True, offset
     scores = torch.einsum("bthd,bshd->bhts", leaves["q"], k) * D**-0.5
     t, s = torch.arange(tokens)[:, None], torch.arange(-before, tokens)
     seen = (s <= t + offset) if causal else torch.ones(tokens, before + tokens, dtype=torch.bool)
-    if bounds is not None:
-        cuts = torch.tensor(bounds[1:-1], dtype=torch.int64)
-        seen = seen & (torch.searchsorted(cuts, t, right=True) == torch.searchsorted(cuts, s, right=True))
     o = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
     if with_states:
         torch.autograd.backward((o, whole), (given["d_o"], given["d_final"]))
@@ -137,23 +134,139 @@ def test_without_ranks(backend):
     assert nothing.shape == (2, 0, 4, DV) and nothing.requires_grad
 
 
-@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
-def test_document_boundaries(method):
-    """T = 12 over 4 ranks, every 11th way to cut it into documents, boundaries at rank edges among them."""
-    given = problem(12, 4, 2, batch=1)
-    subsets = [(0, *(cut for cut in range(1, 12) if mask >> (cut - 1) & 1), 12) for mask in range(0, 2**11, 11)]
-    subsets += [(0, 3, 6, 9, 12), (0, 0, 3, 3, 12, 12), tuple(range(13))]
-    expected = [by_matrix(given, True, bounds, with_states=False) for bounds in subsets]
+TOKENS, RANKS = 12, 4
+# Rows of the initial state that a document which starts at each token brings along.
+ROWS = (2, 0, 1, 3, 0, 0, 1, 1, 2, 0, 1, 2)
+FIRST_ROW = (0, *itertools.accumulate(ROWS))
 
-    def work(comm):
-        worst = 0.0
-        for index, (bounds, solution) in enumerate(zip(subsets, expected, strict=True)):
-            sp = sequence_parallel(comm, "ring", ((3, 3, 3, 3), (1, 0, 2, 9))[index % 2])
-            found = errors(sp, given, solution, states=False, cu_seqlens=bounds, method=method)
-            worst = max(worst, *found.values())
+
+class Cut:
+    """One way to cut 12 tokens into documents, with a state for each.
+
+    Attributes:
+        bounds: cu_seqlens. before: initial_cu_seqlens.
+        rows: of the states that all cuts share, those of this one.
+        final: of those states' rows and then the tokens, the rows of the final state.
+    """
+
+    def __init__(self, bounds: tuple[int, ...]) -> None:
+        self.bounds = bounds
+        # Empty documents bring no rows along; the one after them, which starts there too, does.
+        counts = [ROWS[start] if start < end else 0 for start, end in itertools.pairwise(bounds)]
+        self.before = (0, *itertools.accumulate(counts))
+        self.rows, self.final = [], []
+        for start, end in itertools.pairwise(bounds):
+            own = list(range(FIRST_ROW[start], FIRST_ROW[start + 1])) if start < end else []
+            self.rows += own
+            self.final += own + [FIRST_ROW[-1] + t for t in range(start, end)]
+
+    def mask(self) -> Tensor:
+        """[12, rows + 12]: what each token sees."""
+        seen = torch.zeros(TOKENS, FIRST_ROW[-1] + TOKENS, dtype=torch.bool)
+        for start, end in itertools.pairwise(self.bounds):
+            for t in range(start, end):
+                seen[t, FIRST_ROW[start] : FIRST_ROW[start + 1]] = True
+                seen[t, FIRST_ROW[-1] + start : FIRST_ROW[-1] + t + 1] = True
+        return seen
+
+
+def cuts_by_matrix(given, cuts: list[Cut], d_final: Tensor, with_rows: bool) -> dict[str, Tensor]:
+    """Outputs and gradients of every cut, all in one masked matrix: a leading dim of cuts, in place of B.
+
+    d_final: of each row and token. with_rows: with the states, of which otherwise nothing is seen.
+    """
+    leaves = {
+        name: given[name].expand(len(cuts), -1, -1, -1).clone().requires_grad_()
+        for name in ("q", "k", "v", "initial_state")
+    }
+    group = given["q"].shape[2] // given["k"].shape[2]
+    whole = torch.cat((leaves["initial_state"], torch.cat((leaves["k"], leaves["v"]), -1)), 1)
+    k, v = (t.repeat_interleave(group, 2) for t in whole.split((D, DV), -1))
+    scores = torch.einsum("bthd,bshd->bhts", leaves["q"], k) * D**-0.5
+    seen = torch.stack([cut.mask() for cut in cuts])
+    if not with_rows:
+        seen[:, :, : FIRST_ROW[-1]] = False
+    o = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1), v)
+    outputs, gradients = [o], [given["d_o"].expand_as(o)]
+    if with_rows:
+        outputs, gradients = [*outputs, whole], [*gradients, d_final.expand_as(whole)]
+    torch.autograd.backward(outputs, gradients)
+    return {"o": o.detach(), "final": whole.detach(), **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+def run_cuts(method: str, cuts: list[Cut], lengths: tuple[int, ...], with_rows: bool) -> float:
+    """The largest error of any rank in outputs, gradients and, with rows, states, over `cuts`."""
+    given = problem(TOKENS, 4, 2, batch=1, before=FIRST_ROW[-1])
+    d_final = given["d_final"]
+    expected = cuts_by_matrix(given, cuts, d_final, with_rows)
+
+    def work(comm) -> float:
+        worst, sp = 0.0, sequence_parallel(comm, "ring", lengths)
+        for index, cut in enumerate(cuts):
+            solution = {name: t[index : index + 1] for name, t in expected.items()}
+            here, options = given, {"cu_seqlens": cut.bounds, "method": method}
+            if with_rows:
+                here = {**given, "initial_state": given["initial_state"][:, cut.rows], "d_final": d_final[:, cut.final]}
+                solution["d_initial_state"] = solution["d_initial_state"][:, cut.rows]
+                solution["final"] = solution["final"][:, cut.final]
+                options["initial_cu_seqlens"] = cut.before
+            worst = max(worst, *errors(sp, here, solution, states=with_rows, **options).values())
         return worst
 
-    assert max(simulate(4, work)) < BOUND
+    return max(simulate(RANKS, work))
+
+
+def every_cut(step: int, first: int = 0) -> list[Cut]:
+    """Every `step`-th of the 2^11 ways to cut 12 tokens into documents."""
+    return [
+        Cut((0, *(t for t in range(1, TOKENS) if number >> (t - 1) & 1), TOKENS))
+        for number in range(first, 2 ** (TOKENS - 1), step)
+    ]
+
+
+@pytest.mark.parametrize("part", range(4))  # so that test processes can share the work
+@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
+def test_every_set_of_boundaries(method, part):
+    """T = 12 over 4 ranks, all 2^11 ways to cut it into documents: outputs and all gradients."""
+    assert run_cuts(method, every_cut(4, part), (3, 3, 3, 3), with_rows=False) < BOUND
+
+
+@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
+def test_states_of_documents(method):
+    """Each document's keys and values before and after, in every 31st cut and with empty documents; ragged shards."""
+    empty = [Cut((0, 0, 3, 3, 12, 12)), Cut((0, 3, 6, 9, 12))]
+    assert run_cuts(method, [*every_cut(31), *empty], (1, 0, 2, 9), with_rows=True) < BOUND
+    assert run_cuts(method, empty, (3, 3, 3, 3), with_rows=False) < BOUND
+
+
+def test_a_boundary_misplaced_by_a_token_is_seen():
+    """The control: cut one token later than expected."""
+    cut = Cut((0, 6, 12))
+    cut.mask = Cut((0, 5, 12)).mask
+    assert run_cuts("all_gather", [cut], (3, 3, 3, 3), with_rows=False) > 1e-2
+
+
+def test_states_of_other_documents_are_not_seen():
+    """And the control: the rows of the wrong document give something else."""
+    given = problem(TOKENS, 4, 2, batch=1, before=2)
+    o, _ = lasp.softmax_attention(
+        *(given[name] for name in "qkv"), initial_state=given["initial_state"], cu_seqlens=(0, 6, 12),
+        initial_cu_seqlens=(0, 1, 2),
+    )  # fmt: skip
+    alone, _ = lasp.softmax_attention(
+        *(given[name][:, 6:] for name in "qkv"), initial_state=given["initial_state"][:, 1:]
+    )
+    other, _ = lasp.softmax_attention(
+        *(given[name][:, 6:] for name in "qkv"), initial_state=given["initial_state"][:, :1]
+    )
+    assert relative_error(o[:, 6:], alone) < BOUND and relative_error(o[:, 6:], other) > 1e-2
+    # Rows of a document without tokens pass on, and no other sees them.
+    o, final = lasp.softmax_attention(
+        *(given[name] for name in "qkv"), initial_state=given["initial_state"], output_final_state=True,
+        cu_seqlens=(0, 0, 12), initial_cu_seqlens=(0, 2, 2),
+    )  # fmt: skip
+    assert torch.equal(final[:, :2], given["initial_state"]) and torch.equal(final[:, 2:, :, :D], given["k"])
+    assert relative_error(o, lasp.softmax_attention(*(given[name] for name in "qkv"))[0]) < BOUND
 
 
 def test_a_document_of_nan_reaches_no_other():
@@ -197,10 +310,10 @@ def test_later_ranks_are_not_seen():
 
 def test_thousands_of_documents_are_few_calls():
     bounds = tuple(range(4097))
-    assert len(blocks_of(bounds, 1000, 3000, True).blocks) == 1
+    assert len(blocks_of(bounds, (0,) * len(bounds), 1000, 3000, True).blocks) == 1
     lengths = [n % 37 + 1 for n in range(500)]
     bounds = (0, *itertools.accumulate(lengths))
-    blocks, order = blocks_of(bounds, 0, bounds[-1], True)
+    blocks, order = blocks_of(bounds, (0,) * len(bounds), 0, bounds[-1], True)
     assert len(blocks) == 37 and sorted(order.tolist()) == list(range(bounds[-1]))
 
 
@@ -221,7 +334,9 @@ def test_inference_and_autocast_leave_no_trace():
 MISTAKES = {
     "none": lambda patch: None,
     "wrong causal offset": lambda patch: patch.setattr(
-        softmax_functions, "blocks_of", lambda bounds, first, last, causal: blocks_of(bounds, 0, last - first, causal)
+        softmax_functions,
+        "blocks_of",
+        lambda bounds, before, first, last, causal: blocks_of(bounds, before, 0, last - first, causal),
     ),
     "one key too few": lambda patch: patch.setattr(
         softmax_functions,
@@ -314,7 +429,16 @@ def test_ranks_that_differ_and_wrong_arguments():
         ({"q": torch.zeros(4, 2, 3)}, r"\[B, T, H, D\]"),
         ({"backend": "flash"}, "known: auto, torch, reference"),
         ({"initial_state": torch.zeros(1, 7, 2, 5)}, r"\[1, .., 2, 6\]"),
-        ({"cu_seqlens": (0, 4), "output_final_state": True}, "with cu_seqlens there are none"),
+        ({"cu_seqlens": (0, 4), "initial_state": torch.zeros(1, 7, 2, 6)}, "which document has which rows"),
+        ({"initial_cu_seqlens": (0, 4)}, "give cu_seqlens and initial_state"),
+        (
+            {"cu_seqlens": (0, 4), "initial_state": torch.zeros(1, 7, 2, 6), "initial_cu_seqlens": (0, 4, 7)},
+            "as many numbers as cu_seqlens, 2; got 3",
+        ),
+        (
+            {"cu_seqlens": (0, 4), "initial_state": torch.zeros(1, 7, 2, 6), "initial_cu_seqlens": (0, 6)},
+            "initial_cu_seqlens must rise from 0 to the 7 tokens of initial_state",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             lasp.softmax_attention(**{**good, **arguments})

@@ -23,13 +23,21 @@ def shard_starts(sp: SequenceParallel | None, tokens: int) -> tuple[int, ...]:
     return (0, *accumulate(lengths))
 
 
-def document_bounds(cu_seqlens: Tensor | Sequence[int] | None, total: int, batch: int) -> tuple[int, ...]:
+def document_bounds(
+    cu_seqlens: Tensor | Sequence[int] | None,
+    total: int,
+    batch: int,
+    *,
+    name: str = "cu_seqlens",
+    whole: str = "the whole sequence (of all ranks together)",
+) -> tuple[int, ...]:
     """Where each document starts in the whole sequence, and its end: N + 1 numbers. Without packing, (0, total).
 
     Args:
         cu_seqlens: integers [N + 1], the same on every rank. Keep them on the host: to read them, a GPU is waited for.
         total: tokens of the whole sequence.
         batch: sequences of the batch.
+        name, whole: of the argument, and of what has `total` tokens, in messages.
 
     Raises:
         ValueError: they do not rise from 0 to `total`, or the batch is not 1.
@@ -37,16 +45,11 @@ def document_bounds(cu_seqlens: Tensor | Sequence[int] | None, total: int, batch
     if cu_seqlens is None:
         return (0, total)
     if isinstance(cu_seqlens, Tensor) and (cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
-        raise ValueError(
-            f"cu_seqlens must be integers [N + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-        )
+        raise ValueError(f"{name} must be integers [N + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}")
     bounds = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, Tensor) else tuple(int(n) for n in cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         shown = bounds if len(bounds) <= 8 else (*bounds[:4], "..", *bounds[-3:])
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the {total} tokens of the whole sequence (of all ranks together); got "
-            f"{shown}"
-        )
+        raise ValueError(f"{name} must rise from 0 to the {total} tokens of {whole}; got {shown}")
     if batch != 1:
         raise ValueError(f"packed documents lie in one sequence: with cu_seqlens the batch must be 1, got {batch}")
     return bounds

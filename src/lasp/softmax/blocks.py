@@ -57,20 +57,36 @@ def _part(tensor: Tensor, first: tuple[int, ...], count: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def blocks_of(bounds: tuple[int, ...], first: int, last: int, causal: bool) -> Blocks:
-    """The blocks of the queries first .. last - 1 of a sequence whose keys are numbered from its start.
+def blocks_of(bounds: tuple[int, ...], before: tuple[int, ...], first: int, last: int, causal: bool) -> Blocks:
+    """The blocks of the queries first .. last - 1 of a sequence.
 
     bounds: where each document starts, and the length of the whole sequence.
+    before: where each document's rows start in the initial state, and how many rows that has. A document's keys are
+        those rows and then its tokens; see `keys_of`.
     """
     groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for start, end in pairwise(bounds):
+    for index, (start, end) in enumerate(pairwise(bounds)):
         here, stop = max(start, first), min(end, last)
         if stop > here:
-            keys = (stop if causal else end) - start
-            groups.setdefault((stop - here, keys), []).append((here - first, start))
+            keys = before[index + 1] - before[index] + (stop if causal else end) - start
+            groups.setdefault((stop - here, keys), []).append((here - first, before[index] + start))
     blocks = tuple(Block(*shape, *zip(*places, strict=True)) for shape, places in groups.items())
     if sum(len(block.first_queries) for block in blocks) <= 1:
         return Blocks(blocks, None)
     with torch.inference_mode(False):  # blocks made while generating may serve training, which saves the order
         tokens = [torch.tensor(b.first_queries)[:, None] + torch.arange(b.queries) for b in blocks]
         return Blocks(blocks, torch.cat([t.flatten() for t in tokens]).argsort())
+
+
+@lru_cache(maxsize=32)
+def keys_of(bounds: tuple[int, ...], before: tuple[int, ...], tokens: int) -> Tensor:
+    """int64 [rows of the initial state + tokens]: which of these, one after another, make the keys of all documents.
+
+    Each document's rows of the initial state come before its tokens, of which there are the sequence's first `tokens`.
+    """
+    places = []
+    for index, (start, end) in enumerate(pairwise(bounds)):
+        places += range(before[index], before[index + 1])
+        places += range(before[-1] + start, before[-1] + min(end, tokens))
+    with torch.inference_mode(False):
+        return torch.tensor(places, dtype=torch.int64)

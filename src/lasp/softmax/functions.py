@@ -11,7 +11,7 @@ from torch import Tensor
 from lasp.sequence import SequenceParallel
 from lasp.sequence.guard import check_shard, refusing
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
-from lasp.softmax.blocks import blocks_of
+from lasp.softmax.blocks import blocks_of, keys_of
 from lasp.softmax.exchange import gather, heads_of, replicated, to_heads, to_tokens
 from lasp.softmax.local import attend
 
@@ -30,6 +30,7 @@ def softmax_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
+    initial_cu_seqlens: Tensor | Sequence[int] | None = None,
     sp: SequenceParallel | None = None,
     method: str = "all_gather",
     backend: str = "auto",
@@ -47,11 +48,15 @@ def softmax_attention(
         scale: factor of the scores, D ** -0.5 by default.
         initial_state: [B, P, H_kv, D + D_v] of q's dtype, keys beside values of the P tokens before the first of the
             global sequence, the same on every rank of `sp`. Its gradient is whole on the group's first rank and zero
-            on the others. Not with cu_seqlens.
+            on the others.
         output_final_state: also return the keys and values of all tokens of the global sequence, after
             initial_state's, in the same form, on every rank. The gradients that the ranks give for it are summed.
         cu_seqlens: integers [N + 1], the same on every rank: where the packed documents of the whole sequence (of
-            all ranks together) start, and its length; B must be 1. No document sees another.
+            all ranks together) start, and its length; B must be 1. No document sees another. The states are packed
+            like the tokens: in the final state, each document's rows of initial_state come before its tokens.
+        initial_cu_seqlens: integers [N + 1], the same on every rank: where each document's rows start in
+            initial_state, and P. Those of the final state are cu_seqlens + initial_cu_seqlens. Needed where
+            cu_seqlens and initial_state are both given.
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
         method: "all_gather": each rank gets the keys and values of all (LASP-2H, arXiv 2502.07563); any heads.
             "ulysses": each rank computes all tokens of some heads (arXiv 2309.14509); H must be a multiple of the
@@ -74,17 +79,21 @@ def softmax_attention(
         _check_heads(q.shape[2], method, sp)
         starts = shard_starts(sp, q.shape[1])
         bounds = document_bounds(cu_seqlens, starts[-1], q.shape[0])
-        _check_states(initial_state, output_final_state, cu_seqlens, k, v)
+        _check_state(initial_state, k, v)
+        before = _rows_before(initial_state, initial_cu_seqlens, None if cu_seqlens is None else len(bounds) - 1)
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     options = (causal, scale, method, backend, output_final_state)
-    _agree(sp, q, k, v, bounds, initial_state, options)
-    problem = _Problem(causal, scale, method, backend, output_final_state, starts, bounds)
+    _agree(sp, q, k, v, bounds, before, initial_state, options)
+    problem = _Problem(causal, scale, method, backend, output_final_state, starts, bounds, before)
     with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
         return _across_ranks(q, k, v, initial_state, sp, problem)
 
 
 class _Problem(NamedTuple):
-    """The checked arguments that are no tensors; see `softmax_attention`, `shard_starts` and `document_bounds`."""
+    """The checked arguments that are no tensors.
+
+    See `softmax_attention`, `shard_starts`, `document_bounds` and `blocks_of`.
+    """
 
     causal: bool
     scale: float
@@ -93,46 +102,50 @@ class _Problem(NamedTuple):
     want_final: bool
     starts: tuple[int, ...]
     bounds: tuple[int, ...]
+    before: tuple[int, ...]
 
 
 def _across_ranks(
     q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, sp: SequenceParallel | None, problem: _Problem
 ) -> tuple[Tensor, Tensor | None]:
-    causal, scale, method, backend, output_final_state, starts, bounds = problem
-    before = 0 if initial_state is None else initial_state.shape[1]
-    blocks_before = (0, *(before + bound for bound in bounds[1:]))
+    causal, scale, method, backend, output_final_state, starts, bounds, before = problem
     rank = 0 if sp is None else sp.rank
     state = None if initial_state is None else replicated(initial_state, sp)
     if method == "ulysses" and sp is not None and sp.size > 1 and starts[-1] > 0:
         of = heads_of(sp.size, q.shape[2], k.shape[2])
-        blocks = blocks_of(blocks_before, before, before + starts[-1], causal)
+        blocks = blocks_of(bounds, before, 0, starts[-1], causal)
         if output_final_state:
             # The state takes all heads to all ranks; and o must depend on that exchange, because its backward pass
             # needs every rank, also those that make no use of the state.
-            k_all, v_all = _after(state, *gather(k, v, sp, starts, all_ranks=True))
+            k_all, v_all = _after(state, *gather(k, v, sp, starts, all_ranks=True), problem)
             final_state = torch.cat((k_all, v_all), -1)
             (q_all,) = to_heads((q,), (of.queries,), sp.comm, starts)
             k_all, v_all = (t[:, :, slice(*of.keys[rank])] for t in (k_all, v_all))
         else:
             final_state = None
             q_all, k_all, v_all = to_heads((q, k, v), (of.queries, of.keys, of.keys), sp.comm, starts)
-            k_all, v_all = _after(None if state is None else state[:, :, slice(*of.keys[rank])], k_all, v_all)
+            k_all, v_all = _after(None if state is None else state[:, :, slice(*of.keys[rank])], k_all, v_all, problem)
         k_all, v_all = (_key_heads(t, of.queries[rank], q.shape[2] // k.shape[2]) for t in (k_all, v_all))
         o = attend(q_all, k_all, v_all, blocks, causal=causal, scale=scale, backend=backend)
         return to_tokens(o, of.queries, sp.comm, starts), final_state
     k_all, v_all = gather(k, v, sp, starts, all_ranks=output_final_state or not causal)
-    k_all, v_all = _after(state, k_all, v_all)
+    k_all, v_all = _after(state, k_all, v_all, problem)
     final_state = torch.cat((k_all, v_all), -1) if output_final_state else None
-    blocks = blocks_of(blocks_before, before + starts[rank], before + starts[rank + 1], causal)
+    blocks = blocks_of(bounds, before, starts[rank], starts[rank + 1], causal)
     return attend(q, k_all, v_all, blocks, causal=causal, scale=scale, backend=backend), final_state
 
 
-def _after(state: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values after those of the state."""
+def _after(state: Tensor | None, k: Tensor, v: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
+    """Each document's keys and values after those of its state."""
     if state is None:
         return k, v
+    tokens = k.shape[1]
     old_k, old_v = state.split((k.shape[3], v.shape[3]), -1)
-    return torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
+    k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
+    if len(problem.bounds) == 2:  # one document: in order
+        return k, v
+    order = keys_of(problem.bounds, problem.before, tokens).to(k.device)
+    return k.index_select(1, order), v.index_select(1, order)
 
 
 def _key_heads(tensor: Tensor, queries: tuple[int, int], group: int) -> Tensor:
@@ -175,9 +188,7 @@ def _check_heads(heads: int, method: str, sp: SequenceParallel | None) -> None:
         )
 
 
-def _check_states(initial_state: Tensor | None, want_final: bool, cu_seqlens: object, k: Tensor, v: Tensor) -> None:
-    if cu_seqlens is not None and (initial_state is not None or want_final):
-        raise ValueError("the states of packed documents grow differently: with cu_seqlens there are none")
+def _check_state(initial_state: Tensor | None, k: Tensor, v: Tensor) -> None:
     if initial_state is None:
         return
     expected = (k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
@@ -189,12 +200,34 @@ def _check_states(initial_state: Tensor | None, want_final: bool, cu_seqlens: ob
         )
 
 
+def _rows_before(
+    initial_state: Tensor | None, cu_seqlens: Tensor | Sequence[int] | None, documents: int | None
+) -> tuple[int, ...]:
+    """Where each document's rows start in the initial state, and how many it has. documents: None without packing."""
+    rows = 0 if initial_state is None else initial_state.shape[1]
+    if cu_seqlens is not None and (documents is None or initial_state is None):
+        raise ValueError("initial_cu_seqlens divides initial_state among documents: give cu_seqlens and initial_state")
+    if documents is None:
+        return (0, rows)
+    if initial_state is None:
+        return (0,) * (documents + 1)
+    if cu_seqlens is None:
+        raise ValueError("which document has which rows of initial_state? With cu_seqlens, give initial_cu_seqlens")
+    before = document_bounds(cu_seqlens, rows, 1, name="initial_cu_seqlens", whole="initial_state")
+    if len(before) != documents + 1:
+        raise ValueError(
+            f"initial_cu_seqlens must have as many numbers as cu_seqlens, {documents + 1}; got {len(before)}"
+        )
+    return before
+
+
 def _agree(
     sp: SequenceParallel | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bounds: tuple[int, ...],
+    before: tuple[int, ...],
     initial_state: Tensor | None,
     options: tuple[object, ...],
 ) -> None:
@@ -212,7 +245,7 @@ def _agree(
             "D and D_v": (q.shape[3], v.shape[3]),
             "dtype": str(q.dtype),
             "documents": document_digest(bounds),
-            "tokens of initial_state": None if initial_state is None else initial_state.shape[1],
+            "rows of initial_state": None if initial_state is None else document_digest(before),
             "causal, scale, method, backend, output_final_state": options,
             "requires_grad": gradients if torch.is_grad_enabled() else None,
         }
