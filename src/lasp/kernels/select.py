@@ -74,11 +74,17 @@ def _load(family: str, backend: str) -> Stages:
 
 def _package(backend: str) -> ModuleType:
     if backend == "triton":
-        from lasp.kernels import triton as package
-    elif backend == "fla":
-        from lasp.kernels import fla as package
-    elif backend == "reference":
-        from lasp.kernels import reference as package
-    else:
-        from lasp.kernels import torch as package
-    return package
+        from lasp.kernels import triton
+
+        return triton
+    if backend == "fla":
+        from lasp.kernels import fla
+
+        return fla
+    if backend == "reference":
+        from lasp.kernels import reference
+
+        return reference
+    from lasp.kernels import torch
+
+    return torch

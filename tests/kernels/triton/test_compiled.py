@@ -23,9 +23,7 @@ def leaves_of(gate: str, device: torch.device) -> tuple[list[Tensor | None], Ten
 
 
 def model(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None) -> Tensor:
-    o, final = lasp.linear_attention(
-        q * 2.0, k, v, g, initial_state=initial, output_final_state=True, backend="triton"
-    )
+    o, final = lasp.linear_attention(q * 2.0, k, v, g, initial_state=initial, output_final_state=True, backend="triton")
     return o * final.sum()
 
 

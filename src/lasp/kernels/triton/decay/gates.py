@@ -24,7 +24,7 @@ NAN = tl.constexpr(float("nan"))
 
 @triton.jit
 def floored_log2(g):
-    """Natural log-decays as floored base-2 ones; NaN for what is no decay (positive, or NaN): everything after it is NaN.
+    """Natural log-decays as floored base-2 ones; NaN for what is none (positive, or NaN), and so for all that follows.
 
     That costs no launch and no wait, unlike looking at gates before they are used.
     """
