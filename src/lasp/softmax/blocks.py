@@ -84,7 +84,7 @@ def keys_of(bounds: tuple[int, ...], before: tuple[int, ...], tokens: int) -> Te
 
     Each document's rows of the initial state come before its tokens, of which there are the sequence's first `tokens`.
     """
-    places = []
+    places: list[int] = []
     for index, (start, end) in enumerate(pairwise(bounds)):
         places += range(before[index], before[index + 1])
         places += range(before[-1] + start, before[-1] + min(end, tokens))
