@@ -12,7 +12,7 @@ import world
 from training_runs import SMALL, small_config
 
 from lasp.train import loop, step
-from lasp.train.figures import Machine, figures_of, slow_rank, typical
+from lasp.train.figures import Machine, figures_of, slow_rank
 from lasp.train.metrics import read_metrics
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
@@ -72,12 +72,15 @@ def test_a_slow_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 
 def test_what_is_slow() -> None:
-    even = [rank(0.10), rank(0.11), rank(0.12)]
-    assert slow_rank(even) is None and slow_rank([rank(9.0)]) is None
-    assert slow_rank([rank(0.10), rank(0.30), rank(0.12)]).startswith("rank 1 is slow: its own work takes 300 ms")  # type: ignore[union-attr]
-    # One hiccup in a window makes nobody slow.
-    hiccup = [[rank(0.1), rank(5.0 if number == 2 else 0.1)] for number in range(5)]
-    assert slow_rank(typical(hiccup)) is None
+    def steps(*rows: tuple[float, ...]) -> list[list[RankStep]]:
+        return [[rank(own_s) for own_s in row] for row in rows]
+
+    assert slow_rank(steps((0.10, 0.11, 0.12))) is None and slow_rank(steps((9.0,))) is None
+    line = slow_rank(steps(*[(0.10, 0.30, 0.12)] * 3, (0.4, 0.3, 0.1)))
+    assert line is not None and line.startswith("rank 1 is slow: its own work takes 300 ms")
+    # One hiccup in a window makes nobody slow, and taking turns neither.
+    assert slow_rank(steps(*[(0.1, 0.1)] * 4, (0.1, 5.0))) is None
+    assert slow_rank(steps(*[(0.1, 0.5, 0.1), (0.6, 0.5, 0.1)] * 3)) is None
 
 
 def test_utilisation_is_of_all_devices() -> None:

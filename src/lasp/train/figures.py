@@ -9,8 +9,9 @@ from typing import NamedTuple
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
 
-# A rank is called slow when its own work takes so many times the median of the others'.
-SLOW = 1.25
+# A rank is called slow when its own work takes so many times the median of the others', and when it is the slowest in
+# this share of the steps: where processes share too few cores, now one is late and now another.
+SLOW, SHARE = 1.25, 0.75
 
 
 class StepFigures(NamedTuple):
@@ -96,14 +97,15 @@ def typical(steps: Sequence[Sequence[RankStep]]) -> list[RankStep]:
     ]
 
 
-def slow_rank(ranks: Sequence[RankStep]) -> str | None:
-    """One line about the rank whose own work takes much longer than the others', or None."""
-    if len(ranks) < 2:
+def slow_rank(steps: Sequence[Sequence[RankStep]]) -> str | None:
+    """One line about the rank whose own work takes much longer than the others' over these steps, or None."""
+    own = [rank.own_s for rank in typical(steps)]
+    if len(own) < 2:
         return None
-    own = [rank.own_s for rank in ranks]
     slowest = own.index(max(own))
     others = statistics.median(own[:slowest] + own[slowest + 1 :])
-    if own[slowest] < SLOW * others:
+    often = sum(max(range(len(own)), key=lambda rank: ranks[rank].own_s) == slowest for ranks in steps)
+    if own[slowest] < SLOW * others or often < SHARE * len(steps):
         return None
     return (
         f"rank {slowest} is slow: its own work takes {1e3 * own[slowest]:.0f} ms a step, that of the others "

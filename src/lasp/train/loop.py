@@ -26,6 +26,7 @@ from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import TrainConfig, differences, to_dict
+from lasp.train.describe import describe
 from lasp.train.errors import ConfigError, PeerLostError
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
@@ -111,8 +112,12 @@ class _Run:
 
     def train(self) -> TrainResult:
         config = self.config
+        machine = self._machine()
+        description = describe(config, self.model_config, self.model, self.world, self.store, machine)
         if self.world.is_first:
-            self.observer = Observer(config, self.run_dir, self.output, self._machine(), finished=self.finished)
+            self.observer = Observer(
+                config, self.run_dir, self.output, machine, description=description, finished=self.finished
+            )
         self._introduce(self._measure_step())
         stopped = False
         with _stop_signals() as stop_requested:
@@ -129,8 +134,6 @@ class _Run:
                 self.output.stop()
         trained_s = self.watch.seconds()
         score = None if stopped else self._evaluate(config.eval_sequences)
-        if self.observer is not None:
-            self.observer.close()
         # The others wait, so that no launcher takes the run for finished before everything is written.
         end = self.world.first_does(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
@@ -301,6 +304,8 @@ class _Run:
         baseline = None
         if score is not None and self.store.tokenizer == "bytes":
             baseline = trigram.bits_per_byte(self.store.train, self.store.validation, score.num_tokens)
+        if self.observer is not None:
+            self.observer.close(self.finished, baseline)
         rows = {}
         if score is not None:
             self._write_sample()
@@ -316,6 +321,7 @@ class _Run:
             "run folder": str(run_dir),
             "checkpoint": str(run_dir / "checkpoints" / f"step-{self.finished:08d}"),
             "metrics": str(run_dir / "metrics.jsonl"),
+            "report": f"lasp report {run_dir}",
             "loss curve": problem or str(run_dir / "curve.png"),
             "more text": f"lasp generate {run_dir} --prompt 'import '",
         }

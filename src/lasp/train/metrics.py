@@ -61,7 +61,7 @@ def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | 
     x = [line["tokens"] / 1e6 for line in steps]
     losses = [line["loss"] / math.log(2) for line in steps]
     axes.plot(x, losses, lw=0.6, alpha=0.35, color="tab:blue")
-    axes.plot(x, _smoothed(losses), lw=1.2, color="tab:blue", label="training, smoothed over 20 steps")
+    axes.plot(x, smoothed(losses), lw=1.2, color="tab:blue", label="training, smoothed over 20 steps")
     scored = [line for line in scores if line["step"] in tokens_at]
     axes.plot(
         [tokens_at[line["step"]] for line in scored],
@@ -82,7 +82,7 @@ def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | 
     return None
 
 
-def _smoothed(values: list[float], span: int = 20) -> list[float]:
+def smoothed(values: list[float], span: int = 20) -> list[float]:
     """Exponential mean over about `span` values, without a pull towards zero at the start."""
     mean, weight, smooth = 0.0, 0.0, []
     for value in values:

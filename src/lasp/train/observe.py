@@ -5,12 +5,15 @@ Lines of metrics.jsonl, all with "step", the number of finished optimizer steps:
     every --log-every   "ranks": for each figure of lasp.train.watch.RankStep a list by global rank, the median of the
                         "steps" since the last such line; "slow": a sentence, if one rank is slow
     every validation    "validation_bits_per_byte", "validation_tokens"
+    the end             "trigram_bits_per_byte": of the byte 3-gram model on the text of the last validation
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from lasp.train import describe
 from lasp.train.config import TrainConfig
 from lasp.train.evaluate import Score
 from lasp.train.figures import Machine, StepFigures, figures_of, slow_rank, typical
@@ -23,8 +26,18 @@ from lasp.train.watch import RankStep
 class Observer:
     """On the first process; the others have none."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, output: Output, machine: Machine, *, finished: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        output: Output,
+        machine: Machine,
+        *,
+        description: dict[str, Any],
+        finished: int,
+    ) -> None:
         self._config, self._output, self._machine = config, output, machine
+        describe.write(run_dir, description)
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
         self._window: list[tuple[RankStep, ...]] = []
 
@@ -50,12 +63,15 @@ class Observer:
             step=number, validation_bits_per_byte=score.bits_per_byte, validation_tokens=score.num_tokens
         )
 
-    def close(self) -> None:
+    def close(self, number: int, trigram: float | None) -> None:
+        """The run has ended after step `number`."""
+        if trigram is not None:
+            self._metrics.write(step=number, trigram_bits_per_byte=trigram)
         self._metrics.close()
 
     def _compare_ranks(self, number: int) -> None:
         ranks = typical(self._window)
-        line = slow_rank(ranks)
+        line = slow_rank(self._window)
         self._metrics.write(
             step=number,
             steps=len(self._window),

@@ -1,0 +1,66 @@
+"""A run as its folder tells it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lasp.train.errors import ConfigError
+from lasp.train.metrics import read_metrics
+
+
+class Run(NamedTuple):
+    """What the page is made from.
+
+    Attributes:
+        folder: of the run.
+        config: the settings, as config.json has them. about: run.json, see lasp.train.describe.
+        steps, ranks, validations: lines of metrics.jsonl by kind, see lasp.train.observe.
+        trigram: bits per byte of the byte 3-gram model, if it was scored.
+        sample: the text generated at the end, or "".
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    about: dict[str, Any]
+    steps: list[dict[str, Any]]
+    ranks: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    trigram: float | None
+    sample: str
+
+    @property
+    def finished(self) -> int:
+        return int(self.steps[-1]["step"])
+
+    @property
+    def name(self) -> str:
+        return f"{self.config['model']['family']}-{self.config['model']['size']}"
+
+
+def load(folder: Path) -> Run:
+    """Read a run's folder; the run may be going on. Raises ConfigError if it holds no run with a finished step."""
+    files = {name: folder / name for name in ("config.json", "run.json", "metrics.jsonl")}
+    missing = [name for name, path in files.items() if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{folder} is not a run folder of this version of lasp train: it has no {missing[0]}")
+    try:
+        config, about = (json.loads(files[name].read_text(encoding="utf-8")) for name in ("config.json", "run.json"))
+        lines = read_metrics(files["metrics.jsonl"])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} cannot be read: {error}") from error
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise ConfigError(f"{folder}: no step has finished yet")
+    sample = folder / "sample.txt"
+    return Run(
+        folder=folder,
+        config=config,
+        about=about,
+        steps=steps,
+        ranks=[line for line in lines if "ranks" in line],
+        validations=[line for line in lines if "validation_bits_per_byte" in line],
+        trigram=next((line["trigram_bits_per_byte"] for line in lines if "trigram_bits_per_byte" in line), None),
+        sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
+    )
