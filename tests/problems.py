@@ -62,18 +62,19 @@ def make(
     )
 
 
-def solve(problem: Problem, backend: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Outputs, final state and all gradients on one device."""
+def solve(
+    problem: Problem, backend: str, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Outputs, final state and all gradients, computed on one device, on the CPU."""
     leaves = {
-        name: None if t is None else t.to(dtype, copy=True).requires_grad_() for name, t in problem.inputs.items()
+        name: None if t is None else t.to(device, dtype, copy=True).requires_grad_()
+        for name, t in problem.inputs.items()
     }
     o, final = lasp.linear_attention(
         leaves["q"], leaves["k"], leaves["v"], leaves["g"], initial_state=leaves["initial_state"],
         output_final_state=True, causal=problem.causal, backend=backend,
     )  # fmt: skip
-    torch.autograd.backward((o, final), (problem.d_o.to(o.dtype), problem.d_final.to(final.dtype)))
-    return {
-        "o": o.detach(),
-        "final_state": final.detach(),
-        **{f"d_{name}": t.grad for name, t in leaves.items() if t is not None},
-    }
+    torch.autograd.backward((o, final), (problem.d_o.to(o), problem.d_final.to(final)))
+    results = {"o": o.detach(), "final_state": final.detach()}
+    results |= {f"d_{name}": t.grad for name, t in leaves.items() if t is not None}
+    return {name: result.cpu() for name, result in results.items()}

@@ -1,13 +1,50 @@
-"""The kernels run on the GPU where there is one, else in Triton's interpreter (tests/conftest.py)."""
+"""The kernels run on the GPU where there is one, else in Triton's interpreter (tests/conftest.py).
+
+On a GPU the tests compile several hundred kernels, about a second each. Before the first test, processes of their own
+run a part each, for what that leaves in Triton's cache; what they find is not looked at.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+ON_GPU = torch.cuda.is_available()
+PART = "LASP_TEST_PART"
+collect_ignore = [] if ON_GPU else ["test_gpu.py"]
+
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if PART in os.environ:
+        part, parts = map(int, os.environ[PART].split("/"))
+        items[:] = items[part::parts]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_in_parallel(request: pytest.FixtureRequest) -> None:
+    here = str(Path(__file__).parent)
+    items = [item for item in request.session.items if str(item.path).startswith(here)]
+    parts = min(len(items) // 8, (os.cpu_count() or 1) - 2)
+    if not ON_GPU or PART in os.environ or parts < 2:
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here]
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | {PART: f"{part}/{parts}"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for part in range(parts)
+    ]
+    for process in processes:
+        process.wait()

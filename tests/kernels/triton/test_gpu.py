@@ -1,0 +1,214 @@
+"""Every launch configuration on the GPU, through the public operator, against the chunked PyTorch backend in fp64.
+
+Collected only where there is a GPU. A configuration is what the plan makes of dtype, dims, kind of decay and length:
+tiles, chunks, and whether chunks move by descriptors. Gates are weak, so that a missing state shows; then strong, and
+exactly zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from tolerances import relative_error
+from torch import Tensor
+
+import lasp
+from lasp.kernels.triton.decay.plan import plan
+from lasp.kernels.triton.decay.stages import device_limits, kind_of
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KINDS = ("none", "constant", "scalar", "channel")
+
+
+class Bounds(NamedTuple):
+    """Of relative errors. d_g is a sum over tokens in which terms cancel, the more so the faster decays are."""
+
+    outputs: float
+    gradients: float
+    d_g: float
+    d_g_strong: float
+
+
+BOUNDS = {
+    BF16: Bounds(5e-3, 8e-3, 1.6e-2, 2e-2),
+    FP16: Bounds(1.5e-3, 1.5e-3, 3e-3, 1e-2),
+    FP32: Bounds(2e-6, 2e-6, 4e-6, 2e-5),
+}
+
+
+class Case(NamedTuple):
+    kind: str
+    dtype: torch.dtype
+    K: int
+    V: int
+    T: int = 4133
+    H: int = 16
+    H_v: int = 32
+    B: int = 1
+    gates: str = "weak"
+
+    def __str__(self) -> str:
+        return "-".join(str(value).removeprefix("torch.") for value in self)
+
+
+SHORT = {"T": 333, "H": 2, "H_v": 4, "B": 2}
+CASES = [
+    # 16 bits, chunks by descriptors and by pointers; every class of dims that the plan tells apart.
+    *(Case(kind, BF16, D, D) for kind in KINDS for D in (64, 128, 256)),
+    *(Case(kind, BF16, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
+    *(Case(kind, FP16, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
+    *(Case(kind, FP32, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
+    # Dims that fill no tile, one whose rows descriptors cannot take (100), and K unlike V.
+    *(Case(kind, BF16, D, D) for kind in ("constant", "scalar", "channel") for D in (48, 80, 96, 100, 192)),
+    *(Case(kind, dtype, 100, 48, **SHORT) for kind in ("scalar", "channel") for dtype in (FP16, FP32)),
+    *(Case(kind, BF16, K, V) for kind in ("constant", "scalar", "channel") for K, V in ((64, 256), (128, 64))),
+    # Gates from 0 to -20, and none at all.
+    *(Case(kind, dtype, 64, 64, **SHORT, gates="strong") for kind in KINDS[1:] for dtype in BOUNDS),
+    *(Case(kind, BF16, 128, 128, gates="strong") for kind in KINDS[1:]),
+    *(Case(kind, dtype, 64, 64, **SHORT, gates="zero") for kind in KINDS[1:] for dtype in BOUNDS),
+]
+MILLION = [Case(kind, BF16, 64, 64, T=1 << 20, H=2, H_v=2, gates="weakest") for kind in ("none", "constant", "scalar")]
+
+
+def gate(case: Case, random: torch.Generator) -> Tensor | None:
+    if case.kind == "none":
+        return None
+    shape = {
+        "constant": (case.H_v,),
+        "scalar": (case.B, case.T, case.H_v),
+        "channel": (case.B, case.T, case.H_v, case.K),
+    }[case.kind]
+    size = torch.rand(shape, device="cuda", generator=random)
+    if case.gates == "strong":
+        # Most are weak, some as strong as they come; of constants the first head's are weak.
+        strong = torch.rand(shape, device="cuda", generator=random) < 0.1
+        if case.kind == "constant":
+            strong = torch.arange(case.H_v, device="cuda") > 0
+        return -torch.where(strong, 20 * size, 0.05 * size)
+    return -{"weak": 0.05, "zero": 0.0, "weakest": 1e-6}[case.gates] * size
+
+
+def inputs(case: Case) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """q, k, v, g and the initial state, and the gradients of the outputs and the final state."""
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=random)
+
+    B, T, H, H_v, K, V = case.B, case.T, case.H, case.H_v, case.K, case.V
+    x = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, H_v, V)}
+    x = {name: tensor.to(case.dtype) for name, tensor in x.items()}
+    g = gate(case, random)
+    x |= {} if g is None else {"g": g}
+    return x | {"initial_state": normal(B, H_v, K, V)}, normal(B, T, H_v, V).to(case.dtype), normal(B, H_v, K, V)
+
+
+def solve(
+    x: dict[str, Tensor], d_o: Tensor, d_final: Tensor, backend: str, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in x.items()}
+    o, final = lasp.linear_attention(**leaves, output_final_state=True, backend=backend)
+    gradients = torch.autograd.grad((o, final), list(leaves.values()), (d_o.to(o.dtype), d_final.to(final.dtype)))
+    return {"o": o.detach(), "final_state": final.detach()} | {
+        f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
+    }
+
+
+def check(case: Case) -> None:
+    x, d_o, d_final = inputs(case)
+    values = solve(x, d_o, d_final, "triton", None)
+    references = solve(x, d_o, d_final, "torch", torch.float64)
+    errors = {name: relative_error(values[name], references[name]) for name in values}
+    bounds = BOUNDS[case.dtype]
+    d_g = bounds.d_g_strong if case.gates == "strong" else bounds.d_g
+    limits = {"o": bounds.outputs, "final_state": bounds.outputs, "d_g": d_g}
+    bad = {name: error for name, error in errors.items() if error > limits.get(name, bounds.gradients)}
+    assert not bad, {name: f"{error:.1e}" for name, error in errors.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_configuration(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MILLION, ids=str)
+def test_a_million_tokens(case: Case) -> None:
+    """Gates that forget next to nothing: any error in a state would add up."""
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_more_elements_than_32_bits_count(kind: str) -> None:
+    """The last tokens, beyond 2^31 elements, against a run of the last tokens alone: decays forget the rest."""
+    H, K, V, tail, near = 16, 128, 64 if kind == "channel" else 128, 2048, 1024
+    T = (1 << 31) // (H * K) + 2 * tail
+
+    def normal(dim: int) -> Tensor:
+        return torch.randn(1, T, H, dim, device="cuda", dtype=BF16)
+
+    x = {"q": normal(K), "k": normal(K), "v": normal(V)}
+    x["g"] = torch.full((1, T, H, K) if kind == "channel" else (1, T, H), -0.2, device="cuda")
+    d_o = normal(V)
+    exact = {name: tensor[:, -tail:].double().requires_grad_() for name, tensor in x.items()}
+    leaves = [tensor.requires_grad_() for tensor in x.values()]
+    o, _ = lasp.linear_attention(*leaves, backend="triton")
+    values = (o, *torch.autograd.grad(o, leaves, d_o))
+    expected, _ = lasp.linear_attention(**exact, backend="torch")
+    references = (expected, *torch.autograd.grad(expected, list(exact.values()), d_o[:, -tail:].double()))
+    limits = BOUNDS[BF16]
+    for name, value, reference in zip(("o", *x), values, references, strict=True):
+        bound = limits.d_g if name == "g" else limits.gradients
+        assert relative_error(value[:, -near:], reference[:, -near:]) <= bound, name
+
+
+def test_the_cases_reach_every_way_of_moving_chunks() -> None:
+    ways = set()
+    for case in CASES:
+        g = gate(case, torch.Generator("cuda"))
+        p = plan(
+            case.T, case.B * case.H_v, case.K, case.V, case.dtype, kind_of(g), *device_limits(torch.device("cuda", 0))
+        )
+        ways.add((case.kind, case.dtype, p.descriptors, p.segments > 1))
+    for kind in KINDS:
+        assert {(kind, BF16, True, True), (kind, BF16, False, True), (kind, FP16, False, True)} <= ways
+
+
+def test_constant_decays_that_are_not_learned() -> None:
+    """Other sweeps than where the gate's gradient is wanted."""
+    x, d_o, d_final = inputs(Case("constant", BF16, 128, 128))
+    leaves = [x[name].requires_grad_() for name in "qkv"]
+    o, _ = lasp.linear_attention(*leaves, x["g"], backend="triton")
+    gradients = torch.autograd.grad(o, leaves, d_o)
+    x.pop("initial_state")
+    references = solve(x, d_o, torch.zeros_like(d_final), "torch", torch.float64)
+    assert relative_error(o, references["o"]) <= BOUNDS[BF16].outputs
+    for name, gradient in zip("qkv", gradients, strict=True):
+        assert relative_error(gradient, references[f"d_{name}"]) <= BOUNDS[BF16].gradients, name
+
+
+def test_auto_takes_the_kernels_and_captures_in_a_graph() -> None:
+    """The host waits for nothing: a forward and backward is captured, and replayed with other inputs."""
+    x, d_o, _ = inputs(Case("scalar", BF16, 64, 64, **SHORT))
+    leaves = [x[name].requires_grad_() for name in "qkvg"]
+
+    def step() -> tuple[Tensor, ...]:
+        o, _ = lasp.linear_attention(*leaves)
+        return o, *torch.autograd.grad(o, leaves, d_o)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[2].copy_(torch.randn_like(leaves[2]))
+    graph.replay()
+    again = step()
+    for first, second in zip(captured, again, strict=True):
+        assert torch.equal(first, second)

@@ -1,0 +1,69 @@
+"""Two processes, on one GPU where there is one, against one: outputs, final state, every gradient.
+
+    python tests/kernels/triton/two_ranks.py cpu|cuda
+
+Prints, as JSON, the relative errors on each rank. A script of its own: a process that has looked at a GPU cannot fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+torch.set_num_threads(1)
+DEVICE = sys.argv[1]
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from problems import GATES, make, solve  # noqa: E402
+from tolerances import relative_error  # noqa: E402
+from world import run  # noqa: E402
+
+import lasp  # noqa: E402
+
+DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
+
+
+def main() -> None:
+    problems = {gate: make(gate, **DIMS) for gate in GATES}
+    expected = {gate: solve(problem, "torch") for gate, problem in problems.items()}
+
+    def work(rank: int) -> dict[str, float]:
+        sp = lasp.SequenceParallel(dist.group.WORLD, lengths=(41, 29))
+        errors = {}
+        for gate, problem in problems.items():
+            leaves = {}
+            for name, tensor in problem.inputs.items():
+                if tensor is not None:
+                    whole = name == "initial_state" or tensor.dim() == 1
+                    part = tensor if whole else sp.shard(tensor)
+                    leaves[name] = part.to(DEVICE, torch.float32, copy=True).requires_grad_()
+            o, final = lasp.linear_attention(
+                leaves["q"], leaves["k"], leaves["v"], leaves.get("g"), initial_state=leaves["initial_state"],
+                output_final_state=True, sp=sp, backend="triton",
+            )  # fmt: skip
+            d_outputs = (sp.shard(problem.d_o).to(o), problem.d_final.to(final) / sp.size)
+            torch.autograd.backward((o, final), d_outputs)
+            results = {"o": o, "final_state": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
+            for name, result in results.items():
+                value, reference = result.detach().cpu(), expected[gate][name]
+                if name == "d_initial_state" and rank > 0:
+                    reference = torch.zeros_like(reference)
+                elif name == "d_g" and value.dim() == 1:
+                    dist.all_reduce(value)
+                elif name not in ("final_state", "d_initial_state"):
+                    reference = sp.shard(reference)
+                errors[f"{gate} {name}"] = relative_error(value, reference)
+        return errors
+
+    print(json.dumps(run(2, work)))
+
+
+if __name__ == "__main__":
+    main()
