@@ -1,22 +1,31 @@
 """The delta rule's backend "fla" on a GPU: two processes on one GPU against one, and both against fp64.
 
-    python benchmarks/check_fla_backend.py
+    python benchmarks/check_fla_backend.py --output benchmarks/results
+    python benchmarks/check_fla_backend.py --backend torch --device cpu --tokens 300 --dim 16     # the script itself
 
 needs flash-linear-attention (`pip install "fla-core==0.6.0"`, or `make oracle` and PYTHONPATH=build/oracle). The
-processes speak gloo, which lets them share a GPU. Outputs, final state and all gradients are compared on every rank:
-SP=2 with SP=1 in the same backend, which must be as close as the bounds below, or as SP=1 is to the truth; SP=1 with
-the chunked PyTorch backend in fp64; and for scale the PyTorch backend on the same 16-bit inputs. Exit code 1 if not.
+processes speak gloo, which lets them share a GPU. Outputs, final state and all gradients are compared on every rank,
+over every exchange given and equal and unequal shards: SP=2 with SP=1 in the same backend, which must be as close as
+the bounds below, or as SP=1 is to the truth; SP=1 with the chunked PyTorch backend in fp64; and for scale the PyTorch
+backend on the same 16-bit inputs. A table, a JSON file, and exit code 1 if a bound is missed.
 
 Where fla's gated kernels are refused (Triton before 3.7.1 on Hopper), the message is printed and Gated DeltaNet's
-gate is spread over the channels for KDA's kernels: the same recurrence, by other kernels.
+gate is spread over the channels for KDA's kernels: the same recurrence, by other kernels, and the result says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
+import json
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,6 +113,85 @@ def take_first_configurations() -> None:
     Autotuner.__init__ = first_only
 
 
+def in_turn(rank: int, function: Callable[[], Any]) -> Any:
+    """`function()` on rank 0 and then on the others, which find its kernels compiled."""
+    result = function() if rank == 0 else None
+    dist.barrier()
+    result = function() if rank > 0 else result
+    dist.barrier()
+    return result
+
+
+def alone_of(problem: dict, options: argparse.Namespace) -> tuple[dict, str | None]:
+    """Results of one process, and why the gate had to be spread over the channels, or None."""
+    try:
+        return solve(problem, options.backend), None
+    except ValueError as refusal:
+        if "g" not in problem or problem["g"].dim() != 3:
+            raise
+        return solve(problem, options.backend, spread=True), str(refusal)
+
+
+def compare(rank: int, size: int, gate: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One recurrence: relative errors by tensor, the largest of all ranks, exchanges and shards."""
+    dtype = getattr(torch, options.dtype)
+    problem = make(gate, options.tokens, options.heads, 2 * options.heads, options.dim, options.device, dtype)
+    start = time.perf_counter()
+    alone, refusal = in_turn(rank, lambda: alone_of(problem, options))
+    exact = solve({name: t.double() for name, t in problem.items()}, "torch")
+    single, scale = errors(alone, exact), errors(solve(problem, "torch"), exact)
+    ragged = (options.tokens // 2 + 37, *[0] * (size - 2), options.tokens - options.tokens // 2 - 37)
+    split: dict[str, float] = {}
+    for exchange in options.exchanges.split(","):
+        for lengths in (None, ragged):
+            sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange, lengths=lengths)
+            for name, error in errors(solve(problem, options.backend, sp, refusal is not None), alone, sp).items():
+                split[name] = max(split.get(name, 0.0), error)
+    # The control: with nothing carried from rank to rank, the comparison fails on the last.
+    sp = lasp.SequenceParallel(dist.group.WORLD)
+    local = {name: sp.shard(t) if t.dim() > 2 and t.shape[1] == options.tokens else t for name, t in problem.items()}
+    control = errors(solve(local, options.backend, None, refusal is not None), alone, sp)["o"]
+    everywhere: list = [None] * size
+    dist.all_gather_object(everywhere, (split, control))
+    split = {name: max(each[name] for each, _ in everywhere) for name in split}
+    good = {
+        name: split[name] < max(OUTPUT_BOUND if name in ("o", "final_state") else GRADIENT_BOUND, 1.5 * single[name])
+        and single[name] < TRUTH_BOUND
+        for name in split
+    }
+    return {
+        "split_to_single": split,
+        "single_to_fp64": single,
+        "torch_to_fp64": scale,
+        "good": good,
+        "control": everywhere[-1][1],
+        "refused": refusal,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def show(title: str, found: dict[str, Any], size: int) -> None:
+    if found["refused"]:
+        print(f"{title}: refused, as it should be: {found['refused']}\n{title}: gate spread over the channels instead")
+    for name in found["good"]:
+        print(
+            f"{title:15} {name:16} SP={size} vs SP=1 {found['split_to_single'][name]:.1e}   "
+            f"SP=1 vs fp64 {found['single_to_fp64'][name]:.1e}   torch vs fp64 {found['torch_to_fp64'][name]:.1e}   "
+            f"{'ok' if found['good'][name] else 'MISSED'}"
+        )
+    seen = found["control"] > 10 * OUTPUT_BOUND
+    print(f"{title:15} nothing carried: {found['control']:.1e} {'(seen)' if seen else 'NOT SEEN'}", flush=True)
+
+
+def versions(options: argparse.Namespace) -> dict[str, str]:
+    found = {"torch": torch.__version__, "device": options.device}
+    for name in ("triton", "fla-core") if options.backend == "fla" else ():
+        found[name] = importlib.metadata.version(name)
+    if options.device == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+    return found
+
+
 def work(rank: int, size: int, store: str, options: argparse.Namespace) -> None:
     if options.backend == "fla" and not options.tune:
         take_first_configurations()
@@ -111,48 +199,27 @@ def work(rank: int, size: int, store: str, options: argparse.Namespace) -> None:
         torch.cuda.set_device(0)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    dtype, good = getattr(torch, options.dtype), True
+    results = {}
     for title, gate in (("DeltaNet", "none"), ("Gated DeltaNet", "head"), ("KDA", "channel")):
-        problem = make(gate, options.tokens, options.heads, 2 * options.heads, options.dim, options.device, dtype)
-        spread = False
-        try:
-            alone = solve(problem, options.backend)
-        except ValueError as refusal:
-            if gate != "head":
-                raise
-            spread = True
-            alone = solve(problem, options.backend, spread=True)
-            if rank == 0:
-                print(f"{title}: refused, as it should be: {refusal}\n{title}: gate spread over the channels instead")
-        exact = solve({name: t.double() for name, t in problem.items()}, "torch")
-        scale = errors(solve(problem, "torch"), exact)
-        single = errors(alone, exact)
-        ragged = (options.tokens // 2 + 37, options.tokens - options.tokens // 2 - 37)
-        split: dict[str, float] = {}
-        for exchange in options.exchanges.split(","):
-            for lengths in (None, ragged):
-                sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange, lengths=lengths)
-                for name, error in errors(solve(problem, options.backend, sp, spread), alone, sp).items():
-                    split[name] = max(split.get(name, 0.0), error)
-        everywhere: list = [None] * size
-        dist.all_gather_object(everywhere, split)
-        split = {name: max(each[name] for each in everywhere) for name in split}
-        # The control: with nothing carried from rank to rank the comparison fails.
-        lonely = errors(solve({n: sp.shard(t) if t.dim() > 2 and t.shape[1] == options.tokens else t
-                               for n, t in problem.items()}, options.backend, None, spread), alone, sp)  # fmt: skip
-        if rank == size - 1 and not lonely["o"] > 10 * OUTPUT_BOUND:
-            print(f"{title}: the control is not seen, {lonely['o']:.1e}")
-            good = False
-        for name in split:
-            bound = OUTPUT_BOUND if name in ("o", "final_state") else GRADIENT_BOUND
-            ok = split[name] < max(bound, 1.5 * single[name]) and single[name] < TRUTH_BOUND
-            good &= ok
-            if rank == 0:
-                print(
-                    f"{title:15} {name:16} SP={size} vs SP=1 {split[name]:.1e}   SP=1 vs fp64 {single[name]:.1e}   "
-                    f"torch vs fp64 {scale[name]:.1e}   {'ok' if ok else 'MISSED'}",
-                    flush=True,
-                )
+        results[title] = compare(rank, size, gate, options)
+        if rank == 0:
+            show(title, results[title], size)
+    good = all(all(each["good"].values()) and each["control"] > 10 * OUTPUT_BOUND for each in results.values())
+    if rank == 0:
+        record = {
+            "what": f"delta rules, backend {options.backend}, {size} processes on one device over gloo",
+            "date": datetime.date.today().isoformat(),
+            "versions": versions(options),
+            "options": {name: value for name, value in vars(options).items() if name != "output"},
+            "results": results,
+            "good": good,
+        }
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            name = record["versions"]["device"].lower().replace(" ", "-")
+            path = options.output / f"{record['date']}-{name}-fla-backend.json"
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(f"written to {path}")
     dist.barrier()
     dist.destroy_process_group()
     sys.exit(0 if good else 1)
@@ -169,10 +236,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--exchanges", default="all_gather,ring", help=f"some of {', '.join(EXCHANGES)}")
     parser.add_argument("--tune", action="store_true", help="let fla time its configurations first (minutes)")
+    parser.add_argument("--output", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
-    if options.device == "cuda":
-        name, major = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
-        print(f"{name} (compute capability {major}), PyTorch {torch.__version__}, {options.dtype}", flush=True)
+    print(", ".join(f"{name} {version}" for name, version in versions(options).items()), options.dtype, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         mp.start_processes(work, (options.processes, store, options), options.processes, start_method="spawn")
