@@ -128,15 +128,23 @@ class LinearAttention(nn.Module):
         keys, values = (self.num_heads, self.key_dim), (self.num_heads, self.value_dim)
         k = self.k_map(self.k_proj(x).unflatten(-1, keys))
         v = self.v_proj(x).unflatten(-1, values)
-        q = self.q_map(self.q_proj(x).unflatten(-1, keys))
+        gate: Tensor | None = None
+
+        def queries() -> Tensor:
+            """What no other rank waits for, the gate with it: it hides the exchange."""
+            nonlocal gate
+            gate = None if self.gate is None or self.gate_proj is None else self.gate(self.gate_proj(x))
+            return self.q_map(self.q_proj(x).unflatten(-1, keys))
+
+        q: Tensor | Callable[[], Tensor] = queries
         if self.positions is not None:
-            q, k = self.positions(q, k, start)
+            q, k = self.positions(queries(), k, start)
         op = normalized_linear_attention if self.normalization == "denominator" else linear_attention
         o, final_state = op(
             q,
             k,
             v,
-            None if self.decay is None else self.decay(state_dtype(q.dtype)),
+            None if self.decay is None else self.decay(state_dtype(k.dtype)),
             scale=self.scale,
             initial_state=state,
             output_final_state=output_state,
@@ -149,8 +157,8 @@ class LinearAttention(nn.Module):
         o = o.flatten(-2)
         if self.norm is not None and self.normalization == "hidden":
             o = self.norm(o)
-        if self.gate is not None and self.gate_proj is not None:
-            o = self.gate(self.gate_proj(x)) * o
+        if gate is not None:
+            o = gate * o
         return self.out_proj(o), final_state
 
 

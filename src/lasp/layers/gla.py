@@ -66,8 +66,16 @@ class GatedLinearAttention(nn.Module):
         """As `LinearAttention.forward`; it has no use for `start`."""
         keys, values = (self.num_heads, self.key_dim), (self.num_heads, self.value_dim)
         decay = self.decay_proj(x)
+        gate: Tensor | None = None
+
+        def queries() -> Tensor:
+            """What no other rank waits for, the gate with it: it hides the exchange."""
+            nonlocal gate
+            gate = self.gate_proj(x)
+            return self.q_proj(x).unflatten(-1, keys)
+
         o, state = linear_attention(
-            self.q_proj(x).unflatten(-1, keys),
+            queries,
             self.k_proj(x).unflatten(-1, keys),
             self.v_proj(x).unflatten(-1, values),
             F.logsigmoid(decay.to(state_dtype(decay.dtype))).unflatten(-1, keys) / GATE_TEMPERATURE,
@@ -77,4 +85,4 @@ class GatedLinearAttention(nn.Module):
             sp=sp,
             backend=self.backend,
         )
-        return self.out_proj(self.norm(o, self.gate_proj(x))), state
+        return self.out_proj(self.norm(o, gate)), state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, scan
+from lasp.ops.scan import Plan, scan, start
 from lasp.recurrence.contract import Run
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence import SequenceParallel
@@ -18,7 +18,7 @@ from lasp.sequence.guard import check_shard, refusing
 
 
 def linear_attention(
-    q: Tensor,
+    q: Tensor | Callable[[], Tensor],
     k: Tensor,
     v: Tensor,
     g: Tensor | None = None,
@@ -39,7 +39,8 @@ def linear_attention(
     had computed all of it (LASP, arXiv 2404.02882).
 
     Args:
-        q, k: [B, T, H, K], fp64, fp32, bf16 or fp16.
+        q, k: [B, T, H, K], fp64, fp32, bf16 or fp16. q may be a function that gives it: where fused kernels run on
+            several ranks it is called while the state is on its way, and hides the exchange behind what it computes.
         v: [B, T, H_v, V] of the same dtype; H_v a multiple of H. Value head h uses query head h // (H_v // H).
         g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's. On a GPU, where looking
             would wait for it, a value that is positive or NaN makes an assertion on the device fail ("torch") or gives
@@ -66,33 +67,46 @@ def linear_attention(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
+    queries: Tensor = k if callable(q) else q  # to be called: keys stand for them, being laid out alike
     with refusing(sp):
-        check_inputs(q, k, v)
-        check_shard(sp, q.shape[1])
+        check_inputs(queries, k, v)
+        check_shard(sp, k.shape[1])
         if g is not None:
             if not causal:
                 raise ValueError("causal=False has no order in which to decay: g must be None")
-            check_gate(g, q, v)
-            g = g.to(state_dtype(q.dtype))
-        documents = packed(cu_seqlens, q.shape[0], q.shape[1], sp)
+            check_gate(g, k, v)
+            g = g.to(state_dtype(k.dtype))
+        documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
         if documents is not None and not causal:
             raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
-        x = Run(q, k, v, g, scale_of(q, scale), documents)
+        x = Run(queries, k, v, g, scale_of(k, scale), documents)
         check_initial(x, initial_state)
         stages = select("decay" if causal else "unmasked", backend, x)
         if g is not None and not (g.is_cuda and getattr(stages, "BAD_GATES_GIVE_NAN", False)):
             check_gate_values(g)
     if sp is None or sp.size == 1:
+        x = x._replace(q=_called(q, k, v)) if callable(q) else x
         alone = getattr(stages, "on_one_device", None)
         if alone is not None and documents is None:
             return alone(x, initial_state, output_final_state)
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
     initial = initial_of(x, initial_state)
-    return scan(Plan(stages, sp, not causal, output_final_state), ungrouped(stages, x), initial)
+    plan, started = Plan(stages, sp, not causal, output_final_state), None
+    if callable(q) and sp is not None and sp.size > 1:
+        started = start(plan, x, initial) if getattr(stages, "SUMMARY_WITHOUT_QUERIES", False) else None
+        x = x._replace(q=_called(q, k, v))
+    return scan(plan, ungrouped(stages, x), initial, started)
+
+
+def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor) -> Tensor:
+    """What `q` gives, checked."""
+    queries = q()
+    check_inputs(queries, k, v)
+    return queries
 
 
 def normalized_linear_attention(
-    q: Tensor,
+    q: Tensor | Callable[[], Tensor],
     k: Tensor,
     v: Tensor,
     g: Tensor | None = None,

@@ -22,6 +22,8 @@ A backend may also have
     on_one_device(x, initial, want_final) -> o, final state or None
         All stages around no exchange, differentiable, for less of the host's time; initial is None for zero. It takes
         no packed documents.
+    SUMMARY_WITHOUT_QUERIES = True
+        `summarize` reads no queries (and its totals hold none), so that these can be computed during the exchange.
     BAD_GATES_GIVE_NAN = True
         A gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look for one before.
 

@@ -35,7 +35,7 @@ def main() -> None:
     expected = {gate: solve(problem, "torch") for gate, problem in problems.items()}
 
     def work(rank: int) -> dict[str, float]:
-        sp = lasp.SequenceParallel(dist.group.WORLD, lengths=(41, 29))
+        sp = lasp.SequenceParallel(dist.group.WORLD, lengths=(41, 29), exchange="all_gather")
         errors = {}
         for gate, problem in problems.items():
             leaves = {}
@@ -44,10 +44,20 @@ def main() -> None:
                     whole = name == "initial_state" or tensor.dim() == 1
                     part = tensor if whole else sp.shard(tensor)
                     leaves[name] = part.to(DEVICE, torch.float32, copy=True).requires_grad_()
+            called_after = []
+
+            def queries(
+                leaves: dict[str, torch.Tensor] = leaves, called_after: list[int] = called_after
+            ) -> torch.Tensor:
+                called_after.append(sp.counters.messages)
+                return 1.0 * leaves["q"]
+
+            before = sp.counters.messages
             o, final = lasp.linear_attention(
-                leaves["q"], leaves["k"], leaves["v"], leaves.get("g"), initial_state=leaves["initial_state"],
+                queries, leaves["k"], leaves["v"], leaves.get("g"), initial_state=leaves["initial_state"],
                 output_final_state=True, sp=sp, backend="triton",
             )  # fmt: skip
+            assert called_after == [before + 1], "queries are computed while the exchange is under way"
             d_outputs = (sp.shard(problem.d_o).to(o), problem.d_final.to(final) / sp.size)
             torch.autograd.backward((o, final), d_outputs)
             results = {"o": o, "final_state": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}

@@ -4,6 +4,7 @@ from lasp.kernels.triton.decay.operators import linear_attention as on_one_devic
 from lasp.kernels.triton.decay.stages import (
     BAD_GATES_GIVE_NAN,
     GROUPED_HEADS,
+    SUMMARY_WITHOUT_QUERIES,
     gradients,
     local_gradients,
     local_outputs,
@@ -15,6 +16,7 @@ from lasp.kernels.triton.decay.stages import (
 __all__ = [
     "BAD_GATES_GIVE_NAN",
     "GROUPED_HEADS",
+    "SUMMARY_WITHOUT_QUERIES",
     "gradients",
     "local_gradients",
     "local_outputs",

@@ -30,6 +30,7 @@ from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
 
 GROUPED_HEADS = True
+SUMMARY_WITHOUT_QUERIES = True
 BAD_GATES_GIVE_NAN = True
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 MAX_DIM = 256

@@ -1,0 +1,52 @@
+"""An exchange on a stream of its own, beside the local work that is queued meanwhile.
+
+NCCL's collectives have streams of their own anyway; this is for what an exchange computes between them. A rank of a
+chain receives, folds and sends on: on the compute stream its message would wait behind all local work queued before.
+On a CPU there are no streams, and the exchange runs where it is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class Beside:
+    """Orders the streams around one exchange: `begun` around its start, `ended` around the wait for it.
+
+    Work queued in between runs beside it. Everything an exchange reads must stay referenced until it has ended.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda" and device not in _streams:
+            _streams[device] = torch.cuda.Stream(device)
+        self._stream = _streams.get(device)
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def hand_over(self, tensor: Tensor | None) -> None:
+        """What the exchange allocated is now the compute stream's: its memory is not reused before that is done."""
+        if self._stream is not None and tensor is not None:
+            tensor.record_stream(torch.cuda.current_stream(self._device))
