@@ -5,9 +5,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 ORACLE := build/oracle
+TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test lint oracle clean
+.PHONY: train test lint oracle trackers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,6 +27,9 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
 
+trackers: $(TRACKERS)/.installed  ## write to the real TensorBoard and wandb, installed beside the environment
+	PYTHONPATH=$(TRACKERS) $(BIN)/python -m pytest tests/trackers $(ARGS)
+
 $(VENV)/.installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("lasp needs Python >= 3.10, found " + sys.version.split()[0] + ": pass PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
 	@echo "Setting up $(VENV) (about a minute, once)"
@@ -42,5 +46,9 @@ $(ORACLE)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ORACLE) 'fla-core==0.6.0' einops
 	@touch $@
 
+$(TRACKERS)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(TRACKERS) tensorboard wandb
+	@touch $@
+
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(ORACLE) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLE) $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,8 @@ import tyro
 
 from lasp.exchange import EXCHANGES
 from lasp.train.errors import ConfigError
+from lasp.train.profile import parse_range
+from lasp.train.sinks import missing
 
 C = TypeVar("C")
 
@@ -113,7 +115,11 @@ class TrainConfig:
     seed: int = 0
     """Initial weights, order of the sequences, generated text."""
     log_every: int = 20
-    """Steps between lines of output where it is not a terminal."""
+    """Steps between lines of output where it is not a terminal, and between comparisons of the processes."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also show the figures of metrics.jsonl there (extra `track`)."""
+    profile_steps: str | None = None
+    """FIRST:LAST, such as 3:5: trace these steps, one file a process in the run folder's `profile`."""
     eval_every: int = 200
     """Steps between short validations (an eighth of the final one)."""
     eval_sequences: int = 256
@@ -166,6 +172,10 @@ class TrainConfig:
         ):
             if count < 0:
                 raise ConfigError(f"{name} must not be negative, got {count}")
+        if (not_installed := missing(self.track)) is not None:
+            raise ConfigError(not_installed)
+        if self.profile_steps is not None and parse_range(self.profile_steps)[0] > self.steps:
+            raise ConfigError(f"--profile-steps starts after the last step, {self.steps}: got {self.profile_steps}")
         if optimizer.weight_decay < 0:
             raise ConfigError(f"--optimizer.weight-decay must not be negative, got {optimizer.weight_decay}")
         if not self.data.suffixes:

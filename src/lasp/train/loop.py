@@ -34,6 +34,7 @@ from lasp.train.metrics import draw_curve
 from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
+from lasp.train.profile import Profiler
 from lasp.train.sample import stream_text
 from lasp.train.step import Stepper
 from lasp.train.world import World, join, leave
@@ -109,6 +110,7 @@ class _Run:
         self.finished = int(self.resumed.state["step"]) if self.resumed is not None else 0
         self.saved_at = self.finished if self.resumed is not None else -1
         self.observer: Observer | None = None
+        self.profiler = Profiler(config.profile_steps, self.run_dir / "profile", rank=world.rank, device=world.device)
 
     def train(self) -> TrainResult:
         config = self.config
@@ -132,6 +134,7 @@ class _Run:
                         self._evaluate(max(1, config.eval_sequences // 8))
             finally:
                 self.output.stop()
+                self.profiler.close()
         trained_s = self.watch.seconds()
         score = None if stopped else self._evaluate(config.eval_sequences)
         # The others wait, so that no launcher takes the run for finished before everything is written.
@@ -141,7 +144,8 @@ class _Run:
 
     def _step(self, stop_requested: Callable[[], bool]) -> bool:
         began = time.monotonic()
-        result = self.stepper.step(self.finished, stop_requested=stop_requested)
+        with self.profiler.step(self.finished + 1):
+            result = self.stepper.step(self.finished, stop_requested=stop_requested)
         self.finished += 1
         if self.observer is not None:
             self.observer.step(self.finished, result, time.monotonic() - began)
@@ -236,7 +240,17 @@ class _Run:
         if folder is None:
             return None
         found = checkpoint.verify(Path(folder))
-        ignored = ("parallel", "steps", "run_dir", "log_every", "eval_every", "save_every", "keep_checkpoints")
+        ignored = (
+            "parallel",
+            "steps",
+            "run_dir",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+            "track",
+            "profile_steps",
+        )
         before, now = dict(found.state["config"]), to_dict(self.config)
         for name in (*ignored, "model", "sample", "data", "eval_sequences", "device"):
             before.pop(name, None)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lasp.train import describe
-from lasp.train.config import TrainConfig
+from lasp.train.config import TrainConfig, to_dict
 from lasp.train.evaluate import Score
 from lasp.train.figures import Machine, StepFigures, figures_of, slow_rank, typical
 from lasp.train.metrics import MetricsFile
 from lasp.train.output import Output
+from lasp.train.sinks import open_sinks
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
 
@@ -39,6 +40,7 @@ class Observer:
         self._config, self._output, self._machine = config, output, machine
         describe.write(run_dir, description)
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
+        self._sinks = open_sinks(config.track, run_dir, to_dict(config) | description, finished=finished)
         self._window: list[tuple[RankStep, ...]] = []
 
     def step(self, number: int, result: StepResult, seconds: float) -> None:
@@ -51,7 +53,7 @@ class Observer:
             tokens_per_step=config.global_batch * config.seq_len,
             machine=self._machine,
         )
-        self._metrics.write(**_rounded(figures))
+        self._write(number, **_rounded(figures))
         self._output.step(number, config.steps, seconds=seconds, figures=figures)
         self._window.append(result.ranks)
         if number % config.log_every == 0 or number == config.steps or result.stop:
@@ -59,15 +61,20 @@ class Observer:
 
     def validation(self, number: int, score: Score) -> None:
         """The model was scored after step `number`."""
-        self._metrics.write(
-            step=number, validation_bits_per_byte=score.bits_per_byte, validation_tokens=score.num_tokens
-        )
+        self._write(number, validation_bits_per_byte=score.bits_per_byte, validation_tokens=score.num_tokens)
 
     def close(self, number: int, trigram: float | None) -> None:
         """The run has ended after step `number`."""
         if trigram is not None:
-            self._metrics.write(step=number, trigram_bits_per_byte=trigram)
+            self._write(number, trigram_bits_per_byte=trigram)
         self._metrics.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, number: int, **values: float) -> None:
+        self._metrics.write(step=number, **values)
+        for sink in self._sinks:
+            sink.scalars(number, values)
 
     def _compare_ranks(self, number: int) -> None:
         ranks = typical(self._window)
@@ -83,13 +90,13 @@ class Observer:
         self._window.clear()
 
 
-def _rounded(figures: StepFigures) -> dict[str, object]:
+def _rounded(figures: StepFigures) -> dict[str, float]:
     """As written: results to their last digit, because a resumed run is compared by them; measurements to a few."""
     exact = ("loss", "lr", "grad_norm")
     return {
         name: value if name in exact or not isinstance(value, float) else _short(value)
         for name, value in figures._asdict().items()
-        if value is not None
+        if name != "step" and value is not None
     }
 
 
