@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import world
 from training_runs import small_config
 
 from lasp.data import store as token_store
 from lasp.data.tokenizer import ByteTokenizer
-from lasp.distributed.mesh import build_mesh
+from lasp.distributed.mesh import build_mesh, data_rank, weights_mesh
 from lasp.train import loop, step
 from lasp.train.config import TrainConfig
 from lasp.train.metrics import read_metrics
@@ -102,27 +103,36 @@ def test_a_mesh_that_does_not_fit_says_what_to_start() -> None:
 
     def messages(_rank: int) -> list[str]:
         found = []
-        for sizes in ({"sp": 2}, {"sp": 1, "dp": 2}, {"sp": 0}):
+        for sizes in ({"sp": 2}, {"sp": 1, "dp": 2}, {"sp": 0}, {"sp": 1, "dp_replicate": 2}):
             with pytest.raises(ValueError) as error:  # noqa: PT011 - the messages are compared below
                 build_mesh(**sizes)
             found.append(str(error.value))
         return found
 
-    for split, size, zero in world.run(3, messages):
+    for split, size, zero, copies in world.run(3, messages):
         assert "3 processes cannot be split into sequence groups of sp=2" in split
         assert "dp=2 x sp=1 needs 2 processes, but the world has 3" in size
         assert "at least 1" in zero
+        assert "dp_replicate must divide dp=3" in copies
 
 
 def test_sequence_groups_are_neighbours() -> None:
-    def groups(_rank: int) -> tuple[list[int], list[int]]:
+    def groups(_rank: int) -> list[list[int]]:
         import torch.distributed as dist
 
-        mesh = build_mesh(sp=2, timeout_s=20)
-        assert mesh.mesh_dim_names == ("dp_replicate", "sp")
-        return tuple(dist.get_process_group_ranks(mesh[name].get_group()) for name in mesh.mesh_dim_names)  # type: ignore[return-value]
+        mesh = build_mesh(sp=2, dp_replicate=2, timeout_s=20)
+        assert mesh.mesh_dim_names == ("dp_replicate", "dp_shard", "sp")
+        weights = weights_mesh(mesh, timeout_s=20)
+        assert weights.mesh_dim_names == ("dp_replicate", "dp_shard_sp")
+        made = [axes[name].get_group() for axes in (mesh, weights) for name in axes.mesh_dim_names or ()]
+        # All have their own deadline: none is torch's half hour.
+        deadlines = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made}
+        assert deadlines == {20.0}
+        return [data_rank(mesh), *(dist.get_process_group_ranks(group) for group in made)]  # type: ignore[list-item]
 
-    assert world.run(4, groups) == [([0, 2], [0, 1]), ([1, 3], [0, 1]), ([0, 2], [2, 3]), ([1, 3], [2, 3])]
+    found = world.run(8, groups)
+    assert found[0] == [(0, 4), [0, 4], [0, 2], [0, 1], [0, 4], [0, 1, 2, 3]]
+    assert found[7] == [(3, 4), [3, 7], [5, 7], [6, 7], [3, 7], [4, 5, 6, 7]]
 
 
 def test_the_text_is_prepared_once_for_all(tmp_path: Path) -> None:

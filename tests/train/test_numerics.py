@@ -7,6 +7,7 @@ import torch
 import world
 from training_runs import small_config
 
+from lasp.parallelize import parallelize
 from lasp.train import loop, step
 from lasp.train.errors import NumericsError
 from lasp.train.optimizer import build_optimizer, learning_rate
@@ -76,7 +77,7 @@ def test_a_single_process_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_only_matrices_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    matrices, others = build_optimizer(model, loop.TrainConfig().optimizer).param_groups
+    matrices, others = build_optimizer(parallelize(model, None), loop.TrainConfig().optimizer).param_groups
     assert [p.ndim for p in matrices["params"]] == [2] and {p.ndim for p in others["params"]} == {1}
     assert matrices["weight_decay"] > 0 and others["weight_decay"] == 0
 

@@ -48,6 +48,7 @@ def evaluate(
                 )
             nats += out.loss_sum
     model.module.train()
+    model.release()
     total = sum(row[0] for row in world.gather([nats.item()]))
     num_tokens = end * seq_len
     return Score(total / math.log(2) / num_text_bytes(store, num_tokens), num_tokens)

@@ -103,7 +103,7 @@ class _Run:
             exchange=config.parallel.exchange,
             timeout_s=config.parallel.timeout_s,
         )
-        self.optimizer = build_optimizer(self.module, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
         if self.resumed is not None:
             checkpoint.load_optimizer(self.resumed, self.module, self.optimizer)
         self.stepper = Stepper(config, self.model, self.optimizer, self.sequences, world)

@@ -1,22 +1,35 @@
 """AdamW with weight decay on matrices only, and its learning rate: warm-up, then cosine."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from lasp.parallelize import ParallelModel
 from lasp.train.config import OptimizerOptions
 
 
-def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`; vectors and scalars (norms, biases) do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: ParallelModel, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of `model`; vectors and scalars (norms, biases) do not decay.
+
+    With zero1, a ZeroRedundancyOptimizer over it: each process steps a share of the parameters and sends them round.
+    """
+    parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     others = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+    settings: dict[str, Any] = {
+        "lr": options.lr,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.eps,
+        "fused": True,
+    }
+    if model.data_parallel == "zero1" and model.num_processes > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizerOptions) -> float:

@@ -60,8 +60,7 @@ class Stepper:
         # Added in rank order, in fp64: the printed loss is the same on every process and in every repetition.
         loss = sum(row[0] for row in rows) / (self.config.global_batch * self.config.seq_len)
         self._refuse_bad(number, [row[0] for row in rows], [int(row[1]) for row in rows])
-        parameters = [p for p in self.model.module.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip_norm).item()
+        grad_norm = self.model.clip_gradients(self.config.optimizer.clip_norm).item()
         if not math.isfinite(grad_norm):
             raise NumericsError(
                 f"step {number + 1}: the global gradient norm is {grad_norm} although every process's gradients "

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lasp.data.batches import Shard
 from lasp.data.errors import DataError
 from lasp.distributed.comm import Comm
-from lasp.distributed.mesh import DP_AXIS, SP_AXIS, build_mesh
+from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
 from lasp.train.config import TrainConfig
 from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, RunError
 
@@ -119,10 +119,16 @@ def join(config: TrainConfig) -> World:
     if not dist.is_initialized():
         return World(0, 1, device, Shard())
     timeout_s = config.parallel.timeout_s
-    mesh = build_mesh(sp=config.parallel.sp, dp=config.parallel.dp, device_type=device.type, timeout_s=timeout_s)
+    mesh = build_mesh(
+        sp=config.parallel.sp,
+        dp=config.parallel.dp,
+        device_type=device.type,
+        timeout_s=timeout_s,
+    )
+    dp_rank, dp_size = data_rank(mesh)
     shard = Shard(
-        dp_rank=mesh.get_local_rank(DP_AXIS),
-        dp_size=mesh[DP_AXIS].size(),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
         sp_rank=mesh.get_local_rank(SP_AXIS),
         sp_size=mesh[SP_AXIS].size(),
     )
