@@ -60,15 +60,24 @@ def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def load_meeting(meeting_ptr, level, C: tl.constexpr):
-    """The two [C, C] matrices of a level (see `meeting_matrices` in channel_stages): stretches, and pairs that meet.
+def load_stretches(stretches_ptr, level, C: tl.constexpr):
+    """The [C, C] matrix of a level: row i sums the gates between token i and the middle of its block.
 
-    They are read, not computed: integer arithmetic on [C, C] would cost more than all products of the level.
+    It is read, not computed: integer arithmetic on [C, C] would cost more than the level's products.
     """
-    at = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
-    stretches = tl.load(meeting_ptr + 2 * level * C * C + at)
-    pairs = tl.load(meeting_ptr + (2 * level + 1) * C * C + at)
-    return stretches, pairs
+    return tl.load(stretches_ptr + level * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
+
+
+@triton.jit
+def is_late(level, C: tl.constexpr):
+    """[C, 1]: whether a token is in the late half of its block of 2^(level + 1) tokens."""
+    return ((tl.arange(0, C)[:, None] >> level) & 1) == 1
+
+
+@triton.jit
+def meets(level, C: tl.constexpr):
+    """[C, C]: the pairs that meet at a level, one early, one late in the same block; symmetric."""
+    return ((tl.arange(0, C)[:, None] ^ tl.arange(0, C)[None, :]) >> level) == 1
 
 
 @triton.jit

@@ -8,8 +8,10 @@ block of 2^(level + 1) tokens, and its middle lies between them, so that both de
 
     2^between(i, j) = 2^(from the middle to i) 2^(from j to the middle).
 
-So the scores are log2(C) products, each masked to the pairs that meet there, and the diagonal. Chunks are
-independent: nothing here needs a state or another rank, so it runs while the exchange is under way.
+So the scores are log2(C) products, each masked to the pairs that meet there, and the diagonal. At one level a token is
+late or early, never both: with x = q in late rows and k in early ones, decayed to or from the middle, that product is
+x x^T, one operand made once. Chunks are independent: nothing here needs a state or another rank, so it runs while the
+exchange is under way.
 """
 
 import triton
@@ -18,8 +20,10 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import (
     load_channel_gates,
-    load_meeting,
+    is_late,
+    load_stretches,
     meeting_decay,
+    meets,
     prefix_sums,
     split_gates,
     suffix_sums,
@@ -31,7 +35,7 @@ def channel_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     g_ptr,  # [B, T, H_v, K]
-    meeting_ptr,  # [LEVELS, 2, C, C]
+    stretches_ptr,  # [LEVELS, C, C], see `load_stretches`
     scores_ptr,  # [B, H_v, T, C], written
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
@@ -68,10 +72,9 @@ def channel_prepare_kernel(
         scores += tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
         high, low = split_gates(gates, dtype)
         for level in range(LEVELS):
-            stretches, pairs = load_meeting(meeting_ptr, level, C)
-            decay = meeting_decay(high, low, stretches, dtype)
-            met = tl.dot((q * decay).to(dtype), tl.trans((k * decay).to(dtype)), input_precision=PRECISION)
-            scores += met * pairs
+            decay = meeting_decay(high, low, load_stretches(stretches_ptr, level, C), dtype)
+            x = (tl.where(is_late(level, C), q, k) * decay).to(dtype)
+            scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
         from_start = (q * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)).to(dtype)
         store_chunk(from_start_view, from_start, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(gates, dtype, C))).to(dtype)
@@ -80,4 +83,4 @@ def channel_prepare_kernel(
         chunk = run * tl.cdiv(T, C) + tl.program_id(1)
         tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
     out = view(scores_ptr + run * T * C, T, C, C, C, C, DESCRIPTORS)
-    store_chunk(out, scores.to(dtype), first, 0, T, C, C, C, C, DESCRIPTORS)
+    store_chunk(out, tl.where(i >= j, scores, 0.0).to(dtype), first, 0, T, C, C, C, C, DESCRIPTORS)

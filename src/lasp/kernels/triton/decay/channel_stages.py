@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lasp.algebra import Diagonal, Summary
 from lasp.kernels.triton.common.launch import launch
-from lasp.kernels.triton.decay.channel_gradient import channel_key_gradient_kernel, channel_query_gradient_kernel
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel, channel_value_gradient_kernel
 from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
-from lasp.kernels.triton.decay.channel_scores_gradient import channel_scores_gradient_kernel
+from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel, channel_query_reads_kernel
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
+from lasp.kernels.triton.decay.channel_within import channel_within_kernel
 from lasp.kernels.triton.decay.plan import Plan, tile
 from lasp.kernels.triton.decay.scan import scan_kernel
 from lasp.recurrence.contract import Run
@@ -51,29 +51,24 @@ class Saved(NamedTuple):
     prepared: Prepared
 
 
-class WithinChunks(NamedTuple):
-    """dq, complete; dk and dg [B, T, H_v, K], so far within chunks (dg: and what the states give through dq); and the
-    sums over chunks [B, H_v, chunks, K] that dg still wants."""
+class QueryReads(NamedTuple):
+    """What do reads from the states [B, T, H_v, K], and what that adds to dg, per chunk [B, H_v, chunks, K]."""
 
-    dq: Tensor
-    dk: Tensor
-    dg: Tensor
+    read_q: Tensor
     sums: Tensor
 
 
 @functools.cache
-def meeting_matrices(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[levels, 2, C, C] of zeros and ones for the levels at which tokens of a chunk meet (see channel_prepare).
+def stretch_matrices(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[levels, C, C] of zeros and ones: at each level, row i sums the gates between token i and its block's middle.
 
-    At each level, row i of the first sums the gates between token i and the middle of its block; the second holds the
-    pairs, late i and early j, that meet in that middle.
+    The levels are those at which tokens of a chunk meet, see channel_prepare.
     """
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
     levels = []
     for level in range(chunk.bit_length() - 1):
-        half_i, half_j = i >> level, j >> level
-        stretches = (half_i == half_j) & torch.where(half_i % 2 == 1, j <= i, j > i)
-        levels.append(torch.stack([stretches, (half_i ^ half_j == 1) & (i > j)]))
+        half = i >> level
+        levels.append((half == j >> level) & torch.where(half % 2 == 1, j <= i, j > i))
     return torch.stack(levels).to(device, dtype).contiguous()
 
 
@@ -103,10 +98,10 @@ def local_outputs(x: Run, p: Plan) -> Prepared:
     scores = torch.empty(B, H_v, T, p.chunk, dtype=x.q.dtype, device=device)
     from_start, to_end = (torch.empty(B, T, H_v, K, dtype=x.q.dtype, device=device) for _ in range(2))
     totals = torch.empty(B, H_v, chunks, K, dtype=torch.float32, device=device)
-    columns, warps, stages = p.channels
+    columns, warps, stages = p.channel_prepare
     launch(
         channel_prepare_kernel, (H_v * B, chunks), 
-        (x.q, x.k, x.g, meeting_matrices(p.chunk, x.q.dtype, device), scores, from_start, to_end, totals),
+        (x.q, x.k, x.g, stretch_matrices(p.chunk, x.q.dtype, device), scores, from_start, to_end, totals),
         (x.scale, T, H, H_v),
         (K, columns, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision), warps, stages,
     )  # fmt: skip
@@ -128,45 +123,48 @@ def outputs(x: Run, p: Plan, totals: Segments, prepared: Prepared, state_in: Ten
     return o, Saved(totals.states, leaving, prepared)
 
 
-def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor, dtype: torch.dtype) -> WithinChunks:
-    B, T, H, K = x.q.shape
-    H_v, V = x.v.shape[2:]
-    device, chunks = x.q.device, -(-T // p.chunk)
-    dq, dk = (torch.empty(B, T, H_v, K, dtype=dtype, device=device) for _ in range(2))
-    dg = torch.empty(B, T, H_v, K, dtype=torch.float32, device=device)
-    sums = torch.empty(B, H_v, chunks, K, dtype=torch.float32, device=device)
-    columns, warps, stages = p.channels
-    slices = -(-K // columns)
+def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor) -> QueryReads:
+    B, T, H_v, V = x.v.shape
+    K, ready = x.q.shape[3], saved.prepared
+    read_q = torch.empty(B, T, H_v, K, dtype=_read_dtype(x), device=x.q.device)
+    sums = torch.empty_like(ready.totals)
+    columns, warps, stages = p.channel_reads
     launch(
-        channel_scores_gradient_kernel, (slices * H_v * B, chunks), 
-        (x.q, x.k, x.v, d_o, x.g, meeting_matrices(p.chunk, x.q.dtype, device), dq, dk, dg),
-        (x.scale, T, H, H_v),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
-        warps, stages,
-    )  # fmt: skip
-    launch(
-        channel_query_gradient_kernel, (slices * H_v * B, p.segments),
-        (x.q, saved.prepared.to_end, x.v, d_o, x.g, dq, dg, sums, saved.entering),
-        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
+        channel_query_reads_kernel, (-(-K // columns) * H_v * B, p.segments),
+        (ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums, saved.entering),
+        (T, H_v, p.segments, p.segment_chunks),
         (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
-    return WithinChunks(dq, dk, dg, sums)
+    return QueryReads(read_q, sums)
 
 
 def gradients(
-    x: Run, p: Plan, saved: Saved, adjoint: Segments, local: WithinChunks, d_o: Tensor, d_state_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq and dk per value head, dv, dg."""
+    x: Run, p: Plan, saved: Saved, adjoint: Segments, local: QueryReads, d_o: Tensor, d_state_out: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq and dk per value head, of `dtype`; dv; dg."""
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
-    ready = saved.prepared
-    columns, warps, stages = p.channels
+    ready, padded = saved.prepared, tile(V, x.q.dtype)
+    read_k, carry = torch.empty_like(local.read_q), torch.empty_like(local.sums)
+    columns, warps, stages = p.channel_reads
     launch(
-        channel_key_gradient_kernel, (-(-K // columns) * H_v * B, p.segments),
-        (saved.prepared.from_start, x.k, x.v, d_o, x.g, local.dk, local.dg, local.sums,
+        channel_key_reads_kernel, (-(-K // columns) * H_v * B, p.segments),
+        (ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, carry,
          saved.entering, saved.leaving, adjoint.states, adjoint.decays, d_state_out),
-        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, p.precision), warps, stages,
+        (T, H_v, p.segments, p.segment_chunks),
+        (K, V, columns, padded, p.chunk, p.descriptors, p.precision), warps, stages,
+    )  # fmt: skip
+    dq, dk = (torch.empty(B, T, H_v, K, dtype=dtype, device=x.q.device) for _ in range(2))
+    dg = torch.empty(B, T, H_v, K, dtype=torch.float32, device=x.q.device)
+    columns, warps, stages = p.channel_within
+    launch(
+        channel_within_kernel, (-(-K // columns) * H_v * B, -(-T // p.chunk)),
+        (x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, x.q.dtype, x.q.device), local.read_q, read_k, carry,
+         dq, dk, dg),
+        (x.scale, T, H, H_v),
+        (K, V, columns, padded, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
+        warps, stages,
     )  # fmt: skip
     dv = torch.empty_like(x.v)
     columns, warps, stages = p.channel_values
@@ -177,4 +175,9 @@ def gradients(
         (x.scale, T, H_v, p.segments, p.segment_chunks),
         (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
-    return local.dq, local.dk, dv, local.dg
+    return dq, dk, dv, dg
+
+
+def _read_dtype(x: Run) -> torch.dtype:
+    """What is read from states lacks their decays: it may exceed fp16's range."""
+    return torch.bfloat16 if x.q.dtype == torch.bfloat16 else torch.float32

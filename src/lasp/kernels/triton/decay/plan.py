@@ -40,7 +40,10 @@ class Plan(NamedTuple):
         keys: of the sweeps whose output has K columns (dq, dk).
         scalar_keys: of the same where the decay's gradient is wanted too.
         values: of those whose output has V columns (o, dv).
-        channels: for a gate per channel, of the kernels that divide the channels among programs.
+        channels: for a gate per channel, of the summaries, which divide the channels among programs.
+        channel_prepare: of what is prepared per chunk.
+        channel_reads: of the sweeps that read from states for dq and dk.
+        channel_within: of the kernel that completes dq, dk and dg.
         channel_values: for a gate per channel, of those that divide V.
         exact: whether decays between tokens are summed pair by pair (fp32).
         descriptors: whether chunks are moved by tensor descriptors.
@@ -55,6 +58,9 @@ class Plan(NamedTuple):
     scalar_keys: Tiles
     values: Tiles
     channels: Tiles
+    channel_prepare: Tiles
+    channel_reads: Tiles
+    channel_within: Tiles
     channel_values: Tiles
     exact: bool
     descriptors: bool
@@ -156,6 +162,9 @@ def plan(
         scalar_keys=fitting(_scalar_tiles(K, V, dtype)),
         values=fitting(_sweep_tiles(V, K, dtype, kind)),
         channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
+        channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
+        channel_reads=fitting(_sweep_tiles(K, V, dtype, NONE)),
+        channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
         channel_values=fitting(Tiles(min(narrow, tile(V, dtype)), 4, stages)),
         exact=exact,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS,

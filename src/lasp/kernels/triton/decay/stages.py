@@ -201,7 +201,7 @@ def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any
 
 def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
     if _per_channel(x):
-        return channel.local_gradients(x, p, saved, d_o, _partial_dtype(x))
+        return channel.local_gradients(x, p, saved, d_o)
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     with_decay = _with_decay(x)
@@ -229,7 +229,8 @@ def gradients_of(
     x: Run, p: Plan, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     if _per_channel(x):
-        dq, dk, dv, d_gate = channel.gradients(x, p, saved, totals_adjoint, local, d_o, d_state_out)
+        dtype = _partial_dtype(x)
+        dq, dk, dv, d_gate = channel.gradients(x, p, saved, totals_adjoint, local, d_o, d_state_out, dtype)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]

@@ -1,27 +1,42 @@
-"""The gradients of the scores within chunks for a gate per channel, level by level as in channel_prepare."""
+"""The gradients of q, k and the gate for a gate per channel, put together chunk by chunk.
+
+    dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i        read_q = S do   (channel_reads)
+    dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j        read_k = D v
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + carry      per channel, s within the chunk; carry: S D at the chunk's end
+
+Pairs within a chunk go level by level as in channel_prepare: with x as there, and the d_scores of a level's pairs made
+symmetric, late rows of their product give dq and early rows dk. Chunks are independent.
+"""
 
 import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import (
+    is_late,
     load_channel_gates,
-    load_meeting,
+    load_stretches,
     meeting_decay,
+    meets,
+    prefix_sums,
     split_gates,
+    suffix_sums,
     sums_to_end,
 )
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v"])
-def channel_scores_gradient_kernel(
+def channel_within_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
-    meeting_ptr,  # [LEVELS, 2, C, C]
-    dq_ptr,  # [B, T, H_v, K], written: what tokens of the same chunk give
+    stretches_ptr,  # [LEVELS, C, C], see `load_stretches`
+    read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
+    read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
+    carry_ptr,  # fp32 [B, H_v, chunks, K]: of every chunk, what dg has at its end
+    dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
     scale,
@@ -46,11 +61,12 @@ def channel_scores_gradient_kernel(
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
+    out = token_head * K
     q_view = view(q_ptr + qk, T, H * K, K, C, BK, DESCRIPTORS)
     k_view = view(k_ptr + qk, T, H * K, K, C, BK, DESCRIPTORS)
     v_view = view(v_ptr + token_head * V, T, H_v * V, V, C, BV, DESCRIPTORS)
     do_view = view(do_ptr + token_head * V, T, H_v * V, V, C, BV, DESCRIPTORS)
-    g_view = view(g_ptr + token_head * K, T, H_v * K, K, C, BK, DESCRIPTORS)
+    g_view = view(g_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
 
     v = load_chunk(v_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
     do = load_chunk(do_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
@@ -60,25 +76,33 @@ def channel_scores_gradient_kernel(
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
-    d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION) * scale
-    d_scores_t = tl.dot(v, tl.trans(do), input_precision=PRECISION) * scale
-    diagonal = tl.sum(tl.where(i == j, d_scores, 0.0), 1)[:, None]
+    d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    symmetric = tl.where(i >= j, d_scores, tl.dot(v, tl.trans(do), input_precision=PRECISION)) * scale
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
     high, low = split_gates(gates, dtype)
     for level in range(LEVELS):
-        stretches, pairs = load_meeting(meeting_ptr, level, C)
-        pairs_t = tl.load(meeting_ptr + (2 * level + 1) * C * C + j * C + i)
-        decay = meeting_decay(high, low, stretches, dtype)
-        met = (d_scores * pairs).to(dtype)
-        met_t = (d_scores_t * pairs_t).to(dtype)
-        dq += decay * tl.dot(met, (k * decay).to(dtype), input_precision=PRECISION)
-        dk += decay * tl.dot(met_t, (q * decay).to(dtype), input_precision=PRECISION)
+        decay = meeting_decay(high, low, load_stretches(stretches_ptr, level, C), dtype)
+        late = is_late(level, C)
+        x = (tl.where(late, q, k) * decay).to(dtype)
+        d_met = tl.where(meets(level, C), symmetric, 0.0).to(dtype)
+        d_x = decay * tl.dot(d_met, x, input_precision=PRECISION)
+        dq += tl.where(late, d_x, 0.0)
+        dk += tl.where(late, 0.0, d_x)
+    read_q_view = view(read_q_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
+    read_k_view = view(read_k_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
+    read_q = load_chunk(read_q_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+    read_k = load_chunk(read_k_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+    dq += read_q * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)
+    dk += read_k * tl.exp2(suffix_sums(gates, dtype, C))
     # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
-    dg = sums_to_end(q * dq - k * dk, dtype, C)
+    channel = k_first + tl.arange(0, BK)
+    chunk = (tl.cast(batch, tl.int64) * H_v + head) * tl.cdiv(T, C) + tl.program_id(1)
+    carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
+    dg = sums_to_end(q * dq - k * dk, dtype, C) + carry[None, :]
+    diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]
     dq += diagonal * k
     dk += diagonal * q
-    out = token_head * K
     dq_view = view(dq_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
     dk_view = view(dk_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
     dg_view = view(dg_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)

@@ -1,0 +1,167 @@
+"""What the backward pass reads from states, for a gate per channel: sweeps of a slice of channels, all of V contracted.
+
+    read_q_i = S do_i        S: the state entering i's chunk, of the decayed past
+    read_k_j = D v_j         D: the gradient of the state leaving j's chunk, of the decayed future
+
+Decays within the chunk are left to channel_within, which completes dq, dk and dg. Here each sweep also sums, per chunk
+and channel, what its reads add to dg,
+
+    sums = sum_i (scale q_i 2^prefix_i) read_q_i,        and        sum_j (k_j 2^suffix_j) read_k_j,
+
+since dg at a chunk's end, S D summed over V, is that at the segment's end plus the first and minus the second of all
+later chunks. States and outputs are transposed as in `sweep`, so these sums run along a thread's own columns.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.decay.sweep import place
+
+
+@triton.jit
+def _sweep(
+    a_ptr,  # do, or v when REVERSE: [T, V] rows that read the state
+    b_ptr,  # v, or do: the rows that feed it
+    c_ptr,  # k 2^suffix, or scale q 2^prefix: [T, K] rows that feed it
+    x_ptr,  # the other of the two: the weights of what is read
+    totals_ptr,  # fp32 [chunks, K]
+    out_ptr,  # [T, K], written
+    sums_ptr,  # fp32 [chunks, K]: written, or read when REVERSE
+    carry_ptr,  # fp32 [chunks, K], written when REVERSE
+    state,  # [BK, BV]
+    carry,  # [BK]
+    v_row,
+    k_row,
+    T,
+    first,
+    last,
+    column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    a_view = view(a_ptr, T, v_row, V, C, BV, DESCRIPTORS)
+    b_view = view(b_ptr, T, v_row, V, C, BV, DESCRIPTORS)
+    c_view = view(c_ptr, T, k_row, K, C, BK, DESCRIPTORS)
+    x_view = view(x_ptr, T, k_row, K, C, BK, DESCRIPTORS)
+    out_view = view(out_ptr, T, k_row, K, C, BK, DESCRIPTORS)
+    channel = column + tl.arange(0, BK)
+    chunks = tl.cdiv(last - first, C)
+    for step in range(chunks):
+        start = first + (chunks - 1 - step if REVERSE else step) * C
+        a = load_chunk(a_view, start, 0, T, v_row, V, C, BV, DESCRIPTORS)
+        b = load_chunk(b_view, start, 0, T, v_row, V, C, BV, DESCRIPTORS)
+        c = load_chunk(c_view, start, column, T, k_row, K, C, BK, DESCRIPTORS)
+        x = load_chunk(x_view, start, column, T, k_row, K, C, BK, DESCRIPTORS)
+        here = tl.cast(start // C, tl.int64) * K + channel
+        total = tl.load(totals_ptr + here, mask=channel < K, other=0.0)
+        if dtype == tl.bfloat16:
+            out = tl.dot(state.to(tl.bfloat16), tl.trans(a))
+        else:
+            out = tl.dot(state, tl.trans(a).to(tl.float32), input_precision=PRECISION)
+        state = tl.dot(tl.trans(c), b, state * tl.exp2(total)[:, None], input_precision=PRECISION)
+        sums = tl.sum(tl.trans(x).to(tl.float32) * out, 1)
+        if REVERSE:
+            tl.store(carry_ptr + here, carry, mask=channel < K)
+            carry += tl.load(sums_ptr + here, mask=channel < K, other=0.0) - sums
+        else:
+            tl.store(sums_ptr + here, sums, mask=channel < K)
+        read = tl.trans(out).to(out_ptr.dtype.element_ty)
+        store_chunk(out_view, read, start, column, T, k_row, K, C, BK, DESCRIPTORS)
+
+
+@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks"])
+def channel_query_reads_kernel(
+    from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
+    to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    totals_ptr,  # fp32 [B, H_v, chunks, K]
+    read_q_ptr,  # [B, T, H_v, K], written
+    sums_ptr,  # fp32 [B, H_v, chunks, K], written
+    states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment
+    T,
+    H_v,
+    segments,
+    segment_chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = (K + BK - 1) // BK
+    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    k_first = part * BK
+    run = tl.cast(batch, tl.int64) * H_v + head
+    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    token_head = tl.cast(batch, tl.int64) * T * H_v + head
+    chunk = run * tl.cdiv(T, C) * K
+    _sweep(
+        do_ptr + token_head * V, v_ptr + token_head * V, to_end_ptr + token_head * K, from_start_ptr + token_head * K,
+        totals_ptr + chunk, read_q_ptr + token_head * K, sums_ptr + chunk, sums_ptr + chunk,
+        tl.load(entering, mask=mask, other=0.0), tl.zeros((BK,), tl.float32),
+        H_v * V, H_v * K, T, first, last, k_first, K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks"])
+def channel_key_reads_kernel(
+    from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
+    to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    totals_ptr,  # fp32 [B, H_v, chunks, K]
+    read_k_ptr,  # [B, T, H_v, K], written
+    sums_ptr,  # fp32 [B, H_v, chunks, K], as the other sweep left them
+    carry_ptr,  # fp32 [B, H_v, chunks, K], written: dg at the end of each chunk
+    states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment
+    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
+    after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
+    d_state_out_ptr,  # fp32 [B, H_v, K, V]
+    T,
+    H_v,
+    segments,
+    segment_chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = (K + BK - 1) // BK
+    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    k_first = part * BK
+    run = tl.cast(batch, tl.int64) * H_v + head
+    index = run * segments + segment
+    channel = k_first + tl.arange(0, BK)
+    after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
+    inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    outside, _ = state_tile(d_state_out_ptr + run * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    state = tl.load(inside, mask=mask, other=0.0) + after[:, None] * tl.load(outside, mask=mask, other=0.0)
+    end_ptr = states_ptr + (index + 1) * K * V
+    if segment == segments - 1:
+        end_ptr = state_out_ptr + run * K * V
+    end, _ = state_tile(end_ptr, k_first, 0, K, V, V, 1, BK, BV)
+    # Rounded as the sweep rounds it, so that what the last tokens add to the state cancels.
+    rounded = state.to(tl.bfloat16).to(tl.float32) if v_ptr.dtype.element_ty == tl.bfloat16 else state
+    carry = tl.sum(tl.load(end, mask=mask, other=0.0) * rounded, 1)
+    token_head = tl.cast(batch, tl.int64) * T * H_v + head
+    chunk = run * tl.cdiv(T, C) * K
+    _sweep(
+        v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, to_end_ptr + token_head * K,
+        totals_ptr + chunk, read_k_ptr + token_head * K, sums_ptr + chunk, carry_ptr + chunk,
+        state, carry, H_v * V, H_v * K, T, first, last, k_first, K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
