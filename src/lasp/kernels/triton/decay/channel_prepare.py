@@ -19,14 +19,14 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import (
-    load_channel_gates,
+    gate_operand,
     is_late,
+    load_channel_gates,
     load_stretches,
-    meeting_decay,
     meets,
     prefix_sums,
-    split_gates,
     suffix_sums,
+    sum_over,
 )
 
 
@@ -70,14 +70,14 @@ def channel_prepare_kernel(
         k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
         gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
         scores += tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-        high, low = split_gates(gates, dtype)
+        operand = gate_operand(gates, dtype)
         for level in range(LEVELS):
-            decay = meeting_decay(high, low, load_stretches(stretches_ptr, level, C), dtype)
+            decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
             x = (tl.where(is_late(level, C), q, k) * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
-        from_start = (q * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)).to(dtype)
+        from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
         store_chunk(from_start_view, from_start, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-        to_end = (k * tl.exp2(suffix_sums(gates, dtype, C))).to(dtype)
+        to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
         store_chunk(to_end_view, to_end, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
         chunk = run * tl.cdiv(T, C) + tl.program_id(1)

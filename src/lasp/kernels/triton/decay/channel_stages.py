@@ -59,8 +59,8 @@ class QueryReads(NamedTuple):
 
 
 @functools.cache
-def stretch_matrices(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[levels, C, C] of zeros and ones: at each level, row i sums the gates between token i and its block's middle.
+def stretch_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
+    """[levels, C, C], fp32 if `exact` else fp16, of zeros and ones: at each level, row i sums the gates between token i and its block's middle.
 
     The levels are those at which tokens of a chunk meet, see channel_prepare.
     """
@@ -69,7 +69,7 @@ def stretch_matrices(chunk: int, dtype: torch.dtype, device: torch.device) -> Te
     for level in range(chunk.bit_length() - 1):
         half = i >> level
         levels.append((half == j >> level) & torch.where(half % 2 == 1, j <= i, j > i))
-    return torch.stack(levels).to(device, dtype).contiguous()
+    return torch.stack(levels).to(device, torch.float32 if exact else torch.float16).contiguous()
 
 
 def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Segments]:
@@ -101,7 +101,7 @@ def local_outputs(x: Run, p: Plan) -> Prepared:
     columns, warps, stages = p.channel_prepare
     launch(
         channel_prepare_kernel, (H_v * B, chunks), 
-        (x.q, x.k, x.g, stretch_matrices(p.chunk, x.q.dtype, device), scores, from_start, to_end, totals),
+        (x.q, x.k, x.g, stretch_matrices(p.chunk, p.exact, device), scores, from_start, to_end, totals),
         (x.scale, T, H, H_v),
         (K, columns, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision), warps, stages,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def gradients(
     columns, warps, stages = p.channel_within
     launch(
         channel_within_kernel, (-(-K // columns) * H_v * B, -(-T // p.chunk)),
-        (x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, x.q.dtype, x.q.device), local.read_q, read_k, carry,
+        (x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, p.exact, x.q.device), local.read_q, read_k, carry,
          dq, dk, dg),
         (x.scale, T, H, H_v),
         (K, V, columns, padded, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
-from lasp.kernels.triton.decay.channel_gates import load_channel_gates, prefix_sums, suffix_sums
+from lasp.kernels.triton.decay.channel_gates import gate_operand, load_channel_gates, prefix_sums, suffix_sums
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
@@ -50,11 +50,12 @@ def channel_summary_kernel(
         k = load_chunk(k_view, start, k_first, T, H * K, K, C, BK, DESCRIPTORS)
         v = load_chunk(v_view, start, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
         gates = load_channel_gates(g_view, start, last, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        operand = gate_operand(gates, dtype)
         total = tl.sum(gates, 0)
         if REVERSE:
-            weighted = (k * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)).to(dtype)
+            weighted = (k * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
         else:
-            weighted = (k * tl.exp2(suffix_sums(gates, dtype, C))).to(dtype)
+            weighted = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
         state = tl.dot(tl.trans(v), weighted, state * tl.exp2(total)[None, :], input_precision=PRECISION)
         decay += total
     out = (tl.cast(batch, tl.int64) * H_v + head) * segments + segment

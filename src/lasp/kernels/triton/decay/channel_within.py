@@ -13,14 +13,14 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import (
+    gate_operand,
     is_late,
     load_channel_gates,
     load_stretches,
-    meeting_decay,
     meets,
     prefix_sums,
-    split_gates,
     suffix_sums,
+    sum_over,
     sums_to_end,
 )
 
@@ -70,37 +70,42 @@ def channel_within_kernel(
 
     v = load_chunk(v_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
     do = load_chunk(do_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
-    q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-    k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-    gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
     d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     symmetric = tl.where(i >= j, d_scores, tl.dot(v, tl.trans(do), input_precision=PRECISION)) * scale
+    diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]
+    symmetric = symmetric.to(dtype)
+    gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
-    high, low = split_gates(gates, dtype)
+    operand = gate_operand(gates, dtype)
+    offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
+    inside = (first + tl.arange(0, C) < T)[:, None] & (k_first + tl.arange(0, BK) < K)[None, :]
+    base = qk + tl.cast(first, tl.int64) * (H * K)
     for level in range(LEVELS):
-        decay = meeting_decay(high, low, load_stretches(stretches_ptr, level, C), dtype)
+        decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
         late = is_late(level, C)
-        x = (tl.where(late, q, k) * decay).to(dtype)
-        d_met = tl.where(meets(level, C), symmetric, 0.0).to(dtype)
+        x = tl.load(tl.where(late, q_ptr + base, k_ptr + base) + offsets, mask=inside, other=0.0)
+        x = (x * decay).to(dtype)
+        d_met = tl.where(meets(level, C), symmetric, 0.0)
         d_x = decay * tl.dot(d_met, x, input_precision=PRECISION)
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
+    q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
+    k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
     read_q_view = view(read_q_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
     read_k_view = view(read_k_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
     read_q = load_chunk(read_q_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
     read_k = load_chunk(read_k_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-    dq += read_q * (tl.exp2(prefix_sums(gates, dtype, C)) * scale)
-    dk += read_k * tl.exp2(suffix_sums(gates, dtype, C))
+    dq += read_q * (tl.exp2(prefix_sums(operand, C)) * scale)
+    dk += read_k * tl.exp2(suffix_sums(operand, C))
     # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
     channel = k_first + tl.arange(0, BK)
     chunk = (tl.cast(batch, tl.int64) * H_v + head) * tl.cdiv(T, C) + tl.program_id(1)
     carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
     dg = sums_to_end(q * dq - k * dk, dtype, C) + carry[None, :]
-    diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]
     dq += diagonal * k
     dk += diagonal * q
     dq_view = view(dq_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
