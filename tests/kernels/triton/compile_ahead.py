@@ -24,7 +24,9 @@ from triton.compiler import ASTSource
 
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel
 from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
+from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
+from lasp.kernels.triton.decay.channel_within import channel_within_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.output import output_kernel
@@ -41,7 +43,9 @@ INPUTS = {
     "scores_ptr",
     "from_start_ptr",
     "to_end_ptr",
-    "meeting_ptr",
+    "read_q_ptr",
+    "read_k_ptr",
+    "dq_ptr",
 }
 DTYPE, NAME = torch.bfloat16, "bf16"
 # Shared memory a program may have, in bytes.
@@ -68,9 +72,12 @@ def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], 
     p, common = planned(CHANNEL.value)
     yield channel_summary_kernel, common | {"BK": p.channels.columns, "BV": padded, "REVERSE": False}, p.channels
     yield channel_output_kernel, common | {"BK": padded, "BV": p.channel_values.columns}, p.channel_values
-    del common["V"]
+    yield channel_key_reads_kernel, common | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
     levels = {"LEVELS": p.chunk.bit_length() - 1, "DESCRIPTORS": False}
-    yield channel_prepare_kernel, common | levels | {"BK": p.channels.columns}, p.channels
+    within = common | levels | {"BK": p.channel_within.columns, "BV": padded}
+    yield channel_within_kernel, within, p.channel_within
+    del common["V"]
+    yield channel_prepare_kernel, common | levels | {"BK": p.channel_prepare.columns}, p.channel_prepare
     p, common = planned(TOKEN.value)
     gradient = {"BK": p.scalar_keys.columns, "BV": padded, "DECAY_GRADIENT": True, "EXACT": False, "KIND": TOKEN.value}
     yield key_gradient_kernel, common | gradient, p.scalar_keys
@@ -82,7 +89,7 @@ def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarge
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{NAME}" if name in INPUTS else "*fp32"
+            signature[name] = f"*{NAME}" if name in INPUTS else "*fp16" if name == "stretches_ptr" else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"

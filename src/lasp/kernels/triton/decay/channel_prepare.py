@@ -57,6 +57,7 @@ def channel_prepare_kernel(
     batch = tl.program_id(0) // H_v
     row = tl.cast(batch, tl.int64) * T
     run = tl.cast(batch, tl.int64) * H_v + head
+    rows = ((row + first) * H + head // (H_v // H)) * K
     q_view = view(q_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
     k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
     g_view = view(g_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
@@ -71,9 +72,14 @@ def channel_prepare_kernel(
         gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
         scores += tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
         operand = gate_operand(gates, dtype)
+        # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
+        columns = k_first + tl.arange(0, BK)
+        offsets = tl.arange(0, C)[:, None] * (H * K) + columns[None, :]
+        inside = (first + tl.arange(0, C) < T)[:, None] & (columns < K)[None, :]
         for level in range(LEVELS):
             decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
-            x = (tl.where(is_late(level, C), q, k) * decay).to(dtype)
+            x = tl.load(tl.where(is_late(level, C), q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
+            x = (x * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
         store_chunk(from_start_view, from_start, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)

@@ -81,6 +81,7 @@ def channel_within_kernel(
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
     operand = gate_operand(gates, dtype)
+    # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
     inside = (first + tl.arange(0, C) < T)[:, None] & (k_first + tl.arange(0, BK) < K)[None, :]
     base = qk + tl.cast(first, tl.int64) * (H * K)
