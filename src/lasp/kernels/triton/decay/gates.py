@@ -19,7 +19,6 @@ CHANNEL = tl.constexpr(3)  # a gate per head, token and key channel
 LOG2_E = tl.constexpr(1.4426950408889634)
 # 2^-256 is zero in fp32; a finite floor keeps sums finite and their differences fine after a gate that forgets all.
 MIN_LOG2 = tl.constexpr(-256.0)
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def floored_log2(g):
 
     That costs no launch and no wait, unlike looking at gates before they are used.
     """
-    return tl.where(g <= 0, tl.maximum(g * LOG2_E, MIN_LOG2), NAN)
+    return tl.where(g <= 0, tl.maximum(g * LOG2_E, MIN_LOG2), float("nan"))
 
 
 @triton.jit
@@ -63,13 +62,9 @@ def constant_gates(rate, length, C: tl.constexpr):
 
 
 @triton.jit
-def load_gates(prefix_ptr, suffix_ptr, length, C: tl.constexpr):
-    """prefix [C], suffix [C] and total as `sum_gates` gave them when the run was summarized; length <= 0 loads none."""
-    i = tl.arange(0, C)
-    inside = i < length
-    prefix = tl.load(prefix_ptr + i, mask=inside, other=0.0)
-    suffix = tl.load(suffix_ptr + i, mask=inside, other=0.0)
-    return prefix, suffix, tl.load(prefix_ptr + length - 1, mask=length > 0, other=0.0)
+def token_decays(prefix, suffix, scale):
+    """What `sum_gates` found, as sweeps use it: scale 2^prefix and 2^suffix."""
+    return tl.exp2(prefix) * scale, tl.exp2(suffix)
 
 
 @triton.jit
@@ -102,5 +97,5 @@ def pair_decay(
             log2 = prefix[:, None] - prefix[None, :]
         else:
             log2 = prefix[None, :] - prefix[:, None]
-        # The floor of unreached pairs, and of tokens past the end, whose prefixes are zero, must not overflow.
-        return tl.where(reached, tl.exp2(tl.minimum(log2, 0.0)), 0.0)
+        # Of unreached pairs it may be infinite: it is replaced, not multiplied.
+        return tl.where(reached, tl.exp2(log2), 0.0)

@@ -119,7 +119,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None,
     if g is not None and g.dim() == 4:
         prepared = [q.new_empty(B, H_v, T, p.chunk), q.new_empty(B, T, H_v, K), q.new_empty(B, T, H_v, K)]
         return [*results, *prepared, state(B, H_v, -(-T // p.chunk), K)]
-    return [*results, state(2, B, H_v, T if g is not None and g.dim() == 3 else p.segments)]
+    if g is not None and g.dim() == 3:
+        return [*results, state(3, B, H_v, -(-T // p.chunk) * p.chunk)]
+    return [*results, state(2, B, H_v, p.segments)]
 
 
 @torch.library.custom_op("lasp::decay_backward", mutates_args=())

@@ -13,8 +13,9 @@ def output_kernel(
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v], [B, T, H_v] or unused
-    prefix_ptr,  # fp32 [B, H_v, T] or unused
-    suffix_ptr,  # likewise
+    prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
+    from_start_ptr,  # likewise
+    to_end_ptr,  # likewise
     o_ptr,  # [B, T, H_v, V], written
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
     before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment
@@ -48,14 +49,15 @@ def output_kernel(
     tl.debug_barrier()
     tl.store(entering, state, mask=mask)
 
+    padded = run * tl.cdiv(T, C) * C
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
     state = sweep(
         q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
-        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T,
-        state, H * K, H * K, H_v * V, H_v * V, scale, T, H_v, batch, head, first, last, v_first,
-        K, V, BK, BV, C, KIND, False, EXACT, DESCRIPTORS, PRECISION,
+        g_ptr, prefix_ptr + padded, from_start_ptr + padded, to_end_ptr + padded, o_ptr + vo, o_ptr + vo,
+        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, v_first,
+        K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if segment == segments - 1:
         leaving, _ = state_tile(state_out_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)

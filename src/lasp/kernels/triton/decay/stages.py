@@ -19,6 +19,7 @@ from torch import Tensor
 from lasp.algebra import Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import launch, use_scratch
 from lasp.kernels.triton.decay import channel_stages as channel
+from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.output import output_kernel
@@ -26,6 +27,7 @@ from lasp.kernels.triton.decay.plan import Plan, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
 from lasp.kernels.triton.decay.scan import scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
+from lasp.kernels.triton.decay.sweep import PART_ROWS
 from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
 
@@ -33,6 +35,7 @@ GROUPED_HEADS = True
 SUMMARY_WITHOUT_QUERIES = True
 BAD_GATES_GIVE_NAN = True
 SCAN_BLOCK, SCAN_WARPS = 256, 2
+GATE_BLOCK, GATE_WARPS = 512, 4
 MAX_DIM = 256
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20)
@@ -42,7 +45,7 @@ _devices: dict[torch.device, tuple[int, int]] = {}
 
 class Segments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, decays [B, H_v, segments] (base 2) from the run's
-    end on that side to them, and prefix, suffix [2, B, H_v, T] of every chunk (a gate per token, forward only)."""
+    end on that side to them, and prefix, scale 2^prefix and 2^suffix [3, B, H_v, chunks C] (a gate per token, forward only)."""
 
     states: Tensor
     decays: Tensor
@@ -58,10 +61,11 @@ class Saved(NamedTuple):
 
 
 class QueryGradient(NamedTuple):
-    """dq per value head [B, T, H_v, K], and q . dq per slice of channels [slices, B, H_v, T]."""
+    """dq per value head [B, T, H_v, K], and q . dq in parts [parts, B, H_v, chunks C] where the decay's gradient is
+    wanted."""
 
     dq: Tensor
-    terms: Tensor
+    sums: Tensor
 
 
 def kind_of(g: Tensor | None) -> int:
@@ -140,11 +144,11 @@ def totals_of(x: Run, p: Plan, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[
     total = torch.empty(B, H_v, K, V, dtype=f32, device=device)
     total_decay = torch.empty(B, H_v, dtype=f32, device=device)
     if kind == TOKEN.value and not reverse:
-        gates = torch.empty(2, B, H_v, T, dtype=f32, device=device)
+        gates = torch.empty(3, B, H_v, -(-T // p.chunk) * p.chunk, dtype=f32, device=device)
     columns, warps, stages = p.summary
     launch(
         summary_kernel, (-(-V // columns) * H_v * B, p.segments),
-        (k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1]),
+        (k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1], gates[-1]),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
         (K, V, tile(K, x.q.dtype), columns, p.chunk, kind, reverse, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
@@ -182,7 +186,7 @@ def outputs_of(x: Run, p: Plan, totals: Any, partial: Any, state_in: Tensor) -> 
     columns, warps, stages = p.values
     launch(
         output_kernel, (-(-V // columns) * H_v * B, p.segments),
-        (x.q, x.k, x.v, x.q if x.g is None else x.g, totals.gates[0], totals.gates[1], o,
+        (x.q, x.k, x.v, x.q if x.g is None else x.g, *_three(totals.gates), o,
          totals.states, totals.decays, state_in, leaving),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
         (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.precision), warps, stages,
@@ -208,15 +212,18 @@ def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
     columns, warps, stages = p.scalar_keys if with_decay else p.keys
     slices = -(-K // columns)
     dq = torch.empty(B, T, H_v, K, dtype=_partial_dtype(x), device=x.q.device)
-    terms = torch.empty(slices, B, H_v, T, dtype=torch.float32, device=dq.device) if with_decay else saved.leaving
+    sums = saved.leaving
+    if with_decay:
+        shape = (slices * columns // PART_ROWS.value, B, H_v, -(-T // p.chunk) * p.chunk)
+        sums = torch.empty(shape, dtype=torch.float32, device=dq.device)
     launch(
         query_gradient_kernel, (slices * H_v * B, p.segments),
-        (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, saved.gates[0], saved.gates[1], dq, terms, saved.entering),
+        (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, *_three(saved.gates), dq, sums, saved.entering),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
         (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.precision),
         warps, stages,
     )  # fmt: skip
-    return QueryGradient(dq, terms)
+    return QueryGradient(dq, sums)
 
 
 def gradients(
@@ -235,16 +242,19 @@ def gradients_of(
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     g = x.q if x.g is None else x.g
-    prefix, suffix = saved.gates[0], saved.gates[1]
+    gates = _three(saved.gates)
     d_states, after, _ = totals_adjoint
     with_decay = _with_decay(x)
 
     dk = torch.empty_like(local.dq)
-    dg = torch.empty_like(local.terms) if with_decay else local.terms
     columns, warps, stages = p.scalar_keys if with_decay else p.keys
+    slices = -(-K // columns)
+    sums = carry = local.sums
+    if with_decay:
+        sums, carry = torch.empty_like(sums), after.new_empty(slices, B, H_v, p.segments)
     launch(
-        key_gradient_kernel, (-(-K // columns) * H_v * B, p.segments),
-        (x.q, x.k, x.v, d_o, g, prefix, suffix, dk, local.terms, dg,
+        key_gradient_kernel, (slices * H_v * B, p.segments),
+        (x.q, x.k, x.v, d_o, g, *gates, dk, sums, carry,
          saved.entering, saved.leaving, d_states, after, d_state_out),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
         (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.precision),
@@ -255,11 +265,11 @@ def gradients_of(
     columns, warps, stages = p.values
     launch(
         value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
-        (x.q, x.k, d_o, g, prefix, suffix, dv, d_states, after, d_state_out),
+        (x.q, x.k, d_o, g, *gates, dv, d_states, after, d_state_out),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks),
         (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
-    d_gate = _gate_gradient(x, dg) if with_decay else None
+    d_gate = _gate_gradient(x, p, local.sums, sums, carry) if with_decay else None
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
 
 
@@ -268,12 +278,22 @@ def _with_decay(x: Run) -> bool:
     return x.g is not None and x.g.requires_grad
 
 
-def _gate_gradient(x: Run, slices: Tensor) -> Tensor:
-    """[slices, B, H_v, T] -> like g."""
+def _three(gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """prefix, scale 2^prefix and 2^suffix; without a gate per token, anything."""
+    return gates[0], gates[1], gates[-1]
+
+
+def _gate_gradient(x: Run, p: Plan, q_sums: Tensor, k_sums: Tensor, carry: Tensor) -> Tensor:
+    """Like g."""
     assert x.g is not None
-    if x.g.dim() == 1:
-        return slices.sum((0, 1, 3))
-    return (slices[0] if slices.shape[0] == 1 else slices.sum(0)).transpose(1, 2)
+    B, T, H_v = x.v.shape[:3]
+    dg = torch.empty(B, T, H_v, dtype=torch.float32, device=x.q.device)
+    launch(
+        gate_gradient_kernel, (B * H_v, p.segments), (q_sums, k_sums, carry, dg),
+        (T, B * H_v, H_v, p.segments, p.segment_chunks),
+        (p.chunk, q_sums.shape[0], carry.shape[0], GATE_BLOCK), GATE_WARPS, 1,
+    )  # fmt: skip
+    return dg.sum((0, 1)) if x.g.dim() == 1 else dg
 
 
 def _partial_dtype(x: Run) -> torch.dtype:

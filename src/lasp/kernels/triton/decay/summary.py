@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
-from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_rate, sum_gates
+from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_rate, sum_gates, token_decays
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
@@ -20,8 +20,9 @@ def summary_kernel(
     g_ptr,  # [H_v], [B, T, H_v] or unused
     totals_ptr,  # fp32 [B, H_v, segments, K, V], written
     decays_ptr,  # fp32 [B, H_v, segments], base 2, written
-    prefix_ptr,  # fp32 [B, H_v, T], written if KIND is TOKEN and not REVERSE
-    suffix_ptr,  # likewise
+    prefix_ptr,  # fp32 [B, H_v, chunks C], written if KIND is TOKEN and not REVERSE: prefix
+    from_start_ptr,  # likewise: scale 2^prefix
+    to_end_ptr,  # likewise: 2^suffix
     scale,
     T,
     H,
@@ -64,9 +65,12 @@ def summary_kernel(
             prefix, suffix, total = sum_gates(g_ptr + (row + start) * H_v + head, H_v, length, C)
             if not REVERSE:
                 if v_first == 0:
-                    i = tl.arange(0, C)
-                    tl.store(prefix_ptr + run * T + start + i, prefix, mask=i < length)
-                    tl.store(suffix_ptr + run * T + start + i, suffix, mask=i < length)
+                    # Whole chunks, also past the end: sweeps then load without a mask.
+                    at = run * tl.cdiv(T, C) * C + start + tl.arange(0, C)
+                    from_start, to_end = token_decays(prefix, suffix, scale)
+                    tl.store(prefix_ptr + at, prefix)
+                    tl.store(from_start_ptr + at, from_start)
+                    tl.store(to_end_ptr + at, to_end)
         else:
             prefix, suffix, total = constant_gates(rate, length, C)
         if REVERSE:

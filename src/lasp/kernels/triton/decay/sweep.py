@@ -12,13 +12,18 @@ enter a chunk from the past and, as gradients, from the future):
 that is, rows a against pairs (b, c): the state is the decayed sum of b c^T. A program walks one segment of one head
 for BC columns of c. It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outputs [BC, C]:
 so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
+
+Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
+gate_gradient), each in parts of PART_ROWS columns of out: so much a warp adds up by itself.
 """
 
 import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, load_gates, pair_decay
+from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, pair_decay, token_decays
+
+PART_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -28,13 +33,17 @@ def sweep(
     c_ptr,
     out_ptr,
     g_ptr,  # [H_v], [B, T, H_v] or unused
-    prefix_ptr,  # [T] of the head
-    suffix_ptr,
+    prefix_ptr,  # [chunks C] of the head: prefix,
+    from_start_ptr,  # scale 2^prefix,
+    to_end_ptr,  # 2^suffix
+    x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
+    sums_ptr,  # if SUMS: [parts, sums_row], written; at the head and the slice's first part
     state,  # [BC, BA]
     a_row,
     b_row,
     c_row,
     out_row,
+    sums_row,
     scale,
     T,
     H_v,
@@ -50,6 +59,7 @@ def sweep(
     C: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
+    SUMS: tl.constexpr,
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -59,32 +69,35 @@ def sweep(
     b_view = view(b_ptr, T, b_row, A, C, BA, DESCRIPTORS)
     c_view = view(c_ptr, T, c_row, N, C, BC, DESCRIPTORS)
     out_view = view(out_ptr, T, out_row, N, C, BC, DESCRIPTORS)
+    if SUMS:
+        x_view = view(x_ptr, T, c_row, N, C, BC, DESCRIPTORS)
     rate = head_rate(g_ptr, head, KIND)
     chunks = tl.cdiv(last - first, C)
-    # Gates are loaded a chunk ahead: nothing else hides their latency.
-    start = first + (tl.maximum(chunks - 1, 0) if REVERSE else 0) * C
-    if KIND == TOKEN:
-        prefix, suffix, total = load_gates(prefix_ptr + start, suffix_ptr + start, tl.minimum(last - start, C), C)
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
         length = tl.minimum(last - start, C)
         a = load_chunk(a_view, start, 0, T, a_row, A, C, BA, DESCRIPTORS)
         b = load_chunk(b_view, start, 0, T, b_row, A, C, BA, DESCRIPTORS)
         c_t = tl.trans(load_chunk(c_view, start, column, T, c_row, N, C, BC, DESCRIPTORS))
+        if SUMS:
+            x = load_chunk(x_view, start, column, T, c_row, N, C, BC, DESCRIPTORS)
         if KIND == TOKEN:
-            ahead = start - C if REVERSE else start + C
-            ahead_length = tl.where(step + 1 < chunks, tl.minimum(last - ahead, C), 0)
-            next_gates = load_gates(prefix_ptr + ahead, suffix_ptr + ahead, ahead_length, C)
+            at = start + tl.arange(0, C)
+            prefix = tl.load(prefix_ptr + at)
+            from_start = tl.load(from_start_ptr + at)
+            to_end = tl.load(to_end_ptr + at)
+            total = tl.load(prefix_ptr + start + C - 1)
         else:
             prefix, suffix, total = constant_gates(rate, length, C)
+            from_start, to_end = token_decays(prefix, suffix, scale)
+        if REVERSE:
+            from_state = to_end
+            to_state = from_start
+        else:
+            from_state = from_start
+            to_state = to_end
         g_chunk = g_ptr + (tl.cast(batch, tl.int64) * T + start) * H_v + head
         pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
-        if REVERSE:
-            from_state = tl.exp2(suffix)
-            to_state = tl.exp2(prefix) * scale
-        else:
-            from_state = tl.exp2(prefix) * scale
-            to_state = tl.exp2(suffix)
 
         a_t = tl.trans(a)
         if dtype == tl.bfloat16:
@@ -103,8 +116,11 @@ def sweep(
 
         o = tl.trans(out).to(out_ptr.dtype.element_ty)
         store_chunk(out_view, o, start, column, T, out_row, N, C, BC, DESCRIPTORS)
-        if KIND == TOKEN:
-            prefix, suffix, total = next_gates
+        if SUMS:
+            parts: tl.constexpr = BC // PART_ROWS
+            own = tl.reshape(tl.trans(x).to(tl.float32) * out, (parts, PART_ROWS, C))
+            rows = tl.arange(0, parts)[:, None] * sums_row + start
+            tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
     return state
 
 

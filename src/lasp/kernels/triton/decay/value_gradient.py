@@ -13,8 +13,9 @@ def value_gradient_kernel(
     k_ptr,  # [B, T, H, K]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v], [B, T, H_v] or unused
-    prefix_ptr,  # fp32 [B, H_v, T] or unused
-    suffix_ptr,  # likewise
+    prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
+    from_start_ptr,  # likewise
+    to_end_ptr,  # likewise
     dv_ptr,  # [B, T, H_v, V], written
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
@@ -44,12 +45,13 @@ def value_gradient_kernel(
     after = tl.exp2(tl.load(after_ptr + run * segments + segment))
     state = tl.load(inside, mask=mask, other=0.0) + after * tl.load(outside, mask=mask, other=0.0)
 
+    padded = run * tl.cdiv(T, C) * C
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
     sweep(
         k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
-        g_ptr, prefix_ptr + run * T, suffix_ptr + run * T,
-        state, H * K, H * K, H_v * V, H_v * V, scale, T, H_v, batch, head, first, last, v_first,
-        K, V, BK, BV, C, KIND, True, EXACT, DESCRIPTORS, PRECISION,
+        g_ptr, prefix_ptr + padded, from_start_ptr + padded, to_end_ptr + padded, dv_ptr + vo, dv_ptr + vo,
+        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, v_first,
+        K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
