@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lasp.kernels.torch import decay as exact
 from lasp.kernels.triton import decay as fused
+from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import stages
 from lasp.recurrence.contract import Run
 
 KINDS = ("none", "constant", "scalar", "channel")
@@ -192,3 +192,10 @@ def test_what_the_kernels_do_not_take() -> None:
     for x in (wide, p.x._replace(q=p.x.q.double())):
         with pytest.raises(ValueError, match="backend='torch'"):
             fused.summarize(x)
+
+
+def test_base_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate per channel takes blocks of 8 tokens at once in bf16, which the interpreter has not: here in fp32."""
+    monkeypatch.setattr(channel_stages, "base_levels", lambda x: channel_stages.BASE_LEVELS)
+    p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
+    check(run(fused, p), solution(p), BOUNDS[torch.float32])

@@ -12,6 +12,8 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk
 from lasp.kernels.triton.decay.gates import floored_log2
 
+MIN_BASE_LOG2 = tl.constexpr(-25.0)
+
 
 @triton.jit
 def load_channel_gates(
@@ -66,9 +68,28 @@ def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
 def load_stretches(stretches_ptr, level, C: tl.constexpr):
     """The [C, C] matrix of a level: row i sums the gates between token i and the middle of its block.
 
+    Level -1 is that of the base blocks, where sums of tokens before the middle count negative.
+
     It is read, not computed: integer arithmetic on [C, C] would cost more than the level's products.
     """
-    return tl.load(stretches_ptr + level * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
+    return tl.load(stretches_ptr + (level + 1) * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
+
+
+@triton.jit
+def base_operand(gates, dtype: tl.constexpr):
+    """Gates within base blocks, for `load_stretches` of level -1.
+
+    There, decays from the middle are up to 2^(2^(BASE - 1) |gate|): a floor of -25, 3e-8, keeps them far inside bf16's
+    range.
+    """
+    return gate_operand(tl.maximum(gates, MIN_BASE_LOG2), dtype)
+
+
+@triton.jit
+def in_base_block(BASE: tl.constexpr, C: tl.constexpr):
+    """[C, C]: the pairs within one base block."""
+    block = tl.arange(0, C) >> BASE
+    return block[:, None] == block[None, :]
 
 
 @triton.jit

@@ -8,9 +8,11 @@ block of 2^(level + 1) tokens, and its middle lies between them, so that both de
 
     2^between(i, j) = 2^(from the middle to i) 2^(from j to the middle).
 
-So the scores are log2(C) products, each masked to the pairs that meet there, and the diagonal. At one level a token is
-late or early, never both: with x = q in late rows and k in early ones, decayed to or from the middle, that product is
-x x^T, one operand made once. Chunks are independent: nothing here needs a state or another rank, so it runs while the
+So the scores are a product for every level, masked to the pairs that meet there. At one level a token is late or early,
+never both: with x = q in late rows and k in early ones, decayed to or from the middle, that product is x x^T, one operand
+made once. The lowest levels are taken together, in base blocks of 2^BASE tokens that all meet in their block's middle:
+of two tokens on one side of it one is then divided by a decay, which bf16 has the range for up to 8 tokens (others take
+single tokens: the diagonal). Chunks are independent: nothing here needs a state or another rank, so it runs while the
 exchange is under way.
 """
 
@@ -19,7 +21,9 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import (
+    base_operand,
     gate_operand,
+    in_base_block,
     is_late,
     load_channel_gates,
     load_stretches,
@@ -35,7 +39,7 @@ def channel_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS, C, C], see `load_stretches`
+    stretches_ptr,  # [LEVELS + 1, C, C], see `load_stretches`
     scores_ptr,  # [B, H_v, T, C], written
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
@@ -47,6 +51,7 @@ def channel_prepare_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
     C: tl.constexpr,
+    BASE: tl.constexpr,  # 2^BASE tokens a base block
     LEVELS: tl.constexpr,  # log2(C)
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -70,15 +75,23 @@ def channel_prepare_kernel(
         q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
         k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
         gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-        scores += tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
+        if BASE > 0:
+            to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+            base_q = (q * tl.exp2(to_middle)).to(dtype)
+            base_k = (k * tl.exp2(-to_middle)).to(dtype)
+        else:
+            base_q = q
+            base_k = k
+        base = tl.dot(base_q, tl.trans(base_k), input_precision=PRECISION)
+        scores += tl.where(in_base_block(BASE, C), base, 0.0)
         operand = gate_operand(gates, dtype)
         # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
         columns = k_first + tl.arange(0, BK)
         offsets = tl.arange(0, C)[:, None] * (H * K) + columns[None, :]
         inside = (first + tl.arange(0, C) < T)[:, None] & (columns < K)[None, :]
-        for level in range(LEVELS):
-            decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+        for level in range(BASE, LEVELS):
             x = tl.load(tl.where(is_late(level, C), q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
+            decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
             x = (x * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)

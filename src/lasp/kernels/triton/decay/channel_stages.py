@@ -22,6 +22,8 @@ from lasp.recurrence.contract import Run
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 # A program of one chunk would spend longer on making descriptors than on its chunk.
 SINGLE_CHUNK_DESCRIPTORS = False
+# Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
+BASE_LEVELS = 3
 
 
 class Segments(NamedTuple):
@@ -60,16 +62,21 @@ class QueryReads(NamedTuple):
 
 @functools.cache
 def stretch_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
-    """[levels, C, C], fp32 if `exact` else fp16, of zeros and ones: at each level, row i sums the gates between token i and its block's middle.
+    """[1 + levels, C, C], fp32 if `exact` else fp16: at each level, row i sums the gates between token i and the middle
+    of its block; first, that of the base blocks.
 
     The levels are those at which tokens of a chunk meet, see channel_prepare.
     """
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
-    levels = []
+    matrices = []
     for level in range(chunk.bit_length() - 1):
         half = i >> level
-        levels.append((half == j >> level) & torch.where(half % 2 == 1, j <= i, j > i))
-    return torch.stack(levels).to(device, torch.float32 if exact else torch.float16).contiguous()
+        matrices.append(((half == j >> level) & torch.where(half % 2 == 1, j <= i, j > i)).float())
+    base = BASE_LEVELS - 1
+    # Between early tokens and the middle, sums count negative.
+    late = (i >> base) % 2 == 1
+    matrices.insert(0, torch.where(late, matrices[base], -matrices[base]))
+    return torch.stack(matrices).to(device, torch.float32 if exact else torch.float16).contiguous()
 
 
 def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Summary, Segments]:
@@ -103,7 +110,7 @@ def local_outputs(x: Run, p: Plan) -> Prepared:
         channel_prepare_kernel, (H_v * B, chunks), 
         (x.q, x.k, x.g, stretch_matrices(p.chunk, p.exact, device), scores, from_start, to_end, totals),
         (x.scale, T, H, H_v),
-        (K, columns, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision), warps, stages,
+        (K, columns, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision), warps, stages,
     )  # fmt: skip
     return Prepared(scores, from_start, to_end, totals)
 
@@ -163,7 +170,7 @@ def gradients(
         (x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, p.exact, x.q.device), local.read_q, read_k, carry,
          dq, dk, dg),
         (x.scale, T, H, H_v),
-        (K, V, columns, padded, p.chunk, p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
+        (K, V, columns, padded, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
         warps, stages,
     )  # fmt: skip
     dv = torch.empty_like(x.v)
@@ -176,6 +183,10 @@ def gradients(
         (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.precision), warps, stages,
     )  # fmt: skip
     return dq, dk, dv, dg
+
+
+def base_levels(x: Run) -> int:
+    return BASE_LEVELS if x.q.dtype == torch.bfloat16 else 0
 
 
 def _read_dtype(x: Run) -> torch.dtype:

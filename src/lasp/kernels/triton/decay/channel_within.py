@@ -4,8 +4,8 @@
     dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j        read_k = D v
     dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + carry      per channel, s within the chunk; carry: S D at the chunk's end
 
-Pairs within a chunk go level by level as in channel_prepare: with x as there, and the d_scores of a level's pairs made
-symmetric, late rows of their product give dq and early rows dk. Chunks are independent.
+Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
+pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent.
 """
 
 import triton
@@ -13,7 +13,9 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import (
+    base_operand,
     gate_operand,
+    in_base_block,
     is_late,
     load_channel_gates,
     load_stretches,
@@ -32,7 +34,7 @@ def channel_within_kernel(
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS, C, C], see `load_stretches`
+    stretches_ptr,  # [LEVELS + 1, C, C], see `load_stretches`
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
     carry_ptr,  # fp32 [B, H_v, chunks, K]: of every chunk, what dg has at its end
@@ -48,6 +50,7 @@ def channel_within_kernel(
     BK: tl.constexpr,  # channels a program has
     BV: tl.constexpr,
     C: tl.constexpr,
+    BASE: tl.constexpr,
     LEVELS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,6 +71,7 @@ def channel_within_kernel(
     do_view = view(do_ptr + token_head * V, T, H_v * V, V, C, BV, DESCRIPTORS)
     g_view = view(g_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
 
+    gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
     v = load_chunk(v_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
     do = load_chunk(do_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
@@ -77,21 +81,40 @@ def channel_within_kernel(
     symmetric = tl.where(i >= j, d_scores, tl.dot(v, tl.trans(do), input_precision=PRECISION)) * scale
     diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]
     symmetric = symmetric.to(dtype)
-    gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
+    # What pairs within the chunk give q_s dq_s - k_s dk_s: of the rounded operands, so that a pair's two terms cancel
+    # exactly. A token decays nothing between itself and itself: the diagonal is no part of it.
+    terms = tl.zeros((C, BK), tl.float32)
+    if BASE > 0:
+        q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
+        to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+        to_q = tl.exp2(to_middle)
+        to_k = tl.exp2(-to_middle)
+        base_q = (q * to_q).to(dtype)
+        base_k = (k * to_k).to(dtype)
+        block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
+        d_base_q = tl.dot(tl.where(i > j, block, 0.0), base_k, input_precision=PRECISION)
+        d_base_k = tl.dot(tl.where(i < j, block, 0.0), base_q, input_precision=PRECISION)
+        terms += base_q * d_base_q - base_k * d_base_k
+        dq += to_q * d_base_q
+        dk += to_k * d_base_k
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
     inside = (first + tl.arange(0, C) < T)[:, None] & (k_first + tl.arange(0, BK) < K)[None, :]
-    base = qk + tl.cast(first, tl.int64) * (H * K)
-    for level in range(LEVELS):
-        decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+    rows = qk + tl.cast(first, tl.int64) * (H * K)
+    for level in range(BASE, LEVELS):
         late = is_late(level, C)
-        x = tl.load(tl.where(late, q_ptr + base, k_ptr + base) + offsets, mask=inside, other=0.0)
+        x = tl.load(tl.where(late, q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
+        decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
         x = (x * decay).to(dtype)
         d_met = tl.where(meets(level, C), symmetric, 0.0)
-        d_x = decay * tl.dot(d_met, x, input_precision=PRECISION)
+        d_x = tl.dot(d_met, x, input_precision=PRECISION)
+        own = x * d_x
+        terms += tl.where(late, own, -own)
+        d_x *= decay
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
     q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
@@ -100,15 +123,14 @@ def channel_within_kernel(
     read_k_view = view(read_k_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
     read_q = load_chunk(read_q_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
     read_k = load_chunk(read_k_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-    dq += read_q * (tl.exp2(prefix_sums(operand, C)) * scale)
-    dk += read_k * tl.exp2(suffix_sums(operand, C))
-    # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
+    past = read_q * (tl.exp2(prefix_sums(operand, C)) * scale)
+    future = read_k * tl.exp2(suffix_sums(operand, C))
     channel = k_first + tl.arange(0, BK)
     chunk = (tl.cast(batch, tl.int64) * H_v + head) * tl.cdiv(T, C) + tl.program_id(1)
     carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
-    dg = sums_to_end(q * dq - k * dk, dtype, C) + carry[None, :]
-    dq += diagonal * k
-    dk += diagonal * q
+    dg = sums_to_end(terms + q * past - k * future, dtype, C) + carry[None, :]
+    dq += past + diagonal * k
+    dk += future + diagonal * q
     dq_view = view(dq_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
     dk_view = view(dk_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
     dg_view = view(dg_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
