@@ -93,6 +93,17 @@ def in_base_block(BASE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 x, rounded to what `dtype` holds. In bf16 by hand (half away from zero): the conversion there and back is
+    many times slower.
+    """
+    if dtype == tl.bfloat16:
+        return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def is_late(level, C: tl.constexpr):
     """[C, 1]: whether a token is in the late half of its block of 2^(level + 1) tokens."""
     return ((tl.arange(0, C)[:, None] >> level) & 1) == 1

@@ -21,6 +21,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     load_stretches,
     meets,
     prefix_sums,
+    rounded,
     suffix_sums,
     sum_over,
     sums_to_end,
@@ -92,11 +93,11 @@ def channel_within_kernel(
         to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
         to_q = tl.exp2(to_middle)
         to_k = tl.exp2(-to_middle)
-        base_q = (q * to_q).to(dtype)
-        base_k = (k * to_k).to(dtype)
+        base_q = rounded(q * to_q, dtype)
+        base_k = rounded(k * to_k, dtype)
         block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
-        d_base_q = tl.dot(tl.where(i > j, block, 0.0), base_k, input_precision=PRECISION)
-        d_base_k = tl.dot(tl.where(i < j, block, 0.0), base_q, input_precision=PRECISION)
+        d_base_q = tl.dot(tl.where(i > j, block, 0.0), base_k.to(dtype), input_precision=PRECISION)
+        d_base_k = tl.dot(tl.where(i < j, block, 0.0), base_q.to(dtype), input_precision=PRECISION)
         terms += base_q * d_base_q - base_k * d_base_k
         dq += to_q * d_base_q
         dk += to_k * d_base_k
@@ -109,9 +110,9 @@ def channel_within_kernel(
         late = is_late(level, C)
         x = tl.load(tl.where(late, q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
         decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
-        x = (x * decay).to(dtype)
+        x = rounded(x * decay, dtype)
         d_met = tl.where(meets(level, C), symmetric, 0.0)
-        d_x = tl.dot(d_met, x, input_precision=PRECISION)
+        d_x = tl.dot(d_met, x.to(dtype), input_precision=PRECISION)
         own = x * d_x
         terms += tl.where(late, own, -own)
         d_x *= decay
