@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel
 from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
 from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel
+from lasp.kernels.triton.decay.channel_stages import BASE_LEVELS
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
 from lasp.kernels.triton.decay.channel_within import channel_within_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, TOKEN
@@ -73,13 +74,13 @@ def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], 
     yield channel_summary_kernel, common | {"BK": p.channels.columns, "BV": padded, "REVERSE": False}, p.channels
     yield channel_output_kernel, common | {"BK": padded, "BV": p.channel_values.columns}, p.channel_values
     yield channel_key_reads_kernel, common | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
-    levels = {"LEVELS": p.chunk.bit_length() - 1, "DESCRIPTORS": False}
+    levels = {"BASE": BASE_LEVELS, "LEVELS": p.chunk.bit_length() - 1, "DESCRIPTORS": False}
     within = common | levels | {"BK": p.channel_within.columns, "BV": padded}
     yield channel_within_kernel, within, p.channel_within
     del common["V"]
     yield channel_prepare_kernel, common | levels | {"BK": p.channel_prepare.columns}, p.channel_prepare
     p, common = planned(TOKEN.value)
-    gradient = {"BK": p.scalar_keys.columns, "BV": padded, "DECAY_GRADIENT": True, "EXACT": False, "KIND": TOKEN.value}
+    gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "EXACT": False, "KIND": TOKEN.value}
     yield key_gradient_kernel, common | gradient, p.scalar_keys
 
 

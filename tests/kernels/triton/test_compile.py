@@ -15,10 +15,19 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_ahead.py"
-# Bytes of registers a thread may spill. Hopper is what the configurations are made for.
-SPILLS = {"cuda:90": 256, "cuda:100": 512, "cuda:80": 640, "hip:gfx942": 512}
-# What a compiler does not manage: docs/kernels.md, "Portability".
-FAILS = {"cuda:100": {"key_gradient_kernel"}}
+# Bytes that a thread may spill; what is not named here spills nothing. Hopper is what the configurations are made for.
+SPILLS = {
+    "cuda:90": {"channel_within_kernel": 1024, "channel_prepare_kernel": 128},
+    "cuda:100": {"channel_within_kernel": 1024, "channel_prepare_kernel": 512},
+    "cuda:80": {
+        "channel_within_kernel": 1024,
+        "channel_prepare_kernel": 320,
+        "output_kernel": 256,
+        "channel_key_reads_kernel": 16,
+        "key_gradient_kernel": 16,
+    },
+    "hip:gfx942": {"channel_within_kernel": 160, "output_kernel": 224, "key_gradient_kernel": 128},
+}
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
@@ -29,9 +38,8 @@ def test_compiles_within_the_device(target: str) -> None:
     )
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"target"')]
     assert len(reports) == 8, done.stderr[-2000:]
-    assert {report["kernel"] for report in reports if "error" in report} == FAILS.get(target, set())
     for report in reports:
-        if "error" not in report:
-            assert report["shared"] <= report["limit"], report
-            assert report["matrix_instructions"] > 0 and not report["trap"], report
-            assert report.get("spilled_bytes", 0) <= SPILLS.get(target, 0), report
+        assert "error" not in report, report
+        assert report["shared"] <= report["limit"], report
+        assert report["matrix_instructions"] > 0 and not report["trap"], report
+        assert report["spilled_bytes"] <= SPILLS[target].get(report["kernel"], 0), report

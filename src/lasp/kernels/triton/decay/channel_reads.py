@@ -67,7 +67,9 @@ def _sweep(
         else:
             out = tl.dot(state, tl.trans(a).to(tl.float32), input_precision=PRECISION)
         state = tl.dot(tl.trans(c), b, state * tl.exp2(total)[:, None], input_precision=PRECISION)
-        sums = tl.sum(tl.trans(x).to(tl.float32) * out, 1)
+        # In two steps: Triton 3.7.1 fails to compile one for sm_100.
+        own = tl.reshape(tl.trans(x).to(tl.float32) * out, (BK, 2, C // 2))
+        sums = tl.sum(tl.sum(own, 2), 1)
         if REVERSE:
             tl.store(carry_ptr + here, carry, mask=channel < K)
             carry += tl.load(sums_ptr + here, mask=channel < K, other=0.0) - sums

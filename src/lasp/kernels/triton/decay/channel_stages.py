@@ -110,7 +110,8 @@ def local_outputs(x: Run, p: Plan) -> Prepared:
         channel_prepare_kernel, (H_v * B, chunks), 
         (x.q, x.k, x.g, stretch_matrices(p.chunk, p.exact, device), scores, from_start, to_end, totals),
         (x.scale, T, H, H_v),
-        (K, columns, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision), warps, stages,
+        (K, columns, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
+        warps, stages,
     )  # fmt: skip
     return Prepared(scores, from_start, to_end, totals)
 
@@ -170,7 +171,8 @@ def gradients(
         (x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, p.exact, x.q.device), local.read_q, read_k, carry,
          dq, dk, dg),
         (x.scale, T, H, H_v),
-        (K, V, columns, padded, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
+        (K, V, columns, padded, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS,
+         p.precision),
         warps, stages,
     )  # fmt: skip
     dv = torch.empty_like(x.v)

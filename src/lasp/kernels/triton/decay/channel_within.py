@@ -1,8 +1,8 @@
 """The gradients of q, k and the gate for a gate per channel, put together chunk by chunk.
 
-    dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i        read_q = S do   (channel_reads)
-    dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j        read_k = D v
-    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + carry      per channel, s within the chunk; carry: S D at the chunk's end
+    dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i      read_q = S do  (channel_reads)
+    dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j      read_k = D v
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + carry    per channel, s within the chunk; carry: S D at the chunk's end
 
 Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
 pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent.
@@ -21,10 +21,10 @@ from lasp.kernels.triton.decay.channel_gates import (
     load_stretches,
     meets,
     prefix_sums,
-    rounded,
     suffix_sums,
     sum_over,
     sums_to_end,
+    widened,
 )
 
 
@@ -93,12 +93,12 @@ def channel_within_kernel(
         to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
         to_q = tl.exp2(to_middle)
         to_k = tl.exp2(-to_middle)
-        base_q = rounded(q * to_q, dtype)
-        base_k = rounded(k * to_k, dtype)
+        base_q = (q * to_q).to(dtype)
+        base_k = (k * to_k).to(dtype)
         block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
-        d_base_q = tl.dot(tl.where(i > j, block, 0.0), base_k.to(dtype), input_precision=PRECISION)
-        d_base_k = tl.dot(tl.where(i < j, block, 0.0), base_q.to(dtype), input_precision=PRECISION)
-        terms += base_q * d_base_q - base_k * d_base_k
+        d_base_q = tl.dot(tl.where(i > j, block, 0.0), base_k, input_precision=PRECISION)
+        d_base_k = tl.dot(tl.where(i < j, block, 0.0), base_q, input_precision=PRECISION)
+        terms += widened(base_q) * d_base_q - widened(base_k) * d_base_k
         dq += to_q * d_base_q
         dk += to_k * d_base_k
     operand = gate_operand(gates, dtype)
@@ -110,10 +110,10 @@ def channel_within_kernel(
         late = is_late(level, C)
         x = tl.load(tl.where(late, q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
         decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
-        x = rounded(x * decay, dtype)
+        x = (x * decay).to(dtype)
         d_met = tl.where(meets(level, C), symmetric, 0.0)
-        d_x = tl.dot(d_met, x.to(dtype), input_precision=PRECISION)
-        own = x * d_x
+        d_x = tl.dot(d_met, x, input_precision=PRECISION)
+        own = widened(x) * d_x
         terms += tl.where(late, own, -own)
         d_x *= decay
         dq += tl.where(late, d_x, 0.0)

@@ -19,8 +19,6 @@ CHANNEL = tl.constexpr(3)  # a gate per head, token and key channel
 LOG2_E = tl.constexpr(1.4426950408889634)
 # 2^-256 is zero in fp32; a finite floor keeps sums finite and their differences fine after a gate that forgets all.
 MIN_LOG2 = tl.constexpr(-256.0)
-# As bits: Triton compares the globals of a kernel between calls, and NaN is not equal to itself.
-NAN_BITS = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
@@ -29,8 +27,8 @@ def floored_log2(g):
 
     That costs no launch and no wait, unlike looking at gates before they are used.
     """
-    nan = tl.full((), NAN_BITS, tl.int32).to(tl.float32, bitcast=True)
-    return tl.where(g <= 0, tl.maximum(g * LOG2_E, MIN_LOG2), nan)
+    # No global: Triton compares those of a kernel between calls, and NaN is not equal to itself.
+    return tl.where(g <= 0, tl.maximum(g * LOG2_E, MIN_LOG2), float("nan"))
 
 
 @triton.jit

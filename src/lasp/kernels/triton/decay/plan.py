@@ -164,8 +164,10 @@ def plan(
         channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
         channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
         channel_reads=fitting(_sweep_tiles(K, V, dtype, NONE)),
-        channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1)),
-        channel_values=fitting(_sweep_tiles(V, K, dtype, NONE)),
+        channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1 if exact else 2)),
+        channel_values=fitting(
+            _sweep_tiles(V, K, dtype, NONE) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
+        ),
         exact=exact,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS,
         precision="ieee" if exact else "tf32",

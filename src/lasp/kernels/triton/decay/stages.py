@@ -45,7 +45,8 @@ _devices: dict[torch.device, tuple[int, int]] = {}
 
 class Segments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, decays [B, H_v, segments] (base 2) from the run's
-    end on that side to them, and prefix, scale 2^prefix and 2^suffix [3, B, H_v, chunks C] (a gate per token, forward only)."""
+    end on that side to them, and prefix, scale 2^prefix and 2^suffix [3, B, H_v, chunks C] (a gate per token, forward
+    only)."""
 
     states: Tensor
     decays: Tensor
