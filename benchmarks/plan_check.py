@@ -1,10 +1,12 @@
 """Is what `lasp plan` recommends for two CPU processes the measured best of what it lists?
 
-    python -m benchmarks.plan_check            (about two minutes on two cores)
+    python -m benchmarks.plan_check                       (about three minutes on two cores, nothing else running)
+    python -m benchmarks.plan_check --table RESULT.json   (the documentation's table of a kept result)
 
-Lists the layouts that the library's training runs (DDP; dp = 2, or sp = 2 with every schedule), measures a training
-step of each, taking turns, and compares the recommended one with the fastest measured. Lower quartiles. With one
-sequence per step only the schedules differ, by microseconds of a step: then all are within the noise.
+Takes what `lasp plan` lists of what `lasp train` runs (dp = 2, or sp = 2 with every schedule), measures a training step
+of each, taking turns, and compares the recommended one with the fastest measured, by medians. What the plan calls as
+good as the recommended one must be so: the recommended one may be slower than the best by the plan's own tolerance, and
+the best must be it or one of those. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,24 +26,29 @@ from typing import Any
 from benchmarks.processes import run
 
 RESULTS = Path(__file__).parent / "results"
-SCHEDULES = ("ring", "all_gather", "doubling", "all_to_all", "pipelined")
 JOBS = ((2, 1024), (2, 4096), (1, 2048))  # sequences of a step, tokens of each
 
 
-def listed(batch: int, seq_len: int) -> list[dict[str, Any]]:
-    """Layouts with their predicted seconds, the recommended first."""
+def listed(batch: int, seq_len: int) -> tuple[list[dict[str, Any]], float]:
+    """Layouts with their predicted seconds, the recommended first, and the plan's tolerance."""
     from lasp.analysis.devices import CPU
-    from lasp.analysis.planner import Job, Layout, estimate, problem
+    from lasp.analysis.planner import Job
+    from lasp.analysis.report import alternatives, plan, trains
     from lasp.models import preset
 
     job = Job(config=preset("transnormer", "tiny"), device=CPU, devices=2, seq_len=seq_len, batch=batch)
-    layouts = [Layout("lasp", 1, 2, "ddp", "none", name) for name in SCHEDULES]
-    layouts += [Layout("data", 2, 1, "ddp", "none", "-")] if problem(job, "data", 1) is None else []
-    found = [
-        {"dp": each.dp, "sp": each.sp, "schedule": each.schedule, "predicted_s": estimate(job, each).step_s}
-        for each in layouts
+    found = plan(job)
+    ties = found["ties_for_lasp_train"]
+    layouts = [
+        {
+            **{name: each[name] for name in ("dp", "sp", "schedule")},
+            "predicted_s": each["step_s"],
+            "as_good": each in (found["recommended_for_lasp_train"], *ties),
+        }
+        for each in alternatives(job)
+        if trains(each)
     ]
-    return sorted(found, key=lambda each: each["predicted_s"])
+    return layouts, found["tie"]
 
 
 def measuring(batch: int, seq_len: int, layouts: list[dict[str, Any]], repetitions: int) -> Callable[[int], Any]:
@@ -79,24 +87,49 @@ def measuring(batch: int, seq_len: int, layouts: list[dict[str, Any]], repetitio
     return work
 
 
-def main() -> None:
+def table(record: dict[str, Any]) -> str:
+    """Markdown: the recommended layout and the measured best of every step."""
+    lines = [
+        "| step | recommended | measured ms | best measured | ms | recommended / best |",
+        "|---|---|---|---|---|---|",
+    ]
+    for job in record["jobs"]:
+        best = min(job["layouts"], key=lambda each: each["measured_s"])
+        cells = [f"{job['batch']} x {job['seq_len']} tokens"]
+        for each in (job["layouts"][0], best):
+            name = f"dp={each['dp']}" if each["sp"] == 1 else f"sp={each['sp']}, `{each['schedule']}`"
+            cells += [name, f"{1e3 * each['measured_s']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {job['recommended_to_best']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=25)
+    parser.add_argument("--table", type=Path, help="print the table of this result, and measure nothing")
     arguments = parser.parse_args()
-    jobs = []
+    if arguments.table is not None:
+        print(table(json.loads(arguments.table.read_text())))
+        return 0
+    jobs, good = [], True
     for batch, seq_len in JOBS:
-        layouts = listed(batch, seq_len)
+        layouts, tolerance = listed(batch, seq_len)
         seconds = run(2, measuring(batch, seq_len, layouts, arguments.repetitions))[0]
         for each, own in zip(layouts, seconds, strict=True):
             each["quartiles_s"] = statistics.quantiles(own, n=4)
-            each["measured_s"] = each["quartiles_s"][0]
+            each["measured_s"] = statistics.median(own)
         best = min(layouts, key=lambda each: each["measured_s"])
         ratio = layouts[0]["measured_s"] / best["measured_s"]
-        print(f"{batch} x {seq_len} tokens: recommended is {ratio:.3f} of the best, load {os.getloadavg()[0]:.1f}")
+        right = ratio <= 1 + tolerance and best["as_good"]
+        good &= right
+        print(
+            f"{batch} x {seq_len} tokens: recommended is {ratio:.3f} of the best, {'right' if right else 'WRONG'}, "
+            f"load {os.getloadavg()[0]:.1f}"
+        )
         for each in layouts:
             print(
                 f"  dp={each['dp']} sp={each['sp']} {each['schedule']:<11} "
-                f"predicted {each['predicted_s'] * 1e3:7.1f} ms, "
+                f"predicted {each['predicted_s'] * 1e3:7.1f} ms{' (as good)' if each['as_good'] else '          '} "
                 f"measured {each['measured_s'] * 1e3:7.1f} ms{'  best' if each is best else ''}",
                 flush=True,
             )
@@ -106,6 +139,7 @@ def main() -> None:
                 "seq_len": seq_len,
                 "layouts": layouts,
                 "recommended_to_best": ratio,
+                "right": right,
                 "load_average": os.getloadavg()[0],
             }
         )
@@ -118,7 +152,8 @@ def main() -> None:
     path = RESULTS / f"{record['date']}-cpu-plan.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -41,6 +41,28 @@ def test_recommended_is_the_fastest_that_fits():
     assert plan(job(seq_len=1 << 30))["recommended_for_lasp_train"] is None
 
 
+def test_what_predictions_do_not_tell_apart_is_said():
+    """On two CPU processes: schedules, and whether the sequence or the batch is divided. Not what is clearly slower."""
+    found = plan(job(config=preset("transnormer", "tiny"), device=device("cpu"), devices=2, seq_len=4096, batch=2))
+    best, ties = found["recommended_for_lasp_train"], found["ties_for_lasp_train"]
+    assert {"ring", "all_gather", "doubling"} <= {each["schedule"] for each in (best, *ties)}
+    assert {1, 2} == {each["dp"] for each in (best, *ties)}
+    assert best not in ties and all(best["step_s"] <= each["step_s"] <= 1.05 * best["step_s"] for each in ties)
+    assert plan(job(seq_len=1 << 36))["ties"] == [], "nothing fits"
+
+
+def test_a_plan_for_thousands_of_devices_is_not_slow():
+    """The work does not grow with the square of the ranks: what the largest plan needs is counted, not timed."""
+    from lasp.exchange.load import Load
+
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        part = Load.part
+        patch.setattr(Load, "part", lambda self, *rest: calls.append(1) or part(self, *rest))
+        plan(job(devices=512, seq_len=1 << 24, batch=3))
+    assert len(calls) < 20 * 512
+
+
 def test_the_longest_sequence_fits_and_twice_of_it_does_not():
     for method in ("lasp", "ulysses"):
         most = longest(CONFIG, device("a100-80g"), 8, method)

@@ -102,6 +102,13 @@ def saved_by_ffn(config: ModelConfig) -> Saved:
     return Saved(kept[0] * config.ffn_dim, _norm_wide(config) if kept[1] else 0.0, kept[1])
 
 
+def chunks_of(config: ModelConfig, index: int, tokens: int) -> int:
+    """How many chunks the PyTorch kernels of layer `index` cut `tokens` into."""
+    each = layer(config, index)
+    per_channel = each.transition == each.keys and config.mixer == "gla"
+    return -(-tokens // (CHUNK_PER_CHANNEL if per_channel else CHUNK))
+
+
 def state_cache_bytes(config: ModelConfig, index: int, batch: int, tokens: int, processors: int | None) -> float:
     """fp32 states that the backward pass of layer `index` keeps (LASP's state cache, prefix of other ranks applied).
 
@@ -111,8 +118,7 @@ def state_cache_bytes(config: ModelConfig, index: int, batch: int, tokens: int, 
     each = layer(config, index)
     if each.transition is None:
         return 0.0
-    per_channel = each.transition == each.keys and config.mixer == "gla"
-    chunks = -(-tokens // (CHUNK_PER_CHANNEL if per_channel else CHUNK)) * batch * each.heads
+    chunks = chunks_of(config, index, tokens) * batch * each.heads
     count = chunks
     if processors is not None and each.transition <= each.keys:
         count = min(chunks, max(batch * each.heads, 4 * processors))

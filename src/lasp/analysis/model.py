@@ -6,6 +6,7 @@ with the built models.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from lasp.exchange.load import Load
@@ -50,6 +51,7 @@ class Layer(NamedTuple):
         return Load(batch * self.heads, self.keys, self.values, self.transition)
 
 
+@lru_cache(maxsize=4096)
 def layer(config: ModelConfig, index: int) -> Layer:
     """Layer `index` (from 0).
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 from lasp.analysis import volume
@@ -20,8 +22,8 @@ from lasp.analysis.memory import RECOMPUTATIONS, SHARDINGS, Memory, training_mem
 from lasp.analysis.model import layer, num_parameters
 from lasp.analysis.timing import Compute, collective, compute
 from lasp.exchange.auto import rank_schedules
-from lasp.exchange.base import Exchange
-from lasp.exchange.cost import Model
+from lasp.exchange.cost import Constants, Model
+from lasp.exchange.load import Load
 from lasp.exchange.select import EXCHANGES
 from lasp.models.config import ModelConfig
 
@@ -226,9 +228,7 @@ def _along_sequence(
         again = 1 if layout.recomputation == "block" else 0
         if layout.method == "lasp" and each.transition is not None:
             load = each.load(batch)
-            schedule = _schedule(layout.schedule)
-            once = schedule.seconds(Model(load, nodes, device.constants), want_total=False)
-            moved = volume.state_exchange(schedule, load, sp - 1, nodes)
+            once, moved = _exchange(layout.schedule, load, nodes, device.constants)
             visible = (1 + again) * once + max(0.0, once - own.hidden_backward)
             if each.convolved:
                 moved += volume.halo(each.convolved, batch, config.conv_width, narrow, sp - 1, sp)
@@ -280,8 +280,12 @@ def _of_weights(job: Job, layout: Layout, parameters: int, narrow: int) -> float
     return collective(device, kinds[layout.sharding]().received_bytes, spread)
 
 
-def _schedule(name: str) -> Exchange:
-    return EXCHANGES[name]()
+@lru_cache(maxsize=1024)
+def _exchange(name: str, load: Load, nodes: tuple[int, ...], constants: Constants) -> tuple[float, volume.Volume]:
+    """Seconds of one exchange by the schedule `name`, and what the last rank moves in both directions."""
+    schedule = EXCHANGES[name]()
+    seconds = schedule.seconds(Model(load, nodes, constants), want_total=False)
+    return seconds, volume.state_exchange(schedule, load, sum(nodes) - 1, nodes)
 
 
 def schedules_for(job: Job, dp: int, sp: int) -> tuple[str, ...]:
@@ -295,18 +299,23 @@ def schedules_for(job: Job, dp: int, sp: int) -> tuple[str, ...]:
     return tuple(names[type(candidate.exchange)] for candidate in ranked)
 
 
-def layouts(job: Job, method: str) -> Iterator[Layout]:
-    """All layouts of a method that can run the job."""
-    for sp in range(1, job.devices + 1):
+@lru_cache(maxsize=64)
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(each for each in range(1, number + 1) if number % each == 0)
+
+
+def layouts(job: Job, method: str, *, every_schedule: bool = False) -> Iterator[Layout]:
+    """All layouts of a method that can run the job, with the fastest schedule or with each."""
+    for sp in _divisors(job.devices):
         if problem(job, method, sp) is not None:
             continue
         dp = job.devices // sp
-        schedule = schedules_for(job, dp, sp)[0] if method == "lasp" else "-"
-        for sharding in SHARDINGS:
-            for recomputation in RECOMPUTATIONS:
-                if recomputation == "ffn" and job.config.ffn == "none":
-                    continue
-                yield Layout(method, dp, sp, sharding, recomputation, schedule)
+        schedules = schedules_for(job, dp, sp) if method == "lasp" else ("-",)
+        schedules = schedules if every_schedule else schedules[:1]
+        for sharding, recomputation, schedule in product(SHARDINGS, RECOMPUTATIONS, schedules):
+            if recomputation == "ffn" and job.config.ffn == "none":
+                continue
+            yield Layout(method, dp, sp, sharding, recomputation, schedule)
 
 
 def best(job: Job, method: str) -> Estimate | None:

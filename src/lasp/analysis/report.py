@@ -19,6 +19,10 @@ BASIS = {
     "step floor": "device.host",
 }
 
+# Steps whose predictions differ by less are not told apart: quartiles of one layout's measured steps span as much, and
+# so do the errors of two layouts' predictions against each other (docs/analysis.md).
+TIE = 0.05
+
 
 def row(estimate: Estimate) -> dict[str, Any]:
     """One estimate in plain values: bytes, seconds, tokens/s."""
@@ -59,9 +63,9 @@ def plan(job: Job) -> dict[str, Any]:
             entry |= row(found)
         entry["longest_tokens"] = longest(job.config, job.device, job.devices, method, batch=job.batch)
         methods.append(entry)
-    # The same model must come out: softmax attention in its place is there for comparison only.
-    usable = [entry for entry in methods if entry["fits"] and entry["method"] != "ring"]
-    recommended = max(usable, key=lambda entry: entry["tokens_per_s"], default=None)
+    fitting = alternatives(job)
+    recommended = next(iter(fitting), None)
+    trained = next((each for each in fitting if trains(each)), None)
     return {
         "model_parameters": num_parameters(job.config),
         "device": job.device.name,
@@ -70,20 +74,39 @@ def plan(job: Job) -> dict[str, Any]:
         "batch": job.batch,
         "capacity_bytes": job.device.memory_bytes * job.device.memory_share,
         "recommended": recommended,
-        "recommended_for_lasp_train": next((each for each in alternatives(job) if _trains(each)), None),
+        "ties": ties(recommended, fitting),
+        "recommended_for_lasp_train": trained,
+        "ties_for_lasp_train": ties(trained, [each for each in fitting if trains(each)]),
+        "tie": TIE,
         "methods": methods,
         "rests_on": BASIS | {f"device.{name}": source for name, source in job.device.sources.items()},
     }
 
 
-def _trains(entry: dict[str, Any]) -> bool:
+def ties(recommended: dict[str, Any] | None, fitting: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `fitting`, beside the recommended one, whose predicted steps are longer by less than `TIE`."""
+    if recommended is None:
+        return []
+    limit = recommended["step_s"] * (1 + TIE)
+    return [each for each in fitting if each is not recommended and each["step_s"] <= limit]
+
+
+def trains(entry: dict[str, Any]) -> bool:
     """Whether `lasp train` can run a layout: DDP, nothing computed again."""
     return entry["method"] in ("lasp", "data") and (entry["sharding"], entry["recomputation"]) == ("ddp", "none")
 
 
 def alternatives(job: Job) -> list[dict[str, Any]]:
-    """All layouts that fit and train the same model, the fastest first."""
-    found = [estimate(job, layout) for method in METHODS if method != "ring" for layout in layouts(job, method)]
+    """All layouts that fit and train the same model, the fastest first.
+
+    Softmax attention in the recurrences' place (`ring`) is another model.
+    """
+    found = [
+        estimate(job, layout)
+        for method in METHODS
+        if method != "ring"
+        for layout in layouts(job, method, every_schedule=True)
+    ]
     return [row(each) for each in sorted((e for e in found if e.fits), key=lambda each: each.step_s)]
 
 

@@ -4,6 +4,7 @@ Matrix products: 2 FLOP a number and token forward, twice that backward; weights
 Linear attention, chunks of C tokens (docs of the kernels): forward 2 C (K + V) + 4 K V FLOP a token and head, backward
 2.5 times that; bytes as in the stages: k, v | q, k, v -> o, then q, do | k, v, do, q -> dq | q, k, v, do -> dk, dv.
 Softmax attention, causal, T tokens: 2 T (K + V) / 2 FLOP a token and head forward, 2.5 times that backward.
+Where the host walks the chunks (PyTorch kernels), each costs it a moment in two scans forward and two backward.
 Everything else (norms, maps, gates, residuals) moves bytes: what it saves is written and read forward, and read, with
 gradients as large written and read, backward.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lasp.analysis.devices import Device
-from lasp.analysis.memory import saved_by_ffn, saved_by_mixer
+from lasp.analysis.memory import chunks_of, saved_by_ffn, saved_by_mixer
 from lasp.analysis.model import layers
 from lasp.models.config import ModelConfig
 
@@ -102,10 +103,11 @@ def compute(
             k, v = each.keys, each.values
             work = rows * (2 * CHUNK * (k + v) + 4 * k * v)
             slower = _KERNEL_MS[config.mixer] / _KERNEL_MS["linear-attention"]
-            there = slower * kernel(device, work, rows * narrow * (3 * k + 3 * v))
+            walk = 2 * chunks_of(config, index, tokens) * device.host_s_per_chunk
+            there = slower * kernel(device, work, rows * narrow * (3 * k + 3 * v)) + walk
             sweep = slower * kernel(device, work, rows * narrow * (3 * k + 2 * v))
             rest = slower * kernel(device, 1.5 * work, rows * narrow * (4 * k + 4 * v))
-            back = sweep + rest
+            back = sweep + rest + walk
             hidden = sweep
         forward, backward, attention = forward + there, backward + back, attention + there + back
         again += there * (recomputation == "block")

@@ -16,6 +16,7 @@ from lasp.train.errors import ConfigError
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LARGEST = 1 << 40
+_TIES_SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +132,21 @@ def _print(found: dict[str, Any]) -> None:
             console.print(f"{entry['method']}: {entry['reason']}", highlight=False)
     if found["recommended"] is None:
         console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.", highlight=False)
-    for name, best in (("", found["recommended"]), (" of what lasp train runs", found["recommended_for_lasp_train"])):
-        if best is not None:
-            schedule = f", schedule {best['schedule']}" if best["method"] == "lasp" and best["sp"] > 1 else ""
+    for title, which in (("Recommended", ""), ("Recommended of what lasp train runs", "_for_lasp_train")):
+        best, ties = found[f"recommended{which}"], found[f"ties{which}"]
+        if best is None:
+            continue
+        console.print(
+            f"{title}: {'; '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s, "
+            f"{best['memory_bytes'] / 1e9:.1f} GB.",
+            highlight=False,
+        )
+        if ties:
+            others = [", ".join(part for part in _parts(each) if part not in _parts(best)) for each in ties]
+            more = f"; and {len(others) - _TIES_SHOWN} more" if len(others) > _TIES_SHOWN else ""
             console.print(
-                f"Recommended{name}: {best['method']}, dp={best['dp']} x sp={best['sp']}{schedule}, weights "
-                f"{best['sharding']}, running again: {best['recomputation']}; {best['tokens_per_s']:,.0f} tokens/s, "
-                f"{best['memory_bytes'] / 1e9:.1f} GB.",
+                f"  By prediction within {found['tie']:.0%} of it, so as good: "
+                f"{'; '.join(others[:_TIES_SHOWN])}{more}.",
                 highlight=False,
             )
     console.print(
@@ -148,6 +157,17 @@ def _print(found: dict[str, Any]) -> None:
     )
     for name, basis in found["rests_on"].items():
         console.print(f"  {name}: {basis}", highlight=False)
+
+
+def _parts(entry: dict[str, Any]) -> list[str]:
+    schedule = [f"schedule {entry['schedule']}"] if entry["method"] == "lasp" and entry["sp"] > 1 else []
+    return [
+        entry["method"],
+        f"dp={entry['dp']} x sp={entry['sp']}",
+        *schedule,
+        f"weights {entry['sharding']}",
+        f"running again: {entry['recomputation']}",
+    ]
 
 
 def _plot(found: dict[str, Any], curves: dict[str, Any], path: Path) -> None:

@@ -84,22 +84,21 @@ class AllToAll:
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         size = sum(nodes)
-        cut, last = load.cut(size), size - 1
-        own, others = load.part(cut, position), [load.part(cut, i) for i in range(size) if i != position]
+        last, own = size - 1, load.part(load.cut(size), position)
+        # The slices together are the load, but for transitions, which every slice along V has.
+        slices = 1 if load.cut(size).along_heads else min(load.values, size)
+        summaries = load.state_bytes + slices * (load.summary_bytes - load.state_bytes)
         silent = position == last and not want_total
-        speakers = sum(1 for i in range(size) if i != position and (i < last or want_total))
-        there = Traffic(0 if silent else sum(part.summary_bytes for part in others), own.summary_bytes * speakers)
-        answers = sum((i > 0) + want_total for i in range(size) if i != position)
-        back = Traffic(
-            own.state_bytes * answers, sum(part.state_bytes for part in others) * ((position > 0) + want_total)
-        )
+        speakers = last if want_total else last - (position < last)
+        there = Traffic(0 if silent else summaries - own.summary_bytes, own.summary_bytes * speakers)
+        answers = last * want_total + last - (position > 0)
+        back = Traffic(own.state_bytes * answers, (load.state_bytes - own.state_bytes) * ((position > 0) + want_total))
         return there + back
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         load, size = model.load, model.size
-        cut = load.cut(size)
-        # The largest slice decides.
-        largest = max((load.part(cut, index) for index in range(size)), key=lambda part: part.state_bytes)
+        # The largest slice decides; no slice is larger than the last.
+        largest = load.part(load.cut(size), size - 1)
         there = (size - 1) * largest.summary_bytes
         back = load.state_bytes * (1 + want_total) * (size - 1) / size
         # Slices are copied out and in again on both ways.

@@ -7,6 +7,7 @@ Both are right for every transition; a cut along K would be wrong for dense ones
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -76,12 +77,17 @@ class Load:
         """Cut into `count` parts that differ by at most one head, or one column; some may be empty."""
         along_heads = self.heads >= count
         whole = self.heads if along_heads else self.values
-        return Cut(along_heads, tuple(whole * index // count for index in range(count + 1)))
+        return Cut(along_heads, _bounds(whole, count))
 
     def part(self, cut: Cut, index: int) -> Load:
         """The sizes of one part; of an empty one nothing is sent, its transition neither."""
         length = cut.bounds[index + 1] - cut.bounds[index]
         return replace(self, heads=length) if cut.along_heads or length == 0 else replace(self, values=length)
+
+
+@lru_cache(maxsize=64)
+def _bounds(whole: int, count: int) -> tuple[int, ...]:
+    return tuple(whole * index // count for index in range(count + 1))
 
 
 def flat(state: Tensor) -> Tensor:
