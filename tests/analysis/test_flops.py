@@ -38,6 +38,7 @@ def with_gates(o: torch.Tensor, *gates: torch.Tensor | None) -> torch.Tensor:
 
 
 def recurrence(q, k, v, g=None, **options):
+    q = q() if callable(q) else q  # layers may leave q to be computed while the state is under way
     state, heads, outputs = start_of(k, v), v.shape[2], []
     for t in range(q.shape[1]):
         state = state + rows(k, t, heads).mT @ rows(v, t, heads)
