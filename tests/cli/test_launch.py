@@ -75,12 +75,27 @@ def alive(pid: int) -> bool:
         return False
 
 
+def listening(pid: int) -> set[str]:
+    """Addresses, in hexadecimal as the kernel gives them, at which a process waits to be reached."""
+    folder = Path(f"/proc/{pid}/fd")
+    sockets = {os.readlink(link) for link in folder.iterdir() if link.is_symlink()}
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                addresses.add(local.split(":")[0])
+    return addresses
+
+
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 
 
 @linux
 def test_ctrl_c_saves_and_ends_everything(running: subprocess.Popen[str], tmp_path: Path) -> None:
     started = workers(running.pid)
+    # Only this machine can reach the run: 127.0.0.1, on whatever ports.
+    assert {address for pid in (running.pid, *started.values()) for address in listening(pid)} == {"0100007F"}
     running.send_signal(signal.SIGINT)
     out, error = running.communicate(timeout=30)
     assert running.returncode == 75, error

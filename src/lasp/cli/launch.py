@@ -8,7 +8,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lasp.train.errors import PeerLostError
+from lasp.train.loopback import stay_on_loopback
 
 # How long the others may take to notice a dead process and end by themselves, and to obey SIGTERM.
 _GRACE_S = 10.0
@@ -121,9 +121,7 @@ def _environment(rank: int, num_processes: int, folder: Path, lifeline: int) -> 
     environment = dict(os.environ)
     # More threads than cores make processes that wait for each other many times slower.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
-    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    if loopback:
-        environment.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    stay_on_loopback(environment)
     return environment | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

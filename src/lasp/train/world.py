@@ -18,6 +18,7 @@ from lasp.distributed.comm import Comm
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
 from lasp.train.config import TrainConfig
 from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, RunError
+from lasp.train.loopback import stay_on_loopback
 
 _RECORD_BYTES = 8192
 
@@ -105,6 +106,8 @@ def join(config: TrainConfig) -> World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         config.validate(size)  # before anything is connected
         device = _device(config.device)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            stay_on_loopback(os.environ)
         if size > 1 or config.parallel.sp > 1:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
