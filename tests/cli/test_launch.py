@@ -15,6 +15,8 @@ import pytest
 from training_runs import SMALL, write_text
 
 from lasp.train import checkpoint
+from lasp.train.errors import ConfigError
+from lasp.train.lock import lock
 from lasp.train.metrics import read_metrics
 
 LASP = [sys.executable, "-m", "lasp.cli.main"]
@@ -117,11 +119,16 @@ def test_a_killed_process_ends_the_run_by_name(running: subprocess.Popen[str]) -
 
 
 @linux
-def test_no_process_outlives_the_launcher(running: subprocess.Popen[str]) -> None:
+def test_no_process_outlives_the_launcher(running: subprocess.Popen[str], tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"another run is writing to .*run \(host .*, process {workers(running.pid)[0]}\)"
+    ):
+        lock(tmp_path / "run")
     started = workers(running.pid)
     assert len(started) == 2 and all(alive(pid) for pid in started.values())
     running.kill()
     wait_until(lambda: not any(alive(pid) for pid in started.values()), deadline_s=15)
+    lock(tmp_path / "run").close()  # nothing is left to be cleared away
 
 
 def test_the_failing_process_says_why_once(tmp_path: Path) -> None:

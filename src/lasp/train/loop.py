@@ -30,6 +30,7 @@ from lasp.train.describe import describe
 from lasp.train.errors import ConfigError, PeerLostError
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
+from lasp.train.lock import lock
 from lasp.train.metrics import draw_curve
 from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
@@ -212,6 +213,7 @@ class _Run:
         )
         run_dir = self._choose_folder(found)
         run_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(run_dir)
         (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
         return {
             "run_dir": str(run_dir),
