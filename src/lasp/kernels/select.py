@@ -22,7 +22,7 @@ BACKENDS = ("auto", "fla", "reference", "torch", "triton")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FUSED_MAX_DIM = 256
 FUSED_CAPABILITY = 8
-_chosen: dict[tuple[str, torch.device, torch.dtype, int, bool], str] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
 
 
 def select(family: str, backend: str, x: Any) -> Stages:
@@ -34,21 +34,21 @@ def select(family: str, backend: str, x: Any) -> Stages:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        key = (family, x.q.device, x.q.dtype, max(x.q.shape[3], x.v.shape[3]), x.documents is not None)
+        key = (family, x.q.device, x.q.dtype, max(x.q.shape[3], x.v.shape[3]))
         backend = _chosen.get(key) or _choose(*key)
     return _load(family, backend)
 
 
-def _choose(family: str, device: torch.device, dtype: torch.dtype, dim: int, packed: bool) -> str:
-    reason = _against_triton(family, device, dtype, dim, packed)
+def _choose(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    reason = _against_triton(family, device, dtype, dim)
     backend = "torch" if reason else "triton"
     if not torch.compiler.is_compiling():  # which keeps no choices, and calls no logger
-        _chosen[family, device, dtype, dim, packed] = backend
+        _chosen[family, device, dtype, dim] = backend
         logger.info("backend auto of the %s recurrence: %s%s", family, backend, f" ({reason})" if reason else "")
     return backend
 
 
-def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: int, packed: bool) -> str:
+def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Why the fused kernels are not for these inputs; empty where they are."""
     if family != "decay":
         return "no fused kernels for it"
@@ -58,8 +58,6 @@ def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: 
         return f"the GPU's compute capability is below {FUSED_CAPABILITY}.0"
     if dtype not in FUSED_DTYPES or dim > FUSED_MAX_DIM:
         return f"{dtype} with heads of {dim} channels; the fused kernels take 16 and 32 bits up to {FUSED_MAX_DIM}"
-    if packed:
-        return "the fused kernels take no packed documents"
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 

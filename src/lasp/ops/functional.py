@@ -57,7 +57,7 @@ def linear_attention(
             [documents, H_v, K, V]. Documents may cross any number of ranks and may be empty; nothing leaks between.
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
         backend: "torch" (chunked, any device), "triton" (fused kernels on a GPU; bf16, fp16 and fp32, K and V up to
-            256, no packed documents) or "reference" (token by token, slow, exact); "auto" is "triton" where that
+            256) or "reference" (token by token, slow, exact); "auto" is "triton" where that
             runs, else "torch", and logs which (`lasp.kernels.select`, level INFO).
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ class Documents:
         """int64 [T], on the host: which document here each token belongs to."""
         lengths = torch.tensor([end - start for start, end in self.spans], dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(self.ids)), lengths)
+
+    @cached_property
+    def layouts(self) -> dict[Any, Any]:
+        """What kernels made of these documents, by keys of theirs: every layer of a model asks for the same."""
+        return {}
 
 
 @lru_cache(maxsize=64)

@@ -64,7 +64,9 @@ def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], 
 
     def planned(kind: int) -> tuple[Plan, dict[str, Any]]:
         p = plan(65536, 16, dim, dim, DTYPE, kind, 132, shared_limit)
-        return p, {"K": dim, "V": dim, "C": p.chunk, "DESCRIPTORS": p.descriptors, "PRECISION": p.precision}
+        return p, {"K": dim, "V": dim, "C": p.chunk, "DESCRIPTORS": p.descriptors, "PACKED": False} | {
+            "PRECISION": p.precision
+        }
 
     p, common = planned(HEAD.value)
     common |= {"BK": padded, "KIND": HEAD.value}
@@ -90,7 +92,8 @@ def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarge
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{NAME}" if name in INPUTS else "*fp16" if name == "stretches_ptr" else "*fp32"
+            others = {"stretches_ptr": "*fp16", "places_ptr": "*i32"}
+            signature[name] = f"*{NAME}" if name in INPUTS else others.get(name, "*fp32")
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"

@@ -48,12 +48,21 @@ class Case(NamedTuple):
     H_v: int = 32
     B: int = 1
     gates: str = "weak"
+    documents: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        return "-".join(str(value).removeprefix("torch.") for value in self)
+        shown = "-".join(str(value).removeprefix("torch.") for value in self[:-1])
+        return shown if self.documents is None else f"{shown}-packed"
+
+    @property
+    def states(self) -> int:
+        return self.B if self.documents is None else len(self.documents) - 1
 
 
 SHORT = {"T": 333, "H": 2, "H_v": 4, "B": 2}
+# Packed: documents of several segments, one of a single token, an empty one; short ones, many a segment's length.
+LONG_DOCUMENTS = {"T": 4603, "documents": (0, 2300, 2300, 4602, 4603)}
+SHORT_DOCUMENTS = {"H": 2, "H_v": 4, "T": 333, "documents": (0, 1, 1, 70, 199, 333)}
 CASES = [
     # 16 bits, chunks by descriptors and by pointers; every class of dims that the plan tells apart.
     *(Case(kind, BF16, D, D) for kind in KINDS for D in (64, 128, 256)),
@@ -64,6 +73,9 @@ CASES = [
     *(Case(kind, BF16, D, D) for kind in ("constant", "scalar", "channel") for D in (48, 80, 96, 100, 192)),
     *(Case(kind, dtype, 100, 48, **SHORT) for kind in ("scalar", "channel") for dtype in (FP16, FP32)),
     *(Case(kind, BF16, K, V) for kind in ("constant", "scalar", "channel") for K, V in ((64, 256), (128, 64))),
+    *(Case(kind, BF16, 128, 128, **documents) for kind in KINDS for documents in (LONG_DOCUMENTS, SHORT_DOCUMENTS)),
+    *(Case(kind, BF16, 256, 64, **LONG_DOCUMENTS) for kind in KINDS),
+    *(Case(kind, dtype, 64, 64, **SHORT_DOCUMENTS) for kind in KINDS for dtype in (FP16, FP32)),
     # Gates from 0 to -20, and none at all.
     *(Case(kind, dtype, 64, 64, **SHORT, gates="strong") for kind in KINDS[1:] for dtype in BOUNDS),
     *(Case(kind, BF16, 128, 128, gates="strong") for kind in KINDS[1:]),
@@ -102,14 +114,20 @@ def inputs(case: Case) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     x = {name: tensor.to(case.dtype) for name, tensor in x.items()}
     g = gate(case, random)
     x |= {} if g is None else {"g": g}
-    return x | {"initial_state": normal(B, H_v, K, V)}, normal(B, T, H_v, V).to(case.dtype), normal(B, H_v, K, V)
+    d_o, states = normal(B, T, H_v, V).to(case.dtype), (case.states, H_v, K, V)
+    return x | {"initial_state": normal(*states)}, d_o, normal(*states)
 
 
 def solve(
-    x: dict[str, Tensor], d_o: Tensor, d_final: Tensor, backend: str, dtype: torch.dtype | None
+    x: dict[str, Tensor],
+    d_o: Tensor,
+    d_final: Tensor,
+    backend: str,
+    dtype: torch.dtype | None,
+    documents: tuple[int, ...] | None = None,
 ) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in x.items()}
-    o, final = lasp.linear_attention(**leaves, output_final_state=True, backend=backend)
+    o, final = lasp.linear_attention(**leaves, output_final_state=True, cu_seqlens=documents, backend=backend)
     gradients = torch.autograd.grad((o, final), list(leaves.values()), (d_o.to(o.dtype), d_final.to(final.dtype)))
     return {"o": o.detach(), "final_state": final.detach()} | {
         f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
@@ -118,8 +136,8 @@ def solve(
 
 def check(case: Case) -> None:
     x, d_o, d_final = inputs(case)
-    values = solve(x, d_o, d_final, "triton", None)
-    references = solve(x, d_o, d_final, "torch", torch.float64)
+    values = solve(x, d_o, d_final, "triton", None, case.documents)
+    references = solve(x, d_o, d_final, "torch", torch.float64, case.documents)
     errors = {name: relative_error(values[name], references[name]) for name in values}
     bounds = BOUNDS[case.dtype]
     d_g = bounds.d_g_strong if case.gates == "strong" else bounds.d_g

@@ -28,15 +28,6 @@ def test_operator(gate: str, device: torch.device) -> None:
         assert relative_error(value, references[name]) <= BOUND, name
 
 
-def test_packed_documents_are_refused(device: torch.device) -> None:
-    """Rather than computed as one."""
-    x = {
-        name: tensor.to(device, torch.float32) for name, tensor in make("none", **DIMS).inputs.items() if name in "qkv"
-    }
-    with pytest.raises(ValueError, match="packed documents"):
-        lasp.linear_attention(**x, cu_seqlens=[0, 30, 70], backend="triton")
-
-
 def test_recomputation_gives_the_same_gradients(device: torch.device) -> None:
     problem = make("scalar", **DIMS)
     leaves = [problem.inputs[name].to(device, torch.float32).requires_grad_() for name in "qkvg"]

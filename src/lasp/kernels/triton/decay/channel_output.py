@@ -23,7 +23,6 @@ def _sweep(
     a_row,
     c_row,
     scale,
-    T,
     first,
     last,
     column,
@@ -37,19 +36,19 @@ def _sweep(
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    a_view = view(a_ptr, T, a_row, K, C, BK, DESCRIPTORS)
-    b_view = view(b_ptr, T, a_row, K, C, BK, DESCRIPTORS)
-    c_view = view(c_ptr, T, c_row, V, C, BV, DESCRIPTORS)
-    scores_view = view(scores_ptr, T, C, C, C, C, DESCRIPTORS)
-    out_view = view(out_ptr, T, c_row, V, C, BV, DESCRIPTORS)
+    a_view = view(a_ptr, last, a_row, K, C, BK, DESCRIPTORS)
+    b_view = view(b_ptr, last, a_row, K, C, BK, DESCRIPTORS)
+    c_view = view(c_ptr, last, c_row, V, C, BV, DESCRIPTORS)
+    scores_view = view(scores_ptr, last, C, C, C, C, DESCRIPTORS)
+    out_view = view(out_ptr, last, c_row, V, C, BV, DESCRIPTORS)
     channel = tl.arange(0, BK)
     chunks = tl.cdiv(last - first, C)
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
-        a = load_chunk(a_view, start, 0, T, a_row, K, C, BK, DESCRIPTORS)
-        b = load_chunk(b_view, start, 0, T, a_row, K, C, BK, DESCRIPTORS)
-        c = load_chunk(c_view, start, column, T, c_row, V, C, BV, DESCRIPTORS)
-        scores = load_chunk(scores_view, start, 0, T, C, C, C, C, DESCRIPTORS)
+        a = load_chunk(a_view, start, 0, last, a_row, K, C, BK, DESCRIPTORS)
+        b = load_chunk(b_view, start, 0, last, a_row, K, C, BK, DESCRIPTORS)
+        c = load_chunk(c_view, start, column, last, c_row, V, C, BV, DESCRIPTORS)
+        scores = load_chunk(scores_view, start, 0, last, C, C, C, C, DESCRIPTORS)
         # Loaded first, used last.
         total = tl.load(totals_ptr + tl.cast(start // C, tl.int64) * K + channel, mask=channel < K, other=0.0)
         if REVERSE:
@@ -60,12 +59,12 @@ def _sweep(
             out = tl.dot(a, state.to(tl.bfloat16), inside * scale)
         else:
             out = tl.dot(a.to(tl.float32), state, inside * scale, input_precision=PRECISION)
-        store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, T, c_row, V, C, BV, DESCRIPTORS)
+        store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, last, c_row, V, C, BV, DESCRIPTORS)
         state = tl.dot(tl.trans(b), c, state * tl.exp2(total)[:, None], input_precision=PRECISION)
     return state
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_output_kernel(
     q_ptr,  # [B, T, H_v, K], as channel_prepare wrote them
     k_ptr,  # likewise
@@ -77,28 +76,33 @@ def channel_output_kernel(
     before_ptr,  # fp32 [B, H_v, segments, K]: decay from the run's start to each segment
     state_in_ptr,  # fp32 [B, H_v, K, V]
     state_out_ptr,  # fp32 [B, H_v, K, V], written
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     T,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, border, ends = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     channel = tl.arange(0, BK)
     before = tl.exp2(tl.load(before_ptr + index * K + channel, mask=channel < K, other=0.0))
     entering, mask = state_tile(states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(state_in_ptr + run * K * V, 0, v_first, K, V, V, 1, BK, BV)
+    outside, _ = state_tile(state_in_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
     state = tl.load(entering, mask=mask, other=0.0) + before[:, None] * tl.load(outside, mask=mask, other=0.0)
     # A tile smaller than the program is held by several threads: none may store before all have loaded.
     tl.debug_barrier()
@@ -107,16 +111,16 @@ def channel_output_kernel(
     token_head = row * H_v + head
     state = _sweep(
         q_ptr + token_head * K, k_ptr + token_head * K, v_ptr + token_head * V,
-        totals_ptr + run * tl.cdiv(T, C) * K, scores_ptr + run * T * C,
-        o_ptr + token_head * V, state, H_v * K, H_v * V, scale, T, first, last, v_first,
+        totals_ptr + (run * chunks + chunk - first // C) * K, scores_ptr + run * T * C,
+        o_ptr + token_head * V, state, H_v * K, H_v * V, scale, first, last, v_first,
         K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
-    if segment == segments - 1:
-        leaving, _ = state_tile(state_out_ptr + run * K * V, 0, v_first, K, V, V, 1, BK, BV)
+    if ends:
+        leaving, _ = state_tile(state_out_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
         tl.store(leaving, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_value_gradient_kernel(
     q_ptr,  # [B, T, H_v, K], as channel_prepare wrote them
     k_ptr,  # likewise
@@ -127,34 +131,39 @@ def channel_value_gradient_kernel(
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
     d_state_out_ptr,  # fp32 [B, H_v, K, V]
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     T,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, border, _ = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     channel = tl.arange(0, BK)
     after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
     inside, mask = state_tile(d_states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(d_state_out_ptr + run * K * V, 0, v_first, K, V, V, 1, BK, BV)
+    outside, _ = state_tile(d_state_out_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
     state = tl.load(inside, mask=mask, other=0.0) + after[:, None] * tl.load(outside, mask=mask, other=0.0)
     row = tl.cast(batch, tl.int64) * T
     token_head = row * H_v + head
     _sweep(
         k_ptr + token_head * K, q_ptr + token_head * K, do_ptr + token_head * V,
-        totals_ptr + run * tl.cdiv(T, C) * K, scores_ptr + run * T * C,
-        dv_ptr + token_head * V, state, H_v * K, H_v * V, scale, T, first, last, v_first,
+        totals_ptr + (run * chunks + chunk - first // C) * K, scores_ptr + run * T * C,
+        dv_ptr + token_head * V, state, H_v * K, H_v * V, scale, first, last, v_first,
         K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip

@@ -32,9 +32,10 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sum_over,
 )
+from lasp.kernels.triton.decay.sweep import chunk_place
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
 def channel_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -44,37 +45,40 @@ def channel_prepare_kernel(
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
     totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
+    places_ptr,  # int32 [chunks, 2] if PACKED
     scale,
     T,
     H,
     H_v,
+    chunks,
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
     C: tl.constexpr,
     BASE: tl.constexpr,  # 2^BASE tokens a base block
     LEVELS: tl.constexpr,  # log2(C)
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    first = tl.program_id(1) * C
+    first, last = chunk_place(places_ptr, T, C, PACKED)
     head = tl.program_id(0) % H_v
     batch = tl.program_id(0) // H_v
     row = tl.cast(batch, tl.int64) * T
     run = tl.cast(batch, tl.int64) * H_v + head
     rows = ((row + first) * H + head // (H_v // H)) * K
-    q_view = view(q_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
-    g_view = view(g_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
-    from_start_view = view(from_start_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
-    to_end_view = view(to_end_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
+    q_view = view(q_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
+    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
+    g_view = view(g_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
+    from_start_view = view(from_start_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
+    to_end_view = view(to_end_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     scores = tl.zeros((C, C), tl.float32)
     for k_first in range(0, K, BK):
-        q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-        k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-        gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         if BASE > 0:
             to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
             base_q = (q * tl.exp2(to_middle)).to(dtype)
@@ -88,18 +92,18 @@ def channel_prepare_kernel(
         # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
         columns = k_first + tl.arange(0, BK)
         offsets = tl.arange(0, C)[:, None] * (H * K) + columns[None, :]
-        inside = (first + tl.arange(0, C) < T)[:, None] & (columns < K)[None, :]
+        inside = (first + tl.arange(0, C) < last)[:, None] & (columns < K)[None, :]
         for level in range(BASE, LEVELS):
             x = tl.load(tl.where(is_late(level, C), q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
             decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
             x = (x * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
-        store_chunk(from_start_view, from_start, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(from_start_view, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
-        store_chunk(to_end_view, to_end, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(to_end_view, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
-        chunk = run * tl.cdiv(T, C) + tl.program_id(1)
+        chunk = run * chunks + tl.program_id(1)
         tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
-    out = view(scores_ptr + run * T * C, T, C, C, C, C, DESCRIPTORS)
-    store_chunk(out, tl.where(i >= j, scores, 0.0).to(dtype), first, 0, T, C, C, C, C, DESCRIPTORS)
+    out = view(scores_ptr + run * T * C, last, C, C, C, C, DESCRIPTORS)
+    store_chunk(out, tl.where(i >= j, scores, 0.0).to(dtype), first, 0, last, C, C, C, C, DESCRIPTORS)

@@ -33,7 +33,6 @@ def _sweep(
     carry,  # [BK]
     v_row,
     k_row,
-    T,
     first,
     last,
     column,
@@ -47,19 +46,19 @@ def _sweep(
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    a_view = view(a_ptr, T, v_row, V, C, BV, DESCRIPTORS)
-    b_view = view(b_ptr, T, v_row, V, C, BV, DESCRIPTORS)
-    c_view = view(c_ptr, T, k_row, K, C, BK, DESCRIPTORS)
-    x_view = view(x_ptr, T, k_row, K, C, BK, DESCRIPTORS)
-    out_view = view(out_ptr, T, k_row, K, C, BK, DESCRIPTORS)
+    a_view = view(a_ptr, last, v_row, V, C, BV, DESCRIPTORS)
+    b_view = view(b_ptr, last, v_row, V, C, BV, DESCRIPTORS)
+    c_view = view(c_ptr, last, k_row, K, C, BK, DESCRIPTORS)
+    x_view = view(x_ptr, last, k_row, K, C, BK, DESCRIPTORS)
+    out_view = view(out_ptr, last, k_row, K, C, BK, DESCRIPTORS)
     channel = column + tl.arange(0, BK)
     chunks = tl.cdiv(last - first, C)
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
-        a = load_chunk(a_view, start, 0, T, v_row, V, C, BV, DESCRIPTORS)
-        b = load_chunk(b_view, start, 0, T, v_row, V, C, BV, DESCRIPTORS)
-        c = load_chunk(c_view, start, column, T, k_row, K, C, BK, DESCRIPTORS)
-        x = load_chunk(x_view, start, column, T, k_row, K, C, BK, DESCRIPTORS)
+        a = load_chunk(a_view, start, 0, last, v_row, V, C, BV, DESCRIPTORS)
+        b = load_chunk(b_view, start, 0, last, v_row, V, C, BV, DESCRIPTORS)
+        c = load_chunk(c_view, start, column, last, k_row, K, C, BK, DESCRIPTORS)
+        x = load_chunk(x_view, start, column, last, k_row, K, C, BK, DESCRIPTORS)
         here = tl.cast(start // C, tl.int64) * K + channel
         total = tl.load(totals_ptr + here, mask=channel < K, other=0.0)
         if dtype == tl.bfloat16:
@@ -76,10 +75,10 @@ def _sweep(
         else:
             tl.store(sums_ptr + here, sums, mask=channel < K)
         read = tl.trans(out).to(out_ptr.dtype.element_ty)
-        store_chunk(out_view, read, start, column, T, k_row, K, C, BK, DESCRIPTORS)
+        store_chunk(out_view, read, start, column, last, k_row, K, C, BK, DESCRIPTORS)
 
 
-@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_query_reads_kernel(
     from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
     to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
@@ -89,34 +88,39 @@ def channel_query_reads_kernel(
     read_q_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [B, H_v, chunks, K], written
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment
+    places_ptr,  # int32 [segments, 5] if PACKED
     T,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, _, _ = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
     token_head = tl.cast(batch, tl.int64) * T * H_v + head
-    chunk = run * tl.cdiv(T, C) * K
+    sums = (run * chunks + chunk - first // C) * K
     _sweep(
         do_ptr + token_head * V, v_ptr + token_head * V, to_end_ptr + token_head * K, from_start_ptr + token_head * K,
-        totals_ptr + chunk, read_q_ptr + token_head * K, sums_ptr + chunk, sums_ptr + chunk,
+        totals_ptr + sums, read_q_ptr + token_head * K, sums_ptr + sums, sums_ptr + sums,
         tl.load(entering, mask=mask, other=0.0), tl.zeros((BK,), tl.float32),
-        H_v * V, H_v * K, T, first, last, k_first, K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
+        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_key_reads_kernel(
     from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
     to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
@@ -131,39 +135,44 @@ def channel_key_reads_kernel(
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
     d_state_out_ptr,  # fp32 [B, H_v, K, V]
+    places_ptr,  # int32 [segments, 5] if PACKED
     T,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, border, ends = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     channel = k_first + tl.arange(0, BK)
     after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
     inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(d_state_out_ptr + run * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
     state = tl.load(inside, mask=mask, other=0.0) + after[:, None] * tl.load(outside, mask=mask, other=0.0)
     end_ptr = states_ptr + (index + 1) * K * V
-    if segment == segments - 1:
-        end_ptr = state_out_ptr + run * K * V
+    if ends:
+        end_ptr = state_out_ptr + border * K * V
     end, _ = state_tile(end_ptr, k_first, 0, K, V, V, 1, BK, BV)
     # Rounded as the sweep rounds it, so that what the last tokens add to the state cancels.
     rounded = state.to(tl.bfloat16).to(tl.float32) if v_ptr.dtype.element_ty == tl.bfloat16 else state
     carry = tl.sum(tl.load(end, mask=mask, other=0.0) * rounded, 1)
     token_head = tl.cast(batch, tl.int64) * T * H_v + head
-    chunk = run * tl.cdiv(T, C) * K
+    sums = (run * chunks + chunk - first // C) * K
     _sweep(
         v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, to_end_ptr + token_head * K,
-        totals_ptr + chunk, read_k_ptr + token_head * K, sums_ptr + chunk, carry_ptr + chunk,
-        state, carry, H_v * V, H_v * K, T, first, last, k_first, K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
+        totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, carry_ptr + sums,
+        state, carry, H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip

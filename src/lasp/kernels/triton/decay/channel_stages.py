@@ -15,9 +15,10 @@ from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
 from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel, channel_query_reads_kernel
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
 from lasp.kernels.triton.decay.channel_within import channel_within_kernel
+from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, places_of
 from lasp.kernels.triton.decay.plan import Plan, tile
 from lasp.kernels.triton.decay.scan import scan_kernel
-from lasp.recurrence.contract import Run
+from lasp.recurrence.contract import Run, num_states
 
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 # A program of one chunk would spend longer on making descriptors than on its chunk.
@@ -85,32 +86,37 @@ def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Sum
     empty = {"dtype": torch.float32, "device": k.device}
     states = torch.empty(B, H_v, p.segments, K, V, **empty)
     decays = torch.empty(2, B, H_v, p.segments, K, **empty)
-    total, total_decay = torch.empty(B, H_v, K, V, **empty), torch.empty(B, H_v, K, **empty)
+    count = num_states(x)
+    total, total_decay = torch.empty(count, H_v, K, V, **empty), torch.empty(count, H_v, K, **empty)
+    places, packed = places_of(p, states), p.tables is not None
     columns, warps, stages = p.channels
     launch(
-        channel_summary_kernel, (-(-K // columns) * H_v * B, p.segments), (k, v, x.g, states, decays[0]),
-        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, reverse, p.descriptors, p.precision), warps, stages,
+        channel_summary_kernel, (-(-K // columns) * H_v * B, p.segments), (k, v, x.g, states, decays[0], places),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, reverse, p.descriptors, packed, p.precision), warps, stages,
     )  # fmt: skip
     launch(
-        scan_kernel, (-(-K * V // SCAN_BLOCK), B * H_v), (states, decays[0], decays[1], total, total_decay),
-        (p.segments,), (K * V, V, K, SCAN_BLOCK, reverse), SCAN_WARPS, 1,
+        scan_kernel, (-(-K * V // SCAN_BLOCK) * count * H_v, 1),
+        (states, decays[0], decays[1], total, total_decay, bounds_of(p, states)),
+        (p.segments, H_v), (K * V, V, K, SCAN_BLOCK, reverse, packed), SCAN_WARPS, 1,
     )  # fmt: skip
     return Summary(Diagonal(total_decay), total), Segments(states, decays[1])
 
 
 def local_outputs(x: Run, p: Plan) -> Prepared:
     B, T, H, K = x.q.shape
-    H_v, device, chunks = x.v.shape[2], x.q.device, -(-T // p.chunk)
+    H_v, device, chunks = x.v.shape[2], x.q.device, p.chunks
     scores = torch.empty(B, H_v, T, p.chunk, dtype=x.q.dtype, device=device)
     from_start, to_end = (torch.empty(B, T, H_v, K, dtype=x.q.dtype, device=device) for _ in range(2))
     totals = torch.empty(B, H_v, chunks, K, dtype=torch.float32, device=device)
     columns, warps, stages = p.channel_prepare
+    packed = p.tables is not None
     launch(
         channel_prepare_kernel, (H_v * B, chunks), 
-        (x.q, x.k, x.g, stretch_matrices(p.chunk, p.exact, device), scores, from_start, to_end, totals),
-        (x.scale, T, H, H_v),
-        (K, columns, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.precision),
+        (x.q, x.k, x.g, stretch_matrices(p.chunk, p.exact, device), scores, from_start, to_end, totals,
+         chunks_of(p, totals)),
+        (x.scale, T, H, H_v, p.chunks),
+        (K, columns, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, packed, p.precision),
         warps, stages,
     )  # fmt: skip
     return Prepared(scores, from_start, to_end, totals)
@@ -120,13 +126,14 @@ def outputs(x: Run, p: Plan, totals: Segments, prepared: Prepared, state_in: Ten
     B, T, _, K = x.q.shape
     H_v, V = x.v.shape[2:]
     o, leaving = torch.empty_like(x.v), torch.empty_like(state_in)
+    packed = p.tables is not None
     columns, warps, stages = p.channel_values
     launch(
         channel_output_kernel, (-(-V // columns) * H_v * B, p.segments),
         (prepared.from_start, prepared.to_end, x.v, prepared.totals, prepared.scores, o,
-         totals.states, totals.decays, state_in, leaving),
-        (x.scale, T, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.precision), warps, stages,
+         totals.states, totals.decays, state_in, leaving, places_of(p, leaving)),
+        (x.scale, T, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, packed, p.precision), warps, stages,
     )  # fmt: skip
     return o, Saved(totals.states, leaving, prepared)
 
@@ -136,12 +143,14 @@ def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor) -> QueryReads:
     K, ready = x.q.shape[3], saved.prepared
     read_q = torch.empty(B, T, H_v, K, dtype=_read_dtype(x), device=x.q.device)
     sums = torch.empty_like(ready.totals)
+    packed = p.tables is not None
     columns, warps, stages = p.channel_reads
     launch(
         channel_query_reads_kernel, (-(-K // columns) * H_v * B, p.segments),
-        (ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums, saved.entering),
-        (T, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, p.precision), warps, stages,
+        (ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums, saved.entering,
+         places_of(p, sums)),
+        (T, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, packed, p.precision), warps, stages,
     )  # fmt: skip
     return QueryReads(read_q, sums)
 
@@ -154,24 +163,25 @@ def gradients(
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     ready, padded = saved.prepared, tile(V, x.q.dtype)
+    places, packed = places_of(p, adjoint.states), p.tables is not None
     read_k, carry = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     columns, warps, stages = p.channel_reads
     launch(
         channel_key_reads_kernel, (-(-K // columns) * H_v * B, p.segments),
         (ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, carry,
-         saved.entering, saved.leaving, adjoint.states, adjoint.decays, d_state_out),
-        (T, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, padded, p.chunk, p.descriptors, p.precision), warps, stages,
+         saved.entering, saved.leaving, adjoint.states, adjoint.decays, d_state_out, places),
+        (T, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, columns, padded, p.chunk, p.descriptors, packed, p.precision), warps, stages,
     )  # fmt: skip
     dq, dk = (torch.empty(B, T, H_v, K, dtype=dtype, device=x.q.device) for _ in range(2))
     dg = torch.empty(B, T, H_v, K, dtype=torch.float32, device=x.q.device)
     columns, warps, stages = p.channel_within
     launch(
-        channel_within_kernel, (-(-K // columns) * H_v * B, -(-T // p.chunk)),
+        channel_within_kernel, (-(-K // columns) * H_v * B, p.chunks),
         (x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, p.exact, x.q.device), local.read_q, read_k, carry,
-         dq, dk, dg),
-        (x.scale, T, H, H_v),
-        (K, V, columns, padded, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS,
+         dq, dk, dg, chunks_of(p, carry)),
+        (x.scale, T, H, H_v, p.chunks),
+        (K, V, columns, padded, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, packed,
          p.precision),
         warps, stages,
     )  # fmt: skip
@@ -180,9 +190,9 @@ def gradients(
     launch(
         channel_value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
         (ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv,
-         adjoint.states, adjoint.decays, d_state_out),
-        (x.scale, T, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.precision), warps, stages,
+         adjoint.states, adjoint.decays, d_state_out, places),
+        (x.scale, T, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, packed, p.precision), warps, stages,
     )  # fmt: skip
     return dq, dk, dv, dg
 

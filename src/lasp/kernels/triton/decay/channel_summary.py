@@ -5,21 +5,24 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 from lasp.kernels.triton.decay.channel_gates import gate_operand, load_channel_gates, prefix_sums, suffix_sums
+from lasp.kernels.triton.decay.sweep import place
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_summary_kernel(
     k_ptr,  # [B, T, H, K]; q when REVERSE
     v_ptr,  # [B, T, H_v, V]; do when REVERSE
     g_ptr,  # [B, T, H_v, K]
     totals_ptr,  # fp32 [B, H_v, segments, K, V], written
     decays_ptr,  # fp32 [B, H_v, segments, K], base 2, written
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     T,
     H,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,  # rows of the state a program has
@@ -27,29 +30,28 @@ def channel_summary_kernel(
     C: tl.constexpr,
     REVERSE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     slices: tl.constexpr = (K + BK - 1) // BK
-    k_first = (tl.program_id(0) % slices) * BK
-    head = tl.program_id(0) // slices % H_v
-    batch = tl.program_id(0) // slices // H_v
-    segment = tl.program_id(1)
-    first = segment * segment_chunks * C
-    last = tl.minimum(first + segment_chunks * C, T)
+    part, head, batch, segment, first, last, _, _, _ = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
+    k_first = part * BK
     row = tl.cast(batch, tl.int64) * T
-    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + (row * H_v + head) * V, T, H_v * V, V, C, BV, DESCRIPTORS)
-    g_view = view(g_ptr + (row * H_v + head) * K, T, H_v * K, K, C, BK, DESCRIPTORS)
+    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    g_view = view(g_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
     # Transposed, [BV, BK], so that a channel's decay is one column's.
     state = tl.zeros((BV, BK), tl.float32)
     decay = tl.zeros((BK,), tl.float32)
-    chunks = tl.cdiv(last - first, C)
-    for step in range(chunks):
-        start = first + (chunks - 1 - step if REVERSE else step) * C
-        k = load_chunk(k_view, start, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-        v = load_chunk(v_view, start, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
-        gates = load_channel_gates(g_view, start, last, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+    steps = tl.cdiv(last - first, C)
+    for step in range(steps):
+        start = first + (steps - 1 - step if REVERSE else step) * C
+        k = load_chunk(k_view, start, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        v = load_chunk(v_view, start, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+        gates = load_channel_gates(g_view, start, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         operand = gate_operand(gates, dtype)
         total = tl.sum(gates, 0)
         if REVERSE:

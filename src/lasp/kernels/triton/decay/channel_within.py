@@ -26,9 +26,10 @@ from lasp.kernels.triton.decay.channel_gates import (
     sums_to_end,
     widened,
 )
+from lasp.kernels.triton.decay.sweep import chunk_place
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
 def channel_within_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -42,10 +43,12 @@ def channel_within_kernel(
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
+    places_ptr,  # int32 [chunks, 2] if PACKED
     scale,
     T,
     H,
     H_v,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,  # channels a program has
@@ -54,6 +57,7 @@ def channel_within_kernel(
     BASE: tl.constexpr,
     LEVELS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
@@ -61,20 +65,20 @@ def channel_within_kernel(
     k_first = (tl.program_id(0) % slices) * BK
     head = tl.program_id(0) // slices % H_v
     batch = tl.program_id(0) // slices // H_v
-    first = tl.program_id(1) * C
+    first, last = chunk_place(places_ptr, T, C, PACKED)
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
     out = token_head * K
-    q_view = view(q_ptr + qk, T, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + qk, T, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + token_head * V, T, H_v * V, V, C, BV, DESCRIPTORS)
-    do_view = view(do_ptr + token_head * V, T, H_v * V, V, C, BV, DESCRIPTORS)
-    g_view = view(g_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
+    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    k_view = view(k_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    do_view = view(do_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    g_view = view(g_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
 
-    gates = load_channel_gates(g_view, first, T, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-    v = load_chunk(v_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
-    do = load_chunk(do_view, first, 0, T, H_v * V, V, C, BV, DESCRIPTORS)
+    gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    v = load_chunk(v_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+    do = load_chunk(do_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
@@ -88,8 +92,8 @@ def channel_within_kernel(
     # exactly. A token decays nothing between itself and itself: the diagonal is no part of it.
     terms = tl.zeros((C, BK), tl.float32)
     if BASE > 0:
-        q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-        k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
+        q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
         to_q = tl.exp2(to_middle)
         to_k = tl.exp2(-to_middle)
@@ -104,7 +108,7 @@ def channel_within_kernel(
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
-    inside = (first + tl.arange(0, C) < T)[:, None] & (k_first + tl.arange(0, BK) < K)[None, :]
+    inside = (first + tl.arange(0, C) < last)[:, None] & (k_first + tl.arange(0, BK) < K)[None, :]
     rows = qk + tl.cast(first, tl.int64) * (H * K)
     for level in range(BASE, LEVELS):
         late = is_late(level, C)
@@ -118,23 +122,23 @@ def channel_within_kernel(
         d_x *= decay
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
-    q = load_chunk(q_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-    k = load_chunk(k_view, first, k_first, T, H * K, K, C, BK, DESCRIPTORS)
-    read_q_view = view(read_q_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
-    read_k_view = view(read_k_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
-    read_q = load_chunk(read_q_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-    read_k = load_chunk(read_k_view, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+    q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    read_q_view = view(read_q_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    read_k_view = view(read_k_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    read_q = load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    read_k = load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     past = read_q * (tl.exp2(prefix_sums(operand, C)) * scale)
     future = read_k * tl.exp2(suffix_sums(operand, C))
     channel = k_first + tl.arange(0, BK)
-    chunk = (tl.cast(batch, tl.int64) * H_v + head) * tl.cdiv(T, C) + tl.program_id(1)
+    chunk = (tl.cast(batch, tl.int64) * H_v + head) * chunks + tl.program_id(1)
     carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
     dg = sums_to_end(terms + q * past - k * future, dtype, C) + carry[None, :]
     dq += past + diagonal * k
     dk += future + diagonal * q
-    dq_view = view(dq_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
-    dk_view = view(dk_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
-    dg_view = view(dg_ptr + out, T, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dq_view, dq.to(dq_ptr.dtype.element_ty), first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dk_view, dk.to(dk_ptr.dtype.element_ty), first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dg_view, dg, first, k_first, T, H_v * K, K, C, BK, DESCRIPTORS)
+    dq_view = view(dq_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dk_view = view(dk_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dg_view = view(dg_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dq_view, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dk_view, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dg_view, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -9,28 +9,31 @@ rounded; products inside a chunk cancel exactly in their difference, since both 
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.decay.sweep import place
 
-@triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks"])
+
+@triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])
 def gate_gradient_kernel(
     q_sums_ptr,  # fp32 [parts, B, H_v, chunks C]: q . dq
     k_sums_ptr,  # likewise: k . dk
     carry_ptr,  # fp32 [slices, B, H_v, segments]
     dg_ptr,  # fp32 [B, T, H_v], written
+    places_ptr,  # int32 [segments, 5] if PACKED
     T,
     rows,  # B H_v
     H_v,
     segments,
     segment_chunks,
+    chunks,
     C: tl.constexpr,
     PARTS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens at a time
+    PACKED: tl.constexpr,
 ):
     run = tl.cast(tl.program_id(0), tl.int64)
-    segment = tl.program_id(1)
-    first = segment * segment_chunks * C
-    last = tl.minimum(first + segment_chunks * C, T)
-    padded = tl.cdiv(T, C) * C
+    _, _, _, segment, first, last, chunk, _, _ = place(places_ptr, 1, segments, segment_chunks, T, H_v, C, PACKED)
+    slot = chunk * C - first
     carry = 0.0
     for part in range(SLICES):
         carry += tl.load(carry_ptr + (part * rows + run) * segments + segment)
@@ -41,8 +44,8 @@ def gate_gradient_kernel(
         inside = at < last
         terms = tl.zeros((BLOCK,), tl.float32)
         for part in range(PARTS):
-            place = (part * rows + run) * padded + at
-            terms += tl.load(q_sums_ptr + place, mask=inside, other=0.0)
-            terms -= tl.load(k_sums_ptr + place, mask=inside, other=0.0)
+            here = (part * rows + run) * chunks * C + slot + at
+            terms += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
+            terms -= tl.load(k_sums_ptr + here, mask=inside, other=0.0)
         tl.store(out_ptr + tl.cast(at, tl.int64) * H_v, carry + tl.cumsum(terms, 0, reverse=True), mask=inside)
         carry += tl.sum(terms, 0)

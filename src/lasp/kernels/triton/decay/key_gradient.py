@@ -7,7 +7,7 @@ from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.sweep import PART_ROWS, place, sweep
 
 
-@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def key_gradient_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -25,6 +25,7 @@ def key_gradient_kernel(
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
     d_state_out_ptr,  # fp32 [B, H_v, K, V]
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     B,
     T,
@@ -32,6 +33,7 @@ def key_gradient_kernel(
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,  # columns of dk a program has
@@ -41,27 +43,30 @@ def key_gradient_kernel(
     SUMS: tl.constexpr,
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, border, ends = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(d_state_out_ptr + run * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
     after = tl.exp2(tl.load(after_ptr + index))
     state = tl.load(inside, mask=mask, other=0.0) + after * tl.load(outside, mask=mask, other=0.0)
     if SUMS:
         end_ptr = states_ptr + (index + 1) * K * V
-        if segment == segments - 1:
-            end_ptr = state_out_ptr + run * K * V
+        if ends:
+            end_ptr = state_out_ptr + border * K * V
         end, _ = state_tile(end_ptr, k_first, 0, K, V, V, 1, BK, BV)
         # Rounded as the sweep rounds it, so that what the last tokens add to S cancels.
         rounded = state.to(tl.bfloat16).to(tl.float32) if v_ptr.dtype.element_ty == tl.bfloat16 else state
         carry = tl.sum(tl.load(end, mask=mask, other=0.0) * rounded)
         tl.store(carry_ptr + tl.cast(part, tl.int64) * B * H_v * segments + index, carry)
-    padded = tl.cdiv(T, C) * C
+    padded = chunks * C
     sums_row = tl.cast(B, tl.int64) * H_v * padded
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
@@ -70,6 +75,7 @@ def key_gradient_kernel(
         v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
         g_ptr, prefix_ptr + run * padded, from_start_ptr + run * padded, to_end_ptr + run * padded,
         k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
-        state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last, k_first,
+        state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last,
+        chunk * C - first, k_first,
         V, K, BV, BK, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

@@ -118,9 +118,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None,
     results = [v.new_empty(v.shape), state(B, H_v, K, V), state(B, H_v, p.segments, K, V)]
     if g is not None and g.dim() == 4:
         prepared = [q.new_empty(B, H_v, T, p.chunk), q.new_empty(B, T, H_v, K), q.new_empty(B, T, H_v, K)]
-        return [*results, *prepared, state(B, H_v, -(-T // p.chunk), K)]
+        return [*results, *prepared, state(B, H_v, p.chunks, K)]
     if g is not None and g.dim() == 3:
-        return [*results, state(3, B, H_v, -(-T // p.chunk) * p.chunk)]
+        return [*results, state(3, B, H_v, p.chunks * p.chunk)]
     return [*results, state(2, B, H_v, p.segments)]
 
 

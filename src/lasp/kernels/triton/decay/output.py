@@ -7,7 +7,7 @@ from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.sweep import place, sweep
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def output_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -21,12 +21,14 @@ def output_kernel(
     before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment
     state_in_ptr,  # fp32 [B, H_v, K, V]
     state_out_ptr,  # fp32 [B, H_v, K, V], written
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     T,
     H,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -35,30 +37,33 @@ def output_kernel(
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, border, ends = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    outside, _ = state_tile(state_in_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)
+    outside, _ = state_tile(state_in_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
     before = tl.exp2(tl.load(before_ptr + run * segments + segment))
     state = tl.load(entering, mask=mask, other=0.0) + before * tl.load(outside, mask=mask, other=0.0)
     # A tile smaller than the program is held by several threads: none may store before all have loaded.
     tl.debug_barrier()
     tl.store(entering, state, mask=mask)
 
-    padded = run * tl.cdiv(T, C) * C
+    padded = run * chunks * C
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
     state = sweep(
         q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
         g_ptr, prefix_ptr + padded, from_start_ptr + padded, to_end_ptr + padded, o_ptr + vo, o_ptr + vo,
-        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, v_first,
+        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, chunk * C - first, v_first,
         K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
-    if segment == segments - 1:
-        leaving, _ = state_tile(state_out_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)
+    if ends:
+        leaving, _ = state_tile(state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
         tl.store(leaving, state, mask=mask)

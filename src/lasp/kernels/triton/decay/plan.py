@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,7 @@ class Plan(NamedTuple):
         chunk: tokens per chunk.
         segment_chunks: chunks that one program walks.
         segments: of one head.
+        chunks: of one head.
         summary: of the summaries.
         keys: of the sweeps whose output has K columns (dq, dk).
         scalar_keys: of the same where the decay's gradient is wanted too.
@@ -48,11 +49,13 @@ class Plan(NamedTuple):
         exact: whether decays between tokens are summed pair by pair (fp32).
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
+        tables: where packed documents lie (`layout.Tables`), or None.
     """
 
     chunk: int
     segment_chunks: int
     segments: int
+    chunks: int
     summary: Tiles
     keys: Tiles
     scalar_keys: Tiles
@@ -65,6 +68,7 @@ class Plan(NamedTuple):
     exact: bool
     descriptors: bool
     precision: str
+    tables: Any = None
 
 
 def tile(dim: int, dtype: torch.dtype) -> int:
@@ -157,6 +161,7 @@ def plan(
         chunk=chunk,
         segment_chunks=length,
         segments=-(-chunks // length),
+        chunks=chunks,
         summary=fitting(Tiles(128 if wide else min(narrow, tile(V, dtype)), 4, 3)),
         keys=fitting(_sweep_tiles(K, V, dtype, kind)),
         scalar_keys=fitting(_scalar_tiles(K, V, dtype)),

@@ -7,7 +7,7 @@ from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.sweep import PART_ROWS, place, sweep
 
 
-@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def query_gradient_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -20,6 +20,7 @@ def query_gradient_kernel(
     dq_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: q . dq
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     B,
     T,
@@ -27,6 +28,7 @@ def query_gradient_kernel(
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,  # columns of dq a program has
@@ -36,14 +38,17 @@ def query_gradient_kernel(
     SUMS: tl.constexpr,
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, _, _ = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    padded = tl.cdiv(T, C) * C
+    padded = chunks * C
     sums_row = tl.cast(B, tl.int64) * H_v * padded
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
@@ -53,6 +58,6 @@ def query_gradient_kernel(
         g_ptr, prefix_ptr + run * padded, from_start_ptr + run * padded, to_end_ptr + run * padded,
         q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
         tl.load(entering, mask=mask, other=0.0),
-        H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last, k_first,
+        H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last, chunk * C - first, k_first,
         V, K, BV, BK, C, KIND, False, SUMS, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

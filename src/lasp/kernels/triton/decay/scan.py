@@ -13,22 +13,26 @@ from lasp.kernels.triton.decay.gates import LOG2_E
 UNROLL = tl.constexpr(4)  # loads in flight per thread; the body below is written out for it
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["segments", "H_v"])
 def scan_kernel(
-    states_ptr,  # fp32 [B * H_v, segments, K, V]: totals, replaced by the state entering each segment
-    decays_ptr,  # fp32 [B * H_v, segments, D], base 2
+    states_ptr,  # fp32 [B, H_v, segments, K, V]: totals, replaced by the state entering each segment
+    decays_ptr,  # fp32 [B, H_v, segments, D], base 2
     before_ptr,  # like decays, written: the decay from the run's start (REVERSE: end) to each segment
-    total_ptr,  # fp32 [B * H_v, K, V]: the whole run's total, written
-    total_decay_ptr,  # fp32 [B * H_v, D]: the whole run's natural log-decay, written
+    total_ptr,  # fp32 [B or documents, H_v, K, V]: the whole run's total, written
+    total_decay_ptr,  # fp32 [B or documents, H_v, D]: the whole run's natural log-decay, written
+    bounds_ptr,  # int32 [documents + 1] if PACKED: the segments of each document
     segments,
+    H_v,
     SIZE: tl.constexpr,  # K * V
     V: tl.constexpr,
     D: tl.constexpr,  # decays a head: 1, or K
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
-    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    run = (tl.program_id(0) // blocks).to(tl.int64)
+    flat = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = flat < SIZE
     if D == 1:
         channel = flat * 0
@@ -36,9 +40,14 @@ def scan_kernel(
     else:
         channel = flat // V
         writes = inside & (flat % V == 0)
-    states_ptr += head * segments * SIZE + flat
-    decays_ptr += head * segments * D + channel
-    before_ptr += head * segments * D + channel
+    begin = run * segments
+    if PACKED:
+        document = tl.load(bounds_ptr + run // H_v)
+        begin = run % H_v * segments + document
+        segments = tl.load(bounds_ptr + run // H_v + 1) - document
+    states_ptr += begin * SIZE + flat
+    decays_ptr += begin * D + channel
+    before_ptr += begin * D + channel
     state = tl.zeros((BLOCK,), tl.float32)
     decay = tl.zeros((BLOCK,), tl.float32)
     for block in range(tl.cdiv(segments, UNROLL)):
@@ -77,5 +86,5 @@ def scan_kernel(
         tl.store(before_ptr + i2 * D, decay + d0 + d1, mask=m2 & writes)
         tl.store(before_ptr + i3 * D, decay + d0 + d1 + d2, mask=m3 & writes)
         decay += d0 + d1 + d2 + d3
-    tl.store(total_ptr + head * SIZE + flat, state, mask=inside)
-    tl.store(total_decay_ptr + head * D + channel, decay / LOG2_E, mask=writes)
+    tl.store(total_ptr + run * SIZE + flat, state, mask=inside)
+    tl.store(total_decay_ptr + run * D + channel, decay / LOG2_E, mask=writes)

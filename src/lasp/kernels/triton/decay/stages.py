@@ -22,6 +22,7 @@ from lasp.kernels.triton.decay import channel_stages as channel
 from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
+from lasp.kernels.triton.decay.layout import bounds_of, packed_plan, places_of
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
@@ -29,7 +30,7 @@ from lasp.kernels.triton.decay.scan import scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.sweep import PART_ROWS
 from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
-from lasp.recurrence.contract import Run
+from lasp.recurrence.contract import Run, num_states
 
 GROUPED_HEADS = True
 SUMMARY_WITHOUT_QUERIES = True
@@ -111,8 +112,6 @@ def prepare(x: Run) -> tuple[Run, Plan]:
             f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {MAX_DIM}, got {x.q.dtype} with K = {K}, "
             f"V = {V}; use backend='torch'"
         )
-    if x.documents is not None:
-        raise ValueError("backend 'triton' does not take packed documents (cu_seqlens) yet; use backend='torch'")
     use_scratch()
     if not (
         x.q.is_contiguous() and x.k.is_contiguous() and x.v.is_contiguous() and (x.g is None or x.g.is_contiguous())
@@ -121,10 +120,14 @@ def prepare(x: Run) -> tuple[Run, Plan]:
         g = None if x.g is None else x.g.contiguous().requires_grad_(x.g.requires_grad)
         x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
     p = plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device_limits(x.q.device))
-    if _per_channel(x) and MAX_GRID * p.chunk < T:
+    if x.documents is not None:
+        p = packed_plan(p, x.documents, x.q.device)
+    programs = p.chunks if _per_channel(x) else p.segments
+    if programs > MAX_GRID:
         raise ValueError(
-            f"backend 'triton' takes up to {MAX_GRID * p.chunk} tokens a rank with a gate per channel, got {T}; "
-            "split the sequence over more ranks or use backend='torch'"
+            f"backend 'triton' takes up to {MAX_GRID} {'chunks' if _per_channel(x) else 'segments'} a rank (of "
+            f"{p.chunk} tokens or more, or of one document), got {programs}; split the sequence over more ranks or use "
+            "backend='torch'"
         )
     return x, p
 
@@ -142,20 +145,23 @@ def totals_of(x: Run, p: Plan, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[
     states = torch.empty(B, H_v, p.segments, K, V, dtype=f32, device=device)
     gates = torch.empty(2, B, H_v, p.segments, dtype=f32, device=device)
     decays, before = gates[0], gates[1]
-    total = torch.empty(B, H_v, K, V, dtype=f32, device=device)
-    total_decay = torch.empty(B, H_v, dtype=f32, device=device)
+    count = num_states(x)
+    total = torch.empty(count, H_v, K, V, dtype=f32, device=device)
+    total_decay = torch.empty(count, H_v, dtype=f32, device=device)
+    places, packed = places_of(p, states), p.tables is not None
     if kind == TOKEN.value and not reverse:
-        gates = torch.empty(3, B, H_v, -(-T // p.chunk) * p.chunk, dtype=f32, device=device)
+        gates = torch.empty(3, B, H_v, p.chunks * p.chunk, dtype=f32, device=device)
     columns, warps, stages = p.summary
     launch(
         summary_kernel, (-(-V // columns) * H_v * B, p.segments),
-        (k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1], gates[-1]),
-        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind, reverse, p.descriptors, p.precision), warps, stages,
+        (k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1], gates[-1], places),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind, reverse, p.descriptors, packed, p.precision), warps, stages,
     )  # fmt: skip
     launch(
-        scan_kernel, (-(-K * V // SCAN_BLOCK), B * H_v), (states, decays, before, total, total_decay),
-        (p.segments,), (K * V, V, 1, SCAN_BLOCK, reverse), SCAN_WARPS, 1,
+        scan_kernel, (-(-K * V // SCAN_BLOCK) * count * H_v, 1),
+        (states, decays, before, total, total_decay, bounds_of(p, states)),
+        (p.segments, H_v), (K * V, V, 1, SCAN_BLOCK, reverse, packed), SCAN_WARPS, 1,
     )  # fmt: skip
     return Summary(Identity() if x.g is None else Scalar(total_decay), total), Segments(states, before, gates)
 
@@ -184,13 +190,15 @@ def outputs_of(x: Run, p: Plan, totals: Any, partial: Any, state_in: Tensor) -> 
     H_v, V = x.v.shape[2:]
     o = torch.empty_like(x.v)
     leaving = torch.empty_like(state_in)
+    places, packed = places_of(p, leaving), p.tables is not None
     columns, warps, stages = p.values
     launch(
         output_kernel, (-(-V // columns) * H_v * B, p.segments),
         (x.q, x.k, x.v, x.q if x.g is None else x.g, *_three(totals.gates), o,
-         totals.states, totals.decays, state_in, leaving),
-        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.precision), warps, stages,
+         totals.states, totals.decays, state_in, leaving, places),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, packed, p.precision),
+        warps, stages,
     )  # fmt: skip
     return o, Saved(totals.states, leaving, totals.gates)
 
@@ -213,15 +221,17 @@ def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
     columns, warps, stages = p.scalar_keys if with_decay else p.keys
     slices = -(-K // columns)
     dq = torch.empty(B, T, H_v, K, dtype=_partial_dtype(x), device=x.q.device)
+    places, packed = places_of(p, dq), p.tables is not None
     sums = saved.leaving
     if with_decay:
-        shape = (slices * columns // PART_ROWS.value, B, H_v, -(-T // p.chunk) * p.chunk)
+        shape = (slices * columns // PART_ROWS.value, B, H_v, p.chunks * p.chunk)
         sums = torch.empty(shape, dtype=torch.float32, device=dq.device)
     launch(
         query_gradient_kernel, (slices * H_v * B, p.segments),
-        (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, *_three(saved.gates), dq, sums, saved.entering),
-        (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.precision),
+        (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, *_three(saved.gates), dq, sums, saved.entering, places),
+        (x.scale, B, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, packed,
+         p.precision),
         warps, stages,
     )  # fmt: skip
     return QueryGradient(dq, sums)
@@ -248,6 +258,7 @@ def gradients_of(
     with_decay = _with_decay(x)
 
     dk = torch.empty_like(local.dq)
+    places, packed = places_of(p, dk), p.tables is not None
     columns, warps, stages = p.scalar_keys if with_decay else p.keys
     slices = -(-K // columns)
     sums = carry = local.sums
@@ -256,9 +267,10 @@ def gradients_of(
     launch(
         key_gradient_kernel, (slices * H_v * B, p.segments),
         (x.q, x.k, x.v, d_o, g, *gates, dk, sums, carry,
-         saved.entering, saved.leaving, d_states, after, d_state_out),
-        (x.scale, B, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.precision),
+         saved.entering, saved.leaving, d_states, after, d_state_out, places),
+        (x.scale, B, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, packed,
+         p.precision),
         warps, stages,
     )  # fmt: skip
 
@@ -266,9 +278,10 @@ def gradients_of(
     columns, warps, stages = p.values
     launch(
         value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
-        (x.q, x.k, d_o, g, *gates, dv, d_states, after, d_state_out),
-        (x.scale, T, H, H_v, p.segments, p.segment_chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.precision), warps, stages,
+        (x.q, x.k, d_o, g, *gates, dv, d_states, after, d_state_out, places),
+        (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, packed, p.precision),
+        warps, stages,
     )  # fmt: skip
     d_gate = _gate_gradient(x, p, local.sums, sums, carry) if with_decay else None
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
@@ -290,9 +303,9 @@ def _gate_gradient(x: Run, p: Plan, q_sums: Tensor, k_sums: Tensor, carry: Tenso
     B, T, H_v = x.v.shape[:3]
     dg = torch.empty(B, T, H_v, dtype=torch.float32, device=x.q.device)
     launch(
-        gate_gradient_kernel, (B * H_v, p.segments), (q_sums, k_sums, carry, dg),
-        (T, B * H_v, H_v, p.segments, p.segment_chunks),
-        (p.chunk, q_sums.shape[0], carry.shape[0], GATE_BLOCK), GATE_WARPS, 1,
+        gate_gradient_kernel, (B * H_v, p.segments), (q_sums, k_sums, carry, dg, places_of(p, dg)),
+        (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks),
+        (p.chunk, q_sums.shape[0], carry.shape[0], GATE_BLOCK, p.tables is not None), GATE_WARPS, 1,
     )  # fmt: skip
     return dg.sum((0, 1)) if x.g.dim() == 1 else dg
 

@@ -11,9 +11,10 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_rate, sum_gates, token_decays
+from lasp.kernels.triton.decay.sweep import place
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def summary_kernel(
     k_ptr,  # [B, T, H, K]; q when REVERSE
     v_ptr,  # [B, T, H_v, V]; do when REVERSE
@@ -23,12 +24,14 @@ def summary_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C], written if KIND is TOKEN and not REVERSE: prefix
     from_start_ptr,  # likewise: scale 2^prefix
     to_end_ptr,  # likewise: 2^suffix
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     T,
     H,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -37,36 +40,35 @@ def summary_kernel(
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    v_first = (tl.program_id(0) % slices) * BV
-    head = tl.program_id(0) // slices % H_v
-    batch = tl.program_id(0) // slices // H_v
-    segment = tl.program_id(1)
-    first = segment * segment_chunks * C
-    last = tl.minimum(first + segment_chunks * C, T)
+    part, head, batch, segment, first, last, chunk, _, _ = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
+    v_first = part * BV
     row = tl.cast(batch, tl.int64) * T
     run = tl.cast(batch, tl.int64) * H_v + head
 
-    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, T, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + (row * H_v + head) * V, T, H_v * V, V, C, BV, DESCRIPTORS)
+    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     rate = head_rate(g_ptr, head, KIND)
 
     state = tl.zeros((BK, BV), tl.float32)
     decay = 0.0
-    chunks = tl.cdiv(last - first, C)
-    for step in range(chunks):
-        start = first + (chunks - 1 - step if REVERSE else step) * C
+    steps = tl.cdiv(last - first, C)
+    for step in range(steps):
+        start = first + (steps - 1 - step if REVERSE else step) * C
         length = tl.minimum(last - start, C)
-        k = load_chunk(k_view, start, 0, T, H * K, K, C, BK, DESCRIPTORS)
-        v = load_chunk(v_view, start, v_first, T, H_v * V, V, C, BV, DESCRIPTORS)
+        k = load_chunk(k_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
+        v = load_chunk(v_view, start, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
         if KIND == TOKEN:
             prefix, suffix, total = sum_gates(g_ptr + (row + start) * H_v + head, H_v, length, C)
             if not REVERSE:
                 if v_first == 0:
                     # Whole chunks, also past the end: sweeps then load without a mask.
-                    at = run * tl.cdiv(T, C) * C + start + tl.arange(0, C)
+                    at = run * chunks * C + (chunk * C - first) + start + tl.arange(0, C)
                     from_start, to_end = token_decays(prefix, suffix, scale)
                     tl.store(prefix_ptr + at, prefix)
                     tl.store(from_start_ptr + at, from_start)

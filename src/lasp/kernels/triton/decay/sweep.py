@@ -51,6 +51,7 @@ def sweep(
     head,
     first,
     last,
+    slot,  # of the first token in [chunks C], less the token
     column,
     A: tl.constexpr,
     N: tl.constexpr,
@@ -65,28 +66,28 @@ def sweep(
     PRECISION: tl.constexpr,
 ):
     dtype = c_ptr.dtype.element_ty
-    a_view = view(a_ptr, T, a_row, A, C, BA, DESCRIPTORS)
-    b_view = view(b_ptr, T, b_row, A, C, BA, DESCRIPTORS)
-    c_view = view(c_ptr, T, c_row, N, C, BC, DESCRIPTORS)
-    out_view = view(out_ptr, T, out_row, N, C, BC, DESCRIPTORS)
+    a_view = view(a_ptr, last, a_row, A, C, BA, DESCRIPTORS)
+    b_view = view(b_ptr, last, b_row, A, C, BA, DESCRIPTORS)
+    c_view = view(c_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+    out_view = view(out_ptr, last, out_row, N, C, BC, DESCRIPTORS)
     if SUMS:
-        x_view = view(x_ptr, T, c_row, N, C, BC, DESCRIPTORS)
+        x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
     rate = head_rate(g_ptr, head, KIND)
     chunks = tl.cdiv(last - first, C)
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
         length = tl.minimum(last - start, C)
-        a = load_chunk(a_view, start, 0, T, a_row, A, C, BA, DESCRIPTORS)
-        b = load_chunk(b_view, start, 0, T, b_row, A, C, BA, DESCRIPTORS)
-        c_t = tl.trans(load_chunk(c_view, start, column, T, c_row, N, C, BC, DESCRIPTORS))
+        a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
+        b = load_chunk(b_view, start, 0, last, b_row, A, C, BA, DESCRIPTORS)
+        c_t = tl.trans(load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS))
         if SUMS:
-            x = load_chunk(x_view, start, column, T, c_row, N, C, BC, DESCRIPTORS)
+            x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
         if KIND == TOKEN:
-            at = start + tl.arange(0, C)
+            at = slot + start + tl.arange(0, C)
             prefix = tl.load(prefix_ptr + at)
             from_start = tl.load(from_start_ptr + at)
             to_end = tl.load(to_end_ptr + at)
-            total = tl.load(prefix_ptr + start + C - 1)
+            total = tl.load(prefix_ptr + slot + start + C - 1)
         else:
             prefix, suffix, total = constant_gates(rate, length, C)
             from_start, to_end = token_decays(prefix, suffix, scale)
@@ -115,20 +116,52 @@ def sweep(
         state = tl.dot(weighted, b, state * tl.exp2(total), input_precision=PRECISION)
 
         o = tl.trans(out).to(out_ptr.dtype.element_ty)
-        store_chunk(out_view, o, start, column, T, out_row, N, C, BC, DESCRIPTORS)
+        store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
         if SUMS:
             parts: tl.constexpr = BC // PART_ROWS
             own = tl.reshape(tl.trans(x).to(tl.float32) * out, (parts, PART_ROWS, C))
-            rows = tl.arange(0, parts)[:, None] * sums_row + start
+            rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
             tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
     return state
 
 
 @triton.jit
-def place(slices, segment_chunks, T, H_v, C: tl.constexpr):
-    """Which slice, value head, batch and segment a program has; its first token and the one after its last."""
+def place(places_ptr, slices, segments, segment_chunks, T, H_v, C: tl.constexpr, PACKED: tl.constexpr):
+    """Where a program is: slice, value head, batch and segment; its first token and the one after its last; its first
+    chunk; the index of the state [B or documents, H_v] at the run's borders; whether the segment is the run's last.
+
+    places_ptr: int32 [segments, 5] if PACKED, see `layout`.
+    """
     part = tl.program_id(0) % slices
     head = tl.program_id(0) // slices % H_v
     batch = tl.program_id(0) // slices // H_v
-    first = tl.program_id(1) * segment_chunks * C
-    return part, head, batch, tl.program_id(1), first, tl.minimum(first + segment_chunks * C, T)
+    segment = tl.program_id(1)
+    if PACKED:
+        entry = places_ptr + segment * 5
+        first = tl.load(entry)
+        last = tl.load(entry + 1)
+        chunk = tl.load(entry + 2)
+        border = tl.load(entry + 3).to(tl.int64) * H_v + head
+        ends = tl.load(entry + 4) != 0
+    else:
+        first = segment * segment_chunks * C
+        last = tl.minimum(first + segment_chunks * C, T)
+        chunk = segment * segment_chunks
+        border = tl.cast(batch, tl.int64) * H_v + head
+        ends = segment == segments - 1
+    return part, head, batch, segment, first, last, chunk, border, ends
+
+
+@triton.jit
+def chunk_place(places_ptr, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """The first token of a program's chunk, and the one after its last.
+
+    places_ptr: int32 [chunks, 2] if PACKED, see `layout`.
+    """
+    if PACKED:
+        first = tl.load(places_ptr + tl.program_id(1) * 2)
+        last = tl.load(places_ptr + tl.program_id(1) * 2 + 1)
+    else:
+        first = tl.program_id(1) * C
+        last = tl.minimum(first + C, T)
+    return first, last

@@ -7,7 +7,7 @@ from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.sweep import place, sweep
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def value_gradient_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -20,12 +20,14 @@ def value_gradient_kernel(
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
     d_state_out_ptr,  # fp32 [B, H_v, K, V]
+    places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     T,
     H,
     H_v,
     segments,
     segment_chunks,
+    chunks,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -34,24 +36,27 @@ def value_gradient_kernel(
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last = place(slices, segment_chunks, T, H_v, C)
+    part, head, batch, segment, first, last, chunk, border, _ = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    outside, _ = state_tile(d_state_out_ptr + run * K * V, v_first, 0, V, K, 1, V, BV, BK)
+    outside, _ = state_tile(d_state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
     after = tl.exp2(tl.load(after_ptr + run * segments + segment))
     state = tl.load(inside, mask=mask, other=0.0) + after * tl.load(outside, mask=mask, other=0.0)
 
-    padded = run * tl.cdiv(T, C) * C
+    padded = run * chunks * C
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
     sweep(
         k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
         g_ptr, prefix_ptr + padded, from_start_ptr + padded, to_end_ptr + padded, dv_ptr + vo, dv_ptr + vo,
-        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, v_first,
+        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, chunk * C - first, v_first,
         K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

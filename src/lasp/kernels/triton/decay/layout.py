@@ -1,0 +1,83 @@
+"""Where packed documents lie among segments and chunks.
+
+Documents are cut into chunks and segments each from its own first token, so that no chunk holds tokens of two and a
+segment's state belongs to one: nothing can leak, not even a NaN. A document takes at least one segment, so very short
+ones cost a state each (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, Plan
+from lasp.recurrence.documents import Documents
+
+
+class Tables(NamedTuple):
+    """What programs look up, int32.
+
+    Attributes:
+        segments: [segments, 5]: first token, the one after the last, first chunk, document, whether it is the last of
+            its document.
+        chunks: [chunks, 2]: first token, the one after the last.
+        bounds: [documents + 1]: the first segment of each document, and the number of segments.
+    """
+
+    segments: Tensor
+    chunks: Tensor
+    bounds: Tensor
+
+
+def _cut(starts: Tensor, ends: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of tokens in pieces of `size`: each piece's run, its first token, and the one after its last."""
+    counts = (ends - starts + size - 1) // size
+    run = torch.repeat_interleave(torch.arange(len(starts)), counts)
+    first_piece = counts.cumsum(0) - counts
+    first = starts[run] + (torch.arange(len(run)) - first_piece[run]) * size
+    return run, first, torch.minimum(first + size, ends[run])
+
+
+def _tables(documents: Documents, chunk: int, segment: int, device: torch.device) -> Tables:
+    bounds = torch.tensor(documents.bounds, dtype=torch.int64)
+    starts, ends = bounds[:-1], bounds[1:]
+    _, chunk_first, chunk_last = _cut(starts, ends, chunk)
+    document, first, last = _cut(starts, ends, segment)
+    first_chunk = torch.searchsorted(chunk_first, first)
+    columns = (first, last, first_chunk, document, last == ends[document])
+    first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
+    tables = (torch.stack([column.long() for column in columns], 1), torch.stack([chunk_first, chunk_last], 1))
+    return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)))
+
+
+def packed_plan(p: Plan, documents: Documents, device: torch.device) -> Plan:
+    """`p`, which was made for the tokens in one run, for `documents`."""
+    key = (p.chunk, p.segment_chunks, device)
+    tables = documents.layouts.get(key)
+    if tables is None:
+        with torch.inference_mode(False):  # made while generating, they may serve training
+            tables = documents.layouts[key] = _tables(documents, p.chunk, p.chunk * p.segment_chunks, device)
+    chunks, segments = len(tables.chunks), len(tables.segments)
+    return p._replace(
+        chunks=chunks,
+        segments=segments,
+        descriptors=p.descriptors and chunks >= DESCRIPTOR_CHUNKS * segments,
+        tables=tables,
+    )
+
+
+def places_of(p: Plan, otherwise: Tensor) -> Tensor:
+    """The table of segments; without documents a kernel reads none, and any tensor will do."""
+    return otherwise if p.tables is None else p.tables.segments
+
+
+def chunks_of(p: Plan, otherwise: Tensor) -> Tensor:
+    """The table of chunks, likewise."""
+    return otherwise if p.tables is None else p.tables.chunks
+
+
+def bounds_of(p: Plan, otherwise: Tensor) -> Tensor:
+    """The documents' segments, likewise."""
+    return otherwise if p.tables is None else p.tables.bounds
