@@ -40,7 +40,7 @@ def step_of(name: str, ranks: int, tokens: int) -> Step:
         optimizer_parameters=num_parameters(config) / ranks,
     )  # fmt: skip
     count, gradients = config.num_layers, 4.0 * num_parameters(config)
-    moved = volume.fsdp(num_parameters(config), ranks, parameter_itemsize=2).received_bytes / gradients
+    moved = volume.zero3(num_parameters(config), ranks, parameter_itemsize=2).received_bytes / gradients
     backward = own.backward / count - own.hidden_backward
     return Step(
         layers=count,

@@ -42,8 +42,8 @@ def counting() -> Iterator[Counted]:
     def gather(output: Any, tensor: Any, group: Any = None, **_: Any) -> None:
         share(tensor.nbytes * others(group), output.nbytes - tensor.nbytes)
 
-    def reduce_scatter(output: Any, tensor: Any, op: Any = None, group: Any = None, **_: Any) -> None:
-        share(tensor.nbytes - output.nbytes, output.nbytes * others(group))
+    def reduce_scatter(output: Any, input: Any, op: Any = None, group: Any = None, **_: Any) -> None:
+        share(input.nbytes - output.nbytes, output.nbytes * others(group))
 
     def all_to_all(
         output: Any, tensor: Any, receives: Any = None, sends: Any = None, group: Any = None, **_: Any

@@ -16,7 +16,7 @@ from lasp.models import preset
 from lasp.train.errors import ConfigError
 
 CONFIG = preset("transnormer", "1b")
-LASP = Layout("lasp", 1, 8, "fsdp", "none", "all_gather")
+LASP = Layout("lasp", 1, 8, "zero3", "none", "all_gather")
 
 
 def job(**changes: object) -> Job:

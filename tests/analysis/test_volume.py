@@ -207,6 +207,8 @@ def test_megatron_all_to_all_is_ulysses_with_more_channels():
 def test_data_parallel_traffic_of_two():
     """Two ranks: what each must get is the other's half, or whole."""
     assert volume.ddp(10, 2) == (40, 40)
-    assert volume.zero(10, 2) == (40, 40)
-    assert volume.fsdp(10, 2) == (40, 40)
-    assert volume.fsdp(10, 1) == (0, 0)
+    assert volume.zero1(10, 2) == (60, 60)
+    assert volume.zero2(10, 2) == (40, 40)
+    assert volume.zero3(10, 2, parameter_itemsize=2) == (40, 40)
+    assert volume.zero3(10, 2, once=4) == (52, 52)
+    assert volume.zero3(10, 1) == (0, 0)

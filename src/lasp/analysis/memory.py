@@ -15,7 +15,8 @@ from lasp.models.config import ModelConfig
 
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTATIONS = ("none", "ffn", "block")
-SHARDINGS = ("ddp", "zero1", "zero2", "fsdp")
+# As in lasp.parallelize.
+SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 # lasp.models.loss holds the logits of a chunk of tokens, 2^24 numbers in fp32, and as much for their gradient.
 LOSS_BUFFER = 2 * 4 * (1 << 24)
 # Tokens between two states that the backward pass keeps, of the PyTorch kernels; per channel: shorter chunks.
@@ -162,8 +163,9 @@ def training_memory(
         batch, tokens: sequences here, and tokens of each here.
         recomputation: "none"; "ffn": feed-forward layers run again in the backward pass; "block": whole blocks do,
             their exchange too, and of each only its input is kept.
-        sharding: of weights and optimizer over all `ranks`: "ddp" nothing, "zero1" the optimizer, "zero2" gradients
-            too, "fsdp" all, gathered two layers at a time.
+        sharding: over all `ranks`, see lasp.parallelize: "ddp" nothing, "zero1" the optimizer, "zero2" and "zero3"
+            weights and gradients too. For a step, zero2 gathers all weights, zero3 two layers' at a time, in the dtype
+            of matrix products.
         processors: of the GPU; None for a CPU.
         extra_per_token: bytes that a method keeps beside (per token and layer).
         weight_share: of a layer's weights, where tensor parallelism divides them.
@@ -172,7 +174,7 @@ def training_memory(
     each = layers(config)
     inside = sum(one.parameters for one in each)
     count = num_parameters(config) - inside * (1 - weight_share)
-    whole = {"ddp": (1, 1, 1), "zero1": (1, 1, 0), "zero2": (1, 0, 0), "fsdp": (0, 0, 0)}[sharding]
+    whole = {"ddp": (1, 1, 1), "zero1": (1, 1, 0), "zero2": (0, 0, 0), "zero3": (0, 0, 0)}[sharding]
     held = [4 * count * (1.0 if one else 1 / ranks) for one in whole]
 
     positions, d = batch * tokens, config.d_model
@@ -196,10 +198,12 @@ def training_memory(
         buffers += positions * ffn
     narrow = 4 if precision == "fp32" else 2
     buffers += positions * narrow * max(2 * config.ffn_dim, 4 * d) + LOSS_BUFFER
-    if precision == "bf16":
+    largest_layer = max(embedding_parameters(config), max(one.parameters for one in each))
+    if sharding in ("zero2", "zero3"):
+        # Gathered weights, and the gradients of one layer before their sum, which is fp32.
+        buffers += narrow * (count if sharding == "zero2" else 2 * largest_layer) + 4 * largest_layer
+    elif precision == "bf16":
         matrices = sum(one.mixer_matrices + one.ffn_matrices for one in each) * weight_share
-        # Autocast's 16-bit copies live as long as the layer's activations.
+        # Autocast's 16-bit copies live as long as the layer's activations. Weights gathered in 16 bits need none.
         buffers += 2 * matrices / (1 if recomputation != "block" else config.num_layers)
-    if sharding == "fsdp":
-        buffers += 2 * 4 * max(embedding_parameters(config), max(one.parameters for one in each))
     return Memory(held[0], held[1], 2 * held[2], activations, states, buffers)

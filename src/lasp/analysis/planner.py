@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lasp.analysis import volume
 from lasp.analysis.devices import Device
 from lasp.analysis.memory import RECOMPUTATIONS, SHARDINGS, Memory, training_memory
-from lasp.analysis.model import layer, num_parameters
+from lasp.analysis.model import embedding_parameters, layer, num_parameters
 from lasp.analysis.timing import Compute, collective, compute
 from lasp.exchange.auto import rank_schedules
 from lasp.exchange.cost import Constants, Model
@@ -154,7 +154,7 @@ def estimate(job: Job, layout: Layout) -> Estimate:
     )
     sequence_s, exposed, received = _along_sequence(job, layout, own, batch, tokens, narrow)
     data_s = _of_weights(job, layout, parameters, narrow)
-    hidden = 0.75 * own.backward + (0.5 * own.forward if layout.sharding == "fsdp" else 0.0)
+    hidden = 0.75 * own.backward + (0.5 * own.forward if layout.sharding in ("zero2", "zero3") else 0.0)
     exposed += max(0.0, data_s - hidden)
     memory = training_memory(
         config,
@@ -264,16 +264,16 @@ def _bandwidth(device: Device, ranks: int) -> float:
 
 def _of_weights(job: Job, layout: Layout, parameters: int, narrow: int) -> float:
     """Seconds in which gradients are summed and weights gathered."""
-    device, ranks = job.device, job.devices
+    device, ranks, outside = job.device, job.devices, embedding_parameters(job.config)
     if layout.method == "megatron":
-        parameters, ranks = parameters // layout.sp, layout.dp
+        parameters, outside, ranks = parameters // layout.sp, outside // layout.sp, layout.dp
     if ranks == 1:
         return 0.0
     kinds = {
         "ddp": lambda: volume.ddp(parameters, ranks),
-        "zero1": lambda: volume.zero(parameters, ranks),
-        "zero2": lambda: volume.zero(parameters, ranks),
-        "fsdp": lambda: volume.fsdp(parameters, ranks, parameter_itemsize=narrow),
+        "zero1": lambda: volume.zero1(parameters, ranks),
+        "zero2": lambda: volume.zero2(parameters, ranks, parameter_itemsize=narrow),
+        "zero3": lambda: volume.zero3(parameters, ranks, once=outside, parameter_itemsize=narrow),
     }
     # The ranks of one tensor-parallel group are neighbours, so those that share a summand are on different hosts.
     spread = job.devices if layout.method == "megatron" else ranks
@@ -332,7 +332,7 @@ def longest(config: ModelConfig, device: Device, devices: int, method: str, *, b
     for power in range(40, 6, -1):
         job = Job(config=config, device=device, devices=devices, seq_len=1 << power, batch=batch)
         # Nothing saves more memory than to share a sequence among all and to run blocks again.
-        frugal = [each for each in layouts(job, method) if each.recomputation == "block" and each.sharding == "fsdp"]
+        frugal = [each for each in layouts(job, method) if each.recomputation == "block" and each.sharding == "zero3"]
         if any(estimate(job, each).fits for each in frugal):
             return 1 << power
     return 0

@@ -173,16 +173,30 @@ def ddp(parameters: int, size: int, *, gradient_itemsize: int = 4) -> Traffic:
     return all_reduce(parameters * gradient_itemsize, size)
 
 
-def zero(parameters: int, size: int, *, gradient_itemsize: int = 4, parameter_itemsize: int = 4) -> Traffic:
-    """ZeRO stage 1 or 2, a step: gradients reduce-scattered, updated parameters gathered (arXiv 1910.02054, 7.2.1)."""
-    moved = parameters * (gradient_itemsize + parameter_itemsize) * (size - 1) // size
-    return Traffic(moved, moved)
+def zero1(parameters: int, size: int, *, gradient_itemsize: int = 4, parameter_itemsize: int = 4) -> Traffic:
+    """DDP with ZeroRedundancyOptimizer, a step: each rank also sends the weights that it updated to all others.
 
-
-def fsdp(parameters: int, size: int, *, gradient_itemsize: int = 4, parameter_itemsize: int = 2) -> Traffic:
-    """FSDP, or ZeRO stage 3, a step: parameters gathered forward and backward, gradients reduce-scattered.
-
-    Source: arXiv 1910.02054, section 7.2.2. Assumes that parameters are freed between forward and backward.
+    The paper's stage 1 (arXiv 1910.02054, 7.2.1) reduce-scatters gradients and moves no more than DDP.
     """
-    moved = parameters * (gradient_itemsize + 2 * parameter_itemsize) * (size - 1) // size
+    return ddp(parameters, size, gradient_itemsize=gradient_itemsize) + _shares(parameters * parameter_itemsize, size)
+
+
+def zero2(parameters: int, size: int, *, gradient_itemsize: int = 4, parameter_itemsize: int = 4) -> Traffic:
+    """FSDP2 that keeps gathered weights for the backward pass: a gather, and a reduce-scatter of gradients."""
+    return _shares(parameters * (gradient_itemsize + parameter_itemsize), size)
+
+
+def zero3(
+    parameters: int, size: int, *, once: int = 0, gradient_itemsize: int = 4, parameter_itemsize: int = 4
+) -> Traffic:
+    """FSDP2 that gathers weights anew in the backward pass: two gathers, a reduce-scatter (arXiv 1910.02054, 7.2.2).
+
+    once: of the parameters, those outside the blocks, which are gathered once, as they are needed last and first.
+    """
+    return _shares(parameters * (gradient_itemsize + 2 * parameter_itemsize) - once * parameter_itemsize, size)
+
+
+def _shares(nbytes: int, size: int) -> Traffic:
+    """Each rank has a share of `nbytes` and gets those of the others, or sends each other rank its share."""
+    moved = nbytes * (size - 1) // size
     return Traffic(moved, moved)
