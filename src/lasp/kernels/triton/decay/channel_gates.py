@@ -51,14 +51,22 @@ def suffix_sums(gates, C: tl.constexpr):
 
 
 @triton.jit
+def two_part_dot(a, terms, dtype: tl.constexpr):
+    """a, of small integers, times fp32 terms: in two parts where products are bf16's."""
+    if dtype == tl.bfloat16:
+        high = terms.to(tl.bfloat16)
+        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(a.to(tl.bfloat16), low, tl.dot(a.to(tl.bfloat16), high))
+    else:
+        return tl.dot(a.to(tl.float32), terms, input_precision="ieee")
+
+
+@triton.jit
 def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
     """[C, BK]: each token's term and those of all later tokens of the chunk."""
     if dtype == tl.bfloat16:
         i = tl.arange(0, C)
-        ones = (i[:, None] <= i[None, :]).to(tl.bfloat16)
-        high = terms.to(tl.bfloat16)
-        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(ones, low, tl.dot(ones, high))
+        return two_part_dot(i[:, None] <= i[None, :], terms, dtype)
     else:
         # Terms, unlike gates, may exceed fp16.
         return tl.cumsum(terms, 0, reverse=True)
@@ -90,15 +98,6 @@ def in_base_block(BASE: tl.constexpr, C: tl.constexpr):
     """[C, C]: the pairs within one base block."""
     block = tl.arange(0, C) >> BASE
     return block[:, None] == block[None, :]
-
-
-@triton.jit
-def widened(x):
-    """x in fp32. From bf16 by its bits: the compiler, seeing what was rounded, would round one number at a time."""
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
 
 
 @triton.jit

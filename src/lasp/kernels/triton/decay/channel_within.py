@@ -24,7 +24,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sum_over,
     sums_to_end,
-    widened,
+    two_part_dot,
 )
 from lasp.kernels.triton.decay.sweep import chunk_place
 
@@ -88,23 +88,22 @@ def channel_within_kernel(
     symmetric = symmetric.to(dtype)
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
-    # What pairs within the chunk give q_s dq_s - k_s dk_s: of the rounded operands, so that a pair's two terms cancel
-    # exactly. A token decays nothing between itself and itself: the diagonal is no part of it.
-    terms = tl.zeros((C, BK), tl.float32)
+    dg_view = view(dg_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
     if BASE > 0:
         q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+        stretches = load_stretches(stretches_ptr, -1, C)
+        to_middle = sum_over(stretches, base_operand(gates, dtype))
         to_q = tl.exp2(to_middle)
         to_k = tl.exp2(-to_middle)
-        base_q = (q * to_q).to(dtype)
-        base_k = (k * to_k).to(dtype)
         block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
-        d_base_q = tl.dot(tl.where(i > j, block, 0.0), base_k, input_precision=PRECISION)
-        d_base_k = tl.dot(tl.where(i < j, block, 0.0), base_q, input_precision=PRECISION)
-        terms += widened(base_q) * d_base_q - widened(base_k) * d_base_k
-        dq += to_q * d_base_q
-        dk += to_k * d_base_k
+        dq += to_q * tl.dot(tl.where(i > j, block, 0.0), (k * to_k).to(dtype), input_precision=PRECISION)
+        dk += to_k * tl.dot(tl.where(i < j, block, 0.0), (q * to_q).to(dtype), input_precision=PRECISION)
+        # dg of near pairs, the heaviest ones, by the chain rule: few tokens are summed then, and in sums to the chunk's
+        # end their roundings would add up. Less what those sums give; kept in dg until then.
+        instead = tl.trans(stretches) - (i <= j).to(stretches.dtype)
+        near = two_part_dot(instead, q * dq - k * dk, dtype)
+        store_chunk(dg_view, near, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
@@ -116,29 +115,28 @@ def channel_within_kernel(
         decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
         x = (x * decay).to(dtype)
         d_met = tl.where(meets(level, C), symmetric, 0.0)
-        d_x = tl.dot(d_met, x, input_precision=PRECISION)
-        own = widened(x) * d_x
-        terms += tl.where(late, own, -own)
-        d_x *= decay
+        d_x = decay * tl.dot(d_met, x, input_precision=PRECISION)
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
-    q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-    k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     read_q_view = view(read_q_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
     read_k_view = view(read_k_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    read_q = load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    read_k = load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    past = read_q * (tl.exp2(prefix_sums(operand, C)) * scale)
-    future = read_k * tl.exp2(suffix_sums(operand, C))
+    dq += load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
+        tl.exp2(prefix_sums(operand, C)) * scale
+    )
+    dk += load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(suffix_sums(operand, C))
+    q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
     chunk = (tl.cast(batch, tl.int64) * H_v + head) * chunks + tl.program_id(1)
     carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
-    dg = sums_to_end(terms + q * past - k * future, dtype, C) + carry[None, :]
-    dq += past + diagonal * k
-    dk += future + diagonal * q
+    dg = sums_to_end(q * dq - k * dk, dtype, C) + carry[None, :]
+    if BASE > 0:
+        dg += load_chunk(dg_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
+    dq += diagonal * k
+    dk += diagonal * q
     dq_view = view(dq_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
     dk_view = view(dk_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dg_view = view(dg_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
     store_chunk(dq_view, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     store_chunk(dk_view, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     store_chunk(dg_view, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
