@@ -123,7 +123,9 @@ def channel_within_kernel(
     dq += load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
         tl.exp2(prefix_sums(operand, C)) * scale
     )
-    dk += load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(suffix_sums(operand, C))
+    dk += load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
+        suffix_sums(operand, C)
+    )
     q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
