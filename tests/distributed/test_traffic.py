@@ -111,6 +111,25 @@ def test_final_state_costs_one_broadcast_over_the_ring():
     run(3, work)
 
 
+def test_unmasked_attention_is_one_exchange_each_way():
+    """Bidirectional: every rank gets the state of all tokens, and its gradient, by one exchange with a total."""
+
+    def work(rank: int) -> None:
+        for name in EXCHANGES:
+            sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name)
+            q = torch.ones(1, 4, 1, 2, requires_grad=True)
+            o, _ = lasp.linear_attention(q, q, q, sp=sp, causal=False)
+            forward = sp.counters.sent_bytes, sp.counters.received_bytes
+            o.sum().backward()
+            both = sp.counters.sent_bytes, sp.counters.received_bytes
+            expected = [
+                EXCHANGES[name]().traffic(Load(1, 2, 2, 0), place, (3,), want_total=True) for place in (rank, 2 - rank)
+            ]
+            assert forward == tuple(expected[0]) and both == tuple(expected[0] + expected[1]), name
+
+    run(3, work)
+
+
 def test_reach_knows_constant_decays():
     """Heads that forget over a shard, known beforehand: neighbours only, no question asked, and the same bits."""
 
