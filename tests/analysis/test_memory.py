@@ -72,7 +72,7 @@ def test_recomputation_and_sharding_save_memory():
         base = {"precision": "bf16", "recomputation": "none", "sharding": "ddp", "ranks": 8, "processors": 108}
         return memory.training_memory(config, batch=1, tokens=16384, **{**base, **changes}).total
 
-    assert total() > total(recomputation="ffn") > total(recomputation="block")
+    assert total() > total(recomputation="selective") > total(recomputation="full")
     assert total() > total(sharding="zero1") > total(sharding="zero2") > total(sharding="zero3")
 
 

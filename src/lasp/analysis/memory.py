@@ -14,7 +14,7 @@ from lasp.analysis.model import GLA_GATE_RANK, embedding_parameters, layer, laye
 from lasp.models.config import ModelConfig
 
 PRECISIONS = ("fp32", "bf16")
-RECOMPUTATIONS = ("none", "ffn", "block")
+RECOMPUTATIONS = ("none", "selective", "full")
 # As in lasp.parallelize.
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 # lasp.models.loss holds the logits of a chunk of tokens, 2^24 numbers in fp32, and as much for their gradient.
@@ -126,6 +126,12 @@ def state_cache_bytes(config: ModelConfig, index: int, batch: int, tokens: int, 
     return 4.0 * count * each.keys * each.values
 
 
+def entering_state_bytes(config: ModelConfig, index: int, batch: int) -> float:
+    """The fp32 states that enter this rank in layer `index`, one for each head, whatever the tokens."""
+    each = layer(config, index)
+    return 0.0 if each.transition is None else 4.0 * batch * each.heads * each.keys * each.values
+
+
 class Memory(NamedTuple):
     """Bytes of one rank, by what takes them."""
 
@@ -161,8 +167,8 @@ def training_memory(
 
     Args:
         batch, tokens: sequences here, and tokens of each here.
-        recomputation: "none"; "ffn": feed-forward layers run again in the backward pass; "block": whole blocks do,
-            their exchange too, and of each only its input is kept.
+        recomputation: "none"; "full": whole blocks run again in the backward pass, their exchange too, and of each only
+            its input is kept; "selective": likewise, but the states that the exchange brought are kept.
         sharding: over all `ranks`, see lasp.parallelize: "ddp" nothing, "zero1" the optimizer, "zero2" and "zero3"
             weights and gradients too. For a step, zero2 gathers all weights, zero3 two layers' at a time, in the dtype
             of matrix products.
@@ -184,18 +190,17 @@ def training_memory(
         mixer = saved_by_mixer(config, index).nbytes(d, precision) + extra_per_token
         cache = state_cache_bytes(config, index, batch, tokens, processors)
         largest = max(largest, positions * (mixer + ffn) + cache)
-        if recomputation == "block":
+        if recomputation != "none":
             activations += positions * 4 * d
+            states += entering_state_bytes(config, index, batch) if recomputation == "selective" else 0.0
             continue
         states += cache
-        activations += positions * (mixer + (4 * d if recomputation == "ffn" and config.ffn != "none" else ffn))
+        activations += positions * (mixer + ffn)
     # Final norm and the input of the loss; token ids and labels.
     activations += positions * (_norm_wide(config) * 4 + d * (4 if precision == "fp32" else 2) + 16)
     # While one layer's gradients are taken, those of its largest part are there, beside what was recomputed.
-    if recomputation == "block":
+    if recomputation != "none":
         buffers += largest
-    elif recomputation == "ffn":
-        buffers += positions * ffn
     narrow = 4 if precision == "fp32" else 2
     buffers += positions * narrow * max(2 * config.ffn_dim, 4 * d) + LOSS_BUFFER
     largest_layer = max(embedding_parameters(config), max(one.parameters for one in each))
@@ -205,5 +210,5 @@ def training_memory(
     elif precision == "bf16":
         matrices = sum(one.mixer_matrices + one.ffn_matrices for one in each) * weight_share
         # Autocast's 16-bit copies live as long as the layer's activations. Weights gathered in 16 bits need none.
-        buffers += 2 * matrices / (1 if recomputation != "block" else config.num_layers)
+        buffers += 2 * matrices / (1 if recomputation == "none" else config.num_layers)
     return Memory(held[0], held[1], 2 * held[2], activations, states, buffers)

@@ -225,7 +225,7 @@ def _along_sequence(
             value_dim=config.value_dim,
             itemsize=narrow,
         )
-        again = 1 if layout.recomputation == "block" else 0
+        again = 1 if layout.recomputation == "full" else 0
         if layout.method == "lasp" and each.transition is not None:
             load = each.load(batch)
             once, moved = _exchange(layout.schedule, load, nodes, device.constants)
@@ -312,9 +312,10 @@ def layouts(job: Job, method: str, *, every_schedule: bool = False) -> Iterator[
         dp = job.devices // sp
         schedules = schedules_for(job, dp, sp) if method == "lasp" else ("-",)
         schedules = schedules if every_schedule else schedules[:1]
-        for sharding, recomputation, schedule in product(SHARDINGS, RECOMPUTATIONS, schedules):
-            if recomputation == "ffn" and job.config.ffn == "none":
-                continue
+        # Only the state that entered a rank is worth keeping where all else runs again.
+        kept = method == "lasp" and sp > 1
+        recomputations = [each for each in RECOMPUTATIONS if kept or each != "selective"]
+        for sharding, recomputation, schedule in product(SHARDINGS, recomputations, schedules):
             yield Layout(method, dp, sp, sharding, recomputation, schedule)
 
 
@@ -332,7 +333,7 @@ def longest(config: ModelConfig, device: Device, devices: int, method: str, *, b
     for power in range(40, 6, -1):
         job = Job(config=config, device=device, devices=devices, seq_len=1 << power, batch=batch)
         # Nothing saves more memory than to share a sequence among all and to run blocks again.
-        frugal = [each for each in layouts(job, method) if each.recomputation == "block" and each.sharding == "zero3"]
+        frugal = [each for each in layouts(job, method) if each.recomputation == "full" and each.sharding == "zero3"]
         if any(estimate(job, each).fits for each in frugal):
             return 1 << power
     return 0

@@ -92,8 +92,7 @@ def compute(
             once = kernel(device, product, narrow * part * share) + 2 * moved / device.bytes_per_s
             forward += once
             backward += kernel(device, 2 * product, 3 * narrow * part * share) + 3 * moved / device.bytes_per_s
-            if recomputation == "block" or (recomputation == "ffn" and part is each.ffn_matrices):
-                again += once
+            again += once * (recomputation != "none")
         rows = positions * each.heads * share
         if each.transition is None or softmax_everywhere:
             work = rows * context * (config.key_dim + config.value_dim)
@@ -110,7 +109,7 @@ def compute(
             back = sweep + rest + walk
             hidden = sweep
         forward, backward, attention = forward + there, backward + back, attention + there + back
-        again += there * (recomputation == "block")
+        again += there * (recomputation != "none")
     head = 2.0 * positions * config.vocab_size * config.d_model
     # The loss computes its logits again in the backward pass, and moves them in fp32 about six times.
     logits = 4.0 * positions * config.vocab_size
@@ -118,7 +117,7 @@ def compute(
     backward += kernel(device, 3 * head, 0) + 6 * logits / device.bytes_per_s
     # AdamW reads weight, gradient and two moments and writes three of them, fp32.
     optimizer = 28.0 * optimizer_parameters / device.bytes_per_s
-    launch = device.host_s_per_layer * config.num_layers * (1 + (recomputation == "block") / 3)
+    launch = device.host_s_per_layer * config.num_layers * (1 + (recomputation != "none") / 3)
     slack = max(0.0, launch - forward - backward - again)
     return Compute(forward, backward + again + slack, attention, hidden, optimizer)
 
