@@ -83,11 +83,15 @@ class Packed:
 
     def _here(self, values: Tensor) -> Tensor:
         """Of the values of all documents those of the documents here."""
+        if len(self._documents.ids) == self._documents.count:
+            return values  # all of them: no copy, and no index for a GPU to be sent
         return values[list(self._documents.ids)]
 
     def _spread(self, values: Tensor, wanted: Sequence[int]) -> Tensor:
         """Each rank knows some documents' values; together, all."""
         d = self._documents
+        if self._sp is None and len(wanted) == d.count:
+            return values
         whole = values.new_zeros(d.count, *values.shape[1:])
         whole[[d.ids[position] for position in wanted]] = values[list(wanted)]
         # The others' entries are zero, so the sum changes no bits.
