@@ -16,8 +16,8 @@ import pytest
 import triton
 
 SCRIPT = Path(__file__).parent / "compile_ahead.py"
-# Bytes that a thread may spill, by the compiler that the tests install; what is not named here spills nothing. Hopper is
-# what the configurations are made for.
+# Bytes that a thread may spill, by the compiler that the tests install; what is not named here spills nothing.
+# Hopper is what the configurations are made for.
 COMPILER = "3.7"
 SPILLS = {
     "cuda:90": {"channel_within_kernel": 1024, "channel_prepare_kernel": 128},
