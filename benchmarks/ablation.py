@@ -42,6 +42,7 @@ from lasp.recurrence.decay import state_dtype, state_shape
 
 KINDS = ("constant", "scalar")
 SLOWEST_DECAY = 0.02
+QUICK_S = 0.01
 # Largest relative errors against fp64 of outputs and gradients (bf16 inputs, fp32 in --tiny); of a gate's gradient,
 # which some variants form from rounded ones, three times that.
 BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
@@ -138,17 +139,19 @@ def _wait(device: str) -> None:
 
 
 def milliseconds(function: Callable[[], Any], options: argparse.Namespace) -> list[float]:
-    """Of a call, for every repetition of several queued ones; the first is not counted."""
-    calls, times = 5 if options.device == "cuda" else 1, []
-    for repetition in range(options.repetitions + 1):
+    """Of a call, by repetition; quick calls are queued, five at a time. The first compiles and is not counted."""
+
+    def seconds(calls: int) -> float:
         _wait(options.device)
         start = time.perf_counter()
         for _ in range(calls):
             function()
         _wait(options.device)
-        if repetition:
-            times.append(1e3 * (time.perf_counter() - start) / calls)
-    return times
+        return (time.perf_counter() - start) / calls
+
+    seconds(1)
+    calls = 5 if options.device == "cuda" and seconds(1) < QUICK_S else 1
+    return [1e3 * seconds(calls) for _ in range(options.repetitions)]
 
 
 def measure(variant: Variant, cached: bool, tokens: int, kind: str, options: argparse.Namespace) -> dict[str, Any]:
