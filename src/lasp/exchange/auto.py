@@ -26,12 +26,10 @@ logger = logging.getLogger("lasp.exchange")
 
 
 class Candidate(NamedTuple):
-    """A schedule with what it is predicted to take and to move: the most that any rank sends and receives."""
+    """A schedule with what it is predicted to take."""
 
     exchange: Exchange
     seconds: float
-    sent_bytes: int
-    received_bytes: int
 
 
 @cache
@@ -40,35 +38,30 @@ def rank_schedules(
 ) -> tuple[Candidate, ...]:
     """All schedules for a load, from the fastest predicted to the slowest; ties keep a fixed order."""
     model = Model(load, nodes, constants)
-    size = sum(nodes)
     schedules: list[Exchange] = [AllGather(), Ring(), Doubling(), AllToAll(), Pipelined(constants=constants)]
     if len(nodes) > 1:
         schedules.append(Hierarchical())
-    candidates = []
-    for schedule in schedules:
-        traffic = [schedule.traffic(load, position, nodes, want_total=want_total) for position in range(size)]
-        candidates.append(
-            Candidate(
-                schedule,
-                schedule.seconds(model, want_total=want_total),
-                max(share.sent_bytes for share in traffic),
-                max(share.received_bytes for share in traffic),
-            )
-        )
+    candidates = [Candidate(schedule, schedule.seconds(model, want_total=want_total)) for schedule in schedules]
     ranked = tuple(sorted(candidates, key=lambda candidate: candidate.seconds))
-    logger.debug("%s", _table(load, nodes, constants, ranked))
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s", _table(load, nodes, constants, ranked, want_total))
     return ranked
 
 
-def _table(load: Load, nodes: tuple[int, ...], constants: Constants, candidates: tuple[Candidate, ...]) -> str:
+def _table(
+    load: Load, nodes: tuple[int, ...], constants: Constants, candidates: tuple[Candidate, ...], want_total: bool
+) -> str:
+    """Predicted times, and bytes: the most that any rank sends and receives."""
     hosts = "one host" if len(nodes) == 1 else f"{len(nodes)} hosts"
     lines = [
         f"{sum(nodes)} ranks on {hosts}; state {load.state_bytes:,} bytes, with its transition "
         f"{load.summary_bytes:,}; {constants.source}",
         f"{'schedule':<40} {'predicted us':>12} {'sent':>14} {'received':>14}",
     ]
-    for c in candidates:
-        lines.append(f"{c.exchange.name:<40} {c.seconds * 1e6:>12.1f} {c.sent_bytes:>14,} {c.received_bytes:>14,}")
+    for exchange, seconds in candidates:
+        shares = [exchange.traffic(load, position, nodes, want_total=want_total) for position in range(sum(nodes))]
+        sent, received = max(share.sent_bytes for share in shares), max(share.received_bytes for share in shares)
+        lines.append(f"{exchange.name:<40} {seconds * 1e6:>12.1f} {sent:>14,} {received:>14,}")
     return "\n".join([*lines, f"chosen: {candidates[0].exchange.name}"])
 
 
@@ -96,7 +89,8 @@ class Auto:
 
     def explain(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> str:
         """The choice as a table: predicted time and bytes of every schedule."""
-        return _table(load, nodes, self.constants, rank_schedules(load, nodes, self.constants, want_total=want_total))
+        ranked = rank_schedules(load, nodes, self.constants, want_total=want_total)
+        return _table(load, nodes, self.constants, ranked, want_total)
 
     def begin(
         self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
