@@ -84,8 +84,10 @@ def solution(p: Problem) -> dict[str, Tensor]:
 def check(values: dict[str, Tensor], references: dict[str, Tensor], bound: float) -> None:
     assert values.keys() == references.keys()
     errors = {name: relative_error(values[name], references[name]) for name in values}
-    # A gate's gradient is a sum over tokens, with cancellation.
-    assert max(error / (2 if name == "dg" else 1) for name, error in errors.items()) <= bound, errors
+    # A gate's gradient is a sum over tokens, with cancellation; a constant's, one number a head, the more so.
+    if "dg" in errors:
+        errors["dg"] /= 4 if values["dg"].dim() == 1 else 2
+    assert max(errors.values()) <= bound, errors
 
 
 @pytest.fixture
