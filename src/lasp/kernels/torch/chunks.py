@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,35 +24,29 @@ class Chunking:
 
     def __init__(self, tokens: int, size: int, documents: Documents | None) -> None:
         self.size = size
-        self._tokens, self._documents = tokens, documents
-        # Chunks of each document: [first, end).
-        self._spans: list[tuple[int, int]] = []
-        # For each slot of the chunks the token it holds (`tokens` for padding), and for each token its slot.
-        self._token_of_slot: Tensor | None = None
-        self._slot_of_token: Tensor | None = None
-        if documents is not None:
-            self._lay_out(documents)
+        self._tokens = tokens
+        self._layout = None if documents is None else _layout(documents, size)
 
     @property
     def is_padded(self) -> bool:
         """Whether some chunk has fewer tokens than C."""
-        return self._documents is not None or self._tokens % self.size > 0
+        return self._layout is not None or self._tokens % self.size > 0
 
     def cut(self, tensor: Tensor) -> Tensor:
         """[B, T, H, D] -> [B, H, N, C, D]."""
-        if self._token_of_slot is None:
+        if self._layout is None:
             tensor = pad(tensor, (0, 0, 0, 0, 0, -self._tokens % self.size))
         else:
-            tensor = pad(tensor, (0, 0, 0, 0, 0, 1))[:, self._token_of_slot.to(tensor.device)]
+            tensor = pad(tensor, (0, 0, 0, 0, 0, 1))[:, self._layout.token_of_slot.to(tensor.device)]
         batch, slots, heads, dim = tensor.shape
         return tensor.view(batch, slots // self.size, self.size, heads, dim).permute(0, 3, 1, 2, 4).contiguous()
 
     def join(self, tensor: Tensor) -> Tensor:
         """[B, H, N, C, D] -> [B, T, H, D]: the inverse of `cut`."""
         tensor = tensor.permute(0, 2, 3, 1, 4).flatten(1, 2)
-        if self._slot_of_token is None:
+        if self._layout is None:
             return tensor[:, : self._tokens]
-        return tensor[:, self._slot_of_token.to(tensor.device)]
+        return tensor[:, self._layout.slot_of_token.to(tensor.device)]
 
     def scan(self, chunks: Summary, initial: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """The scan over the chunks, of each sequence or document for itself.
@@ -61,11 +58,11 @@ class Chunking:
         Returns:
             The state that enters each chunk, [B, H, N, K, V], and the states at the end, as `initial`.
         """
-        if self._documents is None:
+        if self._layout is None:
             entering, end = scan(chunks, initial, reverse=reverse)
             return entering.movedim(0, 2), end
         entering, ends = torch.empty_like(chunks.state), [initial[:0]]
-        for document, (first, last) in enumerate(self._spans):
+        for document, (first, last) in enumerate(self._layout.spans):
             part, end = scan(chunks[first:last], initial[document : document + 1], reverse=reverse)
             entering[first:last] = part
             ends.append(end)
@@ -73,22 +70,39 @@ class Chunking:
 
     def spread(self, states: Tensor) -> Tensor:
         """[B or documents, H, ...], one for each sequence or document, -> [B, H, N or 1, ...], for each chunk."""
-        if self._documents is None:
+        if self._layout is None:
             return states.unsqueeze(2)
-        index = [document for document, (first, last) in enumerate(self._spans) for _ in range(first, last)]
+        index = [document for document, (first, last) in enumerate(self._layout.spans) for _ in range(first, last)]
         return states[index].movedim(0, 1)[None]
 
-    def _lay_out(self, documents: Documents) -> None:
-        size, slots, first = self.size, [], 0
+
+class _Layout(NamedTuple):
+    """Chunks of packed documents.
+
+    Attributes:
+        spans: of each document its chunks, [first, end).
+        token_of_slot: for each slot of the chunks the token it holds, T for padding. slot_of_token: the inverse.
+    """
+
+    spans: list[tuple[int, int]]
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+
+
+@lru_cache(maxsize=8)
+def _layout(documents: Documents, size: int) -> _Layout:
+    """Every stage of every layer of a step asks the same, hence the cache; not larger, for its tensors are of T."""
+    tokens, spans, slots, first = documents.bounds[-1], [], [], 0
+    with torch.inference_mode(False):  # what generating laid out may serve training
         for start, end in documents.spans:
             count = -(-(end - start) // size)
             slots.append(first * size + torch.arange(end - start))
-            self._spans.append((first, first + count))
+            spans.append((first, first + count))
             first += count
         slot_of_token = torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64)
-        token_of_slot = torch.full((first * size,), self._tokens)
-        token_of_slot[slot_of_token] = torch.arange(self._tokens)
-        self._slot_of_token, self._token_of_slot = slot_of_token, token_of_slot
+        token_of_slot = torch.full((first * size,), tokens)
+        token_of_slot[slot_of_token] = torch.arange(tokens)
+    return _Layout(spans, token_of_slot, slot_of_token)
 
 
 def chunk_size(limit: int, tokens: int, documents: Documents | None) -> int:
