@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import GATES, make
+from test_decay import Dims, run
+from test_decay import problem as make_run
 from tolerances import relative_error
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lasp
+from lasp.kernels.triton import decay as fused
 from lasp.kernels.triton.decay.operators import decay_forward
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
@@ -65,6 +68,18 @@ def test_compiles_what_is_not_wanted_and_under_autocast(device: torch.device) ->
     d_o = 0.01 * d_o.half()  # within the range of fp16
     for got, reference in zip(gradients(compiled, wanted, d_o), gradients(eager, wanted, d_o), strict=True):
         assert relative_error(got, reference) <= 2e-3  # what three projections give the weight is added in fp16
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("none", 1), ("constant", 2), ("scalar", 1), ("channel", 2)])
+def test_stages_compile_without_breaks(kind: str, heads: int, device: torch.device) -> None:
+    """As torch.compile traces them around an exchange, with grouped heads and with as many of q as of v."""
+    p = make_run(kind, Dims(T=40, H=heads), device, torch.float32)
+    eager = run(fused, p)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: run(fused, p), fullgraph=True, backend="aot_eager")()
+    assert compiled.keys() == eager.keys()
+    for name, value in eager.items():
+        assert torch.equal(compiled[name], value), name
 
 
 @pytest.mark.parametrize("gate", GATES)

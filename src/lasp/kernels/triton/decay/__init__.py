@@ -1,10 +1,8 @@
 """The decay family: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t."""
 
 from lasp.kernels.triton.decay.operators import linear_attention as on_one_device
-from lasp.kernels.triton.decay.stages import (
-    BAD_GATES_GIVE_NAN,
-    GROUPED_HEADS,
-    SUMMARY_WITHOUT_QUERIES,
+from lasp.kernels.triton.decay.stages import BAD_GATES_GIVE_NAN, GROUPED_HEADS, SUMMARY_WITHOUT_QUERIES
+from lasp.kernels.triton.decay.traced import (
     gradients,
     local_gradients,
     local_outputs,

@@ -141,7 +141,7 @@ def outputs(x: Run, p: Plan, totals: Segments, prepared: Prepared, state_in: Ten
 def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor) -> QueryReads:
     B, T, H_v, V = x.v.shape
     K, ready = x.q.shape[3], saved.prepared
-    read_q = torch.empty(B, T, H_v, K, dtype=_read_dtype(x), device=x.q.device)
+    read_q = torch.empty(B, T, H_v, K, dtype=read_dtype(x), device=x.q.device)
     sums = torch.empty_like(ready.totals)
     packed = p.tables is not None
     columns, warps, stages = p.channel_reads
@@ -201,6 +201,6 @@ def base_levels(x: Run) -> int:
     return BASE_LEVELS if x.q.dtype == torch.bfloat16 else 0
 
 
-def _read_dtype(x: Run) -> torch.dtype:
+def read_dtype(x: Run) -> torch.dtype:
     """What is read from states lacks their decays: it may exceed fp16's range."""
     return torch.bfloat16 if x.q.dtype == torch.bfloat16 else torch.float32

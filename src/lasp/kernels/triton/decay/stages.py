@@ -220,7 +220,7 @@ def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
     with_decay = _with_decay(x)
     columns, warps, stages = p.scalar_keys if with_decay else p.keys
     slices = -(-K // columns)
-    dq = torch.empty(B, T, H_v, K, dtype=_partial_dtype(x), device=x.q.device)
+    dq = torch.empty(B, T, H_v, K, dtype=partial_dtype(x), device=x.q.device)
     places, packed = places_of(p, dq), p.tables is not None
     sums = saved.leaving
     if with_decay:
@@ -247,7 +247,7 @@ def gradients_of(
     x: Run, p: Plan, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     if _per_channel(x):
-        dtype = _partial_dtype(x)
+        dtype = partial_dtype(x)
         dq, dk, dv, d_gate = channel.gradients(x, p, saved, totals_adjoint, local, d_o, d_state_out, dtype)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
     B, T, H, K = x.q.shape
@@ -310,7 +310,7 @@ def _gate_gradient(x: Run, p: Plan, q_sums: Tensor, k_sums: Tensor, carry: Tenso
     return dg.sum((0, 1)) if x.g.dim() == 1 else dg
 
 
-def _partial_dtype(x: Run) -> torch.dtype:
+def partial_dtype(x: Run) -> torch.dtype:
     """Of dq and dk per value head: fp32 where heads of one group are still to be summed."""
     return x.q.dtype if x.q.shape[2] == x.v.shape[2] else torch.float32
 
