@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.train.config import TrainConfig, from_dict, load_toml
+from lasp.train.config import AUTO, TrainConfig, from_dict, load_toml
 from lasp.train.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 
 
@@ -25,7 +25,9 @@ class Arguments:
     config: Path | None = None
     """TOML file of settings; options given here win over it."""
     resume: Path | None = None
-    """Run folder or checkpoint to continue. Settings come from it; options given here win over them."""
+    """Run folder or checkpoint to continue. Settings come from it; options given here win over them. "auto": go on in
+    --run-dir if it has a checkpoint, else begin there, with the settings given here: the same command starts a run and
+    restarts it."""
     nproc: int | None = None
     """Processes to start on this machine; default: dp x sp."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -40,16 +42,20 @@ def parse(arguments: Sequence[str]) -> Arguments:
         known, _ = early.parse_known_args(list(arguments))
     except SystemExit:  # an option without its value: the full parser says it better
         known = argparse.Namespace(config=None, resume=None)
-    if known.config is not None and known.resume is not None:
+    resume_auto = known.resume == AUTO
+    if known.config is not None and known.resume is not None and not resume_auto:
         raise ConfigError("--config and --resume both bring settings: give one of them, and options for changes")
     base = TrainConfig()
     if known.config is not None:
         base = load_toml(known.config)
-    elif known.resume is not None:
+    elif known.resume is not None and not resume_auto:
         base = _settings_of(known.resume)
-    return tyro.cli(
+    options = tyro.cli(
         Arguments, args=list(arguments), default=Arguments(settings=base), prog="lasp train", console_outputs=_speaks()
     )
+    if options.resume == AUTO and options.settings.run_dir is None:
+        raise ConfigError("--resume auto goes on in the run folder if it can: name it with --run-dir")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:

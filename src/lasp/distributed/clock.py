@@ -44,9 +44,15 @@ class Marks:
 
 
 class ExchangeClock:
-    """Adds up the times of a rank's messages. `Comm` calls it where messages begin and are waited for."""
+    """Adds up the times of a rank's messages. `Comm` calls it where messages begin and are waited for.
+
+    On a device time is that of the stream which was current when the clock was made: what happens on another holds
+    nothing up, until this one waits for it (`lasp.ops.beside`).
+    """
 
     def __init__(self, *, on_device: bool) -> None:
+        self.on_device = on_device
+        self._stream = torch.cuda.current_stream() if on_device else None
         self._marks = Marks(on_device=on_device)
         self._under_way = 0
         self._since: Any = None
@@ -55,11 +61,15 @@ class ExchangeClock:
 
     def begun(self) -> None:
         """A message that will be waited for is under way."""
+        if self._elsewhere():
+            return
         if self._under_way == 0:
             self._since = self._marks.now()
         self._under_way += 1
 
     def wait_begins(self) -> None:
+        if self._elsewhere():
+            return
         now = self._marks.now()
         if self._under_way > 0:
             self._works.append((self._since, now))
@@ -67,6 +77,8 @@ class ExchangeClock:
 
     def wait_ends(self, messages: int) -> None:
         """So many of those begun have come."""
+        if self._elsewhere():
+            return
         now = self._marks.now()
         self._waits.append((self._since, now))
         self._under_way, self._since = max(0, self._under_way - messages), now
@@ -75,3 +87,6 @@ class ExchangeClock:
         """The times so far. On a device, once its work has ended."""
         exposed, hidden = (sum(self._marks.seconds(*pair) for pair in each) for each in (self._waits, self._works))
         return ExchangeTime(exposed, hidden)
+
+    def _elsewhere(self) -> bool:
+        return self._stream is not None and torch.cuda.current_stream() != self._stream

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lasp.distributed.clock import ExchangeClock
+
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -22,8 +24,10 @@ class Beside:
     Work queued in between runs beside it. Everything an exchange reads must stay referenced until it has ended.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: ExchangeClock | None = None) -> None:
         self._device = device
+        # On the host's clock the messages themselves count; on the device's only what holds up the compute stream.
+        self._clock = clock if clock is not None and clock.on_device else None
         if device.type == "cuda" and device not in _streams:
             _streams[device] = torch.cuda.Stream(device)
         self._stream = _streams.get(device)
@@ -36,6 +40,8 @@ class Beside:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield
+        if self._clock is not None:
+            self._clock.begun()
 
     @contextmanager
     def ended(self) -> Iterator[None]:
@@ -44,7 +50,11 @@ class Beside:
             return
         with torch.cuda.stream(self._stream):
             yield
+        if self._clock is not None:
+            self._clock.wait_begins()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if self._clock is not None:
+            self._clock.wait_ends(1)
 
     def hand_over(self, tensor: Tensor | None) -> None:
         """What the exchange allocated is now the compute stream's: its memory is not reused before that is done."""

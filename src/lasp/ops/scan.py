@@ -76,8 +76,8 @@ class _Exchanging:
     def __init__(
         self, plan: Plan, x: Any, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> None:
-        alone = plan.sp is None or plan.sp.size == 1
-        self._beside = None if alone else Beside(initial.device)
+        sp = plan.sp
+        self._beside = None if sp is None or sp.size == 1 else Beside(initial.device, sp.comm.clock)
         with nullcontext() if self._beside is None else self._beside.begun():
             self._pending = _begin(plan, x, summary, initial, reverse, want_total or plan.whole)
 

@@ -81,6 +81,11 @@ def save(
     return final
 
 
+def exists(run_dir: Path) -> bool:
+    """Whether a run folder has a checkpoint, good or damaged."""
+    return bool(_folders(run_dir / "checkpoints"))
+
+
 def find(path: Path, *, report: Callable[[str], None]) -> Checkpoint:
     """The newest good checkpoint of a run: `path` is a run folder, its `checkpoints` folder or one checkpoint.
 

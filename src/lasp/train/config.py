@@ -17,6 +17,9 @@ from lasp.train.sinks import missing
 
 C = TypeVar("C")
 
+# Instead of a checkpoint to resume from: the newest good one of the run folder, or none if it has none yet.
+AUTO = Path("auto")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:

@@ -25,7 +25,7 @@ from lasp.models import CausalLM, ModelConfig, preset
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint
 from lasp.train.checkpoint import Checkpoint
-from lasp.train.config import TrainConfig, differences, to_dict
+from lasp.train.config import AUTO, TrainConfig, differences, to_dict
 from lasp.train.describe import describe
 from lasp.train.errors import ConfigError, PeerLostError
 from lasp.train.evaluate import Score, evaluate
@@ -53,8 +53,9 @@ class TrainResult(NamedTuple):
 def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
     """Train, in this process and all others of the launch (torchrun's environment, or a group that exists).
 
-    resume: a run folder or checkpoint to continue from; the run goes on in the run folder. Raises ConfigError,
-    DataError, CheckpointError, NumericsError (on every process) and PeerLostError.
+    resume: a run folder or checkpoint to continue from; the run goes on in the run folder. AUTO: that of
+    `config.run_dir` if it has a checkpoint; if not, the run begins there. Raises ConfigError, DataError,
+    CheckpointError, NumericsError (on every process) and PeerLostError.
     """
     world = join(config)
     try:
@@ -202,6 +203,10 @@ class _Run:
     def _prepare(self, resume: Path | None) -> dict[str, Any]:
         """On the first process: find the checkpoint, tokenise the text, make the run folder."""
         config = self.config
+        again = resume == AUTO
+        if again:
+            run_dir = config.run_dir
+            resume = run_dir if run_dir is not None and checkpoint.exists(run_dir) else None
         found = checkpoint.find(resume, report=self.output.line) if resume is not None else None
         store = token_store.prepare(
             folder=config.data.path,
@@ -211,7 +216,7 @@ class _Run:
             seed=config.data.seed,
             cache=config.data.cache,
         )
-        run_dir = self._choose_folder(found)
+        run_dir = self._choose_folder(found, again=again)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock(run_dir)
         (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
@@ -221,8 +226,11 @@ class _Run:
             "checkpoint": str(found.folder) if found is not None else None,
         }
 
-    def _choose_folder(self, found: Checkpoint | None) -> Path:
-        """The run folder: as configured, that of the run continued, or a new one. Raises ConfigError."""
+    def _choose_folder(self, found: Checkpoint | None, *, again: bool) -> Path:
+        """The run folder: as configured, that of the run continued, or a new one. Raises ConfigError.
+
+        again: what is in it may be of an earlier try that ended before its first checkpoint.
+        """
         home = found.folder.parent.parent if found is not None else None
         run_dir = self.config.run_dir or home
         if run_dir is None:
@@ -234,7 +242,7 @@ class _Run:
                     f"{found.folder} is not the newest checkpoint of its run ({newest.name} is), and going on "
                     "from it would write over what followed: name a new folder with --run-dir"
                 )
-        elif run_dir.exists() and any(run_dir.iterdir()):
+        elif not again and run_dir.exists() and any(run_dir.iterdir()):
             raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another")
         return run_dir
 

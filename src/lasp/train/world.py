@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from lasp.data.batches import Shard
 from lasp.data.errors import DataError
@@ -106,15 +107,17 @@ def join(config: TrainConfig) -> World:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         config.validate(size)  # before anything is connected
         device = _device(config.device)
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+        if one_machine:
             stay_on_loopback(os.environ)
         if size > 1 or config.parallel.sp > 1:
+            timeout = timedelta(seconds=config.parallel.timeout_s)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                init_method=os.environ.get("LASP_RENDEZVOUS", "env://"),
+                store=_meeting_place(size, timeout, one_machine),
                 rank=int(os.environ["RANK"]),
                 world_size=size,
-                timeout=timedelta(seconds=config.parallel.timeout_s),
+                timeout=timeout,
             )
     else:
         config.validate(dist.get_world_size())
@@ -140,6 +143,19 @@ def join(config: TrainConfig) -> World:
         hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
     return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, owns_group)
+
+
+def _meeting_place(size: int, timeout: timedelta, one_machine: bool) -> dist.Store:
+    """Where the processes tell each other their addresses.
+
+    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. On one machine the
+    number of the try tells them apart; over several the agents count differently, and torchrun needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to be restarted over gloo.
+    """
+    where = os.environ.get("LASP_RENDEZVOUS", "env://")
+    store, _, _ = next(rendezvous(where, int(os.environ["RANK"]), size, timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    return dist.PrefixStore(f"lasp-{attempt}", store)
 
 
 def leave(world: World) -> None:

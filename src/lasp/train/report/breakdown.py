@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lasp.analysis import volume
@@ -13,6 +14,12 @@ from lasp.train.report.run import Run
 from lasp.train.report.text import escape, milliseconds, nbytes
 
 _MOST_RANKS = 16
+_WEIGHTS: dict[str, Callable[[int, int], volume.Traffic]] = {
+    "ddp": volume.ddp,
+    "zero1": volume.zero1,
+    "zero2": volume.zero2,
+    "zero3": volume.zero3,
+}
 
 
 class Part(NamedTuple):
@@ -68,7 +75,7 @@ def memory(run: Run) -> str:
         tokens=tokens,
         precision=config["precision"],
         recomputation="none",
-        sharding="ddp",
+        sharding=_sharding(run),
         ranks=layout["dp"] * layout["sp"],
         processors=None,
     )
@@ -103,7 +110,10 @@ def exchanged(run: Run, ranks: dict[str, list[float]]) -> str:
     size, sp = layout["dp"] * layout["sp"], layout["sp"]
     parts = [Part("states, forward and backward", max(ranks["sent_bytes"]), 1, "counted")]
     if size > 1:
-        parts.append(Part("gradients of weights", volume.ddp(about["num_parameters"], size).sent_bytes, 2, "formula"))
+        sharding = _sharding(run)
+        moved = _WEIGHTS[sharding](about["num_parameters"], size)
+        name = "gradients of weights" if sharding == "ddp" else "weights and their gradients"
+        parts.append(Part(name, moved.sent_bytes, 2, f"formula, {sharding}"))
     if sp > 1:
         shard = volume.Shard(
             batch=config["global_batch"] // layout["dp"],
@@ -132,6 +142,11 @@ def exchanged(run: Run, ranks: dict[str, list[float]]) -> str:
             f"times as long they would be the same, and Ring Attention would send {times:,.0f} times as much.</p>"
         )
     return f'<table class="amounts">{rows}</table>{note}'
+
+
+def _sharding(run: Run) -> str:
+    """How weights are spread, by its name in lasp.parallelize."""
+    return str(run.config["parallel"].get("data_parallel", "ddp"))
 
 
 def _bar(name: str, parts: list[Part], scale: float, text: Any) -> str:

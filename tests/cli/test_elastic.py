@@ -1,0 +1,77 @@
+"""A job that torchrun restarts goes on by itself, and ends with the losses of one that nothing disturbed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import world
+from test_launch import command, linux, wait_until
+
+from lasp.cli import train as train_command
+from lasp.train import loop
+from lasp.train.config import AUTO
+from lasp.train.errors import CheckpointError, ConfigError
+from lasp.train.metrics import read_metrics
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+STEPS = 60
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def rank_one(parent: int) -> int:
+    """The process id of the second process that torchrun started."""
+    for child in map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()):
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            return child
+    raise AssertionError("torchrun has no process of rank 1")
+
+
+@linux
+def test_a_killed_process_costs_only_time(tmp_path: Path) -> None:
+    arguments = command(tmp_path, "--steps", str(STEPS), "--save-every", "5", "--resume", "auto")
+    job = subprocess.Popen(
+        [*TORCHRUN, "--max-restarts", "2", "-m", "lasp.cli.main", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: len(losses(tmp_path / "run")) >= 7, job)
+        os.kill(rank_one(job.pid), signal.SIGKILL)
+        out, error = job.communicate(timeout=90)
+    finally:
+        job.kill()
+    assert job.returncode == 0, error
+    assert out.count("Training transnormer-tiny") == 2 and out.count("resumed") == 1 and "after step" in out
+
+    whole = train_command.parse(arguments[1:]).settings
+    whole = dataclasses.replace(whole, run_dir=tmp_path / "whole")
+    world.run(2, lambda _rank: loop.train(whole) and None)
+    assert len(losses(tmp_path / "whole")) == STEPS
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_auto_begins_where_there_is_nothing_good_to_go_on_from(tmp_path: Path) -> None:
+    arguments = command(tmp_path, "--steps", "2", "--sp", "1", "--resume", "auto")[1:]
+    config = train_command.parse(arguments).settings
+    assert train_command.parse(arguments).resume == AUTO
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')  # of a try that saved nothing
+    loop.train(config, resume=AUTO)
+    assert [step for step, _ in losses(run_dir)] == [1, 2] and losses(run_dir)[0][1] != 9.0
+    # Damage is not taken for a beginning.
+    (run_dir / "checkpoints" / "step-00000002" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is usable"):
+        loop.train(config, resume=AUTO)
+    with pytest.raises(ConfigError, match="name it with --run-dir"):
+        train_command.parse(["--resume", "auto"])
