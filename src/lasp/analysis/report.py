@@ -22,6 +22,9 @@ BASIS = {
 # Steps whose predictions differ by less are not told apart: quartiles of one layout's measured steps span as much, and
 # so do the errors of two layouts' predictions against each other (docs/analysis.md).
 TIE = 0.05
+# Of lasp.analysis.memory's, those that `lasp train` has options for.
+TRAINED_SHARDINGS = ("ddp",)
+TRAINED_RECOMPUTATIONS = ("none",)
 
 
 def row(estimate: Estimate) -> dict[str, Any]:
@@ -92,8 +95,9 @@ def ties(recommended: dict[str, Any] | None, fitting: list[dict[str, Any]]) -> l
 
 
 def trains(entry: dict[str, Any]) -> bool:
-    """Whether `lasp train` can run a layout: DDP, nothing computed again."""
-    return entry["method"] in ("lasp", "data") and (entry["sharding"], entry["recomputation"]) == ("ddp", "none")
+    """Whether `lasp train` can run a layout."""
+    trained = entry["sharding"] in TRAINED_SHARDINGS and entry["recomputation"] in TRAINED_RECOMPUTATIONS
+    return trained and entry["method"] in ("lasp", "data")
 
 
 def alternatives(job: Job) -> list[dict[str, Any]]:
