@@ -6,6 +6,9 @@ next shard. Sequence b of step s is number s * global_batch + b of an endless li
 order, then all of them in another one, and so on. Nothing is remembered between steps, so to resume is to ask for
 the next step.
 
+Packed, the rows of a batch are one sequence after another, cut where documents start and where rows do: nothing crosses
+a cut, neither state nor label. A document that starts before its row begins anew there.
+
 Letters: B rows, T tokens of a whole sequence, N tokens in the stream.
 """
 
@@ -23,9 +26,11 @@ class Batch(NamedTuple):
     """What one rank sees of a batch."""
 
     tokens: np.ndarray
-    """[rows, T / sp] int64"""
+    """[rows, T / sp] int64; packed [1, rows T / sp], consecutive tokens of all rows one after another."""
     labels: np.ndarray
-    """[rows, T / sp] int64, the tokens one place on; -100 where there is nothing to predict."""
+    """Of the same shape, int64, the tokens one place on; -100 where there is nothing to predict."""
+    cu_seqlens: tuple[int, ...] | None = None
+    """Packed: where documents start in the rows [rows T] of all ranks of the sequence, and their end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +61,17 @@ def num_sequences(stream: np.ndarray, seq_len: int) -> int:
 class Sequences:
     """The sequences of a token stream in their training order."""
 
-    def __init__(self, stream: np.ndarray, *, seq_len: int, seed: int) -> None:
-        """stream: token ids [N]. Raises DataError if the stream holds no whole sequence."""
-        self.stream, self.seq_len, self.seed = stream, seq_len, seed
+    def __init__(self, stream: np.ndarray, *, seq_len: int, seed: int, bounds: np.ndarray | None = None) -> None:
+        """
+        Args:
+            stream: token ids [N].
+            bounds: int64 [documents + 1], where documents start and the last one ends, for packed batches; None
+                makes rows of whatever tokens follow one another.
+
+        Raises:
+            DataError: the stream holds no whole sequence.
+        """
+        self.stream, self.seq_len, self.seed, self.bounds = stream, seq_len, seed, bounds
         self.count = num_sequences(stream, seq_len)
         if self.count == 0:
             raise DataError(
@@ -71,7 +84,17 @@ class Sequences:
         rows_per_part = global_batch // num_parts
         first = step * global_batch + part * rows_per_part
         numbers = [self.shuffled(first + row) for row in shard.rows(rows_per_part)]
-        return read(self.stream, numbers, self.seq_len, shard)
+        if self.bounds is None:
+            return read(self.stream, numbers, self.seq_len, shard)
+        return read_packed(self.stream, self.bounds, numbers, self.seq_len, shard)
+
+    def num_targets(self, step: int, global_batch: int) -> int:
+        """Labels to predict in the whole batch of `step`, over all ranks and parts: all tokens, or packed those that
+        another of their document follows."""
+        if self.bounds is None:
+            return global_batch * self.seq_len
+        numbers = (self.shuffled(step * global_batch + row) for row in range(global_batch))
+        return sum(self.seq_len - len(_ends(self.bounds, number * self.seq_len, self.seq_len)) for number in numbers)
 
     def shuffled(self, number: int) -> int:
         """The sequence at place `number` of the endless list."""
@@ -96,6 +119,34 @@ def read(stream: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> 
     pieces = [stream[number * seq_len + run.start : number * seq_len + run.stop + 1] for number in numbers]
     window = np.stack(pieces).astype(np.int64)
     return Batch(window[:, :-1].copy(), window[:, 1:].copy())
+
+
+def read_packed(stream: np.ndarray, bounds: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
+    """The shard's tokens and labels of the given sequences, one after another; reads nothing else from the file."""
+    run = shard.tokens(len(numbers) * seq_len)
+    cuts = [0]
+    tokens, labels = [], []
+    for row, number in enumerate(numbers):
+        start, before = number * seq_len, row * seq_len
+        ends = _ends(bounds, start, seq_len) - start
+        cuts += [before + int(end) for end in ends if end < seq_len]
+        cuts.append(before + seq_len)
+        first, last = max(run.start - before, 0), min(run.stop - before, seq_len)
+        if first >= last:
+            continue
+        window = stream[start + first : start + last + 1].astype(np.int64)
+        following = window[1:].copy()
+        here = ends[(ends > first) & (ends <= last)]
+        following[here - 1 - first] = -100
+        tokens.append(window[:-1])
+        labels.append(following)
+    return Batch(np.concatenate(tokens)[None], np.concatenate(labels)[None], tuple(cuts))
+
+
+def _ends(bounds: np.ndarray, start: int, seq_len: int) -> np.ndarray:
+    """The ends of documents, among `bounds`, that lie in a sequence: in start + 1 .. start + seq_len."""
+    low, high = np.searchsorted(bounds, [start, start + seq_len], side="right")
+    return np.asarray(bounds[low:high])
 
 
 def permute(place: int, size: int, seed: int) -> int:

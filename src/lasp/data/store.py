@@ -2,7 +2,8 @@
 
 A store is a folder named by the key of its content:
     train.bin, validation.bin   token ids, little endian, every document followed by the separator
-    index.json                  written last: sizes, SHA-256 of both files, and the list of documents
+    train.bounds.bin, ..        int64, where every document starts, and the end of the last
+    index.json                  written last: sizes and SHA-256 of all files
 It is built in a temporary folder and renamed, so a half-built store is never seen. The key covers the tokenizer,
 the order, the split and every document's bytes: a changed folder gives another store.
 """
@@ -22,8 +23,9 @@ from lasp.data.corpus import Document, find_documents
 from lasp.data.errors import DataError
 from lasp.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
+BOUNDS = np.dtype("<i8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,9 @@ class TokenStore:
     train: np.ndarray
     """Training stream [num_tokens], uint16 or uint32, memory-mapped."""
     validation: np.ndarray
+    train_bounds: np.ndarray
+    """int64 [documents + 1], where the documents of the training stream start, and its end."""
+    validation_bounds: np.ndarray
     num_bytes: dict[str, int]
     """Bytes of text per split, separators not counted."""
     num_documents: dict[str, int]
@@ -77,18 +82,13 @@ def open_store(folder: Path, *, verify: bool) -> TokenStore:
         if index["format"] != FORMAT:
             raise DataError(f"{folder} has token file format {index['format']}, this version reads {FORMAT}")
         dtype = np.dtype(index["dtype"])
-        streams = {}
+        streams, bounds = {}, {}
         for split in SPLITS:
-            entry, path = index["files"][split], folder / f"{split}.bin"
-            if path.stat().st_size != entry["num_tokens"] * dtype.itemsize:
-                raise DataError(
-                    f"the token file {path} should hold {entry['num_tokens']:,} tokens "
-                    f"of {dtype.itemsize} bytes but is {path.stat().st_size:,} bytes long"
-                )
-            if verify and _sha256(path) != entry["sha256"]:
-                raise DataError(f"the token file {path} does not match the SHA-256 in its index")
-            empty = entry["num_tokens"] == 0  # an empty file cannot be mapped
-            streams[split] = np.zeros(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
+            entry = index["files"][split]
+            streams[split] = _map(folder / f"{split}.bin", dtype, entry["num_tokens"], entry["sha256"], verify)
+            bounds[split] = _map(
+                folder / f"{split}.bounds.bin", BOUNDS, entry["num_documents"] + 1, entry["bounds_sha256"], verify
+            )
         return TokenStore(
             key=index["key"],
             folder=folder,
@@ -96,11 +96,25 @@ def open_store(folder: Path, *, verify: bool) -> TokenStore:
             vocab_size=index["vocab_size"],
             train=streams["train"],
             validation=streams["validation"],
+            train_bounds=bounds["train"],
+            validation_bounds=bounds["validation"],
             num_bytes={split: index["files"][split]["num_bytes"] for split in SPLITS},
             num_documents={split: index["files"][split]["num_documents"] for split in SPLITS},
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"the token store {folder} is damaged ({error!r}): delete it") from error
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int, sha256: str, verify: bool) -> np.ndarray:
+    if path.stat().st_size != count * dtype.itemsize:
+        raise DataError(
+            f"the token file {path} should hold {count:,} numbers of {dtype.itemsize} bytes "
+            f"but is {path.stat().st_size:,} bytes long"
+        )
+    if verify and _sha256(path) != sha256:
+        raise DataError(f"the token file {path} does not match the SHA-256 in its index")
+    # An empty file cannot be mapped.
+    return np.zeros(0, dtype) if count == 0 else np.memmap(path, dtype=dtype, mode="r")
 
 
 def _key(documents: list[Document], tokenizer: Tokenizer) -> str:
@@ -117,9 +131,8 @@ def _build(target: Path, key: str, documents: list[Document], tokenizer: Tokeniz
     temporary.mkdir(parents=True)
     try:
         files: dict[str, dict[str, Any]] = {}
-        listing = []
         for split in SPLITS:
-            num_tokens = num_bytes = num_documents = 0
+            bounds, num_bytes = [0], 0
             digest = hashlib.sha256()
             with open(temporary / f"{split}.bin", "wb") as stream:
                 for document in (document for document in documents if document.split == split):
@@ -128,19 +141,20 @@ def _build(target: Path, key: str, documents: list[Document], tokenizer: Tokeniz
                     if not len(ids):  # an empty document contributes no token, not a lone separator
                         continue
                     data = np.append(ids, tokenizer.separator).astype(dtype).tobytes()
-                    listing.append([split, document.name, num_tokens, len(ids) + 1])
                     stream.write(data)
                     digest.update(data)
-                    num_tokens += len(ids) + 1
+                    bounds.append(bounds[-1] + len(ids) + 1)
                     num_bytes += len(text)
-                    num_documents += 1
                 stream.flush()
                 os.fsync(stream.fileno())
+            table = np.array(bounds, BOUNDS).tobytes()
+            (temporary / f"{split}.bounds.bin").write_bytes(table)
             files[split] = {
-                "num_tokens": num_tokens,
+                "num_tokens": bounds[-1],
                 "num_bytes": num_bytes,
-                "num_documents": num_documents,
+                "num_documents": len(bounds) - 1,
                 "sha256": digest.hexdigest(),
+                "bounds_sha256": hashlib.sha256(table).hexdigest(),
             }
         index = {
             "format": FORMAT,
@@ -150,7 +164,6 @@ def _build(target: Path, key: str, documents: list[Document], tokenizer: Tokeniz
             "separator": tokenizer.separator,
             "dtype": dtype.str,
             "files": files,
-            "documents": {"columns": ["split", "name", "first_token", "num_tokens"], "rows": listing},
         }
         (temporary / "index.json").write_text(json.dumps(index))
         try:

@@ -47,6 +47,8 @@ class DataOptions:
     """"bytes", or the path of a `tokenizers` JSON file."""
     validation_fraction: float = 0.05
     """Share of documents held out for validation."""
+    packed: bool = False
+    """Keep documents apart: no state, position or label crosses from one into the next."""
     seed: int = 0
     """Order of the documents."""
     cache: Path = Path("runs/data")

@@ -94,7 +94,8 @@ class _Run:
         self.resumed = self._read_checkpoint(start["checkpoint"])
         self.store = token_store.open_store(Path(start["store"]), verify=False)
         self._check_data()
-        self.sequences = Sequences(self.store.train, seq_len=config.seq_len, seed=config.seed)
+        bounds = self.store.train_bounds if config.data.packed else None
+        self.sequences = Sequences(self.store.train, seq_len=config.seq_len, seed=config.seed, bounds=bounds)
         torch.manual_seed(config.seed)
         self.module = CausalLM(self.model_config).to(world.device)
         if self.resumed is not None:

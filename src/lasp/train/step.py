@@ -1,6 +1,6 @@
 """One optimizer step on the global batch, the same for any layout of the processes.
 
-gradients of  sum over tokens of the global batch of loss / number of those tokens
+gradients of  sum over labels of the global batch of loss / number of those labels
 -> verdict of all processes: any NaN or infinity ends the run here, before a weight changes
 -> clip by the global norm -> AdamW
 """
@@ -23,7 +23,7 @@ from lasp.train.world import World
 
 class StepResult(NamedTuple):
     loss: float
-    """Mean over the tokens of the global batch, nats, the same on every process."""
+    """Mean over the labels of the global batch, nats, the same on every process."""
     grad_norm: float
     """Global, before clipping."""
     lr: float
@@ -58,7 +58,7 @@ class Stepper:
         first_bad = self.names.index(bad[0]) if bad else -1
         rows = self.world.gather([loss_sum, first_bad, float(stop_requested()), *self.watch.read()])
         # Added in rank order, in fp64: the printed loss is the same on every process and in every repetition.
-        loss = sum(row[0] for row in rows) / (self.config.global_batch * self.config.seq_len)
+        loss = sum(row[0] for row in rows) / self.sequences.num_targets(number, self.config.global_batch)
         self._refuse_bad(number, [row[0] for row in rows], [int(row[1]) for row in rows])
         grad_norm = self.model.clip_gradients(self.config.optimizer.clip_norm).item()
         if not math.isfinite(grad_norm):
@@ -77,16 +77,16 @@ class Stepper:
         """Leave the gradients of step `number` in the parameters; return this process's sum of losses."""
         config, model = self.config, self.model
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        global_tokens = config.global_batch * config.seq_len
+        targets = self.sequences.num_targets(number, config.global_batch)
         with model.watching_gradients():
             for part in range(config.accumulation):
-                tokens, labels = self._batch(number, part)
+                tokens, labels, cu_seqlens = self._batch(number, part)
                 with model.accumulating(last=part == config.accumulation - 1):
                     with torch.autocast(
                         self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
                     ):
-                        out = model.training(tokens, labels=labels, sp=model.sp)
-                    model.mean_loss(out.loss_sum, global_tokens).backward()
+                        out = model.training(tokens, labels=labels, cu_seqlens=cu_seqlens, sp=model.sp)
+                    model.mean_loss(out.loss_sum, targets).backward()
                 total += out.loss_sum.detach()
         self.watch.backward_ended()
         return total.item()
@@ -100,7 +100,7 @@ class Stepper:
         self.gradients(0)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _batch(self, number: int, part: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, number: int, part: int) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
         batch = self.sequences.batch(
             number,
             self.config.global_batch,
@@ -111,6 +111,7 @@ class Stepper:
         return (
             torch.from_numpy(batch.tokens).to(self.world.device, non_blocking=True),
             torch.from_numpy(batch.labels).to(self.world.device, non_blocking=True),
+            batch.cu_seqlens,
         )
 
     def _refuse_bad(self, number: int, losses: list[float], first_bad: list[int]) -> None:
