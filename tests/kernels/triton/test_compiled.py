@@ -82,6 +82,21 @@ def test_stages_compile_without_breaks(kind: str, heads: int, device: torch.devi
         assert torch.equal(compiled[name], value), name
 
 
+def test_packed_documents_break_the_graph_and_no_result(device: torch.device) -> None:
+    leaves, d_o = leaves_of("scalar", device)
+    leaves[4] = None
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, _: None) -> Tensor:
+        return 2.0 * lasp.linear_attention(q, k, v, g, cu_seqlens=(0, 30, 70), backend="triton")[0]
+
+    eager = packed(*leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, backend="aot_eager")(*leaves)
+    assert torch.equal(compiled, eager)
+    for got, reference in zip(gradients(compiled, leaves, d_o), gradients(eager, leaves, d_o), strict=True):
+        assert torch.equal(got, reference)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_operator_contract(gate: str, device: torch.device) -> None:
     """Schema, fake shapes and autograd registration, as PyTorch checks them."""

@@ -5,6 +5,7 @@ of `stages`. An operator gives new tensors back: none of its inputs, no two in t
 """
 
 # No postponed annotations: the operators' schemas are read from them.
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from lasp.recurrence.contract import Run
 
 def _compiling(x: Run) -> bool:
     return torch.compiler.is_compiling() and x.documents is None
+
+
+def _untraced(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """`stage`, into which torch.compile must not look: with packed documents it breaks the graph here."""
+    return torch.compiler.disable(stage) if torch.compiler.is_compiling() else stage
 
 
 def _plan(q: Tensor, v: Tensor, g: Tensor | None) -> Plan:
@@ -195,13 +201,13 @@ def _summary(x: Run, tensors: list[Tensor]) -> tuple[Summary, Any]:
 
 def summarize(x: Run) -> tuple[Summary, Any]:
     if not _compiling(x):
-        return stages.summarize(x)
+        return _untraced(stages.summarize)(x)
     return _summary(x, _summarize(x.q, x.k, x.v, x.g, None, x.scale))
 
 
 def local_outputs(x: Run, totals: Any) -> Any:
     if not _compiling(x):
-        return stages.local_outputs(x, totals)
+        return _untraced(stages.local_outputs)(x, totals)
     if x.g is None or x.g.dim() < 4:
         return None
     return channel_stages.Prepared(*_prepare(x.q, x.k, x.v, x.g, x.scale))
@@ -209,7 +215,7 @@ def local_outputs(x: Run, totals: Any) -> Any:
 
 def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
     if not _compiling(x):
-        return stages.outputs(x, totals, partial, state_in)
+        return _untraced(stages.outputs)(x, totals, partial, state_in)
     prepared = [] if partial is None else list(partial)
     o, entering, leaving = _outputs(x.q, x.k, x.v, x.g, list(totals), prepared, state_in, x.scale)
     return o, _saved(x.g, [entering, leaving, *(prepared or [totals.gates])])
@@ -217,13 +223,13 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
 
 def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
     if not _compiling(x):
-        return stages.summarize_adjoint(x, d_o)
+        return _untraced(stages.summarize_adjoint)(x, d_o)
     return _summary(x, _summarize(x.q, x.k, x.v, x.g, d_o, x.scale))
 
 
 def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
     if not _compiling(x):
-        return stages.local_gradients(x, saved, totals_adjoint, d_o)
+        return _untraced(stages.local_gradients)(x, saved, totals_adjoint, d_o)
     return _local(x.g, saved, _local_gradients(x.q, x.k, x.v, x.g, _saved_list(saved), d_o, x.scale))
 
 
@@ -231,7 +237,7 @@ def gradients(
     x: Run, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     if not _compiling(x):
-        return stages.gradients(x, saved, totals_adjoint, local, d_o, d_state_out)
+        return _untraced(stages.gradients)(x, saved, totals_adjoint, local, d_o, d_state_out)
     kept = list(local) if x.g is not None else [local.dq]
     found = _gradients(x.q, x.k, x.v, x.g, _saved_list(saved), list(totals_adjoint), kept, d_o, d_state_out, x.scale)
     return (*found, None) if x.g is None else tuple(found)
