@@ -39,7 +39,7 @@ def _compiled_in_parallel(request: pytest.FixtureRequest) -> None:
     parts = min(len(items) // 8, (os.cpu_count() or 1) - 2)
     if not ON_GPU or PART in os.environ or parts < 2:
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", here]
     processes = [
         subprocess.Popen(
             command, env=os.environ | {PART: f"{part}/{parts}"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

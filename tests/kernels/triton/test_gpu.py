@@ -7,6 +7,7 @@ exactly zero.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -136,6 +137,8 @@ def solve(
 def check(case: Case) -> None:
     x, d_o, d_final = inputs(case)
     values = solve(x, d_o, d_final, "triton", None, case.documents)
+    if "LASP_TEST_PART" in os.environ:
+        return  # this process is here to compile (conftest.py); many references at once would not fit the GPU
     references = solve(x, d_o, d_final, "torch", torch.float64, case.documents)
     errors = {name: relative_error(values[name], references[name]) for name in values}
     bounds = BOUNDS[case.dtype]
