@@ -64,12 +64,12 @@ def initial_of(x: Any, initial_state: Tensor | None) -> Tensor:
 def agree(
     sp: SequenceParallel | None, operator: str, x: Any, initial_state: Tensor | None, want_final: bool, **options: Any
 ) -> None:
-    """Compare with the other ranks what is about to be computed.
+    """Compare with the other ranks what is about to be computed. A compiled exchange does so itself, when it runs.
 
     Raises:
         ExchangeError: the ranks differ.
     """
-    if sp is None:
+    if sp is None or torch.compiler.is_compiling():
         return
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (*tensors_of(x), initial_state)

@@ -13,7 +13,6 @@ backward recomputes no forward state and exchanges once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -23,11 +22,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.algebra import Summary
-from lasp.exchange.base import PendingExchange
-from lasp.exchange.local import Local
+from lasp.exchange.base import Carried, PendingExchange
+from lasp.exchange.local import Local, Ready
 from lasp.exchange.reach import Reach, forgets_constant
 from lasp.ops.beside import Beside
+from lasp.ops.compiled import exchange
 from lasp.ops.crossing import Packed
+from lasp.ops.kept import keep, replayed
 from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.documents import Documents
 from lasp.sequence import SequenceParallel
@@ -76,12 +77,22 @@ class _Exchanging:
     def __init__(
         self, plan: Plan, x: Any, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> None:
-        sp = plan.sp
-        self._beside = None if sp is None or sp.size == 1 else Beside(initial.device, sp.comm.clock)
-        with nullcontext() if self._beside is None else self._beside.begun():
-            self._pending = _begin(plan, x, summary, initial, reverse, want_total or plan.whole)
+        sp, want_total = plan.sp, want_total or plan.whole
+        self._beside: Beside | None = None
+        self._forward = not reverse
+        self._pending: PendingExchange
+        if sp is None or sp.size == 1:
+            self._pending = Local().begin(None, summary, initial, reverse=reverse, want_total=want_total)
+        elif torch.compiler.is_compiling():
+            self._pending = Ready(exchange(sp, summary, initial, reverse=reverse, want_total=want_total))
+        elif self._forward and (carried := replayed()) is not None:
+            self._pending = Ready(carried)
+        else:
+            self._beside = Beside(initial.device, sp.comm.clock)
+            with self._beside.begun():
+                self._pending = _begin(sp, x, summary, initial, reverse, want_total)
 
-    def wait(self) -> Any:
+    def wait(self) -> Carried:
         beside = self._beside
         if beside is None:
             return self._pending.wait()
@@ -89,6 +100,8 @@ class _Exchanging:
             carried = self._pending.wait()
         beside.hand_over(carried.entering)
         beside.hand_over(carried.total)
+        if self._forward:
+            keep(carried)
         return carried
 
 
@@ -101,10 +114,9 @@ class Started(NamedTuple):
     exchanging: _Exchanging
 
 
-def _begin(plan: Plan, x: Any, summary: Summary, initial: Tensor, reverse: bool, want_total: bool) -> PendingExchange:
-    sp = plan.sp
-    if sp is None or sp.size == 1:
-        return Local().begin(None, summary, initial, reverse=reverse, want_total=want_total)
+def _begin(
+    sp: SequenceParallel, x: Any, summary: Summary, initial: Tensor, reverse: bool, want_total: bool
+) -> PendingExchange:
     if isinstance(sp.exchange, Reach) and x.g is not None and x.g.dim() == 1 and x.documents is None:
         # Constant decays: every rank knows which heads forget where, and need not ask.
         lengths = [x.q.shape[1]] * sp.size if sp.lengths is None else sp.lengths

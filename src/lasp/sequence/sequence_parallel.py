@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +15,8 @@ from lasp.exchange import Exchange, resolve
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
 _MAX_AGREED = 1024
+_by_key: WeakValueDictionary[int, SequenceParallel] = WeakValueDictionary()
+_new_key = count().__next__
 
 
 class SequenceParallel:
@@ -47,13 +51,25 @@ class SequenceParallel:
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
         self._agreed: set[str] = set()
+        self._register()
 
     def with_lengths(self, lengths: Sequence[int] | None) -> SequenceParallel:
         """The same ranks and groups, with other shard lengths. Not collective."""
         other = object.__new__(SequenceParallel)
         other.comm, other.exchange, other._agreed = self.comm, self.exchange, set()
         other.lengths = _checked_lengths(lengths, self.size)
+        other._register()
         return other
+
+    def _register(self) -> None:
+        self.key = _new_key()
+        """A number of this object in this process: operators of torch.library take numbers, not objects."""
+        _by_key[self.key] = self
+
+    @staticmethod
+    def of_key(key: int) -> SequenceParallel:
+        """The object of a `key`, while it lives."""
+        return _by_key[key]
 
     @property
     def rank(self) -> int:

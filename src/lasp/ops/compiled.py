@@ -1,0 +1,55 @@
+"""The exchange as an operator of PyTorch's: torch.compile traces a recurrence's stages and calls this between them.
+
+A whole exchange is one operator, so no local work runs beside it; the compiler fuses that instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
+from lasp.exchange.base import Carried
+from lasp.ops.kept import keep, replayed
+from lasp.sequence import SequenceParallel
+
+_KINDS = {kind.__name__: kind for kind in (Identity, Scalar, Diagonal, Dense)}
+
+
+def exchange(sp: SequenceParallel, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> Carried:
+    """What `sp.exchange` brings, inside a compiled region."""
+    kind = type(summary.transition).__name__
+    entering, total = torch.ops.lasp.exchange(
+        list(summary.transition.tensors()), summary.state, initial, kind, reverse, want_total, sp.key
+    )
+    return Carried(entering, total if want_total else None)
+
+
+@torch.library.custom_op("lasp::exchange", mutates_args=())
+def _exchange(
+    transition: list[Tensor], state: Tensor, initial: Tensor, kind: str, reverse: bool, want_total: bool, group: int
+) -> tuple[Tensor, Tensor]:
+    sp = SequenceParallel.of_key(group)
+    carried = None if reverse else replayed()
+    if carried is None:
+        sp.agree({"compiled exchange of": kind, "state": tuple(state.shape), "dtype": str(state.dtype)})
+        # The compiler lays tensors out as it likes; messages are contiguous.
+        summary = Summary(_KINDS[kind](*(t.contiguous() for t in transition)), state.contiguous())
+        pending = sp.exchange.begin(sp.comm, summary, initial.contiguous(), reverse=reverse, want_total=want_total)
+        carried = pending.wait()
+        if not reverse:
+            keep(carried)
+    # New memory: an operator must not give its inputs back, and the compiler may write over what it is given.
+    total = state.new_empty(0) if carried.total is None else _copy(carried.total)
+    return _copy(carried.entering), total
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@_exchange.register_fake
+def _(
+    transition: list[Tensor], state: Tensor, initial: Tensor, kind: str, reverse: bool, want_total: bool, group: int
+) -> tuple[Tensor, Tensor]:
+    return state.new_empty(state.shape), state.new_empty(state.shape if want_total else 0)
