@@ -1,4 +1,4 @@
-"""A single-device model, spread over a mesh: sequence parallel, then data parallel.
+"""A single-device model, spread over a mesh: compiled, recomputed, sequence parallel, data parallel, in that order.
 
 The processes of a sequence hold different tokens of it, those of different data-parallel groups different sequences;
 for the weights both are the same thing: all processes' gradients are summed. What a process keeps of the weights,
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lasp.distributed.mesh import SP_AXIS, weights_mesh
 from lasp.layers import RMSNorm, ShortConvolution
+from lasp.models.memory import RECOMPUTATIONS, check_compilable, compile_block, recompute, run_in_pieces
 from lasp.sequence import SequenceParallel
 
 DATA_PARALLEL = ("ddp", "zero1", "zero2", "zero3")
@@ -119,6 +120,9 @@ def parallelize(
     data_parallel: str = "ddp",
     gather_dtype: torch.dtype | None = None,
     cpu_offload: bool = False,
+    recomputation: str = "none",
+    ffn_piece_tokens: int | None = None,
+    compile: bool = False,
     exchange: str = "auto",
     timeout_s: float = 120.0,
 ) -> ParallelModel:
@@ -131,15 +135,23 @@ def parallelize(
         halves the bytes and rounds matrices as autocast would. Weights, their gradients' sum and the optimizer's state
         stay fp32; blocks with parameters that 16 bits cannot hold (angles, decays) are gathered as they are.
     cpu_offload: of zero2 and zero3, shares of weights, gradients and optimizer state lie on the host.
+    recomputation: what the backward pass computes again, block by block: "none", "selective" (all but what the
+        exchange brought) or "full" (the exchange too). ffn_piece_tokens: run channel mixers on so many tokens at a
+        time. compile: torch.compile each block. See lasp.models.memory.
     exchange: see lasp.SequenceParallel.
 
-    Raises ValueError for an unknown data_parallel and for options that it does not have.
+    Raises ValueError for unknown names and for options that do not go together.
     """
-    _check(data_parallel, gather_dtype, cpu_offload)
+    _check(data_parallel, gather_dtype, cpu_offload, recomputation, ffn_piece_tokens)
+    spread_sequences = mesh is not None and mesh[SP_AXIS].size() > 1
+    if compile and spread_sequences:
+        check_compilable(model)
+    for block in model.blocks:  # type: ignore[union-attr]
+        _rework(block, recomputation, ffn_piece_tokens, compile)  # type: ignore[arg-type]
     if mesh is None:
         return ParallelModel(model, model, None)
     sp = None
-    if mesh[SP_AXIS].size() > 1:
+    if spread_sequences:
         sp = SequenceParallel(mesh[SP_AXIS], exchange=exchange, timeout_s=timeout_s)
     if mesh.size() == 1:
         return ParallelModel(model, model, sp)
@@ -153,11 +165,31 @@ def parallelize(
     return parallel
 
 
-def _check(data_parallel: str, gather_dtype: torch.dtype | None, cpu_offload: bool) -> None:
+def _check(
+    data_parallel: str,
+    gather_dtype: torch.dtype | None,
+    cpu_offload: bool,
+    recomputation: str,
+    ffn_piece_tokens: int | None,
+) -> None:
     if data_parallel not in DATA_PARALLEL:
         raise ValueError(f"data_parallel must be one of {', '.join(DATA_PARALLEL)}, got {data_parallel!r}")
     if data_parallel in ("ddp", "zero1") and (gather_dtype is not None or cpu_offload):
         raise ValueError(f"gather_dtype and cpu_offload are of zero2 and zero3: {data_parallel} gathers no weights")
+    if recomputation not in RECOMPUTATIONS:
+        raise ValueError(f"recomputation must be one of {', '.join(RECOMPUTATIONS)}, got {recomputation!r}")
+    if ffn_piece_tokens is not None and ffn_piece_tokens < 1:
+        raise ValueError(f"ffn_piece_tokens must be at least 1, got {ffn_piece_tokens}")
+
+
+def _rework(block: nn.Module, recomputation: str, ffn_piece_tokens: int | None, compile: bool) -> None:
+    """Inside out: what is compiled may hold pieces, and what is recomputed runs compiled both times."""
+    if ffn_piece_tokens is not None and block.ffn is not None:
+        run_in_pieces(block.ffn, ffn_piece_tokens)  # type: ignore[arg-type]
+    if compile:
+        compile_block(block)
+    if recomputation != "none":
+        recompute(block, recomputation)
 
 
 def _replicated(model: nn.Module, parallel: ParallelModel) -> DistributedDataParallel:

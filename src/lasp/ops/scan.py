@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.algebra import Summary
-from lasp.exchange.base import Carried, PendingExchange
+from lasp.exchange.base import PendingExchange
 from lasp.exchange.local import Local, Ready
 from lasp.exchange.reach import Reach, forgets_constant
 from lasp.ops.beside import Beside
@@ -92,7 +92,7 @@ class _Exchanging:
             with self._beside.begun():
                 self._pending = _begin(sp, x, summary, initial, reverse, want_total)
 
-    def wait(self) -> Carried:
+    def wait(self) -> Any:
         beside = self._beside
         if beside is None:
             return self._pending.wait()

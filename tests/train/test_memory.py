@@ -1,0 +1,129 @@
+"""Recomputed, in pieces or compiled: the same gradients, for less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import world
+from test_data_parallel import batch, gradients, new_model, whole_gradients
+from tolerances import worst
+from torch import Tensor
+
+from lasp.distributed.mesh import build_mesh
+from lasp.models import CausalLM, preset
+from lasp.parallelize import ParallelModel, parallelize
+
+
+def sent(model: ParallelModel) -> int:
+    assert model.sp is not None
+    return model.sp.counters.sent_bytes
+
+
+def test_recomputed_blocks_have_the_same_gradients_and_keep_what_was_exchanged() -> None:
+    """To the bit. Full recomputation exchanges forward, forward again and backward; selective as often as none."""
+
+    def results(_rank: int) -> list[tuple[bool, float]]:
+        mesh, found = build_mesh(sp=2, timeout_s=30), []
+        for data_parallel in ("ddp", "zero3"):
+            runs = {}
+            for recomputation in ("none", "selective", "full"):
+                options = {"data_parallel": data_parallel, "recomputation": recomputation, "exchange": "all_gather"}
+                model = parallelize(new_model(), mesh, **options)
+                gradients(model, 0)
+                runs[recomputation] = whole_gradients(model.module), sent(model)
+            reference, bytes_once = runs["none"]
+            for values, bytes_sent in (runs["selective"], runs["full"]):
+                same = all(torch.equal(values[name], reference[name]) for name in reference)
+                found.append((same, bytes_sent / bytes_once))
+        return found
+
+    assert world.run(2, results) == [[(True, 1.0), (True, 1.5)] * 2] * 2
+
+
+def saved_bytes(**options: Any) -> int:
+    """Bytes kept for the backward pass of one sequence in this process."""
+    model = parallelize(new_model(), None, **options)
+    weights = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    text = batch(0)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.training(text[:, :-1], labels=text[:, 1:].contiguous()).loss_sum
+    loss.backward()
+    return sum(kept.values())
+
+
+def test_what_is_recomputed_is_not_kept() -> None:
+    plain, pieces = saved_bytes(), saved_bytes(ffn_piece_tokens=8)
+    full = saved_bytes(recomputation="full")
+    assert full < pieces < 0.8 * plain
+    assert full < 0.3 * plain
+
+
+def test_channel_mixers_in_pieces_change_nothing() -> None:
+    """Pieces that do not divide the tokens, of one token, and more than there are."""
+    reference = parallelize(new_model(), None)
+    gradients(reference, 0)
+    for piece in (1, 7, 1000):
+        model = parallelize(new_model(), None, ffn_piece_tokens=piece, recomputation="full" if piece == 7 else "none")
+        gradients(model, 0)
+        assert worst(whole_gradients(model.module), whole_gradients(reference.module))[1] < 2e-6
+
+
+def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fullgraph=True refuses graph breaks; the same gradients and bytes, recomputed or not, sharded or not."""
+    original = torch.compile
+    # The compiler's front, which finds graph breaks and traces gradients; it needs no C++ compiler.
+    monkeypatch.setattr(torch, "compile", lambda run, **options: original(run, backend="aot_eager", **options))
+
+    def results(_rank: int) -> dict[str, tuple[float, int]]:
+        mesh, found = build_mesh(sp=2, timeout_s=60), {}
+        kinds: dict[str, dict[str, Any]] = {
+            "plain": {"compile": False},
+            "selective": {"recomputation": "selective", "data_parallel": "zero3"},
+            "full": {"recomputation": "full"},
+        }
+        reference: dict[str, Tensor] = {}
+        for name, options in kinds.items():
+            torch._dynamo.reset()
+            model = parallelize(new_model(), mesh, **{"compile": True, "exchange": "all_gather", **options})
+            gradients(model, 0)
+            reference = reference or whole_gradients(model.module)
+            found[name] = worst(whole_gradients(model.module), reference)[1], sent(model)
+        return found
+
+    for found in world.run(2, results, deadline_s=200):
+        bytes_once = found["plain"][1]
+        assert max(error for error, _ in found.values()) < 2e-6, found
+        assert {name: count / bytes_once for name, (_, count) in found.items()} == {
+            "plain": 1.0,
+            "selective": 1.0,
+            "full": 1.5,
+        }
+
+
+@pytest.mark.parametrize("family", ["deltanet", "hybrid"])
+def test_what_cannot_be_compiled_is_refused_with_its_name(family: str) -> None:
+    def message(_rank: int) -> str:
+        mesh = build_mesh(sp=2, timeout_s=30)
+        with pytest.raises(ValueError, match="its own: leave one of the two out") as error:
+            parallelize(CausalLM(preset(family, "tiny")), mesh, compile=True)
+        return str(error.value)
+
+    assert all("blocks." in text for text in world.run(2, message))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"recomputation": "some"}, "none, selective, full"), ({"ffn_piece_tokens": 0}, "at least 1")],
+)
+def test_unknown_ways_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallelize(new_model(), None, **options)
