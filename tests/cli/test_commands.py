@@ -1,5 +1,6 @@
 """The command line: help, options, errors with their exit codes; all without training."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from training_runs import small_config, write_text
 
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
+from lasp.train import loop
 from lasp.train.config import TrainConfig
-from lasp.train.errors import ConfigError
+from lasp.train.errors import CheckpointError, ConfigError
+from lasp.train.metrics import read_metrics
 
 
 def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +31,7 @@ def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFix
 
 def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tarin"]) == 64
-    assert "no command 'tarin'; known: train, generate, check" in capsys.readouterr().err
+    assert "no command 'tarin'; known: train, generate, export" in capsys.readouterr().err
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
@@ -57,6 +60,10 @@ def test_the_shipped_configs_are_valid() -> None:
         (["train", "--config", "a.toml", "--resume", "b"], 64, "give one of them"),
         (["train", "--config", "nowhere.toml"], 64, "cannot read the config file nowhere.toml"),
         (["train", "--resume", "nowhere"], 66, "there is no checkpoint in nowhere"),
+        (["train", "--resume", "auto"], 64, "name it with --run-dir"),
+        (["train", "--sp", "1", "--init-from", "nowhere"], 66, "nowhere is not a folder of `lasp export`"),
+        (["verify", "nowhere"], 66, "there is no checkpoint in nowhere"),
+        (["export", "nowhere", "--out", "there"], 66, "there is no checkpoint in nowhere"),
         (["generate", "nowhere"], 66, "there is no checkpoint in nowhere"),
         (["generate", "nowhere", "--top-k", "0"], 64, "--top-k must be at least 1"),
         (["train", "--sp", "1", "--data.path", "nowhere"], 65, "nowhere is not a folder"),
@@ -103,3 +110,49 @@ def test_train_then_generate_in_one_process(
         assert cli.main(["generate", str(run), "--prompt", "abc", "--num-tokens", "20"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("abc") and len(texts[0]) > 10
+
+
+def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, steps=3)
+    loop.train(config)
+    capsys.readouterr()
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(config.run_dir), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.split() == [str(out)]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    texts = []
+    for path in (config.run_dir, out):
+        assert cli.main(["generate", str(path), "--prompt", "abc", "--num-tokens", "20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert cli.main(["export", str(config.run_dir), "--out", str(out)]) == 64
+
+    # Weights only: the next run's first loss is that of the exported weights, and its step count starts anew.
+    more = dataclasses.replace(config, init_from=out, run_dir=tmp_path / "more", seed=5)
+    loop.train(more)
+    fresh = dataclasses.replace(more, init_from=None, run_dir=tmp_path / "fresh")
+    loop.train(fresh)
+    losses = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (tmp_path / "more", tmp_path / "fresh")]
+    assert losses[0] < losses[1] - 0.05
+    other = dataclasses.replace(more, run_dir=tmp_path / "other", model=dataclasses.replace(more.model, overrides={}))
+    with pytest.raises(CheckpointError, match=r"another model; checkpoint -> now:\n(.*\n)*  d_model: 32 -> 128"):
+        loop.train(other)
+
+
+def test_one_command_starts_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a launcher runs again as it is, with nobody to change the command."""
+    config = small_config(tmp_path)
+    overrides = [f"{key} {value}" for key, value in config.model.overrides.items()]
+    fixed = f"train --sp 1 --seq-len 32 --data.path {tmp_path / 'text'} --data.cache {tmp_path / 'cache'}"
+    run = tmp_path / "auto"
+    words = f"{fixed} --sample.num-tokens 0 --save-every 2 --run-dir {run} --resume auto".split()
+    tail = ["--model.overrides", *" ".join(overrides).split()]
+    for steps, begins_after in ((2, None), (4, 2), (4, 4)):
+        assert cli.main([*words, "--steps", str(steps), *tail]) == 0
+        said = capsys.readouterr().out
+        assert ("resumed" in said) == (begins_after is not None)
+        assert begins_after is None or f"after step {begins_after}" in said
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
+    for path in (run / "checkpoints").glob("*/state.json"):
+        path.write_text("{}")
+    assert cli.main([*words, "--steps", "4", *tail]) == 66  # damage is not a reason to start anew

@@ -1,31 +1,60 @@
 """A checkpoint is whole or it is refused: no flip, cut or kill at any moment loads wrong numbers."""
 
+import dataclasses
+import errno
+import json
 import os
+import pickle
 import random
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import world
 from torch import nn
+from training_runs import small_config
 
-from lasp.train import checkpoint
+from lasp.cli import main as cli
+from lasp.data.batches import Shard
+from lasp.distributed.comm import Comm
+from lasp.train import checkpoint, loop, shards
 from lasp.train.errors import CheckpointError
+from lasp.train.world import World
 
 CONFIG = {"width": 5, "kind": "toy"}
 
 
 def toy() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2, bias=False))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model(torch.randn(4, 3)).square().sum().backward()
     optimizer.step()
     return model, optimizer
 
 
+ALONE = World(0, 1, torch.device("cpu"), Shard())
+
+
+def try_to_write(
+    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 2, among: World = ALONE
+) -> str | None:
+    """Save, and wait; the problem, if there is one."""
+    saver = shards.Saver(root, among, keep=keep)
+    return saver.start(model, optimizer, {"step": step, "model_config": CONFIG, "layout": {}}) or saver.finish()
+
+
 def write(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 2) -> Path:
-    state = {"step": step, "model_config": CONFIG}
-    return checkpoint.save(root, model=model, optimizer=optimizer, state=state, keep=keep)
+    assert try_to_write(root, step, model, optimizer, keep) is None
+    return root / f"step-{step:08d}"
+
+
+def shard_of(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
 
 
 def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
@@ -35,8 +64,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     other, other_optimizer = toy()
     found = checkpoint.find(tmp_path, report=pytest.fail)
     assert found.state["step"] == 3
-    checkpoint.load_model(found, other, CONFIG)
-    checkpoint.load_optimizer(found, other, other_optimizer)
+    shards.load(found, other, CONFIG, optimizer=other_optimizer)
     assert torch.equal(torch.rand(3), expected_random)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -47,7 +75,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
 def test_no_flipped_bit_and_no_cut_is_loaded(tmp_path: Path) -> None:
     folder = write(tmp_path, 3, *toy())
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(good) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(good) == ["manifest.json", shard_of(folder).name, "state.json"]
     source = random.Random(1)
     refused = 0
     for name, data in good.items():
@@ -62,7 +90,7 @@ def test_no_flipped_bit_and_no_cut_is_loaded(tmp_path: Path) -> None:
         (folder / name).unlink()
         refused += is_refused(folder)
         (folder / name).write_bytes(data)
-    assert refused == 4 * 121
+    assert refused == 3 * 121
     assert not is_refused(folder)
 
 
@@ -78,12 +106,12 @@ def test_the_newest_good_one_is_taken_and_the_damaged_one_named(tmp_path: Path) 
     model, optimizer = toy()
     older, newer = write(tmp_path, 9, model, optimizer), write(tmp_path, 10, model, optimizer)
     assert checkpoint.find(tmp_path, report=pytest.fail).folder == newer
-    data = bytearray((newer / "model.safetensors").read_bytes())
+    data = bytearray(shard_of(newer).read_bytes())
     data[-1] ^= 1
-    (newer / "model.safetensors").write_bytes(data)
+    shard_of(newer).write_bytes(data)
     said: list[str] = []
     assert checkpoint.find(tmp_path, report=said.append).folder == older
-    assert "step-00000010/model.safetensors does not match its SHA-256" in said[0] and str(older) in said[1]
+    assert f"step-00000010/{shard_of(newer).name} does not match its SHA-256" in said[0] and str(older) in said[1]
     with pytest.raises(CheckpointError, match="does not match"):  # asked for by name: no exchange
         checkpoint.find(newer, report=said.append)
     (older / "manifest.json").unlink()
@@ -91,44 +119,187 @@ def test_the_newest_good_one_is_taken_and_the_damaged_one_named(tmp_path: Path) 
         checkpoint.find(tmp_path, report=said.append)
 
 
-@pytest.mark.parametrize("call", ["save_file", "_sync", "rename"])
-def test_killed_at_any_call_the_old_or_the_new_one_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """A real process is killed at the n-th storage call, for every n, while it saves step 2 a second time."""
+# Where a save touches the disk, and how often at least. The last two are within a folder that is thrown away.
+STORAGE_CALLS = {"mkdir": 1, "open": 4, "fsync": 5, "rename": 2, "rmdir": 1, "unlink": 3}
+
+
+@pytest.mark.parametrize("call", STORAGE_CALLS)
+def test_killed_at_any_storage_call_the_old_or_the_new_one_stands(tmp_path: Path, call: str) -> None:
+    """A real process is killed before its n-th call, for every n, while it saves step 2 a second time."""
     model, optimizer = toy()
     write(tmp_path / "start", 1, model, optimizer)
     write(tmp_path / "start", 2, model, optimizer)
-    owner = os if call == "rename" else checkpoint
-    original = getattr(owner, call)
+    original = getattr(os, call)
     torch.set_num_threads(1)
-    outcomes = set()
-    for fatal in range(1, 20):
+    kills = 0
+    for fatal in range(1, 30):
         root = tmp_path / f"{call}{fatal}"
         shutil.copytree(tmp_path / "start", root)
         child = os.fork()
         if child == 0:
             calls = 0
 
-            def dies(*arguments: object) -> object:
+            def dies(*arguments: object, **options: object) -> object:
                 nonlocal calls
                 calls += 1
                 if calls == fatal:  # noqa: B023 - the child never sees the next round
-                    os.kill(os.getpid(), 9)
-                return original(*arguments)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **options)
 
-            setattr(owner, call, dies)
-            write(root, 2, model, optimizer)
-            os._exit(0)
+            setattr(os, call, dies)
+            os._exit(0 if try_to_write(root, 2, model, optimizer) is None else 1)
         _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL)
         found = checkpoint.find(root, report=pytest.fail)
-        outcomes.add((found.state["step"], status))
+        assert found.state["step"] in (1, 2)
+        shards.load(found, toy()[0], CONFIG)
         write(root, 3, model, optimizer)
         left = sorted(path.name for path in root.iterdir())
         assert left[-1] == "step-00000003" and not any(name.startswith(".") for name in left)
         if status == 0:
             break
-    assert (2, 0) in outcomes and any(status == 9 for _, status in outcomes)
+        kills += 1
+    assert kills >= STORAGE_CALLS[call] and status == 0
+
+
+def test_a_full_disk_keeps_the_old_one_and_is_told(tmp_path: Path) -> None:
+    """The kernel itself refuses the bytes past a limit; a file is then there in part."""
+    model, optimizer = toy()
+    older = write(tmp_path, 1, model, optimizer)
+
+    def full(_rank: int) -> tuple[str | None, str | None]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+        problem = try_to_write(tmp_path, 2, model, optimizer)
+        left = [path.name for path in tmp_path.iterdir()]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        assert left == [older.name] and checkpoint.find(tmp_path, report=pytest.fail).folder == older
+        return problem, try_to_write(tmp_path, 3, model, optimizer)
+
+    (problem, again), *_ = world.run(1, full)
+    assert problem is not None and "the checkpoint of step 2 could not be written: rank 0: OSError" in problem
+    assert again is None
+
+
+def test_one_process_that_cannot_write_is_told_by_all(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    write(tmp_path, 1, model, optimizer)
+
+    def problems(rank: int) -> list[str | None]:
+        everyone = World(
+            rank, 2, torch.device("cpu"), Shard(), control=Comm(dist.new_group(), 30), files=dist.new_group()
+        )
+        original = checkpoint.seal_file
+
+        def refuses(path: Path) -> checkpoint.FileSeal:
+            raise OSError(errno.EIO, "Input/output error")
+
+        if rank == 1:
+            checkpoint.seal_file = refuses
+        found = [try_to_write(tmp_path, 2, model, optimizer, among=everyone)]
+        assert checkpoint.find(tmp_path, report=pytest.fail, world=everyone).state["step"] == 1
+        checkpoint.seal_file = original
+        found.append(try_to_write(tmp_path, 3, model, optimizer, among=everyone))
+        damaged = max(tmp_path.glob("step-00000003/*.safetensors"), key=lambda path: path.name)
+        dist.barrier()
+        if rank == 0:
+            damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+        dist.barrier()
+        said: list[str] = []
+        assert checkpoint.find(tmp_path, report=said.append, world=everyone).state["step"] == 1
+        return [*found, said[0].split(": ", 1)[1].replace(" (read by rank 1)", "").split(" does not match")[0]]
+
+    for first, second, named in world.run(2, problems):
+        assert first == "the checkpoint of step 2 could not be written: rank 1: OSError(5, 'Input/output error')"
+        assert second is None and named.endswith(".safetensors")
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path, sp=1, save_every=4)
+    original = checkpoint.seal_file
+
+    def at_step_four(path: Path) -> checkpoint.FileSeal:
+        if "step-00000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "seal_file", at_step_four)
+    assert loop.train(config).finished_steps == 12
+    assert config.run_dir is not None
+    assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == [
+        "step-00000008",
+        "step-00000012",
+    ]
+    said = capfd.readouterr().out
+    assert said.count("No space left on device") == 1 and "training goes on" in said
+    monkeypatch.setattr(checkpoint, "seal_file", lambda path: at_step_four(Path("step-00000004")))
+    with pytest.raises(CheckpointError, match=r"step 12 could not be written.*No space left"):
+        loop.train(dataclasses.replace(config, run_dir=tmp_path / "other"))
+
+
+class Canary:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", [".metadata", "extra.safetensors", "shard", "state.json", "manifest.json"])
+def test_a_pickle_in_the_folder_never_runs(tmp_path: Path, name: str) -> None:
+    folder, canary = write(tmp_path, 1, *toy()), tmp_path / "canary"
+    poison = pickle.dumps(Canary(canary))
+    path = shard_of(folder) if name == "shard" else folder / name
+    path.write_bytes(poison)
+    with pytest.raises(CheckpointError):
+        checkpoint.find(tmp_path, report=pytest.fail)
+    sealed = json.loads((folder / "manifest.json").read_text())["sealed"] if name != "manifest.json" else None
+    if sealed is not None:  # whoever can write the folder can seal it too: still only data
+        files = [checkpoint.seal_file(item) for item in folder.iterdir() if item.name != "manifest.json"]
+        sealed["files"] = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
+        manifest = {"sealed": sealed, "sha256": checkpoint._seal_digest(sealed)}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            shards.load(checkpoint.find(tmp_path, report=pytest.fail), toy()[0], CONFIG)
+        except CheckpointError:
+            assert name != ".metadata"
+        else:
+            assert name == ".metadata"  # nobody looks at it
+    assert not canary.exists()
+    pickle.loads(poison)
+    assert canary.exists()
+
+
+def test_swapped_files_and_other_formats_are_refused(tmp_path: Path) -> None:
+    one, two = write(tmp_path, 1, *toy()), write(tmp_path, 2, *toy())
+    shard_of(one).replace(tmp_path / "aside")
+    shutil.copy(shard_of(two), one)
+    assert is_refused(one) and not is_refused(two)
+    one.rename(tmp_path / "gone")
+    two.rename(one)  # an old one under a newer name, or the reverse
+    assert is_refused(one)
+    one.rename(two)
+    manifest = json.loads((two / "manifest.json").read_text())
+    manifest["sealed"]["format"] = 1
+    manifest["sha256"] = checkpoint._seal_digest(manifest["sealed"])
+    (two / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+        checkpoint.find(tmp_path, report=pytest.fail)
+
+
+def test_verify_names_the_good_and_the_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older, newer = write(tmp_path, 1, *toy()), write(tmp_path, 2, *toy())
+    shard_of(newer).unlink()
+    assert cli.main(["verify", str(tmp_path)]) == 0
+    damaged, good = capsys.readouterr().out.splitlines()
+    assert damaged.startswith(f"damaged  {newer}") and good.startswith(f"good     {older}: 1 steps")
+    (older / "state.json").write_text("{}")
+    assert cli.main(["verify", str(tmp_path)]) == 66
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -153,6 +324,15 @@ def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     write(tmp_path, 1, *toy())
     found = checkpoint.find(tmp_path, report=pytest.fail)
     with pytest.raises(CheckpointError, match=r"checkpoint -> now:\n  width: 5 -> 6"):
-        checkpoint.load_model(found, toy()[0], {**CONFIG, "width": 6})
-    with pytest.raises(CheckpointError, match="holds other tensors"):
-        checkpoint.load_model(found, nn.Linear(3, 5), CONFIG)
+        shards.load(found, toy()[0], {**CONFIG, "width": 6})
+    with pytest.raises(CheckpointError, match="holds other weights"):
+        shards.load(found, nn.Linear(3, 5), CONFIG)
+    for other, difference in (
+        (toy()[0].double(), r"0.weight is torch.float32 \(5, 3\), expected torch.float64"),
+        (
+            nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 2, bias=False)),
+            r"0.weight is .*, expected torch.float32 \(5, 2\)",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=difference):
+            shards.load(found, other, CONFIG)

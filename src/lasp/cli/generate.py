@@ -17,7 +17,7 @@ class Arguments:
     """Continue a prompt with a trained model. Memory and time per token do not grow with the text."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """Run folder of `lasp train` (its newest good checkpoint is used), or one checkpoint."""
+    """Run folder of `lasp train` (its newest good checkpoint is used), one checkpoint, or folder of `lasp export`."""
     prompt: str = "def "
     """Text to continue; empty starts a new document."""
     num_tokens: int = 400

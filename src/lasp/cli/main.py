@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "train": "train a model; alone, `lasp train` starts its own processes, under torchrun it joins them",
     "generate": "continue a prompt with a trained model",
+    "export": "write a trained model's weights as one safetensors file and its configuration",
+    "verify": "check every checkpoint of a run against its manifest",
     "check": "compare a model split over processes with the same model in one",
     "plan": "predict memory, speed and the longest sequence of a run, by method and layout",
     "report": "write one HTML page about a run",

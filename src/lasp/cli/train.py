@@ -88,8 +88,8 @@ def _train(config: TrainConfig, resume: Path | None) -> int:
 def _settings_of(path: Path) -> TrainConfig:
     from lasp.train.checkpoint import find
 
-    # Quiet here: the run itself reports what it skipped.
-    found = find(path, report=lambda _: None)
+    # Quiet here, and quick: the run itself reads the tensors and reports what it skipped.
+    found = find(path, report=lambda _: None, contents=False)
     try:
         return from_dict(TrainConfig, {**found.state["config"], "run_dir": None})
     except ConfigError as error:

@@ -1,12 +1,11 @@
 """Checkpoints that are whole or absent: one folder a step, sealed by a manifest, moved into place by one rename.
 
     step-00000200/
-        model.safetensors       weights, by parameter name
-        optimizer.safetensors   AdamW's tensors as `<state>.<parameter name>`, and the CPU random state
-        state.json              step, data position, configuration
-        manifest.json           written last: size and SHA-256 of the other three, itself under a SHA-256
-Nothing in it can run code. A folder without a manifest that verifies is not a checkpoint; loading reads tensors
-only after verification, and takes the newest checkpoint that passes.
+        shard-*.safetensors     one or more a process: its part of weights and optimizer (lasp.train.shards)
+        state.json              step, data position, layout, configuration
+        manifest.json           written last: size and SHA-256 of every other file, itself under a SHA-256
+Nothing in it can run code. A folder is a checkpoint only if the manifest verifies and names exactly the files that
+are there; tensors are read only after that, and loading takes the newest checkpoint that passes.
 """
 
 import hashlib
@@ -14,19 +13,25 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-from lasp.train.config import differences
 from lasp.train.errors import CheckpointError
+from lasp.train.world import World
 
-FORMAT = 1
-_RANDOM_STATE = "random_state.cpu"
+FORMAT = 2
+MANIFEST, STATE = "manifest.json", "state.json"
+# Far above what a model needs; a file of another kind in its place is not read into memory.
+_MAX_JSON_BYTES = 64 << 20
+
+
+class FileSeal(NamedTuple):
+    """What the manifest says of one file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
 
 
 class Checkpoint(NamedTuple):
@@ -37,39 +42,39 @@ class Checkpoint(NamedTuple):
     """The content of state.json; `step` counts finished optimizer steps."""
 
 
-def save(
-    root: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint of `state["step"]` below `root`, then remove all but the newest `keep`.
+def begin(root: Path, step: int) -> Path:
+    """A new folder below `root` for the files of a checkpoint that is being written."""
+    folder = root / f".writing-{_name(step)}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    return folder
 
-    Checkpoints of later steps are removed too. state: JSON-able; must hold "step". Returns the checkpoint's
-    folder. A failure at any moment leaves the checkpoints that were there.
+
+def seal_file(path: Path) -> FileSeal:
+    """Wait until a file is on disk, then read it back for its seal."""
+    _sync(path)
+    return FileSeal(path.name, path.stat().st_size, _sha256(path))
+
+
+def commit(temporary: Path, state: dict[str, Any], files: list[FileSeal], *, keep: int) -> Path:
+    """Make a checkpoint of `temporary`, whose `files` are on disk; then remove all but the newest `keep`.
+
+    Checkpoints of later steps are removed too. state: JSON-able; must hold "step". Returns the checkpoint's folder.
+    A failure at any moment leaves the checkpoints that were there.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{state['step']:08d}"
-    temporary = root / f".writing-{final.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    save_file(_contiguous(dict(model.named_parameters())), temporary / "model.safetensors")
-    save_file(_contiguous(_optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    seal = {"format": FORMAT, "step": state["step"], "files": files}
-    manifest = {"sealed": seal, "sha256": _seal_digest(seal)}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _sync(temporary / "manifest.json")
+    root, final = temporary.parent, temporary.parent / _name(state["step"])
+    (temporary / STATE).write_text(json.dumps(state, indent=1))
+    files = sorted([*files, seal_file(temporary / STATE)])
+    sealed = {
+        "format": FORMAT,
+        "step": state["step"],
+        "files": {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files},
+    }
+    manifest = {"sealed": sealed, "sha256": _seal_digest(sealed)}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(temporary / MANIFEST)
     _sync(temporary)
-    replaced = None
     if final.exists():  # an earlier attempt at this step: set aside, not written over
-        replaced = root / f".replaced-{final.name}-{uuid.uuid4().hex[:8]}"
-        os.rename(final, replaced)
+        os.rename(final, root / f".replaced-{final.name}-{uuid.uuid4().hex[:8]}")
     os.rename(temporary, final)
     _sync(root)
     # Only now, with a newer checkpoint safe on disk, is anything removed. Steps past this one are of a history
@@ -81,27 +86,49 @@ def save(
     return final
 
 
+def abandon(temporary: Path) -> None:
+    """Give back the space of a checkpoint that could not be finished."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def candidates(path: Path) -> list[Path]:
+    """The folders that may be checkpoints, newest first: `path` is a run folder, its `checkpoints` or a checkpoint.
+
+    Raises CheckpointError if there is none.
+    """
+    if is_checkpoint(path):
+        return [path]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = _folders(root) if root.is_dir() else []
+    if not found:
+        raise CheckpointError(f"there is no checkpoint in {path}")
+    return found
+
+
 def exists(run_dir: Path) -> bool:
     """Whether a run folder has a checkpoint, good or damaged."""
     return bool(_folders(run_dir / "checkpoints"))
 
 
-def find(path: Path, *, report: Callable[[str], None]) -> Checkpoint:
-    """The newest good checkpoint of a run: `path` is a run folder, its `checkpoints` folder or one checkpoint.
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` names one checkpoint, good or not; it is then never exchanged for another."""
+    return (path / MANIFEST).exists() or path.name.startswith("step-")
 
-    Each damaged newer one is named to `report`. Raises CheckpointError if none verifies; a checkpoint named
-    itself is never exchanged for an older one.
+
+def find(path: Path, *, report: Callable[[str], None], world: World | None = None, contents: bool = True) -> Checkpoint:
+    """The newest good checkpoint among `candidates(path)`; each damaged newer one is named to `report`.
+
+    world: its processes read the files together; collective then, with the same result on all. contents: False
+    trusts the tensor files, for whoever wants settings only. Raises CheckpointError if none verifies.
     """
-    if (path / "manifest.json").exists() or path.name.startswith("step-"):
-        return verify(path)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    candidates = _folders(root) if root.is_dir() else []
-    if not candidates:
-        raise CheckpointError(f"there is no checkpoint in {path}")
-    problems = []
-    for folder in candidates:
+    if world is None:
+        folders = candidates(path)
+    else:
+        folders = [Path(name) for name in world.first_does(lambda: {"folders": _names(candidates(path))})["folders"]]
+    problems: list[str] = []
+    for folder in folders:
         try:
-            checkpoint = verify(folder)
+            checkpoint = _verify(folder, world, contents)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -110,89 +137,84 @@ def find(path: Path, *, report: Callable[[str], None]) -> Checkpoint:
         if problems:
             report(f"falling back to {folder}")
         return checkpoint
+    if is_checkpoint(path):
+        raise CheckpointError(problems[0])
     raise CheckpointError("no checkpoint is usable:\n  " + "\n  ".join(problems))
 
 
 def verify(folder: Path) -> Checkpoint:
     """Check a checkpoint against its manifest. Raises CheckpointError naming the first file that differs."""
+    return _verify(folder, None, contents=True)
+
+
+def _verify(folder: Path, world: World | None, contents: bool) -> Checkpoint:
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    bad, error = -1, None
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        seal = manifest["sealed"]
-        if _seal_digest(seal) != manifest["sha256"]:
+        files = _read_manifest(folder)
+    except CheckpointError as caught:
+        files, bad, error = {}, 0, caught
+    for number, (name, expected) in enumerate(files.items()):
+        # state.json is small, and all processes use it.
+        if (name == STATE or (contents and number % size == rank)) and bad < 0:
+            try:
+                _verify_file(folder / name, expected)
+            except CheckpointError as caught:
+                bad, error = number, caught
+    if world is not None:
+        verdicts = [int(row[0]) for row in world.gather([float(bad)])]
+        if error is None and max(verdicts) >= 0:
+            culprit = next(rank for rank, verdict in enumerate(verdicts) if verdict >= 0)
+            name = list(files)[verdicts[culprit]]
+            error = CheckpointError(f"{folder / name} does not match its manifest (read by rank {culprit})")
+    if error is not None:
+        raise error
+    try:
+        return Checkpoint(folder, json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError) as caught:
+        raise CheckpointError(f"{folder} is not a whole checkpoint ({caught!r})") from caught
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file, after it proved itself and names what the folder holds, to the byte."""
+    try:
+        path = folder / MANIFEST
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is {path.stat().st_size:,} bytes long, too long for a manifest")
+        manifest = json.loads(path.read_text())
+        sealed = manifest["sealed"]
+        if _seal_digest(sealed) != manifest["sha256"]:
             raise CheckpointError(f"{folder}: manifest.json does not match its own SHA-256")
-        if seal["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {seal['format']}, this version reads {FORMAT}")
-        for name, expected in seal["files"].items():
-            path = folder / name
-            if path.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{path} should be {expected['bytes']:,} bytes long, is {path.stat().st_size:,}")
-            if _sha256(path) != expected["sha256"]:
-                raise CheckpointError(f"{path} does not match its SHA-256")
-        return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+        if sealed["format"] != FORMAT:
+            raise CheckpointError(f"{folder} has format {sealed['format']}, this version reads {FORMAT}")
+        if folder.name.startswith("step-") and folder.name != _name(sealed["step"]):
+            raise CheckpointError(f"{folder} holds the checkpoint of step {sealed['step']}")
+        files: dict[str, dict[str, Any]] = sealed["files"]
+        there = {item.name for item in os.scandir(folder)} - {MANIFEST}
+        if there != files.keys() or STATE not in files:
+            raise CheckpointError(f"{folder}: missing or unknown files {sorted(there ^ {STATE, *files})}")
+        for name, expected in files.items():
+            if (length := (folder / name).stat().st_size) != expected["bytes"]:
+                raise CheckpointError(f"{folder / name} should be {expected['bytes']:,} bytes long, is {length:,}")
+        return dict(sorted(files.items()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint ({error!r})") from error
 
 
-def load_model(checkpoint: Checkpoint, model: nn.Module, model_config: dict[str, Any]) -> None:
-    """Copy the weights into `model`. Raises CheckpointError with a diff if the model's config has changed."""
-    changes = differences(checkpoint.state["model_config"], json.loads(json.dumps(model_config)))
-    if changes:
-        raise CheckpointError(
-            f"{checkpoint.folder} was written by another model; checkpoint -> now:\n  " + "\n  ".join(changes)
-        )
-    tensors = load_file(checkpoint.folder / "model.safetensors")
-    _copy(dict(model.named_parameters()), tensors, "model.safetensors")
+def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
+    try:
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} does not match its SHA-256")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore AdamW's state and the CPU random state. Raises CheckpointError if the tensors do not fit."""
-    tensors = load_file(checkpoint.folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop(_RANDOM_STATE))
-    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, name = key.split(".", 1)
-        by_parameter.setdefault(name, {})[kind] = tensor
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or name not in by_parameter:
-            continue  # never stepped: AdamW has no state for it
-        entry = by_parameter.pop(name)
-        for kind, tensor in entry.items():
-            if kind != "step" and tensor.shape != parameter.shape:
-                raise CheckpointError(f"optimizer.safetensors: {kind}.{name} has shape {tuple(tensor.shape)}")
-        optimizer.state[parameter] = {
-            # AdamW keeps its step count on the CPU whatever the device of the weights.
-            kind: tensor if kind == "step" else tensor.to(parameter.device)
-            for kind, tensor in entry.items()
-        }
-    if by_parameter:
-        raise CheckpointError(f"optimizer.safetensors has a state for unknown parameters: {sorted(by_parameter)}")
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"{kind}.{names[parameter]}": tensor
-        for parameter, entry in optimizer.state.items()
-        for kind, tensor in entry.items()
-    }
-    return tensors | {_RANDOM_STATE: torch.get_rng_state()}
-
-
-def _copy(targets: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], file: str) -> None:
-    if targets.keys() != tensors.keys():
-        raise CheckpointError(f"{file} holds other tensors: {sorted(targets.keys() ^ tensors.keys())}")
-    for name, target in targets.items():
-        tensor = tensors[name]
-        if (tensor.shape, tensor.dtype) != (target.shape, target.dtype):
-            raise CheckpointError(
-                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {target.dtype} {tuple(target.shape)}"
-            )
-        with torch.no_grad():
-            target.copy_(tensor)
-
-
-def _contiguous(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _names(folders: list[Path]) -> list[str]:
+    return [str(folder) for folder in folders]
 
 
 def _folders(root: Path) -> list[Path]:

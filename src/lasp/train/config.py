@@ -132,6 +132,8 @@ class TrainConfig:
     save_every: int = 200
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
+    init_from: Path | None = None
+    """Folder of `lasp export` whose weights a new run starts with."""
     run_dir: Path | None = None
     """Folder for everything this run writes; default: a new one under runs/."""
 

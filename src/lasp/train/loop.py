@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +24,11 @@ from lasp.data.tokenizer import Tokenizer, load_tokenizer
 from lasp.distributed import ExchangeError
 from lasp.models import CausalLM, ModelConfig, preset
 from lasp.parallelize import ParallelModel, parallelize
-from lasp.train import checkpoint
+from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import AUTO, TrainConfig, differences, to_dict
 from lasp.train.describe import describe
-from lasp.train.errors import ConfigError, PeerLostError
+from lasp.train.errors import CheckpointError, ConfigError, PeerLostError
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
 from lasp.train.lock import lock
@@ -37,6 +38,7 @@ from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
 from lasp.train.profile import Profiler
 from lasp.train.sample import stream_text
+from lasp.train.shards import Saver
 from lasp.train.step import Stepper
 from lasp.train.world import World, join, leave
 
@@ -89,17 +91,18 @@ class _Run:
         self.output = Output(enabled=world.is_first, log_every=config.log_every)
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         self.model_config = model_config(config, self.tokenizer.vocab_size)
+        self.resumed = self._find_checkpoint(resume)
         start = world.first_does(lambda: self._prepare(resume))
         self.run_dir = Path(start["run_dir"])
-        self.resumed = self._read_checkpoint(start["checkpoint"])
+        self._name_changes()
         self.store = token_store.open_store(Path(start["store"]), verify=False)
         self._check_data()
         bounds = self.store.train_bounds if config.data.packed else None
         self.sequences = Sequences(self.store.train, seq_len=config.seq_len, seed=config.seed, bounds=bounds)
         torch.manual_seed(config.seed)
         self.module = CausalLM(self.model_config).to(world.device)
-        if self.resumed is not None:
-            checkpoint.load_model(self.resumed, self.module, self._model_dict())
+        if self.resumed is None and config.init_from is not None:
+            export.load_weights(config.init_from, self.module)
         self.model: ParallelModel = parallelize(
             self.module,
             world.mesh,
@@ -108,9 +111,10 @@ class _Run:
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if self.resumed is not None:
-            checkpoint.load_optimizer(self.resumed, self.module, self.optimizer)
+            shards.load(self.resumed, self.module, self._model_dict(), optimizer=self.optimizer, world=world)
         self.stepper = Stepper(config, self.model, self.optimizer, self.sequences, world)
         self.finished = int(self.resumed.state["step"]) if self.resumed is not None else 0
+        self.saver = Saver(self.run_dir / "checkpoints", world, keep=config.keep_checkpoints)
         self.saved_at = self.finished if self.resumed is not None else -1
         self.observer: Observer | None = None
         self.profiler = Profiler(config.profile_steps, self.run_dir / "profile", rank=world.rank, device=world.device)
@@ -130,6 +134,7 @@ class _Run:
             try:
                 while self.finished < config.steps and not stopped:
                     stopped = self._step(stop_requested)
+                    self._report(self.saver.poll())
                     last = self.finished == config.steps
                     if stopped or last or self.finished % config.save_every == 0:
                         self._save()
@@ -138,6 +143,10 @@ class _Run:
             finally:
                 self.output.stop()
                 self.profiler.close()
+                # However the steps end, what was copied to be written is written, in the time that others have.
+                unsaved = self.saver.finish(config.parallel.timeout_s if sys.exc_info()[1] is not None else None)
+        if unsaved is not None:
+            raise CheckpointError(f"{unsaved}; older checkpoints are as they were, in {self.saver.root}")
         trained_s = self.watch.seconds()
         score = None if stopped else self._evaluate(config.eval_sequences)
         # The others wait, so that no launcher takes the run for finished before everything is written.
@@ -177,8 +186,8 @@ class _Run:
         return score
 
     def _save(self) -> None:
-        """Write a checkpoint of the steps finished so far, on the first process."""
-        if not self.world.is_first or self.saved_at == self.finished:
+        """Begin to write a checkpoint of the steps finished so far."""
+        if self.saved_at == self.finished:
             return
         config = self.config
         state = {
@@ -187,28 +196,36 @@ class _Run:
                 "key": self.store.key,
                 "next_sequence": self.finished * config.global_batch,
             },
-            "layout": {"dp": self.world.shard.dp_size, "sp": self.world.shard.sp_size},
+            "layout": {
+                "dp": self.world.shard.dp_size,
+                "sp": self.world.shard.sp_size,
+                "data_parallel": self.model.data_parallel,
+            },
             "tokenizer": config.data.tokenizer,
             "model_config": self._model_dict(),
             "config": to_dict(config),
         }
-        checkpoint.save(
-            self.run_dir / "checkpoints",
-            model=self.module,
-            optimizer=self.optimizer,
-            state=state,
-            keep=config.keep_checkpoints,
-        )
+        self._report(self.saver.start(self.module, self.optimizer, state))
         self.saved_at = self.finished
 
+    def _report(self, unsaved: str | None) -> None:
+        if unsaved is not None:
+            self.output.line(f"{unsaved}; older checkpoints are as they were, and training goes on")
+
+    def _find_checkpoint(self, resume: Path | None) -> Checkpoint | None:
+        if resume == AUTO:
+            run_dir = self.config.run_dir
+            begun = self.world.first_does(lambda: {"yes": run_dir is not None and checkpoint.exists(run_dir)})["yes"]
+            resume = run_dir if begun else None
+        if resume is None:
+            return None
+        return checkpoint.find(resume, report=self.output.line, world=self.world)
+
     def _prepare(self, resume: Path | None) -> dict[str, Any]:
-        """On the first process: find the checkpoint, tokenise the text, make the run folder."""
+        """On the first process: tokenise the text, make the run folder."""
         config = self.config
-        again = resume == AUTO
-        if again:
-            run_dir = config.run_dir
-            resume = run_dir if run_dir is not None and checkpoint.exists(run_dir) else None
-        found = checkpoint.find(resume, report=self.output.line) if resume is not None else None
+        if self.resumed is None and config.init_from is not None:
+            export.check(config.init_from, self._model_dict(), self.tokenizer.name)
         store = token_store.prepare(
             folder=config.data.path,
             suffixes=config.data.suffixes,
@@ -217,40 +234,38 @@ class _Run:
             seed=config.data.seed,
             cache=config.data.cache,
         )
-        run_dir = self._choose_folder(found, again=again)
+        run_dir = self._choose_folder(resume)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock(run_dir)
         (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        return {
-            "run_dir": str(run_dir),
-            "store": str(store.folder),
-            "checkpoint": str(found.folder) if found is not None else None,
-        }
+        return {"run_dir": str(run_dir), "store": str(store.folder)}
 
-    def _choose_folder(self, found: Checkpoint | None, *, again: bool) -> Path:
+    def _choose_folder(self, resume: Path | None) -> Path:
         """The run folder: as configured, that of the run continued, or a new one. Raises ConfigError.
 
-        again: what is in it may be of an earlier try that ended before its first checkpoint.
+        With AUTO, what is in it may be of an earlier try that ended before its first checkpoint.
         """
+        found = self.resumed
         home = found.folder.parent.parent if found is not None else None
         run_dir = self.config.run_dir or home
         if run_dir is None:
             return _new_folder(Path("runs"), f"{self.config.model.family}-{self.config.model.size}")
         if home is not None and found is not None and run_dir.resolve() == home.resolve():
-            newest = checkpoint.find(home, report=lambda _: None).folder
+            named = resume is not None and checkpoint.is_checkpoint(resume)  # else it is the newest that is good
+            newest = checkpoint.find(home, report=lambda _: None).folder if named else found.folder
             if newest.resolve() != found.folder.resolve():
                 raise ConfigError(
                     f"{found.folder} is not the newest checkpoint of its run ({newest.name} is), and going on "
                     "from it would write over what followed: name a new folder with --run-dir"
                 )
-        elif not again and run_dir.exists() and any(run_dir.iterdir()):
+        elif resume != AUTO and run_dir.exists() and any(run_dir.iterdir()):
             raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another")
         return run_dir
 
-    def _read_checkpoint(self, folder: str | None) -> Checkpoint | None:
-        if folder is None:
-            return None
-        found = checkpoint.verify(Path(folder))
+    def _name_changes(self) -> None:
+        """Settings that differ from those of the checkpoint, where they change the losses."""
+        if self.resumed is None:
+            return
         ignored = (
             "parallel",
             "steps",
@@ -261,14 +276,14 @@ class _Run:
             "keep_checkpoints",
             "track",
             "profile_steps",
+            "init_from",
         )
-        before, now = dict(found.state["config"]), to_dict(self.config)
+        before, now = dict(self.resumed.state["config"]), to_dict(self.config)
         for name in (*ignored, "model", "sample", "data", "eval_sequences", "device"):
             before.pop(name, None)
             now.pop(name, None)
         for line in differences(before, now):
             self.output.line(f"changed since the checkpoint, so the losses will differ: {line}")
-        return found
 
     def _check_data(self) -> None:
         if self.resumed is not None and self.resumed.state["data"]["key"] != self.store.key:

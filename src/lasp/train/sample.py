@@ -10,7 +10,7 @@ from torch import nn
 from lasp.data.tokenizer import Tokenizer, load_tokenizer
 from lasp.generate import stream
 from lasp.models import CausalLM, ModelConfig
-from lasp.train import checkpoint
+from lasp.train import checkpoint, export, shards
 from lasp.train.config import SampleOptions
 
 
@@ -19,21 +19,27 @@ class Loaded(NamedTuple):
 
     model: CausalLM
     tokenizer: Tokenizer
-    step: int
     folder: Path
 
 
 def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
-    """The model of a run folder's newest good checkpoint, or of the checkpoint at `path`; on a GPU if there is one.
+    """The model at `path`, on a GPU if there is one.
 
-    report: told of damaged checkpoints. Raises CheckpointError if there is no good one.
+    path: a run folder, for its newest good checkpoint; one checkpoint; or a folder of `lasp export`.
+    report: told of damaged checkpoints. Raises CheckpointError if there is no good model.
     """
-    found = checkpoint.find(path, report=report)
-    config = ModelConfig(**found.state["model_config"])
-    model = CausalLM(config)
-    checkpoint.load_model(found, model, found.state["model_config"])
+    if export.is_export(path):
+        about = export.read(path)
+        model = CausalLM(ModelConfig(**about["model_config"]))
+        export.load_weights(path, model)
+        folder, tokenizer = path, about["tokenizer"]
+    else:
+        found = checkpoint.find(path, report=report)
+        model = CausalLM(ModelConfig(**found.state["model_config"]))
+        shards.load(found, model, found.state["model_config"])
+        folder, tokenizer = found.folder, found.state["tokenizer"]
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Loaded(model, load_tokenizer(found.state["tokenizer"]), int(found.state["step"]), found.folder)
+    return Loaded(model, load_tokenizer(tokenizer), folder)
 
 
 def stream_text(model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, *, seed: int) -> Iterator[str]:

@@ -22,6 +22,9 @@ from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, RunE
 from lasp.train.loopback import stay_on_loopback
 
 _RECORD_BYTES = 8192
+# Processes that write a checkpoint wait for the slowest disk. One that died is noticed at once; this is for one that
+# stands still.
+_FILES_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class World:
     mesh: DeviceMesh | None = None
     control: Comm | None = None
     """Small messages between all processes, on the host, apart from everything else."""
+    files: dist.ProcessGroup | None = None
+    """For torch.distributed.checkpoint's plans of who writes and reads what, on the host."""
     owns_group: bool = False
     """The process group was made by `join`, and `leave` ends it."""
 
@@ -138,11 +143,12 @@ def join(config: TrainConfig) -> World:
         sp_rank=mesh.get_local_rank(SP_AXIS),
         sp_size=mesh[SP_AXIS].size(),
     )
-    control = None
+    control = files = None
     if dist.get_world_size() > 1:
+        files = dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
         hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
-    return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, owns_group)
+    return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, files, owns_group)
 
 
 def _meeting_place(size: int, timeout: timedelta, one_machine: bool) -> dist.Store:

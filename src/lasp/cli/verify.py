@@ -1,0 +1,36 @@
+"""`lasp verify`: every checkpoint of a run against its manifest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lasp.train.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Read every checkpoint of a run and say which are good. Exit code 66 if none is."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """Run folder of `lasp train`, or one checkpoint."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `lasp verify ARGUMENTS`."""
+    options = tyro.cli(Arguments, args=list(arguments), prog="lasp verify")
+    from lasp.train import checkpoint
+
+    good = 0
+    for folder in checkpoint.candidates(options.path):
+        try:
+            found = checkpoint.verify(folder)
+        except CheckpointError as error:
+            print(f"damaged  {error}")
+            continue
+        good += 1
+        layout = ", ".join(f"{name} {value}" for name, value in found.state["layout"].items())
+        print(f"good     {folder}: {found.state['step']} steps, written by {layout}")
+    return 0 if good else CheckpointError.exit_code

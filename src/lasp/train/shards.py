@@ -1,0 +1,251 @@
+"""Weights and optimizer state between the processes and a checkpoint's files, whatever each process holds of them.
+
+torch.distributed.checkpoint does it, in its safetensors form: every process writes what no other writes, and reads
+the parts of the files that it needs now, so a checkpoint of one layout loads in any other. Its usual form keeps a
+pickle (`.metadata`) that runs code when loaded; this one has none: what lies where is in the files' own headers.
+
+Names in the files:
+    model.<parameter>               weights
+    optimizer.<kind>.<parameter>    AdamW's tensors, by the name of their parameter
+    random_state.cpu                of torch's default generator
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.futures import Future
+
+from lasp.train import checkpoint
+from lasp.train.checkpoint import Checkpoint, FileSeal
+from lasp.train.config import differences
+from lasp.train.errors import CheckpointError
+from lasp.train.world import World
+
+_RANDOM_STATE = "random_state.cpu"
+
+
+class Saver:
+    """Writes checkpoints while training goes on, one at a time. All processes of a run call alike."""
+
+    def __init__(self, root: Path, world: World, *, keep: int) -> None:
+        """root: folder of the run's checkpoints; keep: how many stay."""
+        self.root, self.keep = root, keep
+        self._world = world
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+
+    def start(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str | None:
+        """Copy weights and optimizer state to host memory, and go on writing them in the background.
+
+        state: JSON-able; must hold "step". Waits for the write before, and returns its problem if it had one.
+        """
+        before = self.finish()
+        place = self._world.first_does(lambda: _begin(self.root, state["step"]))
+        if "problem" in place:
+            return f"{before}; {place['problem']}" if before else place["problem"]
+        tensors = _model_tensors(module) | _optimizer_tensors(module, optimizer)
+        # Copies: on a GPU's host or not, training changes the weights while the files are written.
+        staged = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+        self._thread = threading.Thread(target=self._write, args=(Path(place["folder"]), staged, state), daemon=True)
+        self._thread.start()
+        return before
+
+    def poll(self) -> str | None:
+        """The problem of a write that has ended since; None if there was none or it goes on."""
+        return None if self._thread is None or self._thread.is_alive() else self.finish()
+
+    def finish(self, timeout_s: float | None = None) -> str | None:
+        """Wait for the write under way; what kept it from becoming a checkpoint, None if nothing did."""
+        if self._thread is None:
+            return None
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return f"a checkpoint was still being written after {timeout_s:g} s"
+        self._thread = None
+        problem, self._problem = self._problem, None
+        return problem
+
+    def _write(self, folder: Path, tensors: Any, state: dict[str, Any]) -> None:
+        def commit(files: list[FileSeal]) -> None:
+            checkpoint.commit(folder, state, files, keep=self.keep)
+
+        try:
+            _quiet_about_one_process()
+            dcp.save(
+                tensors,
+                storage_writer=_SealingWriter(folder, commit),
+                planner=DefaultSavePlanner(flatten_state_dict=False),
+                process_group=self._world.files,
+                no_dist=self._world.files is None,
+            )
+        except BaseException as error:
+            self._problem = f"the checkpoint of step {state['step']} could not be written: {_cause(error)}"
+            if self._world.is_first:
+                checkpoint.abandon(folder)
+
+
+class _SealingWriter(HuggingFaceStorageWriter):
+    """Safetensors files on disk and hashed by the process that wrote them; the first process seals them together.
+
+    Both steps are within DCP's own: a failure of any process is a failure of all.
+    """
+
+    def __init__(self, folder: Path, commit: Callable[[list[FileSeal]], None]) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.sync_files = False  # it syncs before the last bytes have left its buffer; seal_file does it after
+        self._folder, self._commit = folder, commit
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
+        written = super().write_data(plan, planner)
+        written.wait()
+        names = {result.storage_data.relative_path for result in written.value()}
+        sealed: Future[Any] = Future()
+        sealed.set_result([checkpoint.seal_file(self._folder / name) for name in sorted(names)])
+        return sealed
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        self._commit([file for files in results for file in files])
+
+
+def load(
+    found: Checkpoint,
+    module: nn.Module,
+    model_config: dict[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    world: World | None = None,
+) -> None:
+    """Copy the weights into `module`, however it is spread over the processes now; collective over `world`.
+
+    optimizer: restore its state too, and the CPU random state. Raises CheckpointError if the tensors do not fit, with
+    a diff if the model's config has changed.
+    """
+    refuse_other_model(found.folder, found.state["model_config"], model_config)
+    try:
+        saved = dict(HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{found.folder}: the tensor files cannot be read: {error!r}") from error
+    tensors = _model_tensors(module)
+    stored = {name for name in saved if name.startswith("model.")}
+    if stored != tensors.keys():
+        raise CheckpointError(f"{found.folder} holds other weights: {sorted(stored ^ tensors.keys())}")
+    if optimizer is not None:
+        tensors |= _empty_state(found, saved, module, optimizer)
+    _check_fit(found, saved, tensors)
+    group = world.files if world is not None else None
+    try:
+        _quiet_about_one_process()
+        dcp.load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(found.folder)),
+            planner=DefaultLoadPlanner(flatten_state_dict=False),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except CheckpointException as error:
+        raise CheckpointError(f"{found.folder} could not be loaded: {_cause(error)}") from error
+    if optimizer is not None:
+        torch.set_rng_state(tensors[_RANDOM_STATE])
+
+
+def refuse_other_model(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError, with what differs, unless both configurations are of one model."""
+    changes = differences(before, _plain(now))
+    if changes:
+        raise CheckpointError(f"{folder} was written by another model; checkpoint -> now:\n  " + "\n  ".join(changes))
+
+
+def _empty_state(
+    found: Checkpoint, saved: Iterable[str], module: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The optimizer's tensors, made anew for the parameters that this process steps and that had a state."""
+    own, names = _own(optimizer), _names(module)
+    kinds: dict[str, list[str]] = {}
+    for key in saved:
+        if key.startswith("optimizer."):
+            _, kind, name = key.split(".", 2)
+            kinds.setdefault(name, []).append(kind)
+    if unknown := sorted(kinds.keys() - names.values()):
+        raise CheckpointError(f"{found.folder} has an optimizer state for unknown parameters: {unknown}")
+    own.state.clear()
+    for parameter in (parameter for group in own.param_groups for parameter in group["params"]):
+        if names[parameter] in kinds:  # else it was never stepped
+            own.state[parameter] = {
+                # Where a fused AdamW keeps its count.
+                kind: torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter.data)
+                for kind in kinds[names[parameter]]
+            }
+    return _optimizer_tensors(module, optimizer)
+
+
+def _check_fit(found: Checkpoint, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    # DCP itself would load fp32 into int64 without a word.
+    for name, tensor in tensors.items():
+        if name not in saved:
+            raise CheckpointError(f"{found.folder} does not hold {name}")
+        dtype, shape = saved[name].properties.dtype, tuple(saved[name].size)
+        if (dtype, shape) != (tensor.dtype, tuple(tensor.shape)):
+            raise CheckpointError(
+                f"{found.folder}: {name} is {dtype} {shape}, expected {tensor.dtype} {tuple(tensor.shape)}"
+            )
+
+
+def _model_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = _names(module)
+    tensors = {
+        f"optimizer.{kind}.{names[parameter]}": tensor
+        for parameter, entry in _own(optimizer).state.items()
+        for kind, tensor in entry.items()
+    }
+    return tensors | {_RANDOM_STATE: torch.get_rng_state()}
+
+
+def _own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that steps this process's share of the parameters."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
+def _names(module: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in module.named_parameters()}
+
+
+def _begin(root: Path, step: int) -> dict[str, Any]:
+    try:
+        return {"folder": str(checkpoint.begin(root, step))}
+    except OSError as error:
+        return {"problem": f"the checkpoint of step {step} could not be begun: {error}"}
+
+
+def _cause(error: BaseException) -> str:
+    """One line: of several processes' failures the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {cause!r}"
+    return repr(error)
+
+
+def _quiet_about_one_process() -> None:
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
