@@ -8,8 +8,8 @@ from typing import Any
 from lasp.train.report.run import Run
 from lasp.train.report.text import escape, milliseconds
 
-_MOST_RANKS, _MOST_ROWS = 8, 4
-_BOX, _GAP, _LEFT, _RIGHT, _TOP, _ROW = 92, 46, 150, 190, 44, 140
+_MOST_RANKS, _MOST_ROWS = 4, 4
+_BOX, _GAP, _LEFT, _RIGHT, _TOP, _ROW = 92, 40, 142, 186, 44, 140
 _WIDTH = 1040
 # Schedules in which every rank of a sequence hears from every other.
 _TO_ALL = ("all_gather", "all_to_all")
@@ -30,7 +30,7 @@ def drawing(run: Run, ranks: dict[str, list[float]]) -> str:
     for index, row in enumerate(rows):
         y = _TOP + index * _ROW
         if row is None:
-            parts.append(f'<text class="muted" x="20" y="{y + _BOX / 2}">… {dp - len(rows) + 1} more groups</text>')
+            parts.append(f'<text class="muted" x="16" y="{y + _BOX / 2}">… {dp - len(rows) + 1} more groups</text>')
             continue
         parts.append(_row(run, row, columns, y, width, ranks))
     bottom = _TOP + (len(rows) - 1) * _ROW + _BOX
@@ -51,8 +51,8 @@ def _row(run: Run, row: int, columns: list[int | None], y: float, width: float, 
     first = row * each + 1
     named = f"sequence {first}" if each == 1 else f"sequences {first}–{first + each - 1}"  # noqa: RUF001
     parts = [
-        f'<text class="label" x="20" y="{y + 40}">{named}</text>',
-        f'<text class="muted" x="20" y="{y + 58}">of every step</text>',
+        f'<text class="label" x="16" y="{y + 40}">{named}</text>',
+        f'<text class="muted" x="16" y="{y + 58}">of every step</text>',
     ]
     tokens = config["seq_len"] // sp
     places: list[float] = []
@@ -65,32 +65,39 @@ def _row(run: Run, row: int, columns: list[int | None], y: float, width: float, 
             parts.append(_box(rank, column * tokens, tokens, x, y, width, ranks, _host(layout["hosts"], rank)))
         places.append(x)
     if sp > 1:
-        parts.append(_exchange(str(layout["exchange"]), places, y, width, told=row == 0))
+        parts.append(_exchange(str(layout["exchange"]), places, y, width, whole=None not in columns, told=row == 0))
     return "".join(parts)
 
 
 def _box(rank: int, start: int, tokens: int, x: float, y: float, width: float, ranks: dict[str, Any], host: str) -> str:
+    held = f"{start:,}–{start + tokens - 1:,}"  # noqa: RUF001
+    held = held if width < 220 else f"tokens {held}"
     parts = [
         f'<rect class="box" x="{x}" y="{y}" width="{width}" height="{_BOX}" rx="9"/>',
         f'<text class="label" x="{x + 14}" y="{y + 26}">rank {rank}</text>',
         f'<text class="muted" x="{x + width - 14}" y="{y + 26}" text-anchor="end">{escape(host)}</text>',
-        f'<text class="muted" x="{x + 14}" y="{y + 45}">tokens {start:,}–{start + tokens - 1:,}</text>',  # noqa: RUF001
+        f'<text class="muted" x="{x + 14}" y="{y + 45}">{held}</text>',
     ]
     if ranks:
         own, waits = ranks["own_s"][rank], ranks["exposed_s"][rank] + ranks["summing_s"][rank]
         inner = width - 28
+        said = f"{milliseconds(own)} own work, {milliseconds(waits)} waiting"
+        if width < 220:
+            said = f"{milliseconds(own)}, waits {milliseconds(waits)}"
         share = own / (own + waits) if own + waits > 0 else 1.0
         parts += [
             f'<rect class="f4" x="{x + 14}" y="{y + 57}" width="{inner:.1f}" height="6" rx="3"/>',
             f'<rect class="f1" x="{x + 14}" y="{y + 57}" width="{inner * share:.1f}" height="6" rx="3"/>',
-            f'<text class="small" x="{x + 14}" y="{y + 80}">{milliseconds(own)} own work, '
-            f"{milliseconds(waits)} waiting</text>",
+            f'<text class="small" x="{x + 14}" y="{y + 80}">{said}</text>',
         ]
     return "".join(parts)
 
 
-def _exchange(schedule: str, places: list[float], y: float, width: float, *, told: bool) -> str:
-    """Arrows between the boxes of a row: states forward above, their gradients backward below."""
+def _exchange(schedule: str, places: list[float], y: float, width: float, *, whole: bool, told: bool) -> str:
+    """Arrows between the boxes of a row: states forward above, their gradients backward below.
+
+    whole: no rank is left out, so that arrows over several can be drawn. told: with a legend.
+    """
     name = schedule.split()[0].split("(")[0]
     parts = []
     pairs = list(pairwise(places))
@@ -99,13 +106,13 @@ def _exchange(schedule: str, places: list[float], y: float, width: float, *, tol
         for level, css, rise in ((y - 14, "forward", 1), (y + _BOX + 14, "backward", -1)):
             edge = y if rise > 0 else y + _BOX
             parts.append(f'<path class="{css}" d="M{centres[0]} {level}H{centres[-1]}"/>')
-            parts += [f'<path class="{css} arrow both" d="M{x} {level}V{edge - 3 * rise}"/>' for x in centres]
+            parts += [f'<path class="{css} arrow" d="M{x} {level}V{edge - 3 * rise}"/>' for x in centres]
     else:
         for left, right in pairs:
             start, end = left + width, right
             parts.append(f'<path class="forward arrow" d="M{start + 4} {y + 30}H{end - 6}"/>')
             parts.append(f'<path class="backward arrow" d="M{end - 4} {y + 62}H{start + 6}"/>')
-    if name == "doubling":
+    if name == "doubling" and whole:
         for distance in (2, 4):
             for left, right in zip(places, places[distance:], strict=False):
                 a, b = left + width / 2, right + width / 2
