@@ -31,7 +31,7 @@ def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFix
 
 def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tarin"]) == 64
-    assert "no command 'tarin'; known: train, generate, export" in capsys.readouterr().err
+    assert "no command 'tarin'; known: train, data, generate, export" in capsys.readouterr().err
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:

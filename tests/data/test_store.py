@@ -7,15 +7,21 @@ import numpy as np
 import pytest
 from training_runs import write_text
 
-from lasp.data import store as token_store
-from lasp.data.corpus import find_documents
+from lasp.data import build as building
+from lasp.data.corpus import find_files
+from lasp.data.documents import documents_of
 from lasp.data.errors import DataError
 from lasp.data.store import TokenStore, open_store, prepare
 from lasp.data.tokenizer import ByteTokenizer, load_tokenizer
 
 
 def build(folder: Path, cache: Path, **changes: object) -> TokenStore:
-    options: dict = {"suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0} | changes
+    options: dict = {
+        "suffixes": (".txt",),
+        "field": "text",
+        "validation_fraction": 0.2,
+        "seed": 0,
+    } | changes
     return prepare(folder=folder, tokenizer=ByteTokenizer(), cache=cache, **options)
 
 
@@ -25,28 +31,34 @@ def test_documents_are_whole_in_order_and_separated(tmp_path: Path) -> None:
     (folder / ".hidden.txt").write_text("never read")
     (folder / "picture.png").write_bytes(b"\x89PNG")
     store = build(folder, tmp_path / "cache")
-    documents = find_documents(folder, (".txt",), 0.2, 0)
+    documents = [d for file in find_files(folder, (".txt",), 0) for d in documents_of(file, "text", 0.2)]
     assert {document.split for document in documents} == {"train", "validation"}
     for split, stream in (("train", store.train), ("validation", store.validation)):
-        texts = [document.path.read_bytes() for document in documents if document.split == split]
+        texts = [(folder / document.name).read_bytes() for document in documents if document.split == split]
         expected = [token for text in texts if text for token in (*text, 256)]  # an empty one adds nothing
-        assert stream.tolist() == expected
+        assert stream[:].tolist() == expected
+        bounds = store.train_bounds if split == "train" else store.validation_bounds
+        assert bounds.tolist() == [0, *np.cumsum([len(text) + 1 for text in texts if text]).tolist()]
     assert sum(store.num_documents.values()) == 24
 
 
 def test_the_split_does_not_move_when_a_file_is_added(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text")
-    before = {document.name: document.split for document in find_documents(text, (".txt",), 0.2, 0)}
+
+    def splits(seed: int) -> dict[str, str]:
+        files = find_files(text, (".txt",), seed)
+        return {document.name: document.split for file in files for document in documents_of(file, "text", 0.2)}
+
+    before = splits(0)
     (text / "new.txt").write_text("more")
-    after = {document.name: document.split for document in find_documents(text, (".txt",), 0.2, 1)}
-    assert before.items() < after.items()
+    assert before.items() < splits(1).items()
 
 
 def test_a_store_is_built_once_and_again_when_the_text_changes(tmp_path: Path) -> None:
     text, cache = write_text(tmp_path / "text"), tmp_path / "cache"
     first = build(text, cache)
-    built_at = (first.folder / "train.bin").stat().st_mtime_ns
-    assert (build(text, cache).folder / "train.bin").stat().st_mtime_ns == built_at
+    built_at = (first.folder / "train-00000.bin").stat().st_mtime_ns
+    assert (build(text, cache).folder / "train-00000.bin").stat().st_mtime_ns == built_at
     file = text / "part0" / "text0.txt"
     file.write_bytes(file.read_bytes()[::-1])  # same size
     changed = build(text, cache)
@@ -58,14 +70,14 @@ def test_a_store_is_built_once_and_again_when_the_text_changes(tmp_path: Path) -
 def test_a_damaged_store_is_refused_and_rebuilt(tmp_path: Path, damage: str) -> None:
     text, cache = write_text(tmp_path / "text"), tmp_path / "cache"
     store = build(text, cache)
-    expected = np.array(store.train)
-    path = store.folder / ("index.json" if damage == "index" else "train.bin")
+    expected = store.train[:]
+    path = store.folder / ("index.json" if damage == "index" else "train-00000.bin")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data[: len(data) // 2] if damage != "flip" else data)
     with pytest.raises(DataError):
         open_store(store.folder, verify=True)
-    np.testing.assert_array_equal(build(text, cache).train, expected)
+    np.testing.assert_array_equal(build(text, cache).train[:], expected)
 
 
 def test_a_build_that_dies_leaves_nothing_to_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +87,7 @@ def test_a_build_that_dies_leaves_nothing_to_be_found(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_store.os, "rename", dies)
+        patch.setattr(building.os, "rename", dies)
         with pytest.raises(KeyboardInterrupt):
             build(text, cache)
     assert list(cache.iterdir()) == []
@@ -93,8 +105,7 @@ def test_unusable_text_and_tokenizers_are_named(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_is_text_enough() -> None:
-    documents = find_documents(None, (), 0.05, 0)
-    names = {document.name for document in documents}
+    names = {file.name for file in find_files(None, (), 0)}
     assert "argparse.py" in names and len(names) > 300
     assert not any(set(Path(name).parts[:-1]) & {"test", "tests", "site-packages"} for name in names)
 

@@ -141,6 +141,7 @@ def test_the_text_is_prepared_once_for_all(tmp_path: Path) -> None:
     store = token_store.prepare(
         folder=config.data.path,
         suffixes=config.data.suffixes,
+        field=config.data.field,
         tokenizer=ByteTokenizer(),
         validation_fraction=config.data.validation_fraction,
         seed=config.data.seed,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 # imported when asked for, so that help and usage errors do not wait for PyTorch.
 COMMANDS = {
     "train": "train a model; alone, `lasp train` starts its own processes, under torchrun it joins them",
+    "data": "tokenise text, JSONL or parquet into shards that `lasp train --data.path` reads",
     "generate": "continue a prompt with a trained model",
     "export": "write a trained model's weights as one safetensors file and its configuration",
     "verify": "check every checkpoint of a run against its manifest",

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lasp.data.errors import DataError
+from lasp.data.stream import Tokens
 
 _MASK = (1 << 64) - 1
 
@@ -53,7 +54,7 @@ class Shard:
         return range(self.sp_rank * per_rank, (self.sp_rank + 1) * per_rank)
 
 
-def num_sequences(stream: np.ndarray, seq_len: int) -> int:
+def num_sequences(stream: Tokens, seq_len: int) -> int:
     """How many whole sequences of `seq_len` tokens the stream holds, each with a label for its last token."""
     return max(0, (len(stream) - 1) // seq_len)
 
@@ -61,7 +62,7 @@ def num_sequences(stream: np.ndarray, seq_len: int) -> int:
 class Sequences:
     """The sequences of a token stream in their training order."""
 
-    def __init__(self, stream: np.ndarray, *, seq_len: int, seed: int, bounds: np.ndarray | None = None) -> None:
+    def __init__(self, stream: Tokens, *, seq_len: int, seed: int, bounds: np.ndarray | None = None) -> None:
         """
         Args:
             stream: token ids [N].
@@ -102,7 +103,7 @@ class Sequences:
         return permute(place, self.count, self.seed * 0x9E3779B97F4A7C15 + epoch)
 
 
-def validation_batch(stream: np.ndarray, first: int, num_rows: int, end: int, seq_len: int, shard: Shard) -> Batch:
+def validation_batch(stream: Tokens, first: int, num_rows: int, end: int, seq_len: int, shard: Shard) -> Batch:
     """This rank's share of sequences first .. first + num_rows, in the stream's own order.
 
     Rows at or past `end` are there to make the shapes equal on all ranks; their labels are -100.
@@ -113,7 +114,7 @@ def validation_batch(stream: np.ndarray, first: int, num_rows: int, end: int, se
     return batch
 
 
-def read(stream: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
+def read(stream: Tokens, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
     """The shard's tokens and labels of the given sequences; reads nothing else from the file."""
     run = shard.tokens(seq_len)
     pieces = [stream[number * seq_len + run.start : number * seq_len + run.stop + 1] for number in numbers]
@@ -121,7 +122,7 @@ def read(stream: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> 
     return Batch(window[:, :-1].copy(), window[:, 1:].copy())
 
 
-def read_packed(stream: np.ndarray, bounds: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
+def read_packed(stream: Tokens, bounds: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
     """The shard's tokens and labels of the given sequences, one after another; reads nothing else from the file."""
     run = shard.tokens(len(numbers) * seq_len)
     cuts = [0]

@@ -1,4 +1,4 @@
-"""Which files are the text, in which order, and which of them are held out for validation.
+"""Which files are the text, and in which order.
 
 The default text is the Python standard library of the running interpreter: it is on every machine that can run
 this package, it is real text with long documents, and nothing is downloaded. Left out of it are
@@ -7,8 +7,7 @@ this package, it is real text with long documents, and nothing is downloaded. Le
     hold files that are broken on purpose,
   - `encodings` and `pydoc_data`: tables and help pages written by a program, which flatter or swamp a score.
 
-A document's place in the order and its side of the split depend on its path alone, so adding a file moves no
-other file from training to validation.
+A file's place in the order depends on its path alone.
 """
 
 import hashlib
@@ -24,24 +23,19 @@ STDLIB_LEFT_OUT = frozenset(
 )
 
 
-class Document(NamedTuple):
-    """One text file."""
+class TextFile(NamedTuple):
+    """A file with text in it."""
 
     name: str
     """Path below the corpus folder, with forward slashes."""
     path: Path
-    split: str
-    """"train" or "validation"."""
 
 
-def find_documents(
-    folder: Path | None, suffixes: tuple[str, ...], validation_fraction: float, seed: int
-) -> list[Document]:
+def find_files(folder: Path | None, suffixes: tuple[str, ...], seed: int) -> list[TextFile]:
     """Every text file below `folder`, in the corpus' fixed order.
 
     folder: searched recursively; None is the standard library of the running interpreter (`*.py`).
-    suffixes: file name endings that count as text, such as ".txt".
-    validation_fraction: the share of documents (not of bytes) to hold out, in (0, 1).
+    suffixes: file name endings to read, such as ".txt".
     seed: chooses the order. Hidden files and folders and links to folders are not followed.
 
     Raises DataError if there is no such folder or no such file.
@@ -52,7 +46,7 @@ def find_documents(
         root, left_out = folder, frozenset()
     if not root.is_dir():
         raise DataError(f"the text must be a folder of files, but {root} is not a folder")
-    documents, other_suffixes = [], set()
+    found_files, other_suffixes = [], set()
     for parent, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith("."))
         for file in sorted(files):
@@ -63,15 +57,19 @@ def find_documents(
                 continue
             path = Path(parent) / file
             name = path.relative_to(root).as_posix()
-            held_out = _unit_interval(f"split:{name}") < validation_fraction
-            documents.append(Document(name, path, "validation" if held_out else "train"))
-    if not documents:
+            found_files.append(TextFile(name, path))
+    if not found_files:
         found = ", ".join(sorted(other_suffixes - {""})[:12]) or "no files at all"
         raise DataError(
             f"no file below {root} ends in {', '.join(suffixes)} (found: {found}): "
             "name the endings to read with --data.suffixes"
         )
-    return sorted(documents, key=lambda document: (_unit_interval(f"{seed}:{document.name}"), document.name))
+    return sorted(found_files, key=lambda file: (_unit_interval(f"{seed}:{file.name}"), file.name))
+
+
+def held_out(key: str, validation_fraction: float) -> bool:
+    """Whether the document with this key is for validation; the share is of documents, not of bytes."""
+    return _unit_interval(key) < validation_fraction
 
 
 def _unit_interval(text: str) -> float:

@@ -1,31 +1,27 @@
-"""The token file: the corpus tokenised once, memory-mapped by every rank.
+"""Built token data: found or made in the cache for a folder of text, or opened where `lasp data build` put it.
 
-A store is a folder named by the key of its content:
-    train.bin, validation.bin   token ids, little endian, every document followed by the separator
-    train.bounds.bin, ..        int64, where every document starts, and the end of the last
-    index.json                  written last: sizes and SHA-256 of all files
-It is built in a temporary folder and renamed, so a half-built store is never seen. The key covers the tokenizer,
-the order, the split and every document's bytes: a changed folder gives another store.
+One format for both, see lasp.data.build. In the cache a store's folder is named by its source: the tokenizer, the
+order, the split and every file's bytes, so a changed folder gives another store.
 """
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lasp.data.corpus import Document, find_documents
+from lasp.data.build import BOUNDS, FORMAT, SPLITS, Progress, seal_digest, write_store
+from lasp.data.corpus import TextFile, find_files
+from lasp.data.documents import Document, documents_of, is_records
 from lasp.data.errors import DataError
+from lasp.data.stream import ShardFile, TokenStream, check_ids, check_length
 from lasp.data.tokenizer import Tokenizer
 
-FORMAT = 2
-SPLITS = ("train", "validation")
-BOUNDS = np.dtype("<i8")
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +29,31 @@ class TokenStore:
     """An open store; tokens are read through memory maps."""
 
     key: str
+    """SHA-256 of the index, and so of the tokens."""
     folder: Path
     tokenizer: str
     """The tokenizer's name, "bytes" for plain bytes."""
     vocab_size: int
-    train: np.ndarray
-    """Training stream [num_tokens], uint16 or uint32, memory-mapped."""
-    validation: np.ndarray
+    train: TokenStream
+    validation: TokenStream
     train_bounds: np.ndarray
     """int64 [documents + 1], where the documents of the training stream start, and its end."""
     validation_bounds: np.ndarray
     num_bytes: dict[str, int]
     """Bytes of text per split, separators not counted."""
     num_documents: dict[str, int]
+
+
+def is_store(folder: Path | None) -> bool:
+    """Whether the folder is built data and not text."""
+    return folder is not None and (folder / "index.json").is_file() and (folder / "train.bounds.bin").is_file()
+
+
+def tokenizer_of(folder: Path | None) -> str:
+    """The name, for load_tokenizer, of the tokenizer that built data in `folder` was made with; "bytes" for text."""
+    if folder is None or not is_store(folder) or not (folder / "tokenizer.json").is_file():
+        return "bytes"
+    return str(folder / "tokenizer.json")
 
 
 def prepare(
@@ -56,129 +64,130 @@ def prepare(
     validation_fraction: float,
     seed: int,
     cache: Path,
+    field: str = "text",
 ) -> TokenStore:
-    """Find the corpus' store below `cache`, or build it. Raises DataError if there is no usable text."""
-    documents = find_documents(folder, suffixes, validation_fraction, seed)
-    key = _key(documents, tokenizer)
-    target = cache / key[:32]
-    if not (target / "index.json").exists():
-        _build(target, key, documents, tokenizer)
-    try:
-        return open_store(target, verify=True)
-    except DataError:
-        # The text is at hand, so a damaged store is rebuilt rather than reported.
-        shutil.rmtree(target, ignore_errors=True)
-        _build(target, key, documents, tokenizer)
-        return open_store(target, verify=True)
+    """Open the built data in `folder`, or find the store of the text in it below `cache`, or build that.
+
+    Files are checked against their SHA-256. Raises DataError if there is no usable text, or built data is damaged.
+    """
+    if folder is not None and is_store(folder):
+        store = open_store(folder, verify=True)
+        if store.tokenizer != tokenizer.name:
+            raise DataError(
+                f"{folder} was built with the tokenizer {store.tokenizer}, not {tokenizer.name}: "
+                f"give --data.tokenizer {'bytes' if store.tokenizer == 'bytes' else folder / 'tokenizer.json'}"
+            )
+        return store
+    files = find_files(folder, suffixes, seed)
+    target = cache / _source_key(files, tokenizer, field, validation_fraction)[:32]
+    if (target / "index.json").exists():
+        try:
+            return open_store(target, verify=True)
+        except DataError:
+            # The text is at hand, so a damaged store is rebuilt rather than reported.
+            shutil.rmtree(target, ignore_errors=True)
+    write_store(target, _documents(files, field, validation_fraction), tokenizer)
+    return open_store(target, verify=True)
+
+
+def build(
+    target: Path,
+    *,
+    folder: Path | None,
+    suffixes: tuple[str, ...],
+    field: str,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    seed: int,
+    shard_tokens: int,
+    progress: Progress,
+) -> TokenStore:
+    """Build the text of `folder` at `target`, which must not exist. Raises DataError."""
+    if target.exists():
+        raise DataError(f"{target} exists: name a new folder, or delete it")
+    files = find_files(folder, suffixes, seed)
+    documents = _documents(files, field, validation_fraction)
+    write_store(target, documents, tokenizer, shard_tokens=shard_tokens, progress=progress)
+    return open_store(target, verify=False)
 
 
 def open_store(folder: Path, *, verify: bool) -> TokenStore:
-    """Open the store in `folder`; with `verify` also check the SHA-256 of its files.
+    """Open the store in `folder`; with `verify` also check the SHA-256 and the ids of its files.
 
     Raises DataError naming the file if anything differs from the index.
     """
     try:
         index: dict[str, Any] = json.loads((folder / "index.json").read_text())
-        if index["format"] != FORMAT:
-            raise DataError(f"{folder} has token file format {index['format']}, this version reads {FORMAT}")
-        dtype = np.dtype(index["dtype"])
-        streams, bounds = {}, {}
-        for split in SPLITS:
-            entry = index["files"][split]
-            streams[split] = _map(folder / f"{split}.bin", dtype, entry["num_tokens"], entry["sha256"], verify)
-            bounds[split] = _map(
-                folder / f"{split}.bounds.bin", BOUNDS, entry["num_documents"] + 1, entry["bounds_sha256"], verify
-            )
+        seal = index["sealed"]
+        if seal["format"] != FORMAT:
+            raise DataError(f"{folder} has token file format {seal['format']}, this version reads {FORMAT}")
+        if seal_digest(seal) != index["sha256"]:
+            raise DataError(f"{folder / 'index.json'} does not match its own SHA-256: build the data again")
+        streams = {split: _open_split(folder, split, seal, verify) for split in SPLITS}
         return TokenStore(
-            key=index["key"],
+            key=index["sha256"],
             folder=folder,
-            tokenizer=index["tokenizer"],
-            vocab_size=index["vocab_size"],
+            tokenizer=seal["tokenizer"],
+            vocab_size=seal["vocab_size"],
             train=streams["train"],
             validation=streams["validation"],
-            train_bounds=bounds["train"],
-            validation_bounds=bounds["validation"],
-            num_bytes={split: index["files"][split]["num_bytes"] for split in SPLITS},
-            num_documents={split: index["files"][split]["num_documents"] for split in SPLITS},
+            train_bounds=_open_bounds(folder, "train", seal, verify),
+            validation_bounds=_open_bounds(folder, "validation", seal, verify),
+            num_bytes={split: seal["splits"][split]["num_bytes"] for split in SPLITS},
+            num_documents={split: seal["splits"][split]["num_documents"] for split in SPLITS},
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"the token store {folder} is damaged ({error!r}): delete it") from error
+        raise DataError(f"the token store {folder} is damaged ({error!r}): build it again") from error
 
 
-def _map(path: Path, dtype: np.dtype[Any], count: int, sha256: str, verify: bool) -> np.ndarray:
-    if path.stat().st_size != count * dtype.itemsize:
-        raise DataError(
-            f"the token file {path} should hold {count:,} numbers of {dtype.itemsize} bytes "
-            f"but is {path.stat().st_size:,} bytes long"
-        )
-    if verify and _sha256(path) != sha256:
-        raise DataError(f"the token file {path} does not match the SHA-256 in its index")
-    # An empty file cannot be mapped.
-    return np.zeros(0, dtype) if count == 0 else np.memmap(path, dtype=dtype, mode="r")
+def _open_split(folder: Path, split: str, seal: dict[str, Any], verify: bool) -> TokenStream:
+    entry, dtype = seal["splits"][split], np.dtype(seal["dtype"])
+    files = [ShardFile(folder / shard["file"], shard["num_tokens"]) for shard in entry["shards"]]
+    for file, shard in zip(files, entry["shards"], strict=True):
+        check_length(file.path, file.num_tokens, dtype)
+        if verify:
+            _verify(file.path, shard["sha256"], dtype, seal["vocab_size"])
+    return TokenStream(files, dtype, seal["vocab_size"])
 
 
-def _key(documents: list[Document], tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.name}\0{tokenizer.separator}\0".encode())
-    for document in documents:
-        line = f"{document.split}\0{document.name}\0{_sha256(document.path)}\n"
+def _open_bounds(folder: Path, split: str, seal: dict[str, Any], verify: bool) -> np.ndarray:
+    entry = seal["splits"][split]
+    path = folder / entry["bounds"]["file"]
+    check_length(path, entry["num_documents"] + 1, BOUNDS)
+    if verify:
+        _verify(path, entry["bounds"]["sha256"], BOUNDS, entry["num_tokens"] + 1)
+    return np.memmap(path, dtype=BOUNDS, mode="r")
+
+
+def _verify(path: Path, expected: str, dtype: np.dtype, limit: int) -> None:
+    """Raise DataError naming the file unless it has the SHA-256 `expected` and numbers in [0, limit)."""
+    digest, offset = hashlib.sha256(), 0
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+            numbers = np.frombuffer(block, dtype=dtype)
+            check_ids(numbers, limit, path, offset)
+            offset += len(numbers)
+    if digest.hexdigest() != expected:
+        raise DataError(f"the token file {path} does not match the SHA-256 in its index: build the data again")
+
+
+def _documents(files: list[TextFile], field: str, validation_fraction: float) -> Iterator[Document]:
+    for file in files:
+        yield from documents_of(file, field, validation_fraction)
+
+
+def _source_key(files: list[TextFile], tokenizer: Tokenizer, field: str, validation_fraction: float) -> str:
+    digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.name}\0{tokenizer.separator}\0{validation_fraction}\0".encode())
+    for file in files:
+        line = f"{field if is_records(file.path) else ''}\0{file.name}\0{_sha256(file.path)}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _build(target: Path, key: str, documents: list[Document], tokenizer: Tokenizer) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    temporary = target.parent / f".building-{target.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
-    try:
-        files: dict[str, dict[str, Any]] = {}
-        for split in SPLITS:
-            bounds, num_bytes = [0], 0
-            digest = hashlib.sha256()
-            with open(temporary / f"{split}.bin", "wb") as stream:
-                for document in (document for document in documents if document.split == split):
-                    text = document.path.read_bytes()
-                    ids = tokenizer.encode(text)
-                    if not len(ids):  # an empty document contributes no token, not a lone separator
-                        continue
-                    data = np.append(ids, tokenizer.separator).astype(dtype).tobytes()
-                    stream.write(data)
-                    digest.update(data)
-                    bounds.append(bounds[-1] + len(ids) + 1)
-                    num_bytes += len(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            table = np.array(bounds, BOUNDS).tobytes()
-            (temporary / f"{split}.bounds.bin").write_bytes(table)
-            files[split] = {
-                "num_tokens": bounds[-1],
-                "num_bytes": num_bytes,
-                "num_documents": len(bounds) - 1,
-                "sha256": digest.hexdigest(),
-                "bounds_sha256": hashlib.sha256(table).hexdigest(),
-            }
-        index = {
-            "format": FORMAT,
-            "key": key,
-            "tokenizer": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "separator": tokenizer.separator,
-            "dtype": dtype.str,
-            "files": files,
-        }
-        (temporary / "index.json").write_text(json.dumps(index))
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            # Another run built the same content first: its store is as good as ours.
-            if not (target / "index.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
+        while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
-        return digest.hexdigest()
+    return digest.hexdigest()

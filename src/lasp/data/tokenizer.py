@@ -2,7 +2,7 @@
 
 import codecs
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,10 @@ class Tokenizer(Protocol):
         """Ids (int64, one-dimensional) of one document, without the separator."""
         ...
 
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Ids of one document whose text comes in pieces, in pieces; those that need all of the text join it."""
+        ...
+
     def decode_stream(self) -> Callable[[int], str]:
         """A function that takes one id after the other and returns the text that became certain."""
         ...
@@ -38,6 +42,9 @@ class ByteTokenizer:
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        return map(self.encode, blocks)
 
     def decode_stream(self) -> Callable[[int], str]:
         # A character may span several tokens: the incremental decoder holds back unfinished ones.
@@ -68,7 +75,7 @@ class FileTokenizer:
                 "or use --data.tokenizer bytes"
             ) from error
         try:
-            content = path.read_bytes()
+            self.content = content = path.read_bytes()
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception on a bad file
             raise DataError(f"cannot read the tokenizer file {path}: {error}") from error
@@ -81,6 +88,9 @@ class FileTokenizer:
     def encode(self, text: bytes) -> np.ndarray:
         encoded = self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False)
         return np.asarray(encoded.ids, dtype=np.int64)
+
+    def encode_blocks(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        yield self.encode(b"".join(blocks))
 
     def decode_stream(self) -> Callable[[int], str]:
         tokens: list[int] = []

@@ -9,8 +9,10 @@ The document separator counts as byte 0, so the 3-gram model pays for it just as
 
 import numpy as np
 
+from lasp.data.stream import Tokens
 
-def bits_per_byte(train: np.ndarray, validation: np.ndarray, num_tokens: int) -> float:
+
+def bits_per_byte(train: Tokens, validation: Tokens, num_tokens: int) -> float:
     """Score of the 3-gram model of `train` on tokens 1 .. num_tokens of `validation`, in bits per byte of text.
 
     train, validation: byte tokens (0..255, separator 256), one-dimensional. The tokens scored are those which a
@@ -24,7 +26,7 @@ def bits_per_byte(train: np.ndarray, validation: np.ndarray, num_tokens: int) ->
 
 
 class _Trigrams:
-    def __init__(self, train: np.ndarray) -> None:
+    def __init__(self, train: Tokens) -> None:
         # In blocks: the intermediate 64-bit codes of a large text would not fit.
         triples = np.zeros(1 << 24, dtype=np.int64)
         block = 1 << 24

@@ -40,11 +40,13 @@ class DataOptions:
     """The text."""
 
     path: Path | None = None
-    """Folder of text files; default: the Python standard library's own source on this machine."""
-    suffixes: tuple[str, ...] = (".txt", ".md", ".py")
+    """Folder of text, or of data built by `lasp data build`; default: the Python standard library's own source."""
+    suffixes: tuple[str, ...] = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
     """File name endings to read below the folder."""
-    tokenizer: str = "bytes"
-    """"bytes", or the path of a `tokenizers` JSON file."""
+    field: str = "text"
+    """Which field of a JSONL or parquet record is the text."""
+    tokenizer: str | None = None
+    """"bytes", or the path of a `tokenizers` JSON file; default: bytes, or what the data was built with."""
     validation_fraction: float = 0.05
     """Share of documents held out for validation."""
     packed: bool = False

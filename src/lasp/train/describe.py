@@ -52,7 +52,7 @@ def describe(
         "device": {"type": world.device.type, "name": device},
         "text": {
             "source": str(config.data.path or "the Python standard library"),
-            "tokenizer": config.data.tokenizer,
+            "tokenizer": config.data.tokenizer or store.tokenizer,
             "num_bytes": store.num_bytes,
             "num_documents": store.num_documents,
         },

@@ -89,7 +89,8 @@ class _Run:
         self.config, self.world = config, world
         self.watch = Stopwatch()
         self.output = Output(enabled=world.is_first, log_every=config.log_every)
-        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        self.tokenizer_name = config.data.tokenizer or token_store.tokenizer_of(config.data.path)
+        self.tokenizer: Tokenizer = load_tokenizer(self.tokenizer_name)
         self.model_config = model_config(config, self.tokenizer.vocab_size)
         self.resumed = self._find_checkpoint(resume)
         start = world.first_does(lambda: self._prepare(resume))
@@ -201,7 +202,7 @@ class _Run:
                 "sp": self.world.shard.sp_size,
                 "data_parallel": self.model.data_parallel,
             },
-            "tokenizer": config.data.tokenizer,
+            "tokenizer": self.tokenizer_name,
             "model_config": self._model_dict(),
             "config": to_dict(config),
         }
@@ -229,6 +230,7 @@ class _Run:
         store = token_store.prepare(
             folder=config.data.path,
             suffixes=config.data.suffixes,
+            field=config.data.field,
             tokenizer=self.tokenizer,
             validation_fraction=config.data.validation_fraction,
             seed=config.data.seed,
@@ -279,6 +281,7 @@ class _Run:
             "init_from",
         )
         before, now = dict(self.resumed.state["config"]), to_dict(self.config)
+        before["packed"], now["packed"] = before["data"].get("packed", False), now["data"]["packed"]
         for name in (*ignored, "model", "sample", "data", "eval_sequences", "device"):
             before.pop(name, None)
             now.pop(name, None)
@@ -286,6 +289,11 @@ class _Run:
             self.output.line(f"changed since the checkpoint, so the losses will differ: {line}")
 
     def _check_data(self) -> None:
+        if self.store.vocab_size > self.model_config.vocab_size:
+            raise ConfigError(
+                f"the model's vocabulary of {self.model_config.vocab_size:,} is smaller than that of the text, "
+                f"{self.store.vocab_size:,}: leave vocab_size out of --model.overrides"
+            )
         if self.resumed is not None and self.resumed.state["data"]["key"] != self.store.key:
             raise DataError(
                 f"the text has changed since {self.resumed.folder} was written, so its run cannot be continued "
@@ -324,7 +332,7 @@ class _Run:
                 "model": f"{num_parameters:,} parameters, {config.precision}",
                 "text": f"{source}: {bytes_text(store.num_bytes['train'])} in {store.num_documents['train']} "
                 f"documents to train on, {bytes_text(store.num_bytes['validation'])} in "
-                f"{store.num_documents['validation']} held out; tokenizer {config.data.tokenizer}",
+                f"{store.num_documents['validation']} held out; tokenizer {self.tokenizer_name}",
                 "layout": layout,
                 "work": f"{config.steps - self.finished} steps of {config.global_batch} x {config.seq_len} = "
                 f"{tokens:,} tokens, about {duration((config.steps - self.finished) * step_seconds)}",

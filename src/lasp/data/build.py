@@ -1,0 +1,173 @@
+"""Documents -> a folder of token shards: streamed, so that memory does not grow with the text, and atomic.
+
+train-00000.bin, ..     token ids, little endian, each document followed by the separator; a shard is full at
+                        `shard_tokens`, wherever a document is
+train.documents.bin     where each document ends, its separator included: int64, little endian
+validation-...          likewise
+tokenizer.json          the tokenizer, where it is a file
+index.json              written last: sizes and SHA-256 of all these, itself under a SHA-256
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lasp.data.documents import Document
+from lasp.data.stream import check_ids
+from lasp.data.tokenizer import Tokenizer
+
+FORMAT = 3
+SPLITS = ("train", "validation")
+SHARD_TOKENS = 1 << 28
+BOUNDS = np.dtype("<i8")
+
+Progress = Callable[[int, int], None]
+"""Told the bytes of text read and the tokens written so far."""
+
+
+def write_store(
+    target: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Progress = lambda _bytes, _tokens: None,
+) -> None:
+    """Tokenise `documents` into a new store at `target`; it is there whole or not at all.
+
+    Raises DataError if a document cannot be read or an id is outside the vocabulary.
+    """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    temporary = target.parent / f".building-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(parents=True)
+    splits: dict[str, _SplitWriter] = {}
+    try:
+        splits = {split: _SplitWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
+        for document in documents:
+            splits[document.split].add(document, tokenizer)
+            progress(
+                sum(split.num_bytes for split in splits.values()), sum(split.num_tokens for split in splits.values())
+            )
+        entries = {name: split.close() for name, split in splits.items()}
+        content = getattr(tokenizer, "content", None)
+        if content is not None:
+            (temporary / "tokenizer.json").write_bytes(content)
+        seal = {
+            "format": FORMAT,
+            "tokenizer": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "separator": tokenizer.separator,
+            "dtype": dtype.str,
+            "splits": entries,
+        }
+        index = {"sealed": seal, "sha256": seal_digest(seal)}
+        with open(temporary / "index.json", "w") as stream:
+            json.dump(index, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            # Another run built the same content first: its store is as good as ours.
+            if not (target / "index.json").exists():
+                raise
+    finally:
+        for split in splits.values():
+            split.abandon()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal_digest(seal: dict[str, Any]) -> str:
+    """SHA-256 of an index; it covers every file's, and so names the tokens."""
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+
+
+class _HashedFile:
+    """A file written from front to back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_bytes, self._digest = path, 0, hashlib.sha256()
+        self.stream = open(path, "wb")  # noqa: SIM115 - closed by close()
+
+    def write(self, data: bytes) -> None:
+        self.stream.write(data)
+        self._digest.update(data)
+        self.num_bytes += len(data)
+
+    def close(self) -> str:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.stream.close()
+        return self._digest.hexdigest()
+
+
+class _SplitWriter:
+    """The shards of one split and where its documents start."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._bounds = _HashedFile(folder / f"{split}.bounds.bin")
+        self._shard: _HashedFile | None = None
+        self._shards: list[dict[str, Any]] = []
+        self.num_tokens = self.num_bytes = self.num_documents = 0
+        self._write_bound()
+
+    def add(self, document: Document, tokenizer: Tokenizer) -> None:
+        before = self.num_tokens
+        for ids in tokenizer.encode_blocks(self._counted(document.blocks)):
+            check_ids(ids, tokenizer.vocab_size, Path(document.name), self.num_tokens - before)
+            self._write(ids)
+        if self.num_tokens == before:  # an empty document contributes no token, not a lone separator
+            return
+        self._write(np.asarray([tokenizer.separator]))
+        self._write_bound()
+        self.num_documents += 1
+
+    def _write_bound(self) -> None:
+        self._bounds.write(np.asarray([self.num_tokens], dtype=BOUNDS).tobytes())
+
+    def _counted(self, blocks: Iterable[bytes]) -> Iterable[bytes]:
+        for block in blocks:
+            self.num_bytes += len(block)
+            yield block
+
+    def _write(self, ids: np.ndarray) -> None:
+        while len(ids):
+            if self._shard is None:
+                self._shard = _HashedFile(self._folder / f"{self._split}-{len(self._shards):05d}.bin")
+            room = self._shard_tokens - self._shard.num_bytes // self._dtype.itemsize
+            piece, ids = ids[:room], ids[room:]
+            self._shard.write(piece.astype(self._dtype).tobytes())
+            self.num_tokens += len(piece)
+            if len(piece) == room:
+                self._end_shard()
+
+    def _end_shard(self) -> None:
+        assert self._shard is not None
+        digest, size = self._shard.close(), self._shard.num_bytes // self._dtype.itemsize
+        self._shards.append({"file": self._shard.path.name, "num_tokens": size, "sha256": digest})
+        self._shard = None
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files; what the index says of them."""
+        if self._shard is not None:
+            self._end_shard()
+        return {
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "num_documents": self.num_documents,
+            "shards": self._shards,
+            "bounds": {"file": self._bounds.path.name, "sha256": self._bounds.close()},
+        }
+
+    def abandon(self) -> None:
+        self._bounds.stream.close()
+        if self._shard is not None:
+            self._shard.stream.close()
