@@ -9,6 +9,9 @@ the next step.
 Packed, the rows of a batch are one sequence after another, cut where documents start and where rows do: nothing crosses
 a cut, neither state nor label. A document that starts before its row begins anew there.
 
+Consecutive, row b of a step goes on where row b of the step before ended: the stream is cut into as many parts as the
+global batch has rows, and each row reads its part in order, again and again. So a model may carry its state along.
+
 Letters: B rows, T tokens of a whole sequence, N tokens in the stream.
 """
 
@@ -62,17 +65,27 @@ def num_sequences(stream: Tokens, seq_len: int) -> int:
 class Sequences:
     """The sequences of a token stream in their training order."""
 
-    def __init__(self, stream: Tokens, *, seq_len: int, seed: int, bounds: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        stream: Tokens,
+        *,
+        seq_len: int,
+        seed: int,
+        bounds: np.ndarray | None = None,
+        consecutive: bool = False,
+    ) -> None:
         """
         Args:
             stream: token ids [N].
             bounds: int64 [documents + 1], where documents start and the last one ends, for packed batches; None
                 makes rows of whatever tokens follow one another.
+            consecutive: every row goes on where it was in the step before, and nothing is shuffled.
 
         Raises:
             DataError: the stream holds no whole sequence.
         """
         self.stream, self.seq_len, self.seed, self.bounds = stream, seq_len, seed, bounds
+        self.consecutive = consecutive
         self.count = num_sequences(stream, seq_len)
         if self.count == 0:
             raise DataError(
@@ -83,8 +96,8 @@ class Sequences:
     def batch(self, step: int, global_batch: int, shard: Shard, *, part: int = 0, num_parts: int = 1) -> Batch:
         """This rank's share of part `part` (of num_parts: gradient accumulation) of the batch of `step`."""
         rows_per_part = global_batch // num_parts
-        first = step * global_batch + part * rows_per_part
-        numbers = [self.shuffled(first + row) for row in shard.rows(rows_per_part)]
+        rows = [part * rows_per_part + row for row in shard.rows(rows_per_part)]
+        numbers = [self.number(step, row, global_batch) for row in rows]
         if self.bounds is None:
             return read(self.stream, numbers, self.seq_len, shard)
         return read_packed(self.stream, self.bounds, numbers, self.seq_len, shard)
@@ -94,8 +107,28 @@ class Sequences:
         another of their document follows."""
         if self.bounds is None:
             return global_batch * self.seq_len
-        numbers = (self.shuffled(step * global_batch + row) for row in range(global_batch))
+        numbers = (self.number(step, row, global_batch) for row in range(global_batch))
         return sum(self.seq_len - len(_ends(self.bounds, number * self.seq_len, self.seq_len)) for number in numbers)
+
+    def number(self, step: int, row: int, global_batch: int) -> int:
+        """Which sequence of the stream is row `row` of the batch of `step`."""
+        if not self.consecutive:
+            return self.shuffled(step * global_batch + row)
+        length = self._part_length(global_batch)
+        return row * length + step % length
+
+    def steps_carried(self, step: int, global_batch: int) -> int:
+        """Consecutive: how many steps before `step` its rows go on from; 0 where they start anew."""
+        return step % self._part_length(global_batch)
+
+    def _part_length(self, global_batch: int) -> int:
+        length = self.count // global_batch
+        if length == 0:
+            raise DataError(
+                f"the text has {self.count:,} sequences of {self.seq_len:,} tokens, too few for {global_batch} rows "
+                "that each go on where they were (--data.carry): add text or lower --seq-len or --global-batch"
+            )
+        return length
 
     def shuffled(self, number: int) -> int:
         """The sequence at place `number` of the endless list."""

@@ -51,6 +51,8 @@ class DataOptions:
     """Share of documents held out for validation."""
     packed: bool = False
     """Keep documents apart: no state, position or label crosses from one into the next."""
+    carry: bool = False
+    """Read on where the step before ended, from the state that it left (truncated backpropagation through time)."""
     seed: int = 0
     """Order of the documents."""
     cache: Path = Path("runs/data")
@@ -187,6 +189,10 @@ class TrainConfig:
             raise ConfigError(f"--profile-steps starts after the last step, {self.steps}: got {self.profile_steps}")
         if optimizer.weight_decay < 0:
             raise ConfigError(f"--optimizer.weight-decay must not be negative, got {optimizer.weight_decay}")
+        if self.data.packed and self.data.carry:
+            raise ConfigError(
+                "--data.packed starts every sequence anew, --data.carry goes on where the step before ended: choose one"
+            )
         if not self.data.suffixes:
             raise ConfigError("--data.suffixes must name at least one file name ending, such as .txt")
         if parallel.exchange not in ("auto", *EXCHANGES):

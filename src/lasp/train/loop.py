@@ -79,9 +79,12 @@ def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
     if unknown:
         raise ConfigError(f"--model.overrides: no field {unknown[0]!r}; known: {', '.join(sorted(known))}")
     try:
-        return preset(options.family, options.size, **{"vocab_size": vocab_size, **options.overrides})
+        model = preset(options.family, options.size, **{"vocab_size": vocab_size, **options.overrides})
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from error
+    if config.data.carry and any(model.is_softmax(layer) for layer in range(model.num_layers)):
+        raise ConfigError("--data.carry needs layers whose memory does not grow: this model has softmax attention")
+    return model
 
 
 class _Run:
@@ -99,7 +102,9 @@ class _Run:
         self.store = token_store.open_store(Path(start["store"]), verify=False)
         self._check_data()
         bounds = self.store.train_bounds if config.data.packed else None
-        self.sequences = Sequences(self.store.train, seq_len=config.seq_len, seed=config.seed, bounds=bounds)
+        self.sequences = Sequences(
+            self.store.train, seq_len=config.seq_len, seed=config.seed, bounds=bounds, consecutive=config.data.carry
+        )
         torch.manual_seed(config.seed)
         self.module = CausalLM(self.model_config).to(world.device)
         if self.resumed is None and config.init_from is not None:

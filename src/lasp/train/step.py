@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lasp.data.batches import Sequences
+from lasp.models.causal_lm import Cache
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
 from lasp.train.errors import NumericsError
@@ -34,7 +36,7 @@ class StepResult(NamedTuple):
 
 
 class Stepper:
-    """Runs steps by number; keeps nothing between them but weights and optimizer state."""
+    """Runs steps by number; keeps nothing between them but weights, optimizer state and, if wanted, states carried."""
 
     def __init__(
         self,
@@ -49,6 +51,8 @@ class Stepper:
         self.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
         self.names = [name for name, _ in model.module.named_parameters()]
         self.watch = StepWatch(model, world.device)
+        self.carried: dict[int, Cache] = {}
+        """--data.carry: what every accumulated part of the last step left behind, detached, of this process's rows."""
 
     def step(self, number: int, *, stop_requested: Callable[[], bool]) -> StepResult:
         """Optimizer step `number` (from 0). Raises NumericsError, on all processes, and changes no weight."""
@@ -85,8 +89,17 @@ class Stepper:
                     with torch.autocast(
                         self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
                     ):
-                        out = model.training(tokens, labels=labels, cu_seqlens=cu_seqlens, sp=model.sp)
+                        out = model.training(
+                            tokens,
+                            labels=labels,
+                            cu_seqlens=cu_seqlens,
+                            cache=self._carried_into(number, part),
+                            output_cache=config.data.carry,
+                            sp=model.sp,
+                        )
                     model.mean_loss(out.loss_sum, targets).backward()
+                if config.data.carry:
+                    self.carried[part] = Cache(tree_map(Tensor.detach, out.cache.states), out.cache.position)
                 total += out.loss_sum.detach()
         self.watch.backward_ended()
         return total.item()
@@ -99,6 +112,32 @@ class Stepper:
         """
         self.gradients(0)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def carried_tensors(self, finished: int) -> dict[str, Tensor]:
+        """What the rows of this process carry into step `finished`, by name, to save; the same on the processes of a
+        sequence. After `rehearse`, places to load it into."""
+        if not self.config.data.carry or self._steps_carried(finished) == 0:
+            return {}
+        tensors = {}
+        for part, cache in self.carried.items():
+            rows_per_part = self.config.global_batch // self.config.accumulation
+            for place, row in enumerate(self.world.shard.rows(rows_per_part)):
+                for number, leaf in enumerate(tree_leaves(cache.states)):
+                    tensors[f"carried.{part * rows_per_part + row}.{number}"] = leaf[place]
+        return tensors
+
+    def resume_carried(self, finished: int) -> None:
+        """After `carried_tensors` were loaded in place."""
+        position = self._steps_carried(finished) * self.config.seq_len
+        self.carried = {part: Cache(cache.states, position) for part, cache in self.carried.items()}
+
+    def _carried_into(self, number: int, part: int) -> Cache | None:
+        if not self.config.data.carry or self._steps_carried(number) == 0:
+            return None
+        return self.carried[part]
+
+    def _steps_carried(self, number: int) -> int:
+        return self.sequences.steps_carried(number, self.config.global_batch)
 
     def _batch(self, number: int, part: int) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
         batch = self.sequences.batch(
