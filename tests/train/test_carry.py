@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import world
 from test_layouts import furthest, losses
 from training_runs import small_config
 
@@ -15,6 +16,7 @@ from lasp.models import CausalLM
 from lasp.train import loop, step
 from lasp.train.config import OptimizerOptions, TrainConfig
 from lasp.train.errors import ConfigError
+from lasp.train.metrics import read_metrics
 
 STEPS = 6
 
@@ -62,6 +64,24 @@ def test_steps_are_pieces_of_one_long_sequence(folder: Path) -> None:
         window = torch.from_numpy(np.asarray(stream[row * part : row * part + STEPS * 64 + 1]).astype(np.int64))[None]
         nats += model(window[:, :-1], labels=window[:, 1:]).loss_sum.item()
     assert abs(sum(curve) / STEPS / (nats / (config.global_batch * STEPS * 64)) - 1) < 1e-5
+
+
+@pytest.mark.parametrize(("dp", "sp", "accumulation", "bound"), [(1, 1, 1, 0.0), (2, 2, 1, 1e-5), (1, 2, 2, 1e-5)])
+def test_resumes_with_what_was_carried(
+    folder: Path, reference: list[float], dp: int, sp: int, accumulation: int, bound: float
+) -> None:
+    """In the middle of what rows carry along, at the same and at other layouts."""
+    half = folder / "half"
+    if not half.exists():
+        losses(carry_config(folder, run_dir=half, save_every=4), 1)
+    again = carry_config(folder, run_dir=folder / f"again-{dp}-{sp}", dp=dp, sp=sp, accumulation=accumulation)
+
+    def go_on(_rank: int) -> None:
+        loop.train(again, resume=half / "checkpoints" / "step-00000004")
+
+    world.run(dp * sp, go_on)
+    curve = [line["loss"] for line in read_metrics(again.run_dir / "metrics.jsonl") if "loss" in line]
+    assert len(curve) == STEPS - 4 and furthest(curve, reference[4:]) <= bound
 
 
 def test_refused(folder: Path) -> None:

@@ -134,6 +134,7 @@ class _Run:
                 config, self.run_dir, self.output, machine, description=description, finished=self.finished
             )
         self._introduce(self._measure_step())
+        self._resume_carried()
         stopped = False
         with _stop_signals() as stop_requested:
             self.output.start(self.finished, config.steps)
@@ -211,7 +212,7 @@ class _Run:
             "model_config": self._model_dict(),
             "config": to_dict(config),
         }
-        self._report(self.saver.start(self.module, self.optimizer, state))
+        self._report(self.saver.start(self.module, self.optimizer, state, self.stepper.carried_tensors(self.finished)))
         self.saved_at = self.finished
 
     def _report(self, unsaved: str | None) -> None:
@@ -320,6 +321,13 @@ class _Run:
             seconds.append(time.monotonic() - began)
         torch.set_rng_state(random_state)
         return min(seconds[1:])
+
+    def _resume_carried(self) -> None:
+        """After the rehearsals, which leave behind states of the right shapes."""
+        tensors = self.stepper.carried_tensors(self.finished)
+        if self.resumed is not None and tensors:
+            shards.load_others(self.resumed, tensors, self.world)
+            self.stepper.resume_carried(self.finished)
 
     def _introduce(self, step_seconds: float) -> None:
         config, shard, world, store = self.config, self.world.shard, self.world, self.store

@@ -8,6 +8,7 @@ Names in the files:
     model.<parameter>               weights
     optimizer.<kind>.<parameter>    AdamW's tensors, by the name of their parameter
     random_state.cpu                of torch's default generator
+    carried.<row>.<number>          what a row of the batch carries into the next step (--data.carry)
 """
 
 import threading
@@ -48,16 +49,23 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
-    def start(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str | None:
+    def start(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        others: Mapping[str, Tensor] | None = None,
+    ) -> str | None:
         """Copy weights and optimizer state to host memory, and go on writing them in the background.
 
-        state: JSON-able; must hold "step". Waits for the write before, and returns its problem if it had one.
+        state: JSON-able; must hold "step". others: more tensors by name, equal where processes share a name. Waits for
+        the write before, and returns its problem if it had one.
         """
         before = self.finish()
         place = self._world.first_does(lambda: _begin(self.root, state["step"]))
         if "problem" in place:
             return f"{before}; {place['problem']}" if before else place["problem"]
-        tensors = _model_tensors(module) | _optimizer_tensors(module, optimizer)
+        tensors = _model_tensors(module) | _optimizer_tensors(module, optimizer) | dict(others or {})
         # Copies: on a GPU's host or not, training changes the weights while the files are written.
         staged = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
         self._thread = threading.Thread(target=self._write, args=(Path(place["folder"]), staged, state), daemon=True)
@@ -135,16 +143,32 @@ def load(
     a diff if the model's config has changed.
     """
     refuse_other_model(found.folder, found.state["model_config"], model_config)
-    try:
-        saved = dict(HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{found.folder}: the tensor files cannot be read: {error!r}") from error
+    saved = _saved(found)
     tensors = _model_tensors(module)
     stored = {name for name in saved if name.startswith("model.")}
     if stored != tensors.keys():
         raise CheckpointError(f"{found.folder} holds other weights: {sorted(stored ^ tensors.keys())}")
     if optimizer is not None:
         tensors |= _empty_state(found, saved, module, optimizer)
+    _read(found, saved, tensors, world)
+    if optimizer is not None:
+        torch.set_rng_state(tensors[_RANDOM_STATE])
+
+
+def load_others(found: Checkpoint, tensors: dict[str, Tensor], world: World) -> None:
+    """Fill what `Saver.start` was given as `others`; collective. Raises CheckpointError if it does not fit."""
+    _read(found, _saved(found), tensors, world)
+
+
+def _saved(found: Checkpoint) -> dict[str, Any]:
+    """What the files say of every tensor in them."""
+    try:
+        return dict(HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{found.folder}: the tensor files cannot be read: {error!r}") from error
+
+
+def _read(found: Checkpoint, saved: Mapping[str, Any], tensors: dict[str, Tensor], world: World | None) -> None:
     _check_fit(found, saved, tensors)
     group = world.files if world is not None else None
     try:
@@ -158,8 +182,6 @@ def load(
         )
     except CheckpointException as error:
         raise CheckpointError(f"{found.folder} could not be loaded: {_cause(error)}") from error
-    if optimizer is not None:
-        torch.set_rng_state(tensors[_RANDOM_STATE])
 
 
 def refuse_other_model(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
