@@ -151,7 +151,10 @@ class _Run:
                 self.output.stop()
                 self.profiler.close()
                 # However the steps end, what was copied to be written is written, in the time that others have.
-                unsaved = self.saver.finish(config.parallel.timeout_s if sys.exc_info()[1] is not None else None)
+                failed = sys.exc_info()[1] is not None
+                unsaved = self.saver.finish(config.parallel.timeout_s if failed else None)
+                if failed and unsaved is not None:
+                    self.output.line(unsaved)
         if unsaved is not None:
             raise CheckpointError(f"{unsaved}; older checkpoints are as they were, in {self.saver.root}")
         trained_s = self.watch.seconds()
