@@ -75,7 +75,8 @@ def _exchange(config: TrainConfig, model_config: ModelConfig, model: ParallelMod
     exchange: Exchange = model.sp.exchange
     states = [layer for layer in layers(model_config) if layer.transition is not None]
     if isinstance(exchange, Auto) and states:
-        batch = config.global_batch // (world.shard.dp_size * config.accumulation)
+        rows = config.global_batch // (world.shard.dp_size * config.accumulation)
+        batch = 1 if config.data.packed else rows
         exchange = exchange.choose(states[-1].load(batch), model.sp.comm.nodes)
     return exchange.name
 

@@ -49,12 +49,14 @@ def _row(run: Run, row: int, columns: list[int | None], y: float, width: float, 
     dp, sp = int(layout["dp"]), int(layout["sp"])
     each = config["global_batch"] // dp
     first = row * each + 1
+    packed = bool(config["data"].get("packed"))
+    # Packed, the rows of a group are one sequence of documents.
+    tokens = config["seq_len"] * (each if packed else 1) // sp
     named = f"sequence {first}" if each == 1 else f"sequences {first}–{first + each - 1}"  # noqa: RUF001
     parts = [
         f'<text class="label" x="16" y="{y + 40}">{named}</text>',
-        f'<text class="muted" x="16" y="{y + 58}">of every step</text>',
+        f'<text class="muted" x="16" y="{y + 58}">{"packed in one" if packed else "of every step"}</text>',
     ]
-    tokens = config["seq_len"] // sp
     places: list[float] = []
     for index, column in enumerate(columns):
         x = _LEFT + index * (width + _GAP)
