@@ -49,6 +49,15 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
         ({"parallel": ParallelOptions(sp=2, dp=3)}, 4, "--dp 3 x --sp 2 needs 6 processes, but 4 are running"),
         ({"global_batch": 6, "accumulation": 4}, 1, "multiple of dp x accumulation = 1 x 4, got 6"),
         ({"global_batch": 3, "parallel": ParallelOptions(sp=1)}, 2, "dp x accumulation = 2 x 1, got 3"),
+        (
+            {"parallel": ParallelOptions(sp=1, dp_replicate=2)},
+            2,
+            "--dp-replicate is of --data-parallel zero2 and zero3",
+        ),
+        ({"parallel": ParallelOptions(sp=1, cpu_offload=True)}, 2, "--cpu-offload is of"),
+        ({"parallel": ParallelOptions(sp=1, data_parallel="zero3", dp_replicate=3)}, 4, "must divide dp = 4, got 3"),
+        ({"parallel": ParallelOptions(sp=1, data_parallel="zero2", dp_replicate=4)}, 4, "nothing to spread"),
+        ({"parallel": ParallelOptions(ffn_piece_tokens=0)}, 2, "--ffn-piece-tokens must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, changes: dict, num_processes: int, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lasp.data import store as token_store
 from lasp.data.tokenizer import ByteTokenizer
 from lasp.distributed.mesh import build_mesh, data_rank, weights_mesh
 from lasp.train import loop, step
-from lasp.train.config import TrainConfig
+from lasp.train.config import ParallelOptions, TrainConfig
 from lasp.train.metrics import read_metrics
 
 
@@ -55,6 +56,23 @@ def test_every_layout_has_the_same_loss_curve(
     assert furthest(losses(config, dp * sp), curve) < 1e-5
     sent = {line["exchanged_bytes"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line}
     assert len(sent) == 1 and sent.pop() > 0  # the same every step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data_parallel": "zero3", "dp_replicate": 2, "recomputation": "selective"},
+        {"data_parallel": "zero2", "ffn_piece_tokens": 10},
+        {"data_parallel": "zero1", "recomputation": "full"},
+    ],
+)
+def test_what_processes_keep_does_not_change_the_loss_curve(
+    reference: tuple[Path, list[float]], options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, curve = reference
+    parallel = ParallelOptions(sp=2, dp=2, timeout_s=30, **options)
+    config = small_config(folder, parallel=parallel, steps=STEPS, run_dir=tmp_path / "run")
+    assert furthest(losses(config, 4), curve) < 1e-5
 
 
 def no_exchange() -> None:

@@ -48,11 +48,15 @@ class BenchConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp bench ARGUMENTS`."""
+    if arguments and arguments[0] == "train":
+        from lasp.cli.bench_train import main as bench_train
+
+        return bench_train(arguments[1:])
     if not arguments or arguments[0] != "exchange":
         if arguments and arguments[0] in ("-h", "--help"):
-            print("usage: lasp bench exchange [OPTIONS]      (lasp bench exchange --help lists them)")
+            print("usage: lasp bench exchange|train [OPTIONS]      (lasp bench exchange --help lists them)")
             return 0
-        raise ConfigError("lasp bench can measure one thing: lasp bench exchange")
+        raise ConfigError("lasp bench can measure two things: lasp bench exchange, and lasp bench train")
     config = tyro.cli(
         BenchConfig,
         args=list(arguments[1:]),

@@ -64,7 +64,7 @@ def compile_block(block: nn.Module) -> None:
     Blocks with packed documents run uncompiled: their layout is another in every step.
     """
     run = block.forward
-    compiled = torch.compile(run, fullgraph=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=False)
 
     @wraps(run)
     def chosen(x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any) -> tuple[Tensor, Any]:

@@ -84,6 +84,20 @@ class ParallelOptions:
     """Processes that share one sequence."""
     dp: int | None = None
     """Groups of them, each with its own sequences; default: as many as the processes allow."""
+    data_parallel: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
+    """What every process keeps: all (ddp), all but a share of the optimizer's state (zero1), shares of everything
+    (FSDP2), weights gathered once a step (zero2) or block by block, forward and backward (zero3)."""
+    dp_replicate: int = 1
+    """Of zero2 and zero3: copies of the weights, each spread over dp / dp_replicate x sp processes (hybrid shard)."""
+    cpu_offload: bool = False
+    """Of zero2 and zero3: shares of weights, gradients and optimizer state in the host's memory."""
+    recomputation: Literal["none", "selective", "full"] = "none"
+    """Run blocks again in the backward pass instead of keeping their activations: all of it, or all but the exchange
+    of states."""
+    ffn_piece_tokens: int | None = None
+    """Run feed-forward layers on so many tokens at a time, and again in the backward pass; default: on all at once."""
+    compile: bool = False
+    """torch.compile each block, the exchange of states inside."""
     exchange: str = "auto"
     """How states travel between the processes of a sequence: see docs/exchange.md."""
     timeout_s: float = 120.0
@@ -156,6 +170,8 @@ class TrainConfig:
             "--keep-checkpoints": self.keep_checkpoints,
             "--sp": parallel.sp,
             "--dp": parallel.dp if parallel.dp is not None else 1,
+            "--dp-replicate": parallel.dp_replicate,
+            "--ffn-piece-tokens": parallel.ffn_piece_tokens if parallel.ffn_piece_tokens is not None else 1,
         }
         for name, count in at_least_one.items():
             if count < 1:
@@ -202,10 +218,31 @@ class TrainConfig:
                 f"--seq-len must be a multiple of --sp, got {self.seq_len} tokens over {parallel.sp} processes"
             )
         num_dp = self.num_dp(num_processes) if num_processes is not None else parallel.dp or 1
+        self._check_shares(num_dp if num_processes is not None else parallel.dp)
         if self.global_batch % (num_dp * self.accumulation):
             raise ConfigError(
                 f"--global-batch must be a multiple of dp x accumulation = {num_dp} x {self.accumulation}, "
                 f"got {self.global_batch}"
+            )
+
+    def _check_shares(self, num_dp: int | None) -> None:
+        """How weights are spread fits. Raises ConfigError."""
+        parallel = self.parallel
+        if parallel.data_parallel in ("ddp", "zero1"):
+            for name, given in (("--dp-replicate", parallel.dp_replicate > 1), ("--cpu-offload", parallel.cpu_offload)):
+                if given:
+                    raise ConfigError(
+                        f"{name} is of --data-parallel zero2 and zero3: with {parallel.data_parallel} every process "
+                        "holds all weights on its device"
+                    )
+        elif num_dp == 1 and parallel.sp == 1 and parallel.cpu_offload:
+            raise ConfigError("--cpu-offload is of weights spread over several processes, and there is one")
+        elif num_dp is not None and num_dp % parallel.dp_replicate:
+            raise ConfigError(f"--dp-replicate must divide dp = {num_dp}, got {parallel.dp_replicate}")
+        elif parallel.dp_replicate > 1 and parallel.dp_replicate == num_dp and parallel.sp == 1:
+            raise ConfigError(
+                f"--dp-replicate {num_dp} leaves one process for each copy of the weights, and nothing to spread: "
+                "lower it, or use --data-parallel ddp"
             )
 
     def num_dp(self, num_processes: int) -> int:

@@ -87,6 +87,27 @@ def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
     return model
 
 
+def spread(config: TrainConfig, module: CausalLM, world: World) -> ParallelModel:
+    """`module` over the processes as the configuration says. Raises ConfigError for what the model cannot do."""
+    parallel = config.parallel
+    shares = parallel.data_parallel in ("zero2", "zero3") and world.size > 1
+    try:
+        return parallelize(
+            module,
+            world.mesh,
+            data_parallel=parallel.data_parallel,
+            gather_dtype=torch.bfloat16 if shares and config.precision == "bf16" else None,
+            cpu_offload=parallel.cpu_offload,
+            recomputation=parallel.recomputation,
+            ffn_piece_tokens=parallel.ffn_piece_tokens,
+            compile=parallel.compile,
+            exchange=parallel.exchange,
+            timeout_s=parallel.timeout_s,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 class _Run:
     def __init__(self, config: TrainConfig, world: World, resume: Path | None) -> None:
         self.config, self.world = config, world
@@ -109,12 +130,7 @@ class _Run:
         self.module = CausalLM(self.model_config).to(world.device)
         if self.resumed is None and config.init_from is not None:
             export.load_weights(config.init_from, self.module)
-        self.model: ParallelModel = parallelize(
-            self.module,
-            world.mesh,
-            exchange=config.parallel.exchange,
-            timeout_s=config.parallel.timeout_s,
-        )
+        self.model = spread(config, self.module, world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if self.resumed is not None:
             shards.load(self.resumed, self.module, self._model_dict(), optimizer=self.optimizer, world=world)
@@ -337,7 +353,9 @@ class _Run:
         tokens = config.global_batch * config.seq_len
         source = config.data.path or "the Python standard library of this machine"
         layout = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}: "
-        layout += f"dp {shard.dp_size} x sp {shard.sp_size}"
+        layout += f"dp {shard.dp_size} x sp {shard.sp_size}, {self.model.data_parallel}"
+        if config.parallel.dp_replicate > 1:
+            layout += f" in {config.parallel.dp_replicate} copies"
         if self.model.sp is not None:
             layout += f", {config.seq_len // shard.sp_size} of {config.seq_len} tokens each, "
             layout += f"states by {self.model.sp.exchange.name}"

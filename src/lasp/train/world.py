@@ -133,6 +133,7 @@ def join(config: TrainConfig) -> World:
     mesh = build_mesh(
         sp=config.parallel.sp,
         dp=config.parallel.dp,
+        dp_replicate=config.parallel.dp_replicate,
         device_type=device.type,
         timeout_s=timeout_s,
     )

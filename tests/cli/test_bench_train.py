@@ -1,0 +1,40 @@
+"""`lasp bench train` as a user runs it, on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lasp.analysis.flops import flops_per_token
+from lasp.cli.main import main
+from lasp.models import preset
+
+SMALL = ["--model.size", "tiny", "--model.overrides", "num_layers", "1", "--device", "cpu", "--steps", "2"]
+
+
+def test_every_length_is_a_row_and_the_profile_names_operators(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "figures.json"
+    options = ["--tokens", "64", "128", "--recomputation", "full", "--profile", "--output", str(output)]
+    assert main(["bench", "train", *SMALL, *options]) == 0
+    text, figures = capsys.readouterr().out, json.loads(output.read_text())
+    assert "aten::mm" in text and "recomputation full" in text and "128" in text
+    model = preset("transnormer", "tiny", num_layers=1)
+    for row, tokens in zip(figures["rows"], (64, 128), strict=True):
+        assert row["tokens"] == tokens and len(row["all_steps_s"]) == 2
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["step_s"])
+        assert row["flops_per_token"] == flops_per_token(model, tokens).step
+        assert row["utilisation"] is None  # a CPU has no datasheet here
+    assert sum(kernel["share"] for kernel in figures["kernels"]) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--tokens", "0"], "at least 1"), (["--model.overrides", "depth", "3"], "no field depth")],
+)
+def test_nonsense_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", "--device", "cpu", "--model.size", "tiny", *options]) == 64
+    assert message in capsys.readouterr().err
