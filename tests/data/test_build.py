@@ -3,8 +3,13 @@
 import dataclasses
 import gzip
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,7 @@ TEXTS = ["first document", "", "naïve — 漢字", "x", "a\nb"] + [f"number {i}
 
 def built(source: Path, output: Path, *options: str) -> list[int]:
     """All tokens of what the command builds, train then validation."""
-    assert main(["data", "build", "--path", str(source), "--output", str(output), *options]) == 0
+    assert main(["data", "build", str(source), "--out", str(output), *options]) == 0
     store = open_store(output, verify=True)
     for stream, bounds in ((store.train, store.train_bounds), (store.validation, store.validation_bounds)):
         assert bounds[0] == 0 and np.flatnonzero(stream[:] == 256).tolist() == [*bounds[1:] - 1]
@@ -77,7 +82,27 @@ def test_text_files_and_records_give_the_tokens_of_direct_tokenising(tmp_path: P
     assert len(one.validation) > 0
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_sources_follow_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, records = write_text(tmp_path / "text"), tmp_path / "records"
+    write_jsonl(records)
+    built(text, tmp_path / "one", "--validation-fraction", "0.3")
+    built(records / "a.jsonl", tmp_path / "two", "--validation-fraction", "0.3")
+    arguments = ["data", "build", str(text), str(records / "a.jsonl"), "--out", str(tmp_path / "both")]
+    assert main([*arguments, "--validation-fraction", "0.3"]) == 0
+    one, two, both = (open_store(tmp_path / name, verify=True) for name in ("one", "two", "both"))
+    for split in ("train", "validation"):
+        first, second, whole = (getattr(store, split)[:] for store in (one, two, both))
+        assert len(first) > 0 and len(second) > 0
+        np.testing.assert_array_equal(np.concatenate([first, second]), whole)
+        first, second, whole = (getattr(store, f"{split}_bounds") for store in (one, two, both))
+        np.testing.assert_array_equal([*first, *(second[1:] + first[-1])], whole)
+    said = capsys.readouterr().out
+    assert f"lasp train --data.path {tmp_path / 'both'}" in said and "held out" not in said
+    built(text / "part0" / "text0.txt", tmp_path / "single", "--validation-fraction", "1e-9")
+    assert "nothing is held out" in capsys.readouterr().out
+
+
+def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With pyarrow the tokens, without it what to install."""
     (tmp_path / "rows").mkdir()
     path = tmp_path / "rows" / "a.parquet"
@@ -86,11 +111,12 @@ def test_parquet(tmp_path: Path) -> None:
         from pyarrow import parquet
     except ImportError:
         path.touch()
-        with pytest.raises(DataError, match=r"pip install 'lasp-torch\[parquet\]'"):
-            prepare_folder(tmp_path / "rows", tmp_path / "cache")
-        return
-    parquet.write_table(pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS}), path, row_group_size=7)
-    assert documents(built(tmp_path / "rows", tmp_path / "built")) == EXPECTED
+    else:
+        parquet.write_table(pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS}), path, row_group_size=7)
+        assert documents(built(tmp_path / "rows", tmp_path / "built")) == EXPECTED
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'lasp-torch\[parquet\]'"):
+        prepare_folder(tmp_path / "rows", tmp_path / "cache")
 
 
 def prepare_folder(folder: Path, cache: Path, field: str = "text") -> object:
@@ -135,27 +161,29 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     assert peak(40) < 1.2 * peak(4) + 100_000
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "lose", "index", "ends", "swap"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "lose", "index", "ends", "lose-ends", "swap"])
 def test_damage_is_refused_with_the_file_named_and_code_65(
     tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "built"
     built(write_text(tmp_path / "text"), data, "--shard-tokens", "4000")
     config = small_config(tmp_path)
-    path = data / {"index": "index.json", "ends": "train.bounds.bin"}.get(damage, "train-00001.bin")
+    path = data / ("index.json" if damage == "index" else "train-00001.bin")
+    if damage.endswith("ends"):
+        path = data / "train.bounds.bin"
     content = bytearray(path.read_bytes())
     if damage in ("flip", "ends", "index"):
         content[len(content) // 2 & ~1] ^= 1
         path.write_bytes(content)
     elif damage == "truncate":
         path.write_bytes(content[:-2])
-    elif damage == "lose":
+    elif damage.startswith("lose"):
         path.unlink()
     else:
         path.write_bytes((data / "train-00000.bin").read_bytes())
     assert main(["train", "--sp", "1", "--data.path", str(data), "--run-dir", str(tmp_path / "run")]) == 65
     said = capfd.readouterr().err
-    assert path.name in said or (damage == "index" and str(data) in said)
+    assert path.name in said
     assert config.run_dir is not None and not config.run_dir.exists()
 
 
@@ -184,8 +212,51 @@ def test_training_on_built_data_is_training_on_its_text(tmp_path: Path) -> None:
     assert loop.train(config).bits_per_byte == loop.train(moved).bits_per_byte
 
 
-def test_the_target_must_be_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    write_jsonl(tmp_path / "records")
-    assert main(["data", "build", "--path", str(tmp_path / "records"), "--output", str(tmp_path)]) == 65
+def test_a_build_that_is_killed_leaves_nothing_that_loads(tmp_path: Path) -> None:
+    """Killed as the operating system kills, with no chance to clear away."""
+    target = tmp_path / "built"
+
+    def texts(kill: bool) -> Iterator[Document]:
+        yield Document("whole", "train", [b"one" * 100])
+        if kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield Document("another", "validation", [b"two"])
+
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: write_store(target, texts(True), ByteTokenizer(), shard_tokens=50)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and not target.exists()
+    (remains,) = tmp_path.iterdir()
+    assert len(list(remains.glob("train-*.bin"))) > 5
+    with pytest.raises(DataError, match=r"index\.json"):
+        open_store(remains, verify=False)
+    write_store(target, texts(False), ByteTokenizer(), shard_tokens=50)
+    assert len(open_store(target, verify=True).train) == 301
+
+
+def test_the_target_is_new_and_stays_this_build_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records, file = tmp_path / "records", tmp_path / "file"
+    write_jsonl(records)
+    file.touch()
+    for out, message in ((tmp_path, "exists: name a new folder"), (file / "out", f"cannot build {file / 'out'}: ")):
+        assert main(["data", "build", str(records), "--out", str(out)]) == 65
+        assert message in capsys.readouterr().err
     assert main(["data"]) == 64
+    assert main(["data", "build", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 65
+    (tmp_path / "void.txt").touch()
+    assert main(["data", "build", str(tmp_path / "void.txt"), "--out", str(tmp_path / "out")]) == 65
+    assert "all documents are empty" in capsys.readouterr().err
+
+    def overtaken(text: bytes) -> Iterator[Document]:
+        """While it is read, another build puts its own store there."""
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        write_store(tmp_path / "out", [Document("other", "train", [b"the other's"])], ByteTokenizer())
+        yield Document("mine", "train", [text])
+
+    write_store(tmp_path / "out", overtaken(b"the other's"), ByteTokenizer())
+    with pytest.raises(DataError, match="cannot build"):
+        write_store(tmp_path / "out", overtaken(b"mine"), ByteTokenizer())
+    assert bytes(open_store(tmp_path / "out", verify=True).train[:-1].tolist()) == b"the other's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out", "records", "void.txt"]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -16,19 +17,22 @@ from lasp.train.errors import ConfigError
 from lasp.train.output import bytes_text, duration
 
 _DEFAULTS = DataOptions()
+# Seconds between two reports of progress: on a terminal, where one takes the other's place, and elsewhere.
+_REFRESH_S, _LINE_S = 0.2, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Tokenise a folder once into memory-mapped shards, for `lasp train --data.path OUTPUT`.
+    """Tokenise text once into memory-mapped shards, for `lasp train --data.path OUT`.
 
-    Memory does not grow with the text. OUTPUT appears when it is whole; a build that ends early leaves nothing.
+    Memory does not grow with the text. OUT appears when it is whole; a build that ends early leaves nothing.
     """
 
-    output: Path
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders of text, JSONL and parquet files, or such files, read in this order; default: the Python standard
+    library's own source."""
+    out: Path
     """Folder to make; must not exist."""
-    path: Path | None = None
-    """Folder of text, JSONL and parquet files; default: the Python standard library's own source."""
     suffixes: tuple[str, ...] = _DEFAULTS.suffixes
     """File name endings to read. A text file is a document; a JSONL line or parquet row (extra `parquet`) is one."""
     field: str = _DEFAULTS.field
@@ -38,7 +42,7 @@ class BuildOptions:
     validation_fraction: float = _DEFAULTS.validation_fraction
     """Share of documents held out for validation."""
     seed: int = _DEFAULTS.seed
-    """Order of the files."""
+    """Order of the files of a folder."""
     shard_tokens: int = SHARD_TOKENS
     """Tokens of a shard file."""
 
@@ -49,22 +53,31 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] in ("-h", "--help"):
             arguments = ["build", "--help"]
         else:
-            raise ConfigError("usage: lasp data build --path FOLDER --output FOLDER; lasp data build --help lists all")
+            raise ConfigError("usage: lasp data build SOURCE... --out FOLDER; lasp data build --help lists all")
     options = tyro.cli(BuildOptions, args=list(arguments[1:]), prog="lasp data build")
     if options.shard_tokens < 1:
         raise ConfigError(f"--shard-tokens must be at least 1, got {options.shard_tokens}")
     if not 0 < options.validation_fraction < 1:
         raise ConfigError(f"--validation-fraction must be above 0 and below 1, got {options.validation_fraction}")
-    console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
+    console = Console(highlight=False, soft_wrap=True)
+    began = shown = time.monotonic()
     with console.status("reading") as status:
 
         def progress(num_bytes: int, num_tokens: int) -> None:
-            speed = bytes_text(num_bytes / max(time.monotonic() - began, 1e-3))
-            status.update(f"{bytes_text(num_bytes)} of text, {num_tokens:,} tokens, {speed}/s")
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < (_REFRESH_S if console.is_terminal else _LINE_S):
+                return
+            shown = now
+            text = f"{bytes_text(num_bytes)} of text, {num_tokens:,} tokens, {bytes_text(num_bytes / (now - began))}/s"
+            if console.is_terminal:
+                status.update(text)
+            else:
+                console.print(text, markup=False)
 
         built = store.build(
-            options.output,
-            folder=options.path,
+            options.out,
+            sources=options.sources,
             suffixes=options.suffixes,
             field=options.field,
             tokenizer=load_tokenizer(options.tokenizer),
@@ -79,5 +92,8 @@ def main(arguments: Sequence[str]) -> int:
             f"({bytes_text(built.num_bytes[split])}) in {len(stream.files)} shards",
             markup=False,
         )
-    console.print(f"{duration(time.monotonic() - began)}; train on it: lasp train --data.path {options.output}")
+    if len(built.validation) == 0:
+        console.print("nothing is held out, and `lasp train` will ask for it: raise --validation-fraction, or add text")
+    took = duration(time.monotonic() - began)
+    console.print(f"{took}; train on it: lasp train --data.path {options.out}", markup=False)
     return 0

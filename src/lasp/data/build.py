@@ -2,8 +2,8 @@
 
 train-00000.bin, ..     token ids, little endian, each document followed by the separator; a shard is full at
                         `shard_tokens`, wherever a document is
-train.documents.bin     where each document ends, its separator included: int64, little endian
-validation-...          likewise
+train.bounds.bin        where each document starts, and the end of the last: int64, little endian
+validation...           likewise
 tokenizer.json          the tokenizer, where it is a file
 index.json              written last: sizes and SHA-256 of all these, itself under a SHA-256
 """
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lasp.data.documents import Document
+from lasp.data.errors import DataError
 from lasp.data.stream import check_ids
 from lasp.data.tokenizer import Tokenizer
 
@@ -42,13 +43,14 @@ def write_store(
 ) -> None:
     """Tokenise `documents` into a new store at `target`; it is there whole or not at all.
 
-    Raises DataError if a document cannot be read or an id is outside the vocabulary.
+    Raises DataError if a document cannot be read, an id is outside the vocabulary, there is no text at all, or the
+    files cannot be written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     temporary = target.parent / f".building-{target.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
     splits: dict[str, _SplitWriter] = {}
     try:
+        temporary.mkdir(parents=True)
         splits = {split: _SplitWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
         for document in documents:
             splits[document.split].add(document, tokenizer)
@@ -56,6 +58,8 @@ def write_store(
                 sum(split.num_bytes for split in splits.values()), sum(split.num_tokens for split in splits.values())
             )
         entries = {name: split.close() for name, split in splits.items()}
+        if not any(split.num_documents for split in splits.values()):
+            raise DataError("there is no text to train on: all documents are empty")
         content = getattr(tokenizer, "content", None)
         if content is not None:
             (temporary / "tokenizer.json").write_bytes(content)
@@ -76,8 +80,11 @@ def write_store(
             os.rename(temporary, target)
         except OSError:
             # Another run built the same content first: its store is as good as ours.
-            if not (target / "index.json").exists():
+            there = target / "index.json"
+            if not there.is_file() or there.read_text() != json.dumps(index):
                 raise
+    except OSError as error:
+        raise DataError(f"cannot build {target}: {error}") from error
     finally:
         for split in splits.values():
             split.abandon()

@@ -31,21 +31,23 @@ class TextFile(NamedTuple):
     path: Path
 
 
-def find_files(folder: Path | None, suffixes: tuple[str, ...], seed: int) -> list[TextFile]:
-    """Every text file below `folder`, in the corpus' fixed order.
+def find_files(source: Path | None, suffixes: tuple[str, ...], seed: int) -> list[TextFile]:
+    """Every text file below the folder `source`, in the corpus' fixed order, or the file `source`.
 
-    folder: searched recursively; None is the standard library of the running interpreter (`*.py`).
+    source: a folder is searched recursively; None is the standard library of the running interpreter (`*.py`).
     suffixes: file name endings to read, such as ".txt".
     seed: chooses the order. Hidden files and folders and links to folders are not followed.
 
-    Raises DataError if there is no such folder or no such file.
+    Raises DataError if there is no such source, or no file to read in it.
     """
-    if folder is None:
+    if source is None:
         root, suffixes, left_out = Path(sysconfig.get_path("stdlib")), (".py",), STDLIB_LEFT_OUT
     else:
-        root, left_out = folder, frozenset()
+        root, left_out = source, frozenset()
+    if root.is_file() and root.name.endswith(suffixes):
+        return [TextFile(root.name, root)]
     if not root.is_dir():
-        raise DataError(f"the text must be a folder of files, but {root} is not a folder")
+        raise DataError(f"{root} is not a folder of text, nor a file that ends in {', '.join(suffixes)}")
     found_files, other_suffixes = [], set()
     for parent, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith("."))
@@ -62,7 +64,7 @@ def find_files(folder: Path | None, suffixes: tuple[str, ...], seed: int) -> lis
         found = ", ".join(sorted(other_suffixes - {""})[:12]) or "no files at all"
         raise DataError(
             f"no file below {root} ends in {', '.join(suffixes)} (found: {found}): "
-            "name the endings to read with --data.suffixes"
+            "name the endings to read with --data.suffixes (lasp data build: --suffixes)"
         )
     return sorted(found_files, key=lambda file: (_unit_interval(f"{seed}:{file.name}"), file.name))
 

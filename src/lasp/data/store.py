@@ -46,7 +46,8 @@ class TokenStore:
 
 def is_store(folder: Path | None) -> bool:
     """Whether the folder is built data and not text."""
-    return folder is not None and (folder / "index.json").is_file() and (folder / "train.bounds.bin").is_file()
+    # Any of its other files may be lost: that is damage, to be named, and does not make it text.
+    return folder is not None and (folder / "index.json").is_file() and any(folder.glob("*.bin"))
 
 
 def tokenizer_of(folder: Path | None) -> str:
@@ -93,7 +94,7 @@ def prepare(
 def build(
     target: Path,
     *,
-    folder: Path | None,
+    sources: tuple[Path, ...],
     suffixes: tuple[str, ...],
     field: str,
     tokenizer: Tokenizer,
@@ -102,10 +103,13 @@ def build(
     shard_tokens: int,
     progress: Progress,
 ) -> TokenStore:
-    """Build the text of `folder` at `target`, which must not exist. Raises DataError."""
+    """Build the text of `sources`, one after another, at `target`, which must not exist. Raises DataError.
+
+    sources: files and folders; none of them is the standard library of the running interpreter.
+    """
     if target.exists():
         raise DataError(f"{target} exists: name a new folder, or delete it")
-    files = find_files(folder, suffixes, seed)
+    files = [file for source in sources or (None,) for file in find_files(source, suffixes, seed)]
     documents = _documents(files, field, validation_fraction)
     write_store(target, documents, tokenizer, shard_tokens=shard_tokens, progress=progress)
     return open_store(target, verify=False)
@@ -136,8 +140,10 @@ def open_store(folder: Path, *, verify: bool) -> TokenStore:
             num_bytes={split: seal["splits"][split]["num_bytes"] for split in SPLITS},
             num_documents={split: seal["splits"][split]["num_documents"] for split in SPLITS},
         )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"the token store {folder} is damaged ({error!r}): build it again") from error
+    except OSError as error:
+        raise DataError(f"cannot read the built data in {folder}: {error}") from error
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder / 'index.json'} is damaged ({error!r}): build the data again") from error
 
 
 def _open_split(folder: Path, split: str, seal: dict[str, Any], verify: bool) -> TokenStream:
