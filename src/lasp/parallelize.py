@@ -146,7 +146,12 @@ def parallelize(
     spread_sequences = mesh is not None and mesh[SP_AXIS].size() > 1
     if compile and spread_sequences:
         check_compilable(model)
-    for block in model.blocks:  # type: ignore[union-attr]
+    blocks = _blocks(model)
+    if not blocks and (recomputation != "none" or ffn_piece_tokens is not None or compile):
+        raise ValueError(
+            f"recomputation, ffn_piece_tokens and compile go block by block, but {type(model).__name__} has no `blocks`"
+        )
+    for block in blocks:
         _rework(block, recomputation, ffn_piece_tokens, compile)  # type: ignore[arg-type]
     if mesh is None:
         return ParallelModel(model, model, None)
@@ -209,13 +214,18 @@ def _replicated(model: nn.Module, parallel: ParallelModel) -> DistributedDataPar
     return training
 
 
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    blocks = getattr(model, "blocks", None)
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else []
+
+
 def _shard(
     model: nn.Module, mesh: DeviceMesh, reshard: bool, gather_dtype: torch.dtype | None, cpu_offload: bool
 ) -> None:
     """Every process a share of every weight; a block is gathered at once, embedding and head with the whole."""
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, offload_policy=offload)
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in _blocks(model):
         exact = any(True for m in block.modules() for _ in m.parameters(recurse=False) if not isinstance(m, _ROUNDED))
         policy = MixedPrecisionPolicy(
             param_dtype=None if exact else gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

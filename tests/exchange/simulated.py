@@ -5,7 +5,7 @@ Which rank runs next is drawn from a seed, so every order of events can be tried
 rank can run, that is a deadlock and fails at once. Messages between two ranks keep their order, as in gloo and NCCL;
 a message taken for one of another size is an error, which gloo would not notice.
 
-`comm.clock` is when a rank is where it is: an ideal network takes `duration(kind, bytes)` for each operation, one
+`comm.time` is when a rank is where it is: an ideal network takes `duration(kind, bytes)` for each operation, one
 message at a time between two ranks. By default all take 1, so that the clock counts rounds.
 """
 
@@ -77,7 +77,8 @@ class SimulatedComm:
         self._world, self.rank, self.size = world, rank, world.size
         self.nodes = nodes or (world.size,)
         self.counters = Counters()
-        self.clock = 0.0
+        self.time = 0.0
+        self.clock = None  # nobody measures waits here
         self._posted: dict[int, int] = defaultdict(int)
         self._collectives = 0
 
@@ -87,7 +88,7 @@ class SimulatedComm:
         link = "message", self.rank, to
         duration = self._world.duration("message", tensor.nbytes)
         # Counting rounds, messages that do not wait for another are in one.
-        start = max(self.clock, self._world.free[link])
+        start = max(self.time, self._world.free[link])
         self._world.free[link] = start + (duration if self._world.timed else 0)
         self._put(link, tensor, start + duration)
 
@@ -101,7 +102,7 @@ class SimulatedComm:
 
         def result():
             message, arrival = queue[index]
-            self.clock = max(self.clock, arrival)
+            self.time = max(self.time, arrival)
             assert message.shape == like.shape and message.dtype == like.dtype, (message.shape, like.shape)
             return message
 
@@ -154,11 +155,11 @@ class SimulatedComm:
     def _collective(self, kind, nbytes, own, result):
         key = self._collectives
         self._collectives += 1
-        self._put((key, self.rank), own, self.clock + self._world.duration(kind, nbytes))
+        self._put((key, self.rank), own, self.time + self._world.duration(kind, nbytes))
         queues = [self._world.queues[key, rank] for rank in range(self.size)]
 
         def everything():
-            self.clock = max(self.clock, *(queue[0][1] for queue in queues))
+            self.time = max(self.time, *(queue[0][1] for queue in queues))
             return result([queue[0][0] for queue in queues])
 
         return Pending(self._world, self.rank, lambda: all(queues), everything)

@@ -57,7 +57,7 @@ def test_formulas_on_an_ideal_network(name, size):
             def work(comm, load=load, exchange=exchange):
                 summary, initial = random_summary(load, comm.rank, torch.device("cpu"))
                 exchange.begin(comm, summary, initial, reverse=False, want_total=False).wait()
-                return comm.clock
+                return comm.time
 
             def duration(kind, nbytes, link=constants.message):
                 return link.seconds(nbytes)
@@ -79,7 +79,7 @@ def test_rounds():
         def work(comm):
             summary, initial = random_summary(load, comm.rank, torch.device("cpu"))
             exchange.begin(comm, summary, initial, reverse=False, want_total=False).wait()
-            return comm.clock
+            return comm.time
 
         return max(simulate(size, work, nodes=nodes))
 

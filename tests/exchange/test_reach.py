@@ -41,7 +41,7 @@ def carry(exchange, runs: Summary, initial, *, reverse: bool = False, want_total
 
     def work(comm):
         pending = exchange.begin(comm, runs[comm.rank], initial, reverse=reverse, want_total=want_total, **extra)
-        return *pending.wait(), (comm.counters.sent_bytes, comm.counters.received_bytes), comm.clock
+        return *pending.wait(), (comm.counters.sent_bytes, comm.counters.received_bytes), comm.time
 
     return run(runs.state.shape[0], work, seed=seed)
 
