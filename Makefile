@@ -8,7 +8,7 @@ ORACLE := build/oracle
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test lint oracle trackers clean
+.PHONY: train test exhaustive lint oracle trackers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,6 +19,9 @@ train: $(VENV)/.installed  ## train transnormer-tiny, its sequences split over t
 
 test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+exhaustive: $(VENV)/.installed-dev  ## every set of document boundaries, where `make test` takes a sample
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exhaustive $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
