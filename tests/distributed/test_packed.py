@@ -115,7 +115,7 @@ def test_one_device(kind):
 
 
 TOKENS, RANKS = 12, 4
-# Which of the 2^11 ways to cut 12 tokens are run, in parts that test processes can share: all of them by one gate, every
+# Which of the 2^11 ways to cut 12 tokens are run, in parts that test processes can share: all by one gate, every
 # fourth by the delta rule with one, every ninth by the other kinds, which place documents by the same code; and all of
 # them by all kinds where that is asked for (`make exhaustive`).
 EVERY = {"scalar": 1, "kda": 4}
