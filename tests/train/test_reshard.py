@@ -113,7 +113,7 @@ def test_every_layout_goes_on_from_the_others_checkpoints(tmp_path: Path) -> Non
 
     uninterrupted = run_of(parallelize(new_model(), None), ALONE).steps(0, BEFORE + AFTER)[BEFORE:]
     went_on, resumed = world.run(4, losses)[0]
-    assert len(went_on) == 15 and len(resumed) > 70
+    assert len(went_on) == 15 and len(resumed) > 60
     for case, found in resumed.items():
         assert found == pytest.approx(uninterrupted, rel=1e-5), case
     for name, losses_then in went_on.items():
