@@ -22,7 +22,7 @@ BASIS = {
 # Steps whose predictions differ by less are not told apart: quartiles of one layout's measured steps span as much, and
 # so do the errors of two layouts' predictions against each other (docs/analysis.md).
 TIE = 0.05
-# Of lasp.analysis.memory's, those that `lasp train` has options for.
+# What `lasp train` does unless told otherwise, and what was measured (benchmarks/plan_check.py).
 TRAINED_SHARDINGS = ("ddp",)
 TRAINED_RECOMPUTATIONS = ("none",)
 
@@ -95,7 +95,7 @@ def ties(recommended: dict[str, Any] | None, fitting: list[dict[str, Any]]) -> l
 
 
 def trains(entry: dict[str, Any]) -> bool:
-    """Whether `lasp train` can run a layout."""
+    """Whether `lasp train` runs a layout without further options."""
     trained = entry["sharding"] in TRAINED_SHARDINGS and entry["recomputation"] in TRAINED_RECOMPUTATIONS
     return trained and entry["method"] in ("lasp", "data")
 
