@@ -116,7 +116,7 @@ def test_table_and_plot(capsys, tmp_path):
     said = capsys.readouterr().out
     assert (
         "Recommended: " in said
-        and "Recommended of what lasp train runs: " in said
+        and "With lasp train's defaults: " in said
         and "What the numbers rest on" in said
         and image.stat().st_size > 10_000
     )

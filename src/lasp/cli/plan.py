@@ -132,7 +132,7 @@ def _print(found: dict[str, Any]) -> None:
             console.print(f"{entry['method']}: {entry['reason']}", highlight=False)
     if found["recommended"] is None:
         console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.", highlight=False)
-    for title, which in (("Recommended", ""), ("Recommended of what lasp train runs", "_for_lasp_train")):
+    for title, which in (("Recommended", ""), ("With lasp train's defaults", "_for_lasp_train")):
         best, ties = found[f"recommended{which}"], found[f"ties{which}"]
         if best is None:
             continue
