@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lasp.distributed.mesh import SP_AXIS, weights_mesh
 from lasp.layers import RMSNorm, ShortConvolution
 from lasp.models.memory import RECOMPUTATIONS, check_compilable, compile_block, recompute, run_in_pieces
+from lasp.ops.scan import TRACEABLE
 from lasp.sequence import SequenceParallel
 
 DATA_PARALLEL = ("ddp", "zero1", "zero2", "zero3")
@@ -144,6 +145,10 @@ def parallelize(
     """
     _check(data_parallel, gather_dtype, cpu_offload, recomputation, ffn_piece_tokens)
     spread_sequences = mesh is not None and mesh[SP_AXIS].size() > 1
+    if compile and not TRACEABLE:
+        raise ValueError(
+            f"compile needs PyTorch 2.13 or newer, which traces recurrences rightly, got {torch.__version__}"
+        )
     if compile and spread_sequences:
         check_compilable(model)
     blocks = _blocks(model)

@@ -207,3 +207,20 @@ def test_autocast_does_not_reach_the_state():
     with torch.autocast("cpu", torch.bfloat16):
         product = q.float()[0, 0] @ k.float()[0, 0].mT
     assert product.dtype == torch.bfloat16, "the control: autocast does round matrix products"
+
+
+def test_compiled_gradients_are_the_eager_ones():
+    """Some versions of the compiler trace an autograd function and lose what it gives: there the graph must break."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 2, 8, requires_grad=True) for _ in range(3))
+    g = (-torch.rand(1, 70, 2)).requires_grad_()
+
+    def loss(*tensors):
+        return lasp.linear_attention(*tensors)[0].square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(q, k, v, g), (q, k, v, g))
+    for name, value, expected in zip(
+        "qkvg", compiled, torch.autograd.grad(loss(q, k, v, g), (q, k, v, g)), strict=True
+    ):
+        assert (value - expected).norm() <= 1e-6 * expected.norm() > 0, name
