@@ -129,9 +129,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="of the first row without LASP")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="the JSON file to write")
     parser.add_argument("--table", type=Path, metavar="JSON", help="train nothing, print the table of this")
     arguments = parser.parse_args()
+    if arguments.output is not None and arguments.output.is_dir():
+        parser.error(f"--output is the JSON file to write, but {arguments.output} is a folder")
     if arguments.steps < LAST or arguments.seeds < 2:
         parser.error(f"--steps must be at least {LAST} and --seeds at least 2")
     if arguments.table is not None:

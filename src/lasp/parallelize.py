@@ -145,12 +145,12 @@ def parallelize(
     """
     _check(data_parallel, gather_dtype, cpu_offload, recomputation, ffn_piece_tokens)
     spread_sequences = mesh is not None and mesh[SP_AXIS].size() > 1
+    if compile and spread_sequences:
+        check_compilable(model)
     if compile and not TRACEABLE:
         raise ValueError(
             f"compile needs PyTorch 2.13 or newer, which traces recurrences rightly, got {torch.__version__}"
         )
-    if compile and spread_sequences:
-        check_compilable(model)
     blocks = _blocks(model)
     if not blocks and (recomputation != "none" or ffn_piece_tokens is not None or compile):
         raise ValueError(
