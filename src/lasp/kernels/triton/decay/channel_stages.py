@@ -15,12 +15,11 @@ from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
 from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel, channel_query_reads_kernel
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
 from lasp.kernels.triton.decay.channel_within import channel_within_kernel
-from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, places_of
+from lasp.kernels.triton.decay.layout import chunks_of, places_of
 from lasp.kernels.triton.decay.plan import Plan, tile
-from lasp.kernels.triton.decay.scan import scan_kernel
-from lasp.recurrence.contract import Run, num_states
+from lasp.kernels.triton.decay.scan import scan_segments
+from lasp.recurrence.contract import Run
 
-SCAN_BLOCK, SCAN_WARPS = 256, 2
 # A program of one chunk would spend longer on making descriptors than on its chunk.
 SINGLE_CHUNK_DESCRIPTORS = False
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
@@ -86,54 +85,51 @@ def summarize(x: Run, p: Plan, k: Tensor, v: Tensor, reverse: bool) -> tuple[Sum
     empty = {"dtype": torch.float32, "device": k.device}
     states = torch.empty(B, H_v, p.segments, K, V, **empty)
     decays = torch.empty(2, B, H_v, p.segments, K, **empty)
-    count = num_states(x)
-    total, total_decay = torch.empty(count, H_v, K, V, **empty), torch.empty(count, H_v, K, **empty)
-    places, packed = places_of(p, states), p.tables is not None
+    places = places_of(p, states)
     columns, warps, stages = p.channels
     launch(
         channel_summary_kernel, (-(-K // columns) * H_v * B, p.segments), (k, v, x.g, states, decays[0], places),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, reverse, p.descriptors, packed, p.precision), warps, stages,
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, reverse, p.descriptors, p.packed, p.precision), warps, stages,
     )  # fmt: skip
-    launch(
-        scan_kernel, (-(-K * V // SCAN_BLOCK) * count * H_v, 1),
-        (states, decays[0], decays[1], total, total_decay, bounds_of(p, states)),
-        (p.segments, H_v), (K * V, V, K, SCAN_BLOCK, reverse, packed), SCAN_WARPS, 1,
-    )  # fmt: skip
+    total, total_decay = scan_segments(x, p, states, decays[0], decays[1], reverse=reverse)
     return Summary(Diagonal(total_decay), total), Segments(states, decays[1])
+
+
+def empty_prepared(q: Tensor, v: Tensor, p: Plan) -> Prepared:
+    (B, T, H_v, _), K = v.shape, q.shape[3]
+    scores = q.new_empty(B, H_v, T, p.chunk)
+    from_start, to_end = (q.new_empty(B, T, H_v, K) for _ in range(2))
+    return Prepared(scores, from_start, to_end, q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32))
 
 
 def local_outputs(x: Run, p: Plan) -> Prepared:
     B, T, H, K = x.q.shape
-    H_v, device, chunks = x.v.shape[2], x.q.device, p.chunks
-    scores = torch.empty(B, H_v, T, p.chunk, dtype=x.q.dtype, device=device)
-    from_start, to_end = (torch.empty(B, T, H_v, K, dtype=x.q.dtype, device=device) for _ in range(2))
-    totals = torch.empty(B, H_v, chunks, K, dtype=torch.float32, device=device)
+    H_v = x.v.shape[2]
+    ready = empty_prepared(x.q, x.v, p)
     columns, warps, stages = p.channel_prepare
-    packed = p.tables is not None
     launch(
-        channel_prepare_kernel, (H_v * B, chunks), 
-        (x.q, x.k, x.g, stretch_matrices(p.chunk, p.exact, device), scores, from_start, to_end, totals,
-         chunks_of(p, totals)),
+        channel_prepare_kernel, (H_v * B, p.chunks),
+        (x.q, x.k, x.g, stretch_matrices(p.chunk, p.exact, x.q.device), *ready, chunks_of(p, ready.totals)),
         (x.scale, T, H, H_v, p.chunks),
-        (K, columns, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, packed, p.precision),
+        (K, columns, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.packed,
+         p.precision),
         warps, stages,
     )  # fmt: skip
-    return Prepared(scores, from_start, to_end, totals)
+    return ready
 
 
 def outputs(x: Run, p: Plan, totals: Segments, prepared: Prepared, state_in: Tensor) -> tuple[Tensor, Saved]:
     B, T, _, K = x.q.shape
     H_v, V = x.v.shape[2:]
     o, leaving = torch.empty_like(x.v), torch.empty_like(state_in)
-    packed = p.tables is not None
     columns, warps, stages = p.channel_values
     launch(
         channel_output_kernel, (-(-V // columns) * H_v * B, p.segments),
         (prepared.from_start, prepared.to_end, x.v, prepared.totals, prepared.scores, o,
          totals.states, totals.decays, state_in, leaving, places_of(p, leaving)),
         (x.scale, T, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, packed, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.packed, p.precision), warps, stages,
     )  # fmt: skip
     return o, Saved(totals.states, leaving, prepared)
 
@@ -143,14 +139,13 @@ def local_gradients(x: Run, p: Plan, saved: Saved, d_o: Tensor) -> QueryReads:
     K, ready = x.q.shape[3], saved.prepared
     read_q = torch.empty(B, T, H_v, K, dtype=read_dtype(x), device=x.q.device)
     sums = torch.empty_like(ready.totals)
-    packed = p.tables is not None
     columns, warps, stages = p.channel_reads
     launch(
         channel_query_reads_kernel, (-(-K // columns) * H_v * B, p.segments),
         (ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums, saved.entering,
          places_of(p, sums)),
         (T, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, packed, p.precision), warps, stages,
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, p.descriptors, p.packed, p.precision), warps, stages,
     )  # fmt: skip
     return QueryReads(read_q, sums)
 
@@ -163,7 +158,7 @@ def gradients(
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     ready, padded = saved.prepared, tile(V, x.q.dtype)
-    places, packed = places_of(p, adjoint.states), p.tables is not None
+    places = places_of(p, adjoint.states)
     read_k, carry = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     columns, warps, stages = p.channel_reads
     launch(
@@ -171,7 +166,7 @@ def gradients(
         (ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, carry,
          saved.entering, saved.leaving, adjoint.states, adjoint.decays, d_state_out, places),
         (T, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, columns, padded, p.chunk, p.descriptors, packed, p.precision), warps, stages,
+        (K, V, columns, padded, p.chunk, p.descriptors, p.packed, p.precision), warps, stages,
     )  # fmt: skip
     dq, dk = (torch.empty(B, T, H_v, K, dtype=dtype, device=x.q.device) for _ in range(2))
     dg = torch.empty(B, T, H_v, K, dtype=torch.float32, device=x.q.device)
@@ -181,7 +176,7 @@ def gradients(
         (x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, p.exact, x.q.device), local.read_q, read_k, carry,
          dq, dk, dg, chunks_of(p, carry)),
         (x.scale, T, H, H_v, p.chunks),
-        (K, V, columns, padded, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, packed,
+        (K, V, columns, padded, p.chunk, base_levels(x), p.chunk.bit_length() - 1, SINGLE_CHUNK_DESCRIPTORS, p.packed,
          p.precision),
         warps, stages,
     )  # fmt: skip
@@ -192,7 +187,7 @@ def gradients(
         (ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv,
          adjoint.states, adjoint.decays, d_state_out, places),
         (x.scale, T, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, packed, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, p.descriptors, p.packed, p.precision), warps, stages,
     )  # fmt: skip
     return dq, dk, dv, dg
 

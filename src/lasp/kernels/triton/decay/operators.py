@@ -15,22 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages, stages
-from lasp.kernels.triton.decay.plan import Plan, plan
+from lasp.kernels.triton.decay.gates import TOKEN
+from lasp.kernels.triton.decay.plan import Plan
 from lasp.recurrence.contract import Run
-
-
-def _saved_list(saved: Any) -> list[Tensor]:
-    """Beginning with the final state."""
-    if isinstance(saved, channel_stages.Saved):
-        return [saved.leaving, saved.entering, *saved.prepared]
-    return [saved.leaving, saved.entering, saved.gates]
-
-
-def _saved_tuple(g: Tensor | None, tensors: list[Tensor]) -> Any:
-    leaving, entering, *others = tensors
-    if g is not None and g.dim() == 4:
-        return channel_stages.Saved(entering, leaving, channel_stages.Prepared(*others))
-    return stages.Saved(entering, leaving, *others)
 
 
 def _zero_state(x: Run) -> Tensor:
@@ -50,14 +37,14 @@ def _forward(x: Run, p: Plan, initial: Tensor | None) -> tuple[Tensor, list[Tens
     o, saved = stages.outputs_of(x, p, totals, stages.local_outputs_of(x, p), state_in)
     if x.v.numel() == 0:  # no kernel ran
         saved.leaving.copy_(state_in)
-    return o, _saved_list(saved)
+    return o, stages.saved_list(saved)
 
 
 def _backward(
     x: Run, p: Plan, kept: list[Tensor], d_o: Tensor | None, d_final: Tensor | None, want_initial: bool
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The gradients of q, k, v and g, and, if wanted, of the initial state."""
-    saved = _saved_tuple(x.g, kept)
+    saved = stages.saved_of(x.g, kept)
     d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
     d_leaving = _zero_state(x) if d_final is None else d_final.contiguous()
     summary, totals = stages.totals_of(x, p, x.q, d_o, reverse=True)
@@ -108,18 +95,15 @@ def decay_forward(
 
 @decay_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float) -> list[Tensor]:
-    B, T, H_v, V = v.shape
-    K = q.shape[3]
-    p = plan(T, B * H_v, K, V, q.dtype, stages.kind_of(g), *stages.device_limits(q.device))
+    (B, _, H_v, V), K, p = v.shape, q.shape[3], stages.plan_of(q, v, g)
 
     def state(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.float32)
 
     results = [v.new_empty(v.shape), state(B, H_v, K, V), state(B, H_v, p.segments, K, V)]
-    if g is not None and g.dim() == 4:
-        prepared = [q.new_empty(B, H_v, T, p.chunk), q.new_empty(B, T, H_v, K), q.new_empty(B, T, H_v, K)]
-        return [*results, *prepared, state(B, H_v, p.chunks, K)]
-    if g is not None and g.dim() == 3:
+    if stages.per_channel(g):
+        return [*results, *channel_stages.empty_prepared(q, v, p)]
+    if stages.kind_of(g) == TOKEN.value:
         return [*results, state(3, B, H_v, p.chunks * p.chunk)]
     return [*results, state(2, B, H_v, p.segments)]
 

@@ -70,6 +70,10 @@ class Plan(NamedTuple):
     precision: str
     tables: Any = None
 
+    @property
+    def packed(self) -> bool:
+        return self.tables is not None
+
 
 def tile(dim: int, dtype: torch.dtype) -> int:
     """The power of two that holds `dim` columns.

@@ -17,30 +17,28 @@ import triton
 from torch import Tensor
 
 from lasp.algebra import Identity, Scalar, Summary
+from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import launch, use_scratch
 from lasp.kernels.triton.decay import channel_stages as channel
 from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
-from lasp.kernels.triton.decay.layout import bounds_of, packed_plan, places_of
+from lasp.kernels.triton.decay.layout import packed_plan, places_of
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
-from lasp.kernels.triton.decay.scan import scan_kernel
+from lasp.kernels.triton.decay.scan import scan_kernel, scan_segments
 from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.sweep import PART_ROWS
 from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
-from lasp.recurrence.contract import Run, num_states
+from lasp.recurrence.contract import Run
 
 GROUPED_HEADS = True
 SUMMARY_WITHOUT_QUERIES = True
 BAD_GATES_GIVE_NAN = True
-SCAN_BLOCK, SCAN_WARPS = 256, 2
 GATE_BLOCK, GATE_WARPS = 512, 4
-MAX_DIM = 256
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _devices: dict[torch.device, tuple[int, int]] = {}
 
 
@@ -62,6 +60,20 @@ class Saved(NamedTuple):
     gates: Tensor
 
 
+def saved_list(saved: Any) -> list[Tensor]:
+    """What an operator gives back of `saved`, or takes: first the state leaving the run."""
+    others = saved.prepared if isinstance(saved, channel.Saved) else (saved.gates,)
+    return [saved.leaving, saved.entering, *others]
+
+
+def saved_of(g: Tensor | None, tensors: list[Tensor]) -> Any:
+    """The inverse of `saved_list`."""
+    leaving, entering, *others = tensors
+    if per_channel(g):
+        return channel.Saved(entering, leaving, channel.Prepared(*others))
+    return Saved(entering, leaving, *others)
+
+
 class QueryGradient(NamedTuple):
     """dq per value head [B, T, H_v, K], and q . dq in parts [parts, B, H_v, chunks C] where the decay's gradient is
     wanted."""
@@ -75,6 +87,10 @@ def kind_of(g: Tensor | None) -> int:
     if g is None:
         return NONE.value
     return (HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL).value
+
+
+def per_channel(g: Tensor | None) -> bool:
+    return kind_of(g) == CHANNEL.value
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
@@ -99,18 +115,23 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return _devices[device]
 
 
+def plan_of(q: Tensor, v: Tensor, g: Tensor | None) -> Plan:
+    """The launch configuration of one run of these tokens."""
+    B, T, H_v, V = v.shape
+    return plan(T, B * H_v, q.shape[3], V, q.dtype, kind_of(g), *device_limits(q.device))
+
+
 def prepare(x: Run) -> tuple[Run, Plan]:
     """x with dense tensors, and its launch configuration.
 
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    B, T, H_v, V = x.v.shape
-    K = x.q.shape[3]
-    if x.q.dtype not in DTYPES or K > MAX_DIM or V > MAX_DIM:
+    K, V = x.q.shape[3], x.v.shape[3]
+    if x.q.dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
         raise ValueError(
-            f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {MAX_DIM}, got {x.q.dtype} with K = {K}, "
-            f"V = {V}; use backend='torch'"
+            f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {FUSED_MAX_DIM}, got {x.q.dtype} with "
+            f"K = {K}, V = {V}; use backend='torch'"
         )
     use_scratch()
     if not (
@@ -119,25 +140,21 @@ def prepare(x: Run) -> tuple[Run, Plan]:
         # A copy made while nothing is recorded would no longer say that its gradient is wanted.
         g = None if x.g is None else x.g.contiguous().requires_grad_(x.g.requires_grad)
         x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
-    p = plan(T, B * H_v, K, V, x.q.dtype, kind_of(x.g), *device_limits(x.q.device))
+    p = plan_of(x.q, x.v, x.g)
     if x.documents is not None:
         p = packed_plan(p, x.documents, x.q.device)
-    programs = p.chunks if _per_channel(x) else p.segments
+    programs = p.chunks if per_channel(x.g) else p.segments
     if programs > MAX_GRID:
         raise ValueError(
-            f"backend 'triton' takes up to {MAX_GRID} {'chunks' if _per_channel(x) else 'segments'} a rank (of "
+            f"backend 'triton' takes up to {MAX_GRID} {'chunks' if per_channel(x.g) else 'segments'} a rank (of "
             f"{p.chunk} tokens or more, or of one document), got {programs}; split the sequence over more ranks or use "
             "backend='torch'"
         )
     return x, p
 
 
-def _per_channel(x: Run) -> bool:
-    return x.g is not None and x.g.dim() == 4
-
-
 def totals_of(x: Run, p: Plan, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Summary, Any]:
-    if _per_channel(x):
+    if per_channel(x.g):
         return channel.summarize(x, p, k, v, reverse)
     B, T, H, K = k.shape
     H_v, V = v.shape[2:]
@@ -145,10 +162,7 @@ def totals_of(x: Run, p: Plan, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[
     states = torch.empty(B, H_v, p.segments, K, V, dtype=f32, device=device)
     gates = torch.empty(2, B, H_v, p.segments, dtype=f32, device=device)
     decays, before = gates[0], gates[1]
-    count = num_states(x)
-    total = torch.empty(count, H_v, K, V, dtype=f32, device=device)
-    total_decay = torch.empty(count, H_v, dtype=f32, device=device)
-    places, packed = places_of(p, states), p.tables is not None
+    places = places_of(p, states)
     if kind == TOKEN.value and not reverse:
         gates = torch.empty(3, B, H_v, p.chunks * p.chunk, dtype=f32, device=device)
     columns, warps, stages = p.summary
@@ -156,13 +170,10 @@ def totals_of(x: Run, p: Plan, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[
         summary_kernel, (-(-V // columns) * H_v * B, p.segments),
         (k, v, k if x.g is None else x.g, states, decays, gates[0], gates[1], gates[-1], places),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind, reverse, p.descriptors, packed, p.precision), warps, stages,
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind, reverse, p.descriptors, p.packed, p.precision),
+        warps, stages,
     )  # fmt: skip
-    launch(
-        scan_kernel, (-(-K * V // SCAN_BLOCK) * count * H_v, 1),
-        (states, decays, before, total, total_decay, bounds_of(p, states)),
-        (p.segments, H_v), (K * V, V, 1, SCAN_BLOCK, reverse, packed), SCAN_WARPS, 1,
-    )  # fmt: skip
+    total, total_decay = scan_segments(x, p, states, decays, before, reverse=reverse)
     return Summary(Identity() if x.g is None else Scalar(total_decay), total), Segments(states, before, gates)
 
 
@@ -176,7 +187,7 @@ def local_outputs(x: Run, totals: Any) -> Any:
 
 
 def local_outputs_of(x: Run, p: Plan) -> Any:
-    return channel.local_outputs(x, p) if _per_channel(x) else None
+    return channel.local_outputs(x, p) if per_channel(x.g) else None
 
 
 def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
@@ -184,20 +195,20 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
 
 
 def outputs_of(x: Run, p: Plan, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
-    if _per_channel(x):
+    if per_channel(x.g):
         return channel.outputs(x, p, totals, partial, state_in)
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
     o = torch.empty_like(x.v)
     leaving = torch.empty_like(state_in)
-    places, packed = places_of(p, leaving), p.tables is not None
+    places = places_of(p, leaving)
     columns, warps, stages = p.values
     launch(
         output_kernel, (-(-V // columns) * H_v * B, p.segments),
         (x.q, x.k, x.v, x.q if x.g is None else x.g, *_three(totals.gates), o,
          totals.states, totals.decays, state_in, leaving, places),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, packed, p.precision),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.packed, p.precision),
         warps, stages,
     )  # fmt: skip
     return o, Saved(totals.states, leaving, totals.gates)
@@ -213,7 +224,7 @@ def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any
 
 
 def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
-    if _per_channel(x):
+    if per_channel(x.g):
         return channel.local_gradients(x, p, saved, d_o)
     B, T, H, K = x.q.shape
     H_v, V = x.v.shape[2:]
@@ -221,7 +232,7 @@ def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
     columns, warps, stages = p.scalar_keys if with_decay else p.keys
     slices = -(-K // columns)
     dq = torch.empty(B, T, H_v, K, dtype=partial_dtype(x), device=x.q.device)
-    places, packed = places_of(p, dq), p.tables is not None
+    places = places_of(p, dq)
     sums = saved.leaving
     if with_decay:
         shape = (slices * columns // PART_ROWS.value, B, H_v, p.chunks * p.chunk)
@@ -230,7 +241,7 @@ def local_gradients_of(x: Run, p: Plan, saved: Any, d_o: Tensor) -> Any:
         query_gradient_kernel, (slices * H_v * B, p.segments),
         (x.q, x.k, x.v, d_o, x.q if x.g is None else x.g, *_three(saved.gates), dq, sums, saved.entering, places),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, packed,
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.packed,
          p.precision),
         warps, stages,
     )  # fmt: skip
@@ -246,7 +257,7 @@ def gradients(
 def gradients_of(
     x: Run, p: Plan, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
-    if _per_channel(x):
+    if per_channel(x.g):
         dtype = partial_dtype(x)
         dq, dk, dv, d_gate = channel.gradients(x, p, saved, totals_adjoint, local, d_o, d_state_out, dtype)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
@@ -258,7 +269,7 @@ def gradients_of(
     with_decay = _with_decay(x)
 
     dk = torch.empty_like(local.dq)
-    places, packed = places_of(p, dk), p.tables is not None
+    places = places_of(p, dk)
     columns, warps, stages = p.scalar_keys if with_decay else p.keys
     slices = -(-K // columns)
     sums = carry = local.sums
@@ -269,7 +280,7 @@ def gradients_of(
         (x.q, x.k, x.v, d_o, g, *gates, dk, sums, carry,
          saved.entering, saved.leaving, d_states, after, d_state_out, places),
         (x.scale, B, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, packed,
+        (K, V, columns, tile(V, x.q.dtype), p.chunk, kind_of(x.g), with_decay, p.exact, p.descriptors, p.packed,
          p.precision),
         warps, stages,
     )  # fmt: skip
@@ -280,7 +291,7 @@ def gradients_of(
         value_gradient_kernel, (-(-V // columns) * H_v * B, p.segments),
         (x.q, x.k, d_o, g, *gates, dv, d_states, after, d_state_out, places),
         (x.scale, T, H, H_v, p.segments, p.segment_chunks, p.chunks),
-        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, packed, p.precision),
+        (K, V, tile(K, x.q.dtype), columns, p.chunk, kind_of(x.g), p.exact, p.descriptors, p.packed, p.precision),
         warps, stages,
     )  # fmt: skip
     d_gate = _gate_gradient(x, p, local.sums, sums, carry) if with_decay else None
@@ -305,7 +316,7 @@ def _gate_gradient(x: Run, p: Plan, q_sums: Tensor, k_sums: Tensor, carry: Tenso
     launch(
         gate_gradient_kernel, (B * H_v, p.segments), (q_sums, k_sums, carry, dg, places_of(p, dg)),
         (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks),
-        (p.chunk, q_sums.shape[0], carry.shape[0], GATE_BLOCK, p.tables is not None), GATE_WARPS, 1,
+        (p.chunk, q_sums.shape[0], carry.shape[0], GATE_BLOCK, p.packed), GATE_WARPS, 1,
     )  # fmt: skip
     return dg.sum((0, 1)) if x.g.dim() == 1 else dg
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition
 from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay.gates import TOKEN
-from lasp.kernels.triton.decay.plan import Plan, plan
 from lasp.kernels.triton.decay.sweep import PART_ROWS
 from lasp.recurrence.contract import Run
 
@@ -28,39 +27,17 @@ def _untraced(stage: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(stage) if torch.compiler.is_compiling() else stage
 
 
-def _plan(q: Tensor, v: Tensor, g: Tensor | None) -> Plan:
-    B, T, H_v, V = v.shape
-    return plan(T, B * H_v, q.shape[3], V, q.dtype, stages.kind_of(g), *stages.device_limits(q.device))
-
-
-def _per_channel(g: Tensor | None) -> bool:
-    return g is not None and g.dim() == 4
-
-
 def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float) -> Run:
     # Whether a gate's gradient is wanted is not known while tracing: it is computed.
     return Run(q, k, v, None if g is None else g.detach().requires_grad_(), scale)
 
 
 def _segments(g: Tensor | None, tensors: list[Tensor]) -> Any:
-    return channel_stages.Segments(*tensors) if _per_channel(g) else stages.Segments(*tensors)
-
-
-def _saved(g: Tensor | None, tensors: list[Tensor]) -> Any:
-    """From the states entering segments, the state leaving the run, and gates or what was prepared."""
-    entering, leaving, *others = tensors
-    if _per_channel(g):
-        return channel_stages.Saved(entering, leaving, channel_stages.Prepared(*others))
-    return stages.Saved(entering, leaving, *others)
-
-
-def _saved_list(saved: Any) -> list[Tensor]:
-    others = saved.prepared if isinstance(saved, channel_stages.Saved) else (saved.gates,)
-    return [saved.entering, saved.leaving, *others]
+    return channel_stages.Segments(*tensors) if stages.per_channel(g) else stages.Segments(*tensors)
 
 
 def _local(g: Tensor | None, saved: Any, tensors: list[Tensor]) -> Any:
-    if _per_channel(g):
+    if stages.per_channel(g):
         return channel_stages.QueryReads(*tensors)
     return stages.QueryGradient(*tensors) if len(tensors) > 1 else stages.QueryGradient(tensors[0], saved.leaving)
 
@@ -75,11 +52,11 @@ def _summarize(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, d_o: Tensor | 
 
 @_summarize.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, d_o: Tensor | None, scale: float) -> list[Tensor]:
-    (B, _, H_v, V), K, p = v.shape, q.shape[3], _plan(q, v, g)
-    decays = (K,) if _per_channel(g) else ()
+    (B, _, H_v, V), K, p = v.shape, q.shape[3], stages.plan_of(q, v, g)
+    decays = (K,) if stages.per_channel(g) else ()
     shapes = [(B, H_v, K, V), *([] if g is None else [(B, H_v, *decays)])]
     shapes += [(B, H_v, p.segments, K, V), (B, H_v, p.segments, *decays)]
-    if not _per_channel(g):
+    if not stages.per_channel(g):
         per_token = stages.kind_of(g) == TOKEN.value and d_o is None
         shapes.append((3, B, H_v, p.chunks * p.chunk) if per_token else (2, B, H_v, p.segments))
     return [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
@@ -92,9 +69,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> list[T
 
 @_prepare.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> list[Tensor]:
-    (B, T, H_v, _), K, p = v.shape, q.shape[3], _plan(q, v, g)
-    prepared = [q.new_empty(shape) for shape in ((B, H_v, T, p.chunk), (B, T, H_v, K), (B, T, H_v, K))]
-    return [*prepared, q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32)]
+    return list(channel_stages.empty_prepared(q, v, stages.plan_of(q, v, g)))
 
 
 @torch.library.custom_op("lasp::decay_outputs", mutates_args=())
@@ -108,13 +83,13 @@ def _outputs(
     state_in: Tensor,
     scale: float,
 ) -> list[Tensor]:
-    """o, the states entering segments and the one leaving the run."""
+    """o, the state leaving the run and those entering segments."""
     x = _run(q, k, v, g, scale)
     # The kernel writes the states that enter segments over those without the other ranks' part.
     segments = _segments(g, [totals[0].clone(), *totals[1:]])
     partial = channel_stages.Prepared(*prepared) if prepared else None
     o, saved = stages.outputs(x, segments, partial, state_in)
-    return [o, saved.entering, saved.leaving]
+    return [o, saved.leaving, saved.entering]
 
 
 @_outputs.register_fake
@@ -128,23 +103,23 @@ def _(
     state_in: Tensor,
     scale: float,
 ) -> list[Tensor]:
-    return [v.new_empty(v.shape), torch.empty_like(totals[0]), state_in.new_empty(state_in.shape)]
+    return [v.new_empty(v.shape), state_in.new_empty(state_in.shape), torch.empty_like(totals[0])]
 
 
 @torch.library.custom_op("lasp::decay_local_gradients", mutates_args=())
 def _local_gradients(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, saved: list[Tensor], d_o: Tensor, scale: float
 ) -> list[Tensor]:
-    local = stages.local_gradients(_run(q, k, v, g, scale), _saved(g, saved), None, d_o)
-    return [tensor for tensor in local if tensor is not saved[1]]
+    local = stages.local_gradients(_run(q, k, v, g, scale), stages.saved_of(g, saved), None, d_o)
+    return [tensor for tensor in local if tensor is not saved[0]]
 
 
 @_local_gradients.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, saved: list[Tensor], d_o: Tensor, scale: float
 ) -> list[Tensor]:
-    x, (B, T, H_v, _), K, p = _run(q, k, v, g, scale), v.shape, q.shape[3], _plan(q, v, g)
-    if _per_channel(g):
+    x, (B, T, H_v, _), K, p = _run(q, k, v, g, scale), v.shape, q.shape[3], stages.plan_of(q, v, g)
+    if stages.per_channel(g):
         read_q = q.new_empty(B, T, H_v, K, dtype=channel_stages.read_dtype(x))
         return [read_q, q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32)]
     dq = q.new_empty(B, T, H_v, K, dtype=stages.partial_dtype(x))
@@ -169,7 +144,7 @@ def _gradients(
     scale: float,
 ) -> list[Tensor]:
     """Of q, k, v and, if there is one, g."""
-    kept = _saved(g, saved)
+    kept = stages.saved_of(g, saved)
     totals, partial = _segments(g, adjoint), _local(g, kept, local)
     found = stages.gradients(_run(q, k, v, g, scale), kept, totals, partial, d_o, d_state_out)
     return [tensor.clone() if tensor is local[0] else tensor for tensor in found if tensor is not None]
@@ -195,7 +170,7 @@ def _summary(x: Run, tensors: list[Tensor]) -> tuple[Summary, Any]:
     state, *others = tensors
     transition: Transition = Identity()
     if x.g is not None:
-        transition = (Diagonal if x.g.dim() == 4 else Scalar)(others.pop(0))
+        transition = (Diagonal if stages.per_channel(x.g) else Scalar)(others.pop(0))
     return Summary(transition, state), _segments(x.g, others)
 
 
@@ -208,7 +183,7 @@ def summarize(x: Run) -> tuple[Summary, Any]:
 def local_outputs(x: Run, totals: Any) -> Any:
     if not _compiling(x):
         return _untraced(stages.local_outputs)(x, totals)
-    if x.g is None or x.g.dim() < 4:
+    if x.g is None or not stages.per_channel(x.g):
         return None
     return channel_stages.Prepared(*_prepare(x.q, x.k, x.v, x.g, x.scale))
 
@@ -217,8 +192,8 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
     if not _compiling(x):
         return _untraced(stages.outputs)(x, totals, partial, state_in)
     prepared = [] if partial is None else list(partial)
-    o, entering, leaving = _outputs(x.q, x.k, x.v, x.g, list(totals), prepared, state_in, x.scale)
-    return o, _saved(x.g, [entering, leaving, *(prepared or [totals.gates])])
+    o, leaving, entering = _outputs(x.q, x.k, x.v, x.g, list(totals), prepared, state_in, x.scale)
+    return o, stages.saved_of(x.g, [leaving, entering, *(prepared or [totals.gates])])
 
 
 def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
@@ -230,7 +205,7 @@ def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
 def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
     if not _compiling(x):
         return _untraced(stages.local_gradients)(x, saved, totals_adjoint, d_o)
-    return _local(x.g, saved, _local_gradients(x.q, x.k, x.v, x.g, _saved_list(saved), d_o, x.scale))
+    return _local(x.g, saved, _local_gradients(x.q, x.k, x.v, x.g, stages.saved_list(saved), d_o, x.scale))
 
 
 def gradients(
@@ -239,5 +214,7 @@ def gradients(
     if not _compiling(x):
         return _untraced(stages.gradients)(x, saved, totals_adjoint, local, d_o, d_state_out)
     kept = list(local) if x.g is not None else [local.dq]
-    found = _gradients(x.q, x.k, x.v, x.g, _saved_list(saved), list(totals_adjoint), kept, d_o, d_state_out, x.scale)
+    found = _gradients(
+        x.q, x.k, x.v, x.g, stages.saved_list(saved), list(totals_adjoint), kept, d_o, d_state_out, x.scale
+    )
     return (*found, None) if x.g is None else tuple(found)
