@@ -66,8 +66,8 @@ def test_a_single_process_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = small_config(tmp_path, sp=1)
     original = step.Stepper.gradients
 
-    def poisoned(self: step.Stepper, number: int) -> float:
-        loss = original(self, number)
+    def poisoned(self: step.Stepper, number: int, targets: int) -> float:
+        loss = original(self, number, targets)
         return float("inf") if number == 2 else loss
 
     monkeypatch.setattr(step.Stepper, "gradients", poisoned)

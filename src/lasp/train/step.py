@@ -57,12 +57,13 @@ class Stepper:
     def step(self, number: int, *, stop_requested: Callable[[], bool]) -> StepResult:
         """Optimizer step `number` (from 0). Raises NumericsError, on all processes, and changes no weight."""
         self.watch.start()
-        loss_sum = self.gradients(number)
+        targets = self.sequences.num_targets(number, self.config.global_batch)
+        loss_sum = self.gradients(number, targets)
         bad = self.model.bad_gradients()
         first_bad = self.names.index(bad[0]) if bad else -1
         rows = self.world.gather([loss_sum, first_bad, float(stop_requested()), *self.watch.read()])
         # Added in rank order, in fp64: the printed loss is the same on every process and in every repetition.
-        loss = sum(row[0] for row in rows) / self.sequences.num_targets(number, self.config.global_batch)
+        loss = sum(row[0] for row in rows) / targets
         self._refuse_bad(number, [row[0] for row in rows], [int(row[1]) for row in rows])
         grad_norm = self.model.clip_gradients(self.config.optimizer.clip_norm).item()
         if not math.isfinite(grad_norm):
@@ -77,11 +78,11 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, lr, tuple(RankStep(*row[3:]) for row in rows), any(row[2] for row in rows))
 
-    def gradients(self, number: int) -> float:
-        """Leave the gradients of step `number` in the parameters; return this process's sum of losses."""
+    def gradients(self, number: int, targets: int) -> float:
+        """Leave the gradients of step `number`, which has that many labels, in the parameters; return this process's
+        sum of losses."""
         config, model = self.config, self.model
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        targets = self.sequences.num_targets(number, config.global_batch)
         with model.watching_gradients():
             for part in range(config.accumulation):
                 tokens, labels, cu_seqlens = self._batch(number, part)
@@ -110,13 +111,13 @@ class Stepper:
         DDP settles the order in which it sums gradients after its first backward pass. With that pass out of the
         way a resumed run sums in the order of the uninterrupted one, and so gets the same bits.
         """
-        self.gradients(0)
+        self.gradients(0, self.sequences.num_targets(0, self.config.global_batch))
         self.optimizer.zero_grad(set_to_none=True)
 
     def carried_tensors(self, finished: int) -> dict[str, Tensor]:
         """What the rows of this process carry into step `finished`, by name, to save; the same on the processes of a
         sequence. After `rehearse`, places to load it into."""
-        if not self.config.data.carry or self._steps_carried(finished) == 0:
+        if self._steps_carried(finished) == 0:
             return {}
         tensors = {}
         for part, cache in self.carried.items():
@@ -132,11 +133,11 @@ class Stepper:
         self.carried = {part: Cache(cache.states, position) for part, cache in self.carried.items()}
 
     def _carried_into(self, number: int, part: int) -> Cache | None:
-        if not self.config.data.carry or self._steps_carried(number) == 0:
-            return None
-        return self.carried[part]
+        return self.carried[part] if self._steps_carried(number) > 0 else None
 
     def _steps_carried(self, number: int) -> int:
+        if not self.config.data.carry:
+            return 0
         return self.sequences.steps_carried(number, self.config.global_batch)
 
     def _batch(self, number: int, part: int) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
