@@ -271,7 +271,7 @@ def test_a_pickle_in_the_folder_never_runs(tmp_path: Path, name: str) -> None:
         else:
             assert name == ".metadata"  # nobody looks at it
     assert not canary.exists()
-    pickle.loads(poison)
+    pickle.loads(poison)  # the control: made above, it does run where something unpickles it
     assert canary.exists()
 
 
