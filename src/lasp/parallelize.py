@@ -30,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lasp.distributed.mesh import SP_AXIS, weights_mesh
 from lasp.layers import RMSNorm, ShortConvolution
 from lasp.models.memory import RECOMPUTATIONS, check_compilable, compile_block, recompute, run_in_pieces
-from lasp.ops.scan import TRACEABLE
 from lasp.sequence import SequenceParallel
 
 DATA_PARALLEL = ("ddp", "zero1", "zero2", "zero3")
@@ -147,10 +146,6 @@ def parallelize(
     spread_sequences = mesh is not None and mesh[SP_AXIS].size() > 1
     if compile and spread_sequences:
         check_compilable(model)
-    if compile and not TRACEABLE:
-        raise ValueError(
-            f"compile needs PyTorch 2.13 or newer, which traces recurrences rightly, got {torch.__version__}"
-        )
     blocks = _blocks(model)
     if not blocks and (recomputation != "none" or ffn_piece_tokens is not None or compile):
         raise ValueError(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lasp.distributed.mesh import build_mesh
 from lasp.models import CausalLM, preset
-from lasp.ops.scan import TRACEABLE
 from lasp.parallelize import ParallelModel, parallelize
 
 
@@ -80,10 +79,6 @@ def test_channel_mixers_in_pieces_change_nothing() -> None:
 
 def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """fullgraph=True refuses graph breaks; the same gradients and bytes, recomputed or not, sharded or not."""
-    if not TRACEABLE:
-        with pytest.raises(ValueError, match=r"compile needs PyTorch 2\.13"):
-            parallelize(new_model(), None, compile=True)
-        return
     original = torch.compile
     # The compiler's front, which finds graph breaks and traces gradients; it needs no C++ compiler.
     monkeypatch.setattr(torch, "compile", lambda run, **options: original(run, backend="aot_eager", **options))

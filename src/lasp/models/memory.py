@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasp.layers import ShortConvolution, SoftmaxAttention
 from lasp.ops.kept import keeping_exchanges
+from lasp.ops.scan import TRACEABLE
 
 RECOMPUTATIONS = ("none", "selective", "full")
 
@@ -61,10 +62,12 @@ def run_in_pieces(ffn: nn.Module, piece_tokens: int) -> None:
 def compile_block(block: nn.Module) -> None:
     """Compile the block's training forward, the exchange inside it, without graph breaks.
 
-    Blocks with packed documents run uncompiled: their layout is another in every step.
+    PyTorch before 2.13 cannot be let trace a recurrence (lasp.ops.scan): there the graph breaks around each, and what
+    comes before and after it is compiled. Blocks with packed documents run uncompiled: their layout is another in
+    every step.
     """
     run = block.forward
-    compiled = torch.compile(run, fullgraph=True, dynamic=False)
+    compiled = torch.compile(run, fullgraph=TRACEABLE, dynamic=False)
 
     @wraps(run)
     def chosen(x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any) -> tuple[Tensor, Any]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from lasp.kernels.select import select
 from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, scan
+from lasp.ops.scan import Plan, not_traced_before, scan
+from lasp.recurrence.contract import Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.recurrence.delta import DeltaRun
 from lasp.sequence import SequenceParallel
@@ -75,9 +76,22 @@ def delta_rule(
         x = DeltaRun(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
         check_initial(x, initial_state)
         stages = select("delta", backend, x)
+    return _scanned(stages, x, initial_state, output_final_state, normalize_qk, sp)
+
+
+@not_traced_before
+def _scanned(
+    stages: Stages,
+    x: DeltaRun,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    normalize_qk: bool,
+    sp: SequenceParallel | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Agree with the other ranks, then scan."""
     agree(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)
     if normalize_qk:
-        x = x._replace(q=_unit(q, dtype), k=_unit(k, dtype))
+        x = x._replace(q=_unit(x.q, x.beta.dtype), k=_unit(x.k, x.beta.dtype))
     initial = initial_of(x, initial_state)
     return scan(Plan(stages, sp, False, output_final_state), ungrouped(stages, x), initial)
 

@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, scan, start
-from lasp.recurrence.contract import Run
+from lasp.ops.scan import Plan, not_traced_before, scan, start
+from lasp.recurrence.contract import Run, Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence import SequenceParallel
 from lasp.sequence.guard import check_shard, refusing
@@ -89,12 +89,26 @@ def linear_attention(
         alone = getattr(stages, "on_one_device", None)
         if alone is not None and documents is None:
             return alone(x, initial_state, output_final_state)
+    return _scanned(stages, x, q, initial_state, output_final_state, causal, sp)
+
+
+@not_traced_before
+def _scanned(
+    stages: Stages,
+    x: Run,
+    q: Tensor | Callable[[], Tensor],
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    causal: bool,
+    sp: SequenceParallel | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Agree with the other ranks, then scan; `q`, where it is a function, is called while the exchange is under way."""
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
     initial = initial_of(x, initial_state)
     plan, started = Plan(stages, sp, not causal, output_final_state), None
     if callable(q) and sp is not None and sp.size > 1:
         started = start(plan, x, initial) if getattr(stages, "SUMMARY_WITHOUT_QUERIES", False) else None
-        x = x._replace(q=_called(q, k, v))
+        x = x._replace(q=_called(q, x.k, x.v))
     return scan(plan, ungrouped(stages, x), initial, started)
 
 

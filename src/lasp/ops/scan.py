@@ -53,16 +53,16 @@ class Plan(NamedTuple):
     want_final: bool
 
 
-# PyTorch 2.11's compiler traces this function and loses the gradients of the inputs, without a word; 2.13's does not.
-# Where it is not known to be right the graph breaks around it instead.
+# PyTorch 2.11's compiler traces `scan` and loses the gradients of the inputs, without a word; 2.13's does not.
+# Where it is not known to be right the graph breaks around it instead (`not_traced_before`).
 TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
 
 
-def _not_traced_before(function: _Function) -> _Function:
+def not_traced_before(function: _Function) -> _Function:
+    """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
     return function if TRACEABLE else cast(_Function, torch.compiler.disable(function))
 
 
-@_not_traced_before
 def scan(plan: Plan, x: Any, initial: Tensor, started: Started | None = None) -> tuple[Tensor, Tensor | None]:
     """The recurrence `plan.stages` on the inputs `x`, a NamedTuple of tensors or None that ends with scale, documents.
 
@@ -148,7 +148,6 @@ def _exactly(function: _Function) -> _Function:
     return cast(_Function, wrapped)
 
 
-@_not_traced_before
 def start(plan: Plan, x: Any, initial: Tensor) -> Started:
     """Summarize and begin the exchange. Another tensor of its shape may stand for an input that no summary needs."""
     with torch.no_grad(), torch.autocast(initial.device.type, enabled=False):

@@ -32,9 +32,10 @@ DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "val
 
 def main() -> None:
     problems = {gate: make(gate, **DIMS) for gate in GATES}
-    expected = {gate: solve(problem, "torch") for gate, problem in problems.items()}
 
     def work(rank: int) -> dict[str, float]:
+        # Here and not before the fork: autograd's engine looks for GPUs, and then no child can use one.
+        expected = {gate: solve(problem, "torch") for gate, problem in problems.items()}
         sp = lasp.SequenceParallel(dist.group.WORLD, lengths=(41, 29), exchange="all_gather")
         errors = {}
         for gate, problem in problems.items():
