@@ -5,10 +5,12 @@
 
 needs flash-linear-attention (`pip install "fla-core==0.6.0"`, or `make oracle` and PYTHONPATH=build/oracle). The
 processes speak gloo, which lets them share a GPU. Outputs, final state and all gradients are compared on every rank,
-over every exchange given and equal and unequal shards: SP=2 with SP=1 in the same backend, which must agree within the
-bounds below, or SP=2 must be no farther from fp64 than SP=1 is on the same shard (by a tenth: two results rounded apart
-differ by more than either errs); SP=1 with the chunked PyTorch backend in fp64; and for scale the PyTorch backend on
-the same 16-bit inputs. A table, a JSON file, and exit code 1 if a bound is missed.
+over every exchange given and equal and unequal shards. One process computes the sequence whole, and in the ranks'
+pieces one after another, each from the state before (autograd goes through all of them): the same cuts of the library's
+chunks as on the ranks, and no exchange. SP=2 must agree with one of the two within the bounds below, or be no farther
+from fp64 than the worse of them is on the same shard (by a tenth: results rounded apart differ by more than either
+errs). SP=1 is compared with the chunked PyTorch backend in fp64; and for scale that one on the same 16-bit inputs. A
+table, a JSON file, and exit code 1 if a bound is missed.
 
 Where fla's gated kernels are refused (Triton before 3.7.1 on Hopper), the message is printed and Gated DeltaNet's
 gate is spread over the channels for KDA's kernels: the same recurrence, by other kernels, and the result says so.
@@ -89,6 +91,30 @@ def solve(problem: dict, backend: str, sp: lasp.SequenceParallel | None = None, 
     return {"o": o.detach(), "final_state": final.detach(), **{f"d_{name}": t.grad for name, t in leaves.items()}}
 
 
+def in_pieces(problem: dict, backend: str, lengths: tuple[int, ...], spread: bool) -> dict:
+    """As `solve`, of one process that computes `lengths` tokens at a time, each from the state before."""
+    d_o, d_final = problem["d_o"], problem["d_final"]
+    inputs = {name: t for name, t in problem.items() if name not in ("d_o", "d_final")}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    parts = {name: t.split(list(lengths), 1) for name, t in leaves.items() if name != "initial_state"}
+    state, outputs = leaves["initial_state"], []
+    for index, tokens in enumerate(lengths):
+        if tokens == 0:
+            continue
+        part = {name: tensors[index] for name, tensors in parts.items()}
+        g = part.get("g")
+        if g is not None and spread:
+            g = g[..., None].expand(*g.shape, part["k"].shape[-1])
+        o, state = lasp.delta_rule(
+            part["q"], part["k"], part["v"], part["beta"], g, initial_state=state, output_final_state=True,
+            normalize_qk=True, backend=backend,
+        )  # fmt: skip
+        outputs.append(o)
+    o = torch.cat(outputs, 1)
+    torch.autograd.backward((o, state), (d_o.to(o.dtype), d_final.to(state.dtype)))
+    return {"o": o.detach(), "final_state": state.detach(), **{f"d_{name}": t.grad for name, t in leaves.items()}}
+
+
 def shard_of(whole: dict, sp: lasp.SequenceParallel) -> dict:
     """What this rank should have of the results of one process."""
 
@@ -151,36 +177,46 @@ def compare(rank: int, size: int, gate: str, options: argparse.Namespace) -> dic
     single, scale = errors(alone, exact), errors(solve(problem, "torch"), exact)
     ragged = (options.tokens // 2 + 37, *[0] * (size - 2), options.tokens - options.tokens // 2 - 37)
     split: dict[str, float] = {}
+    pieces: dict[str, float] = {}
     worse: dict[str, float] = {}
+    chained = {}
+    for lengths in (None, ragged):
+        cut = lengths or tuple(len(part) for part in torch.arange(options.tokens).tensor_split(size))
+        chained[lengths] = in_pieces(problem, options.backend, cut, refusal is not None)
     for exchange in options.exchanges.split(","):
         for lengths in (None, ragged):
             sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange, lengths=lengths)
             results = solve(problem, options.backend, sp, refusal is not None)
-            own, truth = shard_of(alone, sp), shard_of(exact, sp)
-            to_fp64, of_single = errors(results, truth), errors(own, truth)
+            own, cut, truth = (shard_of(whole, sp) for whole in (alone, chained[lengths], exact))
+            to_fp64, of_single, of_pieces = (errors(each, truth) for each in (results, own, cut))
+            to_pieces = errors(results, cut)
             for name, error in errors(results, own).items():
                 split[name] = max(split.get(name, 0.0), error)
-                allowed = WORSE_THAN_SINGLE * of_single[name] + 1e-4
+                pieces[name] = max(pieces.get(name, 0.0), to_pieces[name])
+                allowed = WORSE_THAN_SINGLE * max(of_single[name], of_pieces[name]) + 1e-4
                 worse[name] = max(worse.get(name, 0.0), to_fp64[name] / allowed)
     # The control: with nothing carried from rank to rank, the comparison fails on the last.
     sp = lasp.SequenceParallel(dist.group.WORLD)
     local = {name: sp.shard(t) if t.dim() > 2 and t.shape[1] == options.tokens else t for name, t in problem.items()}
     control = errors(solve(local, options.backend, None, refusal is not None), shard_of(alone, sp))["o"]
     everywhere: list = [None] * size
-    dist.all_gather_object(everywhere, (split, worse, control))
-    split, worse = ({name: max(each[index][name] for each in everywhere) for name in split} for index in range(2))
+    dist.all_gather_object(everywhere, (split, pieces, worse, control))
+    split, pieces, worse = (
+        {name: max(each[index][name] for each in everywhere) for name in split} for index in range(3)
+    )
+    bounds = {name: OUTPUT_BOUND if name in ("o", "final_state") else GRADIENT_BOUND for name in split}
     good = {
-        name: (split[name] < (OUTPUT_BOUND if name in ("o", "final_state") else GRADIENT_BOUND) or worse[name] <= 1)
-        and single[name] < TRUTH_BOUND
+        name: (min(split[name], pieces[name]) < bounds[name] or worse[name] <= 1) and single[name] < TRUTH_BOUND
         for name in split
     }
     return {
         "split_to_single": split,
+        "split_to_pieces": pieces,
         "split_to_fp64_of_allowed": worse,
         "single_to_fp64": single,
         "torch_to_fp64": scale,
         "good": good,
-        "control": everywhere[-1][2],
+        "control": everywhere[-1][3],
         "refused": refusal,
         "seconds": time.perf_counter() - start,
     }
@@ -191,9 +227,10 @@ def show(title: str, found: dict[str, Any], size: int) -> None:
         print(f"{title}: refused, as it should be: {found['refused']}\n{title}: gate spread over the channels instead")
     for name in found["good"]:
         print(
-            f"{title:15} {name:16} SP={size} vs SP=1 {found['split_to_single'][name]:.1e}   "
+            f"{title:15} {name:16} SP={size} vs SP=1 {found['split_to_single'][name]:.1e}, in the same pieces "
+            f"{found['split_to_pieces'][name]:.1e}   "
             f"SP=1 vs fp64 {found['single_to_fp64'][name]:.1e}   torch vs fp64 {found['torch_to_fp64'][name]:.1e}   "
-            f"of what SP=1 allows {found['split_to_fp64_of_allowed'][name]:.2f}   "
+            f"of what these allow {found['split_to_fp64_of_allowed'][name]:.2f}   "
             f"{'ok' if found['good'][name] else 'MISSED'}"
         )
     seen = found["control"] > 10 * OUTPUT_BOUND
