@@ -59,20 +59,24 @@ class Case(NamedTuple):
         return self.B if self.documents is None else len(self.documents) - 1
 
 
+# With a gate per channel the fp64 reference keeps a state for every 16 tokens and head: 4 GB at 32 heads of 256.
+FEW_HEADS = {"H": 8, "H_v": 16}
 SHORT = {"T": 333, "H": 2, "H_v": 4, "B": 2}
 # Packed: documents of several segments, one of a single token, an empty one; short ones, many a segment's length.
 LONG_DOCUMENTS = {"T": 4603, "documents": (0, 2300, 2300, 4602, 4603)}
 SHORT_DOCUMENTS = {"H": 2, "H_v": 4, "T": 333, "documents": (0, 1, 1, 70, 199, 333)}
 CASES = [
     # 16 bits, chunks by descriptors and by pointers; every class of dims that the plan tells apart.
-    *(Case(kind, BF16, D, D) for kind in KINDS for D in (64, 128, 256)),
+    *(Case(kind, BF16, D, D) for kind in KINDS[:3] for D in (64, 128, 256)),
+    *(Case("channel", BF16, D, D, **FEW_HEADS) for D in (64, 128, 192, 256)),
     *(Case(kind, BF16, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
     *(Case(kind, FP16, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
     *(Case(kind, FP32, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
     # Dims that fill no tile, one whose rows descriptors cannot take (100), and K unlike V.
-    *(Case(kind, BF16, D, D) for kind in ("constant", "scalar", "channel") for D in (48, 80, 96, 100, 192)),
+    *(Case(kind, BF16, D, D) for kind in KINDS[1:3] for D in (48, 80, 96, 100, 192)),
+    *(Case("channel", BF16, D, D, **FEW_HEADS) for D in (48, 80, 96, 100)),
     *(Case(kind, dtype, 100, 48, **SHORT) for kind in ("scalar", "channel") for dtype in (FP16, FP32)),
-    *(Case(kind, BF16, K, V) for kind in ("constant", "scalar", "channel") for K, V in ((64, 256), (128, 64))),
+    *(Case(kind, BF16, K, V) for kind in KINDS[1:] for K, V in ((64, 256), (128, 64))),
     *(Case(kind, BF16, 128, 128, **documents) for kind in KINDS for documents in (LONG_DOCUMENTS, SHORT_DOCUMENTS)),
     *(Case(kind, BF16, 256, 64, **LONG_DOCUMENTS) for kind in KINDS),
     *(Case(kind, dtype, 64, 64, **SHORT_DOCUMENTS) for kind in KINDS for dtype in (FP16, FP32)),
