@@ -204,12 +204,11 @@ def training_memory(
         activations += positions * (mixer + ffn)
     # Final norm and the input of the loss; token ids and labels.
     activations += positions * (_norm_wide(config) * 4 + d * (4 if precision == "fp32" else 2) + 16)
-    # While one layer's gradients are taken, those of its largest part are there, beside what was recomputed.
-    if recomputation != "none":
-        buffers += largest
     narrow = 4 if precision == "fp32" else 2
-    buffers += positions * narrow * max(2 * config.ffn_dim, 4 * d)
-    buffers += loss_bytes(config, positions, precision, on_gpu=processors is not None)
+    # While one layer's gradients are taken, those of its largest part are there, beside what was recomputed. The loss's
+    # logits are gone by then.
+    backward = positions * narrow * max(2 * config.ffn_dim, 4 * d) + (largest if recomputation != "none" else 0.0)
+    buffers += max(backward, loss_bytes(config, positions, precision, on_gpu=processors is not None))
     largest_layer = max(embedding_parameters(config), max(one.parameters for one in each))
     if sharding in ("zero2", "zero3"):
         # Gathered weights, and the gradients of one layer before their sum, which is fp32.

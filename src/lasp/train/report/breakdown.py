@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lasp.analysis import volume
-from lasp.analysis.memory import loss_bytes, training_memory
+from lasp.analysis.memory import training_memory
 from lasp.analysis.model import layers
 from lasp.models import ModelConfig
 from lasp.train.report.run import Run
@@ -79,9 +79,6 @@ def memory(run: Run) -> str:
         ranks=layout["dp"] * layout["sp"],
         processors=None,
     )
-    on_gpu = about["device"]["type"] == "cuda"
-    # The rest of the model is a CPU's, whose loss takes fewer tokens at a time.
-    loss = [loss_bytes(model, batch * tokens, config["precision"], on_gpu=where) for where in (on_gpu, False)]
     measured = float(run.steps[-1]["peak_memory_bytes"])
     parts = [
         Part("weights", found.parameters, 1),
@@ -89,10 +86,11 @@ def memory(run: Run) -> str:
         Part("optimizer", found.optimizer, 3),
         Part("activations", found.activations, 4),
         Part("states kept for the backward pass", found.states, 5),
-        Part("buffers", found.buffers + loss[0] - loss[1], 6),
+        Part("buffers", found.buffers, 6),
     ]
     rest = measured - sum(part.value for part in parts)
     if rest > 0:
+        on_gpu = about["device"]["type"] == "cuda"
         parts.append(Part("allocator and everything else" if on_gpu else "Python, PyTorch, everything else", rest, 0))
     scale = sum(part.value for part in parts)
     note = (
