@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import lasp.layers.attention
@@ -15,7 +14,6 @@ import lasp.layers.gla
 import lasp.layers.mamba2
 import lasp.layers.short_convolution
 import lasp.layers.softmax_attention
-import lasp.models.causal_lm
 from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.models import NAMES, CausalLM, preset
@@ -68,10 +66,6 @@ def test_operations_are_those_counted(name: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(getattr(lasp.layers, module), "linear_attention", recurrence)
     monkeypatch.setattr(lasp.layers.deltanet, "delta_rule", corrected)
     monkeypatch.setattr(lasp.layers.softmax_attention, "softmax_attention", half_seen)
-    # The library's own loss computes logits twice to save memory, which is no work of the model's.
-    monkeypatch.setattr(
-        lasp.models.causal_lm, "cross_entropy_sum", lambda x, w, labels: F.cross_entropy(x @ w.mT, labels)
-    )
     # PyTorch counts a depthwise convolution's backward pass as a dense one's; ours is elementwise work.
     monkeypatch.setattr(
         lasp.layers.short_convolution,

@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 from lasp.analysis.model import GLA_GATE_RANK, embedding_parameters, layer, layers, num_parameters
 from lasp.models.config import ModelConfig
+from lasp.models.loss import default_chunk_tokens
 
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTATIONS = ("none", "selective", "full")
 # As in lasp.parallelize.
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
-# lasp.models.loss holds the logits of a chunk of tokens, 2^24 numbers in fp32, and as much for their gradient.
-LOSS_BUFFER = 2 * 4 * (1 << 24)
 # Tokens between two states that the backward pass keeps, of the PyTorch kernels; per channel: shorter chunks.
 CHUNK, CHUNK_PER_CHANNEL = 64, 16
 
@@ -132,6 +131,13 @@ def entering_state_bytes(config: ModelConfig, index: int, batch: int) -> float:
     return 0.0 if each.transition is None else 4.0 * batch * each.heads * each.keys * each.values
 
 
+def loss_bytes(config: ModelConfig, positions: int, precision: str, *, on_gpu: bool) -> float:
+    """What lasp.models.loss holds at once: a chunk of logits in fp32 and in the dtype of matrix products, and under
+    autocast a 16-bit copy of the head."""
+    logits = min(positions, default_chunk_tokens(config.vocab_size, on_gpu=on_gpu)) * config.vocab_size
+    return logits * 8.0 if precision == "fp32" else logits * 6.0 + 2.0 * config.vocab_size * config.d_model
+
+
 class Memory(NamedTuple):
     """Bytes of one rank, by what takes them."""
 
@@ -198,11 +204,11 @@ def training_memory(
         activations += positions * (mixer + ffn)
     # Final norm and the input of the loss; token ids and labels.
     activations += positions * (_norm_wide(config) * 4 + d * (4 if precision == "fp32" else 2) + 16)
-    # While one layer's gradients are taken, those of its largest part are there, beside what was recomputed.
-    if recomputation != "none":
-        buffers += largest
     narrow = 4 if precision == "fp32" else 2
-    buffers += positions * narrow * max(2 * config.ffn_dim, 4 * d) + LOSS_BUFFER
+    # While one layer's gradients are taken, those of its largest part are there, beside what was recomputed. The loss's
+    # logits are gone by then.
+    backward = positions * narrow * max(2 * config.ffn_dim, 4 * d) + (largest if recomputation != "none" else 0.0)
+    buffers += max(backward, loss_bytes(config, positions, precision, on_gpu=processors is not None))
     largest_layer = max(embedding_parameters(config), max(one.parameters for one in each))
     if sharding in ("zero2", "zero3"):
         # Gathered weights, and the gradients of one layer before their sum, which is fp32.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lasp.analysis import volume
-from lasp.analysis.memory import LOSS_BUFFER, training_memory
+from lasp.analysis.memory import training_memory
 from lasp.analysis.model import layers
 from lasp.models import ModelConfig
 from lasp.train.report.run import Run
@@ -79,8 +79,6 @@ def memory(run: Run) -> str:
         ranks=layout["dp"] * layout["sp"],
         processors=None,
     )
-    # The loss holds the logits of a chunk of tokens: of a short shard, fewer.
-    logits = min(LOSS_BUFFER, 8 * batch * tokens * model.vocab_size)
     measured = float(run.steps[-1]["peak_memory_bytes"])
     parts = [
         Part("weights", found.parameters, 1),
@@ -88,7 +86,7 @@ def memory(run: Run) -> str:
         Part("optimizer", found.optimizer, 3),
         Part("activations", found.activations, 4),
         Part("states kept for the backward pass", found.states, 5),
-        Part("buffers", found.buffers - LOSS_BUFFER + logits, 6),
+        Part("buffers", found.buffers, 6),
     ]
     rest = measured - sum(part.value for part in parts)
     if rest > 0:
