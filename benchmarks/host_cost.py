@@ -4,9 +4,10 @@
     python benchmarks/host_cost.py --profile --output benchmarks/results
 
 The sequence is so short that the GPU is never waited for. Times are medians over rounds of calls queued one after
-another between two synchronisations. `--profile` adds, per kind of decay, the functions that take most of the time
-(cProfile, which itself makes Python slower: read the shares, not the times), with the backward pass on the calling
-thread, since cProfile does not see autograd's own.
+another between two synchronisations. `both on one thread` has the backward pass on the calling thread: what it lacks of
+`both` is autograd's hand-over to its own, which a whole model pays once, not once a layer. `--profile` adds, per kind
+of decay, the functions that take most of the time, on one thread too, since cProfile does not see autograd's own (it
+makes Python slower: read the shares, not the times).
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def main() -> None:
             "forward": host_milliseconds(lambda x=x: forward(x, options.backend)),
             "both": host_milliseconds(lambda x=x: both(x, options.backend)),
         }
+        with torch.autograd.set_multithreading_enabled(False):
+            rows[kind]["both on one thread"] = host_milliseconds(lambda x=x: both(x, options.backend))
         cells = (f"{name} {ms['median']:.3f} ({ms['min']:.3f}, {ms['max']:.3f})" for name, ms in rows[kind].items())
         print(f"{kind:10}", "   ".join(cells), flush=True)
     if options.output is not None:

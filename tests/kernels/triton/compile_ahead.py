@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel
 from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
 from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel
-from lasp.kernels.triton.decay.channel_stages import BASE_LEVELS
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
 from lasp.kernels.triton.decay.channel_within import channel_within_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, TOKEN
@@ -33,6 +32,7 @@ from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
 from lasp.kernels.triton.decay.summary import summary_kernel
+from lasp.kernels.triton.decay.work import BASE_LEVELS
 
 INPUTS = {
     "q_ptr",
@@ -71,10 +71,11 @@ def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], 
     p, common = planned(HEAD.value)
     common |= {"BK": padded, "KIND": HEAD.value}
     yield summary_kernel, common | {"BV": p.summary.columns, "REVERSE": False}, p.summary
-    yield output_kernel, common | {"BV": p.values.columns, "EXACT": False}, p.values
+    from_zero = {"state_in_ptr": None}
+    yield output_kernel, common | {"BV": p.values.columns, "EXACT": False} | from_zero, p.values
     p, common = planned(CHANNEL.value)
     yield channel_summary_kernel, common | {"BK": p.channels.columns, "BV": padded, "REVERSE": False}, p.channels
-    yield channel_output_kernel, common | {"BK": padded, "BV": p.channel_values.columns}, p.channel_values
+    yield channel_output_kernel, common | {"BK": padded, "BV": p.channel_values.columns} | from_zero, p.channel_values
     yield channel_key_reads_kernel, common | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
     levels = {"BASE": BASE_LEVELS, "LEVELS": p.chunk.bit_length() - 1, "DESCRIPTORS": False}
     within = common | levels | {"BK": p.channel_within.columns, "BV": padded}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lasp.kernels.torch import decay as exact
 from lasp.kernels.triton import decay as fused
-from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay import plan as plans
+from lasp.kernels.triton.decay import work
 from lasp.recurrence.contract import Run
 
 KINDS = ("none", "constant", "scalar", "channel")
@@ -98,7 +98,8 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
         p = plans.plan(*arguments)
         return p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))), descriptors=True)
 
-    monkeypatch.setattr(stages, "plan", short)
+    monkeypatch.setattr(work, "plan", short)
+    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,6 +199,7 @@ def test_what_the_kernels_do_not_take() -> None:
 
 def test_base_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate per channel takes blocks of 8 tokens at once in bf16, which the interpreter has not: here in fp32."""
-    monkeypatch.setattr(channel_stages, "base_levels", lambda x: channel_stages.BASE_LEVELS)
+    monkeypatch.setattr(work, "base_levels", lambda dtype: work.BASE_LEVELS)
+    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
     p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
     check(run(fused, p), solution(p), BOUNDS[torch.float32])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lasp
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import stages
+from lasp.kernels.triton.decay import work
 
 BOUND = 4e-6
 TOKENS, H, K, V = 110, 1, 16, 16
@@ -23,7 +23,7 @@ BOUNDS = (0, 0, 1, 3, 38, 38, 109, 110)
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a segment, so that few tokens make several."""
-    monkeypatch.setattr(stages, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
+    monkeypatch.setattr(work, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
 
 
 def problem(gate: str, H_v: int = 2) -> tuple[dict[str, Tensor], Tensor, Tensor]:

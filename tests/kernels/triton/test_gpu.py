@@ -21,7 +21,7 @@ from torch import Tensor
 import lasp
 from lasp.kernels.triton.decay import stages
 from lasp.kernels.triton.decay.plan import plan
-from lasp.kernels.triton.decay.stages import device_limits, kind_of
+from lasp.kernels.triton.decay.work import device_limits, kind_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)

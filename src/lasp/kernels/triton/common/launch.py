@@ -2,13 +2,15 @@
 
 Triton's own call looks at every argument to find the binary that fits it, and hands what it launches to profilers'
 hooks: tens of microseconds a call, more than many kernels here run. What decides the binary of our kernels is known
-without looking (integers are not specialised, pointers are aligned), so it is found by a short key after the first
-call, and its launcher is called with plain addresses.
+without looking (integers are not specialised, pointers are aligned), so a kernel is bound to all that the shapes decide
+once (`Launch`), and a call is one of its binary's C launcher with plain addresses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 ALIGNMENT = 16
-_launchers: dict[Any, Callable[..., None]] = {}
+_Bound = Callable[[int, list[int]], None]  # takes a stream and addresses
 _scratch_of_stream: dict[int | None, Tensor] = {}
 
 
@@ -46,56 +48,73 @@ def _watched() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _launcher(compiled: Any) -> Callable[..., None]:
-    """Launches a binary: (grid's two sizes, stream, addresses, scalars and constants in the kernel's order)."""
-    try:
-        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        _watched()
-    except AttributeError:  # another Triton than 3.6 to 3.7, where these are
-        return lambda x, y, stream, *arguments: compiled[x, y, 1](*arguments)
-
-    def launch(x: int, y: int, stream: int, *arguments: Any) -> None:
-        if _watched():
-            compiled[x, y, 1](*arguments)
-        else:
-            run(x, y, 1, stream, function, metadata, None, None, None, *arguments)
-
-    return launch
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, int],
-    tensors: tuple[Tensor, ...],
-    scalars: tuple[int | float, ...],
-    constants: tuple[Any, ...],
-    warps: int,
-    stages: int,
-) -> None:
-    """Runs `kernel` over `grid` with pointers to `tensors`, then `scalars`, then `constants`.
+class Launch:
+    """A kernel with its grid and all that it takes but tensors.
 
     Scalars must be ones that the kernel does not specialise; constants are its constexprs.
     """
+
+    __slots__ = ("_bound", "_device", "_grid", "_kernel", "_options", "_others")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        scalars: tuple[int | float, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+        stages: int,
+    ) -> None:
+        self._kernel, self._grid, self._others = kernel, grid, (*scalars, *constants)
+        self._options = {"num_warps": warps, "num_stages": stages}
+        self._device = -1
+        self._bound: list[_Bound | None] = [None, None]  # with the last tensor, and without
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Runs the kernel on `tensors`: whenever it is called, of the same dtypes and on the same device.
+
+        The last may be None where the kernel can do without it.
+        """
+        bound = self._bound[tensors[-1] is None]
+        if bound is None:
+            self._first(tensors)
+            return
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if reduce(or_, addresses) % ALIGNMENT or torch._C._cuda_getDevice() != self._device or _watched():
+            self._by_triton(tensors)
+        else:
+            bound(driver.active.get_current_stream(self._device), addresses)
+
+    def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
+        if 0 in self._grid:
+            return
+        given = [tensor for tensor in tensors if tensor is not None]
+        self._device = given[0].get_device()
+        compiled = self._by_triton(tensors)
+        if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given):
+            self._bound[tensors[-1] is None] = _bind(compiled, self._grid, self._others)
+
+    def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        """Leaves the launch to Triton, which finds the binary, calls hooks, and gives the binary."""
+        with torch.cuda.device(self._device):  # of no effect below 0
+            return self._kernel[self._grid](*tensors, *self._others, **self._options)
+
+
+def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Bound | None:
+    """What launches a binary over `grid`, with `others` after the addresses; None where this Triton is not known."""
     x, y = grid
-    if x == 0 or y == 0:
-        return
-    device = tensors[0].get_device()
-    if device < 0:
-        kernel[grid](*tensors, *scalars, *constants, num_warps=warps, num_stages=stages)
-        return
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, tensors, scalars, constants, warps, stages)
-        return
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    together = 0
-    for address in addresses:
-        together |= address
-    key = (id(kernel), device, constants, warps, stages, *[tensor.dtype for tensor in tensors])
-    found = _launchers.get(key) if together % ALIGNMENT == 0 else None
-    if found is not None:
-        found(x, y, driver.active.get_current_stream(device), *addresses, *scalars, *constants)
-        return
-    compiled = kernel[grid](*tensors, *scalars, *constants, num_warps=warps, num_stages=stages)
-    if together % ALIGNMENT == 0:
-        _launchers[key] = _launcher(compiled)
+    try:
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        _watched()
+    except AttributeError:
+        return None
+    # CUDA's launcher is a Python object around a function in C. All it adds is the memory that some binaries ask for.
+    if type(run).__name__ == "CudaLauncher" and run.global_scratch_size == run.profile_scratch_size == 0:
+        launch, attributes = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
+        if triton.__version__.startswith("3.6."):
+            start = (function, *attributes, None, None, metadata, None, None, None)
+            return lambda stream, addresses: launch(x, y, 1, stream, *start, *addresses, *others)
+        if triton.__version__.startswith("3.7."):
+            start = (function, *attributes, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature)
+            return lambda stream, addresses: launch(x, y, 1, stream, *start, (*addresses, *others))
+    return lambda stream, addresses: run(x, y, 1, stream, function, metadata, None, None, None, *addresses, *others)

@@ -74,9 +74,9 @@ def channel_output_kernel(
     o_ptr,  # [B, T, H_v, V], written
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
     before_ptr,  # fp32 [B, H_v, segments, K]: decay from the run's start to each segment
-    state_in_ptr,  # fp32 [B, H_v, K, V]
     state_out_ptr,  # fp32 [B, H_v, K, V], written
     places_ptr,  # int32 [segments, 5] if PACKED
+    state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
     H_v,
@@ -99,14 +99,16 @@ def channel_output_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    channel = tl.arange(0, BK)
-    before = tl.exp2(tl.load(before_ptr + index * K + channel, mask=channel < K, other=0.0))
     entering, mask = state_tile(states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(state_in_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    state = tl.load(entering, mask=mask, other=0.0) + before[:, None] * tl.load(outside, mask=mask, other=0.0)
-    # A tile smaller than the program is held by several threads: none may store before all have loaded.
-    tl.debug_barrier()
-    tl.store(entering, state, mask=mask)
+    state = tl.load(entering, mask=mask, other=0.0)
+    if state_in_ptr is not None:
+        channel = tl.arange(0, BK)
+        before = tl.exp2(tl.load(before_ptr + index * K + channel, mask=channel < K, other=0.0))
+        outside, _ = state_tile(state_in_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
+        state += before[:, None] * tl.load(outside, mask=mask, other=0.0)
+        # A tile smaller than the program is held by several threads: none may store before all have loaded.
+        tl.debug_barrier()
+        tl.store(entering, state, mask=mask)
     row = tl.cast(batch, tl.int64) * T
     token_head = row * H_v + head
     state = _sweep(
@@ -130,8 +132,8 @@ def channel_value_gradient_kernel(
     dv_ptr,  # [B, T, H_v, V], written
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
-    d_state_out_ptr,  # fp32 [B, H_v, K, V]
     places_ptr,  # int32 [segments, 5] if PACKED
+    d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
     H_v,
@@ -154,11 +156,13 @@ def channel_value_gradient_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    channel = tl.arange(0, BK)
-    after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
     inside, mask = state_tile(d_states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(d_state_out_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    state = tl.load(inside, mask=mask, other=0.0) + after[:, None] * tl.load(outside, mask=mask, other=0.0)
+    state = tl.load(inside, mask=mask, other=0.0)
+    if d_state_out_ptr is not None:
+        channel = tl.arange(0, BK)
+        after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
+        outside, _ = state_tile(d_state_out_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
+        state += after[:, None] * tl.load(outside, mask=mask, other=0.0)
     row = tl.cast(batch, tl.int64) * T
     token_head = row * H_v + head
     _sweep(

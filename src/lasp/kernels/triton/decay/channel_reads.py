@@ -134,8 +134,8 @@ def channel_key_reads_kernel(
     state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
-    d_state_out_ptr,  # fp32 [B, H_v, K, V]
     places_ptr,  # int32 [segments, 5] if PACKED
+    d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     T,
     H_v,
     segments,
@@ -157,11 +157,13 @@ def channel_key_reads_kernel(
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    channel = k_first + tl.arange(0, BK)
-    after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
     inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    state = tl.load(inside, mask=mask, other=0.0) + after[:, None] * tl.load(outside, mask=mask, other=0.0)
+    state = tl.load(inside, mask=mask, other=0.0)
+    if d_state_out_ptr is not None:
+        channel = k_first + tl.arange(0, BK)
+        after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
+        outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
+        state += after[:, None] * tl.load(outside, mask=mask, other=0.0)
     end_ptr = states_ptr + (index + 1) * K * V
     if ends:
         end_ptr = state_out_ptr + border * K * V

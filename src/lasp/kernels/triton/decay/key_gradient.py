@@ -24,8 +24,8 @@ def key_gradient_kernel(
     state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
-    d_state_out_ptr,  # fp32 [B, H_v, K, V]
     places_ptr,  # int32 [segments, 5] if PACKED
+    d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     B,
     T,
@@ -54,9 +54,11 @@ def key_gradient_kernel(
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    after = tl.exp2(tl.load(after_ptr + index))
-    state = tl.load(inside, mask=mask, other=0.0) + after * tl.load(outside, mask=mask, other=0.0)
+    state = tl.load(inside, mask=mask, other=0.0)
+    if d_state_out_ptr is not None:
+        outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
+        after = tl.exp2(tl.load(after_ptr + index))
+        state += after * tl.load(outside, mask=mask, other=0.0)
     if SUMS:
         end_ptr = states_ptr + (index + 1) * K * V
         if ends:

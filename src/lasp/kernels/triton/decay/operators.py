@@ -16,41 +16,33 @@ from torch.autograd.function import once_differentiable
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay.gates import TOKEN
-from lasp.kernels.triton.decay.plan import Plan
+from lasp.kernels.triton.decay.work import Work, kind_of, per_channel, plan_of
 from lasp.recurrence.contract import Run
 
 
-def _zero_state(x: Run) -> Tensor:
-    B, _, H_v, V = x.v.shape
-    return torch.zeros(B, H_v, x.q.shape[3], V, dtype=torch.float32, device=x.v.device)
-
-
-def _wanting(g: Tensor | None, gradient: bool) -> Tensor | None:
-    """g such that the stages compute its gradient, or do not."""
-    return g if g is None or g.requires_grad == gradient else g.detach().requires_grad_(gradient)
-
-
-def _forward(x: Run, p: Plan, initial: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def _forward(x: Run, work: Work, initial: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """o, and what backward keeps, beginning with the final state."""
-    state_in = _zero_state(x) if initial is None else initial.contiguous()
-    _, totals = stages.totals_of(x, p, x.k, x.v, reverse=False)
-    o, saved = stages.outputs_of(x, p, totals, stages.local_outputs_of(x, p), state_in)
+    state_in = None if initial is None else initial.contiguous()
+    _, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=False)
+    o, saved = stages.outputs_of(x, work, totals, stages.local_outputs_of(x, work), state_in)
     if x.v.numel() == 0:  # no kernel ran
-        saved.leaving.copy_(state_in)
+        saved.leaving.zero_() if state_in is None else saved.leaving.copy_(state_in)
     return o, stages.saved_list(saved)
 
 
 def _backward(
-    x: Run, p: Plan, kept: list[Tensor], d_o: Tensor | None, d_final: Tensor | None, want_initial: bool
+    x: Run, work: Work, kept: list[Tensor], d_o: Tensor | None, d_final: Tensor | None, want_initial: bool
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The gradients of q, k, v and g, and, if wanted, of the initial state."""
     saved = stages.saved_of(x.g, kept)
     d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
-    d_leaving = _zero_state(x) if d_final is None else d_final.contiguous()
-    summary, totals = stages.totals_of(x, p, x.q, d_o, reverse=True)
-    local = stages.local_gradients_of(x, p, saved, d_o)
-    gradients = stages.gradients_of(x, p, saved, totals, local, d_o, d_leaving)
-    return gradients, summary.apply(d_leaving) if want_initial else None
+    d_leaving = None if d_final is None else d_final.contiguous()
+    summary, totals = stages.totals_of(x, work, x.q, d_o, reverse=True, summarized=want_initial)
+    local = stages.local_gradients_of(x, work, saved, d_o)
+    gradients = stages.gradients_of(x, work, saved, totals, local, d_o, d_leaving)
+    if summary is None:
+        return gradients, None
+    return gradients, summary.state if d_leaving is None else summary.apply(d_leaving)
 
 
 class _Eager(torch.autograd.Function):
@@ -65,10 +57,10 @@ class _Eager(torch.autograd.Function):
         scale: float,
         want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        x, p = stages.prepare(Run(q, k, v, g, scale))
-        o, kept = _forward(x, p, initial)
+        x, work = stages.prepare(Run(q, k, v, g, scale))
+        o, kept = _forward(x, work, initial)
         ctx.set_materialize_grads(False)
-        ctx.p, ctx.scale = p, scale
+        ctx.work = work
         ctx.save_for_backward(x.q, x.k, x.v, x.g, *kept)
         return o, kept[0] if want_final else None
 
@@ -77,9 +69,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         use_scratch()
         q, k, v, g, *kept = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        x = Run(q, k, v, _wanting(g, wanted[3]), ctx.scale)
-        gradients, d_initial = _backward(x, ctx.p, kept, d_o, d_final, wanted[4])
+        x = Run(q, k, v, g, ctx.work.scale)
+        gradients, d_initial = _backward(x, ctx.work, kept, d_o, d_final, ctx.needs_input_grad[4])
         return *gradients, d_initial, None, None
 
 
@@ -88,24 +79,23 @@ def decay_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float
 ) -> list[Tensor]:
     """o [B, T, H_v, V], the final state [B, H_v, K, V], and what else `decay_backward` takes as `kept`."""
-    x, p = stages.prepare(Run(q, k, v, g, scale))
-    o, kept = _forward(x, p, initial)
+    o, kept = _forward(*stages.prepare(Run(q, k, v, g, scale)), initial)
     return [o, *kept]
 
 
 @decay_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float) -> list[Tensor]:
-    (B, _, H_v, V), K, p = v.shape, q.shape[3], stages.plan_of(q, v, g)
+    (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g)
 
     def state(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.float32)
 
     results = [v.new_empty(v.shape), state(B, H_v, K, V), state(B, H_v, p.segments, K, V)]
-    if stages.per_channel(g):
+    if per_channel(g):
         return [*results, *channel_stages.empty_prepared(q, v, p)]
-    if stages.kind_of(g) == TOKEN.value:
-        return [*results, state(3, B, H_v, p.chunks * p.chunk)]
-    return [*results, state(2, B, H_v, p.segments)]
+    if kind_of(g) == TOKEN.value:
+        return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(3))]
+    return [*results, state(B, H_v, p.segments)]
 
 
 @torch.library.custom_op("lasp::decay_backward", mutates_args=())
@@ -122,8 +112,9 @@ def decay_backward(
     want_initial: bool,
 ) -> list[Tensor]:
     """The gradients of q, k and v, and, if wanted, of g and of the initial state."""
-    x, p = stages.prepare(Run(q, k, v, _wanting(g, want_gate), scale))
-    (dq, dk, dv, dg), d_initial = _backward(x, p, kept, d_o, d_final, want_initial)
+    g = None if g is None else g.detach().requires_grad_(want_gate)
+    x, work = stages.prepare(Run(q, k, v, g, scale))
+    (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, want_initial)
     others = (None if dg is None else dg.contiguous(), d_initial)
     return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
 

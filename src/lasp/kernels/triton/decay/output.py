@@ -19,9 +19,9 @@ def output_kernel(
     o_ptr,  # [B, T, H_v, V], written
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
     before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment
-    state_in_ptr,  # fp32 [B, H_v, K, V]
     state_out_ptr,  # fp32 [B, H_v, K, V], written
     places_ptr,  # int32 [segments, 5] if PACKED
+    state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
     H,
@@ -47,12 +47,14 @@ def output_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    outside, _ = state_tile(state_in_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    before = tl.exp2(tl.load(before_ptr + run * segments + segment))
-    state = tl.load(entering, mask=mask, other=0.0) + before * tl.load(outside, mask=mask, other=0.0)
-    # A tile smaller than the program is held by several threads: none may store before all have loaded.
-    tl.debug_barrier()
-    tl.store(entering, state, mask=mask)
+    state = tl.load(entering, mask=mask, other=0.0)
+    if state_in_ptr is not None:
+        outside, _ = state_tile(state_in_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
+        before = tl.exp2(tl.load(before_ptr + run * segments + segment))
+        state += before * tl.load(outside, mask=mask, other=0.0)
+        # A tile smaller than the program is held by several threads: none may store before all have loaded.
+        tl.debug_barrier()
+        tl.store(entering, state, mask=mask)
 
     padded = run * chunks * C
     row = tl.cast(batch, tl.int64) * T

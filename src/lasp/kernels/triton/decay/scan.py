@@ -5,17 +5,10 @@ weighted with the decay from the run's start to the segment, which is written he
 order (REVERSE: from the last to the first, for gradients); every state element is on its own.
 """
 
-import math
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lasp.kernels.triton.common.launch import launch
 from lasp.kernels.triton.decay.gates import LOG2_E
-from lasp.kernels.triton.decay.layout import bounds_of
-from lasp.kernels.triton.decay.plan import Plan
-from lasp.recurrence.contract import Run, num_states
 
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 UNROLL = tl.constexpr(4)  # loads in flight per thread; the body below is written out for it
@@ -26,9 +19,9 @@ def scan_kernel(
     states_ptr,  # fp32 [B, H_v, segments, K, V]: totals, replaced by the state entering each segment
     decays_ptr,  # fp32 [B, H_v, segments, D], base 2
     before_ptr,  # like decays, written: the decay from the run's start (REVERSE: end) to each segment
-    total_ptr,  # fp32 [B or documents, H_v, K, V]: the whole run's total, written
-    total_decay_ptr,  # fp32 [B or documents, H_v, D]: the whole run's natural log-decay, written
     bounds_ptr,  # int32 [documents + 1] if PACKED: the segments of each document
+    total_decay_ptr,  # fp32 [B or documents, H_v, D]: the whole run's natural log-decay, written
+    total_ptr,  # fp32 [B or documents, H_v, K, V]: the whole run's total, written; or None, and both are not wanted
     segments,
     H_v,
     SIZE: tl.constexpr,  # K * V
@@ -94,27 +87,6 @@ def scan_kernel(
         tl.store(before_ptr + i2 * D, decay + d0 + d1, mask=m2 & writes)
         tl.store(before_ptr + i3 * D, decay + d0 + d1 + d2, mask=m3 & writes)
         decay += d0 + d1 + d2 + d3
-    tl.store(total_ptr + run * SIZE + flat, state, mask=inside)
-    tl.store(total_decay_ptr + run * D + channel, decay / LOG2_E, mask=writes)
-
-
-def scan_segments(
-    x: Run, p: Plan, states: Tensor, decays: Tensor, before: Tensor, *, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """The whole run's total [N, H_v, K, V] and natural log-decay [N, H_v] or, per channel, [N, H_v, K].
-
-    Args:
-        states: [B, H_v, segments, K, V], replaced.
-        decays: [B, H_v, segments] or [B, H_v, segments, K].
-        before: like decays, written.
-    """
-    H_v, _, K, V = states.shape[1:]
-    each = decays.shape[3:]
-    total = states.new_empty(num_states(x), H_v, K, V)
-    total_decay = states.new_empty(*total.shape[:2], *each)
-    launch(
-        scan_kernel, (-(-K * V // SCAN_BLOCK) * total.shape[0] * H_v, 1),
-        (states, decays, before, total, total_decay, bounds_of(p, states)),
-        (p.segments, H_v), (K * V, V, math.prod(each), SCAN_BLOCK, reverse, p.packed), SCAN_WARPS, 1,
-    )  # fmt: skip
-    return total, total_decay
+    if total_ptr is not None:
+        tl.store(total_ptr + run * SIZE + flat, state, mask=inside)
+        tl.store(total_decay_ptr + run * D + channel, decay / LOG2_E, mask=writes)

@@ -15,6 +15,7 @@ from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition
 from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.sweep import PART_ROWS
+from lasp.kernels.triton.decay.work import kind_of, partial_dtype, per_channel, plan_of
 from lasp.recurrence.contract import Run
 
 
@@ -33,11 +34,17 @@ def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float) -> Run
 
 
 def _segments(g: Tensor | None, tensors: list[Tensor]) -> Any:
-    return channel_stages.Segments(*tensors) if stages.per_channel(g) else stages.Segments(*tensors)
+    states, decays, *gates = tensors
+    return channel_stages.Segments(states, decays) if per_channel(g) else stages.Segments(states, decays, tuple(gates))
+
+
+def _segments_list(totals: Any) -> list[Tensor]:
+    """The inverse of `_segments`."""
+    return [totals.states, totals.decays, *getattr(totals, "gates", ())]
 
 
 def _local(g: Tensor | None, saved: Any, tensors: list[Tensor]) -> Any:
-    if stages.per_channel(g):
+    if per_channel(g):
         return channel_stages.QueryReads(*tensors)
     return stages.QueryGradient(*tensors) if len(tensors) > 1 else stages.QueryGradient(tensors[0], saved.leaving)
 
@@ -46,19 +53,19 @@ def _local(g: Tensor | None, saved: Any, tensors: list[Tensor]) -> Any:
 def _summarize(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, d_o: Tensor | None, scale: float) -> list[Tensor]:
     x = _run(q, k, v, g, scale)
     summary, totals = stages.summarize(x) if d_o is None else stages.summarize_adjoint(x, d_o)
-    states, decays, *gates = totals
+    states, decays, *gates = _segments_list(totals)
     return [summary.state, *summary.transition.tensors(), states, decays.clone(), *gates]
 
 
 @_summarize.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, d_o: Tensor | None, scale: float) -> list[Tensor]:
-    (B, _, H_v, V), K, p = v.shape, q.shape[3], stages.plan_of(q, v, g)
-    decays = (K,) if stages.per_channel(g) else ()
+    (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g)
+    decays = (K,) if per_channel(g) else ()
     shapes = [(B, H_v, K, V), *([] if g is None else [(B, H_v, *decays)])]
     shapes += [(B, H_v, p.segments, K, V), (B, H_v, p.segments, *decays)]
-    if not stages.per_channel(g):
-        per_token = stages.kind_of(g) == TOKEN.value and d_o is None
-        shapes.append((3, B, H_v, p.chunks * p.chunk) if per_token else (2, B, H_v, p.segments))
+    if not per_channel(g):
+        per_token = kind_of(g) == TOKEN.value and d_o is None
+        shapes += [(B, H_v, p.chunks * p.chunk)] * 3 if per_token else [(B, H_v, p.segments)]
     return [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
@@ -69,7 +76,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> list[T
 
 @_prepare.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float) -> list[Tensor]:
-    return list(channel_stages.empty_prepared(q, v, stages.plan_of(q, v, g)))
+    return list(channel_stages.empty_prepared(q, v, plan_of(q, v, g)))
 
 
 @torch.library.custom_op("lasp::decay_outputs", mutates_args=())
@@ -118,11 +125,11 @@ def _local_gradients(
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, saved: list[Tensor], d_o: Tensor, scale: float
 ) -> list[Tensor]:
-    x, (B, T, H_v, _), K, p = _run(q, k, v, g, scale), v.shape, q.shape[3], stages.plan_of(q, v, g)
-    if stages.per_channel(g):
-        read_q = q.new_empty(B, T, H_v, K, dtype=channel_stages.read_dtype(x))
+    (B, T, H_v, _), K, p = v.shape, q.shape[3], plan_of(q, v, g)
+    if per_channel(g):
+        read_q = q.new_empty(B, T, H_v, K, dtype=channel_stages.read_dtype(q.dtype))
         return [read_q, q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32)]
-    dq = q.new_empty(B, T, H_v, K, dtype=stages.partial_dtype(x))
+    dq = q.new_empty(B, T, H_v, K, dtype=partial_dtype(q.dtype, q.shape[2], H_v))
     if g is None:
         return [dq]
     columns = p.scalar_keys.columns
@@ -170,7 +177,7 @@ def _summary(x: Run, tensors: list[Tensor]) -> tuple[Summary, Any]:
     state, *others = tensors
     transition: Transition = Identity()
     if x.g is not None:
-        transition = (Diagonal if stages.per_channel(x.g) else Scalar)(others.pop(0))
+        transition = (Diagonal if per_channel(x.g) else Scalar)(others.pop(0))
     return Summary(transition, state), _segments(x.g, others)
 
 
@@ -183,7 +190,7 @@ def summarize(x: Run) -> tuple[Summary, Any]:
 def local_outputs(x: Run, totals: Any) -> Any:
     if not _compiling(x):
         return _untraced(stages.local_outputs)(x, totals)
-    if x.g is None or not stages.per_channel(x.g):
+    if x.g is None or not per_channel(x.g):
         return None
     return channel_stages.Prepared(*_prepare(x.q, x.k, x.v, x.g, x.scale))
 
@@ -192,8 +199,8 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
     if not _compiling(x):
         return _untraced(stages.outputs)(x, totals, partial, state_in)
     prepared = [] if partial is None else list(partial)
-    o, leaving, entering = _outputs(x.q, x.k, x.v, x.g, list(totals), prepared, state_in, x.scale)
-    return o, stages.saved_of(x.g, [leaving, entering, *(prepared or [totals.gates])])
+    o, leaving, entering = _outputs(x.q, x.k, x.v, x.g, _segments_list(totals), prepared, state_in, x.scale)
+    return o, stages.saved_of(x.g, [leaving, entering, *(prepared or totals.gates)])
 
 
 def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
@@ -215,6 +222,6 @@ def gradients(
         return _untraced(stages.gradients)(x, saved, totals_adjoint, local, d_o, d_state_out)
     kept = list(local) if x.g is not None else [local.dq]
     found = _gradients(
-        x.q, x.k, x.v, x.g, stages.saved_list(saved), list(totals_adjoint), kept, d_o, d_state_out, x.scale
+        x.q, x.k, x.v, x.g, stages.saved_list(saved), _segments_list(totals_adjoint), kept, d_o, d_state_out, x.scale
     )
     return (*found, None) if x.g is None else tuple(found)

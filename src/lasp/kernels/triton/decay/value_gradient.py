@@ -19,8 +19,8 @@ def value_gradient_kernel(
     dv_ptr,  # [B, T, H_v, V], written
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
-    d_state_out_ptr,  # fp32 [B, H_v, K, V]
     places_ptr,  # int32 [segments, 5] if PACKED
+    d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
     H,
@@ -46,9 +46,11 @@ def value_gradient_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    outside, _ = state_tile(d_state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    after = tl.exp2(tl.load(after_ptr + run * segments + segment))
-    state = tl.load(inside, mask=mask, other=0.0) + after * tl.load(outside, mask=mask, other=0.0)
+    state = tl.load(inside, mask=mask, other=0.0)
+    if d_state_out_ptr is not None:
+        outside, _ = state_tile(d_state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
+        after = tl.exp2(tl.load(after_ptr + run * segments + segment))
+        state += after * tl.load(outside, mask=mask, other=0.0)
 
     padded = run * chunks * C
     row = tl.cast(batch, tl.int64) * T

@@ -1,0 +1,297 @@
+"""What the shapes of a run decide: its plan, and its kernels with everything but the tensors they work on.
+
+Made once for a shape, so that a call allocates and launches and does little else.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.decay.channel_output import channel_output_kernel, channel_value_gradient_kernel
+from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
+from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel, channel_query_reads_kernel
+from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
+from lasp.kernels.triton.decay.channel_within import channel_within_kernel
+from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
+from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
+from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
+from lasp.kernels.triton.decay.layout import packed_plan
+from lasp.kernels.triton.decay.output import output_kernel
+from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
+from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
+from lasp.kernels.triton.decay.scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
+from lasp.kernels.triton.decay.summary import summary_kernel
+from lasp.kernels.triton.decay.sweep import PART_ROWS
+from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
+from lasp.recurrence.contract import Run
+
+GATE_BLOCK, GATE_WARPS = 512, 4
+MAX_GRID = 65535  # of a launch's second and third dims
+INTERPRETED = (4, 1 << 20)
+# A program of one chunk would spend longer on making descriptors than on its chunk.
+SINGLE_CHUNK_DESCRIPTORS = False
+# Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
+BASE_LEVELS = 3
+
+_devices: dict[torch.device, tuple[int, int]] = {}
+
+
+class Work:
+    """What is done for runs of one shape.
+
+    Attributes:
+        plan: how they are cut.
+        scale: of the outputs.
+        per_token, per_channel: whether that is the kind of decay.
+        with_decay: whether the decay's gradient is wanted: it needs other, slower sweeps.
+        state, total_decay: shapes of a state at a run's end and of the decay of a whole run.
+        states, decays: of those at the ends of segments.
+        gates: of each of the three that a gate per token leaves for the sweeps.
+        sums: of parts of q . dq, token by token.
+        carry: of <S, D> at segments' ends (see gate_gradient).
+        gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
+            group are still to be summed.
+    """
+
+    def __init__(
+        self,
+        q: tuple[int, ...],
+        v: tuple[int, ...],
+        dtype: torch.dtype,
+        kind: int,
+        p: Plan,
+        with_decay: bool,
+        scale: float,
+    ) -> None:
+        B, T, H, K = q
+        H_v, V = v[2:]
+        if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
+            raise ValueError(
+                f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {FUSED_MAX_DIM}, got {dtype} with "
+                f"K = {K}, V = {V}; use backend='torch'"
+            )
+        pieces, programs = ("chunks", p.chunks) if kind == CHANNEL.value else ("segments", p.segments)
+        if programs > MAX_GRID:
+            raise ValueError(
+                f"backend 'triton' takes up to {MAX_GRID} {pieces} a rank (of {p.chunk} tokens or more, or of one "
+                f"document), got {programs}; split the sequence over more ranks or use backend='torch'"
+            )
+        self.plan, self.with_decay = p, with_decay
+        self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
+        self._dims, self._dtype, self._kind, self.scale = (B, T, H, H_v, K, V), dtype, kind, scale
+        runs = B if p.tables is None else len(p.tables.bounds) - 1
+        each = (K,) if self.per_channel else ()
+        slices = -(-K // p.scalar_keys.columns)
+        self.state, self.total_decay = (runs, H_v, K, V), (runs, H_v, *each)
+        self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
+        self.gates = (B, H_v, p.chunks * p.chunk)
+        self.sums = (slices * p.scalar_keys.columns // PART_ROWS.value, *self.gates)
+        self.carry = (slices, B, H_v, p.segments)
+        self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
+
+    # A program for each segment of each head, and for each slice of the columns that it makes.
+
+    def _by_segment(
+        self, kernel: Any, columns: int, tiles: Tiles, scalars: tuple[int | float, ...], constants: tuple[Any, ...]
+    ) -> Launch:
+        p, (B, _, _, H_v, _, _) = self.plan, self._dims
+        grid = (-(-columns // tiles.columns) * H_v * B, p.segments)
+        scalars = (*scalars, p.segments, p.segment_chunks, p.chunks)
+        constants = (*constants, p.descriptors, p.packed, p.precision)
+        return Launch(kernel, grid, scalars, constants, tiles.warps, tiles.stages)
+
+    def _summary(self, reverse: bool) -> Launch:
+        p, (_, T, H, H_v, K, V) = self.plan, self._dims
+        if self.per_channel:
+            constants = (K, V, p.channels.columns, tile(V, self._dtype), p.chunk, reverse)
+            return self._by_segment(channel_summary_kernel, K, p.channels, (self.scale, T, H, H_v), constants)
+        constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, reverse)
+        return self._by_segment(summary_kernel, V, p.summary, (self.scale, T, H, H_v), constants)
+
+    @cached_property
+    def summary(self) -> Launch:
+        return self._summary(False)
+
+    @cached_property
+    def summary_adjoint(self) -> Launch:
+        return self._summary(True)
+
+    @cached_property
+    def output(self) -> Launch:
+        return self._sweep_of_values(output_kernel)
+
+    @cached_property
+    def value_gradient(self) -> Launch:
+        return self._sweep_of_values(value_gradient_kernel)
+
+    def _sweep_of_values(self, kernel: Any) -> Launch:
+        p, (_, T, H, H_v, K, V) = self.plan, self._dims
+        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact)
+        return self._by_segment(kernel, V, p.values, (self.scale, T, H, H_v), constants)
+
+    @cached_property
+    def query_gradient(self) -> Launch:
+        return self._sweep_of_keys(query_gradient_kernel)
+
+    @cached_property
+    def key_gradient(self) -> Launch:
+        return self._sweep_of_keys(key_gradient_kernel)
+
+    def _sweep_of_keys(self, kernel: Any) -> Launch:
+        p, (B, T, H, H_v, K, V) = self.plan, self._dims
+        tiles = p.scalar_keys if self.with_decay else p.keys
+        constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, self._kind, self.with_decay, p.exact)
+        return self._by_segment(kernel, K, tiles, (self.scale, B, T, H, H_v), constants)
+
+    @cached_property
+    def channel_output(self) -> Launch:
+        return self._channel_values(channel_output_kernel)
+
+    @cached_property
+    def channel_value_gradient(self) -> Launch:
+        return self._channel_values(channel_value_gradient_kernel)
+
+    def _channel_values(self, kernel: Any) -> Launch:
+        p, (_, T, _, H_v, K, V) = self.plan, self._dims
+        constants = (K, V, tile(K, self._dtype), p.channel_values.columns, p.chunk)
+        return self._by_segment(kernel, V, p.channel_values, (self.scale, T, H_v), constants)
+
+    @cached_property
+    def channel_query_reads(self) -> Launch:
+        return self._channel_reads(channel_query_reads_kernel)
+
+    @cached_property
+    def channel_key_reads(self) -> Launch:
+        return self._channel_reads(channel_key_reads_kernel)
+
+    def _channel_reads(self, kernel: Any) -> Launch:
+        p, (_, T, _, H_v, K, V) = self.plan, self._dims
+        constants = (K, V, p.channel_reads.columns, tile(V, self._dtype), p.chunk)
+        return self._by_segment(kernel, K, p.channel_reads, (T, H_v), constants)
+
+    # Others: a program for each chunk; for each block of a state; for each segment of each head.
+
+    @cached_property
+    def channel_prepare(self) -> Launch:
+        p, (_, _, _, _, K, _) = self.plan, self._dims
+        return self._by_chunk(channel_prepare_kernel, 1, p.channel_prepare, (K, p.channel_prepare.columns))
+
+    @cached_property
+    def channel_within(self) -> Launch:
+        p, (_, _, _, _, K, V) = self.plan, self._dims
+        columns = p.channel_within.columns
+        constants = (K, V, columns, tile(V, self._dtype))
+        return self._by_chunk(channel_within_kernel, -(-K // columns), p.channel_within, constants)
+
+    def _by_chunk(self, kernel: Any, slices: int, tiles: Tiles, constants: tuple[Any, ...]) -> Launch:
+        p, (B, T, H, H_v, _, _) = self.plan, self._dims
+        levels = (base_levels(self._dtype), p.chunk.bit_length() - 1)
+        constants = (*constants, p.chunk, *levels, SINGLE_CHUNK_DESCRIPTORS, p.packed, p.precision)
+        scalars = (self.scale, T, H, H_v, p.chunks)
+        return Launch(kernel, (slices * H_v * B, p.chunks), scalars, constants, tiles.warps, tiles.stages)
+
+    @cached_property
+    def scan(self) -> Launch:
+        return self._scan(False)
+
+    @cached_property
+    def scan_adjoint(self) -> Launch:
+        return self._scan(True)
+
+    def _scan(self, reverse: bool) -> Launch:
+        p, (runs, H_v, K, V) = self.plan, self.state
+        grid = (-(-K * V // SCAN_BLOCK) * runs * H_v, 1)
+        constants = (K * V, V, math.prod(self.decays[3:]), SCAN_BLOCK, reverse, p.packed)
+        return Launch(scan_kernel, grid, (p.segments, H_v), constants, SCAN_WARPS, 1)
+
+    @cached_property
+    def gate_gradient(self) -> Launch:
+        p, (B, T, _, H_v, _, _) = self.plan, self._dims
+        scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
+        constants = (p.chunk, self.sums[0], self.carry[0], GATE_BLOCK, p.packed)
+        return Launch(gate_gradient_kernel, (B * H_v, p.segments), scalars, constants, GATE_WARPS, 1)
+
+
+def base_levels(dtype: torch.dtype) -> int:
+    return BASE_LEVELS if dtype == torch.bfloat16 else 0
+
+
+def partial_dtype(dtype: torch.dtype, heads: int, value_heads: int) -> torch.dtype:
+    """Of dq and dk per value head: fp32 where heads of one group are still to be summed."""
+    return dtype if heads == value_heads else torch.float32
+
+
+def kind_of(g: Tensor | None) -> int:
+    """The kind of decay, as in `gates`."""
+    if g is None:
+        return NONE.value
+    return (HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL).value
+
+
+def per_channel(g: Tensor | None) -> bool:
+    return kind_of(g) == CHANNEL.value
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU and bytes of shared memory a program may have; a few processors for the interpreter.
+
+    Raises:
+        ValueError: Triton cannot run there.
+    """
+    if device not in _devices:
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            # AMD's properties lack the second; its devices have 64 KB.
+            shared = getattr(properties, "shared_memory_per_block_optin", 65536)
+            _devices[device] = (properties.multi_processor_count, shared)
+        elif not isinstance(scan_kernel, triton.JITFunction):
+            _devices[device] = INTERPRETED
+        else:
+            raise ValueError(
+                f"backend 'triton' runs on a GPU (or on CPU under TRITON_INTERPRET=1), got tensors on {device}; "
+                "use backend='torch'"
+            )
+    return _devices[device]
+
+
+def plan_of(q: Tensor, v: Tensor, g: Tensor | None) -> Plan:
+    """The launch configuration of one run of these tokens."""
+    return _plan(q.shape, v.shape, q.dtype, kind_of(g), q.device)
+
+
+def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> Plan:
+    B, T, H_v, V = v
+    return plan(T, B * H_v, q[3], V, dtype, kind, *device_limits(device))
+
+
+@lru_cache(maxsize=256)
+def _work(
+    q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device, *others: Any
+) -> Work:
+    return Work(q, v, dtype, kind, _plan(q, v, dtype, kind, device), *others)
+
+
+def work_of(x: Run) -> Work:
+    """The work on x.
+
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
+    others = (x.g is not None and x.g.requires_grad, x.scale)
+    if x.documents is None:
+        return _work(*shapes, *others)
+    works = x.documents.layouts
+    if (shapes, others) not in works:
+        p = packed_plan(_plan(*shapes), x.documents, x.q.device)
+        works[shapes, others] = Work(*shapes[:4], p, *others)
+    found: Work = works[shapes, others]
+    return found

@@ -1,0 +1,84 @@
+"""Which launches go past Triton: those of which nothing has changed that decides the binary, or who must be told."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from lasp.kernels.triton.common import launch as launches
+from lasp.kernels.triton.common.launch import Launch
+
+STREAM, FUNCTION, METADATA = 7, 11, (4, 1, 0)
+
+
+class Kernel:
+    """Stands for a jitted one on a GPU: notes the arguments of launches by Triton, and of those past it."""
+
+    def __init__(self) -> None:
+        self.by_triton: list[tuple[Any, ...]] = []
+        self.directly: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def call(*arguments: Any, num_warps: int, num_stages: int) -> Any:
+            self.by_triton.append((grid, *arguments))
+            binary = len(self.by_triton)
+            return SimpleNamespace(
+                run=lambda *given: self.directly.append((binary, *given)), function=FUNCTION, packed_metadata=METADATA
+            )
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(Tensor, "get_device", lambda tensor: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    active = SimpleNamespace(get_current_stream=lambda device: STREAM)
+    monkeypatch.setattr(launches, "driver", SimpleNamespace(active=active))
+    return Kernel()
+
+
+def test_after_the_first_call_a_binary_gets_addresses(kernel: Kernel) -> None:
+    launch, x, y = Launch(kernel, (3, 2), (5, 0.5), (64, True), 4, 1), torch.zeros(8), torch.zeros(8)
+    for _ in range(2):
+        launch(x, y)
+    assert kernel.by_triton == [((3, 2), x, y, 5, 0.5, 64, True)]
+    others = (FUNCTION, METADATA, None, None, None)
+    assert kernel.directly == [(1, 3, 2, 1, STREAM, *others, x.data_ptr(), y.data_ptr(), 5, 0.5, 64, True)]
+
+
+def test_with_and_without_its_last_tensor_a_kernel_is_two_binaries(kernel: Kernel) -> None:
+    launch, x = Launch(kernel, (1, 1), (), (), 4, 1), torch.zeros(8)
+    for last in (x, None, x, None):
+        launch(x, last)
+    assert [arguments[1:] for arguments in kernel.by_triton] == [(x, x), (x, None)]
+    assert [(call[0], *call[-2:]) for call in kernel.directly] == [(1, *[x.data_ptr()] * 2), (2, x.data_ptr(), 0)]
+
+
+def test_what_triton_must_see(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, x = Launch(kernel, (1, 1), (), (), 4, 1), torch.zeros(8)
+    launch(x[1:])  # not aligned: its binary is not for others
+    launch(x)
+    launch(x[1:])
+    assert (len(kernel.by_triton), len(kernel.directly)) == (3, 0)
+    with monkeypatch.context() as m:
+        m.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+        launch(x)
+    with monkeypatch.context() as m:
+        m.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+        launch(x)
+    assert (len(kernel.by_triton), len(kernel.directly)) == (5, 0)
+    launch(x)
+    assert [call[0] for call in kernel.directly] == [2]
+
+
+def test_nothing_is_launched_over_nothing(kernel: Kernel) -> None:
+    Launch(kernel, (0, 2), (), (), 4, 1)(torch.zeros(0))
+    assert not kernel.by_triton
