@@ -237,7 +237,7 @@ def plot(records: list[dict[str, Any]], image: Path) -> None:
             panel.axhline(record["limit_bytes"] / GIB, color="grey", linewidth=0.8, linestyle="--")
         panel.set(xscale="log", xlabel="tokens of the sequence", ylabel="peak memory of a process, GiB")
         panel.set_title(f"{record['model']}\n{record['machine']}", fontsize=9)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(image, dpi=120)
 
 

@@ -23,9 +23,9 @@ _FEWEST_TOKENS, _FEWEST_TOKENS_GPU = 128, 2048
 
 
 def default_chunk_tokens(vocab: int, *, on_gpu: bool) -> int:
-    """Tokens whose logits are computed at once, a multiple of 128: of an odd number, matrix products are slow."""
+    """Tokens whose logits are computed at once, a power of two: of other numbers, matrix products are slower."""
     logits, fewest = (_CHUNK_LOGITS_GPU, _FEWEST_TOKENS_GPU) if on_gpu else (_CHUNK_LOGITS, _FEWEST_TOKENS)
-    return max(fewest, logits // vocab // 128 * 128)
+    return max(fewest, 1 << (logits // vocab).bit_length() >> 1)
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:

@@ -165,6 +165,35 @@ def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device)
     assert values["state_out"][:, 0].isfinite().all() and not values["state_out"][:, 1].isfinite().any()
 
 
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
+    from_zero: bool, device: torch.device
+) -> None:
+    """The kernel alone, given sums that do not fit <S, D> at segments' ends, as if much had been rounded."""
+    T, H_v, chunk, length = 150, 2, 64, 1
+    p = plans.plan(T, H_v, 16, 16, torch.float16, 2, 4, 1 << 20)._replace(segment_chunks=length, segments=3)
+    launches = work.Work((1, T, 1, 16), (1, T, H_v, 16), torch.float16, 2, p, True, 1.0)
+    random = torch.Generator().manual_seed(0)
+    q_sums, k_sums = (torch.randn(launches.sums, generator=random).to(device) for _ in range(2))
+    carry = torch.randn(launches.carry, generator=random).to(device)
+    dg = torch.empty(1, T, H_v, device=device)
+    kernel = launches.gate_gradient_from_zero if from_zero else launches.gate_gradient
+    kernel(q_sums, k_sums, carry, dg, carry)
+
+    terms, ends = (q_sums - k_sums).sum(0)[0, :, :T], carry.sum(0)[0]
+    for segment, first in enumerate(range(0, T, chunk)):
+        last = min(first + chunk, T)
+        walk = ends[:, segment, None] + terms[:, first:last].flip(1).cumsum(1).flip(1)
+        start = ends[:, segment - 1] if segment else torch.zeros_like(ends[:, 0])
+        tied = segment > 0 or from_zero
+        slope = (walk[:, 0] - start) / (last - first) if tied else torch.zeros_like(start)
+        expected = walk - slope[:, None] * torch.arange(last - first, 0, -1, device=device)
+        got = dg[0, first:last].T
+        assert relative_error(got, expected) < 1e-5
+        assert relative_error(got[:, 0], start if tied else walk[:, 0]) < 1e-4 or not start.any()
+        assert not tied or relative_error(walk, expected) > 0.1  # the control: it made a difference
+
+
 def test_gradient_of_a_gate_laid_out_otherwise(device: torch.device) -> None:
     p = problem("scalar", Dims(T=70), device, torch.float32)
     g = p.x.g.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()

@@ -19,7 +19,7 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
-from lasp.kernels.triton.decay import stages
+from lasp.kernels.triton.decay import work
 from lasp.kernels.triton.decay.plan import plan
 from lasp.kernels.triton.decay.work import device_limits, kind_of
 
@@ -154,7 +154,8 @@ def limits(case: Case) -> tuple[int, int]:
 
 def check(case: Case, record: Callable[[str, object], None]) -> None:
     x, d_o, d_final = inputs(case)
-    with patch.dict(stages._devices, {DEVICE: limits(case)}):
+    work._work.cache_clear()  # which shapes and the device decide
+    with patch.dict(work._devices, {DEVICE: limits(case)}):
         values = solve(x, d_o, d_final, "triton", None, case.documents)
     if "LASP_TEST_PART" in os.environ:
         return  # this process is here to compile (conftest.py); many references at once would not fit the GPU
@@ -201,7 +202,9 @@ def test_more_elements_than_32_bits_count(kind: str) -> None:
     expected, _ = lasp.linear_attention(**exact, backend="torch")
     references = (expected, *torch.autograd.grad(expected, list(exact.values()), d_o[:, -tail:].double()))
     for name, value, reference in zip(("o", *x), values, references, strict=True):
-        assert relative_error(value[:, -near:], reference[:, -near:]) <= BOUNDS[BF16].gradients, name
+        # Gates all of -0.2 have gradients of up to 9e-3 (docs/kernels.md); a wrong address gives another number.
+        bound = BOUNDS[BF16].gradients * (2 if name == "g" else 1)
+        assert relative_error(value[:, -near:], reference[:, -near:]) <= bound, name
 
 
 def test_the_cases_reach_every_way_of_moving_chunks() -> None:

@@ -28,11 +28,12 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
     Kernels of one stream follow one another, so they share it. A captured graph keeps its own.
     """
-    kept = _scratch_of_stream.get(stream)
+    capturing = torch.cuda.is_current_stream_capturing()
+    kept = None if capturing else _scratch_of_stream.get(stream)
     if kept is not None and kept.numel() >= size and kept.device.index == torch.cuda.current_device():
         return kept
     fresh = torch.empty(size, dtype=torch.int8, device="cuda")
-    if not torch.cuda.is_current_stream_capturing():
+    if not capturing:
         _scratch_of_stream[stream] = fresh
     return fresh
 

@@ -31,7 +31,13 @@ def _forward(x: Run, work: Work, initial: Tensor | None) -> tuple[Tensor, list[T
 
 
 def _backward(
-    x: Run, work: Work, kept: list[Tensor], d_o: Tensor | None, d_final: Tensor | None, want_initial: bool
+    x: Run,
+    work: Work,
+    kept: list[Tensor],
+    d_o: Tensor | None,
+    d_final: Tensor | None,
+    from_zero: bool,
+    want_initial: bool,
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The gradients of q, k, v and g, and, if wanted, of the initial state."""
     saved = stages.saved_of(x.g, kept)
@@ -39,7 +45,7 @@ def _backward(
     d_leaving = None if d_final is None else d_final.contiguous()
     summary, totals = stages.totals_of(x, work, x.q, d_o, reverse=True, summarized=want_initial)
     local = stages.local_gradients_of(x, work, saved, d_o)
-    gradients = stages.gradients_of(x, work, saved, totals, local, d_o, d_leaving)
+    gradients = stages.gradients_of(x, work, saved, totals, local, d_o, d_leaving, from_zero)
     if summary is None:
         return gradients, None
     return gradients, summary.state if d_leaving is None else summary.apply(d_leaving)
@@ -60,7 +66,7 @@ class _Eager(torch.autograd.Function):
         x, work = stages.prepare(Run(q, k, v, g, scale))
         o, kept = _forward(x, work, initial)
         ctx.set_materialize_grads(False)
-        ctx.work = work
+        ctx.work, ctx.from_zero = work, initial is None
         ctx.save_for_backward(x.q, x.k, x.v, x.g, *kept)
         return o, kept[0] if want_final else None
 
@@ -70,7 +76,8 @@ class _Eager(torch.autograd.Function):
         use_scratch()
         q, k, v, g, *kept = ctx.saved_tensors
         x = Run(q, k, v, g, ctx.work.scale)
-        gradients, d_initial = _backward(x, ctx.work, kept, d_o, d_final, ctx.needs_input_grad[4])
+        want_initial = ctx.needs_input_grad[4]
+        gradients, d_initial = _backward(x, ctx.work, kept, d_o, d_final, ctx.from_zero, want_initial)
         return *gradients, d_initial, None, None
 
 
@@ -108,13 +115,14 @@ def decay_backward(
     d_o: Tensor | None,
     d_final: Tensor | None,
     scale: float,
+    from_zero: bool,
     want_gate: bool,
     want_initial: bool,
 ) -> list[Tensor]:
-    """The gradients of q, k and v, and, if wanted, of g and of the initial state."""
+    """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`: there was none."""
     g = None if g is None else g.detach().requires_grad_(want_gate)
     x, work = stages.prepare(Run(q, k, v, g, scale))
-    (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, want_initial)
+    (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, from_zero, want_initial)
     others = (None if dg is None else dg.contiguous(), d_initial)
     return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
 
@@ -129,6 +137,7 @@ def _(
     d_o: Tensor | None,
     d_final: Tensor | None,
     scale: float,
+    from_zero: bool,
     want_gate: bool,
     want_initial: bool,
 ) -> list[Tensor]:
@@ -137,7 +146,8 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, g, _, ctx.scale = inputs
+    q, k, v, g, initial, ctx.scale = inputs
+    ctx.from_zero = initial is None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, g, *output[1:])
 
@@ -145,7 +155,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _compiled_backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     q, k, v, g, *kept = ctx.saved_tensors
     _, _, _, want_gate, want_initial, _ = ctx.needs_input_grad
-    dq, dk, dv, *others = decay_backward(q, k, v, g, kept, d_output[0], d_output[1], ctx.scale, want_gate, want_initial)
+    dq, dk, dv, *others = decay_backward(
+        q, k, v, g, kept, d_output[0], d_output[1], ctx.scale, ctx.from_zero, want_gate, want_initial
+    )
     return dq, dk, dv, others.pop(0) if want_gate else None, others.pop() if want_initial else None, None
 
 

@@ -19,6 +19,8 @@ DESCRIPTOR_CHUNKS = 8
 # state (written, scanned and read back) adds to the whole device's traffic.
 START_COST = 1.5
 STATE_COST = 0.017
+# Chunks: the gradient of a gate per token gathers rounding over a segment (gate_gradient), however long the run.
+LONGEST_OF_TOKEN_GATES = 64
 
 
 class Tiles(NamedTuple):
@@ -149,6 +151,8 @@ def plan(
     chunks = max(1, -(-tokens // chunk))
     # Gates leave a program waiting more often: two to a processor.
     length = segment_chunks(chunks, heads, processors if kind in (NONE, HEAD) else 2 * processors)
+    if kind == TOKEN:
+        length = min(length, LONGEST_OF_TOKEN_GATES)
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     wide = V > 64 and K <= 128 and not exact

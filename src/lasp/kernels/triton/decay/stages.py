@@ -177,9 +177,16 @@ def gradients(
 
 
 def gradients_of(
-    x: Run, work: Work, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor | None
+    x: Run,
+    work: Work,
+    saved: Any,
+    totals_adjoint: Any,
+    local: Any,
+    d_o: Tensor,
+    d_state_out: Tensor | None,
+    from_zero: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """d_state_out is zero if None."""
+    """d_state_out is zero if None; `from_zero` says that no run had an initial state."""
     if work.per_channel:
         dq, dk, dv, d_gate = channel.gradients(x, work, saved, totals_adjoint, local, d_o, d_state_out)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
@@ -200,7 +207,8 @@ def gradients_of(
     d_gate = None
     if work.with_decay:
         d_gate = after.new_empty(x.v.shape[:3])
-        work.gate_gradient(local.sums, sums, carry, d_gate, places)
+        gate_gradient = work.gate_gradient_from_zero if from_zero else work.gate_gradient
+        gate_gradient(local.sums, sums, carry, d_gate, places)
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate

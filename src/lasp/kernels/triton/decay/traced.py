@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition
+from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.sweep import PART_ROWS
@@ -174,11 +174,10 @@ def _(
 
 
 def _summary(x: Run, tensors: list[Tensor]) -> tuple[Summary, Any]:
-    state, *others = tensors
-    transition: Transition = Identity()
-    if x.g is not None:
-        transition = (Diagonal if per_channel(x.g) else Scalar)(others.pop(0))
-    return Summary(transition, state), _segments(x.g, others)
+    if x.g is None:
+        return Summary(Identity(), tensors[0]), _segments(x.g, tensors[1:])
+    transition = (Diagonal if per_channel(x.g) else Scalar)(tensors[1])
+    return Summary(transition, tensors[0]), _segments(x.g, tensors[2:])
 
 
 def summarize(x: Run) -> tuple[Summary, Any]:

@@ -214,9 +214,16 @@ class Work:
 
     @cached_property
     def gate_gradient(self) -> Launch:
+        return self._gate_gradient(False)
+
+    @cached_property
+    def gate_gradient_from_zero(self) -> Launch:
+        return self._gate_gradient(True)
+
+    def _gate_gradient(self, from_zero: bool) -> Launch:
         p, (B, T, _, H_v, _, _) = self.plan, self._dims
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
-        constants = (p.chunk, self.sums[0], self.carry[0], GATE_BLOCK, p.packed)
+        constants = (p.chunk, self.sums[0], self.carry[0], GATE_BLOCK, from_zero, p.packed)
         return Launch(gate_gradient_kernel, (B * H_v, p.segments), scalars, constants, GATE_WARPS, 1)
 
 
