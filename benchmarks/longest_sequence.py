@@ -1,7 +1,7 @@
 """Tokens against memory, and the longest sequence that trains, by method: none, recomputation, LASP, both.
 
     python benchmarks/longest_sequence.py                    (CPU processes; about 25 minutes on two cores)
-    python benchmarks/longest_sequence.py --device cuda      (one GPU; within 150 seconds)
+    python benchmarks/longest_sequence.py --device cuda      (one GPU: within 150 seconds; several: within --budget-s)
     python benchmarks/longest_sequence.py --plot results/A.json results/B.json --image docs/img/longest-sequence.png
 
 CPU: transnormer-tiny in fp32. Every attempt starts fresh processes whose data segment (heap and anonymous memory) is
@@ -12,6 +12,11 @@ One GPU: transnormer-0.4b under bf16 autocast. One GPU is one rank, so LASP's pa
 SP=n is measured by giving it the tokens that it would hold, a sequence's length over n. What it would hold besides is
 the states of other ranks that the exchange brings, K x V numbers a head and layer, whatever the length; weights are
 counted whole, as under DDP.
+
+Several GPUs: every attempt is `lasp bench train` in fresh processes, one a GPU (after a rank has run out of memory the
+group is of no use), for one rank and for --sp of them, 2 if not given, under the same memory; lengths to within 1 %.
+Two ranks have a goal: at least 1.95 times one rank's longest sequence; if it is missed, the exit code is 1. A model of
+1b with recomputation takes minutes a length on a whole GPU: give --memory-gib, or some of the --methods a run.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 # Name, whether the sequence is split, and the recomputation.
 METHODS = (("none", False, "none"), ("recomputation", False, "full"), ("LASP", True, "none"), ("both", True, "full"))
+# How many times one GPU's longest sequence two must train.
+GOAL = 1.95
 
 
 def worker(tokens: int, limit_mib: int, recomputation: str) -> None:
@@ -108,13 +116,27 @@ def longest(size: int, limit_mib: int, unit: int, recomputation: str) -> tuple[i
             points.append((tokens, peak))
         return peak is not None
 
-    low, high = 0, unit
-    while fits(high):
-        low, high = high, 2 * high
+    return search(fits, unit, unit, unit), sorted(points)
+
+
+def search(fits: Callable[[int], bool], start: int, stride: int, unit: int) -> int:
+    """The longest that fits, to within 1 %: in strides that double, from `start` up or down, then by bisection.
+
+    All three are multiples of `unit`, and so is the result; 0 if not even `unit` fits.
+    """
+    low, high, tokens = 0, 0, start
+    while not (low and high):
+        if tokens < unit:
+            return 0
+        if fits(tokens):
+            low, tokens = tokens, tokens + stride
+        else:
+            high, tokens = tokens, tokens - stride
+        stride *= 2
     while high - low > max(unit, low // 100):
         middle = (low + high) // 2 // unit * unit
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low, sorted(points)
+    return low
 
 
 def on_cpu(limit_mib: int, sp: int) -> dict[str, Any]:
@@ -151,7 +173,7 @@ def on_gpu(sp: int, budget_s: float, size: str) -> dict[str, Any]:
     import torch
 
     from lasp.cli.bench_train import BenchTrainConfig, measure
-    from lasp.train.config import ModelOptions
+    from lasp.train.config import ModelOptions, ParallelOptions
 
     began, measured = time.monotonic(), {}
     for recomputation in ("none", "full"):
@@ -164,8 +186,8 @@ def on_gpu(sp: int, budget_s: float, size: str) -> dict[str, Any]:
                 break
             config = BenchTrainConfig(
                 model=ModelOptions(family="transnormer", size=size),  # type: ignore[arg-type]
+                parallel=ParallelOptions(sp=1, recomputation=recomputation),  # type: ignore[arg-type]
                 tokens=(tokens,),
-                recomputation=recomputation,  # type: ignore[arg-type]
                 steps=1,
             )
             row = measure(config)["rows"][0]
@@ -207,6 +229,86 @@ def on_gpu(sp: int, budget_s: float, size: str) -> dict[str, Any]:
     }
 
 
+def trained(tokens: int, ranks: int, recomputation: str, options: argparse.Namespace, deadline_s: float) -> Any:
+    """What `lasp bench train` says of a sequence over `ranks` fresh processes; None where their memory is too small.
+
+    Raises TimeoutError if `deadline_s`, of time.monotonic, passes first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "lasp.cli.main", "bench", "train", "--device", options.device]
+        command += ["--model.size", options.size, "--sp", str(ranks), "--tokens", str(tokens), "--steps", "1"]
+        command += ["--recomputation", recomputation, "--output", str(output)]
+        command += [] if options.memory_gib is None else ["--memory-gib", str(options.memory_gib)]
+        try:
+            left_s = max(1.0, deadline_s - time.monotonic())
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left_s)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
+        figures = json.loads(output.read_text()) if output.exists() else None
+    held = figures is not None and figures["rows"][0]["step_s"] is not None
+    if done.returncode != 0 and "out of memory" not in (done.stdout + done.stderr).lower():
+        raise RuntimeError(f"failed, but not for want of memory:\n{done.stderr[-3000:]}")
+    print(f"  SP={ranks} recomputation {recomputation} {tokens:>9,} tokens: ", end="")
+    print(f"{figures['rows'][0]['peak_memory_bytes'] / GIB:.2f} GiB" if held else "out of memory", flush=True)
+    return figures if held else None
+
+
+def on_gpus(sp: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Every method, searched: those over ranks from what that many times one rank's length would be."""
+    deadline_s, figures, series = time.monotonic() + options.budget_s, None, []
+    for name, split, recomputation in METHODS:
+        if name not in options.methods:
+            continue
+        ranks, points = sp if split else 1, []
+        unit = 1024 * ranks
+
+        def fits(tokens: int, ranks: int = ranks, recomputation: str = recomputation, points: list = points) -> bool:
+            nonlocal figures
+            got = trained(tokens, ranks, recomputation, options, deadline_s)
+            if got is not None:
+                figures, row = got, got["rows"][0]
+                points.append({"tokens": tokens, "peak_bytes": row["peak_memory_bytes"], "step_s": row["step_s"]})
+            return got is not None
+
+        alone = [each for each in series if each["recomputation"] == recomputation]
+        start = ranks * (alone[0]["longest_tokens"] if alone else options.first_tokens)
+        stride = -(-start // 50 // unit) * unit if alone else start
+        try:
+            ended, _ = "memory", search(fits, start, stride, unit)
+        except TimeoutError:
+            ended = "time"
+        points.sort(key=lambda point: point["tokens"])
+        longest_tokens = points[-1]["tokens"] if points else 0
+        series.append(
+            {"method": name, "sp": ranks, "recomputation": recomputation, "longest_tokens": longest_tokens}
+            | {"ended": ended, "points": points}
+        )
+    if figures is None:
+        raise RuntimeError("no length trained: give a smaller --first-tokens, or a larger --budget-s")
+    return {
+        "what": "longest sequence that trains, to within 1 %; every rank is a process with a GPU of its own",
+        "machine": figures["device"],
+        "torch": figures["torch"],
+        "model": f"{figures['model']}, {figures['precision']} autocast, batch 1",
+        "limit_bytes": figures["memory_bytes"],
+        "limit_is_of_peak": True,
+        "series": series,
+        "goals": goals(series),
+    }
+
+
+def goals(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of two ranks, for each recomputation that was searched to its end on one and on two."""
+    found = []
+    done = [each for each in series if each["ended"] == "memory"]
+    for two in (each for each in done if each["sp"] == 2):
+        for one in (each for each in done if each["sp"] == 1 and each["recomputation"] == two["recomputation"]):
+            got = two["longest_tokens"] / max(1, one["longest_tokens"])
+            found.append({"method": two["method"], "at_least": GOAL, "got": got, "met": got >= GOAL})
+    return found
+
+
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines = [
@@ -220,6 +322,9 @@ def table(record: dict[str, Any]) -> str:
         name = each["method"] + (f", SP={each['sp']}" if each["sp"] > 1 else "")
         more = " (stopped by time, not memory)" if each.get("ended") == "time" else ""
         lines.append(f"| {name} | {each['longest_tokens']:,}{more} | {each['longest_tokens'] / max(1, first):.2f} |")
+    for goal in record.get("goals", []):
+        outcome = "met" if goal["met"] else "MISSED"
+        lines.append(f"\ngoal, {goal['method']}: at least {goal['at_least']} times, got {goal['got']:.3f}: {outcome}")
     return "\n".join(lines)
 
 
@@ -241,14 +346,17 @@ def plot(records: list[dict[str, Any]], image: Path) -> None:
     figure.savefig(image, dpi=120)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-mib", type=int, default=1536, help="CPU: memory of one process")
-    parser.add_argument("--sp", type=int, help="processes of a sequence (CPU: 4, GPU: 8)")
+    parser.add_argument("--sp", type=int, help="processes of a sequence (CPU: 4, one GPU: 8, several: 2)")
     parser.add_argument("--size", default="0.4b", help="GPU: size of the transnormer preset")
-    parser.add_argument("--budget-s", type=float, default=140.0, help="GPU: stop to begin attempts after so long")
-    parser.add_argument("--output", type=Path, help="JSON file; default: a new one in benchmarks/results")
+    parser.add_argument("--budget-s", type=float, default=140.0, help="GPU: stop after so long")
+    parser.add_argument("--memory-gib", type=float, help="several GPUs: of each, no more than this")
+    parser.add_argument("--methods", nargs="+", choices=[name for name, *_ in METHODS], default=["none", "LASP"])
+    parser.add_argument("--first-tokens", type=int, default=16384, help="several GPUs: the first length of one rank")
+    parser.add_argument("--output", type=Path, help="JSON file, or a folder for it; default: benchmarks/results")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="JSON", help="measure nothing, draw these")
     parser.add_argument("--image", type=Path, default=Path("docs/img/longest-sequence.png"))
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -256,22 +364,33 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker is not None:
         worker(arguments.worker, arguments.limit_mib, arguments.recomputation)
-        return
+        return 0
     if arguments.plot:
         records = [json.loads(path.read_text()) for path in arguments.plot]
         plot(records, arguments.image)
         print("\n\n".join(map(table, records)))
-        return
+        return 0
     if arguments.device == "cpu":
         figures = on_cpu(arguments.limit_mib, arguments.sp or 4)
+    elif num_gpus() > 1:
+        figures = on_gpus(arguments.sp or 2, arguments)
     else:
         figures = on_gpu(arguments.sp or 8, arguments.budget_s, arguments.size)
     record = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), **figures}
     where = "cpu" if arguments.device == "cpu" else record["machine"].lower().replace(" ", "-")
-    path = arguments.output or RESULTS / f"{record['date']}-{where}-longest-sequence-methods.json"
+    name = f"{record['date']}-{where}-longest-sequence-methods.json"
+    path = arguments.output or RESULTS / name
+    path = path / name if path.is_dir() else path
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{table(record)}\n\nwritten to {path}")
+    return int(any(not goal["met"] for goal in record.get("goals", [])))
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

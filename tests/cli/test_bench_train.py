@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from world import run
 
 from lasp.analysis.flops import flops_per_token
+from lasp.cli.bench_train import BenchTrainConfig, measure
 from lasp.cli.main import main
 from lasp.models import preset
+from lasp.train.config import ModelOptions, ParallelOptions
 
 SMALL = ["--model.size", "tiny", "--model.overrides", "num_layers", "1", "--device", "cpu", "--steps", "2"]
 
@@ -31,9 +34,31 @@ def test_every_length_is_a_row_and_the_profile_names_operators(
     assert sum(kernel["share"] for kernel in figures["kernels"]) <= 1 + 1e-9
 
 
+@pytest.mark.parametrize(("dp", "sp"), [(1, 2), (2, 1)])
+def test_processes_measure_together(dp: int, sp: int, tmp_path: Path) -> None:
+    """Both layouts of two processes: the same figures on both, of all groups' tokens, written by the first."""
+    config = BenchTrainConfig(
+        model=ModelOptions(overrides={"num_layers": 1}),
+        parallel=ParallelOptions(dp=dp, sp=sp),
+        tokens=(64,),
+        steps=2,
+        output=tmp_path / "figures.json",
+    )
+    first, second = run(2, lambda rank: measure(config))
+    assert first == second == json.loads((tmp_path / "figures.json").read_text())
+    (row,) = first["rows"]
+    assert (first["dp"], first["sp"]) == (dp, sp) and len(row["all_steps_s"]) == 2
+    assert row["tokens_per_s"] == pytest.approx(64 * dp / row["step_s"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--tokens", "0"], "at least 1"), (["--model.overrides", "depth", "3"], "no field depth")],
+    [
+        (["--tokens", "0"], "at least 1"),
+        (["--tokens", "64", "--sp", "3"], "multiples of --sp 3"),
+        (["--tokens", "64", "--sp", "2", "--nproc", "3"], "3 processes cannot be split"),
+        (["--model.overrides", "depth", "3"], "no field depth"),
+    ],
 )
 def test_nonsense_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "train", "--device", "cpu", "--model.size", "tiny", *options]) == 64

@@ -1,154 +1,269 @@
-"""`lasp bench train`: tokens per second, model FLOP utilisation and memory of training steps on one device."""
+"""`lasp bench train`: tokens per second, model FLOP utilisation and memory of training steps, on any layout."""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
-from lasp.train.config import ModelOptions, OptimizerOptions
+from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
 from lasp.train.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lasp.models import ModelConfig
+    from lasp.parallelize import ParallelModel
+    from lasp.train.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainConfig:
-    """Time whole training steps (forward, backward, clipping, AdamW) on random tokens, one sequence a step.
+    """Time whole training steps (forward, backward, clipping, AdamW) on random tokens.
 
-    Utilisation counts the model's own operations, see docs/training.md; what is recomputed counts as no work.
+    In a step each of the dp groups trains on one sequence, spread over its sp processes. Alone it starts dp x sp
+    processes on this machine; under torchrun it measures those that are there. Utilisation counts the model's own
+    operations, see docs/training.md; what is recomputed counts as no work.
     """
 
     model: ModelOptions = field(default_factory=lambda: ModelOptions(family="transnormer", size="1b"))
+    parallel: Annotated[ParallelOptions, tyro.conf.arg(name="")] = field(default_factory=lambda: ParallelOptions(sp=1))
+    nproc: int | None = None
+    """Processes to start, where no launcher has; default: dp x sp."""
     tokens: tuple[int, ...] = (32768, 65536, 131072, 262144)
-    """Lengths of the sequence, one after another."""
+    """Lengths of a sequence, over all its processes, one after another."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast; weights, states and optimizer stay fp32."""
-    recomputation: Literal["none", "selective", "full"] = "none"
-    """On one device, where nothing is exchanged, selective is full."""
-    ffn_piece_tokens: int | None = None
-    """Run feed-forward layers on so many tokens at a time."""
-    compile: bool = False
-    """torch.compile each block."""
     steps: int = 5
     """Steps that are timed, after one that is not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_gib: float | None = None
+    """Let PyTorch have no more of a GPU's memory than this; default: all. NCCL's buffers are not counted."""
     profile: bool = False
     """Also print what one more step of the first length spent its time on, kernel by kernel."""
     output: Path | None = None
-    """JSON file for all figures."""
+    """JSON file for all figures, written after every length."""
+
+    @property
+    def num_processes(self) -> int:
+        """To start, where no launcher has."""
+        return (self.parallel.dp or 1) * self.parallel.sp if self.nproc is None else self.nproc
 
     def validate(self) -> None:
         """Raises ConfigError if a value means nothing."""
-        if not self.tokens or min(self.tokens) < 1 or self.steps < 1:
-            raise ConfigError(f"--tokens and --steps must be at least 1, got {self.tokens} and {self.steps}")
+        if not self.tokens or min(self.tokens) < 1 or self.steps < 1 or self.num_processes < 1:
+            raise ConfigError(
+                f"--tokens, --steps and --nproc must be at least 1, got {self.tokens}, {self.steps}, {self.nproc}"
+            )
+        if any(tokens % self.parallel.sp for tokens in self.tokens):
+            raise ConfigError(f"--tokens must be multiples of --sp {self.parallel.sp}, got {self.tokens}")
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise ConfigError(f"--memory-gib must be above 0, got {self.memory_gib}")
         if self.output is not None and not self.output.absolute().parent.is_dir():
             raise ConfigError(f"the folder of {self.output} does not exist")
+
+    def training(self, num_processes: int) -> TrainConfig:
+        """The training run whose layout this is. Raises ConfigError if it does not fit the processes."""
+        config = TrainConfig(
+            model=self.model,
+            parallel=self.parallel,
+            seq_len=self.tokens[0],
+            global_batch=max(1, num_processes // self.parallel.sp),
+            precision=self.precision,
+            device=self.device,
+        )
+        config.validate(num_processes)
+        return config
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp bench train ARGUMENTS`."""
-    config = tyro.cli(BenchTrainConfig, args=list(arguments), prog="lasp bench train")
+    is_first = os.environ.get("RANK", "0") == "0"
+    config = tyro.cli(BenchTrainConfig, args=list(arguments), prog="lasp bench train", console_outputs=is_first)
     config.validate()
+    if "RANK" not in os.environ:
+        config.training(config.num_processes)  # a layout that does not fit is one message, before anything starts
+        if config.num_processes > 1:
+            from lasp.cli.launch import launch
+
+            return launch(["bench", "train", *arguments], config.num_processes)
     figures = measure(config)
-    print(table(figures))
-    if config.output is not None:
-        config.output.write_text(json.dumps(figures, indent=1) + "\n")
+    if is_first:
+        print(table(figures))
     return 0 if any(row["step_s"] is not None for row in figures["rows"]) else 1
 
 
 def measure(config: BenchTrainConfig) -> dict[str, Any]:
-    """All lengths, in order. Raises ConfigError for a model that does not exist or a device that is not there."""
+    """All lengths, in order, on the processes that are there; the same figures on all.
+
+    Of several processes the slowest one's time and the largest memory count. Where one runs out of memory nobody
+    knows what the others wait for: the run ends, and the rows so far are in the output.
+    Raises ConfigError for a model that does not exist, a layout that does not fit, or a device that is not there, and
+    PeerLostError.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from lasp.analysis.flops import flops_per_token
+    from lasp.train.world import join, leave, naming_lost_peers
+
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    training = config.training(size)
+    world = join(training)
+    memory_bytes = _limited_memory(config.memory_gib, world.device)
+    model, model_config = _built(config, training, world)
+    step = _step(model, config.precision, world)
+    figures = {**_conditions(config, model, world), "memory_bytes": memory_bytes, "rows": [], "kernels": None}
+    for tokens in config.tokens:
+        work = partial(step, _text(tokens, model_config.vocab_size, world))
+        try:
+            with naming_lost_peers(world):
+                times = _slowest(world, _timed(work, config.steps, world.device))
+        except torch.OutOfMemoryError as error:
+            if world.size > 1:
+                _end_at_once(f"out of memory on rank {world.rank}, {tokens:,} tokens a sequence: {error}")
+            model.module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            figures["rows"].append({"tokens": tokens, "step_s": None})
+        else:
+            figures["rows"].append(_row(tokens, times, flops_per_token(model_config, tokens).step, figures))
+            if config.profile and figures["kernels"] is None:
+                figures["kernels"] = _kernels(work, world.device)
+        if config.output is not None and world.is_first:
+            config.output.write_text(json.dumps(figures, indent=1) + "\n")
+    leave(world)
+    return figures
+
+
+def _end_at_once(message: str) -> NoReturn:
+    """End this process, and by its exit code the run: in an orderly end NCCL may wait for the others for minutes."""
+    print(f"lasp: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _conditions(config: BenchTrainConfig, model: ParallelModel, world: World) -> dict[str, Any]:
+    """All figures but what is measured."""
     import torch
 
     from lasp.analysis.devices import peak_flops
-    from lasp.analysis.flops import flops_per_token
-    from lasp.models import CausalLM, preset
-    from lasp.parallelize import parallelize
-    from lasp.train.optimizer import build_optimizer
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but PyTorch finds no GPU here")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    parallel, on_gpu = config.parallel, world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
+    return {
+        "model": f"{config.model.family}-{config.model.size}",
+        "overrides": config.model.overrides,
+        "num_parameters": sum(p.numel() for p in model.module.parameters()),
+        "precision": config.precision,
+        "recomputation": parallel.recomputation,
+        "ffn_piece_tokens": parallel.ffn_piece_tokens,
+        "compile": parallel.compile,
+        "dp": world.shard.dp_size,
+        "sp": world.shard.sp_size,
+        "data_parallel": parallel.data_parallel,
+        "exchange": parallel.exchange,
+        "device": name,
+        "peak_flops": peak_flops(name, config.precision) if on_gpu else None,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "steps": config.steps,
+    }
+
+
+def _row(tokens: int, times: _Times, flops: float, figures: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second of all processes together; utilisation of each GPU."""
+    median, peak = statistics.median(times.steps_s), figures["peak_flops"]
+    rate = figures["dp"] * tokens / median
+    return {
+        "tokens": tokens,
+        "step_s": median,
+        "all_steps_s": times.steps_s,
+        "first_step_s": times.first_s,
+        "tokens_per_s": rate,
+        "flops_per_token": flops,
+        "utilisation": None if peak is None else rate * flops / (peak * figures["dp"] * figures["sp"]),
+        "peak_memory_bytes": times.peak_bytes,
+    }
+
+
+def _limited_memory(gib: float | None, device: torch.device) -> float | None:
+    """Bytes of a GPU that PyTorch can have from now on; None for a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        if gib is not None:
+            raise ConfigError("--memory-gib limits a GPU's memory, and this runs on the CPU")
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = 1.0 if gib is None else min(1.0, gib * 2**30 / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    return share * total
+
+
+def _built(config: BenchTrainConfig, training: TrainConfig, world: World) -> tuple[ParallelModel, ModelConfig]:
+    """The model, spread over the processes. Raises ConfigError."""
+    import torch
+
+    from lasp.models import CausalLM, preset
+    from lasp.train.loop import spread
+
     try:
         model_config = preset(config.model.family, config.model.size, **config.model.overrides)
-        with torch.device("meta"):
-            module = CausalLM(model_config)
-        module.to_empty(device=device)
-        module.init_weights(torch.Generator(device).manual_seed(0))
-        model = parallelize(
-            module,
-            None,
-            recomputation=config.recomputation,
-            ffn_piece_tokens=config.ffn_piece_tokens,
-            compile=config.compile,
-        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    with torch.device("meta"):
+        module = CausalLM(model_config)
+    module.to_empty(device=world.device)
+    module.init_weights(torch.Generator(world.device).manual_seed(0))
+    return spread(training, module, world), model_config
+
+
+def _text(tokens: int, vocab_size: int, world: World) -> torch.Tensor:
+    """This process's share [1, n + 1] of its group's sequence, the token after it too."""
+    import torch
+
+    random = torch.Generator(world.device).manual_seed(world.shard.dp_rank)
+    text = torch.randint(vocab_size, (1, tokens + 1), device=world.device, generator=random)
+    share = tokens // world.shard.sp_size
+    return text[:, world.shard.sp_rank * share : (world.shard.sp_rank + 1) * share + 1]
+
+
+def _step(model: ParallelModel, precision: str, world: World) -> Callable[[torch.Tensor], None]:
+    """A training step on this process's share of a sequence."""
+    import torch
+
+    from lasp.train.optimizer import build_optimizer
+
     optimizer = build_optimizer(model, OptimizerOptions())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = peak_flops(name, config.precision) if device.type == "cuda" else None
 
     def step(text: torch.Tensor) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            out = model.training(text[:, :-1], labels=text[:, 1:].contiguous())
-        model.mean_loss(out.loss_sum, text.shape[1] - 1).backward()
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out = model.training(text[:, :-1], labels=text[:, 1:].contiguous(), sp=model.sp)
+        model.mean_loss(out.loss_sum, (text.shape[1] - 1) * world.size).backward()
         model.clip_gradients(1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    rows: list[dict[str, Any]] = []
-    kernels = None
-    for tokens in config.tokens:
-        text = torch.randint(model_config.vocab_size, (1, tokens + 1), device=device)
-        flops = flops_per_token(model_config, tokens).step
-        try:
-            first_s, seconds, memory = _timed(lambda text=text: step(text), config.steps, device)  # type: ignore[misc]
-        except torch.OutOfMemoryError:
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            rows.append({"tokens": tokens, "step_s": None})
-            continue
-        rate = tokens / statistics.median(seconds)
-        rows.append(
-            {
-                "tokens": tokens,
-                "step_s": statistics.median(seconds),
-                "all_steps_s": seconds,
-                "first_step_s": first_s,
-                "tokens_per_s": rate,
-                "flops_per_token": flops,
-                "utilisation": None if peak is None else rate * flops / peak,
-                "peak_memory_bytes": memory,
-            }
-        )
-        if config.profile and kernels is None:
-            kernels = _kernels(lambda text=text: step(text), device)  # type: ignore[misc]
-    return {
-        "model": f"{config.model.family}-{config.model.size}",
-        "overrides": config.model.overrides,
-        "num_parameters": sum(p.numel() for p in module.parameters()),
-        "precision": config.precision,
-        "recomputation": config.recomputation,
-        "ffn_piece_tokens": config.ffn_piece_tokens,
-        "compile": config.compile,
-        "device": name,
-        "peak_flops": peak,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "steps": config.steps,
-        "rows": rows,
-        "kernels": kernels,
-    }
+    return step
 
 
-def _timed(step: Callable[[], None], steps: int, device: Any) -> tuple[float, list[float], float]:
-    """Seconds of the first step and of each of `steps` more, and the most memory held since the first."""
+class _Times(NamedTuple):
+    """Of the first step and of those after it, and the most memory held since the first."""
+
+    first_s: float
+    steps_s: list[float]
+    peak_bytes: float
+
+
+def _timed(step: Callable[[], None], steps: int, device: torch.device) -> _Times:
     import torch
 
     from lasp.train.watch import peak_memory
@@ -162,7 +277,14 @@ def _timed(step: Callable[[], None], steps: int, device: Any) -> tuple[float, li
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    return seconds[0], seconds[1:], peak_memory(device)
+    return _Times(seconds[0], seconds[1:], peak_memory(device))
+
+
+def _slowest(world: World, times: _Times) -> _Times:
+    """The largest of all processes, step by step."""
+    rows = world.gather([times.first_s, times.peak_bytes, *times.steps_s])
+    first_s, peak_bytes, *steps_s = (max(column) for column in zip(*rows, strict=True))
+    return _Times(first_s, steps_s, peak_bytes)
 
 
 def _kernels(step: Callable[[], None], device: Any, count: int = 25) -> list[dict[str, Any]]:
@@ -191,11 +313,14 @@ def table(figures: dict[str, Any]) -> str:
     """What is printed."""
     ways = [figures["precision"], "compiled" if figures["compile"] else "eager"]
     ways.append(f"recomputation {figures['recomputation']}")
+    if figures["dp"] * figures["sp"] > 1:
+        ways.append(f"DP x SP = {figures['dp']} x {figures['sp']} ({figures['data_parallel']})")
     if figures["ffn_piece_tokens"]:
         ways.append(f"feed-forward in pieces of {figures['ffn_piece_tokens']}")
+    sequences = "one sequence" if figures["dp"] == 1 else f"{figures['dp']} sequences"
     lines = [
         f"{figures['model']}, {figures['num_parameters']:,} parameters, {', '.join(ways)}; {figures['device']}, "
-        f"torch {figures['torch']}; median of {figures['steps']} steps of one sequence",
+        f"torch {figures['torch']}; median of {figures['steps']} steps of {sequences}",
         f"{'tokens':>9}{'step':>11}{'tokens/s':>12}{'utilisation':>13}{'peak memory':>14}",
     ]
     for row in figures["rows"]:

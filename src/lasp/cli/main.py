@@ -15,7 +15,7 @@ COMMANDS = {
     "check": "compare a model split over processes with the same model in one",
     "plan": "predict memory, speed and the longest sequence of a run, by method and layout",
     "report": "write one HTML page about a run",
-    "bench": "time every way of carrying the state between processes, or training steps on one device",
+    "bench": "time every way of carrying the state between processes, or training steps on any layout",
 }
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
@@ -21,14 +20,13 @@ from lasp.data import trigram
 from lasp.data.batches import Sequences, num_sequences
 from lasp.data.errors import DataError
 from lasp.data.tokenizer import Tokenizer, load_tokenizer
-from lasp.distributed import ExchangeError
 from lasp.models import CausalLM, ModelConfig, preset
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import AUTO, TrainConfig, differences, to_dict
 from lasp.train.describe import describe
-from lasp.train.errors import CheckpointError, ConfigError, PeerLostError
+from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
 from lasp.train.lock import lock
@@ -40,7 +38,7 @@ from lasp.train.profile import Profiler
 from lasp.train.sample import stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
-from lasp.train.world import World, join, leave
+from lasp.train.world import World, join, leave, naming_lost_peers
 
 
 class TrainResult(NamedTuple):
@@ -61,12 +59,8 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
     """
     world = join(config)
     try:
-        return _Run(config, world, resume).train()
-    except RuntimeError as error:
-        # The exchange says so itself; DDP's sums and NCCL fail with errors of their own.
-        if world.size > 1 and (isinstance(error, ExchangeError | dist.DistError) or "gloo/" in str(error)):
-            raise PeerLostError(f"rank {world.rank} lost another process: {error}") from error
-        raise
+        with naming_lost_peers(world):
+            return _Run(config, world, resume).train()
     finally:
         leave(world)
 

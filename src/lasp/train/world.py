@@ -3,7 +3,8 @@
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,10 +16,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from lasp.data.batches import Shard
 from lasp.data.errors import DataError
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
 from lasp.train.config import TrainConfig
-from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, RunError
+from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
 from lasp.train.loopback import stay_on_loopback
 
 _RECORD_BYTES = 8192
@@ -150,6 +151,18 @@ def join(config: TrainConfig) -> World:
         hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
     return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, files, owns_group)
+
+
+@contextmanager
+def naming_lost_peers(world: World) -> Iterator[None]:
+    """Errors that another process's end causes within become PeerLostError: nobody looks for their cause here."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The exchange says so itself; DDP's sums and NCCL fail with errors of their own.
+        if world.size > 1 and (isinstance(error, ExchangeError | dist.DistError) or "gloo/" in str(error)):
+            raise PeerLostError(f"rank {world.rank} lost another process: {error}") from error
+        raise
 
 
 def _meeting_place(size: int, timeout: timedelta, one_machine: bool) -> dist.Store:
