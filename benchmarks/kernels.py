@@ -3,6 +3,8 @@
     python benchmarks/kernels.py --output benchmarks/results            # this library and softmax attention
     python benchmarks/kernels.py --peers fla --shapes main              # and flash-linear-attention, if installed
 
+flash-linear-attention refuses gated kernels on Hopper with Triton before 3.7.1.
+
 Every figure goes into one JSON file; `benchmarks/kernels_report.py` makes the tables and plots of docs/kernels.md.
 Times are medians over repetitions of calls queued without waiting (so that the host hides behind the GPU, where it
 can), fresh gradients each time. "graph" times replay a CUDA graph: kernels alone. Peak memory is what a call needs
@@ -23,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peer_tuning
 import torch
 from torch import Tensor
 
@@ -237,6 +240,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{options.name}-{device.replace(' ', '-').lower()}.json"
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, copy {rate / 1e12:.2f} TB/s")
+    for peer in options.peers:
+        peer_tuning.compile_all(peer, options.shapes, options.kinds)
     print(f"{'shape':26}{'decay':10}{'':6}{'forward':>9}{'floor':>8}{'both':>9}{'floor':>8}{'peak GiB':>10}")
     for shape in (SHAPES[name] for name in options.shapes):
         for kind in options.kinds:

@@ -54,6 +54,22 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, dp: int, sp: int) -> None:
     assert key(train(halves, dp * sp, resume=halves.run_dir)) == key(whole)
 
 
+def test_what_changes_the_losses_of_a_continued_run_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, steps=1, save_every=1)
+    train(config)
+
+    def resume(option: str) -> None:
+        data = dataclasses.replace(config.data, **{option: True})
+        train(dataclasses.replace(config, steps=2, data=data, seed=1), resume=config.run_dir)
+
+    with pytest.raises(world.WorldError, match=r"--data\.carry goes on .* written without it"):
+        resume("carry")
+    capfd.readouterr()
+    resume("packed")
+    lines = [line for line in capfd.readouterr().out.splitlines() if "losses will differ" in line]
+    assert sorted(line.split("differ: ")[1].split()[0].rstrip(":") for line in lines) == ["packed", "seed"]
+
+
 def test_a_run_continues_on_another_layout(tmp_path: Path) -> None:
     config = small_config(tmp_path, sp=1)
     whole = train(config)

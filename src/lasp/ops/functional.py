@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -104,12 +105,21 @@ def _scanned(
 ) -> tuple[Tensor, Tensor | None]:
     """Agree with the other ranks, then scan; `q`, where it is a function, is called while the exchange is under way."""
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
+    if torch.compiler.is_compiling() and getattr(stages, "COMPILED_CONSTANTS_ARE_FIXED", False):
+        x = _learned_per_token(x)
     initial = initial_of(x, initial_state)
     plan, started = Plan(stages, sp, not causal, output_final_state), None
     if callable(q) and sp is not None and sp.size > 1:
         started = start(plan, x, initial) if getattr(stages, "SUMMARY_WITHOUT_QUERIES", False) else None
         x = x._replace(q=_called(q, x.k, x.v))
     return scan(plan, ungrouped(stages, x), initial, started)
+
+
+def _learned_per_token(x: Run) -> Run:
+    """x, with a constant decay per token where its gradient is wanted."""
+    if x.g is None or x.g.dim() > 1 or not x.g.requires_grad:
+        return x
+    return x._replace(g=x.g.expand(x.v.shape[:3]))
 
 
 def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor) -> Tensor:

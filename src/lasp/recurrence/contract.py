@@ -26,6 +26,8 @@ A backend may also have
         `summarize` reads no queries (and its totals hold none), so that these can be computed during the exchange.
     BAD_GATES_GIVE_NAN = True
         A gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look for one before.
+    COMPILED_CONSTANTS_ARE_FIXED = True
+        In a compiled graph `gradients` gives None for g of one number a head: where that is learned, give it per token.
 
 A recurrence whose outputs see the whole sequence instead of the past (`causal=False`) has the same stages; the
 state that enters `outputs` is then the state after all ranks, and the same for gradients.

@@ -284,7 +284,8 @@ class _Run:
         return run_dir
 
     def _name_changes(self) -> None:
-        """Settings that differ from those of the checkpoint, where they change the losses."""
+        """Settings that differ from those of the checkpoint, where they change the losses. Raises ConfigError for one
+        that a checkpoint must have been written with."""
         if self.resumed is None:
             return
         ignored = (
@@ -300,7 +301,13 @@ class _Run:
             "init_from",
         )
         before, now = dict(self.resumed.state["config"]), to_dict(self.config)
-        before["packed"], now["packed"] = before["data"].get("packed", False), now["data"]["packed"]
+        for name in ("packed", "carry"):
+            before[name], now[name] = before["data"].get(name, False), now["data"][name]
+        if now["carry"] and not before["carry"]:
+            raise ConfigError(
+                f"--data.carry goes on from what the steps before left behind, and {self.resumed.folder} was written "
+                "without it: resume without --data.carry, or take the weights into a new run (--init-from)"
+            )
         for name in (*ignored, "model", "sample", "data", "eval_sequences", "device"):
             before.pop(name, None)
             now.pop(name, None)

@@ -3,6 +3,7 @@
 from lasp.kernels.triton.decay.operators import linear_attention as on_one_device
 from lasp.kernels.triton.decay.stages import BAD_GATES_GIVE_NAN, GROUPED_HEADS, SUMMARY_WITHOUT_QUERIES
 from lasp.kernels.triton.decay.traced import (
+    COMPILED_CONSTANTS_ARE_FIXED,
     gradients,
     local_gradients,
     local_outputs,
@@ -13,6 +14,7 @@ from lasp.kernels.triton.decay.traced import (
 
 __all__ = [
     "BAD_GATES_GIVE_NAN",
+    "COMPILED_CONSTANTS_ARE_FIXED",
     "GROUPED_HEADS",
     "SUMMARY_WITHOUT_QUERIES",
     "gradients",

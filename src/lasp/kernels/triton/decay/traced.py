@@ -2,6 +2,9 @@
 
 Around an exchange the compiler traces the scan across ranks and calls these in between. Elsewhere the stages are those
 of `stages`. An operator gives new tensors back: none of its inputs, no two in the same memory.
+
+Whether a gate's gradient is wanted is not known while tracing. Gates of tokens and channels are taken to be learned,
+constants not to be (COMPILED_CONSTANTS_ARE_FIXED), whose sweeps with gradients take twice as long.
 """
 
 # No postponed annotations: the operators' schemas are read from them.
@@ -18,6 +21,8 @@ from lasp.kernels.triton.decay.sweep import PART_ROWS
 from lasp.kernels.triton.decay.work import kind_of, partial_dtype, per_channel, plan_of
 from lasp.recurrence.contract import Run
 
+COMPILED_CONSTANTS_ARE_FIXED = True
+
 
 def _compiling(x: Run) -> bool:
     return torch.compiler.is_compiling() and x.documents is None
@@ -29,8 +34,11 @@ def _untraced(stage: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float) -> Run:
-    # Whether a gate's gradient is wanted is not known while tracing: it is computed.
-    return Run(q, k, v, None if g is None else g.detach().requires_grad_(), scale)
+    return Run(q, k, v, None if g is None else g.detach().requires_grad_(_learned(g)), scale)
+
+
+def _learned(g: Tensor | None) -> bool:
+    return g is not None and g.dim() > 1
 
 
 def _segments(g: Tensor | None, tensors: list[Tensor]) -> Any:
@@ -130,7 +138,7 @@ def _(
         read_q = q.new_empty(B, T, H_v, K, dtype=channel_stages.read_dtype(q.dtype))
         return [read_q, q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32)]
     dq = q.new_empty(B, T, H_v, K, dtype=partial_dtype(q.dtype, q.shape[2], H_v))
-    if g is None:
+    if not _learned(g):
         return [dq]
     columns = p.scalar_keys.columns
     parts = -(-K // columns) * columns // PART_ROWS.value
@@ -150,7 +158,7 @@ def _gradients(
     d_state_out: Tensor,
     scale: float,
 ) -> list[Tensor]:
-    """Of q, k, v and, if there is one, g."""
+    """Of q, k, v and, if it is learned, g."""
     kept = stages.saved_of(g, saved)
     totals, partial = _segments(g, adjoint), _local(g, kept, local)
     found = stages.gradients(_run(q, k, v, g, scale), kept, totals, partial, d_o, d_state_out)
@@ -170,7 +178,7 @@ def _(
     d_state_out: Tensor,
     scale: float,
 ) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in (q, k, v, g) if tensor is not None]
+    return [torch.empty_like(tensor) for tensor in (q, k, v, *([g] if g is not None and _learned(g) else []))]
 
 
 def _summary(x: Run, tensors: list[Tensor]) -> tuple[Summary, Any]:
@@ -219,8 +227,8 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     if not _compiling(x):
         return _untraced(stages.gradients)(x, saved, totals_adjoint, local, d_o, d_state_out)
-    kept = list(local) if x.g is not None else [local.dq]
+    kept = list(local) if _learned(x.g) else [local.dq]
     found = _gradients(
         x.q, x.k, x.v, x.g, stages.saved_list(saved), _segments_list(totals_adjoint), kept, d_o, d_state_out, x.scale
     )
-    return (*found, None) if x.g is None else tuple(found)
+    return tuple(found) if _learned(x.g) else (*found, None)
