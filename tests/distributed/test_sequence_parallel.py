@@ -32,20 +32,29 @@ def lengths_of(share: tuple[int, ...] | None, tokens: int) -> tuple[int, ...] | 
     return tuple(b - a for a, b in zip([0, *cut[:-1]], cut, strict=True))
 
 
-def errors(sp: lasp.SequenceParallel, problem: Problem, expected: dict, backend: str = "torch") -> dict[str, float]:
+def errors(
+    sp: lasp.SequenceParallel,
+    problem: Problem,
+    expected: dict,
+    backend: str = "torch",
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> dict[str, float]:
     """This rank's errors: its shard of o and of every gradient, its share of the sums, the whole final state."""
     leaves = {}
     for name, tensor in problem.inputs.items():
         if tensor is not None:
             whole = name == "initial_state" or tensor.dim() == 1
-            leaves[name] = (tensor if whole else sp.shard(tensor)).clone().requires_grad_()
+            leaf = tensor if whole else sp.shard(tensor)
+            leaves[name] = leaf.to(device, dtype, copy=True).requires_grad_()
     o, final = lasp.linear_attention(
         leaves["q"], leaves["k"], leaves["v"], leaves.get("g"), initial_state=leaves["initial_state"],
         output_final_state=True, causal=problem.causal, sp=sp, backend=backend,
     )  # fmt: skip
     # Every rank holds a different share of the final state's gradient; only their sum is the problem's.
     share = problem.d_final * (2.0 * sp.rank + 1.0) / sp.size**2
-    torch.autograd.backward((o, final), (sp.shard(problem.d_o), share))
+    torch.autograd.backward((o, final), (sp.shard(problem.d_o).to(o), share.to(final)))
     got = {"o": o, "final_state": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
     result = {}
     for name, value in got.items():
@@ -56,7 +65,7 @@ def errors(sp: lasp.SequenceParallel, problem: Problem, expected: dict, backend:
             dist.all_reduce(value)
         elif name not in ("final_state", "d_initial_state"):
             reference = sp.shard(reference)
-        result[name] = relative_error(value, reference)
+        result[name] = relative_error(value.cpu(), reference)
     return result
 
 

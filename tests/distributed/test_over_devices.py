@@ -1,0 +1,27 @@
+"""The schedules under torchrun: two processes over gloo everywhere, and all GPUs over NCCL where there are several."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GPUS = torch.cuda.device_count()
+SCRIPT = Path(__file__).parent / "over_devices.py"
+# fp64 through PyTorch's products, fp32 through the kernels.
+BOUNDS = {"torch": 1e-12, "triton": 2e-6}
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 2), *([("cuda", min(GPUS, 8))] if GPUS > 1 else [])])
+def test_every_schedule_equals_one_process(device: str, processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*command, str(SCRIPT), device], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("control: nothing exchanged") > 0.1
+    bad = {name: error for name, error in found.items() if not error <= BOUNDS[name.split()[0]]}
+    assert not bad and found
