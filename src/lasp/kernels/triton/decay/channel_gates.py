@@ -9,7 +9,7 @@ inputs the gates enter in fp16, exact to 2^-12 of each: a decay 2^-x is then wro
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile
 from lasp.kernels.triton.decay.gates import floored_log2
 
 MIN_BASE_LOG2 = tl.constexpr(-25.0)
@@ -111,3 +111,15 @@ def meets(level, C: tl.constexpr):
     """[C, C]: the pairs that meet at a level, one early, one late in the same block; symmetric."""
     half = tl.arange(0, C) >> level
     return (half[:, None] ^ half[None, :]) == 1
+
+
+@triton.jit
+def with_outside(
+    state, mask, decays_ptr, outside_ptr, k_first, v_first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """A segment's state [BK, BV] from zero, with what comes from beyond the run, decayed to the segment by channel."""
+    channel = k_first + tl.arange(0, BK)
+    decay = tl.exp2(tl.load(decays_ptr + channel, mask=channel < K, other=0.0))
+    outside, _ = state_tile(outside_ptr, k_first, v_first, K, V, V, 1, BK, BV)
+    return state + decay[:, None] * tl.load(outside, mask=mask, other=0.0)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.decay.channel_gates import with_outside
 from lasp.kernels.triton.decay.sweep import place
 
 
@@ -102,10 +103,8 @@ def channel_output_kernel(
     entering, mask = state_tile(states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
     state = tl.load(entering, mask=mask, other=0.0)
     if state_in_ptr is not None:
-        channel = tl.arange(0, BK)
-        before = tl.exp2(tl.load(before_ptr + index * K + channel, mask=channel < K, other=0.0))
-        outside, _ = state_tile(state_in_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
-        state += before[:, None] * tl.load(outside, mask=mask, other=0.0)
+        outside = state_in_ptr + border * K * V
+        state = with_outside(state, mask, before_ptr + index * K, outside, 0, v_first, K, V, BK, BV)
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
         tl.debug_barrier()
         tl.store(entering, state, mask=mask)
@@ -159,10 +158,8 @@ def channel_value_gradient_kernel(
     inside, mask = state_tile(d_states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
     state = tl.load(inside, mask=mask, other=0.0)
     if d_state_out_ptr is not None:
-        channel = tl.arange(0, BK)
-        after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
-        outside, _ = state_tile(d_state_out_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
-        state += after[:, None] * tl.load(outside, mask=mask, other=0.0)
+        outside = d_state_out_ptr + border * K * V
+        state = with_outside(state, mask, after_ptr + index * K, outside, 0, v_first, K, V, BK, BV)
     row = tl.cast(batch, tl.int64) * T
     token_head = row * H_v + head
     _sweep(

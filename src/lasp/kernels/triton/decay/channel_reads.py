@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.decay.channel_gates import with_outside
 from lasp.kernels.triton.decay.sweep import place
 
 
@@ -160,10 +161,8 @@ def channel_key_reads_kernel(
     inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
     state = tl.load(inside, mask=mask, other=0.0)
     if d_state_out_ptr is not None:
-        channel = k_first + tl.arange(0, BK)
-        after = tl.exp2(tl.load(after_ptr + index * K + channel, mask=channel < K, other=0.0))
-        outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
-        state += after[:, None] * tl.load(outside, mask=mask, other=0.0)
+        outside = d_state_out_ptr + border * K * V
+        state = with_outside(state, mask, after_ptr + index * K, outside, k_first, 0, K, V, BK, BV)
     end_ptr = states_ptr + (index + 1) * K * V
     if ends:
         end_ptr = state_out_ptr + border * K * V
