@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peer_tuning import take_part
 from torch import Tensor
 
 import lasp
@@ -74,44 +75,35 @@ def make(gate: str, tokens: int, heads: int, value_heads: int, dim: int, device:
     return {**problem, **{name: t.to(device) for name, t in rest.items() if t is not None}}
 
 
-def solve(problem: dict, backend: str, sp: lasp.SequenceParallel | None = None, spread: bool = False) -> dict:
-    """Outputs, final state and gradients; of this rank's shard where there are ranks."""
+def solve(
+    problem: dict,
+    backend: str,
+    sp: lasp.SequenceParallel | None = None,
+    spread: bool = False,
+    lengths: tuple[int, ...] | None = None,
+) -> dict:
+    """Outputs, final state and gradients; of this rank's shard where there are ranks.
+
+    lengths: compute so many tokens at a time, each from the state before; all at once if None.
+    """
     whole = ("initial_state", "d_final")
     local = {name: t if sp is None or name in whole else sp.shard(t) for name, t in problem.items()}
     d_o, d_final = local.pop("d_o"), local.pop("d_final")
     leaves = {name: t.detach().clone().requires_grad_() for name, t in local.items()}
-    g = leaves.get("g")
-    if g is not None and spread:
-        g = g[..., None].expand(*g.shape, leaves["k"].shape[-1])
-    o, final = lasp.delta_rule(
-        leaves["q"], leaves["k"], leaves["v"], leaves["beta"], g, initial_state=leaves["initial_state"],
-        output_final_state=True, normalize_qk=True, sp=sp, backend=backend,
-    )  # fmt: skip
-    torch.autograd.backward((o, final), (d_o.to(o.dtype), d_final.to(final.dtype) / (1 if sp is None else sp.size)))
-    return {"o": o.detach(), "final_state": final.detach(), **{f"d_{name}": t.grad for name, t in leaves.items()}}
-
-
-def in_pieces(problem: dict, backend: str, lengths: tuple[int, ...], spread: bool) -> dict:
-    """As `solve`, of one process that computes `lengths` tokens at a time, each from the state before."""
-    d_o, d_final = problem["d_o"], problem["d_final"]
-    inputs = {name: t for name, t in problem.items() if name not in ("d_o", "d_final")}
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
-    parts = {name: t.split(list(lengths), 1) for name, t in leaves.items() if name != "initial_state"}
-    state, outputs = leaves["initial_state"], []
-    for index, tokens in enumerate(lengths):
-        if tokens == 0:
-            continue
-        part = {name: tensors[index] for name, tensors in parts.items()}
+    state, outputs, first = leaves["initial_state"], [], 0
+    for tokens in lengths or (d_o.shape[1],):
+        part = {name: t[:, first : first + tokens] for name, t in leaves.items() if name != "initial_state"}
         g = part.get("g")
         if g is not None and spread:
             g = g[..., None].expand(*g.shape, part["k"].shape[-1])
         o, state = lasp.delta_rule(
-            part["q"], part["k"], part["v"], part["beta"], g, initial_state=state, output_final_state=True,
-            normalize_qk=True, backend=backend,
+            part["q"], part["k"], part["v"], part["beta"], g, initial_state=state,
+            output_final_state=True, normalize_qk=True, sp=sp, backend=backend,
         )  # fmt: skip
         outputs.append(o)
+        first += tokens
     o = torch.cat(outputs, 1)
-    torch.autograd.backward((o, state), (d_o.to(o.dtype), d_final.to(state.dtype)))
+    torch.autograd.backward((o, state), (d_o.to(o.dtype), d_final.to(state.dtype) / (1 if sp is None else sp.size)))
     return {"o": o.detach(), "final_state": state.detach(), **{f"d_{name}": t.grad for name, t in leaves.items()}}
 
 
@@ -134,18 +126,6 @@ def errors(got: dict, expected: dict) -> dict[str, float]:
         size = expected[name].double().norm().item()
         result[name] = difference / size if size > 0 else difference
     return result
-
-
-def take_first_configurations() -> None:
-    """Do not time kernels' configurations, which takes minutes: correctness is what is asked."""
-    from triton.runtime.autotuner import Autotuner
-
-    made = Autotuner.__init__
-
-    def first_only(self, fn, arg_names, configs, *args, **kwargs):  # type: ignore[no-untyped-def]
-        made(self, fn, arg_names, configs[:1], *args, **kwargs)
-
-    Autotuner.__init__ = first_only
 
 
 def in_turn(rank: int, function: Callable[[], Any]) -> Any:
@@ -182,7 +162,8 @@ def compare(rank: int, size: int, gate: str, options: argparse.Namespace) -> dic
     chained = {}
     for lengths in (None, ragged):
         cut = lengths or tuple(len(part) for part in torch.arange(options.tokens).tensor_split(size))
-        chained[lengths] = in_pieces(problem, options.backend, cut, refusal is not None)
+        pieces_of = tuple(tokens for tokens in cut if tokens > 0)
+        chained[lengths] = solve(problem, options.backend, None, refusal is not None, pieces_of)
     for exchange in options.exchanges.split(","):
         for lengths in (None, ragged):
             sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange, lengths=lengths)
@@ -248,7 +229,8 @@ def versions(options: argparse.Namespace) -> dict[str, str]:
 
 def work(rank: int, size: int, store: str, options: argparse.Namespace) -> None:
     if options.backend == "fla" and not options.tune:
-        take_first_configurations()
+        # Do not time kernels' configurations, which takes minutes: correctness is what is asked.
+        take_part(0, sys.maxsize)
     if options.device == "cuda":
         torch.cuda.set_device(0)
     torch.set_num_threads(1)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kernels import peak_bytes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -126,18 +127,6 @@ def milliseconds(function: Callable[[], Any], device: str, repetitions: int) -> 
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
-def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
-    """None on a CPU, whose memory PyTorch does not count."""
-    if device != "cuda":
-        function()
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measure(
     loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], reference: list[Tensor], d_loss: float
 ) -> dict[str, Any]:
@@ -156,7 +145,8 @@ def measure(
         results = step()  # the first call also compiles
         errors = list(map(relative_error, results, reference))
         del results
-        peak, times = peak_bytes(step, device), milliseconds(step, device, 5)
+        # PyTorch does not count a CPU's memory.
+        peak, times = peak_bytes(step) if device == "cuda" else None, milliseconds(step, device, 5)
         with torch.no_grad():
             scoring = milliseconds(forward, device, 3)
     except torch.OutOfMemoryError:
