@@ -111,10 +111,12 @@ def compute(
         forward, backward, attention = forward + there, backward + back, attention + there + back
         again += there * (recomputation != "none")
     head = 2.0 * positions * config.vocab_size * config.d_model
-    # The loss computes its logits again in the backward pass, and moves them in fp32 about six times.
-    logits = 4.0 * positions * config.vocab_size
-    forward += kernel(device, head, 0) + 3 * logits / device.bytes_per_s
-    backward += kernel(device, 3 * head, 0) + 6 * logits / device.bytes_per_s
+    # lasp.models.loss takes both gradients in the forward pass. Logits are written, read by log softmax, written over
+    # by their gradient, which two products read; between, log softmax is written and read in fp32. Backward scales the
+    # weight's gradient.
+    moved = (5 * narrow + 8.0) * positions * config.vocab_size
+    forward += kernel(device, 3 * head, 0) + moved / device.bytes_per_s
+    backward += 8.0 * config.vocab_size * config.d_model / device.bytes_per_s
     # AdamW reads weight, gradient and two moments and writes three of them, fp32.
     optimizer = 28.0 * optimizer_parameters / device.bytes_per_s
     launch = device.host_s_per_layer * config.num_layers * (1 + (recomputation != "none") / 3)
