@@ -43,7 +43,7 @@ def group_work(size: int, repetitions: int) -> Callable[[int], dict[str, Any]]:
 
         from lasp.distributed.comm import Comm
         from lasp.distributed.mesh import build_mesh
-        from lasp.exchange.measure import fit, measure
+        from lasp.exchange.measure import fit, operations
         from lasp.models import CausalLM, preset
         from lasp.parallelize import ParallelModel, parallelize
 
@@ -109,7 +109,8 @@ def group_work(size: int, repetitions: int) -> Callable[[int], dict[str, Any]]:
         figures: dict[str, Any] = {"single": single, "whole": whole, "probes": probes, "load": load}
         if size > 1:
             assert dist.group.WORLD is not None
-            figures["constants"] = measure(Comm(dist.group.WORLD, 300.0), torch.device("cpu"), repetitions=10)
+            comm = Comm(dist.group.WORLD, 300.0)
+            figures["constants"] = operations(comm, torch.device("cpu"), repetitions=10).constants()
             sizes, times = (64 << 10, 1 << 20, 8 << 20), []
             for nbytes in sizes:
                 tensor, own = torch.zeros(nbytes // 4), []

@@ -107,11 +107,11 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
     from lasp.distributed.comm import Comm
     from lasp.exchange import EXCHANGES, Auto, Load, Pipelined
     from lasp.exchange.cost import Model
-    from lasp.exchange.measure import exchange_work, measure, timings
+    from lasp.exchange.measure import exchange_work, operations, timings
 
     assert dist.group.WORLD is not None
     comm = Comm(dist.group.WORLD, 300.0)
-    constants = measure(comm, device, repetitions=2 * config.repetitions)
+    constants = operations(comm, device, repetitions=2 * config.repetitions).constants()
     if config.save is not None and comm.rank == 0:
         constants.save(config.save)
     auto, rows = Auto(constants), []

@@ -20,7 +20,7 @@ from lasp.exchange.base import Exchange, Line
 from lasp.exchange.cost import Constants, Link
 from lasp.exchange.load import Load
 
-# Bytes that a rank receives in one elementary operation.
+# Bytes that a rank receives in one elementary operation, where not given.
 PROBES = (4 << 10, 64 << 10, 512 << 10, 4 << 20)
 
 
@@ -85,12 +85,34 @@ def random_summary(load: Load, seed: int, device: torch.device) -> tuple[Summary
     return Summary(transitions[load.transition](), state), torch.zeros_like(state)
 
 
-def measure(comm: Comm, device: torch.device, *, repetitions: int = 40) -> Constants:
-    """The constants of a group of at least two ranks, the same on all. Takes seconds.
+class Operations(NamedTuple):
+    """Times of the elementary operations on a group of ranks.
 
-    Lower quartiles are taken, as whatever else a machine does only adds time.
-    One host is assumed to be all there is: `across` is what a message costs in the group's ring.
+    Attributes:
+        sizes: bytes that a rank receives in one.
+        times: of one operation of every size, by the name that it has in `Constants`.
+        flops_per_s: of matrix products.
+        source: where the numbers come from.
     """
+
+    sizes: tuple[int, ...]
+    times: dict[str, list[Timing]]
+    flops_per_s: float
+    source: str
+
+    def constants(self) -> Constants:
+        """A latency and a bandwidth for each, of lower quartiles: whatever else a machine does only adds time.
+
+        One host is assumed to be all there is: `across` is what a message costs in the group's ring.
+        """
+        links = {name: fit(self.sizes, [timing.low for timing in times]) for name, times in self.times.items()}
+        return Constants(**links, across=links["message"], flops_per_s=self.flops_per_s, source=self.source)
+
+
+def operations(
+    comm: Comm, device: torch.device, *, sizes: tuple[int, ...] = PROBES, repetitions: int = 40
+) -> Operations:
+    """The times on a group of at least two ranks, the same on all. Takes seconds."""
     size, others = comm.size, comm.size - 1
 
     def floats(nbytes: float) -> Tensor:
@@ -134,20 +156,16 @@ def measure(comm: Comm, device: torch.device, *, repetitions: int = 40) -> Const
         "fold": (lambda n: _bound(fold, floats(n), True), 1),
         "fold_alone": (lambda n: _bound(fold, floats(n), comm.rank == 0), 1),
     }
-    works = [make(n) for make, _ in probes.values() for n in PROBES]
+    works = [make(n) for make, _ in probes.values() for n in sizes]
     edge = 128
     matrix = torch.zeros(16, edge, edge, device=device)
-    *times, products = timings(comm, [*works, _bound(product, matrix)], device, repetitions)
-    links: dict[str, Link] = {}
+    *timed, products = timings(comm, [*works, _bound(product, matrix)], device, repetitions)
+    times: dict[str, list[Timing]] = {}
     for index, (name, (_, count)) in enumerate(probes.items()):
-        own = times[index * len(PROBES) : (index + 1) * len(PROBES)]
-        links[name] = fit(PROBES, [timing.low / count for timing in own])
-    return Constants(
-        **links,
-        across=links["message"],
-        flops_per_s=2 * 16 * edge**3 / products.low,
-        source=f"measured on {size} ranks over {comm.backend} on {device.type}",
-    )
+        own = timed[index * len(sizes) : (index + 1) * len(sizes)]
+        times[name] = [Timing(*(seconds / count for seconds in timing)) for timing in own]
+    source = f"measured on {size} ranks over {comm.backend} on {device.type}"
+    return Operations(sizes, times, 2 * 16 * edge**3 / products.low, source)
 
 
 def fit(nbytes: Sequence[int], seconds: Sequence[float]) -> Link:
