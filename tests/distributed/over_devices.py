@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/distributed/over_devices.py cpu|cuda
 
-The first rank prints, as JSON, the largest relative error of any rank and tensor, by backend, schedule and kind of
-decay, and what the comparison sees where nothing is exchanged.
+The first rank prints, as JSON, the largest relative error of any rank and tensor, by backend, schedule and recurrence
+(every kind of decay, the delta rule with each of its own), and what the comparison sees where nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "distributed"), str(TESTS / "ops"), str(TESTS)]
 
+import test_delta_rule as delta  # noqa: E402
 from problems import GATES, make, solve  # noqa: E402
 from test_sequence_parallel import errors  # noqa: E402
 
@@ -46,6 +48,13 @@ def main() -> None:
             for name in EXCHANGES:
                 sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths)
                 found[f"{backend} {name} {gate}"] = errors(sp, problem, expected, backend, dtype=dtype, device=device)
+    for gate in delta.GATES:
+        dense = delta.make(gate, tokens=tokens, batch=1, keys=8, values=8)
+        references = delta.solve(dense, "reference")
+        for name in EXCHANGES:
+            sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths)
+            values = delta.solve(dense, sp=sp, device=device)
+            found[f"delta {name} {gate}"] = delta.errors(values, references, sp)
     # The control: a rank that computes its shard alone.
     part = slice(0, 40) if rank == 0 else slice(40, tokens if rank == 1 else 40)
     alone = {

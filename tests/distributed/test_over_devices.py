@@ -12,8 +12,9 @@ import torch
 
 GPUS = torch.cuda.device_count()
 SCRIPT = Path(__file__).parent / "over_devices.py"
-# fp64 through PyTorch's products, fp32 through the kernels.
-BOUNDS = {"torch": 1e-12, "triton": 2e-6}
+# fp64 through PyTorch's products; fp32 through the kernels, where a constant's gradient is a sum of terms that cancel;
+# the delta rule in fp64, whose triangular systems cost digits.
+BOUNDS = {"torch": 1e-12, "triton": 2e-5, "delta": 1e-10}
 
 
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 2), *([("cuda", min(GPUS, 8))] if GPUS > 1 else [])])

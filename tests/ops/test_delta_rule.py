@@ -63,11 +63,13 @@ def solve(
     backend: str = "torch",
     dtype: torch.dtype = torch.float64,
     sp: lasp.SequenceParallel | None = None,
+    device: torch.device | None = None,
     **options: bool,
 ) -> dict[str, Tensor]:
     """Outputs, final state and all gradients; of this rank's shard where there are ranks."""
     whole = ("initial_state", "d_final")
-    local = {n: (t if sp is None or n in whole else sp.shard(t)).to(dtype, copy=True) for n, t in problem.items()}
+    shards = {name: t if sp is None or name in whole else sp.shard(t) for name, t in problem.items()}
+    local = {name: t.to(device, dtype, copy=True) for name, t in shards.items()}
     # Every rank holds a different share of the final state's gradient; only their sum is the problem's.
     share = 1.0 if sp is None else (2.0 * sp.rank + 1.0) / sp.size**2
     d_o, d_final = local.pop("d_o"), local.pop("d_final") * share
@@ -82,6 +84,13 @@ def solve(
         "final_state": final.detach(),
         **{f"d_{name}": t.grad for name, t in leaves.items()},
     }
+
+
+def errors(values: dict[str, Tensor], references: dict[str, Tensor], sp: lasp.SequenceParallel) -> dict[str, float]:
+    """This rank's: its shard of outputs and gradients, the whole final state, d_initial_state on the first rank."""
+    own = {n: t if n in ("final_state", "d_initial_state") else sp.shard(t) for n, t in references.items()}
+    own["d_initial_state"] = own["d_initial_state"] * (sp.rank == 0)
+    return {name: relative_error(value.cpu(), own[name]) for name, value in values.items()}
 
 
 @given(
@@ -165,14 +174,9 @@ def test_crosses_ranks(gate):
             for problem, reference, cuts in zip(problems, expected, shards, strict=True):
                 for lengths in cuts:
                     sp = base.with_lengths(lengths)
-                    for name, value in solve(problem, sp=sp).items():
-                        target = reference[name]
-                        if name == "d_initial_state":
-                            target = target if rank == 0 else torch.zeros_like(target)
-                        elif name != "final_state":
-                            target = sp.shard(target)
-                        if not relative_error(value, target) < FP64:
-                            failures.append((f"{exchange} {lengths} {name}", relative_error(value, target)))
+                    for name, error in errors(solve(problem, sp=sp), reference, sp).items():
+                        if not error < FP64:
+                            failures.append((f"{exchange} {lengths} {name}", error))
         return failures
 
     for rank, failures in enumerate(run(3, work)):
