@@ -1,11 +1,10 @@
-"""Latency and bandwidth of what exchanges are made of, and of copies from GPU to GPU that no schedule uses yet.
+"""Latency and bandwidth of what exchanges are made of.
 
     torchrun --nproc-per-node 2 -m benchmarks.collectives --output FOLDER       (one process a GPU)
     python -m benchmarks.collectives --repetitions 2 --output FOLDER            (two gloo processes: checks the script)
 
 The operations are those of `lasp bench exchange`, for more sizes. Writes all times, and beside them the constants
-that fit, for lasp.exchange.Auto(Constants.load(path)). Copies between GPUs go through symmetric memory: every rank
-writes into the next one's buffer and raises a signal, for which that one waits.
+that fit, for lasp.exchange.Auto(Constants.load(path)).
 """
 
 from __future__ import annotations
@@ -20,74 +19,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.processes import run
 from lasp.distributed.comm import Comm
-from lasp.exchange.base import Line
-from lasp.exchange.measure import PROBES, Timing, fit, operations, timings
+from lasp.exchange.measure import PROBES, fit, operations
 from lasp.train.config import ParallelOptions, TrainConfig
-from lasp.train.world import World, join, leave
+from lasp.train.world import join, leave
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = tuple(64 << 10 + 2 * power for power in range(5))  # to 16 MiB
 SIGNAL_TIMEOUT_MS = 10_000
-
-
-class PeerCopies:
-    """Buffers of `nbytes` on every rank of a group, which the other ranks write to directly. CUDA, one host.
-
-    Raises RuntimeError where they would be set up for multicast, which this does not use and must not switch on.
-    """
-
-    def __init__(self, comm: Comm, group: dist.ProcessGroup, nbytes: int, device: torch.device) -> None:
-        import torch.distributed._symmetric_memory as symmetric
-
-        if symmetric._SymmetricMemory.has_multicast_support(torch._C._autograd.DeviceType.CUDA, device.index):
-            raise RuntimeError(
-                "symmetric memory would be set up for NVLink multicast: TORCH_SYMM_MEM_DISABLE_MULTICAST=1 keeps it out"
-            )
-        self.comm, self.count = comm, nbytes // 4
-        # The buffer lives as long as its handle is used.
-        self.own = symmetric.empty(self.count, dtype=torch.float32, device=device)
-        self.handle = symmetric.rendezvous(self.own, group)
-        self.buffers = [self.handle.get_buffer(rank, (self.count,), torch.float32) for rank in range(comm.size)]
-
-    def shift(self, payload: Tensor, reverse: bool) -> None:
-        """`payload` goes to the next rank of the line; what comes from the one before is in `own` afterwards."""
-        line = Line(self.comm, reverse)
-        if line.position < line.size - 1:
-            after = line.rank(line.position + 1)
-            self.buffers[after][: payload.numel()].copy_(payload)
-            self.handle.put_signal(after, int(reverse), SIGNAL_TIMEOUT_MS)
-        if line.position > 0:
-            self.handle.wait_signal(line.rank(line.position - 1), int(reverse), SIGNAL_TIMEOUT_MS)
-
-    def there_and_back(self, payload: Tensor) -> None:
-        for reverse in (False, True):
-            self.shift(payload, reverse)
-
-    def check(self) -> None:
-        """Raises RuntimeError unless every rank gets what the one before sent, in both directions."""
-        for reverse in (False, True):
-            line = Line(self.comm, reverse)
-            self.own.fill_(-1.0)
-            self.comm.all_gather(self.own[:1].clone()).wait()  # nobody writes before all are filled
-            self.shift(torch.full_like(self.own, float(self.comm.rank)), reverse)
-            expected = -1.0 if line.position == 0 else float(line.rank(line.position - 1))
-            got = self.comm.all_gather((self.own == expected).all().float().view(1)).wait()
-            if not bool(got.all()):
-                raise RuntimeError(f"peer copies (reverse={reverse}) brought something else: right on {got.flatten()}")
-
-
-def peer_times(world: World, comm: Comm, sizes: tuple[int, ...], repetitions: int) -> list[Timing]:
-    """Of one copy of every rank to its neighbour, with its signal."""
-    assert world.mesh is not None
-    copies = PeerCopies(comm, world.mesh["sp"].get_group(), max(sizes), world.device)
-    copies.check()
-    payloads = [torch.zeros(nbytes // 4, device=world.device) for nbytes in sizes]
-    works = [lambda payload=payload: copies.there_and_back(payload) for payload in payloads]
-    return [Timing(*(seconds / 2 for seconds in each)) for each in timings(comm, works, world.device, repetitions)]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -100,7 +41,7 @@ def table(record: dict[str, Any]) -> str:
         times = {row["bytes"]: row["s"] for row in record["rows"] if row["operation"] == name}
         cells = " | ".join(f"{1e6 * times[nbytes]:.1f}" for nbytes in sizes)
         lines.append(f"| {name} | {cells} | {1e6 * link['latency_s']:.1f} | {link['bytes_per_s'] / 1e9:.1f} |")
-    return "\n".join([*lines, *([f"\npeer copies: {record['refused']}"] if record["refused"] else [])])
+    return "\n".join(lines)
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -112,14 +53,7 @@ def measure(options: argparse.Namespace) -> int:
     comm, is_cuda = Comm(world.mesh["sp"].get_group(), 300.0), world.device.type == "cuda"
     sizes = (PROBES[0], *options.sizes)
     found = operations(comm, world.device, sizes=sizes, repetitions=options.repetitions)
-    times, refused = dict(found.times), None
-    if is_cuda:
-        try:
-            times["peer copy"] = peer_times(world, comm, sizes, options.repetitions)
-        except (
-            RuntimeError
-        ) as error:  # a machine without peer access, or with multicast: the rest is of use all the same
-            refused = str(error)[:300]
+    times = dict(found.times)
     where = torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {os.cpu_count()} cores"
     record = {
         "what": "elementary operations of exchanges; bytes are those that a rank receives, times of the slowest rank",
@@ -136,7 +70,6 @@ def measure(options: argparse.Namespace) -> int:
             for nbytes, timing in zip(sizes, timings_of, strict=True)
         ],
         "links": {name: fit(sizes, [timing.low for timing in each])._asdict() for name, each in times.items()},
-        "refused": refused,
     }
     if world.is_first:
         slug = where.lower().replace(" ", "-") if is_cuda else "cpu"

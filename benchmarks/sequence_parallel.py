@@ -61,7 +61,7 @@ BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 CHECKED_TOKENS = 192
 SLOWEST_DECAY = 0.02
 # Schedules measured unless all are asked for, as far as they exist.
-USUAL = ("ring", "all_gather", "peer")
+USUAL = ("ring", "all_gather")
 ONE_RANK = ("recurrence", "eager", "one rank")
 # From here on a call takes long enough for fewer repetitions.
 LONG_TOKENS = 131072
@@ -395,7 +395,8 @@ def measure(options: argparse.Namespace) -> int:
         shape = shape._replace(tokens=tuple(options.tokens))
     is_cuda = world.device.type == "cuda"
     where = torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {os.cpu_count()} cores, gloo"
-    schedules = list(EXCHANGES) if options.all_schedules else [name for name in USUAL if name in EXCHANGES]
+    schedules = list(EXCHANGES) if options.all_schedules else list(USUAL)
+    schedules += ["peer"] if world.device.type == "cuda" else []
     bench = Bench(world, shape, options.constants, schedules)
     record: dict[str, Any] = {
         "what": "an attention layer, and its recurrence, constant decay, forward and backward, over ranks and on one",

@@ -38,6 +38,7 @@ def main() -> None:
         backends.append(("triton", torch.float32))
     group = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(group, timeout=timedelta(seconds=60), device_id=device if group == "nccl" else None)
+    names = [*EXCHANGES, *(["peer"] if group == "nccl" else [])]
     tokens = 150
     lengths = (40, tokens - 40, *[0] * (size - 2))
     found = {}
@@ -45,13 +46,13 @@ def main() -> None:
         problem = make(gate, tokens=tokens, batch=1, value_heads=4, keys=16, values=16)
         expected = solve(problem, "reference")
         for backend, dtype in backends:
-            for name in EXCHANGES:
+            for name in names:
                 sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths)
                 found[f"{backend} {name} {gate}"] = errors(sp, problem, expected, backend, dtype=dtype, device=device)
     for gate in delta.GATES:
         dense = delta.make(gate, tokens=tokens, batch=1, keys=8, values=8)
         references = delta.solve(dense, "reference")
-        for name in EXCHANGES:
+        for name in names:
             sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths)
             values = delta.solve(dense, sp=sp, device=device)
             found[f"delta {name} {gate}"] = delta.errors(values, references, sp)

@@ -123,6 +123,7 @@ class Comm:
         self._sending: deque[tuple[Any, Tensor]] = deque()
         self._nodes: tuple[int, ...] | None = (1,) if self.size == 1 else None
         if self.size == 1:
+            self._group = group
             return
         options: dict[str, Any] = {
             "ranks": self.global_ranks,
@@ -161,10 +162,30 @@ class Comm:
             self._nodes = tuple(len(list(ranks)) for _, ranks in groupby(bytes(host.tolist()) for host in hosts))
         return self._nodes
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group whose operations carry tensors."""
+        return self._group
+
+    def gathered(self, number: int) -> list[int]:
+        """Every rank's number, by way of the hosts."""
+        if self.size == 1:
+            return [number]
+        own = torch.tensor([number])
+        numbers = [torch.empty_like(own) for _ in range(self.size)]
+        self.operations += 1
+        with self.explained("compare a number with the other ranks"):
+            dist.all_gather(numbers, own, group=self._control)
+        return [int(each) for each in numbers]
+
+    def everywhere(self, condition: bool) -> bool:
+        """Whether it holds on every rank."""
+        return all(self.gathered(int(condition)))
+
     def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
         """Start gathering every rank's `tensor` [n]; the result is [size, n]."""
         gathered = tensor.new_empty(self.size, tensor.numel())
-        self._count(sent=tensor.nbytes * (self.size - 1), received=tensor.nbytes * (self.size - 1))
+        self.count(sent=tensor.nbytes * (self.size - 1), received=tensor.nbytes * (self.size - 1))
         with self.explained("start an all-gather"):
             work = _all_gather(gathered.view(-1), tensor, group=self._group, async_op=True)
         return Pending(self, work, "finish an all-gather", lambda: gathered)
@@ -172,7 +193,7 @@ class Comm:
     def send(self, tensor: Tensor, to: int) -> None:
         """Start sending `tensor`; it is kept alive, and must not change, until it has left."""
         self._reap()
-        self._count(sent=tensor.nbytes)
+        self.count(sent=tensor.nbytes)
         payload = tensor.detach().contiguous()
         payload = payload.cpu() if self._through_host else payload
         with self.explained(f"send a state to rank {to}"):
@@ -180,7 +201,7 @@ class Comm:
 
     def receive(self, like: Tensor, source: int) -> Pending[Tensor]:
         """Start receiving a tensor shaped as `like` from rank `source`."""
-        self._count(received=like.nbytes)
+        self.count(received=like.nbytes)
         buffer = self._buffer(like)
         with self.explained(f"receive a state from rank {source}"):
             work = dist.irecv(buffer, group=self._group, group_src=source)
@@ -217,9 +238,9 @@ class Comm:
             for buffer, (_, source) in zip(buffers, receives, strict=True)
         ]
         for tensor in outgoing:
-            self._count(sent=tensor.nbytes)
+            self.count(sent=tensor.nbytes)
         for buffer in buffers:
-            self._count(received=buffer.nbytes)
+            self.count(received=buffer.nbytes)
         peers = sorted({peer for _, peer in (*sends, *receives)})
         what = f"exchange states with ranks {peers}"
         with self.explained(what):
@@ -237,7 +258,7 @@ class Comm:
         counts = [0 if r == rank else part.numel() for r, part in enumerate(parts)]
         expected = [0 if r == rank else n for r, n in enumerate(sizes)]
         incoming = outgoing.new_empty(sum(expected))
-        self._count(sent=outgoing.nbytes, received=incoming.nbytes)
+        self.count(sent=outgoing.nbytes, received=incoming.nbytes)
         with self.explained("start an all-to-all"):
             work = dist.all_to_all_single(incoming, outgoing, expected, counts, group=self._group, async_op=True)
 
@@ -254,7 +275,7 @@ class Comm:
             return tensor
         tensor = tensor.detach().contiguous() if self.rank == source else torch.empty_like(tensor).contiguous()
         share = {"sent": tensor.nbytes * (self.size - 1)} if self.rank == source else {"received": tensor.nbytes}
-        self._count(**share)
+        self.count(**share)
         with self.waiting(f"broadcast from rank {source}"):
             dist.broadcast(tensor, group=self._group, group_src=source)
         return tensor
@@ -293,7 +314,8 @@ class Comm:
         device = "cpu" if self._through_host else like.device
         return torch.empty_like(like, device=device, memory_format=torch.contiguous_format)
 
-    def _count(self, **share: int) -> None:
+    def count(self, **share: int) -> None:
+        """Add one operation with bytes `sent` and `received`."""
         self.operations += 1
         self.counters.add(**share)
 

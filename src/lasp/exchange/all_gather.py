@@ -25,16 +25,19 @@ class _Pending:
         self._gathering, self._want_total = gathering, want_total
 
     def wait(self) -> Carried:
-        gathered = self._gathering.wait()
-        line = self._line
-        state, entering = self._initial, self._initial
-        for position in range(line.size):
-            if position == line.position:
-                entering = state
-                if not self._want_total:
-                    break
-            state = self._summary.unpack_like(gathered[line.rank(position)]).apply(state)
-        return Carried(entering, state if self._want_total else None)
+        return fold(self._line, self._summary, self._initial, self._gathering.wait(), self._want_total)
+
+
+def fold(line: Line, own: Summary, initial: Tensor, gathered: Tensor, want_total: bool) -> Carried:
+    """All ranks' packed summaries [size, n], like this rank's `own`, applied to `initial` in the line's order."""
+    state, entering = initial, initial
+    for position in range(line.size):
+        if position == line.position:
+            entering = state
+            if not want_total:
+                break
+        state = own.unpack_like(gathered[line.rank(position)]).apply(state)
+    return Carried(entering, state if want_total else None)
 
 
 class AllGather:

@@ -19,6 +19,8 @@ from lasp.exchange.doubling import Doubling
 from lasp.exchange.hierarchical import Hierarchical
 from lasp.exchange.load import Load
 from lasp.exchange.local import Local
+from lasp.exchange.peer import Peer
+from lasp.exchange.peer import is_possible as peers_are_possible
 from lasp.exchange.pipelined import Pipelined
 from lasp.exchange.ring import Ring
 
@@ -34,13 +36,18 @@ class Candidate(NamedTuple):
 
 @cache
 def rank_schedules(
-    load: Load, nodes: tuple[int, ...], constants: Constants, *, want_total: bool = False
+    load: Load, nodes: tuple[int, ...], constants: Constants, *, want_total: bool = False, peers: bool = False
 ) -> tuple[Candidate, ...]:
-    """All schedules for a load, from the fastest predicted to the slowest; ties keep a fixed order."""
+    """All schedules for a load, from the fastest predicted to the slowest; ties keep a fixed order.
+
+    peers: the ranks can write into each other's memory.
+    """
     model = Model(load, nodes, constants)
     schedules: list[Exchange] = [AllGather(), Ring(), Doubling(), AllToAll(), Pipelined(constants=constants)]
     if len(nodes) > 1:
         schedules.append(Hierarchical())
+    if peers and constants.peer is not None and len(nodes) == 1:
+        schedules.insert(0, Peer())
     candidates = [Candidate(schedule, schedule.seconds(model, want_total=want_total)) for schedule in schedules]
     ranked = tuple(sorted(candidates, key=lambda candidate: candidate.seconds))
     if logger.isEnabledFor(logging.DEBUG):
@@ -81,11 +88,16 @@ class Auto:
             return "auto"
         return f"auto by constants {self.constants.fingerprint}"
 
-    def choose(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> Exchange:
-        """The schedule for a load; `nodes` as in `Exchange.traffic`."""
+    def choose(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False, peers: bool = False) -> Exchange:
+        """The schedule for a load; `nodes` as in `Exchange.traffic`, `peers` as in `rank_schedules`."""
         if sum(nodes) == 1:
             return Local()
-        return rank_schedules(load, nodes, self.constants, want_total=want_total)[0].exchange
+        return rank_schedules(load, nodes, self.constants, want_total=want_total, peers=peers)[0].exchange
+
+    def chosen(self, comm: Comm, summary: Summary, *, want_total: bool) -> Exchange:
+        """The schedule for what a rank is about to give. Collective when first asked for a size."""
+        peers = self.constants.peer is not None and peers_are_possible(comm, summary)
+        return self.choose(Load.of(summary), comm.nodes, want_total=want_total, peers=peers)
 
     def explain(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> str:
         """The choice as a table: predicted time and bytes of every schedule."""
@@ -95,7 +107,7 @@ class Auto:
     def begin(
         self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange:
-        chosen = self.choose(Load.of(summary), comm.nodes, want_total=want_total)
+        chosen = self.chosen(comm, summary, want_total=want_total)
         return chosen.begin(comm, summary, initial, reverse=reverse, want_total=want_total)
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:

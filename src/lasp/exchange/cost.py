@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ class Constants:
         shift: every rank sends one message and receives one, at the same time.
         gather, swap, broadcast: the collectives; an all-to-all is a swap.
         across: one message to a rank on another host.
+        peer: every rank writes into every other rank's memory; None where they cannot.
         fold, fold_alone: apply a summary to a state of so many bytes, without matrix products, on all ranks at once and
             on one while the others wait. They differ where ranks share cores or memory.
         flops_per_s: of matrix products in the state's dtype, for dense transitions.
@@ -52,6 +54,7 @@ class Constants:
     fold_alone: Link
     flops_per_s: float
     source: str
+    peer: Link | None = None
 
     def save(self, path: Path | str) -> None:
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -66,6 +69,8 @@ class Constants:
         try:
             values = json.loads(Path(path).read_text())
             links: dict[str, Any] = {name: _link(values.pop(name)) for name in LINKS}
+            peer = values.pop("peer", None)
+            links["peer"] = None if peer is None else _link(peer)
             return cls(**links, flops_per_s=_positive(values.pop("flops_per_s")), **values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
@@ -149,6 +154,11 @@ class Model:
 
     def broadcast(self, nbytes: float) -> float:
         return self._collective(self.constants.broadcast, nbytes)
+
+    def peer(self, nbytes: float) -> float:
+        """Never, where ranks cannot write into each other's memory."""
+        link = self.constants.peer
+        return math.inf if link is None or len(self.nodes) > 1 else link.seconds(nbytes, self.size - 1)
 
     def fold(self, load: Load | None = None, *, alone: bool = False) -> float:
         """Apply a summary, on all ranks at once or on one alone."""

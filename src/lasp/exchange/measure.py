@@ -19,6 +19,8 @@ from lasp.distributed.comm import Comm
 from lasp.exchange.base import Exchange, Line
 from lasp.exchange.cost import Constants, Link
 from lasp.exchange.load import Load
+from lasp.exchange.peer import Peer
+from lasp.exchange.peer import is_possible as peers_are_possible
 
 # Bytes that a rank receives in one elementary operation, where not given.
 PROBES = (4 << 10, 64 << 10, 512 << 10, 4 << 20)
@@ -143,6 +145,12 @@ def operations(
             state = payload.view(1, 1, -1)
             Summary(Scalar(payload[:1]), state).apply(state)
 
+    def whole(payload: Tensor) -> Summary:
+        return Summary(Identity(), payload.view(1, 1, -1))
+
+    def peer(payload: Tensor) -> None:
+        Peer().begin(comm, whole(payload), None, reverse=False, want_total=False).wait()
+
     def product(matrix: Tensor) -> None:
         matrix @ matrix
 
@@ -156,6 +164,8 @@ def operations(
         "fold": (lambda n: _bound(fold, floats(n), True), 1),
         "fold_alone": (lambda n: _bound(fold, floats(n), comm.rank == 0), 1),
     }
+    if peers_are_possible(comm, whole(floats(max(sizes) / others))):
+        probes["peer"] = (lambda n: _bound(peer, floats(n / others)), 1)
     works = [make(n) for make, _ in probes.values() for n in sizes]
     edge = 128
     matrix = torch.zeros(16, edge, edge, device=device)

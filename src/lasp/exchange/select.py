@@ -12,10 +12,12 @@ from lasp.exchange.cost import defaults
 from lasp.exchange.doubling import Doubling
 from lasp.exchange.hierarchical import Hierarchical
 from lasp.exchange.local import Local
+from lasp.exchange.peer import Peer
 from lasp.exchange.pipelined import Pipelined
 from lasp.exchange.reach import Reach
 from lasp.exchange.ring import Ring
 
+# Those that run anywhere.
 EXCHANGES: dict[str, Callable[[], Exchange]] = {
     "ring": Ring,
     "all_gather": AllGather,
@@ -31,15 +33,18 @@ def resolve(exchange: str | Exchange, size: int, backend: str = "gloo") -> Excha
     """The exchange named, or given, for a group of `size` ranks over a backend of torch.distributed.
 
     "auto" chooses for every exchange by the cost model with the backend's default constants; for measured ones pass
-    `Auto(Constants.load(path))`.
+    `Auto(Constants.load(path))`. "peer" takes GPUs of one host.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or nothing for this backend.
     """
-    if isinstance(exchange, str) and exchange != "auto" and exchange not in EXCHANGES:
-        raise ValueError(f'exchange must be "auto", an Exchange, or one of {sorted(EXCHANGES)}; got {exchange!r}')
+    names = {**EXCHANGES, Peer.name: Peer}
+    if isinstance(exchange, str) and exchange != "auto" and exchange not in names:
+        raise ValueError(f'exchange must be "auto", an Exchange, or one of {sorted(names)}; got {exchange!r}')
+    if exchange == Peer.name and backend != "nccl":
+        raise ValueError(f'exchange "peer" takes a group over NCCL, of GPUs of one host; this one is over {backend}')
     if size == 1:
         return Local()
     if not isinstance(exchange, str):
         return exchange
-    return Auto(defaults(backend)) if exchange == "auto" else EXCHANGES[exchange]()
+    return Auto(defaults(backend)) if exchange == "auto" else names[exchange]()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lasp.layers import ShortConvolution, SoftmaxAttention
-from lasp.ops.kept import keeping_exchanges
 from lasp.ops.scan import TRACEABLE
+from lasp.sequence.kept import keeping_exchanges
 
 RECOMPUTATIONS = ("none", "selective", "full")
 
@@ -62,17 +62,24 @@ def run_in_pieces(ffn: nn.Module, piece_tokens: int) -> None:
 def compile_block(block: nn.Module) -> None:
     """Compile the block's training forward, the exchange inside it, without graph breaks.
 
-    PyTorch before 2.13 cannot be let trace a recurrence (lasp.ops.scan): there the graph breaks around each, and what
-    comes before and after it is compiled. Blocks with packed documents run uncompiled: their layout is another in
-    every step.
+    PyTorch before 2.13 cannot be let trace a recurrence without fused kernels (lasp.ops.scan): there the graph breaks
+    around each, and what comes before and after it is compiled. Blocks with packed documents run uncompiled: their
+    layout is another in every step.
     """
     run = block.forward
     compiled = torch.compile(run, fullgraph=TRACEABLE, dynamic=False)
+    # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the pieces,
+    # and keep all that crosses a cut. Blocks are pieces enough.
+    whole = torch._dynamo.config.patch(optimize_ddp=False)
 
     @wraps(run)
     def chosen(x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any) -> tuple[Tensor, Any]:
         plain = state is None and not output_state and cu_seqlens is None and torch.is_grad_enabled()
-        result: tuple[Tensor, Any] = (compiled if plain else run)(x, start, state, output_state, cu_seqlens, sp)
+        if not plain:
+            result: tuple[Tensor, Any] = run(x, start, state, output_state, cu_seqlens, sp)
+            return result
+        with whole:
+            result = compiled(x, start, state, output_state, cu_seqlens, sp)
         return result
 
     block.forward = chosen  # type: ignore[method-assign]

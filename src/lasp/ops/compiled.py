@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
 from lasp.exchange.base import Carried
-from lasp.ops.kept import keep, replayed
 from lasp.sequence import SequenceParallel
+from lasp.sequence.kept import keep, replayed
 
 _KINDS = {kind.__name__: kind for kind in (Identity, Scalar, Diagonal, Dense)}
 

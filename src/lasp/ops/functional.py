@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, not_traced_before, scan, start
+from lasp.ops.scan import Plan, not_traced_before, scan
 from lasp.recurrence.contract import Run, Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence import SequenceParallel
@@ -85,41 +86,49 @@ def linear_attention(
         stages = select("decay" if causal else "unmasked", backend, x)
         if g is not None and not (g.is_cuda and getattr(stages, "BAD_GATES_GIVE_NAN", False)):
             check_gate_values(g)
-    if sp is None or sp.size == 1:
-        x = x._replace(q=_called(q, k, v)) if callable(q) else x
-        alone = getattr(stages, "on_one_device", None)
-        if alone is not None and documents is None:
-            return alone(x, initial_state, output_final_state)
-    return _scanned(stages, x, q, initial_state, output_final_state, causal, sp)
+    fused = getattr(stages, "fused", None)
+    if fused is not None and documents is None:
+        return _fused(stages, x, q, initial_state, output_final_state, sp)
+    x = x._replace(q=_called(q, k, v)) if callable(q) else x
+    run = _scanned if fused is None else _untraced_scan
+    return run(stages, x, initial_state, output_final_state, causal, sp)
+
+
+def _fused(
+    stages: Any,
+    x: Run,
+    q: Tensor | Callable[[], Tensor],
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    sp: SequenceParallel | None,
+) -> tuple[Tensor, Tensor | None]:
+    """All at once; `q`, where it is a function, is called while the exchange is under way."""
+    across, started = sp if sp is not None and sp.size > 1 else None, None
+    agree(across, "linear_attention", x, initial_state, output_final_state, causal=True)
+    if callable(q):
+        if across is not None and not torch.compiler.is_compiling():
+            started = stages.start(x, initial_state, output_final_state, across)
+        x = x._replace(q=_called(q, x.k, x.v))
+    result: tuple[Tensor, Tensor | None] = stages.fused(x, initial_state, output_final_state, across, started)
+    return result
 
 
 @not_traced_before
 def _scanned(
     stages: Stages,
     x: Run,
-    q: Tensor | Callable[[], Tensor],
     initial_state: Tensor | None,
     output_final_state: bool,
     causal: bool,
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Agree with the other ranks, then scan; `q`, where it is a function, is called while the exchange is under way."""
+    """Agree with the other ranks, then scan."""
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
-    if torch.compiler.is_compiling() and getattr(stages, "COMPILED_CONSTANTS_ARE_FIXED", False):
-        x = _learned_per_token(x)
-    initial = initial_of(x, initial_state)
-    plan, started = Plan(stages, sp, not causal, output_final_state), None
-    if callable(q) and sp is not None and sp.size > 1:
-        started = start(plan, x, initial) if getattr(stages, "SUMMARY_WITHOUT_QUERIES", False) else None
-        x = x._replace(q=_called(q, x.k, x.v))
-    return scan(plan, ungrouped(stages, x), initial, started)
+    plan = Plan(stages, sp, not causal, output_final_state)
+    return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))
 
 
-def _learned_per_token(x: Run) -> Run:
-    """x, with a constant decay per token where its gradient is wanted."""
-    if x.g is None or x.g.dim() > 1 or not x.g.requires_grad:
-        return x
-    return x._replace(g=x.g.expand(x.v.shape[:3]))
+_untraced_scan = torch.compiler.disable(_scanned)
 
 
 def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor) -> Tensor:

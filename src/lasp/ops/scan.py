@@ -1,10 +1,9 @@
-"""The one autograd function that crosses ranks: a recurrence's stages around an exchange.
+"""The autograd function that crosses ranks for any backend: a recurrence's stages around an exchange.
 
     forward:  summarize -> begin -> local outputs -> wait -> outputs
     backward: summarize the adjoint -> begin, reversed -> gradients of q -> wait -> the other gradients
 
-The first two steps of forward can be taken before (`start`), while the inputs that a summary does not need are still to
-be computed. Where there are streams, the exchange has its own (`beside`).
+A backend whose stages are fused has its own way through the same steps, which packed documents do not take.
 
 What is saved for backward holds the states with the other ranks' part applied (the state cache of LASP), so
 backward recomputes no forward state and exchanges once.
@@ -23,13 +22,9 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.algebra import Summary
-from lasp.exchange.base import PendingExchange
 from lasp.exchange.local import Local, Ready
-from lasp.exchange.reach import Reach, forgets_constant
-from lasp.ops.beside import Beside
 from lasp.ops.compiled import exchange
 from lasp.ops.crossing import Packed
-from lasp.ops.kept import keep, replayed
 from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.documents import Documents
 from lasp.sequence import SequenceParallel
@@ -63,18 +58,17 @@ def not_traced_before(function: _Function) -> _Function:
     return function if TRACEABLE else cast(_Function, torch.compiler.disable(function))
 
 
-def scan(plan: Plan, x: Any, initial: Tensor, started: Started | None = None) -> tuple[Tensor, Tensor | None]:
+def scan(plan: Plan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
     """The recurrence `plan.stages` on the inputs `x`, a NamedTuple of tensors or None that ends with scale, documents.
 
     Args:
         initial: [B, H_v, K, V], or one for every document of the whole sequence.
-        started: what `start` gave for the same arguments.
 
     Returns:
         o [B, T, H_v, V] and, where wanted, the final states of the global sequence, as many as initial ones.
     """
     run = partial(_rebuilt, type(x), x.scale, x.documents)
-    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, run, started, initial, *tensors_of(x))
+    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, run, initial, *tensors_of(x))
     return result
 
 
@@ -82,58 +76,14 @@ def _rebuilt(kind: Callable[..., Any], scale: float, documents: Documents | None
     return kind(*tensors, scale, documents)
 
 
-class _Exchanging:
-    """An exchange under way; `wait` gives what it carried (`lasp.exchange.base.Carried`)."""
-
-    def __init__(
-        self, plan: Plan, x: Any, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
-    ) -> None:
-        sp, want_total = plan.sp, want_total or plan.whole
-        self._beside: Beside | None = None
-        self._forward = not reverse
-        self._pending: PendingExchange
-        if sp is None or sp.size == 1:
-            self._pending = Local().begin(None, summary, initial, reverse=reverse, want_total=want_total)
-        elif torch.compiler.is_compiling():
-            self._pending = Ready(exchange(sp, summary, initial, reverse=reverse, want_total=want_total))
-        elif self._forward and (carried := replayed()) is not None:
-            self._pending = Ready(carried)
-        else:
-            self._beside = Beside(initial.device, sp.comm.clock)
-            with self._beside.begun():
-                self._pending = _begin(sp, x, summary, initial, reverse, want_total)
-
-    def wait(self) -> Any:
-        beside = self._beside
-        if beside is None:
-            return self._pending.wait()
-        with beside.ended():
-            carried = self._pending.wait()
-        beside.hand_over(carried.entering)
-        beside.hand_over(carried.total)
-        if self._forward:
-            keep(carried)
-        return carried
-
-
-class Started(NamedTuple):
-    """A scan whose exchange has begun: the run's summary, what `outputs` reuses, and the exchange."""
-
-    packed: Packed | None
-    summary: Summary
-    totals: Any
-    exchanging: _Exchanging
-
-
-def _begin(
-    sp: SequenceParallel, x: Any, summary: Summary, initial: Tensor, reverse: bool, want_total: bool
-) -> PendingExchange:
-    if isinstance(sp.exchange, Reach) and x.g is not None and x.g.dim() == 1 and x.documents is None:
-        # Constant decays: every rank knows which heads forget where, and need not ask.
-        lengths = [x.q.shape[1]] * sp.size if sp.lengths is None else sp.lengths
-        known = forgets_constant(x.g.detach(), lengths, x.q.shape[0], initial.dtype)
-        return sp.exchange.begin(sp.comm, summary, initial, reverse=reverse, want_total=want_total, known=known)
-    return sp.exchange.begin(sp.comm, summary, initial, reverse=reverse, want_total=want_total)
+def _begin(plan: Plan, x: Any, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> Any:
+    """Begin the exchange: a `lasp.exchange.base.PendingExchange`."""
+    sp, want_total = plan.sp, want_total or plan.whole
+    if sp is None or sp.size == 1:
+        return Local().begin(None, summary, initial, reverse=reverse, want_total=want_total)
+    if torch.compiler.is_compiling():
+        return Ready(exchange(sp, summary, initial, reverse=reverse, want_total=want_total))
+    return sp.begin(x, summary, initial, reverse=reverse, want_total=want_total)
 
 
 def _exactly(function: _Function) -> _Function:
@@ -148,20 +98,6 @@ def _exactly(function: _Function) -> _Function:
     return cast(_Function, wrapped)
 
 
-def start(plan: Plan, x: Any, initial: Tensor) -> Started:
-    """Summarize and begin the exchange. Another tensor of its shape may stand for an input that no summary needs."""
-    with torch.no_grad(), torch.autocast(initial.device.type, enabled=False):
-        return _start(plan, x, initial)
-
-
-def _start(plan: Plan, x: Any, initial: Tensor) -> Started:
-    packed = None if x.documents is None else Packed(x.documents, plan.sp)
-    summary, totals = plan.stages.summarize(x)
-    border, before = (summary, initial) if packed is None else packed.leaving(summary, initial)
-    want_total = plan.want_final and packed is None
-    return Started(packed, summary, totals, _Exchanging(plan, x, border, before, reverse=False, want_total=want_total))
-
-
 class _Scan(torch.autograd.Function):
     @staticmethod
     @_exactly
@@ -169,12 +105,15 @@ class _Scan(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         run: Callable[..., Any],
-        started: Started | None,
         initial: Tensor,
         *inputs: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         x, stages = run(inputs), plan.stages
-        packed, summary, totals, exchanging = _start(plan, x, initial) if started is None else started
+        packed = None if x.documents is None else Packed(x.documents, plan.sp)
+        summary, totals = stages.summarize(x)
+        border, before = (summary, initial) if packed is None else packed.leaving(summary, initial)
+        want_total = plan.want_final and packed is None
+        exchanging = _begin(plan, x, border, before, reverse=False, want_total=want_total)
         partial_outputs = stages.local_outputs(x, totals)
         carried = exchanging.wait()
         entering = carried.total if plan.whole else carried.entering
@@ -205,18 +144,18 @@ class _Scan(torch.autograd.Function):
         if plan.want_final and sp is not None:
             d_final = sp.comm.sum(d_final)
         border, before = (summary, d_final) if packed is None else packed.leaving_adjoint(summary, d_final)
-        exchanging = _Exchanging(plan, x, border, before, reverse=True, want_total=False)
+        exchanging = _begin(plan, x, border, before, reverse=True, want_total=False)
         local = stages.local_gradients(x, saved, totals, d_o)
         carried = exchanging.wait()
         d_leaving = carried.total if plan.whole else carried.entering
         d_leaving = d_leaving if packed is None else packed.entering_adjoint(d_leaving, d_final)
         d_inputs = stages.gradients(x, saved, totals, local, d_o, d_leaving)
         d_initial = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             if packed is not None:
                 d_initial = packed.with_empty(packed.initial(summary, d_leaving), d_final)
             else:
                 d_initial = d_leaving if plan.whole else summary.apply(d_leaving)
             # Whole on the first rank: the ranks' gradients are shares of one sum.
             d_initial = d_initial if sp is None or sp.rank == 0 else torch.zeros_like(d_initial)
-        return None, None, None, d_initial, *d_inputs
+        return None, None, d_initial, *d_inputs

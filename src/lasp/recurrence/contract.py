@@ -19,15 +19,14 @@ summaries. Tensors marked opaque are the backend's own (tuples of tensors or Non
 
 A backend may also have
 
-    on_one_device(x, initial, want_final) -> o, final state or None
-        All stages around no exchange, differentiable, for less of the host's time; initial is None for zero. It takes
-        no packed documents.
-    SUMMARY_WITHOUT_QUERIES = True
-        `summarize` reads no queries (and its totals hold none), so that these can be computed during the exchange.
+    fused(x, initial, want_final, across, started) -> o, final state or None
+        All stages at once, differentiable, for less of the host's time and as one operator of a compiled graph; initial
+        is None for zero, across (`lasp.recurrence.across`) None on one device. It takes no packed documents. The
+        stages of a backend that has it need not be fit for tracing.
+    start(x, initial, want_final, across) -> started
+        What `fused` does before it reads queries: it begins the exchange, during which these can be computed. Opaque.
     BAD_GATES_GIVE_NAN = True
         A gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look for one before.
-    COMPILED_CONSTANTS_ARE_FIXED = True
-        In a compiled graph `gradients` gives None for g of one number a head: where that is learned, give it per token.
 
 A recurrence whose outputs see the whole sequence instead of the past (`causal=False`) has the same stages; the
 state that enters `outputs` is then the state after all ranks, and the same for gradients.

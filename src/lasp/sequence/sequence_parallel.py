@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import count
-from weakref import WeakValueDictionary
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lasp.algebra import Summary
 from lasp.distributed.comm import Comm, Counters
-from lasp.exchange import Exchange, resolve
+from lasp.exchange import Exchange, PendingExchange, resolve
+from lasp.recurrence.across import of_key, register
+from lasp.sequence.carry import carry
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
 _MAX_AGREED = 1024
-_by_key: WeakValueDictionary[int, SequenceParallel] = WeakValueDictionary()
-_new_key = count().__next__
 
 
 class SequenceParallel:
@@ -50,26 +50,32 @@ class SequenceParallel:
         self.comm = comm
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
-        self._agreed: set[str] = set()
-        self._register()
+        self._agreed: set[Hashable] = set()
+        self.key = register(self)
 
     def with_lengths(self, lengths: Sequence[int] | None) -> SequenceParallel:
         """The same ranks and groups, with other shard lengths. Not collective."""
         other = object.__new__(SequenceParallel)
         other.comm, other.exchange, other._agreed = self.comm, self.exchange, set()
         other.lengths = _checked_lengths(lengths, self.size)
-        other._register()
+        other.key = register(other)
         return other
-
-    def _register(self) -> None:
-        self.key = _new_key()
-        """A number of this object in this process: operators of torch.library take numbers, not objects."""
-        _by_key[self.key] = self
 
     @staticmethod
     def of_key(key: int) -> SequenceParallel:
         """The object of a `key`, while it lives."""
-        return _by_key[key]
+        found: SequenceParallel = of_key(key)
+        return found
+
+    def begin(
+        self, x: Any, summary: Summary, initial: Tensor | None, *, reverse: bool = False, want_total: bool = False
+    ) -> PendingExchange:
+        """Start to carry the state over the ranks; see `lasp.recurrence.across.Across`."""
+        return carry(self, x, summary, initial, reverse, want_total)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, added in their order."""
+        return self.comm.sum(tensor)
 
     @property
     def rank(self) -> int:
@@ -116,10 +122,13 @@ class SequenceParallel:
         return self.comm.broadcast(tensor, source)
 
     def agree(self, description: dict[str, object]) -> None:
-        """Compare, once for every new description, what the ranks are about to do; see `Comm.agree`."""
+        """Compare, once for every new description, what the ranks are about to do; see `Comm.agree`.
+
+        Values must be hashable: what is described in every step is looked up, not written out.
+        """
         if self.size == 1:
             return
-        key = repr(description)
+        key = tuple(description.values())
         if key not in self._agreed:
             self.comm.agree({**description, "exchange": self.exchange.name, "lengths": self.lengths})
             # Bounded: documents change every step. All ranks describe the same, so all forget at the same call.

@@ -5,18 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import GATES, make
-from test_decay import Dims, run
-from test_decay import problem as make_run
 from tolerances import relative_error
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lasp
-from lasp.kernels.triton import decay as fused
-from lasp.kernels.triton.decay.operators import decay_forward
-from lasp.ops.functional import _scanned
-from lasp.ops.scan import TRACEABLE
-from lasp.recurrence.contract import Run
+from lasp.kernels.triton.decay.operators import ALONE, decay_forward
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
 
@@ -73,38 +67,6 @@ def test_compiles_what_is_not_wanted_and_under_autocast(device: torch.device) ->
         assert relative_error(got, reference) <= 2e-3  # what three projections give the weight is added in fp16
 
 
-@pytest.mark.parametrize(("kind", "heads"), [("none", 1), ("constant", 2), ("scalar", 1), ("channel", 2)])
-def test_stages_compile_without_breaks(kind: str, heads: int, device: torch.device) -> None:
-    """As torch.compile traces them around an exchange, with grouped heads and with as many of q as of v."""
-    p = make_run(kind, Dims(T=40, H=heads), device, torch.float32)
-    if kind == "constant":  # learned ones come to the stages per token
-        p = p._replace(x=p.x._replace(g=p.x.g.detach()))
-    eager = run(fused, p)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda: run(fused, p), fullgraph=True, backend="aot_eager")()
-    assert compiled.keys() == eager.keys()
-    for name, value in eager.items():
-        assert torch.equal(compiled[name], value), name
-
-
-@pytest.mark.parametrize(("kind", "learned"), [("constant", True), ("constant", False), ("scalar", True)])
-def test_compiled_around_an_exchange(kind: str, learned: bool, device: torch.device) -> None:
-    """The scan that ranks would share, of one of them: every gradient, also of a learned constant."""
-    p = make_run(kind, Dims(T=40), device, torch.float32)
-    leaves = [t.detach().requires_grad_() for t in p.x[:3]] + [p.x.g.detach().requires_grad_(learned)]
-
-    def scanned(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        o, final = _scanned(fused, Run(q, k, v, g, 0.25), q, None, True, True, None)
-        return o * final.sum()
-
-    eager = scanned(*leaves)
-    torch._dynamo.reset()
-    compiled = torch.compile(scanned, fullgraph=TRACEABLE, backend="aot_eager")(*leaves)
-    assert relative_error(compiled, eager) < 1e-6
-    for got, reference in zip(gradients(compiled, leaves, p.d_o), gradients(eager, leaves, p.d_o), strict=True):
-        assert relative_error(got, reference) < 1e-5
-
-
 def test_packed_documents_break_the_graph_and_no_result(device: torch.device) -> None:
     leaves, d_o = leaves_of("scalar", device)
     leaves[4] = None
@@ -125,4 +87,4 @@ def test_operator_contract(gate: str, device: torch.device) -> None:
     """Schema, fake shapes and autograd registration, as PyTorch checks them."""
     leaves, _ = leaves_of(gate, device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(decay_forward, (*leaves, 0.25), test_utils=tests)
+    torch.library.opcheck(decay_forward, (*leaves, 0.25, True, ALONE), test_utils=tests)

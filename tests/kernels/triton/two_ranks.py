@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 torch.set_num_threads(1)
@@ -21,13 +22,48 @@ DEVICE = sys.argv[1]
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from problems import GATES, make, solve  # noqa: E402
+from problems import GATES, Problem, make, solve  # noqa: E402
 from tolerances import relative_error  # noqa: E402
 from world import run  # noqa: E402
 
 import lasp  # noqa: E402
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
+
+
+def leaves_of(problem: Problem, sp: lasp.SequenceParallel) -> dict[str, Tensor]:
+    leaves = {}
+    for name, tensor in problem.inputs.items():
+        if tensor is not None:
+            part = tensor if name == "initial_state" or tensor.dim() == 1 else sp.shard(tensor)
+            leaves[name] = part.to(DEVICE, torch.float32, copy=True).requires_grad_()
+    return leaves
+
+
+def solved(
+    problem: Problem, leaves: dict[str, Tensor], sp: lasp.SequenceParallel, *, compiled: bool = False
+) -> dict[str, Tensor]:
+    """Outputs, final state and gradients of this rank; queries are called while the exchange is under way."""
+    called_after = []
+    before = sp.counters.messages
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
+        def queries() -> Tensor:
+            if not torch.compiler.is_compiling():
+                called_after.append(sp.counters.messages - before)
+            return 1.0 * q
+
+        return lasp.linear_attention(
+            queries, k, v, g, initial_state=initial, output_final_state=True, sp=sp, backend="triton"
+        )
+
+    run_it = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    o, final = run_it(*(leaves.get(name) for name in ("q", "k", "v", "g", "initial_state")))
+    assert compiled or called_after == [1], "queries are computed while the exchange is under way"
+    d_outputs = (sp.shard(problem.d_o).to(o), problem.d_final.to(final) / sp.size)
+    gradients = torch.autograd.grad((o, final), list(leaves.values()), d_outputs)
+    found = {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"o": o, "final_state": final, **found}
 
 
 def main() -> None:
@@ -39,30 +75,11 @@ def main() -> None:
         sp = lasp.SequenceParallel(dist.group.WORLD, lengths=(41, 29), exchange="all_gather")
         errors = {}
         for gate, problem in problems.items():
-            leaves = {}
-            for name, tensor in problem.inputs.items():
-                if tensor is not None:
-                    whole = name == "initial_state" or tensor.dim() == 1
-                    part = tensor if whole else sp.shard(tensor)
-                    leaves[name] = part.to(DEVICE, torch.float32, copy=True).requires_grad_()
-            called_after = []
-
-            def queries(
-                leaves: dict[str, torch.Tensor] = leaves, called_after: list[int] = called_after
-            ) -> torch.Tensor:
-                called_after.append(sp.counters.messages)
-                return 1.0 * leaves["q"]
-
-            before = sp.counters.messages
-            o, final = lasp.linear_attention(
-                queries, leaves["k"], leaves["v"], leaves.get("g"), initial_state=leaves["initial_state"],
-                output_final_state=True, sp=sp, backend="triton",
-            )  # fmt: skip
-            assert called_after == [before + 1], "queries are computed while the exchange is under way"
-            d_outputs = (sp.shard(problem.d_o).to(o), problem.d_final.to(final) / sp.size)
-            torch.autograd.backward((o, final), d_outputs)
-            results = {"o": o, "final_state": final, **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
+            leaves = leaves_of(problem, sp)
+            results = solved(problem, leaves, sp)
+            compiled = solved(problem, leaves, sp, compiled=True)
             for name, result in results.items():
+                errors[f"{gate} {name}, compiled"] = relative_error(compiled[name], result)
                 value, reference = result.detach().cpu(), expected[gate][name]
                 if name == "d_initial_state" and rank > 0:
                     reference = torch.zeros_like(reference)

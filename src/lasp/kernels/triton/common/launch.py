@@ -52,7 +52,7 @@ def _watched() -> bool:
 class Launch:
     """A kernel with its grid and all that it takes but tensors.
 
-    Scalars must be ones that the kernel does not specialise; constants are its constexprs.
+    Scalars must be ones that the kernel does not specialise; constants are its constexprs; options are the compiler's.
     """
 
     __slots__ = ("_bound", "_device", "_grid", "_kernel", "_options", "_others")
@@ -65,9 +65,10 @@ class Launch:
         constants: tuple[Any, ...],
         warps: int,
         stages: int,
+        **options: bool,
     ) -> None:
         self._kernel, self._grid, self._others = kernel, grid, (*scalars, *constants)
-        self._options = {"num_warps": warps, "num_stages": stages}
+        self._options = {"num_warps": warps, "num_stages": stages, **options}
         self._device = -1
         self._bound: list[_Bound | None] = [None, None]  # with the last tensor, and without
 

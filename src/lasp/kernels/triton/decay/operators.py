@@ -1,33 +1,72 @@
-"""The stages on one device, around no exchange: two functions, and what makes them differentiable.
+"""All stages at once, on one device or around an exchange: two functions, and what makes them differentiable.
 
 Eager calls go through one autograd function, whose cost to the host decides how short a sequence is worth while.
 torch.compile gets the same two functions as operators `lasp::decay_forward` and `lasp::decay_backward`, which it puts
-into its graph without looking inside. Their lists end with what backward keeps, whose number depends on the kind of
-decay.
+into its graph without looking inside; they know the ranks by a number. Their lists end with what backward keeps, whose
+number depends on the kind of decay.
 """
 
 # No postponed annotations: the operators' schemas are read from them.
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lasp.algebra import Summary
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.work import Work, kind_of, per_channel, plan_of
+from lasp.recurrence.across import Across, Pending, of_key
 from lasp.recurrence.contract import Run
 
+ALONE = -1
 
-def _forward(x: Run, work: Work, initial: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """o, and what backward keeps, beginning with the final state."""
+
+class Started(NamedTuple):
+    """A run whose exchange has begun: what its segments add to the state, and the exchange."""
+
+    totals: Any
+    exchange: Pending
+
+
+def start(x: Run, initial: Tensor | None, want_final: bool, across: Across) -> Started:
+    """Summarize the run and begin the exchange. q is not read: another tensor of its shape may stand for it."""
+    with torch.no_grad():
+        return _start(*stages.prepare(x), None if initial is None else initial.contiguous(), want_final, across)
+
+
+def _start(x: Run, work: Work, initial: Tensor | None, want_final: bool, across: Across) -> Started:
+    summary, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=True)
+    assert summary is not None
+    return Started(totals, across.begin(x, summary, initial, want_total=want_final))
+
+
+def _forward(
+    x: Run,
+    work: Work,
+    initial: Tensor | None,
+    want_final: bool,
+    across: Across | None,
+    started: Started | None = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """o, the final state if it is wanted or there is one device, and what backward keeps: first the state that leaves
+    this rank."""
     state_in = None if initial is None else initial.contiguous()
-    _, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=False)
-    o, saved = stages.outputs_of(x, work, totals, stages.local_outputs_of(x, work), state_in)
+    total, exchange = None, None
+    if across is None:
+        _, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=False)
+    else:
+        totals, exchange = started or _start(x, work, state_in, want_final, across)
+    partial = stages.local_outputs_of(x, work)
+    if exchange is not None:
+        state_in, total = exchange.wait()
+    o, saved = stages.outputs_of(x, work, totals, partial, state_in)
     if x.v.numel() == 0:  # no kernel ran
         saved.leaving.zero_() if state_in is None else saved.leaving.copy_(state_in)
-    return o, stages.saved_list(saved)
+    kept = stages.saved_list(saved)
+    return o, kept[0] if across is None else total, kept
 
 
 def _backward(
@@ -38,17 +77,34 @@ def _backward(
     d_final: Tensor | None,
     from_zero: bool,
     want_initial: bool,
+    want_final: bool,
+    across: Across | None,
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The gradients of q, k, v and g, and, if wanted, of the initial state."""
     saved = stages.saved_of(x.g, kept)
     d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
     d_leaving = None if d_final is None else d_final.contiguous()
-    summary, totals = stages.totals_of(x, work, x.q, d_o, reverse=True, summarized=want_initial)
+    summarized = want_initial or across is not None
+    summary, totals = stages.totals_of(x, work, x.q, d_o, reverse=True, summarized=summarized)
+    exchange = None
+    if across is not None:
+        assert summary is not None
+        if want_final:  # a rank's gradient of the final state is its share of it: the loss is the sum over ranks
+            d_leaving = across.sum(torch.zeros_like(summary.state) if d_leaving is None else d_leaving)
+        exchange = across.begin(x, summary, d_leaving, reverse=True)
     local = stages.local_gradients_of(x, work, saved, d_o)
+    if exchange is not None:
+        d_leaving = exchange.wait().entering
     gradients = stages.gradients_of(x, work, saved, totals, local, d_o, d_leaving, from_zero)
-    if summary is None:
-        return gradients, None
-    return gradients, summary.state if d_leaving is None else summary.apply(d_leaving)
+    return gradients, _d_initial(summary, d_leaving, across) if want_initial else None
+
+
+def _d_initial(summary: Summary | None, d_leaving: Tensor | None, across: Across | None) -> Tensor:
+    """Whole on the first rank: the ranks' gradients are shares of one sum."""
+    assert summary is not None
+    if across is not None and across.rank > 0:
+        return torch.zeros_like(summary.state)
+    return summary.state if d_leaving is None else summary.apply(d_leaving)
 
 
 class _Eager(torch.autograd.Function):
@@ -62,13 +118,16 @@ class _Eager(torch.autograd.Function):
         initial: Tensor | None,
         scale: float,
         want_final: bool,
+        across: Across | None,
+        started: Started | None,
     ) -> tuple[Tensor, Tensor | None]:
         x, work = stages.prepare(Run(q, k, v, g, scale))
-        o, kept = _forward(x, work, initial)
+        o, final, kept = _forward(x, work, initial, want_final, across, started)
         ctx.set_materialize_grads(False)
-        ctx.work, ctx.from_zero = work, initial is None
+        ctx.work, ctx.from_zero = work, initial is None and across is None
+        ctx.want_final, ctx.across = want_final, across
         ctx.save_for_backward(x.q, x.k, x.v, x.g, *kept)
-        return o, kept[0] if want_final else None
+        return o, final if want_final else None
 
     @staticmethod
     @once_differentiable
@@ -76,22 +135,59 @@ class _Eager(torch.autograd.Function):
         use_scratch()
         q, k, v, g, *kept = ctx.saved_tensors
         x = Run(q, k, v, g, ctx.work.scale)
-        want_initial = ctx.needs_input_grad[4]
-        gradients, d_initial = _backward(x, ctx.work, kept, d_o, d_final, ctx.from_zero, want_initial)
-        return *gradients, d_initial, None, None
+        gradients, d_initial = _backward(
+            x, ctx.work, kept, d_o, d_final, ctx.from_zero, ctx.needs_input_grad[4], ctx.want_final, ctx.across
+        )
+        return *gradients, d_initial, None, None, None, None
+
+
+def _ranks(key: int, state: tuple[int, ...], want_final: bool) -> Across | None:
+    """Those of a compiled graph, which have yet to agree on what they are about to compute."""
+    if key == ALONE:
+        return None
+    across: Across = of_key(key)
+    across.agree({"operator": "compiled linear_attention", "state": state, "output_final_state": want_final})
+    return across
 
 
 @torch.library.custom_op("lasp::decay_forward", mutates_args=())
 def decay_forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    want_final: bool,
+    ranks: int,
 ) -> list[Tensor]:
-    """o [B, T, H_v, V], the final state [B, H_v, K, V], and what else `decay_backward` takes as `kept`."""
-    o, kept = _forward(*stages.prepare(Run(q, k, v, g, scale)), initial)
-    return [o, *kept]
+    """o [B, T, H_v, V], the state [B, H_v, K, V] that leaves this rank, and what else `decay_backward` takes as `kept`.
+
+    ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
+    """
+    x, work = stages.prepare(Run(q, k, v, g, scale))
+    across = _ranks(ranks, work.state, want_final)
+    o, final, kept = _forward(x, work, initial, want_final, across)
+    # An exchange may give back its input, an operator must not.
+    return [o, *kept, *([final.clone()] if across is not None and want_final and final is not None else [])]
 
 
 @decay_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float) -> list[Tensor]:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    want_final: bool,
+    ranks: int,
+) -> list[Tensor]:
+    final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
+    return [*_empty_outputs(q, v, g), *(final if want_final and ranks != ALONE else [])]
+
+
+def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None) -> list[Tensor]:
     (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g)
 
     def state(*shape: int) -> Tensor:
@@ -118,11 +214,14 @@ def decay_backward(
     from_zero: bool,
     want_gate: bool,
     want_initial: bool,
+    want_final: bool,
+    ranks: int,
 ) -> list[Tensor]:
     """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`: there was none."""
+    across = None if ranks == ALONE else of_key(ranks)
     g = None if g is None else g.detach().requires_grad_(want_gate)
     x, work = stages.prepare(Run(q, k, v, g, scale))
-    (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, from_zero, want_initial)
+    (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, from_zero, want_initial, want_final, across)
     others = (None if dg is None else dg.contiguous(), d_initial)
     return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
 
@@ -140,39 +239,52 @@ def _(
     from_zero: bool,
     want_gate: bool,
     want_initial: bool,
+    want_final: bool,
+    ranks: int,
 ) -> list[Tensor]:
     wanted = [q, k, v, *([g] if want_gate and g is not None else []), *(kept[:1] if want_initial else [])]
     return [tensor.new_empty(tensor.shape) for tensor in wanted]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, g, initial, ctx.scale = inputs
-    ctx.from_zero = initial is None
+    q, k, v, g, initial, ctx.scale, ctx.want_final, ctx.ranks = inputs
+    ctx.ends_with_final = ctx.want_final and ctx.ranks != ALONE
+    ctx.from_zero = initial is None and ctx.ranks == ALONE
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, *output[1:])
+    ctx.save_for_backward(q, k, v, g, *(output[1:-1] if ctx.ends_with_final else output[1:]))
 
 
 def _compiled_backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     q, k, v, g, *kept = ctx.saved_tensors
-    _, _, _, want_gate, want_initial, _ = ctx.needs_input_grad
+    want_gate, want_initial = ctx.needs_input_grad[3:5]
+    d_final = d_output[-1] if ctx.ends_with_final else d_output[1] if ctx.ranks == ALONE else None
     dq, dk, dv, *others = decay_backward(
-        q, k, v, g, kept, d_output[0], d_output[1], ctx.scale, ctx.from_zero, want_gate, want_initial
-    )
-    return dq, dk, dv, others.pop(0) if want_gate else None, others.pop() if want_initial else None, None
+        q, k, v, g, kept, d_output[0], d_final, ctx.scale, ctx.from_zero, want_gate, want_initial,
+        ctx.want_final, ctx.ranks,
+    )  # fmt: skip
+    dg, d_initial = others.pop(0) if want_gate else None, others.pop() if want_initial else None
+    return dq, dk, dv, dg, d_initial, None, None, None
 
 
 decay_forward.register_autograd(_compiled_backward, setup_context=_keep)
 
 
-def linear_attention(x: Run, initial: Tensor | None, want_final: bool) -> tuple[Tensor, Tensor | None]:
-    """o [B, T, H_v, V] and, if wanted, the final state [B, H_v, K, V] of one device's sequence, differentiable.
+def fused(
+    x: Run, initial: Tensor | None, want_final: bool, across: Across | None, started: Started | None
+) -> tuple[Tensor, Tensor | None]:
+    """o [B, T, H_v, V] and, if wanted, the final state [B, H_v, K, V] of the whole sequence, differentiable.
 
     Args:
         x: q, k, v, g and scale; g in fp32; no documents.
         initial: [B, H_v, K, V], fp32; zero if None.
+        across: the ranks that share the sequence; None for one device.
+        started: what `start` gave for the same run, or None.
     """
     if torch.compiler.is_compiling():
-        o, final, *_ = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale)
-        return o, final if want_final else None
-    result: tuple[Tensor, Tensor | None] = _Eager.apply(x.q, x.k, x.v, x.g, initial, x.scale, want_final)
+        ranks = ALONE if across is None else across.key
+        o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_final, ranks)
+        return o, (others[0] if across is None else others[-1]) if want_final else None
+    result: tuple[Tensor, Tensor | None] = _Eager.apply(
+        x.q, x.k, x.v, x.g, initial, x.scale, want_final, across, started
+    )
     return result

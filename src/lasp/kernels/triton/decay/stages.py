@@ -23,7 +23,6 @@ from lasp.kernels.triton.decay.work import Work, per_channel, work_of
 from lasp.recurrence.contract import Run
 
 GROUPED_HEADS = True
-SUMMARY_WITHOUT_QUERIES = True
 BAD_GATES_GIVE_NAN = True
 
 

@@ -1,0 +1,136 @@
+"""All summaries by way of memory that the ranks of one host write into directly: an all-gather without a library.
+
+A rank's kernel writes its summary into every other rank's memory and raises a flag there; another kernel, queued when
+the state is needed, waits for the flags and folds. That is two launches a rank, and no message waits for the host or
+for another stream. Kernels: `lasp.kernels.triton.peer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lasp.algebra import Dense, Summary
+from lasp.distributed.comm import Comm, ExchangeError
+from lasp.distributed.symmetric import symmetric_memory
+from lasp.exchange.all_gather import AllGather, fold
+from lasp.exchange.base import Carried, Line, PendingExchange, Traffic
+from lasp.exchange.cost import Model
+from lasp.exchange.load import Load
+
+if TYPE_CHECKING:
+    from lasp.kernels.triton.peer.memory import PeerMemory
+
+SMALLEST_SLOT = 2 << 20
+
+
+class _Shared:
+    """A group's memory on one device: none where there cannot be, and one exchange at a time."""
+
+    def __init__(self) -> None:
+        self.memory: PeerMemory | None = None
+        self.is_possible = True
+        self.in_use = False
+        self._stream: torch.cuda.Stream | None = None
+
+    def reserve(self, comm: Comm, nbytes: int, device: torch.device) -> PeerMemory | None:
+        """Memory for summaries of `nbytes`. Collective where that is more than before."""
+        if self.is_possible and (self.memory is None or self.memory.slot_bytes < nbytes):
+            from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed
+
+            slot = max(SMALLEST_SLOT, 1 << (nbytes - 1).bit_length())
+            buffers = symmetric_memory(comm, bytes_needed(comm.size, slot), device)
+            self.is_possible = buffers is not None
+            if buffers is not None:
+                self.memory = PeerMemory(comm.rank, buffers, slot, comm.timeout_s)
+        return self.memory if self.is_possible else None
+
+    def follow(self, device: torch.device) -> None:
+        """Put the next exchange behind the last one, if that was on another stream."""
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+
+_shared: WeakKeyDictionary[Comm, dict[torch.device, _Shared]] = WeakKeyDictionary()
+
+
+def _shared_of(comm: Comm, device: torch.device) -> _Shared:
+    return _shared.setdefault(comm, {}).setdefault(device, _Shared())
+
+
+def is_possible(comm: Comm, summary: Summary) -> bool:
+    """Whether the ranks can write into each other's memory. Collective when first asked for a device and a size."""
+    device = summary.state.device
+    if device.type != "cuda":
+        return False
+    return _shared_of(comm, device).reserve(comm, summary.nbytes, device) is not None
+
+
+class _Pending:
+    def __init__(
+        self, shared: _Shared, line: Line, summary: Summary, stored: Tensor | None, initial: Tensor | None, total: bool
+    ) -> None:
+        self._shared, self._line, self._summary, self._stored = shared, line, summary, stored
+        self._initial, self._want_total = initial, total
+
+    def wait(self) -> Carried:
+        shared, summary = self._shared, self._summary
+        assert shared.memory is not None
+        shared.in_use = False
+        if isinstance(summary.transition, Dense):
+            gathered = shared.memory.collect(summary.pack())
+            before = torch.zeros_like(summary.state) if self._initial is None else self._initial
+            return fold(self._line, summary, before, gathered, self._want_total)
+        stored = 0 if self._stored is None else self._stored.numel()
+        initial = None if self._initial is None else self._initial.contiguous()
+        entering, total = shared.memory.fold(
+            initial, summary.state, stored, reverse=self._line.reverse, want_total=self._want_total
+        )
+        return Carried(entering, total)
+
+
+class Peer:
+    """An all-gather by writes into the other GPUs' memory: GPUs of one host, over NCCL."""
+
+    name = "peer"
+
+    def begin(
+        self, comm: Comm, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool
+    ) -> PendingExchange:
+        """`initial` is zero if None.
+
+        Raises:
+            ExchangeError: the GPUs cannot reach each other's memory.
+        """
+        if not is_possible(comm, summary):
+            raise ExchangeError(
+                f'exchange "peer" takes GPUs of one host, over NCCL, that can write to each other\'s memory; those of '
+                f'ranks {comm.global_ranks} cannot: use "auto"'
+            )
+        device = summary.state.device
+        shared = _shared_of(comm, device)
+        assert shared.memory is not None
+        if shared.in_use:
+            # Begun within another's wait, on every rank alike: one memory holds one exchange at a time.
+            initial = torch.zeros_like(summary.state) if initial is None else initial
+            return AllGather().begin(comm, summary, initial, reverse=reverse, want_total=want_total)
+        shared.follow(device)
+        shared.in_use = True
+        state = summary.state.contiguous()
+        parts = [part.contiguous() for part in summary.transition.tensors()]
+        stored = parts[0] if parts and parts[0].numel() else None
+        shared.memory.push(stored, state)
+        comm.count(sent=summary.nbytes * (comm.size - 1), received=summary.nbytes * (comm.size - 1))
+        kept = Summary(summary.transition, state)
+        return _Pending(shared, Line(comm, reverse), kept, stored, initial, want_total)
+
+    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+        return AllGather().traffic(load, position, nodes, want_total=want_total)
+
+    def seconds(self, model: Model, *, want_total: bool) -> float:
+        return model.peer(model.load.summary_bytes * (model.size - 1))

@@ -1,0 +1,1 @@
+"""An exchange through memory that ranks of one host write into directly."""

@@ -1,0 +1,138 @@
+"""Kernels that write into the memory of other ranks and wait for what those wrote here.
+
+Every rank owns a piece of memory that all can write (`lasp.kernels.triton.peer.memory`): a flag for every rank, then,
+twice, a slot for every rank's summary. An exchange is an epoch. In it a rank writes its summary into its slot on every
+rank and then raises its flag there to the epoch; and it waits until all flags have reached the epoch. So nobody can be
+two epochs ahead: who begins the next one but one has seen all others begin the next, hence end this one, and two
+slots, used in turn, are enough. Epochs are counted on the device: a captured graph goes on counting.
+
+An epoch's two kernels run on one stream, one exchange after the other.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+FLAG_BYTES = tl.constexpr(4096)  # ahead of the slots: room for the flags of 1024 ranks, and alignment
+
+
+@triton.jit
+def _slot(memory, epoch, rank, slot_bytes, SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Where `rank` writes in an epoch into the memory at address `memory`."""
+    turn = (epoch % 2) * SIZE + rank
+    address = memory + FLAG_BYTES + turn.to(tl.int64) * slot_bytes
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _all_have_come(memory, epoch, polls, SIZE: tl.constexpr):
+    """Returns once every rank's flag here has reached the epoch; what they wrote before is visible then."""
+    for rank in tl.static_range(SIZE):
+        flag = memory.to(tl.pointer_type(tl.int32)) + rank
+        left = polls
+        reached = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        while (reached < epoch) & (left > 0):
+            reached = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+            left -= 1
+        tl.device_assert(reached >= epoch, "a rank did not send its state in time")
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rank", "stored", "size", "slot_bytes"])
+def push_kernel(
+    transition_ptr,  # [stored]
+    state_ptr,  # [size], of the same dtype
+    memories_ptr,  # int64 [SIZE]: the address of every rank's memory
+    epoch_ptr,  # int32 [2]: epochs begun, and programs of this one that are done
+    rank,
+    stored,
+    size,
+    slot_bytes,
+    SIZE: tl.constexpr,  # ranks
+    BLOCK: tl.constexpr,
+):
+    """Writes transition and state, one after the other, into this rank's slot on every rank; then raises the flags."""
+    # The last program to end counts the epoch, when all have read it.
+    epoch = tl.load(epoch_ptr) + 1
+    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    begun = tl.load(transition_ptr + flat, mask=flat < stored, other=0.0)
+    state = tl.load(state_ptr + flat - stored, mask=(flat >= stored) & (flat < stored + size), other=0.0)
+    value = tl.where(flat < stored, begun, state)
+    for peer in tl.static_range(SIZE):
+        slot = _slot(tl.load(memories_ptr + peer), epoch, rank, slot_bytes, SIZE, value.dtype)
+        tl.store(slot + flat, value, mask=flat < stored + size)
+    tl.debug_barrier()
+    done = tl.atomic_add(epoch_ptr + 1, 1, sem="acq_rel", scope="sys")
+    if done == tl.num_programs(0) - 1:
+        tl.store(epoch_ptr + 1, 0)
+        tl.store(epoch_ptr, epoch)
+        for peer in tl.static_range(SIZE):
+            flag = tl.load(memories_ptr + peer).to(tl.pointer_type(tl.int32)) + rank
+            tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=["rank", "stored", "size", "slot_bytes", "polls"])
+def fold_kernel(
+    memories_ptr,  # int64 [SIZE]
+    epoch_ptr,  # int32 [2]
+    initial_ptr,  # [size]; any tensor if FROM_ZERO
+    entering_ptr,  # [size], written: the state that enters this rank
+    total_ptr,  # [size], written: the state after all ranks; or None
+    rank,
+    stored,
+    size,
+    slot_bytes,
+    polls,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EACH: tl.constexpr,  # elements of a state that one number of the transition decays; 0: no decay
+    REVERSE: tl.constexpr,  # the line of ranks begins with the last
+    FROM_ZERO: tl.constexpr,
+    EXACT: tl.constexpr,  # the exponential of PyTorch's kernels, bit by bit; no for the interpreter, which has none
+):
+    """Waits for all summaries and applies them in the order of the line, as `Summary.apply` does, to its last bit."""
+    epoch = tl.load(epoch_ptr)
+    memory = tl.load(memories_ptr + rank)
+    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = flat < size
+    dtype: tl.constexpr = entering_ptr.dtype.element_ty
+    state = tl.zeros((BLOCK,), dtype)
+    if not FROM_ZERO:
+        state = tl.load(initial_ptr + flat, mask=inside, other=0.0)
+    _all_have_come(memory, epoch, polls, SIZE)
+    for position in tl.static_range(SIZE):
+        source = SIZE - 1 - position if REVERSE else position
+        if source == rank:
+            tl.store(entering_ptr + flat, state, mask=inside)
+        slot = _slot(memory, epoch, rank * 0 + source, slot_bytes, SIZE, dtype)
+        # Around the first cache, which may hold what was here two epochs ago.
+        if EACH > 0:
+            log_decay = tl.load(slot + flat // EACH, mask=inside, other=0.0, cache_modifier=".cg")
+            decay = libdevice.exp(log_decay) if EXACT else tl.exp(log_decay)
+            state = tl.where(log_decay == float("-inf"), 0.0, decay * state)
+        state += tl.load(slot + stored + flat, mask=inside, other=0.0, cache_modifier=".cg")
+    if total_ptr is not None:
+        tl.store(total_ptr + flat, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rank", "size", "slot_bytes", "polls"])
+def collect_kernel(
+    memories_ptr,  # int64 [SIZE]
+    epoch_ptr,  # int32 [2]
+    collected_ptr,  # [SIZE, size], written
+    rank,
+    size,
+    slot_bytes,
+    polls,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Waits for all summaries and copies them, for transitions that take matrix products."""
+    epoch = tl.load(epoch_ptr)
+    memory = tl.load(memories_ptr + rank)
+    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _all_have_come(memory, epoch, polls, SIZE)
+    for source in tl.static_range(SIZE):
+        slot = _slot(memory, epoch, rank * 0 + source, slot_bytes, SIZE, collected_ptr.dtype.element_ty)
+        value = tl.load(slot + flat, mask=flat < size, other=0.0, cache_modifier=".cg")
+        tl.store(collected_ptr + tl.cast(source, tl.int64) * size + flat, value, mask=flat < size)

@@ -1,0 +1,62 @@
+"""What a backend sees of the ranks that share a sequence."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from lasp.algebra import Summary
+
+
+class Pending(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> Any:
+        """With `entering`, the state that enters this rank, and `total`, the one that leaves the last, if wanted."""
+
+
+class Across(Protocol):
+    """The ranks; `lasp.SequenceParallel` is one."""
+
+    key: int
+    """Of this object in this process: operators of torch.library take numbers, not objects."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def agree(self, description: dict[str, object]) -> None:
+        """Raise the same error on every rank unless all describe the same."""
+
+    def begin(
+        self, x: Any, summary: Summary, initial: Tensor | None, *, reverse: bool = False, want_total: bool = False
+    ) -> Pending:
+        """Start to carry the state over the ranks, from the last to the first if `reverse`.
+
+        Args:
+            x: the run, for what its decays tell of the other ranks'.
+            summary: this rank's.
+            initial: what enters the first rank (the last, if `reverse`); zero if None.
+            want_total: the state after all ranks is wanted too.
+        """
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, added in their order."""
+
+
+_of_key: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_new_key = count().__next__
+
+
+def register(across: Any) -> int:
+    """A key of this object."""
+    key = _new_key()
+    _of_key[key] = across
+    return key
+
+
+def of_key(key: int) -> Any:
+    """The object of a `key`, while it lives."""
+    return _of_key[key]

@@ -1,0 +1,75 @@
+"""An exchange as the ranks of a sequence make it: on the stream that suits its schedule, or from what was kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lasp.algebra import Summary
+from lasp.exchange.all_gather import AllGather
+from lasp.exchange.auto import Auto
+from lasp.exchange.base import Carried, Exchange, PendingExchange
+from lasp.exchange.local import Ready
+from lasp.exchange.peer import Peer
+from lasp.exchange.reach import Reach, forgets_constant
+from lasp.sequence.beside import Beside
+from lasp.sequence.kept import keep, replayed
+
+if TYPE_CHECKING:
+    from lasp.sequence.sequence_parallel import SequenceParallel
+
+
+class Carrying:
+    """An exchange under way; `wait` gives what it carried."""
+
+    def __init__(self, pending: PendingExchange, beside: Beside | None, forward: bool) -> None:
+        self._pending, self._beside, self._forward = pending, beside, forward
+
+    def wait(self) -> Carried:
+        beside = self._beside
+        if beside is None:
+            carried = self._pending.wait()
+        else:
+            with beside.ended():
+                carried = self._pending.wait()
+            beside.hand_over(carried.entering)
+            beside.hand_over(carried.total)
+        if self._forward:
+            keep(carried)
+        return carried
+
+
+def carry(
+    sp: SequenceParallel, x: Any, summary: Summary, initial: Tensor | None, reverse: bool, want_total: bool
+) -> PendingExchange:
+    """Begin an exchange; see `Across.begin`.
+
+    `AllGather` and `Peer` compute nothing before they are waited for, so they need no stream besides that of what they
+    send with.
+    """
+    if not reverse and (carried := replayed()) is not None:
+        return Ready(carried)
+    schedule: Exchange = sp.exchange
+    if isinstance(schedule, Auto):
+        schedule = schedule.chosen(sp.comm, summary, want_total=want_total)
+    options = {"reverse": reverse, "want_total": want_total}
+    if isinstance(schedule, Peer):
+        return Carrying(schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
+    initial = torch.zeros_like(summary.state) if initial is None else initial
+    if isinstance(schedule, AllGather):
+        return Carrying(schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
+    beside = Beside(initial.device, sp.comm.clock)
+    with beside.begun():
+        known = {"known": known_to_forget(sp, x, initial)} if isinstance(schedule, Reach) else {}
+        pending = schedule.begin(sp.comm, summary, initial, **options, **known)
+    return Carrying(pending, beside, not reverse)
+
+
+def known_to_forget(sp: SequenceParallel, x: Any, initial: Tensor) -> Any:
+    """Which heads forget where, if the decays are constants: then every rank knows, and none need ask."""
+    if x.g is None or x.g.dim() > 1 or x.documents is not None:
+        return None
+    lengths = [x.q.shape[1]] * sp.size if sp.lengths is None else sp.lengths
+    return forgets_constant(x.g.detach(), lengths, x.q.shape[0], initial.dtype)

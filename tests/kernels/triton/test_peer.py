@@ -1,0 +1,22 @@
+"""The exchange through memory that ranks share, over processes and in the interpreter; test_over_devices.py on GPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "peer_memory.py"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_gets_what_those_before_it_send(ranks: int) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), str(ranks)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank, found in enumerate(json.loads(done.stdout.splitlines()[-1])):
+        assert found.pop("collected") is True
+        assert rank == 0 or "did not send its state in time" in found.pop("late")
+        assert set(found) == {"none", "scalar", "channel"} and max(found.values()) < 2e-6, found
