@@ -14,7 +14,7 @@ overflow nor lose the small ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 import torch
@@ -48,7 +48,8 @@ class Transition:
         raise NotImplementedError
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        """What is stored."""
+        return tuple(self.__dict__.values())
 
     def __getitem__(self: _Kind, index: int | slice) -> _Kind:
         """The transition at `index` of the leading axis."""

@@ -110,6 +110,7 @@ NCCL = Constants(
     fold_alone=Link(12e-6, 1e12),
     flops_per_s=30e12,
     source="defaults for NCCL",
+    peer=Link(6e-6, 200e9, 0.5e-6),
 )
 
 

@@ -37,15 +37,19 @@ class Timing(NamedTuple):
 def timings(
     comm: Comm, works: Sequence[Callable[[], object]], device: torch.device, repetitions: int, *, warmup: int = 2
 ) -> list[Timing]:
-    """The times of several works, which take turns, so that a slow moment of the machine falls on all of them."""
+    """The times of several works, which take turns, so that a slow moment of the machine falls on all of them.
+
+    Each turn begins with another one: what follows a pause finds a processor that has cooled and clocks higher.
+    """
     token = torch.zeros(1, device=device)
     seconds = torch.zeros(repetitions, len(works), dtype=torch.float64)
     for repetition in range(-warmup, repetitions):
-        for index, work in enumerate(works):
+        for turn in range(len(works)):
+            index = (turn + repetition) % len(works)
             comm.all_gather(token).wait()
             _finish(device)
             start = time.perf_counter()
-            work()
+            works[index]()
             _finish(device)
             if repetition >= 0:
                 seconds[repetition, index] = time.perf_counter() - start

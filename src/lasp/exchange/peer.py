@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lasp.algebra import Dense, Summary
+from lasp.algebra import Dense, Summary, Transition
 from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.symmetric import symmetric_memory
 from lasp.exchange.all_gather import AllGather, fold
@@ -60,7 +60,12 @@ _shared: WeakKeyDictionary[Comm, dict[torch.device, _Shared]] = WeakKeyDictionar
 
 
 def _shared_of(comm: Comm, device: torch.device) -> _Shared:
-    return _shared.setdefault(comm, {}).setdefault(device, _Shared())
+    of_comm = _shared.get(comm)
+    if of_comm is None:
+        of_comm = _shared[comm] = {}
+    if device not in of_comm:
+        of_comm[device] = _Shared()
+    return of_comm[device]
 
 
 def is_possible(comm: Comm, summary: Summary) -> bool:
@@ -73,25 +78,33 @@ def is_possible(comm: Comm, summary: Summary) -> bool:
 
 class _Pending:
     def __init__(
-        self, shared: _Shared, line: Line, summary: Summary, stored: Tensor | None, initial: Tensor | None, total: bool
+        self,
+        shared: _Shared,
+        comm: Comm,
+        reverse: bool,
+        transition: Transition,
+        state: Tensor,
+        stored: Tensor | None,
+        initial: Tensor | None,
+        want_total: bool,
     ) -> None:
-        self._shared, self._line, self._summary, self._stored = shared, line, summary, stored
-        self._initial, self._want_total = initial, total
+        # What was pushed stays referenced: the kernel that reads it may not have run yet.
+        self._shared, self._comm, self._reverse = shared, comm, reverse
+        self._transition, self._state, self._stored = transition, state, stored
+        self._initial, self._want_total = initial, want_total
 
     def wait(self) -> Carried:
-        shared, summary = self._shared, self._summary
-        assert shared.memory is not None
-        shared.in_use = False
-        if isinstance(summary.transition, Dense):
-            gathered = shared.memory.collect(summary.pack())
-            before = torch.zeros_like(summary.state) if self._initial is None else self._initial
-            return fold(self._line, summary, before, gathered, self._want_total)
+        memory, initial, state = self._shared.memory, self._initial, self._state
+        assert memory is not None
+        self._shared.in_use = False
+        if isinstance(self._transition, Dense):
+            own = Summary(self._transition, state)
+            initial = torch.zeros_like(state) if initial is None else initial
+            line = Line(self._comm, self._reverse)
+            return fold(line, own, initial, memory.collect(own.pack()), self._want_total)
         stored = 0 if self._stored is None else self._stored.numel()
-        initial = None if self._initial is None else self._initial.contiguous()
-        entering, total = shared.memory.fold(
-            initial, summary.state, stored, reverse=self._line.reverse, want_total=self._want_total
-        )
-        return Carried(entering, total)
+        initial = None if initial is None else initial.contiguous()
+        return Carried(*memory.fold(initial, state, stored, reverse=self._reverse, want_total=self._want_total))
 
 
 class Peer:
@@ -107,27 +120,25 @@ class Peer:
         Raises:
             ExchangeError: the GPUs cannot reach each other's memory.
         """
-        if not is_possible(comm, summary):
+        state, nbytes = summary.state.contiguous(), summary.nbytes
+        device = state.device
+        shared = _shared_of(comm, device)
+        memory = shared.reserve(comm, nbytes, device) if device.type == "cuda" else None
+        if memory is None:
             raise ExchangeError(
                 f'exchange "peer" takes GPUs of one host, over NCCL, that can write to each other\'s memory; those of '
                 f'ranks {comm.global_ranks} cannot: use "auto"'
             )
-        device = summary.state.device
-        shared = _shared_of(comm, device)
-        assert shared.memory is not None
         if shared.in_use:
             # Begun within another's wait, on every rank alike: one memory holds one exchange at a time.
-            initial = torch.zeros_like(summary.state) if initial is None else initial
+            initial = torch.zeros_like(state) if initial is None else initial
             return AllGather().begin(comm, summary, initial, reverse=reverse, want_total=want_total)
         shared.follow(device)
         shared.in_use = True
-        state = summary.state.contiguous()
-        parts = [part.contiguous() for part in summary.transition.tensors()]
-        stored = parts[0] if parts and parts[0].numel() else None
-        shared.memory.push(stored, state)
-        comm.count(sent=summary.nbytes * (comm.size - 1), received=summary.nbytes * (comm.size - 1))
-        kept = Summary(summary.transition, state)
-        return _Pending(shared, Line(comm, reverse), kept, stored, initial, want_total)
+        stored = next((part.contiguous() for part in summary.transition.tensors()), None)
+        memory.push(stored, state)
+        comm.count(sent=nbytes * (comm.size - 1), received=nbytes * (comm.size - 1))
+        return _Pending(shared, comm, reverse, summary.transition, state, stored, initial, want_total)
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         return AllGather().traffic(load, position, nodes, want_total=want_total)

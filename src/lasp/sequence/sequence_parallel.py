@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -121,15 +121,17 @@ class SequenceParallel:
         """`tensor` of group rank `source` on every rank; elsewhere it gives the shape, dtype and device."""
         return self.comm.broadcast(tensor, source)
 
-    def agree(self, description: dict[str, object]) -> None:
+    def has_agreed(self, key: Hashable) -> bool:
+        """Whether the ranks have agreed on what this rank described under this key."""
+        return self.size == 1 or key in self._agreed
+
+    def agree(self, description: Mapping[str, object], key: Hashable = None) -> None:
         """Compare, once for every new description, what the ranks are about to do; see `Comm.agree`.
 
-        Values must be hashable: what is described in every step is looked up, not written out.
+        key: what stands for the description on this rank, the description itself by default.
         """
-        if self.size == 1:
-            return
-        key = tuple(description.values())
-        if key not in self._agreed:
+        key = tuple(description.values()) if key is None else key
+        if not self.has_agreed(key):
             self.comm.agree({**description, "exchange": self.exchange.name, "lengths": self.lengths})
             # Bounded: documents change every step. All ranks describe the same, so all forget at the same call.
             if len(self._agreed) >= _MAX_AGREED:

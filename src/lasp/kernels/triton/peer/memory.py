@@ -51,7 +51,7 @@ class PeerMemory:
     def push(self, transition: Tensor | None, state: Tensor) -> None:
         """Give this rank's summary to all ranks: what its transition stores, if anything, and its state, contiguous."""
         stored = 0 if transition is None else transition.numel()
-        launch = _push(self._rank, len(self._memories), stored, state.numel(), self.slot_bytes)
+        launch = _push(state.dtype, self._rank, len(self._memories), stored, state.numel(), self.slot_bytes)
         launch(state if transition is None else transition, state, self._addresses, self._epoch)
 
     def fold(
@@ -68,8 +68,8 @@ class PeerMemory:
         total = torch.empty_like(state) if want_total else None
         each = state.numel() // stored if stored else 0
         launch = _fold(
-            self._rank, len(self._memories), stored, state.numel(), self.slot_bytes, self._polls, each, reverse,
-            initial is None,
+            state.dtype, self._rank, len(self._memories), stored, state.numel(), self.slot_bytes, self._polls, each,
+            reverse, initial is None,
         )  # fmt: skip
         launch(self._addresses, self._epoch, entering if initial is None else initial, entering, total)
         return entering, total
@@ -77,9 +77,12 @@ class PeerMemory:
     def collect(self, like: Tensor) -> Tensor:
         """Wait for all summaries: [ranks, n], each as `like` [n]."""
         collected = like.new_empty(len(self._memories), like.numel())
-        launch = _collect(self._rank, len(self._memories), like.numel(), self.slot_bytes, self._polls)
+        launch = _collect(like.dtype, self._rank, len(self._memories), like.numel(), self.slot_bytes, self._polls)
         launch(self._addresses, self._epoch, collected)
         return collected
+
+
+# A launch is bound to the binary of its first call, hence to a dtype.
 
 
 def _blocks(size: int) -> tuple[int, int]:
@@ -87,20 +90,29 @@ def _blocks(size: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _push(rank: int, ranks: int, stored: int, size: int, slot_bytes: int) -> Launch:
+def _push(dtype: torch.dtype, rank: int, ranks: int, stored: int, size: int, slot_bytes: int) -> Launch:
     scalars = (rank, stored, size, slot_bytes)
     return Launch(push_kernel, _blocks(stored + size), scalars, (ranks, BLOCK), WARPS, 1)
 
 
 @lru_cache(maxsize=256)
 def _fold(
-    rank: int, ranks: int, stored: int, size: int, slot_bytes: int, polls: int, each: int, reverse: bool, zero: bool
+    dtype: torch.dtype,
+    rank: int,
+    ranks: int,
+    stored: int,
+    size: int,
+    slot_bytes: int,
+    polls: int,
+    each: int,
+    reverse: bool,
+    zero: bool,
 ) -> Launch:
     scalars, constants = (rank, stored, size, slot_bytes, polls), (ranks, BLOCK, each, reverse, zero, not _INTERPRETED)
     return Launch(fold_kernel, _blocks(size), scalars, constants, WARPS, 1, **_ROUNDED_APART, **_ASSERTING)
 
 
 @lru_cache(maxsize=256)
-def _collect(rank: int, ranks: int, size: int, slot_bytes: int, polls: int) -> Launch:
+def _collect(dtype: torch.dtype, rank: int, ranks: int, size: int, slot_bytes: int, polls: int) -> Launch:
     scalars: tuple[Any, ...] = (rank, size, slot_bytes, polls)
     return Launch(collect_kernel, _blocks(size), scalars, (ranks, BLOCK), WARPS, 1, **_ASSERTING)
