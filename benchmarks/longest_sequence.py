@@ -1,7 +1,7 @@
 """Tokens against memory, and the longest sequence that trains, by method: none, recomputation, LASP, both.
 
     python benchmarks/longest_sequence.py                    (CPU processes; about 25 minutes on two cores)
-    python benchmarks/longest_sequence.py --device cuda      (one GPU: within 150 seconds; several: within --budget-s)
+    python benchmarks/longest_sequence.py --device cuda      (one GPU: within 150 seconds; several: a minute a method)
     python benchmarks/longest_sequence.py --plot results/A.json results/B.json --image docs/img/longest-sequence.png
 
 CPU: transnormer-tiny in fp32. Every attempt starts fresh processes whose data segment (heap and anonymous memory) is
@@ -13,10 +13,10 @@ SP=n is measured by giving it the tokens that it would hold, a sequence's length
 the states of other ranks that the exchange brings, K x V numbers a head and layer, whatever the length; weights are
 counted whole, as under DDP.
 
-Several GPUs: every attempt is `lasp bench train` in fresh processes, one a GPU (after a rank has run out of memory the
-group is of no use), for one rank and for --sp of them, 2 if not given, under the same memory; lengths to within 1 %.
-Two ranks have a goal: at least 1.95 times one rank's longest sequence; if it is missed, the exit code is 1. A model of
-1b with recomputation takes minutes a length on a whole GPU: give --memory-gib, or some of the --methods a run.
+Several GPUs: `lasp bench train --longest`, in a process a GPU, for one rank and for --sp of them, 2 if not given, under
+the same memory; lengths to within 1 %. Weights, gradients and the optimizer's state are spread over the ranks of a
+sequence as over any others (--data-parallel). Two ranks have a goal: at least 1.95 times one rank's longest sequence;
+if it is missed, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -116,23 +116,14 @@ def longest(size: int, limit_mib: int, unit: int, recomputation: str) -> tuple[i
             points.append((tokens, peak))
         return peak is not None
 
-    return search(fits, unit, unit, unit), sorted(points)
+    return search(fits, unit), sorted(points)
 
 
-def search(fits: Callable[[int], bool], start: int, stride: int, unit: int) -> int:
-    """The longest that fits, to within 1 %: in strides that double, from `start` up or down, then by bisection.
-
-    All three are multiples of `unit`, and so is the result; 0 if not even `unit` fits.
-    """
-    low, high, tokens = 0, 0, start
-    while not (low and high):
-        if tokens < unit:
-            return 0
-        if fits(tokens):
-            low, tokens = tokens, tokens + stride
-        else:
-            high, tokens = tokens, tokens - stride
-        stride *= 2
+def search(fits: Callable[[int], bool], unit: int) -> int:
+    """The longest multiple of `unit` that fits, to within 1 %, by doubling and bisection; 0 if not even `unit` fits."""
+    low, high = 0, unit
+    while fits(high):
+        low, high = high, 2 * high
     while high - low > max(unit, low // 100):
         middle = (low + high) // 2 // unit * unit
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -229,63 +220,42 @@ def on_gpu(sp: int, budget_s: float, size: str) -> dict[str, Any]:
     }
 
 
-def trained(tokens: int, ranks: int, recomputation: str, options: argparse.Namespace, deadline_s: float) -> Any:
-    """What `lasp bench train` says of a sequence over `ranks` fresh processes; None where their memory is too small.
-
-    Raises TimeoutError if `deadline_s`, of time.monotonic, passes first.
-    """
+def trained(ranks: int, recomputation: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What `lasp bench train --longest` says of sequences over `ranks` fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "lasp.cli.main", "bench", "train", "--device", options.device]
-        command += ["--model.size", options.size, "--sp", str(ranks), "--tokens", str(tokens), "--steps", "1"]
-        command += ["--recomputation", recomputation, "--output", str(output)]
+        command = [sys.executable, "-m", "lasp.cli.main", "bench", "train", "--device", "cuda", "--longest"]
+        command += ["--tokens", *(str(ranks * tokens) for tokens in options.first_tokens), "--steps", "1"]
+        command += ["--model.size", options.size, "--sp", str(ranks), "--recomputation", recomputation]
+        command += ["--output", str(output)]
         command += [] if options.memory_gib is None else ["--memory-gib", str(options.memory_gib)]
-        try:
-            left_s = max(1.0, deadline_s - time.monotonic())
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left_s)
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError from error
-        figures = json.loads(output.read_text()) if output.exists() else None
-    held = figures is not None and figures["rows"][0]["step_s"] is not None
-    if done.returncode != 0 and "out of memory" not in (done.stdout + done.stderr).lower():
-        raise RuntimeError(f"failed, but not for want of memory:\n{done.stderr[-3000:]}")
-    print(f"  SP={ranks} recomputation {recomputation} {tokens:>9,} tokens: ", end="")
-    print(f"{figures['rows'][0]['peak_memory_bytes'] / GIB:.2f} GiB" if held else "out of memory", flush=True)
-    return figures if held else None
+        command += [] if ranks == 1 else ["--data-parallel", options.data_parallel]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not output.exists() or "out of memory" not in (done.stdout + done.stderr).lower():
+            raise RuntimeError(f"failed, but not for want of memory:\n{(done.stdout + done.stderr)[-3000:]}")
+        figures: dict[str, Any] = json.loads(output.read_text())
+    figures["rows"] = [row for row in figures["rows"] if row["step_s"] is not None]
+    return figures
 
 
 def on_gpus(sp: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Every method, searched: those over ranks from what that many times one rank's length would be."""
-    deadline_s, figures, series = time.monotonic() + options.budget_s, None, []
+    """Every method, to the longest of its sequences."""
+    figures: dict[str, Any] = {}
+    series = []
     for name, split, recomputation in METHODS:
         if name not in options.methods:
             continue
-        ranks, points = sp if split else 1, []
-        unit = 1024 * ranks
-
-        def fits(tokens: int, ranks: int = ranks, recomputation: str = recomputation, points: list = points) -> bool:
-            nonlocal figures
-            got = trained(tokens, ranks, recomputation, options, deadline_s)
-            if got is not None:
-                figures, row = got, got["rows"][0]
-                points.append({"tokens": tokens, "peak_bytes": row["peak_memory_bytes"], "step_s": row["step_s"]})
-            return got is not None
-
-        alone = [each for each in series if each["recomputation"] == recomputation]
-        start = ranks * (alone[0]["longest_tokens"] if alone else options.first_tokens)
-        stride = -(-start // 50 // unit) * unit if alone else start
-        try:
-            ended, _ = "memory", search(fits, start, stride, unit)
-        except TimeoutError:
-            ended = "time"
-        points.sort(key=lambda point: point["tokens"])
-        longest_tokens = points[-1]["tokens"] if points else 0
+        ranks = sp if split else 1
+        figures = trained(ranks, recomputation, options)
+        points = [
+            {"tokens": row["tokens"], "peak_bytes": row["peak_memory_bytes"], "step_s": row["step_s"]}
+            for row in figures["rows"]
+        ]
+        print(f"  {name}, SP={ranks}: {points[-1]['tokens']:,} tokens", flush=True)
         series.append(
-            {"method": name, "sp": ranks, "recomputation": recomputation, "longest_tokens": longest_tokens}
-            | {"ended": ended, "points": points}
+            {"method": name, "sp": ranks, "recomputation": recomputation, "data_parallel": figures["data_parallel"]}
+            | {"longest_tokens": points[-1]["tokens"], "points": points}
         )
-    if figures is None:
-        raise RuntimeError("no length trained: give a smaller --first-tokens, or a larger --budget-s")
     return {
         "what": "longest sequence that trains, to within 1 %; every rank is a process with a GPU of its own",
         "machine": figures["device"],
@@ -299,11 +269,10 @@ def on_gpus(sp: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def goals(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of two ranks, for each recomputation that was searched to its end on one and on two."""
+    """Of two ranks, for each recomputation that was measured on one and on two."""
     found = []
-    done = [each for each in series if each["ended"] == "memory"]
-    for two in (each for each in done if each["sp"] == 2):
-        for one in (each for each in done if each["sp"] == 1 and each["recomputation"] == two["recomputation"]):
+    for two in (each for each in series if each["sp"] == 2):
+        for one in (each for each in series if each["sp"] == 1 and each["recomputation"] == two["recomputation"]):
             got = two["longest_tokens"] / max(1, one["longest_tokens"])
             found.append({"method": two["method"], "at_least": GOAL, "got": got, "met": got >= GOAL})
     return found
@@ -352,10 +321,13 @@ def main() -> int:
     parser.add_argument("--limit-mib", type=int, default=1536, help="CPU: memory of one process")
     parser.add_argument("--sp", type=int, help="processes of a sequence (CPU: 4, one GPU: 8, several: 2)")
     parser.add_argument("--size", default="0.4b", help="GPU: size of the transnormer preset")
-    parser.add_argument("--budget-s", type=float, default=140.0, help="GPU: stop after so long")
+    parser.add_argument("--budget-s", type=float, default=140.0, help="one GPU: stop after so long")
     parser.add_argument("--memory-gib", type=float, help="several GPUs: of each, no more than this")
     parser.add_argument("--methods", nargs="+", choices=[name for name, *_ in METHODS], default=["none", "LASP"])
-    parser.add_argument("--first-tokens", type=int, default=16384, help="several GPUs: the first length of one rank")
+    parser.add_argument(
+        "--first-tokens", type=int, nargs=2, default=(8192, 16384), help="several GPUs: lengths a rank to begin with"
+    )
+    parser.add_argument("--data-parallel", default="zero2", help="several GPUs: what a rank keeps of the weights")
     parser.add_argument("--output", type=Path, help="JSON file, or a folder for it; default: benchmarks/results")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="JSON", help="measure nothing, draw these")
     parser.add_argument("--image", type=Path, default=Path("docs/img/longest-sequence.png"))

@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from lasp.train.world import World
 
 
+# Tokens of a rank: what lengths that nobody asked for are multiples of.
+LENGTH_UNIT = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainConfig:
     """Time whole training steps (forward, backward, clipping, AdamW) on random tokens.
@@ -41,6 +45,9 @@ class BenchTrainConfig:
     """Processes to start, where no launcher has; default: dp x sp."""
     tokens: tuple[int, ...] = (32768, 65536, 131072, 262144)
     """Lengths of a sequence, over all its processes, one after another."""
+    longest: bool = False
+    """Go on to the longest sequence that trains: from 0.9 of what the memory of the last two lengths lets expect, by
+    1 percent a time, until memory runs out. On a GPU."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast; weights, states and optimizer stay fp32."""
     steps: int = 5
@@ -66,6 +73,8 @@ class BenchTrainConfig:
             )
         if any(tokens % self.parallel.sp for tokens in self.tokens):
             raise ConfigError(f"--tokens must be multiples of --sp {self.parallel.sp}, got {self.tokens}")
+        if self.longest and (len(self.tokens) < 2 or self.tokens[-1] <= self.tokens[-2]):
+            raise ConfigError(f"--longest goes on from the last two of --tokens, rising, got {self.tokens}")
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise ConfigError(f"--memory-gib must be above 0, got {self.memory_gib}")
         if self.output is not None and not self.output.absolute().parent.is_dir():
@@ -120,10 +129,12 @@ def measure(config: BenchTrainConfig) -> dict[str, Any]:
     training = config.training(size)
     world = join(training)
     memory_bytes = _limited_memory(config.memory_gib, world.device)
+    if config.longest and memory_bytes is None:
+        raise ConfigError("--longest needs a GPU: on a CPU nothing says when memory runs out")
     model, model_config = _built(config, training, world)
     step = _step(model, config.precision, world)
     figures = {**_conditions(config, model, world), "memory_bytes": memory_bytes, "rows": [], "kernels": None}
-    for tokens in config.tokens:
+    for tokens in _lengths(config, figures):
         work = partial(step, _text(tokens, model_config.vocab_size, world))
         try:
             with naming_lost_peers(world):
@@ -142,6 +153,19 @@ def measure(config: BenchTrainConfig) -> dict[str, Any]:
             config.output.write_text(json.dumps(figures, indent=1) + "\n")
     leave(world)
     return figures
+
+
+def _lengths(config: BenchTrainConfig, figures: dict[str, Any]) -> Iterator[int]:
+    """Those asked for; then, if wanted, longer ones until one does not fit."""
+    yield from config.tokens
+    if not config.longest or any(row["step_s"] is None for row in figures["rows"]):
+        return
+    (short, less), (long, more) = ((row["tokens"], row["peak_memory_bytes"]) for row in figures["rows"][-2:])
+    expected = long + (figures["memory_bytes"] - more) * (long - short) / max(1.0, more - less)
+    unit, tokens = LENGTH_UNIT * figures["sp"], 0.9 * expected
+    while figures["rows"][-1]["step_s"] is not None:
+        yield max(int(tokens) // unit * unit, figures["rows"][-1]["tokens"] + unit)
+        tokens *= 1.01
 
 
 def _end_at_once(message: str) -> NoReturn:
