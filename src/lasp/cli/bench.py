@@ -108,6 +108,7 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
     from lasp.exchange import EXCHANGES, Auto, Load, Pipelined
     from lasp.exchange.cost import Model
     from lasp.exchange.measure import exchange_work, operations, timings
+    from lasp.exchange.peer import Peer, is_possible
 
     assert dist.group.WORLD is not None
     comm = Comm(dist.group.WORLD, 300.0)
@@ -118,10 +119,12 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
     for load in (Load(*sizes) for sizes in LOADS):
         model = Model(load, comm.nodes, constants)
         schedules = [make() for make in EXCHANGES.values() if make is not Pipelined] + [Pipelined(constants=constants)]
+        peers = is_possible(comm, load.summary_bytes, device)
+        schedules += [Peer()] if peers else []
         times = timings(
             comm, [exchange_work(comm, schedule, load, device) for schedule in schedules], device, config.repetitions
         )
-        chosen = auto.choose(load, comm.nodes)
+        chosen = auto.choose(load, comm.nodes, peers=peers)
         for schedule, timing in zip(schedules, times, strict=True):
             seconds = [value / 2 for value in timing]
             rows.append(

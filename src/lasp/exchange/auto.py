@@ -96,7 +96,7 @@ class Auto:
 
     def chosen(self, comm: Comm, summary: Summary, *, want_total: bool) -> Exchange:
         """The schedule for what a rank is about to give. Collective when first asked for a size."""
-        peers = self.constants.peer is not None and peers_are_possible(comm, summary)
+        peers = self.constants.peer is not None and peers_are_possible(comm, summary.nbytes, summary.state.device)
         return self.choose(Load.of(summary), comm.nodes, want_total=want_total, peers=peers)
 
     def explain(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> str:

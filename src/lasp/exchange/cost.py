@@ -85,8 +85,9 @@ class Constants:
 
 LINKS = tuple(field.name for field in dataclasses.fields(Constants) if field.type == "Link")
 
-# Starting points, for groups that were not measured. gloo's are rounded from 2 to 8 processes on a two-core machine;
-# those of NCCL are assumptions: NVLink inside a host, one 400 Gbit/s adapter a rank between hosts.
+# Starting points, for groups that were not measured. gloo's are rounded from 2 to 8 processes on a two-core machine.
+# NCCL's are times of the GPU, not of the host that launches: message, gather and peer from whole exchanges on two H100s
+# in CUDA graphs (docs/exchange.md), the others assumed, across for one 400 Gbit/s adapter a rank.
 GLOO = Constants(
     message=Link(200e-6, 2e9),
     shift=Link(150e-6, 1e9, 150e-6),
@@ -100,17 +101,17 @@ GLOO = Constants(
     source="defaults for gloo",
 )
 NCCL = Constants(
-    message=Link(10e-6, 200e9),
-    shift=Link(12e-6, 200e9),
-    gather=Link(12e-6, 250e9, 1e-6),
-    swap=Link(14e-6, 250e9, 1e-6),
-    broadcast=Link(12e-6, 200e9, 0.5e-6),
+    message=Link(12e-6, 200e9),
+    shift=Link(14e-6, 200e9),
+    gather=Link(16e-6, 250e9, 1e-6),
+    swap=Link(18e-6, 250e9, 1e-6),
+    broadcast=Link(16e-6, 200e9, 0.5e-6),
     across=Link(20e-6, 40e9),
     fold=Link(12e-6, 1e12),
     fold_alone=Link(12e-6, 1e12),
     flops_per_s=30e12,
     source="defaults for NCCL",
-    peer=Link(6e-6, 200e9, 0.5e-6),
+    peer=Link(15e-6, 250e9, 0.5e-6),
 )
 
 

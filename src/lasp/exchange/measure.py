@@ -168,7 +168,7 @@ def operations(
         "fold": (lambda n: _bound(fold, floats(n), True), 1),
         "fold_alone": (lambda n: _bound(fold, floats(n), comm.rank == 0), 1),
     }
-    if peers_are_possible(comm, whole(floats(max(sizes) / others))):
+    if peers_are_possible(comm, max(sizes) // others, device):
         probes["peer"] = (lambda n: _bound(peer, floats(n / others)), 1)
     works = [make(n) for make, _ in probes.values() for n in sizes]
     edge = 128

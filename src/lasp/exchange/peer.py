@@ -68,12 +68,9 @@ def _shared_of(comm: Comm, device: torch.device) -> _Shared:
     return of_comm[device]
 
 
-def is_possible(comm: Comm, summary: Summary) -> bool:
-    """Whether the ranks can write into each other's memory. Collective when first asked for a device and a size."""
-    device = summary.state.device
-    if device.type != "cuda":
-        return False
-    return _shared_of(comm, device).reserve(comm, summary.nbytes, device) is not None
+def is_possible(comm: Comm, nbytes: int, device: torch.device) -> bool:
+    """Whether the ranks can write summaries into each other's memory. Collective when first asked for so many bytes."""
+    return device.type == "cuda" and _shared_of(comm, device).reserve(comm, nbytes, device) is not None
 
 
 class _Pending:
@@ -144,4 +141,6 @@ class Peer:
         return AllGather().traffic(load, position, nodes, want_total=want_total)
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
-        return model.peer(model.load.summary_bytes * (model.size - 1))
+        others = model.size - 1
+        folds = (others + want_total) * model.fold() if model.load.is_dense else 0.0
+        return model.peer(model.load.summary_bytes * others) + folds

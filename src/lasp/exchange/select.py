@@ -29,6 +29,10 @@ EXCHANGES: dict[str, Callable[[], Exchange]] = {
 }
 
 
+# All names, with that of GPUs which share a host.
+NAMES = ("auto", *EXCHANGES, Peer.name)
+
+
 def resolve(exchange: str | Exchange, size: int, backend: str = "gloo") -> Exchange:
     """The exchange named, or given, for a group of `size` ranks over a backend of torch.distributed.
 
@@ -38,13 +42,14 @@ def resolve(exchange: str | Exchange, size: int, backend: str = "gloo") -> Excha
     Raises:
         ValueError: the name is unknown, or nothing for this backend.
     """
-    names = {**EXCHANGES, Peer.name: Peer}
-    if isinstance(exchange, str) and exchange != "auto" and exchange not in names:
-        raise ValueError(f'exchange must be "auto", an Exchange, or one of {sorted(names)}; got {exchange!r}')
-    if exchange == Peer.name and backend != "nccl":
-        raise ValueError(f'exchange "peer" takes a group over NCCL, of GPUs of one host; this one is over {backend}')
+    if isinstance(exchange, str) and exchange not in NAMES:
+        raise ValueError(f"exchange must be an Exchange or one of {', '.join(NAMES)}; got {exchange!r}")
     if size == 1:
         return Local()
     if not isinstance(exchange, str):
         return exchange
-    return Auto(defaults(backend)) if exchange == "auto" else names[exchange]()
+    if exchange == Peer.name:
+        if backend != "nccl":
+            raise ValueError(f'exchange "peer" takes GPUs of one host, over NCCL; this group is over {backend}')
+        return Peer()
+    return Auto(defaults(backend)) if exchange == "auto" else EXCHANGES[exchange]()

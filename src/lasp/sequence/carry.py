@@ -51,9 +51,7 @@ def carry(
     """
     if not reverse and (carried := replayed()) is not None:
         return Ready(carried)
-    schedule: Exchange = sp.exchange
-    if isinstance(schedule, Auto):
-        schedule = schedule.chosen(sp.comm, summary, want_total=want_total)
+    schedule = _schedule(sp, summary, want_total)
     options = {"reverse": reverse, "want_total": want_total}
     if isinstance(schedule, Peer):
         return Carrying(schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
@@ -65,6 +63,17 @@ def carry(
         known = {"known": known_to_forget(sp, x, initial)} if isinstance(schedule, Reach) else {}
         pending = schedule.begin(sp.comm, summary, initial, **options, **known)
     return Carrying(pending, beside, not reverse)
+
+
+def _schedule(sp: SequenceParallel, summary: Summary, want_total: bool) -> Exchange:
+    """The one that "auto" chooses, once for what is carried, or the one that was asked for."""
+    if not isinstance(sp.exchange, Auto):
+        return sp.exchange
+    carried = (type(summary.transition), summary.state.shape, summary.state.dtype, summary.state.device, want_total)
+    schedule = sp.choices.get(carried)
+    if schedule is None:
+        schedule = sp.choices[carried] = sp.exchange.chosen(sp.comm, summary, want_total=want_total)
+    return schedule
 
 
 def known_to_forget(sp: SequenceParallel, x: Any, initial: Tensor) -> Any:

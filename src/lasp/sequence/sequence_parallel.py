@@ -51,12 +51,14 @@ class SequenceParallel:
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
         self._agreed: set[Hashable] = set()
+        self.choices: dict[Hashable, Exchange] = {}
+        """Schedules that "auto" has chosen, by what they carry; all ranks carry the same."""
         self.key = register(self)
 
     def with_lengths(self, lengths: Sequence[int] | None) -> SequenceParallel:
         """The same ranks and groups, with other shard lengths. Not collective."""
         other = object.__new__(SequenceParallel)
-        other.comm, other.exchange, other._agreed = self.comm, self.exchange, set()
+        other.comm, other.exchange, other.choices, other._agreed = self.comm, self.exchange, self.choices, set()
         other.lengths = _checked_lengths(lengths, self.size)
         other.key = register(other)
         return other

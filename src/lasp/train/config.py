@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from lasp.exchange import EXCHANGES
+from lasp.exchange import NAMES
 from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
 from lasp.train.sinks import missing
@@ -211,8 +211,8 @@ class TrainConfig:
             )
         if not self.data.suffixes:
             raise ConfigError("--data.suffixes must name at least one file name ending, such as .txt")
-        if parallel.exchange not in ("auto", *EXCHANGES):
-            raise ConfigError(f"--exchange must be auto or one of {', '.join(EXCHANGES)}, got {parallel.exchange!r}")
+        if parallel.exchange not in NAMES:
+            raise ConfigError(f"--exchange must be one of {', '.join(NAMES)}, got {parallel.exchange!r}")
         if self.seq_len % parallel.sp:
             raise ConfigError(
                 f"--seq-len must be a multiple of --sp, got {self.seq_len} tokens over {parallel.sp} processes"

@@ -16,6 +16,7 @@ import torch
 from lasp.analysis.model import layers
 from lasp.data.store import TokenStore
 from lasp.exchange import Auto, Exchange
+from lasp.exchange.peer import is_possible
 from lasp.models import ModelConfig, num_parameters
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
@@ -77,7 +78,9 @@ def _exchange(config: TrainConfig, model_config: ModelConfig, model: ParallelMod
     if isinstance(exchange, Auto) and states:
         rows = config.global_batch // (world.shard.dp_size * config.accumulation)
         batch = 1 if config.data.packed else rows
-        exchange = exchange.choose(states[-1].load(batch), model.sp.comm.nodes)
+        load, comm = states[-1].load(batch), model.sp.comm
+        peers = is_possible(comm, load.summary_bytes, world.device)
+        exchange = exchange.choose(load, comm.nodes, peers=peers)
     return exchange.name
 
 
