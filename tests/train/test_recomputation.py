@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import world
-from test_data_parallel import batch, gradients, new_model, whole_gradients
+from test_data_parallel import SMALL, batch, gradients, new_model, whole_gradients
 from tolerances import worst
 from torch import Tensor
 
@@ -107,6 +108,22 @@ def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPat
             "selective": 1.0,
             "full": 1.5,
         }
+
+
+def test_a_compiled_block_is_one_graph_under_ddp() -> None:
+    """The compiler would cut it where DDP's first MiB of gradients ends, and keep what crosses the cut."""
+
+    def graphs(_rank: int) -> int:
+        torch.compile = partial(torch.compile, backend="aot_eager")  # of this process
+        mesh = build_mesh(sp=2, timeout_s=60)
+        model = CausalLM(preset("transnormer", "tiny", **{**SMALL, "d_model": 512, "num_layers": 1}))
+        model.init_weights(torch.Generator().manual_seed(1))
+        tokens = batch(0)[:, :-1]
+        parallel = parallelize(model, mesh, compile=True)
+        parallel.training(tokens, labels=tokens, sp=parallel.sp)
+        return int(torch._dynamo.utils.counters["aot_autograd"]["total"])
+
+    assert world.run(2, graphs, deadline_s=200) == [1, 1]
 
 
 @pytest.mark.parametrize("family", ["deltanet", "hybrid"])
