@@ -111,12 +111,12 @@ def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_compiled_block_is_one_graph_under_ddp() -> None:
-    """The compiler would cut it where DDP's first MiB of gradients ends, and keep what crosses the cut."""
+    """The compiler would cut it at every 25 MB of gradients, and keep what crosses the cut."""
 
     def graphs(_rank: int) -> int:
         torch.compile = partial(torch.compile, backend="aot_eager")  # of this process
         mesh = build_mesh(sp=2, timeout_s=60)
-        model = CausalLM(preset("transnormer", "tiny", **{**SMALL, "d_model": 512, "num_layers": 1}))
+        model = CausalLM(preset("transnormer", "tiny", **{**SMALL, "d_model": 1024, "ffn_dim": 4096, "num_layers": 1}))
         model.init_weights(torch.Generator().manual_seed(1))
         tokens = batch(0)[:, :-1]
         parallel = parallelize(model, mesh, compile=True)
