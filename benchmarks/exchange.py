@@ -2,6 +2,7 @@
 
     python benchmarks/exchange.py                       (about 5 minutes on two cores)
     python benchmarks/exchange.py --table RESULT.json   (the documentation's table of a kept result)
+    torchrun --nproc-per-node 2 -m benchmarks.exchange  (the processes that are there, as benchmarks.collectives)
 
 Each group of processes first measures the constants of the model (`lasp bench exchange`), then times the schedules,
 which take turns. The table says how far the chosen schedule is from the fastest measured.
@@ -109,4 +110,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:  # under a launcher: operations of what is there, and the cost model's constants
+        from benchmarks import collectives
+
+        raise SystemExit(collectives.main())
     main()

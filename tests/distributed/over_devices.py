@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/distributed/over_devices.py cpu|cuda
 
-The first rank prints, as JSON, the largest relative error of any rank and tensor, by backend, schedule and recurrence
-(every kind of decay, the delta rule with each of its own), and what the comparison sees where nothing is exchanged.
+The first rank prints, as JSON, the largest relative error of any rank and tensor: by backend, schedule and recurrence
+(every kind of decay, the delta rule with each of its own), without and with packed documents; of softmax attention and
+the short convolution; and what the comparison sees where nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +23,86 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "distributed"), str(TESTS / "ops"), str(TESTS)]
 
 import test_delta_rule as delta  # noqa: E402
+import test_halo as halo  # noqa: E402
+import test_packed as packed  # noqa: E402
+import test_softmax as softmax  # noqa: E402
 from problems import GATES, make, solve  # noqa: E402
 from test_sequence_parallel import errors  # noqa: E402
+from tolerances import relative_error  # noqa: E402
 
 import lasp  # noqa: E402
 from lasp.exchange import EXCHANGES  # noqa: E402
+
+Backends = list[tuple[str, torch.dtype]]
+Found = dict[str, dict[str, float]]
+
+# Of a state, in packed problems: what the kernels take.
+packed.K = packed.V = 16
+BOUNDARIES = (0, 30, 30, 39, 90, 140, 150)
+TOKENS = BOUNDARIES[-1]
+
+
+def on(device: torch.device, tensors: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    return {name: t.to(device, dtype) for name, t in tensors.items()}
+
+
+def recurrences(sps: dict[str, lasp.SequenceParallel], backends: Backends, device: torch.device) -> Found:
+    found = {}
+    for gate in GATES:
+        problem = make(gate, tokens=TOKENS, batch=1, value_heads=4, keys=16, values=16)
+        expected = solve(problem, "reference")
+        for backend, dtype in backends:
+            for name, sp in sps.items():
+                found[f"{backend} {name} {gate}"] = errors(sp, problem, expected, backend, dtype=dtype, device=device)
+    for gate in delta.GATES:
+        dense = delta.make(gate, tokens=TOKENS, batch=1, keys=8, values=8)
+        references = delta.solve(dense, "reference")
+        for name, sp in sps.items():
+            values = delta.solve(dense, sp=sp, device=device)
+            found[f"delta {name} {gate}"] = delta.errors(values, references, sp)
+    return found
+
+
+def packed_documents(sps: dict[str, lasp.SequenceParallel], backends: Backends, device: torch.device) -> Found:
+    """Every kind of recurrence by every schedule; one document is empty, two lie over a border of ranks."""
+    found, count = {}, len(BOUNDARIES) - 1
+    for kind in packed.KINDS:
+        random = torch.Generator().manual_seed(1)
+        inputs = packed.inputs_of(kind, TOKENS, count)
+        d_o = torch.randn(inputs["v"].shape, generator=random, dtype=torch.float64)
+        d_final = torch.randn(inputs["initial_state"].shape, generator=random, dtype=torch.float64)
+        expected = on(device, packed.alone(inputs, d_o, d_final, BOUNDARIES))
+        for backend, dtype in backends if kind in GATES else backends[:1]:
+            given = on(device, {**inputs, "d_o": d_o, "d_final": d_final}, dtype)
+            d_outputs = (given.pop("d_o"), given.pop("d_final"))
+            for name, sp in sps.items():
+                error = packed.shard_errors(sp, given, *d_outputs, BOUNDARIES, expected, backend)
+                label = "delta" if "beta" in inputs else backend
+                found[f"{label} {name} {kind}, packed"] = {"worst": error}
+    return found
+
+
+def other_layers(sp: lasp.SequenceParallel, device: torch.device) -> Found:
+    """Softmax attention and short convolution, whose exchanges are their own."""
+    given = softmax.problem(TOKENS, 2 * sp.size, sp.size)
+    expected = on(device, softmax.by_matrix(given, True))
+    found = {
+        f"torch softmax, {method}": softmax.errors(sp, on(device, given), expected, states=True, method=method)
+        for method in ("all_gather", "ulysses")
+    }
+    convolved = halo.problem(TOKENS, 4, len(BOUNDARIES) - 1)
+    expected = on(device, halo.by_document(convolved, BOUNDARIES, "silu"))
+    return found | {"torch convolution": halo.errors(sp, on(device, convolved), expected, "silu", BOUNDARIES)}
+
+
+def nothing_exchanged(rank: int, cut: int) -> dict[str, float]:
+    """The control: a rank that computes its shard alone."""
+    problem = make("channel", tokens=TOKENS, batch=1, value_heads=4, keys=16, values=16)
+    expected = solve(problem, "reference")["o"]
+    part = slice(0, cut) if rank == 0 else slice(cut, TOKENS if rank == 1 else cut)
+    q, k, v, g = (problem.inputs[name][:, part] for name in ("q", "k", "v", "g"))
+    o, _ = lasp.linear_attention(q, k, v, g, initial_state=problem.inputs["initial_state"])
+    return {"o": relative_error(o, expected[:, part]) if rank == 1 else 0.0}
 
 
 def main() -> None:
@@ -38,32 +115,13 @@ def main() -> None:
         backends.append(("triton", torch.float32))
     group = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(group, timeout=timedelta(seconds=60), device_id=device if group == "nccl" else None)
+    cut = 40
+    lengths = (cut, TOKENS - cut, *[0] * (size - 2))
     names = [*EXCHANGES, *(["peer"] if group == "nccl" else [])]
-    tokens = 150
-    lengths = (40, tokens - 40, *[0] * (size - 2))
-    found = {}
-    for gate in GATES:
-        problem = make(gate, tokens=tokens, batch=1, value_heads=4, keys=16, values=16)
-        expected = solve(problem, "reference")
-        for backend, dtype in backends:
-            for name in names:
-                sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths)
-                found[f"{backend} {name} {gate}"] = errors(sp, problem, expected, backend, dtype=dtype, device=device)
-    for gate in delta.GATES:
-        dense = delta.make(gate, tokens=tokens, batch=1, keys=8, values=8)
-        references = delta.solve(dense, "reference")
-        for name in names:
-            sp = lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths)
-            values = delta.solve(dense, sp=sp, device=device)
-            found[f"delta {name} {gate}"] = delta.errors(values, references, sp)
-    # The control: a rank that computes its shard alone.
-    part = slice(0, 40) if rank == 0 else slice(40, tokens if rank == 1 else 40)
-    alone = {
-        n: t if t is None or t.dim() < 3 or t.shape[1] != tokens else t[:, part] for n, t in problem.inputs.items()
-    }
-    o, _ = lasp.linear_attention(*(alone[name] for name in ("q", "k", "v", "g")), initial_state=alone["initial_state"])
-    gap = (o - expected["o"][:, part]).norm() / expected["o"][:, part].norm()
-    found["control: nothing exchanged"] = {"o": gap.item() if rank == 1 else 0.0}
+    sps = {name: lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths) for name in names}
+    found = recurrences(sps, backends, device) | packed_documents(sps, backends, device)
+    found |= other_layers(sps["ring"], device)
+    found["control: nothing exchanged"] = nothing_exchanged(rank, cut)
     everywhere: list = [None] * size
     dist.all_gather_object(everywhere, found)
     if rank == 0:

@@ -82,10 +82,10 @@ def local_inputs(sp, inputs) -> dict[str, torch.Tensor]:
     return {n: t if n == "initial_state" or t.dim() == 1 else sp.shard(t) for n, t in inputs.items()}
 
 
-def shard_errors(sp, inputs, d_o, d_final, bounds, expected) -> float:
+def shard_errors(sp, inputs, d_o, d_final, bounds, expected, backend="torch") -> float:
     local = local_inputs(sp, inputs)
     share = d_final * (2.0 * sp.rank + 1.0) / sp.size**2
-    got = solve(local, sp.shard(d_o), share, sp=sp, cu_seqlens=bounds)
+    got = solve(local, sp.shard(d_o), share, sp=sp, cu_seqlens=bounds, backend=backend)
     worst = 0.0
     for name, value in got.items():
         reference = expected[name]
