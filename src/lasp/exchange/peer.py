@@ -94,12 +94,12 @@ class _Pending:
         memory, initial, state = self._shared.memory, self._initial, self._state
         assert memory is not None
         self._shared.in_use = False
+        stored = 0 if self._stored is None else self._stored.numel()
         if isinstance(self._transition, Dense):
             own = Summary(self._transition, state)
             initial = torch.zeros_like(state) if initial is None else initial
             line = Line(self._comm, self._reverse)
-            return fold(line, own, initial, memory.collect(own.pack()), self._want_total)
-        stored = 0 if self._stored is None else self._stored.numel()
+            return fold(line, own, initial, memory.collect(state, stored), self._want_total)
         initial = None if initial is None else initial.contiguous()
         return Carried(*memory.fold(initial, state, stored, reverse=self._reverse, want_total=self._want_total))
 

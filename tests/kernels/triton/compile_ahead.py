@@ -1,9 +1,10 @@
-"""Compiles the decay family's kernels for a device that need not be there, and reports what they need.
+"""Compiles the kernels for a device that need not be there, and reports what they need.
 
     python tests/kernels/triton/compile_ahead.py cuda:90 [cuda:80 cuda:100 hip:gfx942 ...]
 
 Prints one JSON object a line: kernel, target, shared memory, spilled bytes per thread (CUDA below sm_100), matrix
-instructions. A script of its own: where the tests run in the interpreter, kernels cannot be compiled.
+instructions, whether it orders memory with other devices. A script of its own: where the tests run in the interpreter,
+kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
 from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.work import BASE_LEVELS
+from lasp.kernels.triton.peer.kernels import collect_kernel, fold_kernel, push_kernel
+from lasp.kernels.triton.peer.memory import BLOCK, WARPS
 
 INPUTS = {
     "q_ptr",
@@ -87,13 +90,22 @@ def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], 
     yield key_gradient_kernel, common | gradient, p.scalar_keys
 
 
+def peer_kernels() -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
+    """Those that write into other devices' memory, for decays per head."""
+    common, tiles = {"SIZE": 8, "BLOCK": BLOCK}, Tiles(BLOCK, WARPS, 1)
+    yield push_kernel, common | {"EVEN": True}, tiles
+    fold = {"EVEN": True, "EACH": 128 * 128, "REVERSE": False, "FROM_ZERO": True, "EXACT": True, "total_ptr": None}
+    yield fold_kernel, common | fold, tiles
+    yield collect_kernel, common, tiles
+
+
 def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarget) -> dict[str, Any]:
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            others = {"stretches_ptr": "*fp16", "places_ptr": "*i32"}
+            others = {"stretches_ptr": "*fp16", "places_ptr": "*i32", "memories_ptr": "*i64", "epoch_ptr": "*i32"}
             signature[name] = f"*{NAME}" if name in INPUTS else others.get(name, "*fp32")
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
@@ -104,6 +116,7 @@ def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarge
     report = {"kernel": kernel.__name__, "tiles": tuple(tiles), "shared": compiled.metadata.shared}
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     report["matrix_instructions"] = len(re.findall(r"wgmma|mma\.sync|tcgen05\.mma|mfma", text))
+    report["ordered"] = bool(re.search(r"sys\.(acquire|release)|buffer_inv sc0 sc1|buffer_wbl2", text))
     report["trap"] = bool(re.search(r"^\s*(trap|s_trap)", text, re.MULTILINE))
     if "cubin" in compiled.asm:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -121,7 +134,7 @@ def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarge
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        for kernel, constants, tiles in kernels(128, LIMITS[name]):
+        for kernel, constants, tiles in (*kernels(128, LIMITS[name]), *peer_kernels()):
             report = {"target": name, "limit": LIMITS[name]}
             try:
                 report |= needs(kernel, constants, tiles, target_of(name))

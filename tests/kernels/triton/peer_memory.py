@@ -84,14 +84,15 @@ def main() -> None:
                 kind: max(error(memory, rank, size, kind, *each) for each in rounds)
                 for kind in ("none", "scalar", "channel")
             }
-            own = torch.arange(37.0) + rank
-            memory.push(None, own)
-            found["collected"] = torch.equal(memory.collect(own), torch.arange(37.0) + torch.arange(size).view(-1, 1))
+            own, stored = torch.arange(37.0) + rank, torch.arange(3.0) - rank
+            memory.push(stored, own)
+            packed = [torch.cat((torch.arange(3.0) - each, torch.arange(37.0) + each)) for each in range(size)]
+            found["collected"] = torch.equal(memory.collect(own, 3), torch.stack(packed))
             late = memory_of(rank, "late", 1e-4)
             if rank > 0:  # the first sends nothing
                 late.push(None, own)
                 try:
-                    late.collect(own)
+                    late.collect(own, 0)
                 except Exception as failure:
                     found["late"] = str(failure)
             return found

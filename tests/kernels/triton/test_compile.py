@@ -33,6 +33,9 @@ SPILLS = {
 }
 
 
+PEERS = ("push_kernel", "fold_kernel", "collect_kernel")
+
+
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_compiles_within_the_device(target: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -40,10 +43,13 @@ def test_compiles_within_the_device(target: str) -> None:
         [sys.executable, str(SCRIPT), target], env=environment, capture_output=True, text=True, check=True
     )
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"target"')]
-    assert len(reports) == 8, done.stderr[-2000:]
+    assert len(reports) == 11, done.stderr[-2000:]
     for report in reports:
         assert "error" not in report, report
         assert report["shared"] <= report["limit"], report
-        assert report["matrix_instructions"] > 0 and not report["trap"], report
+        if report["kernel"] in PEERS:  # whose assertions are traps
+            assert report["ordered"], report
+        else:
+            assert report["matrix_instructions"] > 0 and not report["trap"], report
         if triton.__version__.startswith(COMPILER):
             assert report["spilled_bytes"] <= SPILLS[target].get(report["kernel"], 0), report

@@ -50,17 +50,21 @@ def push_kernel(
     slot_bytes,
     SIZE: tl.constexpr,  # ranks
     BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,  # size is a multiple of BLOCK
 ):
-    """Writes transition and state, one after the other, into this rank's slot on every rank; then raises the flags."""
+    """Writes state and transition, one after the other, into this rank's slot on every rank; then raises the flags.
+
+    The last programs are the transition's.
+    """
     # The last program to end counts the epoch, when all have read it.
     epoch = tl.load(epoch_ptr) + 1
-    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begun = tl.load(transition_ptr + flat, mask=flat < stored, other=0.0)
-    state = tl.load(state_ptr + flat - stored, mask=(flat >= stored) & (flat < stored + size), other=0.0)
-    value = tl.where(flat < stored, begun, state)
-    for peer in tl.static_range(SIZE):
-        slot = _slot(tl.load(memories_ptr + peer), epoch, rank, slot_bytes, SIZE, value.dtype)
-        tl.store(slot + flat, value, mask=flat < stored + size)
+    blocks = tl.cdiv(size, BLOCK)
+    if tl.program_id(0) < blocks:
+        flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        _write(state_ptr, flat, flat, flat < size, memories_ptr, epoch, rank, slot_bytes, SIZE, EVEN)
+    else:
+        flat = (tl.program_id(0) - blocks) * BLOCK + tl.arange(0, BLOCK)
+        _write(transition_ptr, flat, size + flat, flat < stored, memories_ptr, epoch, rank, slot_bytes, SIZE, False)
     tl.debug_barrier()
     done = tl.atomic_add(epoch_ptr + 1, 1, sem="acq_rel", scope="sys")
     if done == tl.num_programs(0) - 1:
@@ -69,6 +73,20 @@ def push_kernel(
         for peer in tl.static_range(SIZE):
             flag = tl.load(memories_ptr + peer).to(tl.pointer_type(tl.int32)) + rank
             tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def _write(
+    source, at, to, mask, memories_ptr, epoch, rank, slot_bytes, SIZE: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """`at` of `source` to places `to` of this rank's slot on every rank; without a mask, in 16 bytes a store."""
+    value = tl.load(source + at) if WHOLE else tl.load(source + at, mask=mask, other=0.0)
+    for peer in tl.static_range(SIZE):
+        slot = _slot(tl.load(memories_ptr + peer), epoch, rank, slot_bytes, SIZE, value.dtype)
+        if WHOLE:
+            tl.store(slot + to, value)
+        else:
+            tl.store(slot + to, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rank", "stored", "size", "slot_bytes", "polls"])
@@ -85,6 +103,7 @@ def fold_kernel(
     polls,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
     EACH: tl.constexpr,  # elements of a state that one number of the transition decays; 0: no decay
     REVERSE: tl.constexpr,  # the line of ranks begins with the last
     FROM_ZERO: tl.constexpr,
@@ -94,7 +113,7 @@ def fold_kernel(
     epoch = tl.load(epoch_ptr)
     memory = tl.load(memories_ptr + rank)
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = flat < size
+    inside = tl.full((BLOCK,), True, tl.int1) if EVEN else flat < size
     dtype: tl.constexpr = entering_ptr.dtype.element_ty
     state = tl.zeros((BLOCK,), dtype)
     if not FROM_ZERO:
@@ -107,20 +126,25 @@ def fold_kernel(
         slot = _slot(memory, epoch, rank * 0 + source, slot_bytes, SIZE, dtype)
         # Around the first cache, which may hold what was here two epochs ago.
         if EACH > 0:
-            log_decay = tl.load(slot + flat // EACH, mask=inside, other=0.0, cache_modifier=".cg")
+            if EACH % BLOCK == 0:  # one number for the whole block
+                number = tl.program_id(0) * BLOCK // EACH
+                log_decay = tl.load(slot + size + number, mask=number < stored, other=0.0, cache_modifier=".cg")
+            else:
+                log_decay = tl.load(slot + size + flat // EACH, mask=inside, other=0.0, cache_modifier=".cg")
             decay = libdevice.exp(log_decay) if EXACT else tl.exp(log_decay)
             state = tl.where(log_decay == float("-inf"), 0.0, decay * state)
-        state += tl.load(slot + stored + flat, mask=inside, other=0.0, cache_modifier=".cg")
+        state += tl.load(slot + flat, mask=inside, other=0.0, cache_modifier=".cg")
     if total_ptr is not None:
         tl.store(total_ptr + flat, state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rank", "size", "slot_bytes", "polls"])
+@triton.jit(do_not_specialize=["rank", "stored", "size", "slot_bytes", "polls"])
 def collect_kernel(
     memories_ptr,  # int64 [SIZE]
     epoch_ptr,  # int32 [2]
-    collected_ptr,  # [SIZE, size], written
+    collected_ptr,  # [SIZE, stored + size], written: transition and state, as `Summary.pack` has them
     rank,
+    stored,
     size,
     slot_bytes,
     polls,
@@ -131,8 +155,10 @@ def collect_kernel(
     epoch = tl.load(epoch_ptr)
     memory = tl.load(memories_ptr + rank)
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = flat < stored + size
+    packed = tl.where(flat < size, stored + flat, flat - size)
     _all_have_come(memory, epoch, polls, SIZE)
     for source in tl.static_range(SIZE):
         slot = _slot(memory, epoch, rank * 0 + source, slot_bytes, SIZE, collected_ptr.dtype.element_ty)
-        value = tl.load(slot + flat, mask=flat < size, other=0.0, cache_modifier=".cg")
-        tl.store(collected_ptr + tl.cast(source, tl.int64) * size + flat, value, mask=flat < size)
+        value = tl.load(slot + flat, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(collected_ptr + tl.cast(source, tl.int64) * (stored + size) + packed, value, mask=inside)

@@ -74,25 +74,25 @@ class PeerMemory:
         launch(self._addresses, self._epoch, entering if initial is None else initial, entering, total)
         return entering, total
 
-    def collect(self, like: Tensor) -> Tensor:
-        """Wait for all summaries: [ranks, n], each as `like` [n]."""
-        collected = like.new_empty(len(self._memories), like.numel())
-        launch = _collect(like.dtype, self._rank, len(self._memories), like.numel(), self.slot_bytes, self._polls)
+    def collect(self, state: Tensor, stored: int) -> Tensor:
+        """Wait for all summaries: [ranks, stored + n], each as `Summary.pack` has it, of states [n] like this one."""
+        collected = state.new_empty(len(self._memories), stored + state.numel())
+        launch = _collect(
+            state.dtype, self._rank, len(self._memories), stored, state.numel(), self.slot_bytes, self._polls
+        )
         launch(self._addresses, self._epoch, collected)
         return collected
 
 
-# A launch is bound to the binary of its first call, hence to a dtype.
-
-
-def _blocks(size: int) -> tuple[int, int]:
-    return -(-size // BLOCK), 1
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)
 
 
 @lru_cache(maxsize=256)
 def _push(dtype: torch.dtype, rank: int, ranks: int, stored: int, size: int, slot_bytes: int) -> Launch:
     scalars = (rank, stored, size, slot_bytes)
-    return Launch(push_kernel, _blocks(stored + size), scalars, (ranks, BLOCK), WARPS, 1)
+    grid = (_blocks(size) + _blocks(stored), 1)
+    return Launch(push_kernel, grid, scalars, (ranks, BLOCK, size % BLOCK == 0), WARPS, 1)
 
 
 @lru_cache(maxsize=256)
@@ -108,11 +108,13 @@ def _fold(
     reverse: bool,
     zero: bool,
 ) -> Launch:
-    scalars, constants = (rank, stored, size, slot_bytes, polls), (ranks, BLOCK, each, reverse, zero, not _INTERPRETED)
-    return Launch(fold_kernel, _blocks(size), scalars, constants, WARPS, 1, **_ROUNDED_APART, **_ASSERTING)
+    scalars = (rank, stored, size, slot_bytes, polls)
+    constants = (ranks, BLOCK, size % BLOCK == 0, each, reverse, zero, not _INTERPRETED)
+    return Launch(fold_kernel, (_blocks(size), 1), scalars, constants, WARPS, 1, **_ROUNDED_APART, **_ASSERTING)
 
 
 @lru_cache(maxsize=256)
-def _collect(dtype: torch.dtype, rank: int, ranks: int, size: int, slot_bytes: int, polls: int) -> Launch:
-    scalars: tuple[Any, ...] = (rank, size, slot_bytes, polls)
-    return Launch(collect_kernel, _blocks(size), scalars, (ranks, BLOCK), WARPS, 1, **_ASSERTING)
+def _collect(dtype: torch.dtype, rank: int, ranks: int, stored: int, size: int, slot_bytes: int, polls: int) -> Launch:
+    scalars: tuple[Any, ...] = (rank, stored, size, slot_bytes, polls)
+    grid = (_blocks(stored + size), 1)
+    return Launch(collect_kernel, grid, scalars, (ranks, BLOCK), WARPS, 1, **_ASSERTING)
