@@ -20,6 +20,7 @@ class Problem:
     d_o: Tensor
     d_final: Tensor
     causal: bool = True
+    cu_seqlens: tuple[int, ...] | None = None
 
 
 def make(
@@ -33,9 +34,11 @@ def make(
     values: int = 3,
     slow: float = 0.02,
     causal: bool = True,
+    cu_seqlens: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> Problem:
     """Random inputs in fp64. Decays are slow, so that what comes from far still counts."""
+    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, value_heads, keys, values)
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -54,11 +57,12 @@ def make(
             "k": normal(batch, tokens, heads, keys),
             "v": normal(batch, tokens, value_heads, values),
             "g": None if shape is None else -slow * torch.rand(shape, generator=random, dtype=torch.float64),
-            "initial_state": normal(batch, value_heads, keys, values),
+            "initial_state": normal(*states),
         },
         normal(batch, tokens, value_heads, values),
-        normal(batch, value_heads, keys, values),
+        normal(*states),
         causal,
+        cu_seqlens,
     )
 
 
@@ -72,7 +76,7 @@ def solve(
     }
     o, final = lasp.linear_attention(
         leaves["q"], leaves["k"], leaves["v"], leaves["g"], initial_state=leaves["initial_state"],
-        output_final_state=True, causal=problem.causal, backend=backend,
+        output_final_state=True, causal=problem.causal, cu_seqlens=problem.cu_seqlens, backend=backend,
     )  # fmt: skip
     torch.autograd.backward((o, final), (problem.d_o.to(o), problem.d_final.to(final)))
     results = {"o": o.detach(), "final_state": final.detach()}

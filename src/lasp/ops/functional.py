@@ -87,11 +87,11 @@ def linear_attention(
         if g is not None and not (g.is_cuda and getattr(stages, "BAD_GATES_GIVE_NAN", False)):
             check_gate_values(g)
     fused = getattr(stages, "fused", None)
-    if fused is not None and documents is None:
-        return _fused(stages, x, q, initial_state, output_final_state, sp)
+    if fused is not None:
+        run = _fused if documents is None else _untraced_fused
+        return run(stages, x, q, initial_state, output_final_state, sp)
     x = x._replace(q=_called(q, k, v)) if callable(q) else x
-    run = _scanned if fused is None else _untraced_scan
-    return run(stages, x, initial_state, output_final_state, causal, sp)
+    return _scanned(stages, x, initial_state, output_final_state, causal, sp)
 
 
 def _fused(
@@ -113,6 +113,10 @@ def _fused(
     return result
 
 
+# The operators of a compiled graph take no documents: the graph breaks around them.
+_untraced_fused = torch.compiler.disable(_fused)
+
+
 @not_traced_before
 def _scanned(
     stages: Stages,
@@ -126,9 +130,6 @@ def _scanned(
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
     plan = Plan(stages, sp, not causal, output_final_state)
     return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))
-
-
-_untraced_scan = torch.compiler.disable(_scanned)
 
 
 def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor) -> Tensor:

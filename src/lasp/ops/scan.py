@@ -3,7 +3,7 @@
     forward:  summarize -> begin -> local outputs -> wait -> outputs
     backward: summarize the adjoint -> begin, reversed -> gradients of q -> wait -> the other gradients
 
-A backend whose stages are fused has its own way through the same steps, which packed documents do not take.
+A backend whose stages are fused has its own way through the same steps.
 
 What is saved for backward holds the states with the other ranks' part applied (the state cache of LASP), so
 backward recomputes no forward state and exchanges once.
@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lasp.algebra import Summary
 from lasp.exchange.local import Local, Ready
 from lasp.ops.compiled import exchange
-from lasp.ops.crossing import Packed
 from lasp.recurrence.contract import Stages, tensors_of
+from lasp.recurrence.crossing import Packed
 from lasp.recurrence.documents import Documents
 from lasp.sequence import SequenceParallel
 
@@ -86,6 +86,14 @@ def _begin(plan: Plan, x: Any, summary: Summary, initial: Tensor, *, reverse: bo
     return sp.begin(x, summary, initial, reverse=reverse, want_total=want_total)
 
 
+def _packed(documents: Documents, sp: SequenceParallel | None) -> Packed:
+    return Packed(documents, sp if sp is not None and sp.size > 1 else None)
+
+
+def _from_zero(summary: Summary) -> tuple[Summary, Tensor]:
+    return summary, torch.zeros_like(summary.state)
+
+
 def _exactly(function: _Function) -> _Function:
     """`function` outside autocast, which would round states to 16 bits in the stages' matrix products."""
 
@@ -109,19 +117,20 @@ class _Scan(torch.autograd.Function):
         *inputs: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         x, stages = run(inputs), plan.stages
-        packed = None if x.documents is None else Packed(x.documents, plan.sp)
+        packed = None if x.documents is None else _packed(x.documents, plan.sp)
         summary, totals = stages.summarize(x)
-        border, before = (summary, initial) if packed is None else packed.leaving(summary, initial)
+        border, before = (summary, initial) if packed is None else _from_zero(packed.leaving(summary, initial))
         want_total = plan.want_final and packed is None
         exchanging = _begin(plan, x, border, before, reverse=False, want_total=want_total)
         partial_outputs = stages.local_outputs(x, totals)
         carried = exchanging.wait()
         entering = carried.total if plan.whole else carried.entering
         entering = entering if packed is None else packed.entering(entering, initial)
+        assert entering is not None  # nothing is None here
         o, saved = stages.outputs(x, totals, partial_outputs, entering)
         final = carried.total
         if packed is not None and plan.want_final:
-            final = packed.with_empty(packed.final(summary, entering), initial)
+            final = packed.final(summary.apply(entering), initial)
         # Every tensor through save_for_backward, so that saved-tensor hooks (offloading, recomputation) see them.
         tensors, ctx.structure = tree_flatten((inputs, saved))
         ctx.plan, ctx.run, ctx.packed = plan, run, packed
@@ -143,7 +152,7 @@ class _Scan(torch.autograd.Function):
         # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.
         if plan.want_final and sp is not None:
             d_final = sp.comm.sum(d_final)
-        border, before = (summary, d_final) if packed is None else packed.leaving_adjoint(summary, d_final)
+        border, before = (summary, d_final) if packed is None else _from_zero(packed.leaving_adjoint(summary, d_final))
         exchanging = _begin(plan, x, border, before, reverse=True, want_total=False)
         local = stages.local_gradients(x, saved, totals, d_o)
         carried = exchanging.wait()
@@ -152,10 +161,8 @@ class _Scan(torch.autograd.Function):
         d_inputs = stages.gradients(x, saved, totals, local, d_o, d_leaving)
         d_initial = None
         if ctx.needs_input_grad[2]:
-            if packed is not None:
-                d_initial = packed.with_empty(packed.initial(summary, d_leaving), d_final)
-            else:
-                d_initial = d_leaving if plan.whole else summary.apply(d_leaving)
+            d_initial = d_leaving if plan.whole else summary.apply(d_leaving)
+            d_initial = d_initial if packed is None else packed.initial(d_initial, d_final)
             # Whole on the first rank: the ranks' gradients are shares of one sum.
             d_initial = d_initial if sp is None or sp.rank == 0 else torch.zeros_like(d_initial)
         return None, None, d_initial, *d_inputs

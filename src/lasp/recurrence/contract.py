@@ -19,10 +19,12 @@ summaries. Tensors marked opaque are the backend's own (tuples of tensors or Non
 
 A backend may also have
 
-    fused(x, initial, want_final, across, started) -> o, final state or None
+    fused(x, initial, want_final, across, started) -> o, final states or None
         All stages at once, differentiable, for less of the host's time and as one operator of a compiled graph; initial
-        is None for zero, across (`lasp.recurrence.across`) None on one device. It takes no packed documents. The
-        stages of a backend that has it need not be fit for tracing.
+        is None for zero, across (`lasp.recurrence.across`) None on one device. With packed documents, which it need
+        take outside compiled graphs only, initial and final states are those of every document of the whole sequence
+        (`lasp.recurrence.crossing`). Operators then go this way alone: a backend that has it keeps its stages, which
+        need not be fit for tracing, for tests and benchmarks, which run them one by one and play ranks with them.
     start(x, initial, want_final, across) -> started
         What `fused` does before it reads queries: it begins the exchange, during which these can be computed. Opaque.
     BAD_GATES_GIVE_NAN = True

@@ -72,7 +72,12 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
     leaves[4] = None
 
     def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, _: None) -> Tensor:
-        return 2.0 * lasp.linear_attention(q, k, v, g, cu_seqlens=(0, 30, 70), backend="triton")[0]
+        doubled = 2.0 * q
+
+        def queries() -> Tensor:
+            return doubled + q
+
+        return 2.0 * lasp.linear_attention(queries, k, v, g, cu_seqlens=(0, 30, 70), backend="triton")[0]
 
     eager = packed(*leaves)
     torch._dynamo.reset()

@@ -42,17 +42,27 @@ def problem(gate: str, H_v: int = 2) -> tuple[dict[str, Tensor], Tensor, Tensor]
 
 
 def solve(
-    x: dict[str, Tensor], d_o: Tensor, d_final: Tensor, *, device: torch.device, dtype: torch.dtype, **options: object
+    x: dict[str, Tensor],
+    d_o: Tensor,
+    d_final: Tensor | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    **options: object,
 ) -> dict[str, Tensor]:
+    """Outputs, final states where they have a gradient, and gradients."""
     leaves = {name: tensor.to(device, dtype, copy=True).requires_grad_() for name, tensor in x.items()}
-    o, final = lasp.linear_attention(**leaves, output_final_state=True, **options)
-    torch.autograd.backward((o, final), (d_o.to(o), d_final.to(final)))
-    results = {"o": o.detach(), "final_state": final.detach()}
+    o, final = lasp.linear_attention(**leaves, output_final_state=d_final is not None, **options)
+    if d_final is None:
+        o.backward(d_o.to(o))
+    else:
+        torch.autograd.backward((o, final), (d_o.to(o), d_final.to(final)))
+    results = {"o": o.detach()} if final is None else {"o": o.detach(), "final_state": final.detach()}
     results |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
     return {name: result.cpu() for name, result in results.items()}
 
 
-def expected(x: dict[str, Tensor], d_o: Tensor, d_final: Tensor) -> dict[str, Tensor]:
+def expected(x: dict[str, Tensor], d_o: Tensor, d_final: Tensor | None) -> dict[str, Tensor]:
     cpu = {"device": torch.device("cpu"), "dtype": torch.float64}
     return solve(x, d_o, d_final, cu_seqlens=BOUNDS, backend="torch", **cpu)
 
@@ -63,6 +73,20 @@ def test_one_device(gate: str, device: torch.device) -> None:
     references = expected(x, d_o, d_final)
     fused = {"device": device, "dtype": torch.float32, "backend": "triton"}
     values = solve(x, d_o, d_final, cu_seqlens=BOUNDS, **fused)
+    errors = {name: relative_error(values[name], references[name]) for name in references}
+    assert max(errors.values()) <= BOUND, errors
+    # The reference finds these by the same code.
+    empty = [0, 4]
+    assert torch.equal(values["final_state"][empty], x["initial_state"][empty])
+    assert torch.equal(values["d_initial_state"][empty], d_final[empty])
+
+
+@pytest.mark.parametrize("gate", ["none", "constant"])
+def test_one_device_without_states(gate: str, device: torch.device) -> None:
+    x, d_o, _ = problem(gate)
+    del x["initial_state"]
+    references = expected(x, d_o, None)
+    values = solve(x, d_o, None, cu_seqlens=BOUNDS, device=device, dtype=torch.float32, backend="triton")
     errors = {name: relative_error(values[name], references[name]) for name in references}
     assert max(errors.values()) <= BOUND, errors
 
@@ -78,15 +102,30 @@ def test_the_check_sees_a_boundary_misplaced_by_a_token(device: torch.device) ->
 @pytest.mark.parametrize("gate", GATES)
 def test_ranks(gate: str, device: torch.device) -> None:
     """One document over three ranks, one rank without tokens, a border where a document ends."""
-    x, d_o, d_final = problem(gate)
+    check_ranks((38, 30, 0, 42), device, *problem(gate))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+@pytest.mark.parametrize("with_initial", [False, True])
+def test_ranks_without_all_states(gate: str, with_initial: bool, device: torch.device) -> None:
+    """No final states, with or without initial ones; ranks that share both their first and their last document."""
+    x, d_o, _ = problem(gate)
+    if not with_initial:
+        del x["initial_state"]
+    check_ranks((20, 48, 0, 42), device, x, d_o, None)
+
+
+def check_ranks(
+    lengths: tuple[int, ...], device: torch.device, x: dict[str, Tensor], d_o: Tensor, d_final: Tensor | None
+) -> None:
     references = expected(x, d_o, d_final)
 
     def work(comm) -> dict[str, float]:
-        sp = sequence_parallel(comm, "ring", (38, 30, 0, 42))
+        sp = sequence_parallel(comm, "ring", lengths)
+        share = None if d_final is None else d_final / sp.size
         local = {n: t if n == "initial_state" or t.dim() == 1 else sp.shard(t) for n, t in x.items()}
         values = solve(
-            local, sp.shard(d_o), d_final / sp.size, device=device, dtype=torch.float32, sp=sp, cu_seqlens=BOUNDS,
-            backend="triton",
+            local, sp.shard(d_o), share, device=device, dtype=torch.float32, sp=sp, cu_seqlens=BOUNDS, backend="triton"
         )  # fmt: skip
         errors = {}
         for name, value in values.items():
@@ -100,7 +139,7 @@ def test_ranks(gate: str, device: torch.device) -> None:
             errors[name] = relative_error(value, reference)
         return errors
 
-    for rank, errors in enumerate(simulate(4, work)):
+    for rank, errors in enumerate(simulate(len(lengths), work)):
         assert max(errors.values()) <= BOUND, (rank, errors)
 
 

@@ -2,8 +2,8 @@
 
 Eager calls go through one autograd function, whose cost to the host decides how short a sequence is worth while.
 torch.compile gets the same two functions as operators `lasp::decay_forward` and `lasp::decay_backward`, which it puts
-into its graph without looking inside; they know the ranks by a number. Their lists end with what backward keeps, whose
-number depends on the kind of decay.
+into its graph without looking inside; they know the ranks by a number, and take no packed documents. Their lists end
+with what backward keeps, whose number depends on the kind of decay.
 """
 
 # No postponed annotations: the operators' schemas are read from them.
@@ -20,6 +20,8 @@ from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.work import Work, kind_of, per_channel, plan_of
 from lasp.recurrence.across import Across, Pending, of_key
 from lasp.recurrence.contract import Run
+from lasp.recurrence.crossing import Packed
+from lasp.recurrence.documents import Documents
 
 ALONE = -1
 
@@ -33,13 +35,22 @@ class Started(NamedTuple):
 
 def start(x: Run, initial: Tensor | None, want_final: bool, across: Across) -> Started:
     """Summarize the run and begin the exchange. q is not read: another tensor of its shape may stand for it."""
+    initial = None if initial is None else initial.contiguous()
     with torch.no_grad():
-        return _start(*stages.prepare(x), None if initial is None else initial.contiguous(), want_final, across)
+        return _start(*stages.prepare(x), _packed(x, across), initial, want_final, across)
 
 
-def _start(x: Run, work: Work, initial: Tensor | None, want_final: bool, across: Across) -> Started:
+def _packed(x: Run, across: Across | None) -> Packed | None:
+    return None if x.documents is None else Packed(x.documents, across)
+
+
+def _start(
+    x: Run, work: Work, packed: Packed | None, initial: Tensor | None, want_final: bool, across: Across
+) -> Started:
     summary, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=True)
     assert summary is not None
+    if packed is not None:  # documents' final states are known where they end, without the exchange
+        return Started(totals, across.begin(x, packed.leaving(summary, initial), None))
     return Started(totals, across.begin(x, summary, initial, want_total=want_final))
 
 
@@ -51,22 +62,27 @@ def _forward(
     across: Across | None,
     started: Started | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """o, the final state if it is wanted or there is one device, and what backward keeps: first the state that leaves
-    this rank."""
-    state_in = None if initial is None else initial.contiguous()
-    total, exchange = None, None
+    """o, the final state if it is wanted or there is one device, and what backward keeps: first the states that leave
+    this rank's runs."""
+    initial, packed = None if initial is None else initial.contiguous(), _packed(x, across)
+    exchange = None
     if across is None:
         _, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=False)
     else:
-        totals, exchange = started or _start(x, work, state_in, want_final, across)
+        totals, exchange = started or _start(x, work, packed, initial, want_final, across)
     partial = stages.local_outputs_of(x, work)
-    if exchange is not None:
-        state_in, total = exchange.wait()
+    state_in, final = (initial, None) if exchange is None else exchange.wait()
+    if packed is not None:
+        state_in = packed.entering(state_in, initial)
     o, saved = stages.outputs_of(x, work, totals, partial, state_in)
     if x.v.numel() == 0:  # no kernel ran
         saved.leaving.zero_() if state_in is None else saved.leaving.copy_(state_in)
     kept = stages.saved_list(saved)
-    return o, kept[0] if across is None else total, kept
+    if packed is not None:
+        final = packed.final(saved.leaving, initial) if want_final else None
+    elif across is None:
+        final = saved.leaving
+    return o, final, kept
 
 
 def _backward(
@@ -83,28 +99,45 @@ def _backward(
     """The gradients of q, k, v and g, and, if wanted, of the initial state."""
     saved = stages.saved_of(x.g, kept)
     d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
-    d_leaving = None if d_final is None else d_final.contiguous()
+    d_final, packed = None if d_final is None else d_final.contiguous(), _packed(x, across)
     summarized = want_initial or across is not None
     summary, totals = stages.totals_of(x, work, x.q, d_o, reverse=True, summarized=summarized)
     exchange = None
     if across is not None:
         assert summary is not None
         if want_final:  # a rank's gradient of the final state is its share of it: the loss is the sum over ranks
-            d_leaving = across.sum(torch.zeros_like(summary.state) if d_leaving is None else d_leaving)
-        exchange = across.begin(x, summary, d_leaving, reverse=True)
+            d_final = across.sum(_zero_finals(x, summary) if d_final is None else d_final)
+        border, before = (summary, d_final) if packed is None else (packed.leaving_adjoint(summary, d_final), None)
+        exchange = across.begin(x, border, before, reverse=True)
     local = stages.local_gradients_of(x, work, saved, d_o)
-    if exchange is not None:
-        d_leaving = exchange.wait().entering
+    d_leaving = d_final if exchange is None else exchange.wait().entering
+    if packed is not None:
+        d_leaving = packed.entering_adjoint(d_leaving, d_final)
     gradients = stages.gradients_of(x, work, saved, totals, local, d_o, d_leaving, from_zero)
-    return gradients, _d_initial(summary, d_leaving, across) if want_initial else None
-
-
-def _d_initial(summary: Summary | None, d_leaving: Tensor | None, across: Across | None) -> Tensor:
-    """Whole on the first rank: the ranks' gradients are shares of one sum."""
+    if not want_initial:
+        return gradients, None
     assert summary is not None
-    if across is not None and across.rank > 0:
+    return gradients, _d_initial(summary, d_leaving, d_final, packed, across)
+
+
+def _zero_finals(x: Run, summary: Summary) -> Tensor:
+    """Of the final states' shape: one for each sequence of the batch or document of the whole sequence."""
+    count = summary.state.shape[0] if x.documents is None else x.documents.count
+    return summary.state.new_zeros(count, *summary.state.shape[1:])
+
+
+def _d_initial(
+    summary: Summary, d_leaving: Tensor | None, d_final: Tensor | None, packed: Packed | None, across: Across | None
+) -> Tensor:
+    """Whole on the first rank: the ranks' gradients are shares of one sum."""
+    elsewhere = across is not None and across.rank > 0
+    if packed is None and elsewhere:
         return torch.zeros_like(summary.state)
-    return summary.state if d_leaving is None else summary.apply(d_leaving)
+    d_entering = summary.state if d_leaving is None else summary.apply(d_leaving)
+    if packed is None:
+        return d_entering
+    d_initial = packed.initial(d_entering, d_final)  # which the ranks find together
+    return torch.zeros_like(d_initial) if elsewhere else d_initial
 
 
 class _Eager(torch.autograd.Function):
@@ -118,14 +151,15 @@ class _Eager(torch.autograd.Function):
         initial: Tensor | None,
         scale: float,
         want_final: bool,
+        documents: Documents | None,
         across: Across | None,
         started: Started | None,
     ) -> tuple[Tensor, Tensor | None]:
-        x, work = stages.prepare(Run(q, k, v, g, scale))
+        x, work = stages.prepare(Run(q, k, v, g, scale, documents))
         o, final, kept = _forward(x, work, initial, want_final, across, started)
         ctx.set_materialize_grads(False)
         ctx.work, ctx.from_zero = work, initial is None and across is None
-        ctx.want_final, ctx.across = want_final, across
+        ctx.want_final, ctx.documents, ctx.across = want_final, documents, across
         ctx.save_for_backward(x.q, x.k, x.v, x.g, *kept)
         return o, final if want_final else None
 
@@ -134,11 +168,11 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         use_scratch()
         q, k, v, g, *kept = ctx.saved_tensors
-        x = Run(q, k, v, g, ctx.work.scale)
+        x = Run(q, k, v, g, ctx.work.scale, ctx.documents)
         gradients, d_initial = _backward(
             x, ctx.work, kept, d_o, d_final, ctx.from_zero, ctx.needs_input_grad[4], ctx.want_final, ctx.across
         )
-        return *gradients, d_initial, None, None, None, None
+        return *gradients, d_initial, None, None, None, None, None
 
 
 def _ranks(key: int, state: tuple[int, ...], want_final: bool) -> Across | None:
@@ -275,16 +309,18 @@ def fused(
     """o [B, T, H_v, V] and, if wanted, the final state [B, H_v, K, V] of the whole sequence, differentiable.
 
     Args:
-        x: q, k, v, g and scale; g in fp32; no documents.
+        x: g in fp32. Packed documents only outside compiled graphs; initial and final states are then those of every
+            document of the whole sequence, [documents, H_v, K, V].
         initial: [B, H_v, K, V], fp32; zero if None.
         across: the ranks that share the sequence; None for one device.
         started: what `start` gave for the same run, or None.
     """
     if torch.compiler.is_compiling():
+        assert x.documents is None
         ranks = ALONE if across is None else across.key
         o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_final, ranks)
         return o, (others[0] if across is None else others[-1]) if want_final else None
     result: tuple[Tensor, Tensor | None] = _Eager.apply(
-        x.q, x.k, x.v, x.g, initial, x.scale, want_final, across, started
+        x.q, x.k, x.v, x.g, initial, x.scale, want_final, x.documents, across, started
     )
     return result

@@ -4,8 +4,9 @@ summarize: summary of every segment, scan over segments.  outputs: sweep of o.
 summarize_adjoint: summary, reversed scan.  local_gradients: sweep of dq.  gradients: sweeps of dk (and dg), dv.
 What is kept for backward is one state per segment, not per chunk, with other ranks' part applied.
 
-Each stage prepares its inputs and calls the function of the same work on prepared ones (`*_of`), which the operators of
-one device (`operators`) call directly.
+Each stage prepares its inputs and calls the function of the same work on prepared ones (`*_of`). `operators` calls
+those directly, on one device and over ranks. The stages themselves are for tests and benchmarks, which run one at a
+time and put runs together as ranks would, without an exchange.
 """
 
 from __future__ import annotations
