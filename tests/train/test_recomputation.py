@@ -115,6 +115,8 @@ def test_a_compiled_block_is_one_graph_under_ddp() -> None:
 
     def graphs(_rank: int) -> int:
         torch.compile = partial(torch.compile, backend="aot_eager")  # of this process
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         mesh = build_mesh(sp=2, timeout_s=60)
         model = CausalLM(preset("transnormer", "tiny", **{**SMALL, "d_model": 1024, "ffn_dim": 4096, "num_layers": 1}))
         model.init_weights(torch.Generator().manual_seed(1))
