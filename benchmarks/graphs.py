@@ -99,8 +99,7 @@ class Graphs:
         capture; after one, nothing whose event is the graph's.
         """
         for comm in self._comms:
-            while comm._sending:
-                comm._sending.popleft()[0].wait()
+            comm.flush()
 
     def _agreed(self, reason: str) -> str:
         """Why not, if one of the ranks says so."""

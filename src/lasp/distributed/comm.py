@@ -199,6 +199,13 @@ class Comm:
         with self.explained(f"send a state to rank {to}"):
             self._sending.append((dist.isend(payload, group=self._group, group_dst=to), payload))
 
+    def flush(self) -> None:
+        """Wait until all that was sent has left: over NCCL the stream waits, and a capture joins NCCL's."""
+        while self._sending:
+            work, _ = self._sending.popleft()
+            with self.waiting("finish sending a state"):
+                work.wait()
+
     def receive(self, like: Tensor, source: int) -> Pending[Tensor]:
         """Start receiving a tensor shaped as `like` from rank `source`."""
         self.count(received=like.nbytes)
