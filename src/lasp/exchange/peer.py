@@ -70,7 +70,11 @@ def _shared_of(comm: Comm, device: torch.device) -> _Shared:
 
 def is_possible(comm: Comm, nbytes: int, device: torch.device) -> bool:
     """Whether the ranks can write summaries into each other's memory. Collective when first asked for so many bytes."""
-    return device.type == "cuda" and _shared_of(comm, device).reserve(comm, nbytes, device) is not None
+    return _is_gpu(device) and _shared_of(comm, device).reserve(comm, nbytes, device) is not None
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class _Pending:
@@ -120,7 +124,7 @@ class Peer:
         state, nbytes = summary.state.contiguous(), summary.nbytes
         device = state.device
         shared = _shared_of(comm, device)
-        memory = shared.reserve(comm, nbytes, device) if device.type == "cuda" else None
+        memory = shared.reserve(comm, nbytes, device) if _is_gpu(device) else None
         if memory is None:
             raise ExchangeError(
                 f'exchange "peer" takes GPUs of one host, over NCCL, that can write to each other\'s memory; those of '

@@ -2,8 +2,9 @@
 
     python tests/kernels/triton/peer_memory.py RANKS
 
-Prints, as JSON, each rank's largest error against summaries applied one after the other, by kind of transition, and
-how a wait for a rank that sends nothing ends. The memories are files that all processes map.
+Prints, as JSON, each rank's largest error against summaries applied one after the other, by kind of transition; how a
+wait for a rank that sends nothing ends; and the largest error of the schedule `Peer` against `AllGather`, by kind, with
+one exchange begun inside another. The memories are files that all processes map.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,10 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 from world import run
 
-from lasp.algebra import Diagonal, Identity, Scalar, Summary
+from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
+from lasp.distributed.comm import Comm
+from lasp.exchange import peer
+from lasp.exchange.all_gather import AllGather
 from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed
 
 # The interpreter runs assertions on the device only then.
@@ -66,16 +71,44 @@ def error(memory: PeerMemory, rank: int, size: int, kind: str, seed: int, revers
     return max(gaps).item() if same else float("inf")
 
 
+def by_schedule(rank: int, size: int, memories: Callable[[int, str], list[Tensor]]) -> dict[str, float]:
+    """What `Peer` carries against what `AllGather` does."""
+    peer._is_gpu = lambda device: True
+    peer._Shared.follow = lambda self, device: None  # there are no streams
+    peer.symmetric_memory = lambda comm, nbytes, device: memories(nbytes, f"schedule {nbytes}")
+    comm, found = Comm(dist.group.WORLD, 10.0), {}
+    for kind in ("none", "scalar", "channel", "dense"):
+        worst = 0.0
+        for reverse, with_initial in ((False, True), (True, False)):
+            random = torch.Generator().manual_seed(rank)
+            own = summary("none" if kind == "dense" else kind, random)
+            if kind == "dense":
+                own = Summary(Dense(torch.randn(*SHAPE[:3], SHAPE[2], generator=random)), own.state)
+            initial = torch.ones(SHAPE) if with_initial else None
+            options = {"reverse": reverse, "want_total": True}
+            pending = [
+                peer.Peer().begin(comm, own, initial, **options) for _ in range(2)
+            ]  # the second within the first
+            before = torch.zeros(SHAPE) if initial is None else initial
+            expected = AllGather().begin(comm, own, before, **options).wait()
+            for got in (each.wait() for each in pending):
+                worst = max(worst, *((a - b).abs().max().item() for a, b in zip(got, expected, strict=True)))
+        found[f"{kind}, schedule"] = worst
+    return found
+
+
 def main() -> None:
     size = int(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
 
-        def memory_of(rank: int, name: str, timeout_s: float) -> PeerMemory:
-            count = bytes_needed(size, SLOT_BYTES)
+        def memories(count: int, name: str) -> list[Tensor]:
             files = [f"{folder}/{name}{each}" for each in range(size)]
-            memories = [torch.from_file(file, shared=True, size=count, dtype=torch.uint8) for file in files]
+            mapped = [torch.from_file(file, shared=True, size=count, dtype=torch.uint8) for file in files]
             dist.barrier()
-            return PeerMemory(rank, memories, SLOT_BYTES, timeout_s)
+            return mapped
+
+        def memory_of(rank: int, name: str, timeout_s: float) -> PeerMemory:
+            return PeerMemory(rank, memories(bytes_needed(size, SLOT_BYTES), name), SLOT_BYTES, timeout_s)
 
         def work(rank: int) -> dict[str, object]:
             memory = memory_of(rank, "memory", 10.0)
@@ -88,6 +121,7 @@ def main() -> None:
             memory.push(stored, own)
             packed = [torch.cat((torch.arange(3.0) - each, torch.arange(37.0) + each)) for each in range(size)]
             found["collected"] = torch.equal(memory.collect(own, 3), torch.stack(packed))
+            found |= by_schedule(rank, size, memories)
             late = memory_of(rank, "late", 1e-4)
             if rank > 0:  # the first sends nothing
                 late.push(None, own)
