@@ -138,9 +138,12 @@ def test_packed_documents_with_states_over_processes():
     assert [failure for failures in run(3, work) for failure in failures] == []
 
 
-@pytest.mark.parametrize(("lengths", "every"), [((3, 3, 3, 3), 1), ((1, 0, 2, 9), 7)])
+@pytest.mark.parametrize(
+    ("lengths", "every"),
+    [((3, 3, 3, 3), 3), ((1, 0, 2, 9), 7), pytest.param((3, 3, 3, 3), 1, marks=pytest.mark.exhaustive)],
+)
 def test_all_document_boundaries(lengths, every):
-    """T = 12 over 4 ranks, all 2^11 ways to cut it into documents, against a matrix that knows the documents."""
+    """T = 12 over 4 ranks, the 2^11 ways to cut it into documents, against a matrix that knows the documents."""
     tokens, width = 12, 4
     given = problem(tokens, width, 1)
     position = torch.arange(tokens)
