@@ -81,6 +81,7 @@ class _Pending:
     def __init__(
         self,
         shared: _Shared,
+        memory: PeerMemory,
         comm: Comm,
         reverse: bool,
         transition: Transition,
@@ -89,14 +90,14 @@ class _Pending:
         initial: Tensor | None,
         want_total: bool,
     ) -> None:
-        # What was pushed stays referenced: the kernel that reads it may not have run yet.
-        self._shared, self._comm, self._reverse = shared, comm, reverse
+        # What was pushed stays referenced: the kernel that reads it may not have run yet. So does the memory that it
+        # was pushed to: an exchange begun meanwhile may have asked for more.
+        self._shared, self._memory, self._comm, self._reverse = shared, memory, comm, reverse
         self._transition, self._state, self._stored = transition, state, stored
         self._initial, self._want_total = initial, want_total
 
     def wait(self) -> Carried:
-        memory, initial, state = self._shared.memory, self._initial, self._state
-        assert memory is not None
+        memory, initial, state = self._memory, self._initial, self._state
         self._shared.in_use = False
         stored = 0 if self._stored is None else self._stored.numel()
         if isinstance(self._transition, Dense):
@@ -139,7 +140,7 @@ class Peer:
         stored = next((part.contiguous() for part in summary.transition.tensors()), None)
         memory.push(stored, state)
         comm.count(sent=nbytes * (comm.size - 1), received=nbytes * (comm.size - 1))
-        return _Pending(shared, comm, reverse, summary.transition, state, stored, initial, want_total)
+        return _Pending(shared, memory, comm, reverse, summary.transition, state, stored, initial, want_total)
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         return AllGather().traffic(load, position, nodes, want_total=want_total)
