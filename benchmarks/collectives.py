@@ -22,13 +22,12 @@ import torch.distributed as dist
 
 from benchmarks.processes import run
 from lasp.distributed.comm import Comm
-from lasp.exchange.measure import PROBES, fit, operations
+from lasp.exchange.measure import PROBES, operations
 from lasp.train.config import ParallelOptions, TrainConfig
 from lasp.train.world import join, leave
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = tuple(64 << 10 + 2 * power for power in range(5))  # to 16 MiB
-SIGNAL_TIMEOUT_MS = 10_000
 
 
 def table(record: dict[str, Any]) -> str:
@@ -53,7 +52,6 @@ def measure(options: argparse.Namespace) -> int:
     comm, is_cuda = Comm(world.mesh["sp"].get_group(), 300.0), world.device.type == "cuda"
     sizes = (PROBES[0], *options.sizes)
     found = operations(comm, world.device, sizes=sizes, repetitions=options.repetitions)
-    times = dict(found.times)
     where = torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {os.cpu_count()} cores"
     record = {
         "what": "elementary operations of exchanges; bytes are those that a rank receives, times of the slowest rank",
@@ -66,10 +64,10 @@ def measure(options: argparse.Namespace) -> int:
         "repetitions": options.repetitions,
         "rows": [
             {"operation": name, "bytes": nbytes, "s": timing.median, "quartiles_s": timing[1:]}
-            for name, timings_of in times.items()
+            for name, timings_of in found.times.items()
             for nbytes, timing in zip(sizes, timings_of, strict=True)
         ],
-        "links": {name: fit(sizes, [timing.low for timing in each])._asdict() for name, each in times.items()},
+        "links": {name: link._asdict() for name, link in found.links().items()},
     }
     if world.is_first:
         slug = where.lower().replace(" ", "-") if is_cuda else "cpu"

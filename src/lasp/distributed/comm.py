@@ -155,10 +155,8 @@ class Comm:
         """How many consecutive ranks share a host, host after host. Collective when first asked for."""
         if self._nodes is None:
             own = torch.frombuffer(bytearray(hashlib.sha256(_host().encode()).digest()), dtype=torch.uint8)
-            hosts = [torch.empty_like(own) for _ in range(self.size)]
-            self.operations += 1
             with self.explained("learn which ranks share a host"):
-                dist.all_gather(hosts, own, group=self._control)
+                hosts = self._from_hosts(own)
             self._nodes = tuple(len(list(ranks)) for _, ranks in groupby(bytes(host.tolist()) for host in hosts))
         return self._nodes
 
@@ -171,12 +169,8 @@ class Comm:
         """Every rank's number, by way of the hosts."""
         if self.size == 1:
             return [number]
-        own = torch.tensor([number])
-        numbers = [torch.empty_like(own) for _ in range(self.size)]
-        self.operations += 1
         with self.explained("compare a number with the other ranks"):
-            dist.all_gather(numbers, own, group=self._control)
-        return [int(each) for each in numbers]
+            return [int(each) for each in self._from_hosts(torch.tensor([number]))]
 
     def everywhere(self, condition: bool) -> bool:
         """Whether it holds on every rank."""
@@ -202,9 +196,7 @@ class Comm:
     def flush(self) -> None:
         """Wait until all that was sent has left: over NCCL the stream waits, and a capture joins NCCL's."""
         while self._sending:
-            work, _ = self._sending.popleft()
-            with self.waiting("finish sending a state"):
-                work.wait()
+            self._await_oldest()
 
     def receive(self, like: Tensor, source: int) -> Pending[Tensor]:
         """Start receiving a tensor shaped as `like` from rank `source`."""
@@ -309,10 +301,8 @@ class Comm:
         record = (hashlib.sha256(text.encode()).hexdigest()[:16] + text).encode()[:_RECORD_BYTES]
         buffer = torch.zeros(_RECORD_BYTES, dtype=torch.uint8)
         buffer[: len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
-        gathered = [torch.empty_like(buffer) for _ in range(self.size)]
-        self.operations += 1
         with self.waiting("agree with the other ranks on what to compute"):
-            dist.all_gather(gathered, buffer, group=self._control)
+            gathered = self._from_hosts(buffer)
         records = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
         if len(set(records)) > 1 or "error" in description:
             raise ExchangeError(_disagreement(records))
@@ -329,9 +319,19 @@ class Comm:
     def _reap(self) -> None:
         """Let go of what has left; wait for the oldest where too much is still under way."""
         while self._sending and (len(self._sending) > 8 or self._sending[0][0].is_completed()):
-            work, _ = self._sending.popleft()
-            with self.waiting("finish sending a state"):
-                work.wait()
+            self._await_oldest()
+
+    def _await_oldest(self) -> None:
+        work, _ = self._sending.popleft()
+        with self.waiting("finish sending a state"):
+            work.wait()
+
+    def _from_hosts(self, own: Tensor) -> list[Tensor]:
+        """Every rank's tensor, all of one shape on the host, by the group that carries nothing else."""
+        everywhere = [torch.empty_like(own) for _ in range(self.size)]
+        self.operations += 1
+        dist.all_gather(everywhere, own, group=self._control)
+        return everywhere
 
 
 class _Works:

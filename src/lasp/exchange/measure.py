@@ -106,12 +106,13 @@ class Operations(NamedTuple):
     flops_per_s: float
     source: str
 
-    def constants(self) -> Constants:
-        """A latency and a bandwidth for each, of lower quartiles: whatever else a machine does only adds time.
+    def links(self) -> dict[str, Link]:
+        """A latency and a bandwidth for each, of lower quartiles: whatever else a machine does only adds time."""
+        return {name: fit(self.sizes, [timing.low for timing in times]) for name, times in self.times.items()}
 
-        One host is assumed to be all there is: `across` is what a message costs in the group's ring.
-        """
-        links = {name: fit(self.sizes, [timing.low for timing in times]) for name, times in self.times.items()}
+    def constants(self) -> Constants:
+        """One host is assumed to be all there is: `across` is what a message costs in the group's ring."""
+        links = self.links()
         return Constants(**links, across=links["message"], flops_per_s=self.flops_per_s, source=self.source)
 
 

@@ -37,7 +37,9 @@ class _Shared:
         self._stream: torch.cuda.Stream | None = None
 
     def reserve(self, comm: Comm, nbytes: int, device: torch.device) -> PeerMemory | None:
-        """Memory for summaries of `nbytes`. Collective where that is more than before."""
+        """Memory for summaries of `nbytes`, if there can be. Collective on GPUs, where that is more than before."""
+        if not _is_gpu(device):
+            return None
         if self.is_possible and (self.memory is None or self.memory.slot_bytes < nbytes):
             from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed
 
@@ -70,7 +72,7 @@ def _shared_of(comm: Comm, device: torch.device) -> _Shared:
 
 def is_possible(comm: Comm, nbytes: int, device: torch.device) -> bool:
     """Whether the ranks can write summaries into each other's memory. Collective when first asked for so many bytes."""
-    return _is_gpu(device) and _shared_of(comm, device).reserve(comm, nbytes, device) is not None
+    return _shared_of(comm, device).reserve(comm, nbytes, device) is not None
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -125,7 +127,7 @@ class Peer:
         state, nbytes = summary.state.contiguous(), summary.nbytes
         device = state.device
         shared = _shared_of(comm, device)
-        memory = shared.reserve(comm, nbytes, device) if _is_gpu(device) else None
+        memory = shared.reserve(comm, nbytes, device)
         if memory is None:
             raise ExchangeError(
                 f'exchange "peer" takes GPUs of one host, over NCCL, that can write to each other\'s memory; those of '

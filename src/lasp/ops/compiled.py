@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
 from lasp.exchange.base import Carried
+from lasp.recurrence.across import of_key
 from lasp.sequence import SequenceParallel
 from lasp.sequence.kept import keep, replayed
 
@@ -29,7 +30,7 @@ def exchange(sp: SequenceParallel, summary: Summary, initial: Tensor, *, reverse
 def _exchange(
     transition: list[Tensor], state: Tensor, initial: Tensor, kind: str, reverse: bool, want_total: bool, group: int
 ) -> tuple[Tensor, Tensor]:
-    sp = SequenceParallel.of_key(group)
+    sp: SequenceParallel = of_key(group)
     carried = None if reverse else replayed()
     if carried is None:
         sp.agree({"compiled exchange of": kind, "state": tuple(state.shape), "dtype": str(state.dtype)})

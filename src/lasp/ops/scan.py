@@ -25,7 +25,7 @@ from lasp.algebra import Summary
 from lasp.exchange.local import Local, Ready
 from lasp.ops.compiled import exchange
 from lasp.recurrence.contract import Stages, tensors_of
-from lasp.recurrence.crossing import Packed
+from lasp.recurrence.crossing import Packed, zero_finals
 from lasp.recurrence.documents import Documents
 from lasp.sequence import SequenceParallel
 
@@ -145,10 +145,7 @@ class _Scan(torch.autograd.Function):
         inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
         x = ctx.run(inputs)
         summary, totals = stages.summarize_adjoint(x, d_o)
-        if d_final is None:
-            count = summary.state.shape[0] if packed is None else x.documents.count
-            d_final = summary.state.new_zeros(count, *summary.state.shape[1:])
-        d_final = d_final.to(summary.state.dtype)
+        d_final = zero_finals(x, summary) if d_final is None else d_final.to(summary.state.dtype)
         # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.
         if plan.want_final and sp is not None:
             d_final = sp.comm.sum(d_final)

@@ -8,6 +8,7 @@ the border crosses it: a document boundary inside a shard is a zero transition, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ def _border(parts: Summary, own: Tensor | None, enters: bool, leaves: bool, firs
     if not leaves:
         return Summary(forgets, torch.zeros_like(part.state))
     return Summary(forgets, part.state if own is None else part.apply(own[index]))
+
+
+def zero_finals(x: Any, summary: Summary) -> Tensor:
+    """Zeros of the final states' shape: one for each sequence of the batch or document of the whole sequence."""
+    count = summary.state.shape[0] if x.documents is None else x.documents.count
+    return summary.state.new_zeros(count, *summary.state.shape[1:])
 
 
 class Packed:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lasp.algebra import Summary
 from lasp.distributed.comm import Comm, Counters
 from lasp.exchange import Exchange, PendingExchange, resolve
-from lasp.recurrence.across import of_key, register
+from lasp.recurrence.across import register
 from lasp.sequence.carry import carry
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
@@ -62,12 +62,6 @@ class SequenceParallel:
         other.lengths = _checked_lengths(lengths, self.size)
         other.key = register(other)
         return other
-
-    @staticmethod
-    def of_key(key: int) -> SequenceParallel:
-        """The object of a `key`, while it lives."""
-        found: SequenceParallel = of_key(key)
-        return found
 
     def begin(
         self, x: Any, summary: Summary, initial: Tensor | None, *, reverse: bool = False, want_total: bool = False

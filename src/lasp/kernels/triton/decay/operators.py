@@ -20,7 +20,7 @@ from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.work import Work, kind_of, per_channel, plan_of
 from lasp.recurrence.across import Across, Pending, of_key
 from lasp.recurrence.contract import Run
-from lasp.recurrence.crossing import Packed
+from lasp.recurrence.crossing import Packed, zero_finals
 from lasp.recurrence.documents import Documents
 
 ALONE = -1
@@ -106,7 +106,7 @@ def _backward(
     if across is not None:
         assert summary is not None
         if want_final:  # a rank's gradient of the final state is its share of it: the loss is the sum over ranks
-            d_final = across.sum(_zero_finals(x, summary) if d_final is None else d_final)
+            d_final = across.sum(zero_finals(x, summary) if d_final is None else d_final)
         border, before = (summary, d_final) if packed is None else (packed.leaving_adjoint(summary, d_final), None)
         exchange = across.begin(x, border, before, reverse=True)
     local = stages.local_gradients_of(x, work, saved, d_o)
@@ -118,12 +118,6 @@ def _backward(
         return gradients, None
     assert summary is not None
     return gradients, _d_initial(summary, d_leaving, d_final, packed, across)
-
-
-def _zero_finals(x: Run, summary: Summary) -> Tensor:
-    """Of the final states' shape: one for each sequence of the batch or document of the whole sequence."""
-    count = summary.state.shape[0] if x.documents is None else x.documents.count
-    return summary.state.new_zeros(count, *summary.state.shape[1:])
 
 
 def _d_initial(
