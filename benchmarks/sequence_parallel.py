@@ -431,8 +431,10 @@ def measure(options: argparse.Namespace) -> int:
             keep(bench.schedules(of, tokens, options.repetitions, names))
     alone = [row for row in record["rows"] if (row["of"], row["launch"], row["method"]) == ONE_RANK]
     one = {row["tokens"]: row["s"] for row in alone}
-    for name, peer in {} if options.only == "schedules" else bench.peers(options.authors).items():
-        keep(bench.peer(name, peer, one, max(1, options.repetitions // 4)))
+    peers = {} if options.only == "schedules" else bench.peers(options.authors)
+    for name, peer in peers.items():
+        if options.peers is None or any(part in name for part in options.peers):
+            keep(bench.peer(name, peer, one, max(1, options.repetitions // 4)))
     if world.is_first:
         print(f"{table(record)}\n\nwritten to {path}")
     leave(world)
@@ -447,6 +449,7 @@ def main() -> int:
     parser.add_argument("--constants", type=Path, help="for auto: what `lasp bench exchange --save` wrote")
     parser.add_argument("--all-schedules", action="store_true", help=f"not only auto, {', '.join(USUAL)}")
     parser.add_argument("--only", choices=("schedules", "peers"))
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="of the peers, those whose name has such a part")
     parser.add_argument("--authors", type=Path, metavar="PATH", help="a checkout of the LASP authors' repository; GPUs")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="small shapes, which check the script and measure nothing")
