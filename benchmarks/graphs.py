@@ -83,6 +83,8 @@ class Graphs:
             return values, ""
         except Exception as error:  # of CUDA, NCCL or a compiler, each with a class of its own
             reason = _first_cause(error)
+        for comm in self._comms:
+            comm.abandon()
         # A pool stays marked as in use by a capture that was not ended; an error that no call has reported yet would
         # be the next one's.
         self._pool = torch.cuda.graph_pool_handle()

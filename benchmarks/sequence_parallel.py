@@ -63,6 +63,8 @@ SLOWEST_DECAY = 0.02
 # Schedules measured unless all are asked for, as far as they exist.
 USUAL = ("ring", "all_gather")
 ONE_RANK = ("recurrence", "eager", "one rank")
+# Schedules whose host must know what the device found, which no capture allows.
+ON_HOST = {"reach": Refused("its host reads which heads forget")}
 # From here on a call takes long enough for fewer repetitions.
 LONG_TOKENS = 131072
 
@@ -291,7 +293,7 @@ class Bench:
             return rows
         graphs = Graphs(self.world, [group.comm for group in self.groups.values()], BOUNDS[self.dtype])
         label["launch"] = "graph"
-        captures = {name: graphs.capture(work) for name, work in steps.items()}
+        captures = {name: ON_HOST.get(name) or graphs.capture(work) for name, work in steps.items()}
         alone = {name: graphs.capture(work) for name, work in exchanges.items() if isinstance(captures[name], Captured)}
         named = captures | {f"{name}, the exchange by itself": capture for name, capture in alone.items()}
         refused = [

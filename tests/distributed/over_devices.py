@@ -95,11 +95,20 @@ def other_layers(sp: lasp.SequenceParallel, device: torch.device) -> Found:
     return found | {"torch convolution": halo.errors(sp, on(device, convolved), expected, "silu", BOUNDARIES)}
 
 
-def nothing_exchanged(rank: int, cut: int) -> dict[str, float]:
+def uneven(size: int) -> tuple[int, ...]:
+    """Tokens of every rank; of more than two, the last has none."""
+    if size == 2:
+        return (40, TOKENS - 40)
+    each, rest = divmod(TOKENS - 40, size - 2)
+    return (40, each + rest, *[each] * (size - 3), 0)
+
+
+def nothing_exchanged(rank: int, lengths: tuple[int, ...]) -> dict[str, float]:
     """The control: a rank that computes its shard alone."""
     problem = make("channel", tokens=TOKENS, batch=1, value_heads=4, keys=16, values=16)
     expected = solve(problem, "reference")["o"]
-    part = slice(0, cut) if rank == 0 else slice(cut, TOKENS if rank == 1 else cut)
+    start = sum(lengths[:rank])
+    part = slice(start, start + lengths[rank])
     q, k, v, g = (problem.inputs[name][:, part] for name in ("q", "k", "v", "g"))
     o, _ = lasp.linear_attention(q, k, v, g, initial_state=problem.inputs["initial_state"])
     return {"o": relative_error(o, expected[:, part]) if rank == 1 else 0.0}
@@ -115,15 +124,14 @@ def main() -> None:
         backends.append(("triton", torch.float32))
     group = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(group, timeout=timedelta(seconds=60), device_id=device if group == "nccl" else None)
-    cut = 40
-    lengths = (cut, TOKENS - cut, *[0] * (size - 2))
+    lengths = uneven(size)
     names = [*EXCHANGES, *(["peer"] if group == "nccl" else [])]
     sps = {name: lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths) for name in names}
     # What schedules carry does not tell of documents: one that folds in order, one that composes, one of its own.
     few = {name: sps[name] for name in ("ring", "doubling", "peer") if name in sps}
     found = recurrences(sps, backends, device) | packed_documents(few, backends, device)
     found |= other_layers(sps["ring"], device)
-    found["control: nothing exchanged"] = nothing_exchanged(rank, cut)
+    found["control: nothing exchanged"] = nothing_exchanged(rank, lengths)
     everywhere: list = [None] * size
     dist.all_gather_object(everywhere, found)
     if rank == 0:

@@ -198,6 +198,10 @@ class Comm:
         while self._sending:
             self._await_oldest()
 
+    def abandon(self) -> None:
+        """Forget what was sent, as after a capture that failed: nothing waits on the events of a graph that is not."""
+        self._sending.clear()
+
     def receive(self, like: Tensor, source: int) -> Pending[Tensor]:
         """Start receiving a tensor shaped as `like` from rank `source`."""
         self.count(received=like.nbytes)
@@ -317,8 +321,12 @@ class Comm:
         self.counters.add(**share)
 
     def _reap(self) -> None:
-        """Let go of what has left; wait for the oldest where too much is still under way."""
-        while self._sending and (len(self._sending) > 8 or self._sending[0][0].is_completed()):
+        """Let go of what has left; wait for the oldest where too much is still under way.
+
+        A capture has no time at which anything has left, and does not allow to ask.
+        """
+        capturing = self.backend == "nccl" and torch.cuda.is_current_stream_capturing()
+        while self._sending and (len(self._sending) > 8 or (not capturing and self._sending[0][0].is_completed())):
             self._await_oldest()
 
     def _await_oldest(self) -> None:
