@@ -92,6 +92,9 @@ class SimulatedComm:
         self._world.free[link] = start + (duration if self._world.timed else 0)
         self._put(link, tensor, start + duration)
 
+    def settle(self):
+        """Of CUDA streams only."""
+
     def receive(self, like, source):
         """Receives of one source are served in the order in which they were posted."""
         assert source != self.rank and 0 <= source < self.size

@@ -198,6 +198,15 @@ class Comm:
         while self._sending:
             self._await_oldest()
 
+    def settle(self) -> None:
+        """At the end of an exchange: over NCCL, let the stream wait until what was sent has left.
+
+        What sends is a kernel. Sweeps queued before it has begun take every multiprocessor for as long as they run, and
+        the next rank of a chain waits for them too.
+        """
+        if self.backend == "nccl":
+            self.flush()
+
     def abandon(self) -> None:
         """Forget what was sent, as after a capture that failed: nothing waits on the events of a graph that is not."""
         self._sending.clear()
@@ -323,10 +332,10 @@ class Comm:
     def _reap(self) -> None:
         """Let go of what has left; wait for the oldest where too much is still under way.
 
-        A capture has no time at which anything has left, and does not allow to ask.
+        NCCL is not asked, which a capture does not allow: waiting for it costs the host nothing.
         """
-        capturing = self.backend == "nccl" and torch.cuda.is_current_stream_capturing()
-        while self._sending and (len(self._sending) > 8 or (not capturing and self._sending[0][0].is_completed())):
+        asks = self.backend != "nccl"
+        while self._sending and (len(self._sending) > 8 or (asks and self._sending[0][0].is_completed())):
             self._await_oldest()
 
     def _await_oldest(self) -> None:

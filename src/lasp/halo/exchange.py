@@ -51,6 +51,7 @@ class _Extend(torch.autograd.Function):
             wish.index_copy_(1, route.state[0], initial.index_select(1, route.state[1]))
         for (_, positions), message in zip(route.receives, pending, strict=True):
             wish.index_copy_(1, positions, message.wait())
+        _settle(sp)
         halo = wish[:, route.halo]
         missing = x.new_zeros(batch, plan.width - halo.shape[1], channels)
         return torch.cat((missing, halo, x), 1), wish
@@ -92,9 +93,15 @@ class _Extend(torch.autograd.Function):
             d_x.index_add_(1, tokens, gradients[:, : len(tokens)])
             if d_initial is not None:
                 d_initial.index_add_(1, rows, gradients[:, len(tokens) :])
+        _settle(ctx.sp)
         return None, None, d_x, d_initial
 
 
 def _trade(sp: SequenceParallel | None, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> Any:
     """Start the messages; without other ranks there are none."""
     return [] if sp is None or sp.size == 1 else sp.comm.trade(sends, receives)
+
+
+def _settle(sp: SequenceParallel | None) -> None:
+    if sp is not None:
+        sp.comm.settle()

@@ -29,7 +29,8 @@ class Beside:
         # On the host's clock the messages themselves count; on the device's only what holds up the compute stream.
         self._clock = clock if clock is not None and clock.on_device else None
         if device.type == "cuda" and device not in _streams:
-            _streams[device] = torch.cuda.Stream(device)
+            # What it launches is short, and others wait for it.
+            _streams[device] = torch.cuda.Stream(device, priority=-1)
         self._stream = _streams.get(device)
 
     @contextmanager
