@@ -61,19 +61,19 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
 
 
-def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
+def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
     """One kernel of each sort with its constants and launch, for K = V = dim."""
     padded = tile(dim, DTYPE)
 
     def planned(kind: int) -> tuple[Plan, dict[str, Any]]:
-        p = plan(65536, 16, dim, dim, DTYPE, kind, 132, shared_limit)
+        p = plan(65536, 16, dim, dim, DTYPE, kind, 132, shared_limit, capability)
         return p, {"K": dim, "V": dim, "C": p.chunk, "DESCRIPTORS": p.descriptors, "PACKED": False} | {
             "PRECISION": p.precision
         }
 
     p, common = planned(HEAD.value)
     common |= {"BK": padded, "KIND": HEAD.value}
-    yield summary_kernel, common | {"BV": p.summary.columns, "REVERSE": False}, p.summary
+    yield summary_kernel, common | {"BV": p.summary.columns, "REVERSE": False, "BACKWARDS": True}, p.summary
     from_zero = {"state_in_ptr": None}
     yield output_kernel, common | {"BV": p.values.columns, "EXACT": False} | from_zero, p.values
     p, common = planned(CHANNEL.value)
@@ -86,8 +86,9 @@ def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], 
     del common["V"]
     yield channel_prepare_kernel, common | levels | {"BK": p.channel_prepare.columns}, p.channel_prepare
     p, common = planned(TOKEN.value)
-    gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "EXACT": False, "KIND": TOKEN.value}
-    yield key_gradient_kernel, common | gradient, p.scalar_keys
+    yield output_kernel, common | {"BK": padded, "BV": p.values.columns, "EXACT": False, "KIND": TOKEN.value}, p.values
+    gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "ROWS": p.rows, "EXACT": False}
+    yield key_gradient_kernel, common | gradient | {"KIND": TOKEN.value}, p.scalar_keys
 
 
 def peer_kernels() -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
@@ -99,14 +100,17 @@ def peer_kernels() -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
     yield collect_kernel, common, tiles
 
 
-def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarget) -> dict[str, Any]:
+def needs(
+    kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarget, wide: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """wide: inputs and outputs that are fp32, as gradients of q and k of grouped heads are."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             others = {"stretches_ptr": "*fp16", "places_ptr": "*i32", "memories_ptr": "*i64", "epoch_ptr": "*i32"}
-            signature[name] = f"*{NAME}" if name in INPUTS else others.get(name, "*fp32")
+            signature[name] = f"*{NAME}" if name in INPUTS - wide else others.get(name, "*fp32")
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -134,10 +138,16 @@ def needs(kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarge
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        for kernel, constants, tiles in (*kernels(128, LIMITS[name]), *peer_kernels()):
+        capability = target_of(name).arch // 10 if name.startswith("cuda") else 0
+        for kernel, constants, tiles in (*kernels(128, LIMITS[name], capability), *peer_kernels()):
             report = {"target": name, "limit": LIMITS[name]}
             try:
                 report |= needs(kernel, constants, tiles, target_of(name))
+                if "ROWS" in constants:
+                    grouped = needs(kernel, constants, tiles, target_of(name), frozenset({"dk_ptr"}))
+                    report |= {
+                        key: max(report[key], grouped[key]) for key in ("shared", "spilled_bytes") if key in report
+                    }
             except RuntimeError as error:
                 report |= {"kernel": kernel.__name__, "error": str(error)}
             print(json.dumps(report), flush=True)

@@ -92,11 +92,13 @@ def check(values: dict[str, Tensor], references: dict[str, Tensor], bound: float
 
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a segment, so that few tokens make several, and tensor descriptors as for 16-bit inputs."""
+    """Two chunks a segment, so that few tokens make several, and what bf16 inputs have: tensor descriptors, and
+    gradients in rows where decays have some."""
 
     def short(*arguments: object) -> plans.Plan:
         p = plans.plan(*arguments)
-        return p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))), descriptors=True)
+        p = p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))))
+        return p._replace(descriptors=True, rows=True, scalar_keys=plans.Tiles(64, 4, 1))
 
     monkeypatch.setattr(work, "plan", short)
     monkeypatch.setattr(work, "_work", work._work.__wrapped__)
@@ -112,6 +114,21 @@ def test_all_results_fp32(kind: str, device: torch.device) -> None:
 def test_all_results_with_descriptors(kind: str, device: torch.device, short_segments: None) -> None:
     p = problem(kind, Dims(B=2, T=70, H=2, H_v=2, K=20, V=36), device, torch.float32)
     check(run(fused, p), solution(p), BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("dims", [Dims(B=2, T=100, H=2), Dims(T=70, H=2, K=36, V=36)])
+def test_gradients_of_keys_and_values_in_one_launch(
+    kind: str, dims: Dims, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem(kind, dims, device, torch.float32)
+    p = p._replace(x=p.x._replace(g=None if p.x.g is None else p.x.g.detach()))
+    monkeypatch.setattr(work, "PAIRED_CHUNKS", 1)
+    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
+    assert work.work_of(p.x).paired
+    references = solution(p)
+    references.pop("dg", None)
+    check(run(fused, p), references, BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +22,7 @@ import lasp
 from lasp.kernels.triton.decay import work
 from lasp.kernels.triton.decay.plan import plan
 from lasp.kernels.triton.decay.work import device_limits, kind_of
+from lasp.recurrence.contract import Run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)
@@ -146,10 +147,10 @@ def solve(
     }
 
 
-def limits(case: Case) -> tuple[int, int]:
-    """What the case is planned for: processors, and the device's bytes of shared memory."""
-    processors, shared_bytes = device_limits(DEVICE)
-    return case.processors or processors, shared_bytes
+def limits(case: Case) -> tuple[int, int, int]:
+    """What the case is planned for: processors, and otherwise the device."""
+    processors, *others = device_limits(DEVICE)
+    return (case.processors or processors, *others)
 
 
 def check(case: Case, record: Callable[[str, object], None]) -> None:
@@ -215,17 +216,31 @@ def test_the_cases_reach_every_way_of_moving_chunks() -> None:
         assert {(kind, BF16, True, True), (kind, BF16, False, True), (kind, FP16, False, True)} <= ways
 
 
-def test_constant_decays_that_are_not_learned() -> None:
-    """Other sweeps than where the gate's gradient is wanted."""
-    x, d_o, d_final = inputs(Case("constant", BF16, 128, 128))
-    leaves = [x[name].requires_grad_() for name in "qkv"]
-    o, _ = lasp.linear_attention(*leaves, x["g"], backend="triton")
-    gradients = torch.autograd.grad(o, leaves, d_o)
-    x.pop("initial_state")
-    references = solve(x, d_o, torch.zeros_like(d_final), "torch", torch.float64)
+LONG = {"T": 4090, "H": 4}
+
+
+@pytest.mark.parametrize(
+    "dims", [{}, LONG, LONG | {"documents": (0, 2500, 2501, 4090)}], ids=["short", "long", "packed"]
+)
+@pytest.mark.parametrize(("kind", "D"), [*((kind, 128) for kind in KINDS[:3]), ("constant", 64), ("constant", 256)])
+def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) -> None:
+    """Other sweeps than where the gate's gradient is wanted; of long runs dk and dv are made in one launch."""
+    case = Case(kind, BF16, D, D, **dims)
+    x, d_o, d_final = inputs(case)
+    leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "initial_state")]
+    work._work.cache_clear()
+    with patch.dict(work._devices, {DEVICE: limits(case)}):
+        found = work.work_of(Run(x["q"], x["k"], x["v"], x.get("g"), 1.0))
+        assert found.paired == bool(dims)
+        o, final = lasp.linear_attention(
+            *leaves[:3], x.get("g"), initial_state=leaves[3], output_final_state=True, cu_seqlens=case.documents,
+            backend="triton",
+        )  # fmt: skip
+    values = torch.autograd.grad((o, final), leaves, (d_o, d_final))
+    references = solve(x, d_o, d_final, "torch", torch.float64, case.documents)
     assert relative_error(o, references["o"]) <= BOUNDS[BF16].outputs
-    for name, gradient in zip("qkv", gradients, strict=True):
-        assert relative_error(gradient, references[f"d_{name}"]) <= BOUNDS[BF16].gradients, name
+    for name, value in zip(("q", "k", "v", "initial_state"), values, strict=True):
+        assert relative_error(value, references[f"d_{name}"]) <= BOUNDS[BF16].gradients, name
 
 
 def test_auto_takes_the_kernels_and_captures_in_a_graph() -> None:

@@ -63,12 +63,6 @@ def constant_gates(rate, length, C: tl.constexpr):
 
 
 @triton.jit
-def token_decays(prefix, suffix, scale):
-    """What `sum_gates` found, as sweeps use it: scale 2^prefix and 2^suffix."""
-    return tl.exp2(prefix) * scale, tl.exp2(suffix)
-
-
-@triton.jit
 def pair_decay(
     g_ptr, g_row, rate, prefix, length, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
 ):

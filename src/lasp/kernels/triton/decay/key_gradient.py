@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
+from lasp.kernels.triton.decay.rows import sweep_rows
 from lasp.kernels.triton.decay.sweep import PART_ROWS, place, sweep
 
 
@@ -15,8 +16,7 @@ def key_gradient_kernel(
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v], [B, T, H_v] or unused
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
-    from_start_ptr,  # likewise
-    to_end_ptr,  # likewise
+    suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: k . dk
     carry_ptr,  # fp32 [slices, B, H_v, segments], written if SUMS: <S, D> at each segment's end
@@ -41,6 +41,7 @@ def key_gradient_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     SUMS: tl.constexpr,
+    ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -53,17 +54,17 @@ def key_gradient_kernel(
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    inside, mask = _tile(d_states_ptr + index * K * V, k_first, K, V, BK, BV, ROWS)
     state = tl.load(inside, mask=mask, other=0.0)
     if d_state_out_ptr is not None:
-        outside, _ = state_tile(d_state_out_ptr + border * K * V, k_first, 0, K, V, V, 1, BK, BV)
+        outside, _ = _tile(d_state_out_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
         after = tl.exp2(tl.load(after_ptr + index))
         state += after * tl.load(outside, mask=mask, other=0.0)
     if SUMS:
         end_ptr = states_ptr + (index + 1) * K * V
         if ends:
             end_ptr = state_out_ptr + border * K * V
-        end, _ = state_tile(end_ptr, k_first, 0, K, V, V, 1, BK, BV)
+        end, _ = _tile(end_ptr, k_first, K, V, BK, BV, ROWS)
         # Rounded as the sweep rounds it, so that what the last tokens add to S cancels.
         rounded = state.to(tl.bfloat16).to(tl.float32) if v_ptr.dtype.element_ty == tl.bfloat16 else state
         carry = tl.sum(tl.load(end, mask=mask, other=0.0) * rounded)
@@ -73,11 +74,29 @@ def key_gradient_kernel(
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
-    sweep(
-        v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-        g_ptr, prefix_ptr + run * padded, from_start_ptr + run * padded, to_end_ptr + run * padded,
-        k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
-        state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last,
-        chunk * C - first, k_first,
-        V, K, BV, BK, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PRECISION,
-    )  # fmt: skip
+    if ROWS:
+        sweep_rows(
+            v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
+            g_ptr, prefix_ptr + run * padded, k_ptr + qk, sums_ptr + run * padded,
+            state, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, head, first, last, chunk * C - first,
+            V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+    else:
+        sweep(
+            v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
+            g_ptr, prefix_ptr + run * padded, suffix_ptr + run * padded,
+            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
+            state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last,
+            chunk * C - first, k_first,
+            V, K, BV, BK, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(ptr, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
+    """Of a state [K, V]: [BK, BV], or with ROWS [BV, BK]."""
+    if ROWS:
+        pointers, mask = state_tile(ptr, 0, k_first, V, K, 1, V, BV, BK)
+    else:
+        pointers, mask = state_tile(ptr, k_first, 0, K, V, V, 1, BK, BV)
+    return pointers, mask

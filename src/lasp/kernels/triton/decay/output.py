@@ -14,8 +14,7 @@ def output_kernel(
     v_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v], [B, T, H_v] or unused
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
-    from_start_ptr,  # likewise
-    to_end_ptr,  # likewise
+    suffix_ptr,  # likewise
     o_ptr,  # [B, T, H_v, V], written
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
     before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment
@@ -62,7 +61,7 @@ def output_kernel(
     vo = (row * H_v + head) * V
     state = sweep(
         q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
-        g_ptr, prefix_ptr + padded, from_start_ptr + padded, to_end_ptr + padded, o_ptr + vo, o_ptr + vo,
+        g_ptr, prefix_ptr + padded, suffix_ptr + padded, o_ptr + vo, o_ptr + vo,
         state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, chunk * C - first, v_first,
         K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

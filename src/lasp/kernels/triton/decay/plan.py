@@ -9,9 +9,10 @@ import torch
 
 from lasp.kernels.triton.decay import gates
 
-NONE, HEAD, TOKEN, CHANNEL = (kind.value for kind in (gates.NONE, gates.HEAD, gates.TOKEN, gates.CHANNEL))
+TOKEN, CHANNEL = gates.TOKEN.value, gates.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
+BLACKWELL = 10
 SHARED_FOR_THREE_STAGES, SHARED_FOR_TWO_STAGES = 220_000, 150_000
 # A program makes its tensor descriptors in microseconds: fewer chunks than this do not pay for them.
 DESCRIPTOR_CHUNKS = 8
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
         summary: of the summaries.
         keys: of the sweeps whose output has K columns (dq, dk).
         scalar_keys: of the same where the decay's gradient is wanted too.
+        rows: whether those are in rows (`rows.sweep_rows`).
         values: of those whose output has V columns (o, dv).
         channels: for a gate per channel, of the summaries, which divide the channels among programs.
         channel_prepare: of what is prepared per chunk.
@@ -61,6 +63,7 @@ class Plan(NamedTuple):
     summary: Tiles
     keys: Tiles
     scalar_keys: Tiles
+    rows: bool
     values: Tiles
     channels: Tiles
     channel_prepare: Tiles
@@ -104,7 +107,7 @@ def segment_chunks(chunks: int, heads: int, processors: int) -> int:
     return min(lengths, key=lambda length: (cost(length), length))
 
 
-def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, kind: int) -> Tiles:
+def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
     """Of the sweeps that yield outputs of `columns` columns and contract `contracted`."""
     if dtype == torch.float32:
         return Tiles(min(32, tile(columns, dtype)), 4, 1)
@@ -114,16 +117,24 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, kind: int) -
         return Tiles(128, 8, 2) if columns > 64 else Tiles(64, 4, 2)
     if columns <= 64:
         return Tiles(64, 4, 3)
-    # 128 rows of transposed outputs and states: two warpgroups share every product evenly. A gate per token takes the
-    # registers for that.
-    return Tiles(64, 4, 2) if kind == TOKEN else Tiles(128, 8, 3)
+    # 128 rows of transposed outputs and states: two warpgroups share every product evenly.
+    return Tiles(128, 8, 3)
 
 
 def _scalar_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
     """Of the sweeps of dq and dk that yield decay gradients too."""
     if dtype != torch.bfloat16 or contracted > 128:
-        return _sweep_tiles(columns, contracted, dtype, NONE)
+        return _sweep_tiles(columns, contracted, dtype)
     return Tiles(64, 4, 3 if contracted <= 64 else 2)
+
+
+def _row_tiles(K: int, V: int, dtype: torch.dtype, capability: int) -> Tiles | None:
+    """Of the sweeps in rows, where there is one for such heads."""
+    columns = tile(K, dtype)
+    if dtype != torch.bfloat16 or max(columns, tile(V, dtype)) > 128:
+        return None
+    # Blackwell's matrix units take more operands from shared memory.
+    return Tiles(columns, max(columns, tile(V, dtype)) // 16, 2 if capability >= BLACKWELL else 3)
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,6 +147,7 @@ def plan(
     kind: int,
     processors: int,
     shared_bytes: int,
+    capability: int = 0,
 ) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
@@ -144,13 +156,15 @@ def plan(
         kind: of decay, as in `gates`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
+        capability: its major compute capability, where it is NVIDIA's and matters.
     """
     exact = dtype == torch.float32
     # Gates per channel are fp32 tiles of K columns: with wide heads only short chunks fit shared memory.
     chunk = CHUNK_SMALL if exact or (kind == CHANNEL and max(K, V) > 128) else CHUNK
     chunks = max(1, -(-tokens // chunk))
-    # Gates leave a program waiting more often: two to a processor.
-    length = segment_chunks(chunks, heads, processors if kind in (NONE, HEAD) else 2 * processors)
+    # Gates per token and channel want short segments: the one for what their gradient gathers, the other because its
+    # programs wait more often, two to a processor.
+    length = segment_chunks(chunks, heads, 2 * processors if kind in (TOKEN, CHANNEL) else processors)
     if kind == TOKEN:
         length = min(length, LONGEST_OF_TOKEN_GATES)
     # The copy engine wants rows of a multiple of 16 bytes.
@@ -162,6 +176,9 @@ def plan(
     # makers, whose matrix units hold operands in registers too: eight warps share those.
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
 
+    row_tiles = _row_tiles(K, V, dtype, capability)
+    rows = row_tiles is not None and most == 3
+
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
 
@@ -171,15 +188,16 @@ def plan(
         segments=-(-chunks // length),
         chunks=chunks,
         summary=fitting(Tiles(128 if wide else min(narrow, tile(V, dtype)), 4, 3)),
-        keys=fitting(_sweep_tiles(K, V, dtype, kind)),
-        scalar_keys=fitting(_scalar_tiles(K, V, dtype)),
-        values=fitting(_sweep_tiles(V, K, dtype, kind)),
+        keys=fitting(_sweep_tiles(K, V, dtype)),
+        scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype)),
+        rows=rows,
+        values=fitting(_sweep_tiles(V, K, dtype)),
         channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
         channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
-        channel_reads=fitting(_sweep_tiles(K, V, dtype, NONE)),
+        channel_reads=fitting(_sweep_tiles(K, V, dtype)),
         channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1 if exact else 2)),
         channel_values=fitting(
-            _sweep_tiles(V, K, dtype, NONE) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
+            _sweep_tiles(V, K, dtype) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
         ),
         exact=exact,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS,

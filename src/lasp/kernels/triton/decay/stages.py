@@ -29,7 +29,7 @@ BAD_GATES_GIVE_NAN = True
 
 class Segments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the run's
-    end on that side to them. gates: for a gate per token, forward only, prefix, scale 2^prefix and 2^suffix, each
+    end on that side to them. gates: for a gate per token, forward only, prefix and, of fp32 inputs, suffix, each
     [B, H_v, chunks C]; else any tensor of fp32."""
 
     states: Tensor
@@ -99,8 +99,8 @@ def totals_of(
         launch(k, v, x.g, states, decays, places)
     else:
         if work.per_token and not reverse:
-            gates = tuple(states.new_empty(work.gates) for _ in range(3))
-        launch(k, v, k if x.g is None else x.g, states, decays, *_three(gates), places)
+            gates = tuple(states.new_empty(work.gates) for _ in range(work.num_gates))
+        launch(k, v, k if x.g is None else x.g, states, decays, *_two(gates), places)
 
     total = total_decay = None
     if summarized:
@@ -147,7 +147,7 @@ def outputs_of(x: Run, work: Work, totals: Any, partial: Any, state_in: Tensor |
         )
         return o, channel.Saved(totals.states, leaving, partial)
     g = x.q if x.g is None else x.g
-    work.output(x.q, x.k, x.v, g, *_three(totals.gates), o, totals.states, totals.decays, leaving, places, state_in)
+    work.output(x.q, x.k, x.v, g, *_two(totals.gates), o, totals.states, totals.decays, leaving, places, state_in)
     return o, Saved(totals.states, leaving, totals.gates)
 
 
@@ -166,7 +166,7 @@ def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     sums = saved.leaving.new_empty(work.sums) if work.with_decay else saved.leaving
     g = x.q if x.g is None else x.g
-    work.query_gradient(x.q, x.k, x.v, d_o, g, *_three(saved.gates), dq, sums, saved.entering, places_of(work.plan, dq))
+    work.query_gradient(x.q, x.k, x.v, d_o, g, *_two(saved.gates), dq, sums, saved.entering, places_of(work.plan, dq))
     return QueryGradient(dq, sums)
 
 
@@ -190,11 +190,14 @@ def gradients_of(
     if work.per_channel:
         dq, dk, dv, d_gate = channel.gradients(x, work, saved, totals_adjoint, local, d_o, d_state_out)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
-    g, gates = x.q if x.g is None else x.g, _three(saved.gates)
+    g, gates = x.q if x.g is None else x.g, _two(saved.gates)
     d_states, after, _ = totals_adjoint
     places = places_of(work.plan, d_states)
 
-    dk = torch.empty_like(local.dq)
+    dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
+    if work.paired:
+        work.key_value_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, dv, d_states, after, places, d_state_out)
+        return local.dq, dk, dv, None
     sums = carry = local.sums
     if work.with_decay:
         sums, carry = torch.empty_like(sums), after.new_empty(work.carry)
@@ -202,7 +205,6 @@ def gradients_of(
         x.q, x.k, x.v, d_o, g, *gates, dk, sums, carry,
         saved.entering, saved.leaving, d_states, after, places, d_state_out,
     )  # fmt: skip
-    dv = torch.empty_like(x.v)
     work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
     d_gate = None
     if work.with_decay:
@@ -214,9 +216,9 @@ def gradients_of(
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
 
 
-def _three(gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """prefix, scale 2^prefix and 2^suffix; without a gate per token, anything."""
-    return gates if len(gates) == 3 else gates * 3
+def _two(gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """prefix and suffix; what is not read may be anything."""
+    return gates if len(gates) == 2 else gates * 2
 
 
 def _sum_groups(x: Run, gradient: Tensor) -> Tensor:

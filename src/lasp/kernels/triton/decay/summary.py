@@ -1,4 +1,4 @@
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM102
 """Segment summaries: what each run of chunks adds to the state.
 
 Forward, over k and v:           state = sum_t 2^(decay from t to the segment's end) k_t v_t^T
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
-from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_rate, sum_gates, token_decays
+from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_rate, sum_gates
 from lasp.kernels.triton.decay.sweep import place
 
 
@@ -22,8 +22,7 @@ def summary_kernel(
     totals_ptr,  # fp32 [B, H_v, segments, K, V], written
     decays_ptr,  # fp32 [B, H_v, segments], base 2, written
     prefix_ptr,  # fp32 [B, H_v, chunks C], written if KIND is TOKEN and not REVERSE: prefix
-    from_start_ptr,  # likewise: scale 2^prefix
-    to_end_ptr,  # likewise: 2^suffix
+    suffix_ptr,  # likewise: suffix, of fp32 inputs only
     places_ptr,  # int32 [segments, 5] if PACKED
     scale,
     T,
@@ -39,6 +38,7 @@ def summary_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
+    BACKWARDS: tl.constexpr,  # whether chunks are walked from the last to the first; always if REVERSE
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -54,12 +54,11 @@ def summary_kernel(
     k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
     v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     rate = head_rate(g_ptr, head, KIND)
-
     state = tl.zeros((BK, BV), tl.float32)
     decay = 0.0
     steps = tl.cdiv(last - first, C)
     for step in range(steps):
-        start = first + (steps - 1 - step if REVERSE else step) * C
+        start = first + (steps - 1 - step if BACKWARDS else step) * C
         length = tl.minimum(last - start, C)
         k = load_chunk(k_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         v = load_chunk(v_view, start, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
@@ -69,18 +68,21 @@ def summary_kernel(
                 if v_first == 0:
                     # Whole chunks, also past the end: sweeps then load without a mask.
                     at = run * chunks * C + (chunk * C - first) + start + tl.arange(0, C)
-                    from_start, to_end = token_decays(prefix, suffix, scale)
                     tl.store(prefix_ptr + at, prefix)
-                    tl.store(from_start_ptr + at, from_start)
-                    tl.store(to_end_ptr + at, to_end)
+                    if v_ptr.dtype.element_ty == tl.float32:
+                        tl.store(suffix_ptr + at, suffix)
         else:
             prefix, suffix, total = constant_gates(rate, length, C)
         if REVERSE:
             weight = tl.exp2(prefix) * scale
+        elif BACKWARDS:
+            weight = tl.exp2(suffix + decay)
         else:
             weight = tl.exp2(suffix)
         weighted = (v * weight[:, None]).to(v.dtype)
-        state = tl.dot(tl.trans(k), weighted, state * tl.exp2(total), input_precision=PRECISION)
+        if REVERSE or not BACKWARDS:
+            state *= tl.exp2(total)
+        state = tl.dot(tl.trans(k), weighted, state, input_precision=PRECISION)
         decay += total
 
     out = run * segments + segment

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, pair_decay, token_decays
+from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, pair_decay
 
 PART_ROWS = tl.constexpr(16)
 
@@ -33,9 +33,8 @@ def sweep(
     c_ptr,
     out_ptr,
     g_ptr,  # [H_v], [B, T, H_v] or unused
-    prefix_ptr,  # [chunks C] of the head: prefix,
-    from_start_ptr,  # scale 2^prefix,
-    to_end_ptr,  # 2^suffix
+    prefix_ptr,  # [chunks C] of the head: prefix
+    suffix_ptr,  # likewise: suffix; unused unless EXACT
     x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
     sums_ptr,  # if SUMS: [parts, sums_row], written; at the head and the slice's first part
     state,  # [BC, BA]
@@ -85,12 +84,13 @@ def sweep(
         if KIND == TOKEN:
             at = slot + start + tl.arange(0, C)
             prefix = tl.load(prefix_ptr + at)
-            from_start = tl.load(from_start_ptr + at)
-            to_end = tl.load(to_end_ptr + at)
             total = tl.load(prefix_ptr + slot + start + C - 1)
+            # A difference does for inputs of 16 bits.
+            suffix = tl.load(suffix_ptr + at) if EXACT else total - prefix
         else:
             prefix, suffix, total = constant_gates(rate, length, C)
-            from_start, to_end = token_decays(prefix, suffix, scale)
+        from_start = tl.exp2(prefix) * scale
+        to_end = tl.exp2(suffix)
         if REVERSE:
             from_state = to_end
             to_state = from_start

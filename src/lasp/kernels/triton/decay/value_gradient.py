@@ -14,8 +14,7 @@ def value_gradient_kernel(
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v], [B, T, H_v] or unused
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
-    from_start_ptr,  # likewise
-    to_end_ptr,  # likewise
+    suffix_ptr,  # likewise
     dv_ptr,  # [B, T, H_v, V], written
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
@@ -58,7 +57,7 @@ def value_gradient_kernel(
     vo = (row * H_v + head) * V
     sweep(
         k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
-        g_ptr, prefix_ptr + padded, from_start_ptr + padded, to_end_ptr + padded, dv_ptr + vo, dv_ptr + vo,
+        g_ptr, prefix_ptr + padded, suffix_ptr + padded, dv_ptr + vo, dv_ptr + vo,
         state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, chunk * C - first, v_first,
         K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

@@ -23,10 +23,12 @@ from lasp.kernels.triton.decay.channel_within import channel_within_kernel
 from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
+from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
 from lasp.kernels.triton.decay.layout import packed_plan
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
+from lasp.kernels.triton.decay.rows import PART_COLUMNS
 from lasp.kernels.triton.decay.scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.sweep import PART_ROWS
@@ -35,13 +37,15 @@ from lasp.recurrence.contract import Run
 
 GATE_BLOCK, GATE_WARPS = 512, 4
 MAX_GRID = 65535  # of a launch's second and third dims
-INTERPRETED = (4, 1 << 20)
+INTERPRETED = (4, 1 << 20, 0)
 # A program of one chunk would spend longer on making descriptors than on its chunk.
 SINGLE_CHUNK_DESCRIPTORS = False
+# dk and dv of segments shorter than this are faster apart.
+PAIRED_CHUNKS = 24
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
 BASE_LEVELS = 3
 
-_devices: dict[torch.device, tuple[int, int]] = {}
+_devices: dict[torch.device, tuple[int, int, int]] = {}
 
 
 class Work:
@@ -52,9 +56,10 @@ class Work:
         scale: of the outputs.
         per_token, per_channel: whether that is the kind of decay.
         with_decay: whether the decay's gradient is wanted: it needs other, slower sweeps.
+        paired: whether dk and dv are made in one launch.
         state, total_decay: shapes of a state at a run's end and of the decay of a whole run.
         states, decays: of those at the ends of segments.
-        gates: of each of the three that a gate per token leaves for the sweeps.
+        gates, num_gates: of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token.
         carry: of <S, D> at segments' ends (see gate_gradient).
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
@@ -85,6 +90,7 @@ class Work:
                 f"document), got {programs}; split the sequence over more ranks or use backend='torch'"
             )
         self.plan, self.with_decay = p, with_decay
+        self.paired = not with_decay and H_v == H and K == V and p.segment_chunks >= PAIRED_CHUNKS
         self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
         self._dims, self._dtype, self._kind, self.scale = (B, T, H, H_v, K, V), dtype, kind, scale
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -92,8 +98,9 @@ class Work:
         slices = -(-K // p.scalar_keys.columns)
         self.state, self.total_decay = (runs, H_v, K, V), (runs, H_v, *each)
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
-        self.gates = (B, H_v, p.chunks * p.chunk)
-        self.sums = (slices * p.scalar_keys.columns // PART_ROWS.value, *self.gates)
+        self.gates, self.num_gates = (B, H_v, p.chunks * p.chunk), num_gates(dtype)
+        part = PART_COLUMNS if p.rows else PART_ROWS
+        self.sums = (slices * p.scalar_keys.columns // part.value, *self.gates)
         self.carry = (slices, B, H_v, p.segments)
         self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
 
@@ -113,7 +120,11 @@ class Work:
         if self.per_channel:
             constants = (K, V, p.channels.columns, tile(V, self._dtype), p.chunk, reverse)
             return self._by_segment(channel_summary_kernel, K, p.channels, (self.scale, T, H, H_v), constants)
-        constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, reverse)
+        # From the end, where it can: the output's sweep starts at the other, and finds in L2 what was read last. A
+        # weight then covers the rest of the segment, for which fp16 has no range; and a decay's gradient wants states
+        # rounded as the sweeps round theirs.
+        backwards = reverse or not (self.with_decay or self._dtype == torch.float16)
+        constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, reverse, backwards)
         return self._by_segment(summary_kernel, V, p.summary, (self.scale, T, H, H_v), constants)
 
     @cached_property
@@ -148,8 +159,16 @@ class Work:
     def _sweep_of_keys(self, kernel: Any) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
         tiles = p.scalar_keys if self.with_decay else p.keys
-        constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, self._kind, self.with_decay, p.exact)
+        ways = (self.with_decay, self.with_decay and p.rows, p.exact)
+        constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, self._kind, *ways)
         return self._by_segment(kernel, K, tiles, (self.scale, B, T, H, H_v), constants)
+
+    @cached_property
+    def key_value_gradient(self) -> Launch:
+        p, (_, T, H, H_v, K, V) = self.plan, self._dims
+        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact)
+        columns = 2 * p.values.columns * -(-K // p.values.columns)
+        return self._by_segment(key_value_gradient_kernel, columns, p.values, (self.scale, T, H, H_v), constants)
 
     @cached_property
     def channel_output(self) -> Launch:
@@ -231,6 +250,11 @@ def base_levels(dtype: torch.dtype) -> int:
     return BASE_LEVELS if dtype == torch.bfloat16 else 0
 
 
+def num_gates(dtype: torch.dtype) -> int:
+    """Sums that a gate per token leaves for the sweeps: prefixes and, of fp32 inputs, suffixes."""
+    return 2 if dtype == torch.float32 else 1
+
+
 def partial_dtype(dtype: torch.dtype, heads: int, value_heads: int) -> torch.dtype:
     """Of dq and dk per value head: fp32 where heads of one group are still to be summed."""
     return dtype if heads == value_heads else torch.float32
@@ -247,8 +271,9 @@ def per_channel(g: Tensor | None) -> bool:
     return kind_of(g) == CHANNEL.value
 
 
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a GPU and bytes of shared memory a program may have; a few processors for the interpreter.
+def device_limits(device: torch.device) -> tuple[int, int, int]:
+    """Multiprocessors of a GPU, bytes of shared memory a program may have, and major compute capability (of no meaning
+    but on NVIDIA's); a few processors for the interpreter.
 
     Raises:
         ValueError: Triton cannot run there.
@@ -258,7 +283,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
             properties = torch.cuda.get_device_properties(device)
             # AMD's properties lack the second; its devices have 64 KB.
             shared = getattr(properties, "shared_memory_per_block_optin", 65536)
-            _devices[device] = (properties.multi_processor_count, shared)
+            _devices[device] = (properties.multi_processor_count, shared, properties.major)
         elif not isinstance(scan_kernel, triton.JITFunction):
             _devices[device] = INTERPRETED
         else:

@@ -1,0 +1,74 @@
+"""The gradients of k and v in one launch, where they are the same sweep of other operands: K = V, ungrouped heads, no
+gradient of the decay.
+
+Programs are paired: one makes dk and one dv of the same tokens. They keep pace, so that what both read, q and do, comes
+from memory once and from L2 the second time.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import state_tile
+from lasp.kernels.triton.decay.sweep import place, sweep
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
+def key_value_gradient_kernel(
+    q_ptr,  # [B, T, H, D]
+    k_ptr,  # [B, T, H, D]
+    v_ptr,  # [B, T, H, D]
+    do_ptr,  # [B, T, H, D]
+    g_ptr,  # [H], [B, T, H] or unused
+    prefix_ptr,  # fp32 [B, H, chunks C] or unused
+    suffix_ptr,  # likewise
+    dk_ptr,  # [B, T, H, D], written
+    dv_ptr,  # [B, T, H, D], written
+    d_states_ptr,  # fp32 [B, H, segments, D, D]: gradients of those leaving each segment, from zero
+    after_ptr,  # fp32 [B, H, segments]: decay from each segment to the run's end
+    places_ptr,  # int32 [segments, 5] if PACKED
+    d_state_out_ptr,  # fp32 [B, H, D, D], or None for zero
+    scale,
+    T,
+    H,
+    H_v,  # H
+    segments,
+    segment_chunks,
+    chunks,
+    K: tl.constexpr,  # D
+    V: tl.constexpr,  # D
+    BA: tl.constexpr,  # that holds D
+    BC: tl.constexpr,  # columns of a gradient that a program has
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = (K + BC - 1) // BC
+    part, head, batch, segment, first, last, chunk, border, _ = place(
+        places_ptr, 2 * slices, segments, segment_chunks, T, H, C, PACKED
+    )
+    of_keys = part % 2 == 0
+    column = part // 2 * BC
+    run = tl.cast(batch, tl.int64) * H + head
+    # The sweep holds the state with its outputs' dim first.
+    row = tl.where(of_keys, V, 1)
+    along = tl.where(of_keys, 1, V)
+    inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, column, 0, K, V, row, along, BC, BA)
+    state = tl.load(inside, mask=mask, other=0.0)
+    if d_state_out_ptr is not None:
+        outside, _ = state_tile(d_state_out_ptr + border * K * V, column, 0, K, V, row, along, BC, BA)
+        after = tl.exp2(tl.load(after_ptr + run * segments + segment))
+        state += after * tl.load(outside, mask=mask, other=0.0)
+
+    padded = run * chunks * C
+    at = (tl.cast(batch, tl.int64) * T * H + head) * K
+    out_ptr = tl.where(of_keys, dk_ptr, dv_ptr) + at
+    sweep(
+        tl.where(of_keys, v_ptr, k_ptr) + at, tl.where(of_keys, do_ptr, q_ptr) + at,
+        tl.where(of_keys, q_ptr, do_ptr) + at, out_ptr,
+        g_ptr, prefix_ptr + padded, suffix_ptr + padded, out_ptr, out_ptr,
+        state, H * K, H * K, H * K, H * K, 0, scale, T, H, batch, head, first, last, chunk * C - first, column,
+        K, V, BA, BC, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""The loop of `sweep` in rows, for the gradients of q and k where the decay's gradient is wanted too.
+
+    out_i = from_state_i a_i S + scale sum_j L_ij (a_i . b_j) c_j,        S: the decayed sum of b^T c, [BA, BC]
+
+with q . dq, or k . dk, token by token: sums over columns, which stay within a warp, where transposed outputs have them
+over rows, which do not. The price is the state's way through shared memory, as a right operand. It takes bf16, and
+heads whose whole state a program holds.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, pair_decay
+
+PART_COLUMNS = tl.constexpr(64)  # of out: so much of a row a warp adds up by itself
+
+
+@triton.jit
+def sweep_rows(
+    a_ptr,  # all as in `sweep`
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    g_ptr,
+    prefix_ptr,
+    x_ptr,
+    sums_ptr,  # [parts, sums_row], written, at the head
+    state,  # [BA, BC]
+    a_row,
+    c_row,
+    out_row,
+    sums_row,
+    scale,
+    T,
+    H_v,
+    head,
+    first,
+    last,
+    slot,
+    A: tl.constexpr,
+    N: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype = c_ptr.dtype.element_ty
+    a_view = view(a_ptr, last, a_row, A, C, BA, DESCRIPTORS)
+    b_view = view(b_ptr, last, a_row, A, C, BA, DESCRIPTORS)
+    c_view = view(c_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+    x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+    # Descriptors store from shared memory, which twice as wide gradients (fp32, of grouped heads) would overfill.
+    STORES: tl.constexpr = DESCRIPTORS and out_ptr.dtype.element_ty == dtype
+    out_view = view(out_ptr, last, out_row, N, C, BC, STORES)
+    # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
+    PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
+    chunks = tl.cdiv(last - first, C)
+    for step in range(chunks):
+        start = first + (chunks - 1 - step if REVERSE else step) * C
+        a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
+        b = load_chunk(b_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
+        c = load_chunk(c_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
+        x = load_chunk(x_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
+        at = slot + start + tl.arange(0, C)
+        if KIND == TOKEN:
+            rate = 0.0
+            prefix = tl.load(prefix_ptr + at)
+            total = tl.load(prefix_ptr + slot + start + C - 1)
+            suffix = total - prefix
+        else:
+            # Loaded every time for the same reason.
+            rate = head_rate(g_ptr, head, KIND)
+            prefix, suffix, total = constant_gates(rate, tl.minimum(last - start, C), C)
+        pairs = pair_decay(g_ptr, H_v, rate, prefix, C, PAIRS, C, not REVERSE, False)
+        from_start = tl.exp2(prefix) * scale
+        to_end = tl.exp2(suffix)
+        if REVERSE:
+            from_state = to_end
+            to_state = from_start
+        else:
+            from_state = from_start
+            to_state = to_end
+
+        b_t = tl.trans(b)
+        out = tl.dot(a, state.to(dtype), input_precision=PRECISION) * from_state[:, None]
+        weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
+        # Scaled and added, not added to: a product that goes on into another gives both warpgroups the same rows.
+        out += tl.dot(weights, c, input_precision=PRECISION) * scale
+        store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, 0, last, out_row, N, C, BC, STORES)
+        parts: tl.constexpr = BC // PART_COLUMNS
+        own = tl.sum(tl.reshape(x.to(tl.float32) * out, (C, parts, PART_COLUMNS)), 2)
+        # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for x.
+        own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)[:, None]
+        tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
+
+        weighted = (b_t * to_state[None, :]).to(dtype)
+        state = tl.dot(weighted, c, state * tl.exp2(total), input_precision=PRECISION)
