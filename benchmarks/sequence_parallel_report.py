@@ -61,22 +61,28 @@ def plot(record: dict[str, Any], image: Path) -> None:
     """Times one rank's by method and length, of the recurrence and the layer; the recurrence's exposed exchange where
     it weighs most, at the shortest length.
 
-    Graphs have solid lines, what the host launches has dashed ones.
+    Graphs have solid lines. What the host launches has dashed ones, beside graphs only "auto" and peers.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 4.6), layout="constrained")
     *panels, right = figure.subplots(1, 3)
     rows = [row for row in record["rows"] if "to_one" in row]
+    in_graphs = {row["method"] for row in rows if row["launch"] == "graph"}
+    if in_graphs:
+        alone = [row for row in rows if row["method"] == "auto" or "exchange_s" not in row]
+        rows = [row for row in rows if row["launch"] == "graph" or row in alone]
     for of, panel in zip(("recurrence", "layer"), panels, strict=True):
         own = [row for row in rows if row["of"] == of]
         plot_times(panel, own)
         panel.set(xscale="log", xlabel="tokens a rank", ylabel="time, in times one rank's", title=of)
     own = [row for row in rows if row["of"] == "recurrence" and "exchange_s" in row]
+    own = [row for row in own if row["launch"] == "graph" or not in_graphs]
     if own:
         shortest = min(row["tokens"] for row in own)
         own = [row for row in own if row["tokens"] == shortest]
         names = [f"{row['method']}, {row['launch']}" for row in own]
+        right.invert_yaxis()
         right.barh(names, [1e6 * row["exchange_s"] for row in own], color="lightgrey", label="exchange by itself")
         right.barh(names, [1e6 * row["exposed_s"] for row in own], height=0.4, label="exposed in the recurrence")
         right.set(xlabel="microseconds, forward and backward", title=f"{shortest:,} tokens a rank")

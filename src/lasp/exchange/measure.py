@@ -39,13 +39,15 @@ def timings(
 ) -> list[Timing]:
     """The times of several works, which take turns, so that a slow moment of the machine falls on all of them.
 
-    Each turn has an order of its own: what follows light work finds a processor that has cooled and clocks higher.
+    Each turn has an order of its own, and a work runs once more before its time is taken: what follows light work finds
+    a processor that has cooled and clocks higher.
     """
     order = torch.Generator().manual_seed(0)
     token = torch.zeros(1, device=device)
     seconds = torch.zeros(repetitions, len(works), dtype=torch.float64)
     for repetition in range(-warmup, repetitions):
         for index in torch.randperm(len(works), generator=order).tolist():
+            works[index]()
             comm.all_gather(token).wait()
             _finish(device)
             start = time.perf_counter()
