@@ -21,6 +21,10 @@ pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
 PART = "LASP_TEST_PART"
 collect_ignore = [] if ON_GPU else ["test_gpu.py"]
+if not ON_GPU:
+    from interpreted_bf16 import install
+
+    install()
 
 
 @pytest.fixture

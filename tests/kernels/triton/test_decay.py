@@ -20,8 +20,8 @@ from lasp.kernels.triton.decay import work
 from lasp.recurrence.contract import Run
 
 KINDS = ("none", "constant", "scalar", "channel")
-# fp32: the policy's bound. fp16: its rounding, 2^-11, of inputs to products and of outputs.
-BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3}
+# fp32: the policy's bound. 16 bits: their rounding, 2^-11 and 2^-8, of inputs to products and of outputs.
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 5e-3}
 
 
 class Problem(NamedTuple):
@@ -129,6 +129,15 @@ def test_gradients_of_keys_and_values_in_one_launch(
     references = solution(p)
     references.pop("dg", None)
     check(run(fused, p), references, BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dims", [Dims(T=130, K=40, V=72), Dims(T=100, H=2, K=24, V=24)])
+def test_all_results_bf16(kind: str, dims: Dims, device: torch.device) -> None:
+    """Grouped heads, of which dims are unlike, and ungrouped ones; decays that are learned, in rows."""
+    p = problem(kind, dims, device, torch.bfloat16)
+    assert kind == "channel" or work.work_of(p.x).plan.rows
+    check(run(fused, p), solution(p), BOUNDS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("kind", KINDS)
