@@ -29,7 +29,12 @@ SPILLS = {
         "channel_key_reads_kernel": 16,
         "key_gradient_kernel": 128,
     },
-    "hip:gfx942": {"channel_within_kernel": 160, "output_kernel": 224, "key_gradient_kernel": 128},
+    "hip:gfx942": {
+        "channel_within_kernel": 160,
+        "output_kernel": 224,
+        "key_gradient_kernel": 128,
+        "channel_key_reads_kernel": 16,
+    },
 }
 
 

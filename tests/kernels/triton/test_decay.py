@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lasp.kernels.torch import decay as exact
 from lasp.kernels.triton import decay as fused
+from lasp.kernels.triton.decay import channel_reads, work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import work
 from lasp.recurrence.contract import Run
 
 KINDS = ("none", "constant", "scalar", "channel")
@@ -258,3 +258,26 @@ def test_base_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(work, "_work", work._work.__wrapped__)
     p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
     check(run(fused, p), solution(p), BOUNDS[torch.float32])
+
+
+def test_gates_per_channel_gather_little_rounding_over_a_segment(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest segment there is, of gates that forget: their gradient is a small rest of large sums."""
+    p = problem("channel", Dims(T=2048, H_v=1, K=64, V=64), device, torch.bfloat16)
+    p = p._replace(
+        x=p.x._replace(g=torch.full_like(p.x.g, -0.2).requires_grad_()), state_in=torch.zeros_like(p.state_in)
+    )
+
+    def one_segment(*arguments: object) -> plans.Plan:
+        found = plans.plan(*arguments)
+        return found._replace(segment_chunks=found.chunks, segments=1)
+
+    monkeypatch.setattr(work, "plan", one_segment)
+    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
+    assert work.work_of(p.x).plan.chunks == plans.LONGEST[plans.CHANNEL]
+    expected = solution(p)["dg"]
+    assert relative_error(run(fused, p)["dg"], expected) < 8e-3
+    if device.type == "cpu":  # the control: a compiled kernel is not patched
+        monkeypatch.setattr(channel_reads, "_tie", lambda *arguments: None)
+        assert relative_error(run(fused, p)["dg"], expected) > 1e-2

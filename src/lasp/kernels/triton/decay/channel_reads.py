@@ -9,7 +9,9 @@ and channel, what its reads add to dg,
     sums = sum_i (scale q_i 2^prefix_i) read_q_i,        and        sum_j (k_j 2^suffix_j) read_k_j,
 
 since dg at a chunk's end, S D summed over V, is that at the segment's end plus the first and minus the second of all
-later chunks. States and outputs are transposed as in `sweep`, so these sums run along a thread's own columns.
+later chunks. What rounding adds to that, a random walk, is known at the segment's start, where S D can be taken again:
+it is taken off, all of it there and less towards the end. States and outputs are transposed as in `sweep`, so these
+sums run along a thread's own columns.
 """
 
 import triton
@@ -18,6 +20,8 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import with_outside
 from lasp.kernels.triton.decay.sweep import place
+
+TIED = tl.constexpr(16)  # chunks at a time
 
 
 @triton.jit
@@ -77,6 +81,28 @@ def _sweep(
             tl.store(sums_ptr + here, sums, mask=channel < K)
         read = tl.trans(out).to(out_ptr.dtype.element_ty)
         store_chunk(out_view, read, start, column, last, k_row, K, C, BK, DESCRIPTORS)
+    return state, carry
+
+
+@triton.jit
+def _pairing(states_ptr, mask, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """S D summed over V, with D [BK, BV] rounded as the sweep rounds it: so what the last tokens add to S cancels."""
+    state, _ = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
+    rounded = d_state.to(tl.bfloat16).to(tl.float32) if dtype == tl.bfloat16 else d_state
+    return tl.sum(tl.load(state, mask=mask, other=0.0) * rounded, 1)
+
+
+@triton.jit
+def _tie(carry_ptr, drift, first, last, k_first, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
+    """Takes `drift`, what the carry of the segment's start is off by, from those of its chunks, in proportion."""
+    chunks = tl.cdiv(last - first, C)
+    channel = k_first + tl.arange(0, BK)[None, :]
+    for block in range(tl.cdiv(chunks, TIED)):
+        chunk = block * TIED + tl.arange(0, TIED)[:, None]
+        here = carry_ptr + (tl.cast(first // C, tl.int64) + chunk) * K + channel
+        mask = (chunk < chunks) & (channel < K)
+        share = (chunks - 1 - chunk).to(tl.float32) / chunks
+        tl.store(here, tl.load(here, mask=mask, other=0.0) - share * drift[None, :], mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
@@ -166,14 +192,16 @@ def channel_key_reads_kernel(
     end_ptr = states_ptr + (index + 1) * K * V
     if ends:
         end_ptr = state_out_ptr + border * K * V
-    end, _ = state_tile(end_ptr, k_first, 0, K, V, V, 1, BK, BV)
-    # Rounded as the sweep rounds it, so that what the last tokens add to the state cancels.
-    rounded = state.to(tl.bfloat16).to(tl.float32) if v_ptr.dtype.element_ty == tl.bfloat16 else state
-    carry = tl.sum(tl.load(end, mask=mask, other=0.0) * rounded, 1)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    carry = _pairing(end_ptr, mask, state, k_first, dtype, K, V)
     token_head = tl.cast(batch, tl.int64) * T * H_v + head
     sums = (run * chunks + chunk - first // C) * K
-    _sweep(
+    state, carry = _sweep(
         v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, to_end_ptr + token_head * K,
         totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, carry_ptr + sums,
         state, carry, H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip
+    drift = carry - _pairing(states_ptr + index * K * V, mask, state, k_first, dtype, K, V)
+    # Other threads read what these have stored.
+    tl.debug_barrier()
+    _tie(carry_ptr + sums, drift, first, last, k_first, K, BK, C)

@@ -20,8 +20,8 @@ DESCRIPTOR_CHUNKS = 8
 # state (written, scanned and read back) adds to the whole device's traffic.
 START_COST = 1.5
 STATE_COST = 0.017
-# Chunks: the gradient of a gate per token gathers rounding over a segment (gate_gradient), however long the run.
-LONGEST_OF_TOKEN_GATES = 64
+# Chunks: the gradients of gates gather rounding over a segment (gate_gradient, channel_reads), however long the run.
+LONGEST = {TOKEN: 64, CHANNEL: 32}
 
 
 class Tiles(NamedTuple):
@@ -165,8 +165,7 @@ def plan(
     # Gates per token and channel want short segments: the one for what their gradient gathers, the other because its
     # programs wait more often, two to a processor.
     length = segment_chunks(chunks, heads, 2 * processors if kind in (TOKEN, CHANNEL) else processors)
-    if kind == TOKEN:
-        length = min(length, LONGEST_OF_TOKEN_GATES)
+    length = min(length, LONGEST.get(kind, length))
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     wide = V > 64 and K <= 128 and not exact
