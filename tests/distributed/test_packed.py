@@ -116,8 +116,8 @@ def test_one_device(kind):
 
 TOKENS, RANKS = 12, 4
 # Which of the 2^11 ways to cut 12 tokens are run, in parts that test processes can share: every fourth by a gate and by
-# the delta rule with one, every ninth by the other kinds, which place documents by the same code; and all of them by all
-# kinds where that is asked for (`make exhaustive`).
+# the delta rule with one, every ninth by the other kinds, which place documents by the same code; and all of them by
+# all kinds where that is asked for (`make exhaustive`).
 NUMBER = 2 ** (TOKENS - 1)
 PARTS = {"scalar": (0,), "kda": (0,)}
 SETS = [(kind, range(part, NUMBER, 4)) for kind, parts in PARTS.items() for part in parts]
