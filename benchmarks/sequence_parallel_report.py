@@ -68,16 +68,15 @@ def plot(record: dict[str, Any], image: Path) -> None:
     figure = Figure(figsize=(16, 4.6), layout="constrained")
     *panels, right = figure.subplots(1, 3)
     rows = [row for row in record["rows"] if "to_one" in row]
-    in_graphs = {row["method"] for row in rows if row["launch"] == "graph"}
-    if in_graphs:
-        alone = [row for row in rows if row["method"] == "auto" or "exchange_s" not in row]
-        rows = [row for row in rows if row["launch"] == "graph" or row in alone]
+    has_graphs = any(row["launch"] == "graph" for row in rows)
+    if has_graphs:
+        rows = [row for row in rows if row["launch"] == "graph" or row["method"] == "auto" or "exchange_s" not in row]
     for of, panel in zip(("recurrence", "layer"), panels, strict=True):
         own = [row for row in rows if row["of"] == of]
         plot_times(panel, own)
         panel.set(xscale="log", xlabel="tokens a rank", ylabel="time, in times one rank's", title=of)
     own = [row for row in rows if row["of"] == "recurrence" and "exchange_s" in row]
-    own = [row for row in own if row["launch"] == "graph" or not in_graphs]
+    own = [row for row in own if row["launch"] == "graph" or not has_graphs]
     if own:
         shortest = min(row["tokens"] for row in own)
         own = [row for row in own if row["tokens"] == shortest]

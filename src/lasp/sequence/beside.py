@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lasp.distributed.clock import ExchangeClock
+from lasp.distributed.comm import Comm
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -24,8 +24,8 @@ class Beside:
     Work queued in between runs beside it. Everything an exchange reads must stay referenced until it has ended.
     """
 
-    def __init__(self, device: torch.device, clock: ExchangeClock | None = None) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, comm: Comm) -> None:
+        self._device, self._comm, clock = device, comm, comm.clock
         # On the host's clock the messages themselves count; on the device's only what holds up the compute stream.
         self._clock = clock if clock is not None and clock.on_device else None
         if device.type == "cuda" and device not in _streams:
@@ -51,6 +51,7 @@ class Beside:
             return
         with torch.cuda.stream(self._stream):
             yield
+            self._comm.settle()
         if self._clock is not None:
             self._clock.wait_begins()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.auto import Auto
 from lasp.exchange.base import Carried, Exchange, PendingExchange
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 class Carrying:
     """An exchange under way; `wait` gives what it carried."""
 
-    def __init__(self, comm: Comm, pending: PendingExchange, beside: Beside | None, forward: bool) -> None:
-        self._comm, self._pending, self._beside, self._forward = comm, pending, beside, forward
+    def __init__(self, pending: PendingExchange, beside: Beside | None, forward: bool) -> None:
+        self._pending, self._beside, self._forward = pending, beside, forward
 
     def wait(self) -> Carried:
         beside = self._beside
@@ -35,7 +34,6 @@ class Carrying:
         else:
             with beside.ended():
                 carried = self._pending.wait()
-                self._comm.settle()
             beside.hand_over(carried.entering)
             beside.hand_over(carried.total)
         if self._forward:
@@ -56,15 +54,15 @@ def carry(
     schedule = _schedule(sp, summary, want_total)
     options = {"reverse": reverse, "want_total": want_total}
     if isinstance(schedule, Peer):
-        return Carrying(sp.comm, schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
+        return Carrying(schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
     initial = torch.zeros_like(summary.state) if initial is None else initial
     if isinstance(schedule, AllGather):
-        return Carrying(sp.comm, schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
-    beside = Beside(initial.device, sp.comm.clock)
+        return Carrying(schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
+    beside = Beside(initial.device, sp.comm)
     with beside.begun():
         known = {"known": known_to_forget(sp, x, initial)} if isinstance(schedule, Reach) else {}
         pending = schedule.begin(sp.comm, summary, initial, **options, **known)
-    return Carrying(sp.comm, pending, beside, not reverse)
+    return Carrying(pending, beside, not reverse)
 
 
 def _schedule(sp: SequenceParallel, summary: Summary, want_total: bool) -> Exchange:

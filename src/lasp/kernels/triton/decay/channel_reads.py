@@ -19,7 +19,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import with_outside
-from lasp.kernels.triton.decay.sweep import place
+from lasp.kernels.triton.decay.sweep import as_swept, place
 
 TIED = tl.constexpr(16)  # chunks at a time
 
@@ -86,10 +86,10 @@ def _sweep(
 
 @triton.jit
 def _pairing(states_ptr, mask, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
-    """S D summed over V, with D [BK, BV] rounded as the sweep rounds it: so what the last tokens add to S cancels."""
+    """S D summed over V, of the D [BK, BV] that a sweep holds."""
     state, _ = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
-    rounded = d_state.to(tl.bfloat16).to(tl.float32) if dtype == tl.bfloat16 else d_state
-    return tl.sum(tl.load(state, mask=mask, other=0.0) * rounded, 1)
+    swept = as_swept(d_state, dtype)
+    return tl.sum(tl.load(state, mask=mask, other=0.0) * swept, 1)
 
 
 @triton.jit

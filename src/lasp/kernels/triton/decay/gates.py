@@ -63,6 +63,40 @@ def constant_gates(rate, length, C: tl.constexpr):
 
 
 @triton.jit
+def chunk_decays(
+    prefix_ptr,
+    suffix_ptr,
+    at,
+    rate,
+    length,
+    scale,
+    KIND: tl.constexpr,
+    C: tl.constexpr,
+    REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """prefix [C] and total of a chunk, which the sums of a gate per token have from `at` on; and, for a sweep, the
+    decays of what a token reads from the state and of what it adds to it, [C] each."""
+    if KIND == TOKEN:
+        here = at + tl.arange(0, C)
+        prefix = tl.load(prefix_ptr + here)
+        total = tl.load(prefix_ptr + at + C - 1)
+        # A difference does for inputs of 16 bits.
+        suffix = tl.load(suffix_ptr + here) if EXACT else total - prefix
+    else:
+        prefix, suffix, total = constant_gates(rate, length, C)
+    from_start = tl.exp2(prefix) * scale
+    to_end = tl.exp2(suffix)
+    if REVERSE:
+        from_state = to_end
+        to_state = from_start
+    else:
+        from_state = from_start
+        to_state = to_end
+    return prefix, total, from_state, to_state
+
+
+@triton.jit
 def pair_decay(
     g_ptr, g_row, rate, prefix, length, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
 ):

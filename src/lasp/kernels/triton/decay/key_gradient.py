@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.rows import sweep_rows
-from lasp.kernels.triton.decay.sweep import PART_ROWS, place, sweep
+from lasp.kernels.triton.decay.rows import key_tile, sweep_rows
+from lasp.kernels.triton.decay.sweep import PART_ROWS, as_swept, place, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -54,20 +53,19 @@ def key_gradient_kernel(
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    inside, mask = _tile(d_states_ptr + index * K * V, k_first, K, V, BK, BV, ROWS)
+    inside, mask = key_tile(d_states_ptr + index * K * V, k_first, K, V, BK, BV, ROWS)
     state = tl.load(inside, mask=mask, other=0.0)
     if d_state_out_ptr is not None:
-        outside, _ = _tile(d_state_out_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
+        outside, _ = key_tile(d_state_out_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
         after = tl.exp2(tl.load(after_ptr + index))
         state += after * tl.load(outside, mask=mask, other=0.0)
     if SUMS:
         end_ptr = states_ptr + (index + 1) * K * V
         if ends:
             end_ptr = state_out_ptr + border * K * V
-        end, _ = _tile(end_ptr, k_first, K, V, BK, BV, ROWS)
-        # Rounded as the sweep rounds it, so that what the last tokens add to S cancels.
-        rounded = state.to(tl.bfloat16).to(tl.float32) if v_ptr.dtype.element_ty == tl.bfloat16 else state
-        carry = tl.sum(tl.load(end, mask=mask, other=0.0) * rounded)
+        end, _ = key_tile(end_ptr, k_first, K, V, BK, BV, ROWS)
+        swept = as_swept(state, v_ptr.dtype.element_ty)
+        carry = tl.sum(tl.load(end, mask=mask, other=0.0) * swept)
         tl.store(carry_ptr + tl.cast(part, tl.int64) * B * H_v * segments + index, carry)
     padded = chunks * C
     sums_row = tl.cast(B, tl.int64) * H_v * padded
@@ -90,13 +88,3 @@ def key_gradient_kernel(
             chunk * C - first, k_first,
             V, K, BV, BK, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip
-
-
-@triton.jit
-def _tile(ptr, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
-    """Of a state [K, V]: [BK, BV], or with ROWS [BV, BK]."""
-    if ROWS:
-        pointers, mask = state_tile(ptr, 0, k_first, V, K, 1, V, BV, BK)
-    else:
-        pointers, mask = state_tile(ptr, k_first, 0, K, V, V, 1, BK, BV)
-    return pointers, mask

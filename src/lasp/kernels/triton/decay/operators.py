@@ -17,7 +17,7 @@ from lasp.algebra import Summary
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay.gates import TOKEN
-from lasp.kernels.triton.decay.work import Work, kind_of, num_gates, per_channel, plan_of
+from lasp.kernels.triton.decay.work import Work, kind_of, per_channel, plan_of
 from lasp.recurrence.across import Across, Pending, of_key
 from lasp.recurrence.contract import Run
 from lasp.recurrence.crossing import Packed, zero_finals
@@ -225,7 +225,7 @@ def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None) -> list[Tensor]:
     if per_channel(g):
         return [*results, *channel_stages.empty_prepared(q, v, p)]
     if kind_of(g) == TOKEN.value:
-        return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(num_gates(q.dtype)))]
+        return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
     return [*results, state(B, H_v, p.segments)]
 
 

@@ -79,6 +79,11 @@ class Plan(NamedTuple):
     def packed(self) -> bool:
         return self.tables is not None
 
+    @property
+    def num_gates(self) -> int:
+        """Sums that a gate per token leaves for the sweeps: prefixes and, where `exact`, suffixes."""
+        return 2 if self.exact else 1
+
 
 def tile(dim: int, dtype: torch.dtype) -> int:
     """The power of two that holds `dim` columns.

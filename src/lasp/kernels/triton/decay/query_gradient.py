@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.rows import sweep_rows
+from lasp.kernels.triton.decay.rows import key_tile, sweep_rows
 from lasp.kernels.triton.decay.sweep import PART_ROWS, place, sweep
 
 
@@ -48,29 +47,26 @@ def query_gradient_kernel(
     )
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
-    states_ptr += (run * segments + segment) * K * V
     padded = chunks * C
     sums_row = tl.cast(B, tl.int64) * H_v * padded
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
+    entering, mask = key_tile(states_ptr + (run * segments + segment) * K * V, k_first, K, V, BK, BV, ROWS)
+    state = tl.load(entering, mask=mask, other=0.0)
     if ROWS:
-        entering, mask = state_tile(states_ptr, 0, 0, V, K, 1, V, BV, BK)
         sweep_rows(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
             g_ptr, prefix_ptr + run * padded, q_ptr + qk, sums_ptr + run * padded,
-            tl.load(entering, mask=mask, other=0.0),
-            H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, head, first, last, chunk * C - first,
+            state, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, head, first, last, chunk * C - first,
             V, K, BV, BK, C, KIND, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
-        entering, mask = state_tile(states_ptr, k_first, 0, K, V, V, 1, BK, BV)
         sweep(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
             g_ptr, prefix_ptr + run * padded, suffix_ptr + run * padded,
             q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
-            tl.load(entering, mask=mask, other=0.0),
-            H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last,
+            state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last,
             chunk * C - first, k_first,
             V, K, BV, BK, C, KIND, False, SUMS, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

@@ -10,10 +10,21 @@ heads whose whole state a program holds.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, pair_decay
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
 
 PART_COLUMNS = tl.constexpr(64)  # of out: so much of a row a warp adds up by itself
+
+
+@triton.jit
+def key_tile(ptr, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers and mask of a state's [BK, BV] tile from k_first on, as `sweep` holds it for dq and dk; or with ROWS
+    [BV, BK], as `sweep_rows` does."""
+    if ROWS:
+        pointers, mask = state_tile(ptr, 0, k_first, V, K, 1, V, BV, BK)
+    else:
+        pointers, mask = state_tile(ptr, k_first, 0, K, V, V, 1, BK, BV)
+    return pointers, mask
 
 
 @triton.jit
@@ -65,25 +76,13 @@ def sweep_rows(
         b = load_chunk(b_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
         c = load_chunk(c_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
         x = load_chunk(x_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
-        at = slot + start + tl.arange(0, C)
-        if KIND == TOKEN:
-            rate = 0.0
-            prefix = tl.load(prefix_ptr + at)
-            total = tl.load(prefix_ptr + slot + start + C - 1)
-            suffix = total - prefix
-        else:
-            # Loaded every time for the same reason.
-            rate = head_rate(g_ptr, head, KIND)
-            prefix, suffix, total = constant_gates(rate, tl.minimum(last - start, C), C)
-        pairs = pair_decay(g_ptr, H_v, rate, prefix, C, PAIRS, C, not REVERSE, False)
-        from_start = tl.exp2(prefix) * scale
-        to_end = tl.exp2(suffix)
-        if REVERSE:
-            from_state = to_end
-            to_state = from_start
-        else:
-            from_state = from_start
-            to_state = to_end
+        # Loaded every time for the same reason.
+        rate = head_rate(g_ptr, head, KIND)
+        length = tl.minimum(last - start, C)
+        prefix, total, from_state, to_state = chunk_decays(
+            prefix_ptr, prefix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, False
+        )
+        pairs = pair_decay(g_ptr, H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
 
         b_t = tl.trans(b)
         out = tl.dot(a, state.to(dtype), input_precision=PRECISION) * from_state[:, None]
@@ -95,6 +94,7 @@ def sweep_rows(
         own = tl.sum(tl.reshape(x.to(tl.float32) * out, (C, parts, PART_COLUMNS)), 2)
         # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for x.
         own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)[:, None]
+        at = slot + start + tl.arange(0, C)
         tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
 
         weighted = (b_t * to_state[None, :]).to(dtype)

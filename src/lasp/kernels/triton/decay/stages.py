@@ -99,7 +99,7 @@ def totals_of(
         launch(k, v, x.g, states, decays, places)
     else:
         if work.per_token and not reverse:
-            gates = tuple(states.new_empty(work.gates) for _ in range(work.num_gates))
+            gates = tuple(states.new_empty(work.gates) for _ in range(work.plan.num_gates))
         launch(k, v, k if x.g is None else x.g, states, decays, *_two(gates), places)
 
     total = total_decay = None

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.gates import NONE, TOKEN, constant_gates, head_rate, pair_decay
+from lasp.kernels.triton.decay.gates import NONE, chunk_decays, head_rate, pair_decay
 
 PART_ROWS = tl.constexpr(16)
 
@@ -81,22 +81,9 @@ def sweep(
         c_t = tl.trans(load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS))
         if SUMS:
             x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
-        if KIND == TOKEN:
-            at = slot + start + tl.arange(0, C)
-            prefix = tl.load(prefix_ptr + at)
-            total = tl.load(prefix_ptr + slot + start + C - 1)
-            # A difference does for inputs of 16 bits.
-            suffix = tl.load(suffix_ptr + at) if EXACT else total - prefix
-        else:
-            prefix, suffix, total = constant_gates(rate, length, C)
-        from_start = tl.exp2(prefix) * scale
-        to_end = tl.exp2(suffix)
-        if REVERSE:
-            from_state = to_end
-            to_state = from_start
-        else:
-            from_state = from_start
-            to_state = to_end
+        prefix, total, from_state, to_state = chunk_decays(
+            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+        )
         g_chunk = g_ptr + (tl.cast(batch, tl.int64) * T + start) * H_v + head
         pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
 
@@ -123,6 +110,13 @@ def sweep(
             rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
             tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
     return state
+
+
+@triton.jit
+def as_swept(state, dtype: tl.constexpr):
+    """A state as the sweeps of inputs of `dtype` round it, in fp32: so that in <S, D> what the last tokens add to S
+    cancels."""
+    return state.to(tl.bfloat16).to(tl.float32) if dtype == tl.bfloat16 else state
 
 
 @triton.jit

@@ -59,7 +59,7 @@ class Work:
         paired: whether dk and dv are made in one launch.
         state, total_decay: shapes of a state at a run's end and of the decay of a whole run.
         states, decays: of those at the ends of segments.
-        gates, num_gates: of those that a gate per token leaves for the sweeps.
+        gates: of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token.
         carry: of <S, D> at segments' ends (see gate_gradient).
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
@@ -98,7 +98,7 @@ class Work:
         slices = -(-K // p.scalar_keys.columns)
         self.state, self.total_decay = (runs, H_v, K, V), (runs, H_v, *each)
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
-        self.gates, self.num_gates = (B, H_v, p.chunks * p.chunk), num_gates(dtype)
+        self.gates = (B, H_v, p.chunks * p.chunk)
         part = PART_COLUMNS if p.rows else PART_ROWS
         self.sums = (slices * p.scalar_keys.columns // part.value, *self.gates)
         self.carry = (slices, B, H_v, p.segments)
@@ -248,11 +248,6 @@ class Work:
 
 def base_levels(dtype: torch.dtype) -> int:
     return BASE_LEVELS if dtype == torch.bfloat16 else 0
-
-
-def num_gates(dtype: torch.dtype) -> int:
-    """Sums that a gate per token leaves for the sweeps: prefixes and, of fp32 inputs, suffixes."""
-    return 2 if dtype == torch.float32 else 1
 
 
 def partial_dtype(dtype: torch.dtype, heads: int, value_heads: int) -> torch.dtype:
