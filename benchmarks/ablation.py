@@ -73,7 +73,7 @@ def _staged(stages: Any, states: Callable[[Run], Any]) -> Variant:
         return o, saved
 
     def backward(x: Run, saved: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
-        _, totals = stages.summarize_adjoint(x, d_o)
+        _, totals = stages.summarize_adjoint(x, saved, d_o)
         local = stages.local_gradients(x, saved, totals, d_o)
         return stages.gradients(x, saved, totals, local, d_o, _zero(x))
 

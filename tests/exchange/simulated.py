@@ -183,8 +183,10 @@ def run(
     def work(rank: int) -> None:
         world.turn[rank].acquire()
         try:
-            if world.failure is None:
-                results[rank] = function(SimulatedComm(world, rank, nodes))
+            # Backward passes on a GPU share one thread of autograd, which a rank that waits would keep from the others.
+            with torch.autograd.set_multithreading_enabled(False):
+                if world.failure is None:
+                    results[rank] = function(SimulatedComm(world, rank, nodes))
         except BaseException as error:
             world.failure = world.failure or error
         finally:

@@ -144,7 +144,7 @@ class _Scan(torch.autograd.Function):
         plan, stages, sp, packed = ctx.plan, ctx.plan.stages, ctx.plan.sp, ctx.packed
         inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
         x = ctx.run(inputs)
-        summary, totals = stages.summarize_adjoint(x, d_o)
+        summary, totals = stages.summarize_adjoint(x, saved, d_o)
         d_final = zero_finals(x, summary) if d_final is None else d_final.to(summary.state.dtype)
         # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.
         if plan.want_final and sp is not None:

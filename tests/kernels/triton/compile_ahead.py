@@ -44,6 +44,7 @@ INPUTS = {
     "o_ptr",
     "do_ptr",
     "dk_ptr",
+    "dv_ptr",
     "scores_ptr",
     "from_start_ptr",
     "to_end_ptr",
@@ -65,19 +66,22 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
     """One kernel of each sort with its constants and launch, for K = V = dim."""
     padded = tile(dim, DTYPE)
 
-    def planned(kind: int) -> tuple[Plan, dict[str, Any]]:
-        p = plan(65536, 16, dim, dim, DTYPE, kind, 132, shared_limit, capability)
+    def planned(kind: int, tokens: int = 65536, from_zero: bool = False) -> tuple[Plan, dict[str, Any]]:
+        p = plan(tokens, 16, dim, dim, DTYPE, kind, 132, shared_limit, capability, from_zero)
         return p, {"K": dim, "V": dim, "C": p.chunk, "DESCRIPTORS": p.descriptors, "PACKED": False} | {
             "PRECISION": p.precision
         }
 
     p, common = planned(HEAD.value)
     common |= {"BK": padded, "KIND": HEAD.value}
-    yield summary_kernel, common | {"BV": p.summary.columns, "REVERSE": False, "BACKWARDS": True}, p.summary
-    from_zero = {"state_in_ptr": None}
-    yield output_kernel, common | {"BV": p.values.columns, "EXACT": False} | from_zero, p.values
+    ways = {"REVERSE": False, "BACKWARDS": True, "TOTAL": False}
+    yield summary_kernel, common | ways | {"BV": p.summary.columns}, p.summary
+    read, from_zero = {"EXACT": False, "GATHER": False}, {"state_in_ptr": None}
+    yield output_kernel, common | read | {"BV": p.values.columns} | from_zero, p.values
     p, common = planned(CHANNEL.value)
-    yield channel_summary_kernel, common | {"BK": p.channels.columns, "BV": padded, "REVERSE": False}, p.channels
+    for tiles, prepared in ((p.channels, False), (p.prepared_channels, True)):
+        ways = {"REVERSE": False, "TOTAL": False, "PREPARED": prepared}
+        yield channel_summary_kernel, common | ways | {"BK": tiles.columns, "BV": padded}, tiles
     yield channel_output_kernel, common | {"BK": padded, "BV": p.channel_values.columns} | from_zero, p.channel_values
     yield channel_key_reads_kernel, common | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
     levels = {"BASE": BASE_LEVELS, "LEVELS": p.chunk.bit_length() - 1, "DESCRIPTORS": False}
@@ -85,10 +89,12 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
     yield channel_within_kernel, within, p.channel_within
     del common["V"]
     yield channel_prepare_kernel, common | levels | {"BK": p.channel_prepare.columns}, p.channel_prepare
-    p, common = planned(TOKEN.value)
-    yield output_kernel, common | {"BK": padded, "BV": p.values.columns, "EXACT": False, "KIND": TOKEN.value}, p.values
-    gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "ROWS": p.rows, "EXACT": False}
-    yield key_gradient_kernel, common | gradient | {"KIND": TOKEN.value}, p.scalar_keys
+    for tokens in (65536, 512):
+        p, common = planned(TOKEN.value, tokens, from_zero=True)
+        common |= {"KIND": TOKEN.value, "EXACT": False, "GATHER": p.gathers}
+        yield output_kernel, common | {"BK": padded, "BV": p.values.columns} | from_zero, p.values
+        gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "ROWS": p.rows}
+        yield key_gradient_kernel, common | gradient, p.scalar_keys
 
 
 def peer_kernels() -> Iterator[tuple[Any, dict[str, Any], Tiles]]:

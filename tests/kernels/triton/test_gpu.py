@@ -55,6 +55,7 @@ class Case(NamedTuple):
     B: int = 1
     gates: str = "weak"
     processors: int | None = 8
+    initial: bool = True
     documents: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
@@ -69,6 +70,8 @@ class Case(NamedTuple):
 # On the device's own processors.
 WHOLE = {"T": 4133, "H": 16, "H_v": 32, "processors": None}
 SHORT = {"T": 333, "B": 2, "processors": None}
+# Without an initial state: sweeps gather the states of segments.
+GATHERED = {"T": 473, "H": 4, "B": 2, "processors": None, "initial": False}
 # Packed: documents of several segments, one of a single token, an empty one; short ones, many a segment's length.
 LONG_DOCUMENTS = {"T": 3003, "documents": (0, 1500, 1500, 3002, 3003)}
 SHORT_DOCUMENTS = {"T": 333, "documents": (0, 1, 1, 70, 199, 333), "processors": None}
@@ -86,6 +89,11 @@ CASES = [
     *(Case(kind, BF16, 128, 128, **documents) for kind in KINDS for documents in (LONG_DOCUMENTS, SHORT_DOCUMENTS)),
     *(Case(kind, BF16, 256, 64, **LONG_DOCUMENTS) for kind in KINDS),
     *(Case(kind, dtype, 64, 64, **SHORT_DOCUMENTS) for kind in KINDS for dtype in (FP16, FP32)),
+    *(Case(kind, BF16, D, D, **GATHERED) for kind in KINDS[:3] for D in (48, 64, 100, 128, 256)),
+    *(Case(kind, dtype, 64, 64, **GATHERED | {"T": 243}) for kind in KINDS[:3] for dtype in (FP16, FP32)),
+    *(Case(kind, BF16, K, V, **GATHERED) for kind in KINDS[:3] for K, V in ((64, 256), (128, 64))),
+    *(Case(kind, BF16, 128, 128, **SHORT_DOCUMENTS, initial=False) for kind in KINDS),
+    *(Case(kind, BF16, 64, 64, **GATHERED, gates="strong") for kind in KINDS[1:3]),
     # Gates from 0 to -20, and none at all.
     *(Case(kind, dtype, 64, 64, **SHORT, gates="strong") for kind in KINDS[1:] for dtype in BOUNDS),
     *(Case(kind, BF16, 128, 128, gates="strong") for kind in KINDS[1:]),
@@ -128,7 +136,8 @@ def inputs(case: Case) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     g = gate(case, random)
     x |= {} if g is None else {"g": g}
     d_o, states = normal(B, T, H_v, V).to(case.dtype), (case.states, H_v, K, V)
-    return x | {"initial_state": normal(*states)}, d_o, normal(*states)
+    initial = {"initial_state": normal(*states)} if case.initial else {}
+    return x | initial, d_o, normal(*states)
 
 
 def solve(
@@ -210,36 +219,41 @@ def test_the_cases_reach_every_way_of_moving_chunks() -> None:
     ways = set()
     for case in CASES:
         g = gate(case, torch.Generator("cuda"))
-        p = plan(case.T, case.B * case.H_v, case.K, case.V, case.dtype, kind_of(g), *limits(case))
-        ways.add((case.kind, case.dtype, p.descriptors, p.segments > 1))
+        heads = case.B * case.H_v
+        p = plan(case.T, heads, case.K, case.V, case.dtype, kind_of(g), *limits(case), not case.initial)
+        ways.add((case.kind, case.dtype, p.gathers, p.descriptors, p.segments > 1))
     for kind in KINDS:
-        assert {(kind, BF16, True, True), (kind, BF16, False, True), (kind, FP16, False, True)} <= ways
+        read = {(BF16, False, True, True), (BF16, False, False, True), (FP16, False, False, True)}
+        gathered = {(dtype, True, False, True) for dtype in BOUNDS if kind != "channel"}
+        assert {(kind, *way) for way in read | gathered} <= ways
 
 
 LONG = {"T": 4090, "H": 4}
 
 
 @pytest.mark.parametrize(
-    "dims", [{}, LONG, LONG | {"documents": (0, 2500, 2501, 4090)}], ids=["short", "long", "packed"]
+    "dims",
+    [{}, LONG, LONG | {"documents": (0, 2500, 2501, 4090)}, GATHERED | {"H_v": 4}],
+    ids=["short", "long", "packed", "gathered"],
 )
 @pytest.mark.parametrize(("kind", "D"), [*((kind, 128) for kind in KINDS[:3]), ("constant", 64), ("constant", 256)])
 def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) -> None:
     """Other sweeps than where the gate's gradient is wanted; of long runs dk and dv are made in one launch."""
+    if kind == "scalar" and "initial" not in dims and dims:
+        dims = dims | {"processors": 4}  # its segments are half as long
     case = Case(kind, BF16, D, D, **dims)
     x, d_o, d_final = inputs(case)
-    leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "initial_state")]
+    names = [name for name in x if name != "g"]
+    leaves = [x[name].requires_grad_() for name in names]
     work._work.cache_clear()
     with patch.dict(work._devices, {DEVICE: limits(case)}):
-        found = work.work_of(Run(x["q"], x["k"], x["v"], x.get("g"), 1.0))
+        found = work.work_of(Run(x["q"], x["k"], x["v"], x.get("g"), 1.0), not case.initial)
         assert found.paired == bool(dims)
-        o, final = lasp.linear_attention(
-            *leaves[:3], x.get("g"), initial_state=leaves[3], output_final_state=True, cu_seqlens=case.documents,
-            backend="triton",
-        )  # fmt: skip
+        o, final = lasp.linear_attention(**x, output_final_state=True, cu_seqlens=case.documents, backend="triton")
     values = torch.autograd.grad((o, final), leaves, (d_o, d_final))
     references = solve(x, d_o, d_final, "torch", torch.float64, case.documents)
     assert relative_error(o, references["o"]) <= BOUNDS[BF16].outputs
-    for name, value in zip(("q", "k", "v", "initial_state"), values, strict=True):
+    for name, value in zip(names, values, strict=True):
         assert relative_error(value, references[f"d_{name}"]) <= BOUNDS[BF16].gradients, name
 
 

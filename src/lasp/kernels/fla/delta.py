@@ -155,7 +155,7 @@ def outputs(x: DeltaRun, totals: Solved | None, partial: None, state_in: Tensor)
     return o, state_in
 
 
-def summarize_adjoint(x: DeltaRun, d_o: Tensor) -> tuple[Summary, Adjoint | None]:
+def summarize_adjoint(x: DeltaRun, saved: Any, d_o: Tensor) -> tuple[Summary, Adjoint | None]:
     if x.q.shape[1] == 0:
         return _nothing(x), None
     fla = kernels()

@@ -41,7 +41,7 @@ class TokenLoop:
     def outputs(self, x: Any, totals: None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
         return self._loop(x, state_in)[0], state_in
 
-    def summarize_adjoint(self, x: Any, d_o: Tensor) -> tuple[Summary, None]:
+    def summarize_adjoint(self, x: Any, saved: Any, d_o: Tensor) -> tuple[Summary, None]:
         d_state = _zero_state(x)
         ends = []
         for part, d, (first, last) in zip(_parts(x), _pieces(x, d_o), _rows(x), strict=True):

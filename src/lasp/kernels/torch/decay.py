@@ -11,7 +11,7 @@ any length; the differences are taken in fp64, where cumulative sums of very unl
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ def outputs(x: Run, totals: tuple[Chunks, Summary], partial: Tensor, state_in: T
     return c.chunking.join(o).to(x.v.dtype), starts
 
 
-def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Summary]]:
+def summarize_adjoint(x: Run, saved: Any, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Summary]]:
     c = _chunks(x)
     d_out = x.scale * c.chunking.cut(d_o.to(c.q.dtype))
     runs = Summary(_chunk_transitions(c), (_from_start(c, c.q).mT @ d_out).movedim(2, 0))

@@ -22,7 +22,7 @@ states are written out; PyTorch differentiates what depends on a chunk's own inp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ def outputs(x: DeltaRun, totals: Forward, partial: tuple[Tensor, Tensor], state_
     return totals.chunking.join(o).to(x.v.dtype), starts
 
 
-def summarize_adjoint(x: DeltaRun, d_o: Tensor) -> tuple[Summary, Adjoint]:
+def summarize_adjoint(x: DeltaRun, saved: Any, d_o: Tensor) -> tuple[Summary, Adjoint]:
     chunking, cut = _cut_inputs(x)
     inputs = [t.detach().requires_grad_() for t in cut]
     with torch.enable_grad():

@@ -6,6 +6,8 @@ that enters `outputs` is the one after all ranks, and its gradient likewise.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def outputs(x: Run, totals: None, partial: None, state_in: Tensor) -> tuple[Tens
     return o.to(x.v.dtype), state_in
 
 
-def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, None]:
+def summarize_adjoint(x: Run, saved: Any, d_o: Tensor) -> tuple[Summary, None]:
     return Summary(Identity(), x.scale * _product(x.q, d_o, state_dtype(x.q.dtype))), None
 
 

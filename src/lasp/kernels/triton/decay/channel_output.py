@@ -76,7 +76,7 @@ def channel_output_kernel(
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
     before_ptr,  # fp32 [B, H_v, segments, K]: decay from the run's start to each segment
     state_out_ptr,  # fp32 [B, H_v, K, V], written
-    places_ptr,  # int32 [segments, 5] if PACKED
+    places_ptr,  # int32 [segments, 7] if PACKED
     state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
@@ -131,7 +131,7 @@ def channel_value_gradient_kernel(
     dv_ptr,  # [B, T, H_v, V], written
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
-    places_ptr,  # int32 [segments, 5] if PACKED
+    places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,

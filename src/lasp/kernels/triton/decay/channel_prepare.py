@@ -11,7 +11,7 @@ block of 2^(level + 1) tokens, and its middle lies between them, so that both de
 So the scores are a product for every level, masked to the pairs that meet there. At one level a token is late or
 early, never both: with x = q in late rows and k in early ones, decayed to or from the middle, that product is x x^T,
 one operand made once. The lowest levels are taken together, in base blocks of 2^BASE tokens that all meet in their
-block's middle: of two tokens on one side of it one is then divided by a decay, which bf16 has the range for up to 8
+block's middle: of two tokens on one side of it one is then divided by a decay, which bf16 has the range for up to 16
 tokens (others take single tokens: the diagonal). Chunks are independent: nothing here needs a state or another rank, so
 it runs while the exchange is under way.
 """

@@ -74,6 +74,9 @@ def _sweep(
         # In two steps: Triton 3.7.1 fails to compile one for sm_100.
         own = tl.reshape(tl.trans(x).to(tl.float32) * out, (BK, 2, C // 2))
         sums = tl.sum(tl.sum(own, 2), 1)
+        if dtype == tl.bfloat16:
+            # As in `rows`: only what a product takes is loaded ahead.
+            sums += tl.sum(tl.dot(tl.trans(x), tl.zeros((C, 16), dtype)), 1)
         if REVERSE:
             tl.store(carry_ptr + here, carry, mask=channel < K)
             carry += tl.load(sums_ptr + here, mask=channel < K, other=0.0) - sums
@@ -115,7 +118,7 @@ def channel_query_reads_kernel(
     read_q_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [B, H_v, chunks, K], written
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment
-    places_ptr,  # int32 [segments, 5] if PACKED
+    places_ptr,  # int32 [segments, 7] if PACKED
     T,
     H_v,
     segments,
@@ -161,7 +164,7 @@ def channel_key_reads_kernel(
     state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
     after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
-    places_ptr,  # int32 [segments, 5] if PACKED
+    places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     T,
     H_v,

@@ -13,7 +13,7 @@ end: what is left is that of a walk tied at both ends, a third of its variance.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.decay.sweep import place
+from lasp.kernels.triton.decay.sweep import PLACE, place
 
 
 @triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])
@@ -22,7 +22,7 @@ def gate_gradient_kernel(
     k_sums_ptr,  # likewise: k . dk
     carry_ptr,  # fp32 [slices, B, H_v, segments]
     dg_ptr,  # fp32 [B, T, H_v], written
-    places_ptr,  # int32 [segments, 5] if PACKED
+    places_ptr,  # int32 [segments, 7] if PACKED
     T,
     rows,  # B H_v
     H_v,
@@ -47,7 +47,7 @@ def gate_gradient_kernel(
         start += tl.sum(_terms(q_sums_ptr, k_sums_ptr, at, last, slot, rows, run, chunks * C, PARTS))
     first_of_run = segment == 0
     if PACKED:
-        first_of_run = first_of_run | (tl.load(places_ptr + tl.maximum(segment - 1, 0) * 5 + 4) != 0)
+        first_of_run = first_of_run | (tl.load(places_ptr + tl.maximum(segment - 1, 0) * PLACE + 4) != 0)
     before = _pairing(carry_ptr, rows, run, segments, tl.maximum(segment - 1, 0), SLICES)
     known = before if not FROM_ZERO else tl.where(first_of_run, 0.0, before)
     drift = (start - known) / tl.maximum(last - first, 1)

@@ -38,11 +38,19 @@ def log2_gate(ptr, mask):
 
 
 @triton.jit
-def head_rate(g_ptr, head, KIND: tl.constexpr):
-    """The base-2 log-decay per token of a head; zero unless KIND is HEAD."""
+def head_gates(g_ptr, batch, head, T, H_v, KIND: tl.constexpr):
+    """Where a batch's and head's gates begin, in g [H_v] or [B, T, H_v]."""
+    if KIND == TOKEN:
+        g_ptr += tl.cast(batch, tl.int64) * T * H_v
+    return g_ptr + head
+
+
+@triton.jit
+def head_rate(g_ptr, KIND: tl.constexpr):
+    """The base-2 log-decay per token of a head, whose gates begin at g_ptr; zero unless KIND is HEAD."""
     rate = 0.0
     if KIND == HEAD:
-        rate = floored_log2(tl.load(g_ptr + head).to(tl.float32))
+        rate = floored_log2(tl.load(g_ptr).to(tl.float32))
     return rate
 
 
@@ -53,6 +61,15 @@ def sum_gates(g_ptr, g_row, length, C: tl.constexpr):
     gates = log2_gate(g_ptr + i * g_row, i < length)
     later = log2_gate(g_ptr + (i + 1) * g_row, i + 1 < length)
     return tl.cumsum(gates, 0), tl.cumsum(later, 0, reverse=True), tl.sum(gates, 0)
+
+
+@triton.jit
+def store_sums(prefix_ptr, suffix_ptr, at, prefix, suffix, C: tl.constexpr, EXACT: tl.constexpr):
+    """What sweeps read of a chunk's gates per token: all of it, also past the end, so that they load without a mask."""
+    here = at + tl.arange(0, C)
+    tl.store(prefix_ptr + here, prefix)
+    if EXACT:
+        tl.store(suffix_ptr + here, suffix)
 
 
 @triton.jit

@@ -3,8 +3,17 @@
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.decay.gates import head_gates
 from lasp.kernels.triton.decay.rows import key_tile, sweep_rows
-from lasp.kernels.triton.decay.sweep import PART_ROWS, as_swept, place, sweep
+from lasp.kernels.triton.decay.sweep import (
+    PART_ROWS,
+    as_swept,
+    decay_to_segment,
+    gather,
+    place,
+    segment_state,
+    sweep,
+)
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -19,11 +28,11 @@ def key_gradient_kernel(
     dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: k . dk
     carry_ptr,  # fp32 [slices, B, H_v, segments], written if SUMS: <S, D> at each segment's end
-    states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment
-    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
-    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
-    after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
-    places_ptr,  # int32 [segments, 5] if PACKED
+    states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment; read if SUMS
+    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run; read if SUMS
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; unused if GATHER
+    after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
+    places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     B,
@@ -42,6 +51,7 @@ def key_gradient_kernel(
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
+    GATHER: tl.constexpr,  # whether d_states are not read, but gathered; never with ROWS
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -54,11 +64,26 @@ def key_gradient_kernel(
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     inside, mask = key_tile(d_states_ptr + index * K * V, k_first, K, V, BK, BV, ROWS)
-    state = tl.load(inside, mask=mask, other=0.0)
+    state = segment_state(inside, mask, GATHER)
     if d_state_out_ptr is not None:
         outside, _ = key_tile(d_state_out_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
-        after = tl.exp2(tl.load(after_ptr + index))
+        after = decay_to_segment(after_ptr + index, GATHER)
         state += after * tl.load(outside, mask=mask, other=0.0)
+    slot = chunk * C - first
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    padded = chunks * C
+    sums_row = tl.cast(B, tl.int64) * H_v * padded
+    row = tl.cast(batch, tl.int64) * T
+    qk = (row * H + head // (H_v // H)) * K
+    token_head = row * H_v + head
+    prefix_ptr += run * padded
+    suffix_ptr += run * padded
+    if GATHER:
+        state = gather(
+            q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
+            state, H * K, H_v * V, scale, T, first, last, slot, k_first,
+            K, V, BK, BV, C, KIND, True, EXACT, DESCRIPTORS, PACKED, PRECISION,
+        )  # fmt: skip
     if SUMS:
         end_ptr = states_ptr + (index + 1) * K * V
         if ends:
@@ -67,24 +92,18 @@ def key_gradient_kernel(
         swept = as_swept(state, v_ptr.dtype.element_ty)
         carry = tl.sum(tl.load(end, mask=mask, other=0.0) * swept)
         tl.store(carry_ptr + tl.cast(part, tl.int64) * B * H_v * segments + index, carry)
-    padded = chunks * C
-    sums_row = tl.cast(B, tl.int64) * H_v * padded
-    row = tl.cast(batch, tl.int64) * T
-    qk = (row * H + head // (H_v // H)) * K
-    token_head = row * H_v + head
     if ROWS:
         sweep_rows(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr + run * padded, k_ptr + qk, sums_ptr + run * padded,
-            state, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, head, first, last, chunk * C - first,
+            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded,
+            state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
             V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
         sweep(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr + run * padded, suffix_ptr + run * padded,
+            g_ptr, prefix_ptr, suffix_ptr,
             k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
-            state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last,
-            chunk * C - first, k_first,
+            state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.sweep import place, sweep
+from lasp.kernels.triton.decay.gates import head_gates
+from lasp.kernels.triton.decay.sweep import decay_to_segment, gather, place, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -23,9 +24,9 @@ def key_value_gradient_kernel(
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H, D], written
     dv_ptr,  # [B, T, H, D], written
-    d_states_ptr,  # fp32 [B, H, segments, D, D]: gradients of those leaving each segment, from zero
-    after_ptr,  # fp32 [B, H, segments]: decay from each segment to the run's end
-    places_ptr,  # int32 [segments, 5] if PACKED
+    d_states_ptr,  # fp32 [B, H, segments, D, D]: gradients of those leaving each segment, from zero; unused if GATHER
+    after_ptr,  # fp32 [B, H, segments]: decay from each segment to the run's end; unused if GATHER
+    places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H, D, D], or None for zero
     scale,
     T,
@@ -41,6 +42,7 @@ def key_value_gradient_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
+    GATHER: tl.constexpr,  # whether states are not read, but gathered
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -56,19 +58,28 @@ def key_value_gradient_kernel(
     row = tl.where(of_keys, V, 1)
     along = tl.where(of_keys, 1, V)
     inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, column, 0, K, V, row, along, BC, BA)
-    state = tl.load(inside, mask=mask, other=0.0)
+    state = segment_state(inside, mask, GATHER)
     if d_state_out_ptr is not None:
         outside, _ = state_tile(d_state_out_ptr + border * K * V, column, 0, K, V, row, along, BC, BA)
-        after = tl.exp2(tl.load(after_ptr + run * segments + segment))
+        after = decay_to_segment(after_ptr + run * segments + segment, GATHER)
         state += after * tl.load(outside, mask=mask, other=0.0)
 
     padded = run * chunks * C
     at = (tl.cast(batch, tl.int64) * T * H + head) * K
     out_ptr = tl.where(of_keys, dk_ptr, dv_ptr) + at
+    b_ptr = tl.where(of_keys, do_ptr, q_ptr) + at
+    c_ptr = tl.where(of_keys, q_ptr, do_ptr) + at
+    slot = chunk * C - first
+    g_ptr = head_gates(g_ptr, batch, head, T, H, KIND)
+    if GATHER:
+        state = gather(
+            c_ptr, b_ptr, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
+            state, H * K, H * K, scale, T, first, last, slot, column,
+            K, V, BC, BA, C, KIND, True, EXACT, DESCRIPTORS, PACKED, PRECISION,
+        )  # fmt: skip
     sweep(
-        tl.where(of_keys, v_ptr, k_ptr) + at, tl.where(of_keys, do_ptr, q_ptr) + at,
-        tl.where(of_keys, q_ptr, do_ptr) + at, out_ptr,
+        tl.where(of_keys, v_ptr, k_ptr) + at, b_ptr, c_ptr, out_ptr,
         g_ptr, prefix_ptr + padded, suffix_ptr + padded, out_ptr, out_ptr,
-        state, H * K, H * K, H * K, H * K, 0, scale, T, H, batch, head, first, last, chunk * C - first, column,
+        state, H * K, H * K, H * K, H * K, 0, scale, H, first, last, slot, column,
         K, V, BA, BC, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

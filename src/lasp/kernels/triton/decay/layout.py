@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, Plan
+from lasp.kernels.triton.decay.sweep import PLACE
 from lasp.recurrence.documents import Documents
 
 
@@ -20,8 +21,8 @@ class Tables(NamedTuple):
     """What programs look up, int32.
 
     Attributes:
-        segments: [segments, 5]: first token, the one after the last, first chunk, document, whether it is the last of
-            its document.
+        segments: [segments, 7]: first token, the one after the last, first chunk, document, whether it is the last of
+            its document, that document's first token, the one after its last.
         chunks: [chunks, 2]: first token, the one after the last.
         bounds: [documents + 1]: the first segment of each document, and the number of segments.
     """
@@ -46,7 +47,8 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     _, chunk_first, chunk_last = _cut(starts, ends, chunk)
     document, first, last = _cut(starts, ends, segment)
     first_chunk = torch.searchsorted(chunk_first, first)
-    columns = (first, last, first_chunk, document, last == ends[document])
+    columns = (first, last, first_chunk, document, last == ends[document], starts[document], ends[document])
+    assert len(columns) == PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
     tables = (torch.stack([column.long() for column in columns], 1), torch.stack([chunk_first, chunk_last], 1))
     return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)))

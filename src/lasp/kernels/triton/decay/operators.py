@@ -47,7 +47,7 @@ def _packed(x: Run, across: Across | None) -> Packed | None:
 def _start(
     x: Run, work: Work, packed: Packed | None, initial: Tensor | None, want_final: bool, across: Across
 ) -> Started:
-    summary, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=True)
+    summary, totals = stages.totals_of(x, work, summarized=True)
     assert summary is not None
     if packed is not None:  # documents' final states are known where they end, without the exchange
         return Started(totals, across.begin(x, packed.leaving(summary, initial), None))
@@ -67,10 +67,11 @@ def _forward(
     initial, packed = None if initial is None else initial.contiguous(), _packed(x, across)
     exchange = None
     if across is None:
-        _, totals = stages.totals_of(x, work, x.k, x.v, reverse=False, summarized=False)
+        partial = stages.local_outputs_of(x, work)
+        _, totals = stages.totals_of(x, work, partial, summarized=False)
     else:
         totals, exchange = started or _start(x, work, packed, initial, want_final, across)
-    partial = stages.local_outputs_of(x, work)
+        partial = stages.local_outputs_of(x, work)
     state_in, final = (initial, None) if exchange is None else exchange.wait()
     if packed is not None:
         state_in = packed.entering(state_in, initial)
@@ -91,17 +92,16 @@ def _backward(
     kept: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
-    from_zero: bool,
     want_initial: bool,
     want_final: bool,
     across: Across | None,
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
     """The gradients of q, k, v and g, and, if wanted, of the initial state."""
-    saved = stages.saved_of(x.g, kept)
+    saved = stages.saved_of(work, kept)
     d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
     d_final, packed = None if d_final is None else d_final.contiguous(), _packed(x, across)
     summarized = want_initial or across is not None
-    summary, totals = stages.totals_of(x, work, x.q, d_o, reverse=True, summarized=summarized)
+    summary, totals = stages.totals_adjoint_of(x, work, saved, d_o, summarized=summarized)
     exchange = None
     if across is not None:
         assert summary is not None
@@ -113,7 +113,7 @@ def _backward(
     d_leaving = d_final if exchange is None else exchange.wait().entering
     if packed is not None:
         d_leaving = packed.entering_adjoint(d_leaving, d_final)
-    gradients = stages.gradients_of(x, work, saved, totals, local, d_o, d_leaving, from_zero)
+    gradients = stages.gradients_of(x, work, saved, totals, local, d_o, d_leaving)
     if not want_initial:
         return gradients, None
     assert summary is not None
@@ -149,11 +149,10 @@ class _Eager(torch.autograd.Function):
         across: Across | None,
         started: Started | None,
     ) -> tuple[Tensor, Tensor | None]:
-        x, work = stages.prepare(Run(q, k, v, g, scale, documents))
+        x, work = stages.prepare(Run(q, k, v, g, scale, documents), initial is None and across is None)
         o, final, kept = _forward(x, work, initial, want_final, across, started)
         ctx.set_materialize_grads(False)
-        ctx.work, ctx.from_zero = work, initial is None and across is None
-        ctx.want_final, ctx.documents, ctx.across = want_final, documents, across
+        ctx.work, ctx.want_final, ctx.documents, ctx.across = work, want_final, documents, across
         ctx.save_for_backward(x.q, x.k, x.v, x.g, *kept)
         return o, final if want_final else None
 
@@ -164,7 +163,7 @@ class _Eager(torch.autograd.Function):
         q, k, v, g, *kept = ctx.saved_tensors
         x = Run(q, k, v, g, ctx.work.scale, ctx.documents)
         gradients, d_initial = _backward(
-            x, ctx.work, kept, d_o, d_final, ctx.from_zero, ctx.needs_input_grad[4], ctx.want_final, ctx.across
+            x, ctx.work, kept, d_o, d_final, ctx.needs_input_grad[4], ctx.want_final, ctx.across
         )
         return *gradients, d_initial, None, None, None, None, None
 
@@ -186,6 +185,7 @@ def decay_forward(
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
+    want_gate: bool,
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
@@ -193,7 +193,8 @@ def decay_forward(
 
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
-    x, work = stages.prepare(Run(q, k, v, g, scale))
+    g = None if g is None else g.detach().requires_grad_(want_gate)
+    x, work = stages.prepare(Run(q, k, v, g, scale), initial is None and ranks == ALONE)
     across = _ranks(ranks, work.state, want_final)
     o, final, kept = _forward(x, work, initial, want_final, across)
     # An exchange may give back its input, an operator must not.
@@ -208,25 +209,29 @@ def _(
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
+    want_gate: bool,
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
     final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
-    return [*_empty_outputs(q, v, g), *(final if want_final and ranks != ALONE else [])]
+    from_zero = initial is None and ranks == ALONE
+    return [*_empty_outputs(q, v, g, from_zero, want_gate), *(final if want_final and ranks != ALONE else [])]
 
 
-def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None) -> list[Tensor]:
-    (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g)
+def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool, want_gate: bool) -> list[Tensor]:
+    (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g, from_zero)
 
     def state(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.float32)
 
-    results = [v.new_empty(v.shape), state(B, H_v, K, V), state(B, H_v, p.segments, K, V)]
+    results = [v.new_empty(v.shape), state(B, H_v, K, V)]
+    if want_gate or not p.gathers:
+        results.append(state(B, H_v, p.segments, K, V))
     if per_channel(g):
         return [*results, *channel_stages.empty_prepared(q, v, p)]
     if kind_of(g) == TOKEN.value:
         return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
-    return [*results, state(B, H_v, p.segments)]
+    return results
 
 
 @torch.library.custom_op("lasp::decay_backward", mutates_args=())
@@ -245,11 +250,12 @@ def decay_backward(
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`: there was none."""
+    """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`:
+    there are no ranks and was no initial state."""
     across = None if ranks == ALONE else of_key(ranks)
     g = None if g is None else g.detach().requires_grad_(want_gate)
-    x, work = stages.prepare(Run(q, k, v, g, scale))
-    (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, from_zero, want_initial, want_final, across)
+    x, work = stages.prepare(Run(q, k, v, g, scale), from_zero)
+    (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, want_initial, want_final, across)
     others = (None if dg is None else dg.contiguous(), d_initial)
     return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
 
@@ -275,7 +281,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, g, initial, ctx.scale, ctx.want_final, ctx.ranks = inputs
+    q, k, v, g, initial, ctx.scale, _, ctx.want_final, ctx.ranks = inputs
     ctx.ends_with_final = ctx.want_final and ctx.ranks != ALONE
     ctx.from_zero = initial is None and ctx.ranks == ALONE
     ctx.set_materialize_grads(False)
@@ -291,7 +297,7 @@ def _compiled_backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor 
         ctx.want_final, ctx.ranks,
     )  # fmt: skip
     dg, d_initial = others.pop(0) if want_gate else None, others.pop() if want_initial else None
-    return dq, dk, dv, dg, d_initial, None, None, None
+    return dq, dk, dv, dg, d_initial, None, None, None, None
 
 
 decay_forward.register_autograd(_compiled_backward, setup_context=_keep)
@@ -312,7 +318,8 @@ def fused(
     if torch.compiler.is_compiling():
         assert x.documents is None
         ranks = ALONE if across is None else across.key
-        o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_final, ranks)
+        want_gate = x.g is not None and x.g.requires_grad
+        o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_gate, want_final, ranks)
         return o, (others[0] if across is None else others[-1]) if want_final else None
     result: tuple[Tensor, Tensor | None] = _Eager.apply(
         x.q, x.k, x.v, x.g, initial, x.scale, want_final, x.documents, across, started

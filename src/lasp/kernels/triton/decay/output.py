@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.sweep import place, sweep
+from lasp.kernels.triton.decay.gates import head_gates
+from lasp.kernels.triton.decay.sweep import gather, place, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -16,11 +17,11 @@ def output_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
     o_ptr,  # [B, T, H_v, V], written
-    states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
-    before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment
+    states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in; if GATHER written if STATES
+    before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment; unused if GATHER
     state_out_ptr,  # fp32 [B, H_v, K, V], written
-    places_ptr,  # int32 [segments, 5] if PACKED
-    state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero
+    places_ptr,  # int32 [segments, 7] if PACKED
+    state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero; always None if GATHER
     scale,
     T,
     H,
@@ -35,6 +36,8 @@ def output_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
+    GATHER: tl.constexpr,  # whether states are not read, but gathered
+    STATES: tl.constexpr,  # if GATHER, whether they are wanted
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -46,7 +49,7 @@ def output_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    state = tl.load(entering, mask=mask, other=0.0)
+    state = segment_state(entering, mask, GATHER)
     if state_in_ptr is not None:
         outside, _ = state_tile(state_in_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
         before = tl.exp2(tl.load(before_ptr + run * segments + segment))
@@ -59,10 +62,20 @@ def output_kernel(
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
+    slot = chunk * C - first
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    if GATHER:
+        state = gather(
+            v_ptr + vo, k_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
+            state, H_v * V, H * K, scale, T, first, last, slot, v_first,
+            V, K, BV, BK, C, KIND, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+        )  # fmt: skip
+        if STATES:
+            tl.store(entering, state, mask=mask)
     state = sweep(
         q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
         g_ptr, prefix_ptr + padded, suffix_ptr + padded, o_ptr + vo, o_ptr + vo,
-        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, chunk * C - first, v_first,
+        state, H * K, H * K, H_v * V, H_v * V, 0, scale, H_v, first, last, slot, v_first,
         K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if ends:

@@ -9,7 +9,7 @@ import torch
 
 from lasp.kernels.triton.decay import gates
 
-TOKEN, CHANNEL = gates.TOKEN.value, gates.CHANNEL.value
+NONE, HEAD, TOKEN, CHANNEL = gates.NONE.value, gates.HEAD.value, gates.TOKEN.value, gates.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
 BLACKWELL = 10
@@ -22,6 +22,10 @@ START_COST = 1.5
 STATE_COST = 0.017
 # Chunks: the gradients of gates gather rounding over a segment (gate_gradient, channel_reads), however long the run.
 LONGEST = {TOKEN: 64, CHANNEL: 32}
+# Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
+# what a program gathers. Sums of gates per token are loaded when they are wanted, so a chunk costs half as much again.
+LONGEST_GATHERED = 32
+MOST_GATHERED = {NONE: 24, HEAD: 24, TOKEN: 7}
 
 
 class Tiles(NamedTuple):
@@ -30,6 +34,13 @@ class Tiles(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+
+class Gathered(NamedTuple):
+    """How a run is cut whose sweeps gather states: chunks per segment, and whether every program has a processor."""
+
+    segment_chunks: int
+    alone: bool
 
 
 class Plan(NamedTuple):
@@ -46,11 +57,13 @@ class Plan(NamedTuple):
         rows: whether those are in rows (`rows.sweep_rows`).
         values: of those whose output has V columns (o, dv).
         channels: for a gate per channel, of the summaries, which divide the channels among programs.
+        prepared_channels: of the same from operands that have their decays.
         channel_prepare: of what is prepared per chunk.
         channel_reads: of the sweeps that read from states for dq and dk.
         channel_within: of the kernel that completes dq, dk and dg.
         channel_values: for a gate per channel, of those that divide V.
         exact: whether decays between tokens are summed pair by pair (fp32).
+        gathers: whether sweeps gather the states that enter segments themselves (`sweep`), without summaries.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
         tables: where packed documents lie (`layout.Tables`), or None.
@@ -66,11 +79,13 @@ class Plan(NamedTuple):
     rows: bool
     values: Tiles
     channels: Tiles
+    prepared_channels: Tiles
     channel_prepare: Tiles
     channel_reads: Tiles
     channel_within: Tiles
     channel_values: Tiles
     exact: bool
+    gathers: bool
     descriptors: bool
     precision: str
     tables: Any = None
@@ -112,7 +127,22 @@ def segment_chunks(chunks: int, heads: int, processors: int) -> int:
     return min(lengths, key=lambda length: (cost(length), length))
 
 
-def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
+def gathered(chunks: int, heads: int, slices: int, kind: int, processors: int) -> Gathered | None:
+    """Likewise where sweeps gather the states of segments themselves; None where summaries are cheaper.
+
+    slices: programs that share a segment.
+    """
+    if kind == CHANNEL or chunks > LONGEST_GATHERED:
+        return None
+    # The shortest segments that have a processor for each program.
+    most = max(1, processors // (heads * slices))
+    length = -(-chunks // most)
+    if chunks - length > MOST_GATHERED[kind]:
+        return None
+    return Gathered(length, heads * slices * -(-chunks // length) <= processors)
+
+
+def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, cut: Gathered | None = None) -> Tiles:
     """Of the sweeps that yield outputs of `columns` columns and contract `contracted`."""
     if dtype == torch.float32:
         return Tiles(min(32, tile(columns, dtype)), 4, 1)
@@ -120,6 +150,9 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
         return Tiles(64, 4, 1)
     if contracted > 128:
         return Tiles(128, 8, 2) if columns > 64 else Tiles(64, 4, 2)
+    if cut is not None:
+        # Short runs leave processors idle: twice the programs, of which a processor without one to itself has two.
+        return Tiles(64, 4, 3 if cut.alone else 2)
     if columns <= 64:
         return Tiles(64, 4, 3)
     # 128 rows of transposed outputs and states: two warpgroups share every product evenly.
@@ -153,6 +186,7 @@ def plan(
     processors: int,
     shared_bytes: int,
     capability: int = 0,
+    from_zero: bool = False,
 ) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
@@ -162,6 +196,7 @@ def plan(
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
         capability: its major compute capability, where it is NVIDIA's and matters.
+        from_zero: whether the whole sequence is here and starts from no state.
     """
     exact = dtype == torch.float32
     # Gates per channel are fp32 tiles of K columns: with wide heads only short chunks fit shared memory.
@@ -171,6 +206,11 @@ def plan(
     # programs wait more often, two to a processor.
     length = segment_chunks(chunks, heads, 2 * processors if kind in (TOKEN, CHANNEL) else processors)
     length = min(length, LONGEST.get(kind, length))
+    cut = None
+    if from_zero:
+        slices = -(-V // _sweep_tiles(V, K, dtype, Gathered(1, alone=True)).columns)
+        cut = gathered(chunks, heads, slices, kind, processors)
+        length = length if cut is None else cut.segment_chunks
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     wide = V > 64 and K <= 128 and not exact
@@ -181,7 +221,7 @@ def plan(
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
 
     row_tiles = _row_tiles(K, V, dtype, capability)
-    rows = row_tiles is not None and most == 3
+    rows = row_tiles is not None and most == 3 and cut is None
 
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
@@ -192,18 +232,20 @@ def plan(
         segments=-(-chunks // length),
         chunks=chunks,
         summary=fitting(Tiles(128 if wide else min(narrow, tile(V, dtype)), 4, 3)),
-        keys=fitting(_sweep_tiles(K, V, dtype)),
+        keys=fitting(_sweep_tiles(K, V, dtype, cut)),
         scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype)),
         rows=rows,
-        values=fitting(_sweep_tiles(V, K, dtype)),
+        values=fitting(_sweep_tiles(V, K, dtype, cut)),
         channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
+        prepared_channels=fitting(Tiles(128 if wide else min(narrow, tile(K, dtype)), 4, stages)),
         channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
         channel_reads=fitting(_sweep_tiles(K, V, dtype)),
-        channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1 if exact else 2)),
+        channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1)),
         channel_values=fitting(
             _sweep_tiles(V, K, dtype) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
         ),
         exact=exact,
-        descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS,
+        gathers=cut is not None,
+        descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS and cut is None,
         precision="ieee" if exact else "tf32",
     )

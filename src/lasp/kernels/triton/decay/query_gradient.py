@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.decay.gates import head_gates
 from lasp.kernels.triton.decay.rows import key_tile, sweep_rows
-from lasp.kernels.triton.decay.sweep import PART_ROWS, place, sweep
+from lasp.kernels.triton.decay.sweep import PART_ROWS, gather, place, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -18,8 +19,8 @@ def query_gradient_kernel(
     suffix_ptr,  # likewise
     dq_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: q . dq
-    states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment
-    places_ptr,  # int32 [segments, 5] if PACKED
+    states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
+    places_ptr,  # int32 [segments, 7] if PACKED
     scale,
     B,
     T,
@@ -37,6 +38,7 @@ def query_gradient_kernel(
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
+    GATHER: tl.constexpr,  # whether states are not read, but gathered; never with ROWS
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -52,21 +54,30 @@ def query_gradient_kernel(
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
+    prefix_ptr += run * padded
+    suffix_ptr += run * padded
     entering, mask = key_tile(states_ptr + (run * segments + segment) * K * V, k_first, K, V, BK, BV, ROWS)
-    state = tl.load(entering, mask=mask, other=0.0)
+    state = segment_state(entering, mask, GATHER)
+    slot = chunk * C - first
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
     if ROWS:
         sweep_rows(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
-            g_ptr, prefix_ptr + run * padded, q_ptr + qk, sums_ptr + run * padded,
-            state, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, head, first, last, chunk * C - first,
+            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + run * padded,
+            state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
             V, K, BV, BK, C, KIND, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
+        if GATHER:
+            state = gather(
+                k_ptr + qk, v_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
+                state, H * K, H_v * V, scale, T, first, last, slot, k_first,
+                K, V, BK, BV, C, KIND, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            )  # fmt: skip
         sweep(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
-            g_ptr, prefix_ptr + run * padded, suffix_ptr + run * padded,
+            g_ptr, prefix_ptr, suffix_ptr,
             q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
-            state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, T, H_v, batch, head, first, last,
-            chunk * C - first, k_first,
+            state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, False, SUMS, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

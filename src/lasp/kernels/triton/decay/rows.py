@@ -12,6 +12,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
+from lasp.kernels.triton.decay.sweep import add_chunk
 
 PART_COLUMNS = tl.constexpr(64)  # of out: so much of a row a warp adds up by itself
 
@@ -43,9 +44,7 @@ def sweep_rows(
     out_row,
     sums_row,
     scale,
-    T,
     H_v,
-    head,
     first,
     last,
     slot,
@@ -77,7 +76,7 @@ def sweep_rows(
         c = load_chunk(c_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
         x = load_chunk(x_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
         # Loaded every time for the same reason.
-        rate = head_rate(g_ptr, head, KIND)
+        rate = head_rate(g_ptr, KIND)
         length = tl.minimum(last - start, C)
         prefix, total, from_state, to_state = chunk_decays(
             prefix_ptr, prefix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, False
@@ -97,5 +96,4 @@ def sweep_rows(
         at = slot + start + tl.arange(0, C)
         tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
 
-        weighted = (b_t * to_state[None, :]).to(dtype)
-        state = tl.dot(weighted, c, state * tl.exp2(total), input_precision=PRECISION)
+        state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, PRECISION)

@@ -20,7 +20,7 @@ from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages as channel
 from lasp.kernels.triton.decay.layout import bounds_of, places_of
-from lasp.kernels.triton.decay.work import Work, per_channel, work_of
+from lasp.kernels.triton.decay.work import Work, work_of
 from lasp.recurrence.contract import Run
 
 GROUPED_HEADS = True
@@ -29,18 +29,19 @@ BAD_GATES_GIVE_NAN = True
 
 class Segments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the run's
-    end on that side to them. gates: for a gate per token, forward only, prefix and, of fp32 inputs, suffix, each
-    [B, H_v, chunks C]; else any tensor of fp32."""
+    end on that side to them; None where sweeps gather. gates: for a gate per token, forward only, prefix and, of fp32
+    inputs, suffix, each [B, H_v, chunks C]."""
 
-    states: Tensor
-    decays: Tensor
+    states: Tensor | None
+    decays: Tensor | None
     gates: tuple[Tensor, ...]
 
 
 class Saved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], the state leaving the run [B, H_v, K, V], gates."""
+    """States entering each segment [B, H_v, segments, K, V], or None where they will be gathered again; the one leaving
+    the run [B, H_v, K, V]; gates."""
 
-    entering: Tensor
+    entering: Tensor | None
     leaving: Tensor
     gates: tuple[Tensor, ...]
 
@@ -48,13 +49,14 @@ class Saved(NamedTuple):
 def saved_list(saved: Any) -> list[Tensor]:
     """What an operator gives back of `saved`, or takes: first the state leaving the run."""
     others = saved.prepared if isinstance(saved, channel.Saved) else saved.gates
-    return [saved.leaving, saved.entering, *others]
+    return [saved.leaving, *([] if saved.entering is None else [saved.entering]), *others]
 
 
-def saved_of(g: Tensor | None, tensors: list[Tensor]) -> Any:
+def saved_of(work: Work, tensors: list[Tensor]) -> Any:
     """The inverse of `saved_list`."""
-    leaving, entering, *others = tensors
-    if per_channel(g):
+    leaving, *others = tensors
+    entering = others.pop(0) if work.keeps_states else None
+    if work.per_channel:
         return channel.Saved(entering, leaving, channel.Prepared(*others))
     return Saved(entering, leaving, tuple(others))
 
@@ -67,13 +69,15 @@ class QueryGradient(NamedTuple):
     sums: Tensor
 
 
-def prepare(x: Run) -> tuple[Run, Work]:
+def prepare(x: Run, from_zero: bool = False) -> tuple[Run, Work]:
     """x with dense tensors, and the work on it.
+
+    from_zero: x is the whole sequence and starts from no state.
 
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    work = work_of(x)
+    work = work_of(x, from_zero)
     use_scratch()
     if not (
         x.q.is_contiguous() and x.k.is_contiguous() and x.v.is_contiguous() and (x.g is None or x.g.is_contiguous())
@@ -83,24 +87,43 @@ def prepare(x: Run) -> tuple[Run, Work]:
     return x, work
 
 
-def totals_of(
-    x: Run, work: Work, k: Tensor, v: Tensor, *, reverse: bool, summarized: bool
-) -> tuple[Summary | None, Any]:
-    """What is known of the run's segments, and its summary if that is wanted.
+def totals_of(x: Run, work: Work, prepared: Any = None, *, summarized: bool) -> tuple[Summary | None, Any]:
+    """What is known of the run's segments, and its summary if that is wanted; nothing where sweeps gather.
 
-    v may be d_o: what `Work` keeps was found for tensors of these dtypes.
+    prepared: what `local_outputs_of` made, where it did so before.
     """
+    return _totals_of(x, work, x.k, x.v, prepared, reverse=False, summarized=summarized)
+
+
+def totals_adjoint_of(x: Run, work: Work, saved: Any, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Any]:
+    """Likewise of gradients."""
+    prepared = saved.prepared if work.per_channel else None
+    return _totals_of(x, work, x.q, d_o, prepared, reverse=True, summarized=summarized)
+
+
+def _totals_of(
+    x: Run, work: Work, k: Tensor, v: Tensor, prepared: channel.Prepared | None, *, reverse: bool, summarized: bool
+) -> tuple[Summary | None, Any]:
+    # `Work` keeps what was found for tensors of these dtypes.
     assert v.dtype == x.v.dtype and (x.g is None or x.g.dtype == torch.float32)
+    places = places_of(work.plan, v)
+    if work.plan.gathers:
+        assert not summarized
+        return None, Segments(None, None, () if reverse else _gate_sums(x, work, places))
     states = torch.empty(work.states, dtype=torch.float32, device=k.device)
     decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
-    gates, places = (before,), places_of(work.plan, states)
+    gates: tuple[Tensor, ...] = ()
     launch = work.summary_adjoint if reverse else work.summary
-    if work.per_channel:
+    if prepared is not None:
+        launch = work.summary_adjoint if reverse else work.prepared_summary
+        operand = prepared.from_start if reverse else prepared.to_end
+        launch(operand, v, prepared.totals, states, decays, places)
+    elif work.per_channel:
         launch(k, v, x.g, states, decays, places)
     else:
         if work.per_token and not reverse:
-            gates = tuple(states.new_empty(work.gates) for _ in range(work.plan.num_gates))
-        launch(k, v, k if x.g is None else x.g, states, decays, *_two(gates), places)
+            gates = _empty_gates(work, v)
+        launch(k, v, k if x.g is None else x.g, states, decays, *_two(gates, before), places)
 
     total = total_decay = None
     if summarized:
@@ -114,9 +137,21 @@ def totals_of(
     return Summary(transition, total), totals
 
 
+def _gate_sums(x: Run, work: Work, places: Tensor) -> tuple[Tensor, ...]:
+    if not work.per_token:
+        return ()
+    gates = _empty_gates(work, x.v)
+    work.gate_sums(x.g, *_two(gates, gates[0]), places)
+    return gates
+
+
+def _empty_gates(work: Work, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
+
+
 def summarize(x: Run) -> tuple[Summary, Any]:
     x, work = prepare(x)
-    return _summarized(*totals_of(x, work, x.k, x.v, reverse=False, summarized=True))
+    return _summarized(*totals_of(x, work, summarized=True))
 
 
 def _summarized(summary: Summary | None, totals: Any) -> tuple[Summary, Any]:
@@ -138,7 +173,7 @@ def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor
 
 def outputs_of(x: Run, work: Work, totals: Any, partial: Any, state_in: Tensor | None) -> tuple[Tensor, Any]:
     """state_in is zero if None."""
-    o, leaving = torch.empty_like(x.v), totals.states.new_empty(work.state)
+    o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
     places = places_of(work.plan, leaving)
     if work.per_channel:
         from_start, to_end = partial.from_start, partial.to_end
@@ -146,14 +181,19 @@ def outputs_of(x: Run, work: Work, totals: Any, partial: Any, state_in: Tensor |
             from_start, to_end, x.v, partial.totals, partial.scores, o, *totals, leaving, places, state_in
         )
         return o, channel.Saved(totals.states, leaving, partial)
-    g = x.q if x.g is None else x.g
-    work.output(x.q, x.k, x.v, g, *_two(totals.gates), o, totals.states, totals.decays, leaving, places, state_in)
-    return o, Saved(totals.states, leaving, totals.gates)
+    states, decays, gates = totals
+    if states is None and work.keeps_states:
+        states = leaving.new_empty(work.states)
+    g, unread = x.q if x.g is None else x.g, leaving
+    work.output(
+        x.q, x.k, x.v, g, *_two(gates, unread), o, _or(states, unread), _or(decays, unread), leaving, places, state_in
+    )
+    return o, Saved(states, leaving, gates)
 
 
-def summarize_adjoint(x: Run, d_o: Tensor) -> tuple[Summary, Any]:
+def summarize_adjoint(x: Run, saved: Any, d_o: Tensor) -> tuple[Summary, Any]:
     x, work = prepare(x)
-    return _summarized(*totals_of(x, work, x.q, d_o.contiguous(), reverse=True, summarized=True))
+    return _summarized(*totals_adjoint_of(x, work, saved, d_o.contiguous(), summarized=True))
 
 
 def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
@@ -166,7 +206,8 @@ def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     sums = saved.leaving.new_empty(work.sums) if work.with_decay else saved.leaving
     g = x.q if x.g is None else x.g
-    work.query_gradient(x.q, x.k, x.v, d_o, g, *_two(saved.gates), dq, sums, saved.entering, places_of(work.plan, dq))
+    gates, entering = _two(saved.gates, saved.leaving), _or(saved.entering, saved.leaving)
+    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, entering, places_of(work.plan, dq))
     return QueryGradient(dq, sums)
 
 
@@ -184,14 +225,14 @@ def gradients_of(
     local: Any,
     d_o: Tensor,
     d_state_out: Tensor | None,
-    from_zero: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """d_state_out is zero if None; `from_zero` says that no run had an initial state."""
+    """d_state_out is zero if None."""
     if work.per_channel:
         dq, dk, dv, d_gate = channel.gradients(x, work, saved, totals_adjoint, local, d_o, d_state_out)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
-    g, gates = x.q if x.g is None else x.g, _two(saved.gates)
-    d_states, after, _ = totals_adjoint
+    unread = saved.leaving
+    g, gates = x.q if x.g is None else x.g, _two(saved.gates, unread)
+    d_states, after = _or(totals_adjoint.states, unread), _or(totals_adjoint.decays, unread)
     places = places_of(work.plan, d_states)
 
     dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
@@ -203,22 +244,26 @@ def gradients_of(
         sums, carry = torch.empty_like(sums), after.new_empty(work.carry)
     work.key_gradient(
         x.q, x.k, x.v, d_o, g, *gates, dk, sums, carry,
-        saved.entering, saved.leaving, d_states, after, places, d_state_out,
+        _or(saved.entering, unread), saved.leaving, d_states, after, places, d_state_out,
     )  # fmt: skip
     work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
     d_gate = None
     if work.with_decay:
         d_gate = after.new_empty(x.v.shape[:3])
-        gate_gradient = work.gate_gradient_from_zero if from_zero else work.gate_gradient
-        gate_gradient(local.sums, sums, carry, d_gate, places)
+        work.gate_gradient(local.sums, sums, carry, d_gate, places)
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
 
 
-def _two(gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """prefix and suffix; what is not read may be anything."""
-    return gates if len(gates) == 2 else gates * 2
+def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """What a kernel gets that reads `tensor`, or nothing."""
+    return unread if tensor is None else tensor
+
+
+def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:
+    """prefix and suffix; `unread` for what there is not."""
+    return (*gates, unread, unread)[:2]
 
 
 def _sum_groups(x: Run, gradient: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
-from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_rate, sum_gates
-from lasp.kernels.triton.decay.sweep import place
+from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_gates, head_rate, store_sums, sum_gates
+from lasp.kernels.triton.decay.sweep import needed_chunks, place
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -23,7 +23,7 @@ def summary_kernel(
     decays_ptr,  # fp32 [B, H_v, segments], base 2, written
     prefix_ptr,  # fp32 [B, H_v, chunks C], written if KIND is TOKEN and not REVERSE: prefix
     suffix_ptr,  # likewise: suffix, of fp32 inputs only
-    places_ptr,  # int32 [segments, 5] if PACKED
+    places_ptr,  # int32 [segments, 7] if PACKED
     scale,
     T,
     H,
@@ -39,12 +39,13 @@ def summary_kernel(
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
     BACKWARDS: tl.constexpr,  # whether chunks are walked from the last to the first; always if REVERSE
+    TOTAL: tl.constexpr,  # whether a run's total is wanted, and so the summary of the segment that nothing here follows
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, _, _ = place(
+    part, head, batch, segment, first, last, chunk, _, ends = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     v_first = part * BV
@@ -53,24 +54,23 @@ def summary_kernel(
 
     k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
     v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    rate = head_rate(g_ptr, head, KIND)
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    rate = head_rate(g_ptr, KIND)
     state = tl.zeros((BK, BV), tl.float32)
     decay = 0.0
-    steps = tl.cdiv(last - first, C)
+    slot = run * chunks * C + chunk * C - first
+    steps = needed_chunks(places_ptr, first, last, ends, C, REVERSE, TOTAL, PACKED)
     for step in range(steps):
         start = first + (steps - 1 - step if BACKWARDS else step) * C
         length = tl.minimum(last - start, C)
         k = load_chunk(k_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         v = load_chunk(v_view, start, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
         if KIND == TOKEN:
-            prefix, suffix, total = sum_gates(g_ptr + (row + start) * H_v + head, H_v, length, C)
+            prefix, suffix, total = sum_gates(g_ptr + tl.cast(start, tl.int64) * H_v, H_v, length, C)
             if not REVERSE:
                 if v_first == 0:
-                    # Whole chunks, also past the end: sweeps then load without a mask.
-                    at = run * chunks * C + (chunk * C - first) + start + tl.arange(0, C)
-                    tl.store(prefix_ptr + at, prefix)
-                    if v_ptr.dtype.element_ty == tl.float32:
-                        tl.store(suffix_ptr + at, suffix)
+                    EXACT: tl.constexpr = v_ptr.dtype.element_ty == tl.float32
+                    store_sums(prefix_ptr, suffix_ptr, slot + start, prefix, suffix, C, EXACT)
         else:
             prefix, suffix, total = constant_gates(rate, length, C)
         if REVERSE:

@@ -10,7 +10,9 @@ enter a chunk from the past and, as gradients, from the future):
     dk_j =         2^suffix_j v_j D^T  + scale sum_{i >= j} L_ij (v_j . do_i) q_i
 
 that is, rows a against pairs (b, c): the state is the decayed sum of b c^T. A program walks one segment of one head
-for BC columns of c. It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outputs [BC, C]:
+for BC columns of c. The state that enters the segment comes from summaries; or, of short runs, the program first
+gathers it from all tokens before the segment (after, for gradients), which saves two launches (`gather`).
+It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outputs [BC, C]:
 so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
@@ -24,6 +26,7 @@ from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, chunk_decays, head_rate, pair_decay
 
 PART_ROWS = tl.constexpr(16)
+PLACE = tl.constexpr(7)  # numbers in a segment's entry in `layout.Tables`
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def sweep(
     b_ptr,
     c_ptr,
     out_ptr,
-    g_ptr,  # [H_v], [B, T, H_v] or unused
+    g_ptr,  # gates of the batch and head, or unused
     prefix_ptr,  # [chunks C] of the head: prefix
     suffix_ptr,  # likewise: suffix; unused unless EXACT
     x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
@@ -44,10 +47,7 @@ def sweep(
     out_row,
     sums_row,
     scale,
-    T,
     H_v,
-    batch,
-    head,
     first,
     last,
     slot,  # of the first token in [chunks C], less the token
@@ -65,13 +65,13 @@ def sweep(
     PRECISION: tl.constexpr,
 ):
     dtype = c_ptr.dtype.element_ty
+    rate = head_rate(g_ptr, KIND)
     a_view = view(a_ptr, last, a_row, A, C, BA, DESCRIPTORS)
     b_view = view(b_ptr, last, b_row, A, C, BA, DESCRIPTORS)
     c_view = view(c_ptr, last, c_row, N, C, BC, DESCRIPTORS)
     out_view = view(out_ptr, last, out_row, N, C, BC, DESCRIPTORS)
     if SUMS:
         x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
-    rate = head_rate(g_ptr, head, KIND)
     chunks = tl.cdiv(last - first, C)
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
@@ -84,7 +84,7 @@ def sweep(
         prefix, total, from_state, to_state = chunk_decays(
             prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
         )
-        g_chunk = g_ptr + (tl.cast(batch, tl.int64) * T + start) * H_v + head
+        g_chunk = g_ptr + tl.cast(start, tl.int64) * H_v
         pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
 
         a_t = tl.trans(a)
@@ -96,12 +96,7 @@ def sweep(
         scores = tl.dot(b, a_t, input_precision=PRECISION) * pairs
         out = tl.dot(c_t, scores.to(dtype), out * from_state[None, :], input_precision=PRECISION)
 
-        if KIND == NONE and not REVERSE:
-            weighted = c_t
-        else:
-            weighted = (c_t * to_state[None, :]).to(dtype)
-        state = tl.dot(weighted, b, state * tl.exp2(total), input_precision=PRECISION)
-
+        state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, PRECISION)
         o = tl.trans(out).to(out_ptr.dtype.element_ty)
         store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
         if SUMS:
@@ -110,6 +105,107 @@ def sweep(
             rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
             tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
     return state
+
+
+@triton.jit
+def add_chunk(state, x_t, y, to_state, total, KIND: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """The state, decayed over a chunk, with what its tokens add: x_t [BX, C] y [C, BY], weighted by to_state [C]."""
+    if KIND == NONE and not REVERSE:
+        weighted = x_t
+    else:
+        weighted = (x_t * to_state[None, :]).to(y.dtype)
+    return tl.dot(weighted, y, state * tl.exp2(total), input_precision=PRECISION)
+
+
+@triton.jit
+def gather(
+    x_ptr,  # the state is the decayed sum of x y^T: all at [B, T, heads, dim] of the batch and head
+    y_ptr,
+    g_ptr,  # these as in `sweep`
+    prefix_ptr,
+    suffix_ptr,
+    places_ptr,
+    state,  # [BX, BY], that the run starts from; if REVERSE, ends in
+    x_row,
+    y_row,
+    scale,
+    T,
+    first,
+    last,
+    slot,
+    column,  # of x
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    BX: tl.constexpr,
+    BY: tl.constexpr,
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state as a sweep of the whole run has it where it comes to the segment [first, last)."""
+    begin, end = run_bounds(places_ptr, T, PACKED)
+    if REVERSE:
+        begin = last
+    else:
+        end = first
+    x_view = view(x_ptr, end, x_row, X, C, BX, DESCRIPTORS)
+    y_view = view(y_ptr, end, y_row, Y, C, BY, DESCRIPTORS)
+    rate = head_rate(g_ptr, KIND)
+    chunks = tl.cdiv(end - begin, C)
+    for step in range(chunks):
+        start = begin + (chunks - 1 - step if REVERSE else step) * C
+        length = tl.minimum(end - start, C)
+        x_t = tl.trans(load_chunk(x_view, start, column, end, x_row, X, C, BX, DESCRIPTORS))
+        y = load_chunk(y_view, start, 0, end, y_row, Y, C, BY, DESCRIPTORS)
+        _, total, _, to_state = chunk_decays(
+            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+        )
+        state = add_chunk(state, x_t, y, to_state, total, KIND, REVERSE, PRECISION)
+    return state
+
+
+@triton.jit
+def run_bounds(places_ptr, T, PACKED: tl.constexpr):
+    """The first token of a program's run, and the one after its last."""
+    begin = 0
+    end = T
+    if PACKED:
+        begin = tl.load(places_ptr + tl.program_id(1) * PLACE + 5)
+        end = tl.load(places_ptr + tl.program_id(1) * PLACE + 6)
+    return begin, end
+
+
+@triton.jit
+def needed_chunks(
+    places_ptr, first, last, ends, C: tl.constexpr, REVERSE: tl.constexpr, TOTAL: tl.constexpr, PACKED: tl.constexpr
+):
+    """How many of a segment's chunks its summary must read: none if it is the run's last (REVERSE: first) and the run's
+    TOTAL is not wanted."""
+    chunks = tl.cdiv(last - first, C)
+    if TOTAL:
+        return chunks
+    else:
+        begin, _ = run_bounds(places_ptr, 0, PACKED)
+        return tl.where(first == begin if REVERSE else ends, 0, chunks)
+
+
+@triton.jit
+def segment_state(pointers, mask, GATHER: tl.constexpr):
+    """What is known of a segment's state before the sweep: nothing if it gathers."""
+    if GATHER:
+        return tl.zeros(pointers.shape, tl.float32)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def decay_to_segment(decay_ptr, GATHER: tl.constexpr):
+    """The decay of what enters the run on its way to a segment; sweeps that gather apply it themselves."""
+    return 1.0 if GATHER else tl.exp2(tl.load(decay_ptr))
 
 
 @triton.jit
@@ -124,14 +220,14 @@ def place(places_ptr, slices, segments, segment_chunks, T, H_v, C: tl.constexpr,
     """Where a program is: slice, value head, batch and segment; its first token and the one after its last; its first
     chunk; the index of the state [B or documents, H_v] at the run's borders; whether the segment is the run's last.
 
-    places_ptr: int32 [segments, 5] if PACKED, see `layout`.
+    places_ptr: int32 [segments, 7] if PACKED, see `layout`.
     """
     part = tl.program_id(0) % slices
     head = tl.program_id(0) // slices % H_v
     batch = tl.program_id(0) // slices // H_v
     segment = tl.program_id(1)
     if PACKED:
-        entry = places_ptr + segment * 5
+        entry = places_ptr + segment * PLACE
         first = tl.load(entry)
         last = tl.load(entry + 1)
         chunk = tl.load(entry + 2)

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.sweep import place, sweep
+from lasp.kernels.triton.decay.gates import head_gates
+from lasp.kernels.triton.decay.sweep import decay_to_segment, gather, place, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -16,9 +17,9 @@ def value_gradient_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
     dv_ptr,  # [B, T, H_v, V], written
-    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
-    after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end
-    places_ptr,  # int32 [segments, 5] if PACKED
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; unused if GATHER
+    after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
+    places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
@@ -34,6 +35,7 @@ def value_gradient_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
+    GATHER: tl.constexpr,  # whether states are not read, but gathered
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -45,19 +47,27 @@ def value_gradient_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    state = tl.load(inside, mask=mask, other=0.0)
+    state = segment_state(inside, mask, GATHER)
     if d_state_out_ptr is not None:
         outside, _ = state_tile(d_state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
-        after = tl.exp2(tl.load(after_ptr + run * segments + segment))
+        after = decay_to_segment(after_ptr + run * segments + segment, GATHER)
         state += after * tl.load(outside, mask=mask, other=0.0)
 
     padded = run * chunks * C
     row = tl.cast(batch, tl.int64) * T
     qk = (row * H + head // (H_v // H)) * K
     vo = (row * H_v + head) * V
+    slot = chunk * C - first
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    if GATHER:
+        state = gather(
+            do_ptr + vo, q_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
+            state, H_v * V, H * K, scale, T, first, last, slot, v_first,
+            V, K, BV, BK, C, KIND, True, EXACT, DESCRIPTORS, PACKED, PRECISION,
+        )  # fmt: skip
     sweep(
         k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
         g_ptr, prefix_ptr + padded, suffix_ptr + padded, dv_ptr + vo, dv_ptr + vo,
-        state, H * K, H * K, H_v * V, H_v * V, 0, scale, T, H_v, batch, head, first, last, chunk * C - first, v_first,
+        state, H * K, H * K, H_v * V, H_v * V, 0, scale, H_v, first, last, slot, v_first,
         K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

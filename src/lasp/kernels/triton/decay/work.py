@@ -21,6 +21,7 @@ from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel, ch
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
 from lasp.kernels.triton.decay.channel_within import channel_within_kernel
 from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
+from lasp.kernels.triton.decay.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
@@ -34,16 +35,18 @@ from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.sweep import PART_ROWS
 from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
+from lasp.recurrence.documents import Documents
 
 GATE_BLOCK, GATE_WARPS = 512, 4
+GATE_SUMS_WARPS = 1
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20, 0)
 # A program of one chunk would spend longer on making descriptors than on its chunk.
 SINGLE_CHUNK_DESCRIPTORS = False
-# dk and dv of segments shorter than this are faster apart.
+# dk and dv of segments shorter than this are faster apart, unless they gather.
 PAIRED_CHUNKS = 24
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
-BASE_LEVELS = 3
+BASE_LEVELS = 4
 
 _devices: dict[torch.device, tuple[int, int, int]] = {}
 
@@ -56,6 +59,8 @@ class Work:
         scale: of the outputs.
         per_token, per_channel: whether that is the kind of decay.
         with_decay: whether the decay's gradient is wanted: it needs other, slower sweeps.
+        from_zero: whether runs are whole and start from no state.
+        keeps_states: whether the states entering segments are kept for the backward pass.
         paired: whether dk and dv are made in one launch.
         state, total_decay: shapes of a state at a run's end and of the decay of a whole run.
         states, decays: of those at the ends of segments.
@@ -75,6 +80,7 @@ class Work:
         p: Plan,
         with_decay: bool,
         scale: float,
+        from_zero: bool = False,
     ) -> None:
         B, T, H, K = q
         H_v, V = v[2:]
@@ -89,8 +95,11 @@ class Work:
                 f"backend 'triton' takes up to {MAX_GRID} {pieces} a rank (of {p.chunk} tokens or more, or of one "
                 f"document), got {programs}; split the sequence over more ranks or use backend='torch'"
             )
-        self.plan, self.with_decay = p, with_decay
-        self.paired = not with_decay and H_v == H and K == V and p.segment_chunks >= PAIRED_CHUNKS
+        self.plan, self.with_decay, self.from_zero = p, with_decay, from_zero
+        alike = not with_decay and H_v == H and K == V
+        # The decay's gradient pairs the states at segments' ends, which are then read where there are.
+        self.keeps_states = with_decay or not p.gathers
+        self.paired = alike and (p.gathers or p.segment_chunks >= PAIRED_CHUNKS)
         self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
         self._dims, self._dtype, self._kind, self.scale = (B, T, H, H_v, K, V), dtype, kind, scale
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -115,16 +124,18 @@ class Work:
         constants = (*constants, p.descriptors, p.packed, p.precision)
         return Launch(kernel, grid, scalars, constants, tiles.warps, tiles.stages)
 
-    def _summary(self, reverse: bool) -> Launch:
-        p, (_, T, H, H_v, K, V) = self.plan, self._dims
+    def _summary(self, reverse: bool, prepared: bool = False) -> Launch:
+        p, (_, T, H, H_v, K, V), total = self.plan, self._dims, not self.from_zero
         if self.per_channel:
-            constants = (K, V, p.channels.columns, tile(V, self._dtype), p.chunk, reverse)
-            return self._by_segment(channel_summary_kernel, K, p.channels, (self.scale, T, H, H_v), constants)
+            tiles = p.prepared_channels if prepared else p.channels
+            constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, reverse, total, prepared)
+            return self._by_segment(channel_summary_kernel, K, tiles, (self.scale, T, H, H_v), constants)
         # From the end, where it can: the output's sweep starts at the other, and finds in L2 what was read last. A
         # weight then covers the rest of the segment, for which fp16 has no range; and a decay's gradient wants states
         # rounded as the sweeps round theirs.
         backwards = reverse or not (self.with_decay or self._dtype == torch.float16)
-        constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, reverse, backwards)
+        total = total or (self.per_token and not reverse)  # whose pass over gates is wanted of all segments
+        constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, reverse, backwards, total)
         return self._by_segment(summary_kernel, V, p.summary, (self.scale, T, H, H_v), constants)
 
     @cached_property
@@ -133,40 +144,51 @@ class Work:
 
     @cached_property
     def summary_adjoint(self) -> Launch:
-        return self._summary(True)
+        return self._summary(True, prepared=self.per_channel)
+
+    @cached_property
+    def prepared_summary(self) -> Launch:
+        return self._summary(False, prepared=True)
+
+    @cached_property
+    def gate_sums(self) -> Launch:
+        p, (B, T, _, H_v, _, _) = self.plan, self._dims
+        scalars = (T, H_v, p.segments, p.segment_chunks, p.chunks)
+        constants = (p.chunk, p.exact, p.packed)
+        return Launch(gate_sums_kernel, (B * H_v, p.segments), scalars, constants, GATE_SUMS_WARPS, 1)
 
     @cached_property
     def output(self) -> Launch:
-        return self._sweep_of_values(output_kernel)
+        return self._sweep_of_values(output_kernel, self.with_decay)
 
     @cached_property
     def value_gradient(self) -> Launch:
         return self._sweep_of_values(value_gradient_kernel)
 
-    def _sweep_of_values(self, kernel: Any) -> Launch:
+    def _sweep_of_values(self, kernel: Any, *wanted: bool) -> Launch:
         p, (_, T, H, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact)
+        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact, p.gathers, *wanted)
         return self._by_segment(kernel, V, p.values, (self.scale, T, H, H_v), constants)
 
     @cached_property
     def query_gradient(self) -> Launch:
-        return self._sweep_of_keys(query_gradient_kernel)
+        return self._sweep_of_keys(query_gradient_kernel, self.plan.gathers and not self.keeps_states)
 
     @cached_property
     def key_gradient(self) -> Launch:
-        return self._sweep_of_keys(key_gradient_kernel)
+        return self._sweep_of_keys(key_gradient_kernel, self.plan.gathers)
 
-    def _sweep_of_keys(self, kernel: Any) -> Launch:
+    def _sweep_of_keys(self, kernel: Any, gathers: bool) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
         tiles = p.scalar_keys if self.with_decay else p.keys
-        ways = (self.with_decay, self.with_decay and p.rows, p.exact)
+        ways = (self.with_decay, self.with_decay and p.rows, p.exact, gathers)
         constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, self._kind, *ways)
         return self._by_segment(kernel, K, tiles, (self.scale, B, T, H, H_v), constants)
 
     @cached_property
     def key_value_gradient(self) -> Launch:
         p, (_, T, H, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact)
+        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact, p.gathers)
         columns = 2 * p.values.columns * -(-K // p.values.columns)
         return self._by_segment(key_value_gradient_kernel, columns, p.values, (self.scale, T, H, H_v), constants)
 
@@ -233,16 +255,9 @@ class Work:
 
     @cached_property
     def gate_gradient(self) -> Launch:
-        return self._gate_gradient(False)
-
-    @cached_property
-    def gate_gradient_from_zero(self) -> Launch:
-        return self._gate_gradient(True)
-
-    def _gate_gradient(self, from_zero: bool) -> Launch:
         p, (B, T, _, H_v, _, _) = self.plan, self._dims
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
-        constants = (p.chunk, self.sums[0], self.carry[0], GATE_BLOCK, from_zero, p.packed)
+        constants = (p.chunk, self.sums[0], self.carry[0], GATE_BLOCK, self.from_zero, p.packed)
         return Launch(gate_gradient_kernel, (B * H_v, p.segments), scalars, constants, GATE_WARPS, 1)
 
 
@@ -289,36 +304,67 @@ def device_limits(device: torch.device) -> tuple[int, int, int]:
     return _devices[device]
 
 
-def plan_of(q: Tensor, v: Tensor, g: Tensor | None) -> Plan:
+def plan_of(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool) -> Plan:
     """The launch configuration of one run of these tokens."""
-    return _plan(q.shape, v.shape, q.dtype, kind_of(g), q.device)
+    return _plan(q.shape, v.shape, q.dtype, kind_of(g), q.device, from_zero)
 
 
-def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> Plan:
+def _plan(
+    q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device, from_zero: bool
+) -> Plan:
     B, T, H_v, V = v
-    return plan(T, B * H_v, q[3], V, dtype, kind, *device_limits(device))
+    return plan(T, B * H_v, q[3], V, dtype, kind, *device_limits(device), from_zero)
+
+
+def _packed_plan(
+    q: tuple[int, ...],
+    v: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: int,
+    device: torch.device,
+    from_zero: bool,
+    documents: Documents,
+) -> Plan:
+    """As for so many runs of the longest document's length if those gather; else as for one run."""
+    tokens, longest = v[1], max((end - start for start, end in documents.spans), default=0)
+    if from_zero and longest > 0:
+        alike = -(-tokens // longest)
+        p = _plan((alike, longest, *q[2:]), (alike, longest, *v[2:]), dtype, kind, device, True)
+        if p.gathers:
+            return p
+    return _plan(q, v, dtype, kind, device, False)
 
 
 @lru_cache(maxsize=256)
 def _work(
-    q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device, *others: Any
+    q: tuple[int, ...],
+    v: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: int,
+    device: torch.device,
+    with_decay: bool,
+    scale: float,
+    from_zero: bool,
 ) -> Work:
-    return Work(q, v, dtype, kind, _plan(q, v, dtype, kind, device), *others)
+    p = _plan(q, v, dtype, kind, device, from_zero)
+    return Work(q, v, dtype, kind, p, with_decay, scale, from_zero)
 
 
-def work_of(x: Run) -> Work:
+def work_of(x: Run, from_zero: bool = False) -> Work:
     """The work on x.
+
+    from_zero: x is the whole sequence and starts from no state.
 
     Raises:
         ValueError: the kernels do not take such tensors.
     """
     shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
-    others = (x.g is not None and x.g.requires_grad, x.scale)
+    others = (x.g is not None and x.g.requires_grad, x.scale, from_zero)
     if x.documents is None:
         return _work(*shapes, *others)
     works = x.documents.layouts
     if (shapes, others) not in works:
-        p = packed_plan(_plan(*shapes), x.documents, x.q.device)
+        p = packed_plan(_packed_plan(*shapes, from_zero, x.documents), x.documents, x.q.device)
         works[shapes, others] = Work(*shapes[:4], p, *others)
     found: Work = works[shapes, others]
     return found
