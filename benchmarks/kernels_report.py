@@ -1,6 +1,7 @@
 """Tables and a plot of docs/kernels.md from the JSON of benchmarks/kernels.py.
 
 python benchmarks/kernels_report.py benchmarks/results/<file>.json    # needs the extra `report` (matplotlib)
+python benchmarks/kernels_report.py <file>.json --peers <file of a run with peers>.json
 """
 
 from __future__ import annotations
@@ -73,6 +74,27 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peer_report(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}; ms as an eager call takes them.",
+        "",
+        "| B, T, H, D | decay | forward | peer | | forward+backward | peer | | peak GiB | peer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = {(tuple(row["shape"]), row["kind"], row["implementation"]): row for row in result["rows"]}
+    for (shape, kind, implementation), peer in rows.items():
+        if implementation == "lasp" or "error" in peer:
+            continue
+        ours = rows[shape, kind, "lasp"]
+        cells = [", ".join(map(str, shape)), kind]
+        for part in ("forward", "both"):
+            mine, theirs = ours[part]["median"], peer[part]["median"]
+            cells += [f"**{mine:.3f}**", f"{theirs:.3f}", f"{theirs / mine:.1f} times"]
+        cells += [f"{ours['peak_gib']:.2f}", f"{peer['peak_gib']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -94,12 +116,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
+    parser.add_argument("--peers", type=Path)
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
     page = DOCS / "kernels.md"
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{report(result)}{END}{after}")
+    peers = (
+        "" if options.peers is None else f"Beside peers:\n\n{peer_report(json.loads(options.peers.read_text()))}\n\n"
+    )
+    page.write_text(f"{before}{BEGIN}\n{report(result)}\n{peers}{END}{after}")
     if result.get("crossover"):
         plot(result, DOCS / "img" / "kernels-crossover.png")
 

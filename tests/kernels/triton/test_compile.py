@@ -23,14 +23,14 @@ SPILLS = {
     "cuda:90": {
         "channel_within_kernel": 1024,
         "channel_prepare_kernel": 128,
-        "key_gradient_kernel": 96,
+        "key_gradient_kernel": 384,
         "output_kernel": 160,
     },
     "cuda:100": {
         "channel_within_kernel": 1024,
         "channel_prepare_kernel": 768,
         "channel_summary_kernel": 96,
-        "key_gradient_kernel": 80,
+        "key_gradient_kernel": 352,
     },
     "cuda:80": {
         "channel_within_kernel": 1024,
@@ -42,7 +42,7 @@ SPILLS = {
     "hip:gfx942": {
         "channel_within_kernel": 160,
         "output_kernel": 224,
-        "key_gradient_kernel": 128,
+        "key_gradient_kernel": 160,
         "channel_key_reads_kernel": 128,
     },
 }

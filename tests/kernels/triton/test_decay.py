@@ -13,10 +13,12 @@ import torch
 from tolerances import relative_error
 from torch import Tensor
 
+from lasp import linear_attention
 from lasp.kernels.torch import decay as exact
 from lasp.kernels.triton import decay as fused
-from lasp.kernels.triton.decay import channel_reads, work
+from lasp.kernels.triton.decay import channel_reads, sweep, work
 from lasp.kernels.triton.decay import plan as plans
+from lasp.kernels.triton.decay import rows as rows_module
 from lasp.recurrence.contract import Run
 
 KINDS = ("none", "constant", "scalar", "channel")
@@ -257,6 +259,40 @@ def test_base_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(work, "_work", work._work.__wrapped__)
     p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
     check(run(fused, p), solution(p), BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_gates_per_token_gather_little_rounding_over_a_segment(
+    rows: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same, by both kinds of sweeps: what one rounds of a token with its decay, the other rounds alike."""
+    p = problem("scalar", Dims(T=4096, H_v=1, K=32, V=32), device, torch.bfloat16)
+    g = torch.full_like(p.x.g, -0.2).requires_grad_()
+
+    def two_segments(*arguments: object) -> plans.Plan:
+        found = plans.plan(*arguments)
+        length = plans.LONGEST[plans.TOKEN]
+        assert found.rows and found.chunks == 2 * length
+        keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
+        return found._replace(segment_chunks=length, segments=2, rows=rows, scalar_keys=keys)
+
+    monkeypatch.setattr(work, "plan", two_segments)
+    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
+    q, k, v = (tensor.double() for tensor in (p.x.q, p.x.k, p.x.v))
+    exact_g = g.detach().double().requires_grad_()
+    o, _ = linear_attention(q, k, v, exact_g, backend="torch")
+    (expected,) = torch.autograd.grad(o, exact_g, p.d_o.double())
+
+    def error() -> float:
+        o, _ = linear_attention(p.x.q, p.x.k, p.x.v, g, backend="triton")
+        return relative_error(torch.autograd.grad(o, g, p.d_o)[0], expected)
+
+    found = error()
+    assert found < 8e-3
+    if rows and device.type == "cpu":  # the control, what the states take rounded otherwise: not patched if compiled
+        original = sweep.add_chunk
+        monkeypatch.setattr(rows_module, "add_chunk", lambda *args: original(*args[:7], not args[7], args[8]))
+        assert error() > 1.2 * found
 
 
 def test_gates_per_channel_gather_little_rounding_over_a_segment(

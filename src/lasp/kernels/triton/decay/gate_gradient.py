@@ -2,10 +2,11 @@
 
     d_g_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s) + <S_end, D_end>
 
-within a segment, where the end is the segment's. The sweeps of dq and dk left the scalars in parts, before anything was
-rounded; products inside a chunk cancel exactly in their difference, since both sweeps round the same scores alike.
-Products of two chunks are read from a rounded S by one and from a rounded D by the other: what remains of them adds up
-over the segment, as a random walk does. At the segment's start it is known, since there d_g is <S, D> at the end of the
+within a segment, where the end is the segment's. The sweeps of dq and dk left the scalars in parts, before outputs were
+rounded; products inside a chunk cancel exactly in their difference, since both sweeps round the same scores alike. So
+does what v and do, rounded with their decays, add to S and read from D, and the other way round. But products of two
+chunks are read from a rounded S by one sweep and from a rounded D by the other: what remains of them adds up over the
+segment, as a random walk does. At the segment's start it is known, since there d_g is <S, D> at the end of the
 segment before (zero where the run starts from no state), and is taken off again, all of it there and less towards the
 end: what is left is that of a walk tied at both ends, a third of its variance.
 """

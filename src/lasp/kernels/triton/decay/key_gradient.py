@@ -82,7 +82,7 @@ def key_gradient_kernel(
         state = gather(
             q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
             state, H * K, H_v * V, scale, T, first, last, slot, k_first,
-            K, V, BK, BV, C, KIND, True, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            K, V, BK, BV, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
     if SUMS:
         end_ptr = states_ptr + (index + 1) * K * V

@@ -75,7 +75,7 @@ def key_value_gradient_kernel(
         state = gather(
             c_ptr, b_ptr, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
             state, H * K, H * K, scale, T, first, last, slot, column,
-            K, V, BC, BA, C, KIND, True, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            K, V, BC, BA, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
     sweep(
         tl.where(of_keys, v_ptr, k_ptr) + at, b_ptr, c_ptr, out_ptr,

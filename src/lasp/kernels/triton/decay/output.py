@@ -68,7 +68,7 @@ def output_kernel(
         state = gather(
             v_ptr + vo, k_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
             state, H_v * V, H * K, scale, T, first, last, slot, v_first,
-            V, K, BV, BK, C, KIND, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            V, K, BV, BK, C, KIND, False, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
         if STATES:
             tl.store(entering, state, mask=mask)

@@ -72,7 +72,7 @@ def query_gradient_kernel(
             state = gather(
                 k_ptr + qk, v_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
                 state, H * K, H_v * V, scale, T, first, last, slot, k_first,
-                K, V, BK, BV, C, KIND, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+                K, V, BK, BV, C, KIND, False, SUMS, EXACT, DESCRIPTORS, PACKED, PRECISION,
             )  # fmt: skip
         sweep(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,

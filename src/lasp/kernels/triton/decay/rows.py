@@ -84,7 +84,10 @@ def sweep_rows(
         pairs = pair_decay(g_ptr, H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
 
         b_t = tl.trans(b)
-        out = tl.dot(a, state.to(dtype), input_precision=PRECISION) * from_state[:, None]
+        # Rounded with its decay, as the state that goes the other way takes it: the sums' difference then lacks that
+        # rounding (gate_gradient).
+        reader = (a * from_state[:, None]).to(dtype)
+        out = tl.dot(reader, state.to(dtype), input_precision=PRECISION)
         weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
         # Scaled and added, not added to: a product that goes on into another gives both warpgroups the same rows.
         out += tl.dot(weights, c, input_precision=PRECISION) * scale
@@ -96,4 +99,4 @@ def sweep_rows(
         at = slot + start + tl.arange(0, C)
         tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
 
-        state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, PRECISION)
+        state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, False, PRECISION)

@@ -1,4 +1,3 @@
-# ruff: noqa: SIM108
 """The one loop behind outputs and gradients.
 
 With L_ij = 2^between(i, j), all four are the same causal form, of other operands (S and D are the states that
@@ -88,15 +87,20 @@ def sweep(
         pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
 
         a_t = tl.trans(a)
+        # With sums rounded with its decay, as the state that goes the other way takes it: their difference then lacks
+        # that rounding (gate_gradient).
+        reader = tl.trans((a * from_state[:, None]).to(dtype)) if SUMS else a_t
         if dtype == tl.bfloat16:
-            out = tl.dot(state.to(tl.bfloat16), a_t)
+            out = tl.dot(state.to(tl.bfloat16), reader)
         else:
             # A state may exceed fp16's range: its product is taken in fp32 operands (rounded as PRECISION says).
-            out = tl.dot(state, a_t.to(tl.float32), input_precision=PRECISION)
+            out = tl.dot(state, reader.to(tl.float32), input_precision=PRECISION)
+        if not SUMS:
+            out *= from_state[None, :]
         scores = tl.dot(b, a_t, input_precision=PRECISION) * pairs
-        out = tl.dot(c_t, scores.to(dtype), out * from_state[None, :], input_precision=PRECISION)
+        out = tl.dot(c_t, scores.to(dtype), out, input_precision=PRECISION)
 
-        state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, PRECISION)
+        state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, SUMS, PRECISION)
         o = tl.trans(out).to(out_ptr.dtype.element_ty)
         store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
         if SUMS:
@@ -108,13 +112,24 @@ def sweep(
 
 
 @triton.jit
-def add_chunk(state, x_t, y, to_state, total, KIND: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+def add_chunk(
+    state,
+    x_t,
+    y,
+    to_state,
+    total,
+    KIND: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WEIGH_Y: tl.constexpr,  # which of the two is weighted, and so rounded: x_t goes from registers to its product
+    PRECISION: tl.constexpr,
+):
     """The state, decayed over a chunk, with what its tokens add: x_t [BX, C] y [C, BY], weighted by to_state [C]."""
-    if KIND == NONE and not REVERSE:
-        weighted = x_t
-    else:
-        weighted = (x_t * to_state[None, :]).to(y.dtype)
-    return tl.dot(weighted, y, state * tl.exp2(total), input_precision=PRECISION)
+    if not (KIND == NONE and not REVERSE):
+        if WEIGH_Y:
+            y = (y * to_state[:, None]).to(y.dtype)
+        else:
+            x_t = (x_t * to_state[None, :]).to(y.dtype)
+    return tl.dot(x_t, y, state * tl.exp2(total), input_precision=PRECISION)
 
 
 @triton.jit
@@ -141,6 +156,7 @@ def gather(
     C: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
+    WEIGH_Y: tl.constexpr,  # as in `add_chunk`
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -164,7 +180,7 @@ def gather(
         _, total, _, to_state = chunk_decays(
             prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
         )
-        state = add_chunk(state, x_t, y, to_state, total, KIND, REVERSE, PRECISION)
+        state = add_chunk(state, x_t, y, to_state, total, KIND, REVERSE, WEIGH_Y, PRECISION)
     return state
 
 

@@ -63,7 +63,7 @@ def value_gradient_kernel(
         state = gather(
             do_ptr + vo, q_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
             state, H_v * V, H * K, scale, T, first, last, slot, v_first,
-            V, K, BV, BK, C, KIND, True, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            V, K, BV, BK, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
     sweep(
         k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
