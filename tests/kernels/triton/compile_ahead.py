@@ -149,7 +149,7 @@ if __name__ == "__main__":
             report = {"target": name, "limit": LIMITS[name]}
             try:
                 report |= needs(kernel, constants, tiles, target_of(name))
-                if "ROWS" in constants:
+                if constants.get("ROWS"):
                     grouped = needs(kernel, constants, tiles, target_of(name), frozenset({"dk_ptr"}))
                     report |= {
                         key: max(report[key], grouped[key]) for key in ("shared", "spilled_bytes") if key in report

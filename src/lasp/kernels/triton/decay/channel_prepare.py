@@ -32,7 +32,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sum_over,
 )
-from lasp.kernels.triton.decay.sweep import chunk_place
+from lasp.kernels.triton.decay.place import chunk_place
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])

@@ -19,7 +19,8 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import with_outside
-from lasp.kernels.triton.decay.sweep import as_swept, place
+from lasp.kernels.triton.decay.place import place
+from lasp.kernels.triton.decay.sweep import as_swept
 
 TIED = tl.constexpr(16)  # chunks at a time
 

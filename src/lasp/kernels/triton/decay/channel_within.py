@@ -26,7 +26,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     sums_to_end,
     two_part_dot,
 )
-from lasp.kernels.triton.decay.sweep import chunk_place
+from lasp.kernels.triton.decay.place import chunk_place
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])

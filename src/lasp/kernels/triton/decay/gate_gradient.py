@@ -14,7 +14,7 @@ end: what is left is that of a walk tied at both ends, a third of its variance.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.decay.sweep import PLACE, place
+from lasp.kernels.triton.decay.place import PLACE, place
 
 
 @triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])

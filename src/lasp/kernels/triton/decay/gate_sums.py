@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import TOKEN, head_gates, store_sums, sum_gates
-from lasp.kernels.triton.decay.sweep import place
+from lasp.kernels.triton.decay.place import place
 
 
 @triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])

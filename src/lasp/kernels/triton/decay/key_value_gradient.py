@@ -10,7 +10,8 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.gates import head_gates
-from lasp.kernels.triton.decay.sweep import decay_to_segment, gather, place, segment_state, sweep
+from lasp.kernels.triton.decay.place import place
+from lasp.kernels.triton.decay.sweep import decay_to_segment, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

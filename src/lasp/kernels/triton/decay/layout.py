@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.kernels.triton.decay.place import PLACE
 from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, Plan
-from lasp.kernels.triton.decay.sweep import PLACE
 from lasp.recurrence.documents import Documents
 
 

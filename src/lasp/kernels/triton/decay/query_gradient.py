@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import head_gates
+from lasp.kernels.triton.decay.place import place
 from lasp.kernels.triton.decay.rows import key_tile, sweep_rows
-from lasp.kernels.triton.decay.sweep import PART_ROWS, gather, place, segment_state, sweep
+from lasp.kernels.triton.decay.sweep import PART_ROWS, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

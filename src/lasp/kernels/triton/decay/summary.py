@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_gates, head_rate, store_sums, sum_gates
-from lasp.kernels.triton.decay.sweep import needed_chunks, place
+from lasp.kernels.triton.decay.place import needed_chunks, place
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

@@ -1,0 +1,73 @@
+"""Where a program is among segments, chunks and documents."""
+
+import triton
+import triton.language as tl
+
+PLACE = tl.constexpr(7)  # numbers in a segment's entry in `layout.Tables`
+
+
+@triton.jit
+def place(places_ptr, slices, segments, segment_chunks, T, H_v, C: tl.constexpr, PACKED: tl.constexpr):
+    """Where a program is: slice, value head, batch and segment; its first token and the one after its last; its first
+    chunk; the index of the state [B or documents, H_v] at the run's borders; whether the segment is the run's last.
+
+    places_ptr: int32 [segments, 7] if PACKED, see `layout`.
+    """
+    part = tl.program_id(0) % slices
+    head = tl.program_id(0) // slices % H_v
+    batch = tl.program_id(0) // slices // H_v
+    segment = tl.program_id(1)
+    if PACKED:
+        entry = places_ptr + segment * PLACE
+        first = tl.load(entry)
+        last = tl.load(entry + 1)
+        chunk = tl.load(entry + 2)
+        border = tl.load(entry + 3).to(tl.int64) * H_v + head
+        ends = tl.load(entry + 4) != 0
+    else:
+        first = segment * segment_chunks * C
+        last = tl.minimum(first + segment_chunks * C, T)
+        chunk = segment * segment_chunks
+        border = tl.cast(batch, tl.int64) * H_v + head
+        ends = segment == segments - 1
+    return part, head, batch, segment, first, last, chunk, border, ends
+
+
+@triton.jit
+def run_bounds(places_ptr, T, PACKED: tl.constexpr):
+    """The first token of a program's run, and the one after its last."""
+    begin = 0
+    end = T
+    if PACKED:
+        begin = tl.load(places_ptr + tl.program_id(1) * PLACE + 5)
+        end = tl.load(places_ptr + tl.program_id(1) * PLACE + 6)
+    return begin, end
+
+
+@triton.jit
+def needed_chunks(
+    places_ptr, first, last, ends, C: tl.constexpr, REVERSE: tl.constexpr, TOTAL: tl.constexpr, PACKED: tl.constexpr
+):
+    """How many of a segment's chunks its summary must read: none if it is the run's last (REVERSE: first) and the run's
+    TOTAL is not wanted."""
+    chunks = tl.cdiv(last - first, C)
+    if TOTAL:
+        return chunks
+    else:
+        begin, _ = run_bounds(places_ptr, 0, PACKED)
+        return tl.where(first == begin if REVERSE else ends, 0, chunks)
+
+
+@triton.jit
+def chunk_place(places_ptr, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """The first token of a program's chunk, and the one after its last.
+
+    places_ptr: int32 [chunks, 2] if PACKED, see `layout`.
+    """
+    if PACKED:
+        first = tl.load(places_ptr + tl.program_id(1) * 2)
+        last = tl.load(places_ptr + tl.program_id(1) * 2 + 1)
+    else:
+        first = tl.program_id(1) * C
+        last = tl.minimum(first + C, T)
+    return first, last
