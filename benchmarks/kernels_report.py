@@ -52,12 +52,18 @@ def crossover_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def report(result: dict[str, Any]) -> str:
-    lines = [
+def speed(result: dict[str, Any]) -> list[str]:
+    return [
         f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}, bf16; a large copy moves "
         f"{result['copy_tb_per_s']:.2f} TB/s, which the floors are made of.",
         "",
         *speed_table(result),
+    ]
+
+
+def report(result: dict[str, Any]) -> str:
+    lines = [
+        *speed(result),
         "",
         "Relative errors against fp64, T = 4096:",
         "",
@@ -71,27 +77,6 @@ def report(result: dict[str, Any]) -> str:
     for key, title in (("host_ms", "Host ms per eager forward+backward"), ("cold_start_s", "Cold start s")):
         if key in result:
             lines.append(f"{title}: " + ", ".join(f"{kind} {value:.2f}" for kind, value in result[key].items()) + ".\n")
-    return "\n".join(lines)
-
-
-def peer_report(result: dict[str, Any]) -> str:
-    lines = [
-        f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}; ms as an eager call takes them.",
-        "",
-        "| B, T, H, D | decay | forward | peer | | forward+backward | peer | | peak GiB | peer |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows = {(tuple(row["shape"]), row["kind"], row["implementation"]): row for row in result["rows"]}
-    for (shape, kind, implementation), peer in rows.items():
-        if implementation == "lasp" or "error" in peer:
-            continue
-        ours = rows[shape, kind, "lasp"]
-        cells = [", ".join(map(str, shape)), kind]
-        for part in ("forward", "both"):
-            mine, theirs = ours[part]["median"], peer[part]["median"]
-            cells += [f"**{mine:.3f}**", f"{theirs:.3f}", f"{theirs / mine:.1f} times"]
-        cells += [f"{ours['peak_gib']:.2f}", f"{peer['peak_gib']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -122,9 +107,9 @@ def main() -> None:
     page = DOCS / "kernels.md"
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    peers = (
-        "" if options.peers is None else f"Beside peers:\n\n{peer_report(json.loads(options.peers.read_text()))}\n\n"
-    )
+    peers = ""
+    if options.peers is not None:
+        peers = "\n".join(["Beside peers:", "", *speed(json.loads(options.peers.read_text()))]) + "\n\n"
     page.write_text(f"{before}{BEGIN}\n{report(result)}\n{peers}{END}{after}")
     if result.get("crossover"):
         plot(result, DOCS / "img" / "kernels-crossover.png")

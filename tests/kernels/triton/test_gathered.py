@@ -98,7 +98,7 @@ def test_with_summaries(kind: str, packed: bool, device: torch.device, monkeypat
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["constant", "learned", "scalar"])
 def test_bf16(kind: str, packed: bool, device: torch.device) -> None:
-    """dk and dv in one launch; decays that are learned, in rows."""
+    """dk and dv in one launch; of decays that are learned, apart, and dq from the states that forward left."""
     check(kind, BF16, 2, packed, True, device)
 
 

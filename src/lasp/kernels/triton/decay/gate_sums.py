@@ -22,12 +22,11 @@ def gate_sums_kernel(
     EXACT: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    place_ = place(places_ptr, 1, segments, segment_chunks, T, H_v, C, PACKED)
-    head, batch, first, last, chunk = place_[1], place_[2], place_[4], place_[5], place_[6]
+    _, head, batch, _, first, last, chunk, _, _ = place(places_ptr, 1, segments, segment_chunks, T, H_v, C, PACKED)
     g_ptr = head_gates(g_ptr, batch, head, T, H_v, TOKEN)
     slot = (tl.cast(batch, tl.int64) * H_v + head) * chunks * C + chunk * C - first
     for step in range(tl.cdiv(last - first, C)):
         start = first + step * C
         length = tl.minimum(last - start, C)
-        prefix, suffix, _ = sum_gates(g_ptr + tl.cast(start, tl.int64) * H_v, H_v, length, C)
-        store_sums(prefix_ptr, suffix_ptr, slot + start, prefix, suffix, C, EXACT)
+        sums = sum_gates(g_ptr + tl.cast(start, tl.int64) * H_v, H_v, length, C)
+        store_sums(prefix_ptr, suffix_ptr, slot + start, sums[0], sums[1], C, EXACT)

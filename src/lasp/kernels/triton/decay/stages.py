@@ -113,16 +113,16 @@ def _totals_of(
     states = torch.empty(work.states, dtype=torch.float32, device=k.device)
     decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
     gates: tuple[Tensor, ...] = ()
-    launch = work.summary_adjoint if reverse else work.summary
     if prepared is not None:
         launch = work.summary_adjoint if reverse else work.prepared_summary
         operand = prepared.from_start if reverse else prepared.to_end
         launch(operand, v, prepared.totals, states, decays, places)
     elif work.per_channel:
-        launch(k, v, x.g, states, decays, places)
+        work.summary(k, v, x.g, states, decays, places)
     else:
         if work.per_token and not reverse:
             gates = _empty_gates(work, v)
+        launch = work.summary_adjoint if reverse else work.summary
         launch(k, v, k if x.g is None else x.g, states, decays, *_two(gates, before), places)
 
     total = total_decay = None

@@ -159,7 +159,7 @@ class Work:
 
     @cached_property
     def output(self) -> Launch:
-        return self._sweep_of_values(output_kernel, self.with_decay)
+        return self._sweep_of_values(output_kernel, self.plan.gathers and self.keeps_states)
 
     @cached_property
     def value_gradient(self) -> Launch:
