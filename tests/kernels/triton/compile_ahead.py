@@ -23,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lasp.kernels.triton.decay.channel_mild_prepare import channel_mild_prepare_kernel
+from lasp.kernels.triton.decay.channel_mild_within import channel_mild_within_kernel
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel
 from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
 from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel
@@ -82,13 +84,17 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
     for tiles, prepared in ((p.channels, False), (p.prepared_channels, True)):
         ways = {"REVERSE": False, "TOTAL": False, "PREPARED": prepared}
         yield channel_summary_kernel, common | ways | {"BK": tiles.columns, "BV": padded}, tiles
-    yield channel_output_kernel, common | {"BK": padded, "BV": p.channel_values.columns} | from_zero, p.channel_values
-    yield channel_key_reads_kernel, common | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
-    levels = {"BASE": BASE_LEVELS, "LEVELS": p.chunk.bit_length() - 1, "DESCRIPTORS": False}
-    within = common | levels | {"BK": p.channel_within.columns, "BV": padded}
-    yield channel_within_kernel, within, p.channel_within
-    del common["V"]
-    yield channel_prepare_kernel, common | levels | {"BK": p.channel_prepare.columns}, p.channel_prepare
+    whole, columns = {"WHOLE": False}, {"BK": padded, "BV": p.channel_values.columns}
+    yield channel_output_kernel, common | whole | columns | from_zero, p.channel_values
+    yield channel_key_reads_kernel, common | whole | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
+    levels = {"BASE": BASE_LEVELS, "LEVELS": p.chunk.bit_length() - 1, "STEEP": True}
+    common |= {"DESCRIPTORS": False, "BK": p.channel_within.columns, "BV": padded}
+    yield channel_mild_within_kernel, common, p.channel_within
+    yield channel_within_kernel, common | levels, p.channel_within
+    common = {name: value for name, value in common.items() if name not in ("V", "BV")}
+    common |= {"BK": p.channel_prepare.columns}
+    yield channel_mild_prepare_kernel, common, p.channel_prepare
+    yield channel_prepare_kernel, common | levels, p.channel_prepare
     for tokens in (65536, 512):
         p, common = planned(TOKEN.value, tokens, from_zero=True)
         common |= {"KIND": TOKEN.value, "EXACT": False, "GATHER": p.gathers}
@@ -115,7 +121,13 @@ def needs(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            others = {"stretches_ptr": "*fp16", "places_ptr": "*i32", "memories_ptr": "*i64", "epoch_ptr": "*i32"}
+            others = {
+                "stretches_ptr": "*fp16",
+                "places_ptr": "*i32",
+                "steep_ptr": "*i32",
+                "memories_ptr": "*i64",
+                "epoch_ptr": "*i32",
+            }
             signature[name] = f"*{NAME}" if name in INPUTS - wide else others.get(name, "*fp32")
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:

@@ -29,7 +29,8 @@ PACKED = (0, 1, 1, 4, 134)
 def _two_chunks_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*arguments: Any) -> plans.Plan:
         found = plans.plan.__wrapped__(*arguments)
-        return found._replace(segment_chunks=2, segments=-(-found.chunks // 2))
+        gathers = found.gathers and arguments[5] != CHANNEL.value
+        return found._replace(segment_chunks=2, segments=-(-found.chunks // 2), gathers=gathers)
 
     monkeypatch.setattr(work, "plan", cut)
     monkeypatch.setattr(work, "_work", work._work.__wrapped__)
@@ -102,6 +103,15 @@ def test_bf16(kind: str, packed: bool, device: torch.device) -> None:
     check(kind, BF16, 2, packed, True, device)
 
 
+@pytest.mark.parametrize(("dtype", "H", "packed", "with_final"), [(FP32, 1, False, True), (BF16, 2, True, False)])
+def test_whole_runs_of_a_gate_per_channel(
+    dtype: torch.dtype, H: int, packed: bool, with_final: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single segment, before which there is nothing: no summaries."""
+    monkeypatch.setattr(work, "plan", plans.plan)
+    check("channel", dtype, H, packed, with_final, device)
+
+
 def test_the_check_sees_a_past_that_is_not_gathered(device: torch.device) -> None:
     """The control: a segment without the tokens before it is far from what it is with them."""
     x, d_o, _ = problem("constant", FP32, 1, False)
@@ -113,7 +123,7 @@ def test_the_check_sees_a_past_that_is_not_gathered(device: torch.device) -> Non
 
 def test_where_states_are_gathered() -> None:
     """Whole short runs from zero; of gates per token shorter ones, or enough to fill a device uncut. Not what ranks
-    share, nor gates per channel."""
+    share. Of gates per channel, where one segment holds all."""
     h100 = (132, 232448, 9)
 
     def gathers(tokens: int, heads: int, kind: int = HEAD.value, from_zero: bool = True) -> bool:
@@ -121,7 +131,10 @@ def test_where_states_are_gathered() -> None:
 
     assert gathers(1024, 16) and gathers(2048, 128) and not gathers(4096, 16) and not gathers(65536, 16)
     assert gathers(512, 16, TOKEN.value) and gathers(2048, 128, TOKEN.value) and not gathers(1024, 16, TOKEN.value)
-    assert not gathers(1024, 16, from_zero=False) and not gathers(1024, 16, CHANNEL.value)
+    assert not gathers(1024, 16, from_zero=False) and not gathers(256, 16, CHANNEL.value, False)
+    assert (
+        gathers(512, 16, CHANNEL.value) and gathers(2048, 256, CHANNEL.value) and not gathers(1024, 16, CHANNEL.value)
+    )
 
 
 def test_an_initial_state_is_no_start_from_zero(device: torch.device) -> None:

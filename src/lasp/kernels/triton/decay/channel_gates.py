@@ -13,6 +13,8 @@ from lasp.kernels.triton.common.tiles import load_chunk, state_tile
 from lasp.kernels.triton.decay.gates import floored_log2
 
 MIN_BASE_LOG2 = tl.constexpr(-13.5)
+# Operands divided by such a decay are inside bf16's range up to 2^27.
+MAX_TO_MIDDLE_LOG2 = tl.constexpr(100.0)
 
 
 @triton.jit
@@ -76,11 +78,18 @@ def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
 def load_stretches(stretches_ptr, level, C: tl.constexpr):
     """The [C, C] matrix of a level: row i sums the gates between token i and the middle of its block.
 
-    Level -1 is that of the base blocks, where sums of tokens before the middle count negative.
+    Level -1 is that of the base blocks, -2 that of the whole chunk: there sums of tokens before the middle count
+    negative.
 
     It is read, not computed: integer arithmetic on [C, C] would cost more than the level's products.
     """
-    return tl.load(stretches_ptr + (level + 1) * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
+    return tl.load(stretches_ptr + (level + 2) * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
+
+
+@triton.jit
+def sums_to_middle(stretches_ptr, operand, C: tl.constexpr):
+    """[C, BK]: of gates from the chunk's middle to each token, negative for tokens before it."""
+    return sum_over(load_stretches(stretches_ptr, -2, C), operand)
 
 
 @triton.jit
@@ -99,6 +108,15 @@ def in_base_block(BASE: tl.constexpr, C: tl.constexpr):
     """[C, C]: the pairs within one base block."""
     block = tl.arange(0, C) >> BASE
     return block[:, None] == block[None, :]
+
+
+@triton.jit
+def is_done(steep_ptr, run, chunks, STEEP: tl.constexpr):
+    """Whether a kernel for mild chunks has done a program's chunk: if STEEP, where it did not mark it."""
+    if STEEP:
+        return tl.load(steep_ptr + tl.cast(run, tl.int64) * chunks + tl.program_id(1)) == 0
+    else:
+        return False
 
 
 @triton.jit
@@ -124,3 +142,23 @@ def with_outside(
     decay = tl.exp2(tl.load(decays_ptr + channel, mask=channel < K, other=0.0))
     outside, _ = state_tile(outside_ptr, k_first, v_first, K, V, V, 1, BK, BV)
     return state + decay[:, None] * tl.load(outside, mask=mask, other=0.0)
+
+
+@triton.jit
+def gradient_leaving(
+    d_states_ptr, after_ptr, d_state_out_ptr, index, border, k_first, v_first, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The gradient [BK, BV] of the state that leaves a segment; if WHOLE that of the run's."""
+    inside, mask = state_tile(d_states_ptr + index * K * V, k_first, v_first, K, V, V, 1, BK, BV)
+    if WHOLE:
+        state = tl.zeros((BK, BV), tl.float32)
+        if d_state_out_ptr is not None:
+            leaving, _ = state_tile(d_state_out_ptr + border * K * V, k_first, v_first, K, V, V, 1, BK, BV)
+            state = tl.load(leaving, mask=mask, other=0.0)
+    else:
+        state = tl.load(inside, mask=mask, other=0.0)
+        if d_state_out_ptr is not None:
+            outside = d_state_out_ptr + border * K * V
+            state = with_outside(state, mask, after_ptr + index * K, outside, k_first, v_first, K, V, BK, BV)
+    return state

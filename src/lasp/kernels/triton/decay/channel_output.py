@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import with_outside
+from lasp.kernels.triton.decay.channel_gates import gradient_leaving, with_outside
 from lasp.kernels.triton.decay.place import place
 
 
@@ -73,8 +73,8 @@ def channel_output_kernel(
     totals_ptr,  # fp32 [B, H_v, chunks, K]
     scores_ptr,  # [B, H_v, T, C]
     o_ptr,  # [B, T, H_v, V], written
-    states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in
-    before_ptr,  # fp32 [B, H_v, segments, K]: decay from the run's start to each segment
+    states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in; not read if WHOLE
+    before_ptr,  # fp32 [B, H_v, segments, K]: decay from the run's start to each segment; not read if WHOLE
     state_out_ptr,  # fp32 [B, H_v, K, V], written
     places_ptr,  # int32 [segments, 7] if PACKED
     state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero
@@ -89,6 +89,7 @@ def channel_output_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,  # a segment is a run, and starts from no state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -101,7 +102,7 @@ def channel_output_kernel(
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     entering, mask = state_tile(states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    state = tl.load(entering, mask=mask, other=0.0)
+    state = tl.zeros((BK, BV), tl.float32) if WHOLE else tl.load(entering, mask=mask, other=0.0)
     if state_in_ptr is not None:
         outside = state_in_ptr + border * K * V
         state = with_outside(state, mask, before_ptr + index * K, outside, 0, v_first, K, V, BK, BV)
@@ -129,8 +130,8 @@ def channel_value_gradient_kernel(
     totals_ptr,  # fp32 [B, H_v, chunks, K]
     scores_ptr,  # [B, H_v, T, C]
     dv_ptr,  # [B, T, H_v, V], written
-    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero
-    after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero; see WHOLE
+    after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end; see WHOLE
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
@@ -144,6 +145,7 @@ def channel_value_gradient_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,  # a segment is a run, and starts from no state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -155,11 +157,9 @@ def channel_value_gradient_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    inside, mask = state_tile(d_states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    state = tl.load(inside, mask=mask, other=0.0)
-    if d_state_out_ptr is not None:
-        outside = d_state_out_ptr + border * K * V
-        state = with_outside(state, mask, after_ptr + index * K, outside, 0, v_first, K, V, BK, BV)
+    state = gradient_leaving(
+        d_states_ptr, after_ptr, d_state_out_ptr, index, border, 0, v_first, K, V, BK, BV, WHOLE
+    )  # fmt: skip
     row = tl.cast(batch, tl.int64) * T
     token_head = row * H_v + head
     _sweep(

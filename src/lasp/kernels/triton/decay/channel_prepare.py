@@ -14,6 +14,8 @@ one operand made once. The lowest levels are taken together, in base blocks of 2
 block's middle: of two tokens on one side of it one is then divided by a decay, which bf16 has the range for up to 16
 tokens (others take single tokens: the diagonal). Chunks are independent: nothing here needs a state or another rank, so
 it runs while the exchange is under way.
+
+This takes any gates. In bf16 it is left the chunks that `channel_mild_prepare` cannot do.
 """
 
 import triton
@@ -24,6 +26,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     base_operand,
     gate_operand,
     in_base_block,
+    is_done,
     is_late,
     load_channel_gates,
     load_stretches,
@@ -40,11 +43,12 @@ def channel_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS + 1, C, C], see `load_stretches`
+    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
     scores_ptr,  # [B, H_v, T, C], written
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
     totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
+    steep_ptr,  # int32 [B, H_v, chunks] if STEEP
     places_ptr,  # int32 [chunks, 2] if PACKED
     scale,
     T,
@@ -54,12 +58,15 @@ def channel_prepare_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
     C: tl.constexpr,
-    BASE: tl.constexpr,  # 2^BASE tokens a base block
-    LEVELS: tl.constexpr,  # log2(C)
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BASE: tl.constexpr,  # 2^BASE tokens a base block
+    LEVELS: tl.constexpr,  # log2(C)
+    STEEP: tl.constexpr,  # only the chunks that channel_mild_prepare has marked
 ):
+    if is_done(steep_ptr, tl.program_id(0), chunks, STEEP):
+        return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     first, last = chunk_place(places_ptr, T, C, PACKED)
     head = tl.program_id(0) % H_v
@@ -103,7 +110,6 @@ def channel_prepare_kernel(
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
         store_chunk(to_end_view, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
-        chunk = run * chunks + tl.program_id(1)
-        tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
+        tl.store(totals_ptr + (run * chunks + tl.program_id(1)) * K + channel, tl.sum(gates, 0), mask=channel < K)
     out = view(scores_ptr + run * T * C, last, C, C, C, C, DESCRIPTORS)
     store_chunk(out, tl.where(i >= j, scores, 0.0).to(dtype), first, 0, last, C, C, C, C, DESCRIPTORS)

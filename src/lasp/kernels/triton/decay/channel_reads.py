@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import with_outside
+from lasp.kernels.triton.decay.channel_gates import gradient_leaving
 from lasp.kernels.triton.decay.place import place
 from lasp.kernels.triton.decay.sweep import as_swept
 
@@ -89,9 +89,9 @@ def _sweep(
 
 
 @triton.jit
-def _pairing(states_ptr, mask, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+def _pairing(states_ptr, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
     """S D summed over V, of the D [BK, BV] that a sweep holds."""
-    state, _ = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
+    state, mask = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
     swept = as_swept(d_state, dtype)
     return tl.sum(tl.load(state, mask=mask, other=0.0) * swept, 1)
 
@@ -118,7 +118,7 @@ def channel_query_reads_kernel(
     totals_ptr,  # fp32 [B, H_v, chunks, K]
     read_q_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [B, H_v, chunks, K], written
-    states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment
+    states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; not read if WHOLE
     places_ptr,  # int32 [segments, 7] if PACKED
     T,
     H_v,
@@ -130,6 +130,7 @@ def channel_query_reads_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,  # as in channel_output
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -140,13 +141,16 @@ def channel_query_reads_kernel(
     )
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
-    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    state = tl.zeros((BK, BV), tl.float32)
+    if not WHOLE:
+        entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
+        state = tl.load(entering, mask=mask, other=0.0)
     token_head = tl.cast(batch, tl.int64) * T * H_v + head
     sums = (run * chunks + chunk - first // C) * K
     _sweep(
         do_ptr + token_head * V, v_ptr + token_head * V, to_end_ptr + token_head * K, from_start_ptr + token_head * K,
         totals_ptr + sums, read_q_ptr + token_head * K, sums_ptr + sums, sums_ptr + sums,
-        tl.load(entering, mask=mask, other=0.0), tl.zeros((BK,), tl.float32),
+        state, tl.zeros((BK,), tl.float32),
         H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
 
@@ -161,10 +165,10 @@ def channel_key_reads_kernel(
     read_k_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [B, H_v, chunks, K], as the other sweep left them
     carry_ptr,  # fp32 [B, H_v, chunks, K], written: dg at the end of each chunk
-    states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment
+    states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment; not read if WHOLE
     state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
-    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero
-    after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; see WHOLE
+    after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end; see WHOLE
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     T,
@@ -177,6 +181,7 @@ def channel_key_reads_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,  # as in channel_output
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -188,16 +193,14 @@ def channel_key_reads_kernel(
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    inside, mask = state_tile(d_states_ptr + index * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    state = tl.load(inside, mask=mask, other=0.0)
-    if d_state_out_ptr is not None:
-        outside = d_state_out_ptr + border * K * V
-        state = with_outside(state, mask, after_ptr + index * K, outside, k_first, 0, K, V, BK, BV)
-    end_ptr = states_ptr + (index + 1) * K * V
-    if ends:
-        end_ptr = state_out_ptr + border * K * V
+    state = gradient_leaving(
+        d_states_ptr, after_ptr, d_state_out_ptr, index, border, k_first, 0, K, V, BK, BV, WHOLE
+    )  # fmt: skip
+    end_ptr = state_out_ptr + border * K * V
+    if not WHOLE:
+        end_ptr = tl.where(ends, end_ptr, states_ptr + (index + 1) * K * V)
     dtype: tl.constexpr = v_ptr.dtype.element_ty
-    carry = _pairing(end_ptr, mask, state, k_first, dtype, K, V)
+    carry = _pairing(end_ptr, state, k_first, dtype, K, V)
     token_head = tl.cast(batch, tl.int64) * T * H_v + head
     sums = (run * chunks + chunk - first // C) * K
     state, carry = _sweep(
@@ -205,7 +208,9 @@ def channel_key_reads_kernel(
         totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, carry_ptr + sums,
         state, carry, H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip
-    drift = carry - _pairing(states_ptr + index * K * V, mask, state, k_first, dtype, K, V)
+    drift = carry
+    if not WHOLE:
+        drift -= _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
     # Other threads read what these have stored.
     tl.debug_barrier()
     _tie(carry_ptr + sums, drift, first, last, k_first, K, BK, C)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.decay.layout import chunks_of, places_of
+from lasp.kernels.triton.decay.layout import chunks_of, given, places_of
 from lasp.kernels.triton.decay.plan import Plan
 from lasp.kernels.triton.decay.work import BASE_LEVELS, Work
 from lasp.recurrence.contract import Run
@@ -16,27 +16,28 @@ from lasp.recurrence.contract import Run
 
 class Segments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments, K] (base 2) from the
-    run's end on that side to them."""
+    run's end on that side to them; None where a segment is a whole run."""
 
-    states: Tensor
-    decays: Tensor
+    states: Tensor | None
+    decays: Tensor | None
 
 
 class Prepared(NamedTuple):
-    """Per chunk: scores [B, H_v, T, C], scale q 2^prefix and k 2^suffix [B, T, H_v, K], and the chunks' log-decays
-    [B, H_v, chunks, K] (base 2)."""
+    """Per chunk: scores [B, H_v, T, C], scale q 2^prefix and k 2^suffix [B, T, H_v, K], the chunks' log-decays
+    [B, H_v, chunks, K] (base 2), and int32 [B, H_v, chunks], which of them `channel_mild_prepare` has marked."""
 
     scores: Tensor
     from_start: Tensor
     to_end: Tensor
     totals: Tensor
+    steep: Tensor
 
 
 class Saved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], the state leaving the run [B, H_v, K, V], and what was
-    prepared per chunk."""
+    """States entering each segment [B, H_v, segments, K, V], or None where a segment is a whole run; the state leaving
+    the run [B, H_v, K, V]; what was prepared per chunk."""
 
-    entering: Tensor
+    entering: Tensor | None
     leaving: Tensor
     prepared: Prepared
 
@@ -50,36 +51,47 @@ class QueryReads(NamedTuple):
 
 @functools.cache
 def stretch_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
-    """[1 + levels, C, C], fp32 if `exact` else fp16: at each level, row i sums the gates between token i and the middle
-    of its block; first, that of the base blocks.
+    """[2 + levels, C, C], fp32 if `exact` else fp16: at each level, row i sums the gates between token i and the middle
+    of its block; before them that of the whole chunk and that of the base blocks, negative where i is early.
 
     The levels are those at which tokens of a chunk meet, see channel_prepare.
     """
     i, j = torch.arange(chunk)[:, None], torch.arange(chunk)[None, :]
-    matrices = []
-    for level in range(chunk.bit_length() - 1):
-        half = i >> level
-        matrices.append(((half == j >> level) & torch.where(half % 2 == 1, j <= i, j > i)).float())
-    base = BASE_LEVELS - 1
-    # Between early tokens and the middle, sums count negative.
-    late = (i >> base) % 2 == 1
-    matrices.insert(0, torch.where(late, matrices[base], -matrices[base]))
-    return torch.stack(matrices).to(device, torch.float32 if exact else torch.float16).contiguous()
+    levels = range(chunk.bit_length() - 1)
+    late = [(i >> level) % 2 == 1 for level in levels]
+    matrices = [((i >> n == j >> n) & torch.where(late[n], j <= i, j > i)).float() for n in levels]
+    signed = [torch.where(late[n], matrices[n], -matrices[n]) for n in (levels[-1], BASE_LEVELS - 1)]
+    return torch.stack([*signed, *matrices]).to(device, torch.float32 if exact else torch.float16)
 
 
 def empty_prepared(q: Tensor, v: Tensor, p: Plan) -> Prepared:
     (B, T, H_v, _), K = v.shape, q.shape[3]
     scores = q.new_empty(B, H_v, T, p.chunk)
     from_start, to_end = (q.new_empty(B, T, H_v, K) for _ in range(2))
-    return Prepared(scores, from_start, to_end, q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32))
+    totals = q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32)
+    return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
 
 
 def local_outputs(x: Run, work: Work) -> Prepared:
     p = work.plan
     ready = empty_prepared(x.q, x.v, p)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    work.channel_prepare(x.q, x.k, x.g, stretches, *ready, chunks_of(p, ready.totals))
+    places = chunks_of(p, ready.totals)
+    if work.mild:
+        work.channel_mild_prepare(x.q, x.k, x.g, stretches, *ready, places)
+    work.channel_prepare(x.q, x.k, x.g, stretches, *ready, places)
     return ready
+
+
+def outputs(
+    x: Run, work: Work, totals: Segments, ready: Prepared, o: Tensor, leaving: Tensor, state_in: Tensor | None
+) -> tuple[Tensor, Saved]:
+    states, before = given(totals.states, leaving), given(totals.decays, leaving)
+    work.channel_output(
+        ready.from_start, ready.to_end, x.v, ready.totals, ready.scores, o, states, before, leaving,
+        places_of(work.plan, leaving), state_in,
+    )  # fmt: skip
+    return o, Saved(totals.states, leaving, ready)
 
 
 def local_gradients(x: Run, work: Work, saved: Saved, d_o: Tensor) -> QueryReads:
@@ -87,8 +99,9 @@ def local_gradients(x: Run, work: Work, saved: Saved, d_o: Tensor) -> QueryReads
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
     work.channel_query_reads(
-        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums, saved.entering, places_of(work.plan, sums)
-    )
+        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums,
+        given(saved.entering, saved.leaving), places_of(work.plan, sums),
+    )  # fmt: skip
     return QueryReads(read_q, sums)
 
 
@@ -97,21 +110,23 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
     p, ready = work.plan, saved.prepared
-    places = places_of(p, adjoint.states)
+    entering, d_states, after = (given(tensor, saved.leaving) for tensor in (saved.entering, *adjoint))
+    places = places_of(p, d_states)
     read_k, carry = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     work.channel_key_reads(
         ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, carry,
-        saved.entering, saved.leaving, *adjoint, places, d_state_out,
+        entering, saved.leaving, d_states, after, places, d_state_out,
     )  # fmt: skip
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     dk, dg = torch.empty_like(dq), carry.new_empty(work.gradient)
-    work.channel_within(
-        x.q, x.k, x.v, d_o, x.g, stretch_matrices(p.chunk, p.exact, x.q.device), local.read_q, read_k, carry,
-        dq, dk, dg, chunks_of(p, carry),
-    )  # fmt: skip
+    stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
+    operands = (x.q, x.k, x.v, d_o, x.g, stretches, ready.steep, local.read_q, read_k, carry, dq, dk, dg)
+    if work.mild:
+        work.channel_mild_within(*operands, chunks_of(p, carry))
+    work.channel_within(*operands, chunks_of(p, carry))
     dv = torch.empty_like(x.v)
     work.channel_value_gradient(
-        ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv, *adjoint, places, d_state_out
+        ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv, d_states, after, places, d_state_out
     )
     return dq, dk, dv, dg
 

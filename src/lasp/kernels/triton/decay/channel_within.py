@@ -5,7 +5,8 @@
     dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + carry    per channel, s within the chunk; carry: S D at the chunk's end
 
 Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
-pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent.
+pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent. As there, any gates,
+and in bf16 what `channel_mild_within` cannot do.
 """
 
 import triton
@@ -16,6 +17,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     base_operand,
     gate_operand,
     in_base_block,
+    is_done,
     is_late,
     load_channel_gates,
     load_stretches,
@@ -24,7 +26,6 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sum_over,
     sums_to_end,
-    two_part_dot,
 )
 from lasp.kernels.triton.decay.place import chunk_place
 
@@ -36,7 +37,8 @@ def channel_within_kernel(
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS + 1, C, C], see `load_stretches`
+    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    steep_ptr,  # int32 [B, H_v, chunks] if STEEP
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
     carry_ptr,  # fp32 [B, H_v, chunks, K]: of every chunk, what dg has at its end
@@ -54,14 +56,17 @@ def channel_within_kernel(
     BK: tl.constexpr,  # channels a program has
     BV: tl.constexpr,
     C: tl.constexpr,
-    BASE: tl.constexpr,
-    LEVELS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BASE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    STEEP: tl.constexpr,  # as in channel_prepare
 ):
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
     slices: tl.constexpr = (K + BK - 1) // BK
+    if is_done(steep_ptr, tl.program_id(0) // slices, chunks, STEEP):
+        return
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     k_first = (tl.program_id(0) % slices) * BK
     head = tl.program_id(0) // slices % H_v
     batch = tl.program_id(0) // slices // H_v
@@ -90,20 +95,22 @@ def channel_within_kernel(
     dk = tl.zeros((C, BK), tl.float32)
     dg_view = view(dg_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
     if BASE > 0:
-        q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        stretches = load_stretches(stretches_ptr, -1, C)
-        to_middle = sum_over(stretches, base_operand(gates, dtype))
+        to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
         to_q = tl.exp2(to_middle)
         to_k = tl.exp2(-to_middle)
         block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
-        dq += to_q * tl.dot(tl.where(i > j, block, 0.0), (k * to_k).to(dtype), input_precision=PRECISION)
-        dk += to_k * tl.dot(tl.where(i < j, block, 0.0), (q * to_q).to(dtype), input_precision=PRECISION)
-        # dg of near pairs, the heaviest ones, by the chain rule: few tokens are summed then, and in sums to the chunk's
-        # end their roundings would add up. Less what those sums give; kept in dg until then.
-        instead = tl.trans(stretches) - (i <= j).to(stretches.dtype)
-        near = two_part_dot(instead, q * dq - k * dk, dtype)
-        store_chunk(dg_view, near, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        near_k = (k * to_k).to(dtype)
+        d_q = tl.dot(tl.where(i > j, block, 0.0), near_k, input_precision=PRECISION)
+        q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        near_q = (q * to_q).to(dtype)
+        dq = to_q * d_q
+        # Near pairs are the heaviest, and cancel in sums of operands as rounded. Kept in dg until sums are taken.
+        rounding = near_q * d_q - q * dq
+        d_k = tl.dot(tl.where(i < j, block, 0.0), near_q, input_precision=PRECISION)
+        dk = to_k * d_k
+        rounding -= near_k * d_k - k * dk
+        store_chunk(dg_view, rounding, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
@@ -129,11 +136,12 @@ def channel_within_kernel(
     q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
-    chunk = (tl.cast(batch, tl.int64) * H_v + head) * chunks + tl.program_id(1)
-    carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
-    dg = sums_to_end(q * dq - k * dk, dtype, C) + carry[None, :]
+    run = tl.cast(batch, tl.int64) * H_v + head
+    carry = tl.load(carry_ptr + (run * chunks + tl.program_id(1)) * K + channel, mask=channel < K, other=0.0)
+    terms = q * dq - k * dk
     if BASE > 0:
-        dg += load_chunk(dg_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        terms += load_chunk(dg_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dg = sums_to_end(terms, dtype, C) + carry[None, :]
     # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
     dq += diagonal * k
     dk += diagonal * q

@@ -83,3 +83,8 @@ def chunks_of(p: Plan, otherwise: Tensor) -> Tensor:
 def bounds_of(p: Plan, otherwise: Tensor) -> Tensor:
     """The documents' segments, likewise."""
     return otherwise if p.tables is None else p.tables.bounds
+
+
+def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """What a kernel gets that reads `tensor`, or nothing."""
+    return unread if tensor is None else tensor

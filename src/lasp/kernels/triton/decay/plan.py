@@ -20,6 +20,8 @@ DESCRIPTOR_CHUNKS = 8
 # state (written, scanned and read back) adds to the whole device's traffic.
 START_COST = 1.5
 STATE_COST = 0.017
+# Likewise of the two launches that make summaries and scan them.
+SUMMARIES_COST = 8.0
 # Chunks: the gradients of gates gather rounding over a segment (gate_gradient, channel_reads), however long the run.
 LONGEST = {TOKEN: 32, CHANNEL: 32}
 # Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
@@ -63,7 +65,8 @@ class Plan(NamedTuple):
         channel_within: of the kernel that completes dq, dk and dg.
         channel_values: for a gate per channel, of those that divide V.
         exact: whether decays between tokens are summed pair by pair (fp32).
-        gathers: whether sweeps gather the states that enter segments themselves (`sweep`), without summaries.
+        gathers: whether sweeps gather the states that enter segments themselves (`sweep`), without summaries; for a
+            gate per channel, whether there is a single segment, before which there is nothing.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
         tables: where packed documents lie (`layout.Tables`), or None.
@@ -109,17 +112,19 @@ def tile(dim: int, dtype: torch.dtype) -> int:
     return max(16 if dtype == torch.float32 else 64, 1 << (dim - 1).bit_length())
 
 
-def segment_chunks(chunks: int, heads: int, processors: int) -> int:
+def segment_chunks(chunks: int, heads: int, processors: int, summaries: float = 0.0) -> int:
     """Chunks per segment that make `heads` runs of `chunks` chunks fastest on a device.
 
     Few long segments save state traffic, many short ones fill the processors: programs run in waves, one or two
     per processor, and the last wave should be full.
+
+    summaries: what those and a scan over them cost, where a single segment does without.
     """
 
     def cost(length: int) -> float:
         programs = heads * -(-chunks // length)
         waves = -(-programs // processors)
-        return waves * (length + START_COST) + STATE_COST * programs
+        return waves * (length + START_COST) + STATE_COST * programs + (summaries if length < chunks else 0.0)
 
     # Every number of segments up to a few waves' worth; more only adds states.
     most = max(1, min(chunks, 8 * processors // heads + 1))
@@ -132,7 +137,7 @@ def gathered(chunks: int, heads: int, slices: int, kind: int, processors: int) -
 
     slices: programs that share a segment.
     """
-    if kind == CHANNEL or chunks > LONGEST_GATHERED:
+    if chunks > LONGEST_GATHERED:
         return None
     # The shortest segments that have a processor for each program.
     most = max(1, processors // (heads * slices))
@@ -204,10 +209,12 @@ def plan(
     chunks = max(1, -(-tokens // chunk))
     # Gates per token and channel want short segments: the one for what their gradient gathers, the other because its
     # programs wait more often, two to a processor.
-    length = segment_chunks(chunks, heads, 2 * processors if kind in (TOKEN, CHANNEL) else processors)
+    summaries = SUMMARIES_COST if kind == CHANNEL and from_zero else 0.0
+    length = segment_chunks(chunks, heads, 2 * processors if kind in (TOKEN, CHANNEL) else processors, summaries)
     length = min(length, LONGEST.get(kind, length))
     cut = None
-    if from_zero:
+    whole = kind == CHANNEL and from_zero and length == chunks
+    if from_zero and kind != CHANNEL:
         slices = -(-V // _sweep_tiles(V, K, dtype, Gathered(1, alone=True)).columns)
         cut = gathered(chunks, heads, slices, kind, processors)
         length = length if cut is None else cut.segment_chunks
@@ -238,14 +245,14 @@ def plan(
         values=fitting(_sweep_tiles(V, K, dtype, cut)),
         channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
         prepared_channels=fitting(Tiles(128 if wide else min(narrow, tile(K, dtype)), 4, stages)),
-        channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
+        channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, min(stages, 2))),
         channel_reads=fitting(_sweep_tiles(K, V, dtype)),
         channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1)),
         channel_values=fitting(
             _sweep_tiles(V, K, dtype) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
         ),
         exact=exact,
-        gathers=cut is not None,
+        gathers=cut is not None or whole,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS and cut is None,
         precision="ieee" if exact else "tf32",
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages as channel
-from lasp.kernels.triton.decay.layout import bounds_of, places_of
+from lasp.kernels.triton.decay.layout import bounds_of, given, places_of
 from lasp.kernels.triton.decay.work import Work, work_of
 from lasp.recurrence.contract import Run
 
@@ -109,6 +109,8 @@ def _totals_of(
     places = places_of(work.plan, v)
     if work.plan.gathers:
         assert not summarized
+        if work.per_channel:
+            return None, channel.Segments(None, None)
         return None, Segments(None, None, () if reverse else _gate_sums(x, work, places))
     states = torch.empty(work.states, dtype=torch.float32, device=k.device)
     decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
@@ -176,18 +178,15 @@ def outputs_of(x: Run, work: Work, totals: Any, partial: Any, state_in: Tensor |
     o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
     places = places_of(work.plan, leaving)
     if work.per_channel:
-        from_start, to_end = partial.from_start, partial.to_end
-        work.channel_output(
-            from_start, to_end, x.v, partial.totals, partial.scores, o, *totals, leaving, places, state_in
-        )
-        return o, channel.Saved(totals.states, leaving, partial)
+        return channel.outputs(x, work, totals, partial, o, leaving, state_in)
     states, decays, gates = totals
     if states is None and work.keeps_states:
         states = leaving.new_empty(work.states)
     g, unread = x.q if x.g is None else x.g, leaving
     work.output(
-        x.q, x.k, x.v, g, *_two(gates, unread), o, _or(states, unread), _or(decays, unread), leaving, places, state_in
-    )
+        x.q, x.k, x.v, g, *_two(gates, unread), o, given(states, unread), given(decays, unread), leaving, places,
+        state_in,
+    )  # fmt: skip
     return o, Saved(states, leaving, gates)
 
 
@@ -206,7 +205,7 @@ def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     sums = saved.leaving.new_empty(work.sums) if work.with_decay else saved.leaving
     g = x.q if x.g is None else x.g
-    gates, entering = _two(saved.gates, saved.leaving), _or(saved.entering, saved.leaving)
+    gates, entering = _two(saved.gates, saved.leaving), given(saved.entering, saved.leaving)
     work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, entering, places_of(work.plan, dq))
     return QueryGradient(dq, sums)
 
@@ -232,7 +231,7 @@ def gradients_of(
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
     unread = saved.leaving
     g, gates = x.q if x.g is None else x.g, _two(saved.gates, unread)
-    d_states, after = _or(totals_adjoint.states, unread), _or(totals_adjoint.decays, unread)
+    d_states, after = given(totals_adjoint.states, unread), given(totals_adjoint.decays, unread)
     places = places_of(work.plan, d_states)
 
     dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
@@ -244,7 +243,7 @@ def gradients_of(
         sums, carry = torch.empty_like(sums), after.new_empty(work.carry)
     work.key_gradient(
         x.q, x.k, x.v, d_o, g, *gates, dk, sums, carry,
-        _or(saved.entering, unread), saved.leaving, d_states, after, places, d_state_out,
+        given(saved.entering, unread), saved.leaving, d_states, after, places, d_state_out,
     )  # fmt: skip
     work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
     d_gate = None
@@ -254,11 +253,6 @@ def gradients_of(
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
-
-
-def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
-    """What a kernel gets that reads `tensor`, or nothing."""
-    return unread if tensor is None else tensor
 
 
 def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.decay.channel_mild_prepare import channel_mild_prepare_kernel
+from lasp.kernels.triton.decay.channel_mild_within import channel_mild_within_kernel
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel, channel_value_gradient_kernel
 from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
 from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel, channel_query_reads_kernel
@@ -58,6 +60,7 @@ class Work:
         plan: how they are cut.
         scale: of the outputs.
         per_token, per_channel: whether that is the kind of decay.
+        mild: whether chunks whose gates per channel are mild have kernels of their own.
         with_decay: whether the decay's gradient is wanted: it needs other, slower sweeps.
         from_zero: whether runs are whole and start from no state.
         keeps_states: whether the states entering segments are kept for the backward pass.
@@ -98,9 +101,10 @@ class Work:
         self.plan, self.with_decay, self.from_zero = p, with_decay, from_zero
         alike = not with_decay and H_v == H and K == V
         # The decay's gradient pairs the states at segments' ends, which are then read where there are.
-        self.keeps_states = with_decay or not p.gathers
+        self.keeps_states = not p.gathers or (with_decay and kind != CHANNEL.value)
         self.paired = alike and (p.gathers or p.segment_chunks >= PAIRED_CHUNKS)
         self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
+        self.mild = self.per_channel and base_levels(dtype) > 0
         self._dims, self._dtype, self._kind, self.scale = (B, T, H, H_v, K, V), dtype, kind, scale
         runs = B if p.tables is None else len(p.tables.bounds) - 1
         each = (K,) if self.per_channel else ()
@@ -202,7 +206,7 @@ class Work:
 
     def _channel_values(self, kernel: Any) -> Launch:
         p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, tile(K, self._dtype), p.channel_values.columns, p.chunk)
+        constants = (K, V, tile(K, self._dtype), p.channel_values.columns, p.chunk, p.gathers)
         return self._by_segment(kernel, V, p.channel_values, (self.scale, T, H_v), constants)
 
     @cached_property
@@ -215,27 +219,45 @@ class Work:
 
     def _channel_reads(self, kernel: Any) -> Launch:
         p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, p.channel_reads.columns, tile(V, self._dtype), p.chunk)
+        constants = (K, V, p.channel_reads.columns, tile(V, self._dtype), p.chunk, p.gathers)
         return self._by_segment(kernel, K, p.channel_reads, (T, H_v), constants)
 
     # Others: a program for each chunk; for each block of a state; for each segment of each head.
 
     @cached_property
+    def channel_mild_prepare(self) -> Launch:
+        return self._prepare(channel_mild_prepare_kernel)
+
+    @cached_property
     def channel_prepare(self) -> Launch:
-        p, (_, _, _, _, K, _) = self.plan, self._dims
-        return self._by_chunk(channel_prepare_kernel, 1, p.channel_prepare, (K, p.channel_prepare.columns))
+        return self._prepare(channel_prepare_kernel, *self._levels)
+
+    def _prepare(self, kernel: Any, *others: Any) -> Launch:
+        tiles, K = self.plan.channel_prepare, self._dims[4]
+        return self._by_chunk(kernel, 1, tiles, (K, tiles.columns), others)
+
+    @cached_property
+    def channel_mild_within(self) -> Launch:
+        return self._within(channel_mild_within_kernel)
 
     @cached_property
     def channel_within(self) -> Launch:
-        p, (_, _, _, _, K, V) = self.plan, self._dims
-        columns = p.channel_within.columns
-        constants = (K, V, columns, tile(V, self._dtype))
-        return self._by_chunk(channel_within_kernel, -(-K // columns), p.channel_within, constants)
+        return self._within(channel_within_kernel, *self._levels)
 
-    def _by_chunk(self, kernel: Any, slices: int, tiles: Tiles, constants: tuple[Any, ...]) -> Launch:
+    def _within(self, kernel: Any, *others: Any) -> Launch:
+        tiles, (K, V) = self.plan.channel_within, self._dims[4:]
+        constants = (K, V, tiles.columns, tile(V, self._dtype))
+        return self._by_chunk(kernel, -(-K // tiles.columns), tiles, constants, others)
+
+    @property
+    def _levels(self) -> tuple[Any, ...]:
+        return base_levels(self._dtype), self.plan.chunk.bit_length() - 1, self.mild
+
+    def _by_chunk(
+        self, kernel: Any, slices: int, tiles: Tiles, constants: tuple[Any, ...], others: tuple[Any, ...]
+    ) -> Launch:
         p, (B, T, H, H_v, _, _) = self.plan, self._dims
-        levels = (base_levels(self._dtype), p.chunk.bit_length() - 1)
-        constants = (*constants, p.chunk, *levels, SINGLE_CHUNK_DESCRIPTORS, p.packed, p.precision)
+        constants = (*constants, p.chunk, SINGLE_CHUNK_DESCRIPTORS, p.packed, p.precision, *others)
         scalars = (self.scale, T, H, H_v, p.chunks)
         return Launch(kernel, (slices * H_v * B, p.chunks), scalars, constants, tiles.warps, tiles.stages)
 

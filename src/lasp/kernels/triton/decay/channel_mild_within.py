@@ -1,0 +1,110 @@
+"""What `channel_within` makes, for chunks whose gates are mild: all their tokens meet in the chunk's middle.
+
+With near_q = q 2^to and near_k = k 2^-to as in channel_mild_prepare, 2^prefix = 2^(to + early) and 2^suffix =
+2^(late - to), early and late being the sums of gates of the chunk's halves:
+
+    d_q_i = sum_{j <= i} d_scores_ij near_k_j + scale 2^early read_q_i        dq = 2^to d_q
+    d_k_j = sum_{i >= j} d_scores_ij near_q_i +       2^late  read_k_j        dk = 2^-to d_k
+    dg_t  = sum_{s >= t} (near_q_s d_q_s - near_k_s d_k_s) + carry
+
+What pairs within the chunk add to dg cancels where it should, to fp32, since both sides take the same rounded operands.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.decay.channel_gates import gate_operand, load_channel_gates, sums_to_end, sums_to_middle
+from lasp.kernels.triton.decay.place import chunk_place
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
+def channel_mild_within_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    g_ptr,  # [B, T, H_v, K]
+    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    steep_ptr,  # int32 [B, H_v, chunks]: the chunks left to channel_within
+    read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
+    read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
+    carry_ptr,  # fp32 [B, H_v, chunks, K]: of every chunk, what dg has at its end
+    dq_ptr,  # [B, T, H_v, K], written
+    dk_ptr,  # likewise
+    dg_ptr,  # fp32 likewise
+    places_ptr,  # int32 [chunks, 2] if PACKED
+    scale,
+    T,
+    H,
+    H_v,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,  # channels a program has
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    slices: tl.constexpr = (K + BK - 1) // BK
+    k_first = (tl.program_id(0) % slices) * BK
+    head = tl.program_id(0) // slices % H_v
+    batch = tl.program_id(0) // slices // H_v
+    first, last = chunk_place(places_ptr, T, C, PACKED)
+    row = tl.cast(batch, tl.int64) * T
+    qk = (row * H + head // (H_v // H)) * K
+    token_head = row * H_v + head
+    chunk = (tl.cast(batch, tl.int64) * H_v + head) * chunks + tl.program_id(1)
+    out = token_head * K
+    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    k_view = view(k_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    do_view = view(do_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    g_view = view(g_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    read_q_view = view(read_q_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    read_k_view = view(read_k_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dq_view = view(dq_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dk_view = view(dk_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dg_view = view(dg_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+
+    v = load_chunk(v_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+    do = load_chunk(do_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+    # After those loads, so that it waits with them.
+    if tl.load(steep_ptr + chunk) != 0:
+        return
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
+    d_scores = tl.where(i >= j, tl.dot(do, tl.trans(v), input_precision=PRECISION) * scale, 0.0).to(dtype)
+    by_key = tl.where(i <= j, tl.dot(v, tl.trans(do), input_precision=PRECISION) * scale, 0.0).to(dtype)
+    gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    operand = gate_operand(gates, dtype)
+    k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    read_q = load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    read_k = load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    to_middle = sums_to_middle(stretches_ptr, operand, C)
+    # Of gates as rounded, so that they and `to_middle` cancel.
+    rounded = operand.to(tl.float32)
+    early = tl.exp2(tl.sum(tl.where(i < C // 2, rounded, 0.0), 0)) * scale
+    late = tl.exp2(tl.sum(tl.where(i < C // 2, 0.0, rounded), 0))
+    to_q = tl.exp2(to_middle)
+    to_k = tl.exp2(-to_middle)
+    # In an order that holds few tiles at a time.
+    near_k = (k * to_k).to(dtype)
+    d_q = tl.dot(d_scores, near_k, read_q * early[None, :], input_precision=PRECISION)
+    dq = (to_q * d_q).to(dq_ptr.dtype.element_ty)
+    store_chunk(dq_view, dq, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    near_q = (q * to_q).to(dtype)
+    terms = near_q * d_q
+    d_k = tl.dot(by_key, near_q, read_k * late[None, :], input_precision=PRECISION)
+    dk = (to_k * d_k).to(dk_ptr.dtype.element_ty)
+    store_chunk(dk_view, dk, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    terms -= near_k * d_k
+    channel = k_first + tl.arange(0, BK)
+    carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
+    dg = sums_to_end(terms, dtype, C) + carry[None, :]
+    store_chunk(dg_view, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
