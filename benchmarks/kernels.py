@@ -44,13 +44,15 @@ CROSSOVER_TOKENS = (512, 1024, 2048, 4096, 8192)
 SLOWEST_DECAY = 0.02
 
 
-def inputs(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """q, k, v, d_o [B, T, H, D] and g; all but d_o and a constant g want gradients."""
+def inputs(
+    shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype = torch.bfloat16, strongest: float = SLOWEST_DECAY
+) -> dict[str, Tensor]:
+    """q, k, v, d_o [B, T, H, D] and g, uniform down to -strongest; all but d_o and a constant g want gradients."""
     B, T, H, D = shape
     random = torch.Generator("cuda").manual_seed(0)
     q, k, v, d_o = (torch.randn(B, T, H, D, device="cuda", generator=random).to(dtype) for _ in range(4))
     gate_shape = {"constant": (H,), "scalar": (B, T, H), "channel": (B, T, H, D)}[kind]
-    g = -SLOWEST_DECAY * torch.rand(gate_shape, device="cuda", generator=random)
+    g = -strongest * torch.rand(gate_shape, device="cuda", generator=random)
     wanted = (q, k, v) if kind == "constant" else (q, k, v, g)
     for tensor in wanted:
         tensor.requires_grad_()

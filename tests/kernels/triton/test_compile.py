@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parent / "compile_ahead.py"
 COMPILER = "3.7"
 SPILLS = {
     "cuda:90": {
-        "channel_mild_within_kernel": 64,
+        "channel_mild_within_kernel": 96,
         "channel_within_kernel": 640,
         "channel_prepare_kernel": 128,
         "key_gradient_kernel": 384,
@@ -36,16 +36,16 @@ SPILLS = {
         "key_gradient_kernel": 352,
     },
     "cuda:80": {
-        "channel_mild_within_kernel": 256,
+        "channel_mild_within_kernel": 288,
         "channel_mild_prepare_kernel": 32,
-        "channel_within_kernel": 512,
+        "channel_within_kernel": 576,
         "channel_prepare_kernel": 128,
         "output_kernel": 256,
         "channel_key_reads_kernel": 16,
         "key_gradient_kernel": 192,
     },
     "hip:gfx942": {
-        "channel_within_kernel": 192,
+        "channel_within_kernel": 256,
         "output_kernel": 224,
         "key_gradient_kernel": 160,
         "channel_key_reads_kernel": 128,

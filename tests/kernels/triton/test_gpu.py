@@ -100,10 +100,7 @@ CASES = [
     Case("channel", BF16, 128, 128, gates="strongest"),
     *(Case(kind, dtype, 64, 64, **SHORT, gates="zero") for kind in KINDS[1:] for dtype in BOUNDS),
 ]
-MILLION = [
-    Case(kind, BF16, 64, 64, T=1 << 20, H=2, H_v=2, gates="weakest", processors=None)
-    for kind in ("none", "constant", "scalar")
-]
+MILLION = [Case(kind, BF16, 64, 64, T=1 << 20, H=2, H_v=2, gates="weakest", processors=None) for kind in KINDS]
 
 
 def gate(case: Case, random: torch.Generator) -> Tensor | None:

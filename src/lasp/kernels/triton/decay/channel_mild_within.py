@@ -5,9 +5,12 @@ With near_q = q 2^to and near_k = k 2^-to as in channel_mild_prepare, 2^prefix =
 
     d_q_i = sum_{j <= i} d_scores_ij near_k_j + scale 2^early read_q_i        dq = 2^to d_q
     d_k_j = sum_{i >= j} d_scores_ij near_q_i +       2^late  read_k_j        dk = 2^-to d_k
-    dg_t  = sum_{s >= t} (near_q_s d_q_s - near_k_s d_k_s) + carry
+    dg_t  = sum_{s >= t} (near_q_s d_q_s - near_k_s d_k_s) + leaving
+    leaving = through + sum_s near_k_s 2^late read_k_s                        per channel, s within the chunk
 
 What pairs within the chunk add to dg cancels where it should, to fp32, since both sides take the same rounded operands.
+So does what tokens add to the state that leaves the chunk, which is summed here from what is subtracted again: where
+gates are strong, dg is next to nothing a few tokens before a large `leaving`.
 """
 
 import triton
@@ -29,7 +32,7 @@ def channel_mild_within_kernel(
     steep_ptr,  # int32 [B, H_v, chunks]: the chunks left to channel_within
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
-    carry_ptr,  # fp32 [B, H_v, chunks, K]: of every chunk, what dg has at its end
+    through_ptr,  # fp32 [B, H_v, chunks, K]: what passes from before each chunk to after it adds to dg
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
@@ -82,6 +85,7 @@ def channel_mild_within_kernel(
     by_key = tl.where(i <= j, tl.dot(v, tl.trans(do), input_precision=PRECISION) * scale, 0.0).to(dtype)
     gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
+    # Loads together, so that they wait together; the rest in an order that holds few tiles at a time.
     k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     read_q = load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
@@ -93,18 +97,19 @@ def channel_mild_within_kernel(
     late = tl.exp2(tl.sum(tl.where(i < C // 2, 0.0, rounded), 0))
     to_q = tl.exp2(to_middle)
     to_k = tl.exp2(-to_middle)
-    # In an order that holds few tiles at a time.
     near_k = (k * to_k).to(dtype)
     d_q = tl.dot(d_scores, near_k, read_q * early[None, :], input_precision=PRECISION)
     dq = (to_q * d_q).to(dq_ptr.dtype.element_ty)
     store_chunk(dq_view, dq, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     near_q = (q * to_q).to(dtype)
     terms = near_q * d_q
-    d_k = tl.dot(by_key, near_q, read_k * late[None, :], input_precision=PRECISION)
+    read_k = read_k * late[None, :]
+    leaving = tl.sum(near_k * read_k, 0)
+    d_k = tl.dot(by_key, near_q, read_k, input_precision=PRECISION)
     dk = (to_k * d_k).to(dk_ptr.dtype.element_ty)
     store_chunk(dk_view, dk, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     terms -= near_k * d_k
     channel = k_first + tl.arange(0, BK)
-    carry = tl.load(carry_ptr + chunk * K + channel, mask=channel < K, other=0.0)
-    dg = sums_to_end(terms, dtype, C) + carry[None, :]
+    leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
+    dg = sums_to_end(terms, dtype, C) + leaving[None, :]
     store_chunk(dg_view, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -9,9 +9,10 @@ and channel, what its reads add to dg,
     sums = sum_i (scale q_i 2^prefix_i) read_q_i,        and        sum_j (k_j 2^suffix_j) read_k_j,
 
 since dg at a chunk's end, S D summed over V, is that at the segment's end plus the first and minus the second of all
-later chunks. What rounding adds to that, a random walk, is known at the segment's start, where S D can be taken again:
-it is taken off, all of it there and less towards the end. States and outputs are transposed as in `sweep`, so these
-sums run along a thread's own columns.
+later chunks. Less the second of the chunk itself it is `through`: what passes from before the chunk to after it. What
+rounding adds to that, a random walk, is known at the segment's start, where S D can be taken again: it is taken off,
+all of it there and less towards the end. States and outputs are transposed as in `sweep`, so these sums run along a
+thread's own columns.
 """
 
 import triton
@@ -34,7 +35,7 @@ def _sweep(
     totals_ptr,  # fp32 [chunks, K]
     out_ptr,  # [T, K], written
     sums_ptr,  # fp32 [chunks, K]: written, or read when REVERSE
-    carry_ptr,  # fp32 [chunks, K], written when REVERSE
+    through_ptr,  # fp32 [chunks, K], written when REVERSE
     state,  # [BK, BV]
     carry,  # [BK]
     v_row,
@@ -79,8 +80,9 @@ def _sweep(
             # As in `rows`: only what a product takes is loaded ahead.
             sums += tl.sum(tl.dot(tl.trans(x), tl.zeros((C, 16), dtype)), 1)
         if REVERSE:
-            tl.store(carry_ptr + here, carry, mask=channel < K)
-            carry += tl.load(sums_ptr + here, mask=channel < K, other=0.0) - sums
+            carry -= sums
+            tl.store(through_ptr + here, carry, mask=channel < K)
+            carry += tl.load(sums_ptr + here, mask=channel < K, other=0.0)
         else:
             tl.store(sums_ptr + here, sums, mask=channel < K)
         read = tl.trans(out).to(out_ptr.dtype.element_ty)
@@ -97,15 +99,15 @@ def _pairing(states_ptr, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr,
 
 
 @triton.jit
-def _tie(carry_ptr, drift, first, last, k_first, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
-    """Takes `drift`, what the carry of the segment's start is off by, from those of its chunks, in proportion."""
+def _tie(through_ptr, drift, first, last, k_first, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
+    """Takes `drift`, what dg at the segment's start is off by, from what passes through its chunks, in proportion."""
     chunks = tl.cdiv(last - first, C)
     channel = k_first + tl.arange(0, BK)[None, :]
     for block in range(tl.cdiv(chunks, TIED)):
         chunk = block * TIED + tl.arange(0, TIED)[:, None]
-        here = carry_ptr + (tl.cast(first // C, tl.int64) + chunk) * K + channel
+        here = through_ptr + (tl.cast(first // C, tl.int64) + chunk) * K + channel
         mask = (chunk < chunks) & (channel < K)
-        share = (chunks - 1 - chunk).to(tl.float32) / chunks
+        share = (chunks - 0.5 - chunk.to(tl.float32)) / chunks
         tl.store(here, tl.load(here, mask=mask, other=0.0) - share * drift[None, :], mask=mask)
 
 
@@ -164,7 +166,7 @@ def channel_key_reads_kernel(
     totals_ptr,  # fp32 [B, H_v, chunks, K]
     read_k_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [B, H_v, chunks, K], as the other sweep left them
-    carry_ptr,  # fp32 [B, H_v, chunks, K], written: dg at the end of each chunk
+    through_ptr,  # fp32 [B, H_v, chunks, K], written: what passes through each chunk adds to dg
     states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment; not read if WHOLE
     state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; see WHOLE
@@ -205,7 +207,7 @@ def channel_key_reads_kernel(
     sums = (run * chunks + chunk - first // C) * K
     state, carry = _sweep(
         v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, to_end_ptr + token_head * K,
-        totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, carry_ptr + sums,
+        totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, through_ptr + sums,
         state, carry, H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     drift = carry
@@ -213,4 +215,4 @@ def channel_key_reads_kernel(
         drift -= _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
     # Other threads read what these have stored.
     tl.debug_barrier()
-    _tie(carry_ptr + sums, drift, first, last, k_first, K, BK, C)
+    _tie(through_ptr + sums, drift, first, last, k_first, K, BK, C)

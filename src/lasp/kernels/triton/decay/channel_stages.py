@@ -112,18 +112,18 @@ def gradients(
     p, ready = work.plan, saved.prepared
     entering, d_states, after = (given(tensor, saved.leaving) for tensor in (saved.entering, *adjoint))
     places = places_of(p, d_states)
-    read_k, carry = torch.empty_like(local.read_q), torch.empty_like(local.sums)
+    read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     work.channel_key_reads(
-        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, carry,
+        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, through,
         entering, saved.leaving, d_states, after, places, d_state_out,
     )  # fmt: skip
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    dk, dg = torch.empty_like(dq), carry.new_empty(work.gradient)
+    dk, dg = torch.empty_like(dq), through.new_empty(work.gradient)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    operands = (x.q, x.k, x.v, d_o, x.g, stretches, ready.steep, local.read_q, read_k, carry, dq, dk, dg)
+    operands = (x.q, x.k, x.v, d_o, x.g, stretches, ready.steep, local.read_q, read_k, through, dq, dk, dg)
     if work.mild:
-        work.channel_mild_within(*operands, chunks_of(p, carry))
-    work.channel_within(*operands, chunks_of(p, carry))
+        work.channel_mild_within(*operands, chunks_of(p, through))
+    work.channel_within(*operands, chunks_of(p, through))
     dv = torch.empty_like(x.v)
     work.channel_value_gradient(
         ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv, d_states, after, places, d_state_out

@@ -2,7 +2,8 @@
 
     dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i      read_q = S do  (channel_reads)
     dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j      read_k = D v
-    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + carry    per channel, s within the chunk; carry: S D at the chunk's end
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + leaving                      per channel, s within the chunk
+    leaving = through + sum_s k_s 2^suffix_s read_k_s                        S D at the chunk's end
 
 Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
 pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent. As there, any gates,
@@ -41,7 +42,7 @@ def channel_within_kernel(
     steep_ptr,  # int32 [B, H_v, chunks] if STEEP
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
-    carry_ptr,  # fp32 [B, H_v, chunks, K]: of every chunk, what dg has at its end
+    through_ptr,  # fp32 [B, H_v, chunks, K]: what passes from before each chunk to after it adds to dg
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
@@ -130,18 +131,20 @@ def channel_within_kernel(
     dq += load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
         tl.exp2(prefix_sums(operand, C)) * scale
     )
-    dk += load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
+    read_k = load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
         suffix_sums(operand, C)
     )
+    dk += read_k
     q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
     run = tl.cast(batch, tl.int64) * H_v + head
-    carry = tl.load(carry_ptr + (run * chunks + tl.program_id(1)) * K + channel, mask=channel < K, other=0.0)
+    leaving = tl.sum(k * read_k, 0)
+    leaving += tl.load(through_ptr + (run * chunks + tl.program_id(1)) * K + channel, mask=channel < K, other=0.0)
     terms = q * dq - k * dk
     if BASE > 0:
         terms += load_chunk(dg_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dg = sums_to_end(terms, dtype, C) + carry[None, :]
+    dg = sums_to_end(terms, dtype, C) + leaving[None, :]
     # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
     dq += diagonal * k
     dk += diagonal * q

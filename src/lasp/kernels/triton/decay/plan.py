@@ -23,7 +23,7 @@ STATE_COST = 0.017
 # Likewise of the two launches that make summaries and scan them.
 SUMMARIES_COST = 8.0
 # Chunks: the gradients of gates gather rounding over a segment (gate_gradient, channel_reads), however long the run.
-LONGEST = {TOKEN: 32, CHANNEL: 32}
+LONGEST = {TOKEN: 64, CHANNEL: 32}
 # Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
 # what a program gathers. Sums of gates per token are loaded when they are wanted, so a chunk costs half as much again.
 LONGEST_GATHERED = 32
