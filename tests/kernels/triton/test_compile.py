@@ -41,6 +41,7 @@ SPILLS = {
         "channel_within_kernel": 576,
         "channel_prepare_kernel": 128,
         "output_kernel": 256,
+        "channel_output_kernel": 16,
         "channel_key_reads_kernel": 16,
         "key_gradient_kernel": 192,
     },

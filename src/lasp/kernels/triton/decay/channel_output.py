@@ -57,9 +57,10 @@ def _sweep(
         else:
             inside = tl.dot(scores, c, input_precision=PRECISION)
         if dtype == tl.bfloat16:
-            out = tl.dot(a, state.to(tl.bfloat16), inside * scale)
+            read = tl.dot(a, state.to(tl.bfloat16))
         else:
-            out = tl.dot(a.to(tl.float32), state, inside * scale, input_precision=PRECISION)
+            read = tl.dot(a.to(tl.float32), state, input_precision=PRECISION)
+        out = tl.fma(inside, scale, read)  # as in `rows`
         store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, last, c_row, V, C, BV, DESCRIPTORS)
         state = tl.dot(tl.trans(b), c, state * tl.exp2(total)[:, None], input_precision=PRECISION)
     return state

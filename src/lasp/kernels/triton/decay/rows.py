@@ -87,10 +87,11 @@ def sweep_rows(
         # Rounded with its decay, as the state that goes the other way takes it: the sums' difference then lacks that
         # rounding (gate_gradient).
         reader = (a * from_state[:, None]).to(dtype)
-        out = tl.dot(reader, state.to(dtype), input_precision=PRECISION)
+        read = tl.dot(reader, state.to(dtype), input_precision=PRECISION)
         weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
-        # Scaled and added, not added to: a product that goes on into another gives both warpgroups the same rows.
-        out += tl.dot(weights, c, input_precision=PRECISION) * scale
+        # Not as a sum, which the compiler would make one product that goes on into another: of such both warpgroups
+        # have the same rows.
+        out = tl.fma(tl.dot(weights, c, input_precision=PRECISION), scale, read)
         store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, 0, last, out_row, N, C, BC, STORES)
         parts: tl.constexpr = BC // PART_COLUMNS
         own = tl.sum(tl.reshape(x.to(tl.float32) * out, (C, parts, PART_COLUMNS)), 2)
