@@ -238,8 +238,6 @@ LONG = {"T": 4090, "H": 4}
 @pytest.mark.parametrize(("kind", "D"), [*((kind, 128) for kind in KINDS[:3]), ("constant", 64), ("constant", 256)])
 def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) -> None:
     """Other sweeps than where the gate's gradient is wanted; of long runs dk and dv are made in one launch."""
-    if kind == "scalar" and "initial" not in dims and dims:
-        dims = dims | {"processors": 4}  # its segments are half as long
     case = Case(kind, BF16, D, D, **dims)
     x, d_o, d_final = inputs(case)
     names = [name for name in x if name != "g"]

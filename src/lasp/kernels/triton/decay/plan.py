@@ -207,10 +207,9 @@ def plan(
     # Gates per channel are fp32 tiles of K columns: with wide heads only short chunks fit shared memory.
     chunk = CHUNK_SMALL if exact or (kind == CHANNEL and max(K, V) > 128) else CHUNK
     chunks = max(1, -(-tokens // chunk))
-    # Gates per token and channel want short segments: the one for what their gradient gathers, the other because its
-    # programs wait more often, two to a processor.
+    # Programs of gates per channel wait more often: shorter segments for more of them.
     summaries = SUMMARIES_COST if kind == CHANNEL and from_zero else 0.0
-    length = segment_chunks(chunks, heads, 2 * processors if kind in (TOKEN, CHANNEL) else processors, summaries)
+    length = segment_chunks(chunks, heads, 2 * processors if kind == CHANNEL else processors, summaries)
     length = min(length, LONGEST.get(kind, length))
     cut = None
     whole = kind == CHANNEL and from_zero and length == chunks
