@@ -22,9 +22,11 @@ ON_GPU = torch.cuda.is_available()
 PART = "LASP_TEST_PART"
 collect_ignore = [] if ON_GPU else ["test_gpu.py"]
 if not ON_GPU:
-    from interpreted_bf16 import install
+    import interpreted_bf16
+    import interpreted_fast
 
-    install()
+    interpreted_bf16.install()
+    interpreted_fast.install()
 
 
 @pytest.fixture

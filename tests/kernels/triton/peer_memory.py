@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import interpreted_fast
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,8 +33,9 @@ from lasp.exchange import peer
 from lasp.exchange.all_gather import AllGather
 from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed
 
+interpreted_fast.install()
 # The interpreter runs assertions on the device only then.
-interpreter_builder.options = replace(interpreter_builder.options, debug=True, sanitize_overflow=False)
+interpreter_builder.options = replace(interpreter_builder.options, debug=True)
 SHAPE = (1, 3, 8, 36)  # [B, H, K, V]: not a multiple of anything
 SLOT_BYTES = 1 << 13
 ROUNDS = 5  # more than the two that slots last

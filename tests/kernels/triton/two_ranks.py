@@ -21,6 +21,9 @@ torch.set_num_threads(1)
 DEVICE = sys.argv[1]
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreted_fast
+
+    interpreted_fast.install()
 
 from problems import GATES, Problem, make, solve  # noqa: E402
 from tolerances import relative_error  # noqa: E402
