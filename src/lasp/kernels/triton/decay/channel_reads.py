@@ -68,6 +68,9 @@ def _sweep(
         x = load_chunk(x_view, start, column, last, k_row, K, C, BK, DESCRIPTORS)
         here = tl.cast(start // C, tl.int64) * K + channel
         total = tl.load(totals_ptr + here, mask=channel < K, other=0.0)
+        if REVERSE:
+            # Loaded first, used last.
+            other_sums = tl.load(sums_ptr + here, mask=channel < K, other=0.0)
         if dtype == tl.bfloat16:
             out = tl.dot(state.to(tl.bfloat16), tl.trans(a))
         else:
@@ -82,7 +85,7 @@ def _sweep(
         if REVERSE:
             carry -= sums
             tl.store(through_ptr + here, carry, mask=channel < K)
-            carry += tl.load(sums_ptr + here, mask=channel < K, other=0.0)
+            carry += other_sums
         else:
             tl.store(sums_ptr + here, sums, mask=channel < K)
         read = tl.trans(out).to(out_ptr.dtype.element_ty)
