@@ -76,9 +76,9 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
 
     p, common = planned(HEAD.value)
     common |= {"BK": padded, "KIND": HEAD.value}
-    ways = {"REVERSE": False, "BACKWARDS": True, "TOTAL": False}
+    ways = {"REVERSE": False, "BACKWARDS": True, "WEIGH_K": False, "TOTAL": False}
     yield summary_kernel, common | ways | {"BV": p.summary.columns}, p.summary
-    read, from_zero = {"EXACT": False, "GATHER": False}, {"state_in_ptr": None}
+    read, from_zero = {"EXACT": False, "LEARNED": False, "GATHER": False}, {"state_in_ptr": None}
     yield output_kernel, common | read | {"BV": p.values.columns} | from_zero, p.values
     p, common = planned(CHANNEL.value)
     for tiles, prepared in ((p.channels, False), (p.prepared_channels, True)):
@@ -98,7 +98,7 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
     for tokens in (65536, 512):
         p, common = planned(TOKEN.value, tokens, from_zero=True)
         common |= {"KIND": TOKEN.value, "EXACT": False, "GATHER": p.gathers}
-        yield output_kernel, common | {"BK": padded, "BV": p.values.columns} | from_zero, p.values
+        yield output_kernel, common | {"LEARNED": True, "BK": padded, "BV": p.values.columns} | from_zero, p.values
         gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "ROWS": p.rows}
         yield key_gradient_kernel, common | gradient, p.scalar_keys
 

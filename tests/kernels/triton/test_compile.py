@@ -24,8 +24,8 @@ SPILLS = {
         "channel_mild_within_kernel": 96,
         "channel_within_kernel": 640,
         "channel_prepare_kernel": 128,
-        "key_gradient_kernel": 384,
-        "output_kernel": 160,
+        "key_gradient_kernel": 128,
+        "output_kernel": 224,
     },
     "cuda:100": {
         "channel_mild_within_kernel": 192,
@@ -33,7 +33,7 @@ SPILLS = {
         "channel_within_kernel": 768,
         "channel_prepare_kernel": 640,
         "channel_summary_kernel": 96,
-        "key_gradient_kernel": 352,
+        "key_gradient_kernel": 64,
     },
     "cuda:80": {
         "channel_mild_within_kernel": 288,
@@ -42,13 +42,12 @@ SPILLS = {
         "channel_prepare_kernel": 128,
         "output_kernel": 256,
         "channel_output_kernel": 16,
-        "channel_key_reads_kernel": 16,
-        "key_gradient_kernel": 192,
+        "channel_key_reads_kernel": 32,
+        "key_gradient_kernel": 96,
     },
     "hip:gfx942": {
         "channel_within_kernel": 256,
         "output_kernel": 224,
-        "key_gradient_kernel": 160,
         "channel_key_reads_kernel": 128,
     },
 }

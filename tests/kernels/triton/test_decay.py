@@ -279,13 +279,14 @@ def test_mild_and_steep_chunks(device: torch.device, monkeypatch: pytest.MonkeyP
 def test_gates_per_token_gather_little_rounding_over_a_segment(
     rows: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same, by both kinds of sweeps: what one rounds of a token with its decay, the other rounds alike."""
-    p = problem("scalar", Dims(T=4096, H_v=1, K=32, V=32), device, torch.bfloat16)
+    """Of gates that forget, by both kinds of sweeps: what one rounds of a token with its decay, the other rounds alike.
+    What remains is a walk tied at both ends: over the longest segment, twice this one, it goes 1.4 times as far."""
+    p = problem("scalar", Dims(T=2048, H_v=4, K=32, V=32), device, torch.bfloat16)
     g = torch.full_like(p.x.g, -0.2).requires_grad_()
 
     def one_segment(*arguments: object) -> plans.Plan:
-        found = plans.plan(*arguments)
-        assert found.rows and found.chunks == plans.LONGEST[plans.TOKEN]
+        found = plans.plan(*arguments[:-1], False)  # not gathered
+        assert found.rows and 2 * found.chunks == plans.LONGEST[plans.TOKEN]
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
         return found._replace(segment_chunks=found.chunks, segments=1, rows=rows, scalar_keys=keys)
 
@@ -301,7 +302,7 @@ def test_gates_per_token_gather_little_rounding_over_a_segment(
         return relative_error(torch.autograd.grad(o, g, p.d_o)[0], expected)
 
     found = error()
-    assert found < 8e-3
+    assert found < 8e-3 / 2**0.5
     if rows and device.type == "cpu":  # the control, what the states take rounded otherwise: not patched if compiled
         original = sweep.add_chunk
         monkeypatch.setattr(rows_module, "add_chunk", lambda *args: original(*args[:7], not args[7], args[8]))

@@ -4,7 +4,8 @@
 
 within a segment, where the end is the segment's. The sweeps of dq and dk left the scalars in parts, before outputs were
 rounded; products inside a chunk cancel exactly in their difference, since both sweeps round the same scores alike. So
-does what v and do, rounded with their decays, add to S and read from D, and the other way round. But products of two
+do q and k as rounded with their decays: each sweep sums what it reads with the operand rounded as the other adds it to
+its state. But products of two
 chunks are read from a rounded S by one sweep and from a rounded D by the other: what remains of them adds up over the
 segment, as a random walk does. At the segment's start it is known, since there d_g is <S, D> at the end of the
 segment before (zero where the run starts from no state), and is taken off again, all of it there and less towards the

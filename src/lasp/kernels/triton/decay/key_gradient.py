@@ -75,7 +75,7 @@ def key_gradient_kernel(
         state = gather(
             q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
             state, H * K, H_v * V, scale, T, first, last, slot, k_first,
-            K, V, BK, BV, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
     if SUMS:
         end_ptr = states_ptr + (index + 1) * K * V
@@ -98,5 +98,5 @@ def key_gradient_kernel(
             g_ptr, prefix_ptr, suffix_ptr,
             k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
-            V, K, BV, BK, C, KIND, True, SUMS, EXACT, DESCRIPTORS, PRECISION,
+            V, K, BV, BK, C, KIND, True, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

@@ -82,5 +82,5 @@ def key_value_gradient_kernel(
         tl.where(of_keys, v_ptr, k_ptr) + at, b_ptr, c_ptr, out_ptr,
         g_ptr, prefix_ptr + padded, suffix_ptr + padded, out_ptr, out_ptr,
         state, H * K, H * K, H * K, H * K, 0, scale, H, first, last, slot, column,
-        K, V, BA, BC, C, KIND, True, False, EXACT, DESCRIPTORS, PRECISION,
+        K, V, BA, BC, C, KIND, True, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

@@ -37,6 +37,7 @@ def output_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
+    LEARNED: tl.constexpr,  # whether the decay's gradient is wanted, for which k is weighted: see `add_chunk`
     GATHER: tl.constexpr,  # whether states are not read, but gathered
     STATES: tl.constexpr,  # if GATHER, whether they are wanted
     DESCRIPTORS: tl.constexpr,
@@ -69,7 +70,7 @@ def output_kernel(
         state = gather(
             v_ptr + vo, k_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
             state, H_v * V, H * K, scale, T, first, last, slot, v_first,
-            V, K, BV, BK, C, KIND, False, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            V, K, BV, BK, C, KIND, False, LEARNED, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
         if STATES:
             tl.store(entering, state, mask=mask)
@@ -77,7 +78,7 @@ def output_kernel(
         q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
         g_ptr, prefix_ptr + padded, suffix_ptr + padded, o_ptr + vo, o_ptr + vo,
         state, H * K, H * K, H_v * V, H_v * V, 0, scale, H_v, first, last, slot, v_first,
-        K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PRECISION,
+        K, V, BK, BV, C, KIND, False, False, LEARNED, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if ends:
         leaving, _ = state_tile(state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)

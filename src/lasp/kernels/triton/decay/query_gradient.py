@@ -73,12 +73,12 @@ def query_gradient_kernel(
             state = gather(
                 k_ptr + qk, v_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
                 state, H * K, H_v * V, scale, T, first, last, slot, k_first,
-                K, V, BK, BV, C, KIND, False, SUMS, EXACT, DESCRIPTORS, PACKED, PRECISION,
+                K, V, BK, BV, C, KIND, False, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
             )  # fmt: skip
         sweep(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
             q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
-            V, K, BV, BK, C, KIND, False, SUMS, EXACT, DESCRIPTORS, PRECISION,
+            V, K, BV, BK, C, KIND, False, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

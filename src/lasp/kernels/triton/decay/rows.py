@@ -84,20 +84,21 @@ def sweep_rows(
         pairs = pair_decay(g_ptr, H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
 
         b_t = tl.trans(b)
-        # Rounded with its decay, as the state that goes the other way takes it: the sums' difference then lacks that
-        # rounding (gate_gradient).
-        reader = (a * from_state[:, None]).to(dtype)
-        read = tl.dot(reader, state.to(dtype), input_precision=PRECISION)
+        read = tl.dot(a, state.to(dtype), input_precision=PRECISION)
         weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
-        # Not as a sum, which the compiler would make one product that goes on into another: of such both warpgroups
-        # have the same rows.
-        out = tl.fma(tl.dot(weights, c, input_precision=PRECISION), scale, read)
+        # Scaled, then added: as a plain sum the compiler would make it one product that goes on into another, and of
+        # such both warpgroups have the same rows.
+        within = tl.dot(weights, c, input_precision=PRECISION) * scale
+        out = tl.fma(read, from_state[:, None], within)
         store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, 0, last, out_row, N, C, BC, STORES)
         parts: tl.constexpr = BC // PART_COLUMNS
-        own = tl.sum(tl.reshape(x.to(tl.float32) * out, (C, parts, PART_COLUMNS)), 2)
+        # x weighted and rounded as in `sweep`.
+        weighted = (x * from_state[:, None]).to(dtype).to(tl.float32)
+        own = tl.fma(weighted, read, x.to(tl.float32) * within)
+        own = tl.sum(tl.reshape(own, (C, parts, PART_COLUMNS)), 2)
         # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for x.
         own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)[:, None]
         at = slot + start + tl.arange(0, C)
         tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
 
-        state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, False, PRECISION)
+        state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)

@@ -39,6 +39,7 @@ def summary_kernel(
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
     BACKWARDS: tl.constexpr,  # whether chunks are walked from the last to the first; always if REVERSE
+    WEIGH_K: tl.constexpr,  # whether k, not v, is weighted: see `add_chunk`
     TOTAL: tl.constexpr,  # whether a run's total is wanted, and so the summary of the segment that nothing here follows
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -79,10 +80,13 @@ def summary_kernel(
             weight = tl.exp2(suffix + decay)
         else:
             weight = tl.exp2(suffix)
-        weighted = (v * weight[:, None]).to(v.dtype)
+        if WEIGH_K:
+            k = (k * weight[:, None]).to(k.dtype)
+        else:
+            v = (v * weight[:, None]).to(v.dtype)
         if REVERSE or not BACKWARDS:
             state *= tl.exp2(total)
-        state = tl.dot(tl.trans(k), weighted, state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
         decay += total
 
     out = run * segments + segment

@@ -59,6 +59,7 @@ def sweep(
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
     SUMS: tl.constexpr,
+    WEIGH_B: tl.constexpr,  # whether b, not c, is weighted as it is added to the state: see `add_chunk`
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -87,25 +88,27 @@ def sweep(
         pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
 
         a_t = tl.trans(a)
-        # With sums rounded with its decay, as the state that goes the other way takes it: their difference then lacks
-        # that rounding (gate_gradient).
-        reader = tl.trans((a * from_state[:, None]).to(dtype)) if SUMS else a_t
         if dtype == tl.bfloat16:
-            out = tl.dot(state.to(tl.bfloat16), reader)
+            read = tl.dot(state.to(tl.bfloat16), a_t)
         else:
             # A state may exceed fp16's range: its product is taken in fp32 operands (rounded as PRECISION says).
-            out = tl.dot(state, reader.to(tl.float32), input_precision=PRECISION)
-        if not SUMS:
-            out *= from_state[None, :]
-        scores = tl.dot(b, a_t, input_precision=PRECISION) * pairs
-        out = tl.dot(c_t, scores.to(dtype), out, input_precision=PRECISION)
+            read = tl.dot(state, a_t.to(tl.float32), input_precision=PRECISION)
+        scores = (tl.dot(b, a_t, input_precision=PRECISION) * pairs).to(dtype)
+        if SUMS:
+            within = tl.dot(c_t, scores, input_precision=PRECISION)
+            out = tl.fma(read, from_state[None, :], within)
+        else:
+            out = tl.dot(c_t, scores, read * from_state[None, :], input_precision=PRECISION)
 
-        state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, SUMS, PRECISION)
+        state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
         o = tl.trans(out).to(out_ptr.dtype.element_ty)
         store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
         if SUMS:
             parts: tl.constexpr = BC // PART_ROWS
-            own = tl.reshape(tl.trans(x).to(tl.float32) * out, (parts, PART_ROWS, C))
+            # What is read is summed with x rounded with its decay, as the other sweep adds x to its state: their
+            # difference then lacks that rounding (gate_gradient).
+            weighted = tl.trans((x * from_state[:, None]).to(dtype)).to(tl.float32)
+            own = tl.reshape(tl.fma(weighted, read, tl.trans(x).to(tl.float32) * within), (parts, PART_ROWS, C))
             rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
             tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
     return state
@@ -123,7 +126,10 @@ def add_chunk(
     WEIGH_Y: tl.constexpr,  # which of the two is weighted, and so rounded: x_t goes from registers to its product
     PRECISION: tl.constexpr,
 ):
-    """The state, decayed over a chunk, with what its tokens add: x_t [BX, C] y [C, BY], weighted by to_state [C]."""
+    """The state, decayed over a chunk, with what its tokens add: x_t [BX, C] y [C, BY], weighted by to_state [C].
+
+    Where a decay's gradient is wanted, k and q are weighted, not v and do: see gate_gradient.
+    """
     if not (KIND == NONE and not REVERSE):
         if WEIGH_Y:
             y = (y * to_state[:, None]).to(y.dtype)

@@ -139,7 +139,8 @@ class Work:
         # rounded as the sweeps round theirs.
         backwards = reverse or not (self.with_decay or self._dtype == torch.float16)
         total = total or (self.per_token and not reverse)  # whose pass over gates is wanted of all segments
-        constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, reverse, backwards, total)
+        ways = (reverse, backwards, self.with_decay, total)
+        constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, *ways)
         return self._by_segment(summary_kernel, V, p.summary, (self.scale, T, H, H_v), constants)
 
     @cached_property
@@ -163,15 +164,17 @@ class Work:
 
     @cached_property
     def output(self) -> Launch:
-        return self._sweep_of_values(output_kernel, self.plan.gathers and self.keeps_states)
+        p = self.plan
+        ways = (p.exact, self.with_decay, p.gathers, p.gathers and self.keeps_states)
+        return self._sweep_of_values(output_kernel, ways)
 
     @cached_property
     def value_gradient(self) -> Launch:
-        return self._sweep_of_values(value_gradient_kernel)
+        return self._sweep_of_values(value_gradient_kernel, (self.plan.exact, self.plan.gathers))
 
-    def _sweep_of_values(self, kernel: Any, *wanted: bool) -> Launch:
+    def _sweep_of_values(self, kernel: Any, ways: tuple[bool, ...]) -> Launch:
         p, (_, T, H, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact, p.gathers, *wanted)
+        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, *ways)
         return self._by_segment(kernel, V, p.values, (self.scale, T, H, H_v), constants)
 
     @cached_property
