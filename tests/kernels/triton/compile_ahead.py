@@ -88,7 +88,8 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
     yield channel_output_kernel, common | whole | columns | from_zero, p.channel_values
     yield channel_key_reads_kernel, common | whole | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
     levels = {"BASE": BASE_LEVELS, "LEVELS": p.chunk.bit_length() - 1, "STEEP": True}
-    common |= {"DESCRIPTORS": False, "BK": p.channel_within.columns, "BV": padded}
+    common |= {"BK": p.channel_within.columns, "BV": padded}
+    del common["DESCRIPTORS"]
     yield channel_mild_within_kernel, common, p.channel_within
     yield channel_within_kernel, common | levels, p.channel_within
     common = {name: value for name, value in common.items() if name not in ("V", "BV")}

@@ -12,6 +12,8 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile
 from lasp.kernels.triton.decay.gates import floored_log2
 
+# Of kernels that have a program a chunk: it would spend longer on making descriptors than on its chunk.
+DESCRIPTORS = tl.constexpr(False)
 MIN_BASE_LOG2 = tl.constexpr(-13.5)
 # Operands divided by such a decay are inside bf16's range up to 2^27; products of gradients and these inside fp32's.
 MAX_TO_MIDDLE_LOG2 = tl.constexpr(100.0)

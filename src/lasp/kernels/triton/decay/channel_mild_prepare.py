@@ -11,8 +11,9 @@ would halve the speed of this kernel if they were one.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel_gates import (
+    DESCRIPTORS,
     MAX_TO_MIDDLE_LOG2,
     gate_operand,
     load_channel_gates,
@@ -43,7 +44,6 @@ def channel_mild_prepare_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
     C: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -54,24 +54,24 @@ def channel_mild_prepare_kernel(
     row = tl.cast(batch, tl.int64) * T
     run = tl.cast(batch, tl.int64) * H_v + head
     chunk = run * chunks + tl.program_id(1)
-    q_view = view(q_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
-    g_view = view(g_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
-    from_start_view = view(from_start_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
-    to_end_view = view(to_end_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
+    q_at = q_ptr + (row * H + head // (H_v // H)) * K
+    k_at = k_ptr + (row * H + head // (H_v // H)) * K
+    g_at = g_ptr + (row * H_v + head) * K
+    from_start_at = from_start_ptr + (row * H_v + head) * K
+    to_end_at = to_end_ptr + (row * H_v + head) * K
     scores = tl.zeros((C, C), tl.float32)
     longest = 0.0
     for k_first in range(0, K, BK):
-        q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
         tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
         operand = gate_operand(gates, dtype)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
-        store_chunk(from_start_view, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(from_start_at, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
-        store_chunk(to_end_view, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(to_end_at, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         to_middle = sums_to_middle(stretches_ptr, operand, C)
         longest = tl.maximum(longest, tl.max(tl.abs(to_middle)))
         near_k = (k * tl.exp2(-to_middle)).to(dtype)
@@ -80,5 +80,5 @@ def channel_mild_prepare_kernel(
     tl.store(steep_ptr + chunk, (longest > MAX_TO_MIDDLE_LOG2).to(tl.int32))
     # Scores of later keys may be anything, infinite and NaN too.
     past = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
-    out = view(scores_ptr + run * T * C, last, C, C, C, C, DESCRIPTORS)
+    out = scores_ptr + run * T * C
     store_chunk(out, tl.where(past, scores, 0.0).to(dtype), first, 0, last, C, C, C, C, DESCRIPTORS)

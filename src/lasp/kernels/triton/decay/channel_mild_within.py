@@ -16,8 +16,14 @@ gates are strong, dg is next to nothing a few tokens before a large `leaving`.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import gate_operand, load_channel_gates, sums_to_end, sums_to_middle
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.decay.channel_gates import (
+    DESCRIPTORS,
+    gate_operand,
+    load_channel_gates,
+    sums_to_end,
+    sums_to_middle,
+)
 from lasp.kernels.triton.decay.place import chunk_place
 
 
@@ -47,7 +53,6 @@ def channel_mild_within_kernel(
     BK: tl.constexpr,  # channels a program has
     BV: tl.constexpr,
     C: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -62,19 +67,19 @@ def channel_mild_within_kernel(
     token_head = row * H_v + head
     chunk = (tl.cast(batch, tl.int64) * H_v + head) * chunks + tl.program_id(1)
     out = token_head * K
-    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    do_view = view(do_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    g_view = view(g_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    read_q_view = view(read_q_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    read_k_view = view(read_k_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dq_view = view(dq_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dk_view = view(dk_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dg_view = view(dg_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    q_at = q_ptr + qk
+    k_at = k_ptr + qk
+    v_at = v_ptr + token_head * V
+    do_at = do_ptr + token_head * V
+    g_at = g_ptr + out
+    read_q_at = read_q_ptr + out
+    read_k_at = read_k_ptr + out
+    dq_at = dq_ptr + out
+    dk_at = dk_ptr + out
+    dg_at = dg_ptr + out
 
-    v = load_chunk(v_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
-    do = load_chunk(do_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+    v = load_chunk(v_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+    do = load_chunk(do_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
     # After those loads, so that it waits with them.
     if tl.load(steep_ptr + chunk) != 0:
         return
@@ -83,13 +88,13 @@ def channel_mild_within_kernel(
     # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
     d_scores = tl.where(i >= j, tl.dot(do, tl.trans(v), input_precision=PRECISION) * scale, 0.0).to(dtype)
     by_key = tl.where(i <= j, tl.dot(v, tl.trans(do), input_precision=PRECISION) * scale, 0.0).to(dtype)
-    gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     # Loads together, so that they wait together; the rest in an order that holds few tiles at a time.
-    k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-    read_q = load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-    read_k = load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    read_q = load_chunk(read_q_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    read_k = load_chunk(read_k_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     to_middle = sums_to_middle(stretches_ptr, operand, C)
     # Of gates as rounded, so that they and `to_middle` cancel.
     rounded = operand.to(tl.float32)
@@ -100,16 +105,16 @@ def channel_mild_within_kernel(
     near_k = (k * to_k).to(dtype)
     d_q = tl.dot(d_scores, near_k, read_q * early[None, :], input_precision=PRECISION)
     dq = (to_q * d_q).to(dq_ptr.dtype.element_ty)
-    store_chunk(dq_view, dq, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dq_at, dq, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     near_q = (q * to_q).to(dtype)
     terms = near_q * d_q
     read_k = read_k * late[None, :]
     leaving = tl.sum(near_k * read_k, 0)
     d_k = tl.dot(by_key, near_q, read_k, input_precision=PRECISION)
     dk = (to_k * d_k).to(dk_ptr.dtype.element_ty)
-    store_chunk(dk_view, dk, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dk_at, dk, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     terms -= near_k * d_k
     channel = k_first + tl.arange(0, BK)
     leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
     dg = sums_to_end(terms, dtype, C) + leaving[None, :]
-    store_chunk(dg_view, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dg_at, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

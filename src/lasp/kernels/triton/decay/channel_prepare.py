@@ -21,8 +21,9 @@ This takes any gates. In bf16 it is left the chunks that `channel_mild_prepare` 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel_gates import (
+    DESCRIPTORS,
     base_operand,
     gate_operand,
     in_base_block,
@@ -58,7 +59,6 @@ def channel_prepare_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
     C: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BASE: tl.constexpr,  # 2^BASE tokens a base block
@@ -74,18 +74,18 @@ def channel_prepare_kernel(
     row = tl.cast(batch, tl.int64) * T
     run = tl.cast(batch, tl.int64) * H_v + head
     rows = ((row + first) * H + head // (H_v // H)) * K
-    q_view = view(q_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
-    g_view = view(g_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
-    from_start_view = view(from_start_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
-    to_end_view = view(to_end_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
+    q_at = q_ptr + (row * H + head // (H_v // H)) * K
+    k_at = k_ptr + (row * H + head // (H_v // H)) * K
+    g_at = g_ptr + (row * H_v + head) * K
+    from_start_at = from_start_ptr + (row * H_v + head) * K
+    to_end_at = to_end_ptr + (row * H_v + head) * K
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     scores = tl.zeros((C, C), tl.float32)
     for k_first in range(0, K, BK):
-        q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         if BASE > 0:
             to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
             base_q = (q * tl.exp2(to_middle)).to(dtype)
@@ -106,10 +106,10 @@ def channel_prepare_kernel(
             x = (x * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
-        store_chunk(from_start_view, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(from_start_at, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
-        store_chunk(to_end_view, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(to_end_at, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
         tl.store(totals_ptr + (run * chunks + tl.program_id(1)) * K + channel, tl.sum(gates, 0), mask=channel < K)
-    out = view(scores_ptr + run * T * C, last, C, C, C, C, DESCRIPTORS)
+    out = scores_ptr + run * T * C
     store_chunk(out, tl.where(i >= j, scores, 0.0).to(dtype), first, 0, last, C, C, C, C, DESCRIPTORS)

@@ -13,8 +13,9 @@ and in bf16 what `channel_mild_within` cannot do.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel_gates import (
+    DESCRIPTORS,
     base_operand,
     gate_operand,
     in_base_block,
@@ -57,7 +58,6 @@ def channel_within_kernel(
     BK: tl.constexpr,  # channels a program has
     BV: tl.constexpr,
     C: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BASE: tl.constexpr,
@@ -76,15 +76,15 @@ def channel_within_kernel(
     qk = (row * H + head // (H_v // H)) * K
     token_head = row * H_v + head
     out = token_head * K
-    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    do_view = view(do_ptr + token_head * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    g_view = view(g_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    q_at = q_ptr + qk
+    k_at = k_ptr + qk
+    v_at = v_ptr + token_head * V
+    do_at = do_ptr + token_head * V
+    g_at = g_ptr + out
 
-    gates = load_channel_gates(g_view, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    v = load_chunk(v_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
-    do = load_chunk(do_view, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+    gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    v = load_chunk(v_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+    do = load_chunk(do_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
@@ -94,16 +94,16 @@ def channel_within_kernel(
     symmetric = symmetric.to(dtype)
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
-    dg_view = view(dg_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dg_at = dg_ptr + out
     if BASE > 0:
         to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
         to_q = tl.exp2(to_middle)
         to_k = tl.exp2(-to_middle)
         block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
-        k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         near_k = (k * to_k).to(dtype)
         d_q = tl.dot(tl.where(i > j, block, 0.0), near_k, input_precision=PRECISION)
-        q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         near_q = (q * to_q).to(dtype)
         dq = to_q * d_q
         # Near pairs are the heaviest, and cancel in sums of operands as rounded. Kept in dg until sums are taken.
@@ -111,7 +111,7 @@ def channel_within_kernel(
         d_k = tl.dot(tl.where(i < j, block, 0.0), near_q, input_precision=PRECISION)
         dk = to_k * d_k
         rounding -= near_k * d_k - k * dk
-        store_chunk(dg_view, rounding, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(dg_at, rounding, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
@@ -126,30 +126,30 @@ def channel_within_kernel(
         d_x = decay * tl.dot(d_met, x, input_precision=PRECISION)
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
-    read_q_view = view(read_q_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    read_k_view = view(read_k_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dq += load_chunk(read_q_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
+    read_q_at = read_q_ptr + out
+    read_k_at = read_k_ptr + out
+    dq += load_chunk(read_q_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
         tl.exp2(prefix_sums(operand, C)) * scale
     )
-    read_k = load_chunk(read_k_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
+    read_k = load_chunk(read_k_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
         suffix_sums(operand, C)
     )
     dk += read_k
-    q = load_chunk(q_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-    k = load_chunk(k_view, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
     run = tl.cast(batch, tl.int64) * H_v + head
     leaving = tl.sum(k * read_k, 0)
     leaving += tl.load(through_ptr + (run * chunks + tl.program_id(1)) * K + channel, mask=channel < K, other=0.0)
     terms = q * dq - k * dk
     if BASE > 0:
-        terms += load_chunk(dg_view, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        terms += load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     dg = sums_to_end(terms, dtype, C) + leaving[None, :]
     # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
     dq += diagonal * k
     dk += diagonal * q
-    dq_view = view(dq_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dk_view = view(dk_ptr + out, last, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dq_view, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dk_view, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dg_view, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dq_at = dq_ptr + out
+    dk_at = dk_ptr + out
+    store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dg_at, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -43,8 +43,6 @@ GATE_BLOCK, GATE_WARPS = 512, 4
 GATE_SUMS_WARPS = 1
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20, 0)
-# A program of one chunk would spend longer on making descriptors than on its chunk.
-SINGLE_CHUNK_DESCRIPTORS = False
 # dk and dv of segments shorter than this are faster apart, unless they gather.
 PAIRED_CHUNKS = 24
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
@@ -260,7 +258,7 @@ class Work:
         self, kernel: Any, slices: int, tiles: Tiles, constants: tuple[Any, ...], others: tuple[Any, ...]
     ) -> Launch:
         p, (B, T, H, H_v, _, _) = self.plan, self._dims
-        constants = (*constants, p.chunk, SINGLE_CHUNK_DESCRIPTORS, p.packed, p.precision, *others)
+        constants = (*constants, p.chunk, p.packed, p.precision, *others)
         scalars = (self.scale, T, H, H_v, p.chunks)
         return Launch(kernel, (slices * H_v * B, p.chunks), scalars, constants, tiles.warps, tiles.stages)
 
