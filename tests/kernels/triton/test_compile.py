@@ -25,7 +25,7 @@ SPILLS = {
         "channel_within_kernel": 640,
         "channel_prepare_kernel": 128,
         "key_gradient_kernel": 128,
-        "output_kernel": 224,
+        "output_kernel": 256,
     },
     "cuda:100": {
         "channel_mild_within_kernel": 192,

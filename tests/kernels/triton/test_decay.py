@@ -6,7 +6,7 @@ a ragged last chunk, grouped heads, dims that are no power of two, several slice
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -251,6 +251,22 @@ def test_what_the_kernels_do_not_take() -> None:
     for x in (wide, p.x._replace(q=p.x.q.double())):
         with pytest.raises(ValueError, match="backend='torch'"):
             fused.summarize(x)
+
+
+@pytest.mark.parametrize("mild", [True, False])
+def test_one_middle_and_base_blocks(mild: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 a gate per channel takes a chunk or blocks of 16 tokens at once: here in fp32, whose bound is tighter."""
+    original = work._work.__wrapped__
+
+    def made(*arguments: Any) -> work.Work:
+        found = original(*arguments)
+        found.mild = mild
+        return found
+
+    monkeypatch.setattr(work, "base_levels", lambda dtype: work.BASE_LEVELS)
+    monkeypatch.setattr(work, "_work", made)
+    p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
+    check(run(fused, p), solution(p), BOUNDS[torch.float32])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of a steep chunk's overflow

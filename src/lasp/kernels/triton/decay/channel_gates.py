@@ -11,6 +11,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile
 from lasp.kernels.triton.decay.gates import floored_log2
+from lasp.kernels.triton.decay.sweep import segment_state
 
 # Of kernels that have a program a chunk: it would spend longer on making descriptors than on its chunk.
 DESCRIPTORS = tl.constexpr(False)
@@ -55,22 +56,15 @@ def suffix_sums(gates, C: tl.constexpr):
 
 
 @triton.jit
-def two_part_dot(a, terms, dtype: tl.constexpr):
-    """a, of small integers, times fp32 terms: in two parts where products are bf16's."""
-    if dtype == tl.bfloat16:
-        high = terms.to(tl.bfloat16)
-        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(a.to(tl.bfloat16), low, tl.dot(a.to(tl.bfloat16), high))
-    else:
-        return tl.dot(a.to(tl.float32), terms, input_precision="ieee")
-
-
-@triton.jit
 def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
     """[C, BK]: each token's term and those of all later tokens of the chunk."""
     if dtype == tl.bfloat16:
+        # In two parts, each as products of bf16 take it.
+        high = terms.to(tl.bfloat16)
+        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
         i = tl.arange(0, C)
-        return two_part_dot(i[:, None] <= i[None, :], terms, dtype)
+        stretch = (i[:, None] <= i[None, :]).to(tl.bfloat16)
+        return tl.dot(stretch, low, tl.dot(stretch, high))
     else:
         # Terms, unlike gates, may exceed fp16.
         return tl.cumsum(terms, 0, reverse=True)
@@ -135,32 +129,19 @@ def meets(level, C: tl.constexpr):
 
 
 @triton.jit
-def with_outside(
-    state, mask, decays_ptr, outside_ptr, k_first, v_first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
-):  # fmt: skip
-    """A segment's state [BK, BV] from zero, with what comes from beyond the run, decayed to the segment by channel."""
-    channel = k_first + tl.arange(0, BK)
-    decay = tl.exp2(tl.load(decays_ptr + channel, mask=channel < K, other=0.0))
-    outside, _ = state_tile(outside_ptr, k_first, v_first, K, V, V, 1, BK, BV)
-    return state + decay[:, None] * tl.load(outside, mask=mask, other=0.0)
-
-
-@triton.jit
-def gradient_leaving(
-    d_states_ptr, after_ptr, d_state_out_ptr, index, border, k_first, v_first, K: tl.constexpr, V: tl.constexpr,
+def segment_border(
+    states_ptr, decays_ptr, outside_ptr, index, border, k_first, v_first, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient [BK, BV] of the state that leaves a segment; if WHOLE that of the run's."""
-    inside, mask = state_tile(d_states_ptr + index * K * V, k_first, v_first, K, V, V, 1, BK, BV)
-    if WHOLE:
-        state = tl.zeros((BK, BV), tl.float32)
-        if d_state_out_ptr is not None:
-            leaving, _ = state_tile(d_state_out_ptr + border * K * V, k_first, v_first, K, V, V, 1, BK, BV)
-            state = tl.load(leaving, mask=mask, other=0.0)
-    else:
-        state = tl.load(inside, mask=mask, other=0.0)
-        if d_state_out_ptr is not None:
-            outside = d_state_out_ptr + border * K * V
-            state = with_outside(state, mask, after_ptr + index * K, outside, k_first, v_first, K, V, BK, BV)
-    return state
+    """The state [BK, BV] at a segment's border, from zero, with what comes from beyond the run if that is not None,
+    decayed to the segment by channel. If WHOLE the segment is the run. And where it stands, with a mask."""
+    pointers, mask = state_tile(states_ptr + index * K * V, k_first, v_first, K, V, V, 1, BK, BV)
+    state = segment_state(pointers, mask, WHOLE)
+    if outside_ptr is not None:
+        outside, _ = state_tile(outside_ptr + border * K * V, k_first, v_first, K, V, V, 1, BK, BV)
+        beyond = tl.load(outside, mask=mask, other=0.0)
+        if not WHOLE:
+            channel = k_first + tl.arange(0, BK)
+            beyond *= tl.exp2(tl.load(decays_ptr + index * K + channel, mask=channel < K, other=0.0))[:, None]
+        state += beyond
+    return state, pointers, mask

@@ -21,7 +21,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -49,16 +49,13 @@ def channel_mild_prepare_kernel(
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     first, last = chunk_place(places_ptr, T, C, PACKED)
-    head = tl.program_id(0) % H_v
-    batch = tl.program_id(0) // H_v
-    row = tl.cast(batch, tl.int64) * T
-    run = tl.cast(batch, tl.int64) * H_v + head
+    _, run, qk_row, row = chunk_rows(1, T, H, H_v)
     chunk = run * chunks + tl.program_id(1)
-    q_at = q_ptr + (row * H + head // (H_v // H)) * K
-    k_at = k_ptr + (row * H + head // (H_v // H)) * K
-    g_at = g_ptr + (row * H_v + head) * K
-    from_start_at = from_start_ptr + (row * H_v + head) * K
-    to_end_at = to_end_ptr + (row * H_v + head) * K
+    q_at = q_ptr + qk_row * K
+    k_at = k_ptr + qk_row * K
+    g_at = g_ptr + row * K
+    from_start_at = from_start_ptr + row * K
+    to_end_at = to_end_ptr + row * K
     scores = tl.zeros((C, C), tl.float32)
     longest = 0.0
     for k_first in range(0, K, BK):

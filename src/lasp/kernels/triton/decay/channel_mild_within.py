@@ -24,7 +24,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     sums_to_end,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -58,19 +58,16 @@ def channel_mild_within_kernel(
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     slices: tl.constexpr = (K + BK - 1) // BK
-    k_first = (tl.program_id(0) % slices) * BK
-    head = tl.program_id(0) // slices % H_v
-    batch = tl.program_id(0) // slices // H_v
+    part, run, qk_row, row = chunk_rows(slices, T, H, H_v)
+    k_first = part * BK
     first, last = chunk_place(places_ptr, T, C, PACKED)
-    row = tl.cast(batch, tl.int64) * T
-    qk = (row * H + head // (H_v // H)) * K
-    token_head = row * H_v + head
-    chunk = (tl.cast(batch, tl.int64) * H_v + head) * chunks + tl.program_id(1)
-    out = token_head * K
+    qk = qk_row * K
+    chunk = run * chunks + tl.program_id(1)
+    out = row * K
     q_at = q_ptr + qk
     k_at = k_ptr + qk
-    v_at = v_ptr + token_head * V
-    do_at = do_ptr + token_head * V
+    v_at = v_ptr + row * V
+    do_at = do_ptr + row * V
     g_at = g_ptr + out
     read_q_at = read_q_ptr + out
     read_k_at = read_k_ptr + out

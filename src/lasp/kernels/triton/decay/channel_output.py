@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import gradient_leaving, with_outside
+from lasp.kernels.triton.decay.channel_gates import segment_border
 from lasp.kernels.triton.decay.place import place
 
 
@@ -102,11 +102,10 @@ def channel_output_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    entering, mask = state_tile(states_ptr + index * K * V, 0, v_first, K, V, V, 1, BK, BV)
-    state = tl.zeros((BK, BV), tl.float32) if WHOLE else tl.load(entering, mask=mask, other=0.0)
+    state, entering, mask = segment_border(
+        states_ptr, before_ptr, state_in_ptr, index, border, 0, v_first, K, V, BK, BV, WHOLE
+    )  # fmt: skip
     if state_in_ptr is not None:
-        outside = state_in_ptr + border * K * V
-        state = with_outside(state, mask, before_ptr + index * K, outside, 0, v_first, K, V, BK, BV)
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
         tl.debug_barrier()
         tl.store(entering, state, mask=mask)
@@ -158,7 +157,7 @@ def channel_value_gradient_kernel(
     v_first = part * BV
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    state = gradient_leaving(
+    state, _, _ = segment_border(
         d_states_ptr, after_ptr, d_state_out_ptr, index, border, 0, v_first, K, V, BK, BV, WHOLE
     )  # fmt: skip
     row = tl.cast(batch, tl.int64) * T

@@ -36,7 +36,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sum_over,
 )
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -69,16 +69,13 @@ def channel_prepare_kernel(
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     first, last = chunk_place(places_ptr, T, C, PACKED)
-    head = tl.program_id(0) % H_v
-    batch = tl.program_id(0) // H_v
-    row = tl.cast(batch, tl.int64) * T
-    run = tl.cast(batch, tl.int64) * H_v + head
-    rows = ((row + first) * H + head // (H_v // H)) * K
-    q_at = q_ptr + (row * H + head // (H_v // H)) * K
-    k_at = k_ptr + (row * H + head // (H_v // H)) * K
-    g_at = g_ptr + (row * H_v + head) * K
-    from_start_at = from_start_ptr + (row * H_v + head) * K
-    to_end_at = to_end_ptr + (row * H_v + head) * K
+    _, run, qk_row, row = chunk_rows(1, T, H, H_v)
+    rows = (qk_row + tl.cast(first, tl.int64) * H) * K
+    q_at = q_ptr + qk_row * K
+    k_at = k_ptr + qk_row * K
+    g_at = g_ptr + row * K
+    from_start_at = from_start_ptr + row * K
+    to_end_at = to_end_ptr + row * K
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     scores = tl.zeros((C, C), tl.float32)

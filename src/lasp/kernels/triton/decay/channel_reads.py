@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import gradient_leaving
+from lasp.kernels.triton.decay.channel_gates import segment_border
 from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.decay.sweep import as_swept
+from lasp.kernels.triton.decay.sweep import as_swept, segment_state
 
 TIED = tl.constexpr(16)  # chunks at a time
 
@@ -146,10 +146,8 @@ def channel_query_reads_kernel(
     )
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
-    state = tl.zeros((BK, BV), tl.float32)
-    if not WHOLE:
-        entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
-        state = tl.load(entering, mask=mask, other=0.0)
+    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    state = segment_state(entering, mask, WHOLE)
     token_head = tl.cast(batch, tl.int64) * T * H_v + head
     sums = (run * chunks + chunk - first // C) * K
     _sweep(
@@ -198,7 +196,7 @@ def channel_key_reads_kernel(
     k_first = part * BK
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
-    state = gradient_leaving(
+    state, _, _ = segment_border(
         d_states_ptr, after_ptr, d_state_out_ptr, index, border, k_first, 0, K, V, BK, BV, WHOLE
     )  # fmt: skip
     end_ptr = state_out_ptr + border * K * V

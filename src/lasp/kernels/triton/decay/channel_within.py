@@ -29,7 +29,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     sum_over,
     sums_to_end,
 )
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -68,18 +68,15 @@ def channel_within_kernel(
     if is_done(steep_ptr, tl.program_id(0) // slices, chunks, STEEP):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    k_first = (tl.program_id(0) % slices) * BK
-    head = tl.program_id(0) // slices % H_v
-    batch = tl.program_id(0) // slices // H_v
+    part, run, qk_row, row = chunk_rows(slices, T, H, H_v)
+    k_first = part * BK
     first, last = chunk_place(places_ptr, T, C, PACKED)
-    row = tl.cast(batch, tl.int64) * T
-    qk = (row * H + head // (H_v // H)) * K
-    token_head = row * H_v + head
-    out = token_head * K
+    qk = qk_row * K
+    out = row * K
     q_at = q_ptr + qk
     k_at = k_ptr + qk
-    v_at = v_ptr + token_head * V
-    do_at = do_ptr + token_head * V
+    v_at = v_ptr + row * V
+    do_at = do_ptr + row * V
     g_at = g_ptr + out
 
     gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
@@ -138,7 +135,6 @@ def channel_within_kernel(
     q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
-    run = tl.cast(batch, tl.int64) * H_v + head
     leaving = tl.sum(k * read_k, 0)
     leaving += tl.load(through_ptr + (run * chunks + tl.program_id(1)) * K + channel, mask=channel < K, other=0.0)
     terms = q * dq - k * dk

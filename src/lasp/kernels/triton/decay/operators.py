@@ -17,7 +17,7 @@ from lasp.algebra import Summary
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages, stages
 from lasp.kernels.triton.decay.gates import TOKEN
-from lasp.kernels.triton.decay.work import Work, kind_of, per_channel, plan_of
+from lasp.kernels.triton.decay.work import Work, keeps_states, kind_of, per_channel, plan_of
 from lasp.recurrence.across import Across, Pending, of_key
 from lasp.recurrence.contract import Run
 from lasp.recurrence.crossing import Packed, zero_finals
@@ -225,7 +225,7 @@ def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool, want
         return q.new_empty(shape, dtype=torch.float32)
 
     results = [v.new_empty(v.shape), state(B, H_v, K, V)]
-    if not p.gathers or (want_gate and not per_channel(g)):
+    if keeps_states(p, kind_of(g), want_gate):
         results.append(state(B, H_v, p.segments, K, V))
     if per_channel(g):
         return [*results, *channel_stages.empty_prepared(q, v, p)]

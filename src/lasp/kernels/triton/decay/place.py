@@ -59,6 +59,16 @@ def needed_chunks(
 
 
 @triton.jit
+def chunk_rows(slices, T, H, H_v):
+    """Of a program that has a chunk, and one of `slices` of its channels: the slice; the run; where the batch's rows of
+    its head begin in [B, T, H] and [B, T, H_v]."""
+    part = tl.program_id(0) % slices
+    head = tl.program_id(0) // slices % H_v
+    batch = tl.cast(tl.program_id(0) // slices // H_v, tl.int64)
+    return part, batch * H_v + head, batch * T * H + head // (H_v // H), batch * T * H_v + head
+
+
+@triton.jit
 def chunk_place(places_ptr, T, C: tl.constexpr, PACKED: tl.constexpr):
     """The first token of a program's chunk, and the one after its last.
 

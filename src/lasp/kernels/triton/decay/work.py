@@ -98,8 +98,7 @@ class Work:
             )
         self.plan, self.with_decay, self.from_zero = p, with_decay, from_zero
         alike = not with_decay and H_v == H and K == V
-        # The decay's gradient pairs the states at segments' ends, which are then read where there are.
-        self.keeps_states = not p.gathers or (with_decay and kind != CHANNEL.value)
+        self.keeps_states = keeps_states(p, kind, with_decay)
         self.paired = alike and (p.gathers or p.segment_chunks >= PAIRED_CHUNKS)
         self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
         self.mild = self.per_channel and base_levels(dtype) > 0
@@ -162,9 +161,7 @@ class Work:
 
     @cached_property
     def output(self) -> Launch:
-        p = self.plan
-        ways = (p.exact, self.with_decay, p.gathers, p.gathers and self.keeps_states)
-        return self._sweep_of_values(output_kernel, ways)
+        return self._sweep_of_values(output_kernel, (self.plan.exact, self.with_decay, self.plan.gathers))
 
     @cached_property
     def value_gradient(self) -> Launch:
@@ -282,6 +279,15 @@ class Work:
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
         constants = (p.chunk, self.sums[0], self.carry[0], GATE_BLOCK, self.from_zero, p.packed)
         return Launch(gate_gradient_kernel, (B * H_v, p.segments), scalars, constants, GATE_WARPS, 1)
+
+
+def keeps_states(p: Plan, kind: int, with_decay: bool) -> bool:
+    """Whether the states entering segments are kept for the backward pass.
+
+    Where sweeps gather, only for the gradient of a decay, which pairs the states at segments' ends; of gates per
+    channel there is then a single segment.
+    """
+    return not p.gathers or (with_decay and kind != CHANNEL.value)
 
 
 def base_levels(dtype: torch.dtype) -> int:
