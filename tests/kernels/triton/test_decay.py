@@ -6,6 +6,7 @@ a ragged last chunk, grouped heads, dims that are no power of two, several slice
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from lasp import linear_attention
 from lasp.kernels.torch import decay as exact
 from lasp.kernels.triton import decay as fused
-from lasp.kernels.triton.decay import channel_reads, sweep, work
+from lasp.kernels.triton.decay import channel_reads, legs, sweep, work
 from lasp.kernels.triton.decay import plan as plans
 from lasp.kernels.triton.decay import rows as rows_module
 from lasp.recurrence.contract import Run
@@ -197,9 +198,10 @@ def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device)
 def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     from_zero: bool, device: torch.device
 ) -> None:
-    """The kernel alone, given sums that do not fit <S, D> at segments' ends, as if much had been rounded."""
-    T, H_v, chunk, length = 150, 2, 64, 1
-    p = plans.plan(T, H_v, 16, 16, torch.float16, 2, 4, 1 << 20)._replace(segment_chunks=length, segments=3)
+    """The kernel alone, given sums that do not fit <S, D> at legs' ends, as if much had been rounded: of two segments,
+    the first of two legs."""
+    T, H_v, bounds = 1350, 2, (0, 1024, 1280, 1350)
+    p = plans.plan(T, H_v, 16, 16, torch.float16, 2, 4, 1 << 20)._replace(segment_chunks=20, segments=2)
     launches = work.Work((1, T, 1, 16), (1, T, H_v, 16), torch.float16, 2, p, True, 1.0, from_zero)
     random = torch.Generator().manual_seed(0)
     q_sums, k_sums = (torch.randn(launches.sums, generator=random).to(device) for _ in range(2))
@@ -207,12 +209,11 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     dg = torch.empty(1, T, H_v, device=device)
     launches.gate_gradient(q_sums, k_sums, carry, dg, carry)
 
-    terms, ends = (q_sums - k_sums).sum(0)[0, :, :T], carry.sum(0)[0]
-    for segment, first in enumerate(range(0, T, chunk)):
-        last = min(first + chunk, T)
-        walk = ends[:, segment, None] + terms[:, first:last].flip(1).cumsum(1).flip(1)
-        start = ends[:, segment - 1] if segment else torch.zeros_like(ends[:, 0])
-        tied = segment > 0 or from_zero
+    terms, ends = (q_sums - k_sums).sum(0)[0, :, :T], carry.sum(0)[0].flatten(1)
+    for leg, (first, last) in enumerate(pairwise(bounds)):
+        walk = ends[:, leg, None] + terms[:, first:last].flip(1).cumsum(1).flip(1)
+        start = ends[:, leg - 1] if leg else torch.zeros_like(ends[:, 0])
+        tied = leg > 0 or from_zero
         slope = (walk[:, 0] - start) / (last - first) if tied else torch.zeros_like(start)
         expected = walk - slope[:, None] * torch.arange(last - first, 0, -1, device=device)
         got = dg[0, first:last].T
@@ -296,13 +297,13 @@ def test_gates_per_token_gather_little_rounding_over_a_segment(
     rows: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of gates that forget, by both kinds of sweeps: what one rounds of a token with its decay, the other rounds alike.
-    What remains is a walk tied at both ends: over the longest segment, twice this one, it goes 1.4 times as far."""
+    What remains is a walk tied at both ends of every leg, two here: as one, it would go 1.4 times as far."""
     p = problem("scalar", Dims(T=2048, H_v=4, K=32, V=32), device, torch.bfloat16)
     g = torch.full_like(p.x.g, -0.2).requires_grad_()
 
     def one_segment(*arguments: object) -> plans.Plan:
         found = plans.plan(*arguments[:-1], False)  # not gathered
-        assert found.rows and 2 * found.chunks == plans.LONGEST[plans.TOKEN]
+        assert found.rows and legs.legs_of(found.chunks) == 2
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
         return found._replace(segment_chunks=found.chunks, segments=1, rows=rows, scalar_keys=keys)
 
@@ -318,7 +319,8 @@ def test_gates_per_token_gather_little_rounding_over_a_segment(
         return relative_error(torch.autograd.grad(o, g, p.d_o)[0], expected)
 
     found = error()
-    assert found < 8e-3 / 2**0.5
+    print("FOUND", found)
+    assert found < 5e-3
     if rows and device.type == "cpu":  # the control, what the states take rounded otherwise: not patched if compiled
         original = sweep.add_chunk
         monkeypatch.setattr(rows_module, "add_chunk", lambda *args: original(*args[:7], not args[7], args[8]))
@@ -351,7 +353,7 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
 
     monkeypatch.setattr(work, "plan", one_segment)
     monkeypatch.setattr(work, "_work", work._work.__wrapped__)
-    assert work.work_of(p.x).plan.chunks == plans.LONGEST[plans.CHANNEL]
+    assert work.work_of(p.x).plan.chunks == plans.LONGEST_CHANNELS
     expected = solution(p)["dg"]
     assert relative_error(run(fused, p)["dg"], expected) < 8e-3
     if device.type == "cpu":  # the control: a compiled kernel is not patched

@@ -20,8 +20,9 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import segment_border
+from lasp.kernels.triton.decay.legs import as_swept
 from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.decay.sweep import as_swept, segment_state
+from lasp.kernels.triton.decay.sweep import segment_state
 
 TIED = tl.constexpr(16)  # chunks at a time
 

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import head_gates
+from lasp.kernels.triton.decay.legs import LEG, key_tile
 from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.decay.rows import key_tile, sweep_rows
-from lasp.kernels.triton.decay.sweep import PART_ROWS, as_swept, decay_to_segment, gather, segment_state, sweep
+from lasp.kernels.triton.decay.rows import sweep_rows
+from lasp.kernels.triton.decay.sweep import PART_ROWS, decay_to_segment, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -20,9 +21,8 @@ def key_gradient_kernel(
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: k . dk
-    carry_ptr,  # fp32 [slices, B, H_v, segments], written if SUMS: <S, D> at each segment's end
-    states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment; read if SUMS
-    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run; read if SUMS
+    ends_ptr,  # fp32 [B, H_v, segments, legs, K, V], read if SUMS: the states at the ends of legs
+    carry_ptr,  # fp32 [slices, B, H_v, segments, legs], written if SUMS: <S, D> there
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; unused if GATHER
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -50,7 +50,7 @@ def key_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last, chunk, border, ends = place(
+    part, head, batch, segment, first, last, chunk, border, _ = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     k_first = part * BK
@@ -71,24 +71,19 @@ def key_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
+    legs = tl.cdiv(segment_chunks, LEG)
+    ends_ptr += index * legs * K * V
+    carry_ptr += (tl.cast(part, tl.int64) * B * H_v * segments + index) * legs
     if GATHER:
         state = gather(
             q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
             state, H * K, H_v * V, scale, T, first, last, slot, k_first,
             K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
-    if SUMS:
-        end_ptr = states_ptr + (index + 1) * K * V
-        if ends:
-            end_ptr = state_out_ptr + border * K * V
-        end, _ = key_tile(end_ptr, k_first, K, V, BK, BV, ROWS)
-        swept = as_swept(state, v_ptr.dtype.element_ty)
-        carry = tl.sum(tl.load(end, mask=mask, other=0.0) * swept)
-        tl.store(carry_ptr + tl.cast(part, tl.int64) * B * H_v * segments + index, carry)
     if ROWS:
         sweep_rows(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded,
+            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded, ends_ptr, carry_ptr,
             state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
             V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
@@ -96,7 +91,7 @@ def key_gradient_kernel(
         sweep(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
-            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded,
+            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, ends_ptr, carry_ptr,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, True, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

@@ -22,8 +22,8 @@ START_COST = 1.5
 STATE_COST = 0.017
 # Likewise of the two launches that make summaries and scan them.
 SUMMARIES_COST = 8.0
-# Chunks: the gradients of gates gather rounding over a segment (gate_gradient, channel_reads), however long the run.
-LONGEST = {TOKEN: 64, CHANNEL: 32}
+# Chunks: the gradients of gates per channel gather rounding over a segment (channel_reads), however long the run.
+LONGEST_CHANNELS = 32
 # Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
 # what a program gathers. Sums of gates per token are loaded when they are wanted, so a chunk costs half as much again.
 LONGEST_GATHERED = 32
@@ -210,7 +210,8 @@ def plan(
     # Programs of gates per channel wait more often: shorter segments for more of them.
     summaries = SUMMARIES_COST if kind == CHANNEL and from_zero else 0.0
     length = segment_chunks(chunks, heads, 2 * processors if kind == CHANNEL else processors, summaries)
-    length = min(length, LONGEST.get(kind, length))
+    if kind == CHANNEL:
+        length = min(length, LONGEST_CHANNELS)
     cut = None
     whole = kind == CHANNEL and from_zero and length == chunks
     if from_zero and kind != CHANNEL:

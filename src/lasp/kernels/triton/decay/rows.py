@@ -10,22 +10,12 @@ heads whose whole state a program holds.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
+from lasp.kernels.triton.decay.legs import LEG, leave, leg_chunks, pair
 from lasp.kernels.triton.decay.sweep import add_chunk
 
 PART_COLUMNS = tl.constexpr(64)  # of out: so much of a row a warp adds up by itself
-
-
-@triton.jit
-def key_tile(ptr, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
-    """Pointers and mask of a state's [BK, BV] tile from k_first on, as `sweep` holds it for dq and dk; or with ROWS
-    [BV, BK], as `sweep_rows` does."""
-    if ROWS:
-        pointers, mask = state_tile(ptr, 0, k_first, V, K, 1, V, BV, BK)
-    else:
-        pointers, mask = state_tile(ptr, k_first, 0, K, V, V, 1, BK, BV)
-    return pointers, mask
 
 
 @triton.jit
@@ -38,6 +28,8 @@ def sweep_rows(
     prefix_ptr,
     x_ptr,
     sums_ptr,  # [parts, sums_row], written, at the head
+    ends_ptr,
+    carry_ptr,
     state,  # [BA, BC]
     a_row,
     c_row,
@@ -69,36 +61,44 @@ def sweep_rows(
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
     chunks = tl.cdiv(last - first, C)
-    for step in range(chunks):
-        start = first + (chunks - 1 - step if REVERSE else step) * C
-        a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
-        b = load_chunk(b_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
-        c = load_chunk(c_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
-        x = load_chunk(x_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
-        # Loaded every time for the same reason.
-        rate = head_rate(g_ptr, KIND)
-        length = tl.minimum(last - start, C)
-        prefix, total, from_state, to_state = chunk_decays(
-            prefix_ptr, prefix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, False
-        )
-        pairs = pair_decay(g_ptr, H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
+    legs = tl.cdiv(chunks, LEG)
+    for turn in range(legs):
+        leg, begin, end = leg_chunks(turn, legs, chunks, True, REVERSE)
+        if REVERSE:
+            pair(ends_ptr, carry_ptr, leg, state, 0, N, A, BC, BA, True, dtype)
+        for step in range(begin, end):
+            start = first + (begin + end - 1 - step if REVERSE else step) * C
+            a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
+            b = load_chunk(b_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
+            c = load_chunk(c_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
+            x = load_chunk(x_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
+            # Loaded every time for the same reason.
+            rate = head_rate(g_ptr, KIND)
+            length = tl.minimum(last - start, C)
+            prefix, total, from_state, to_state = chunk_decays(
+                prefix_ptr, prefix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, False
+            )
+            pairs = pair_decay(g_ptr, H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
 
-        b_t = tl.trans(b)
-        read = tl.dot(a, state.to(dtype), input_precision=PRECISION)
-        weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
-        # Scaled, then added: as a plain sum the compiler would make it one product that goes on into another, and of
-        # such both warpgroups have the same rows.
-        within = tl.dot(weights, c, input_precision=PRECISION) * scale
-        out = tl.fma(read, from_state[:, None], within)
-        store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, 0, last, out_row, N, C, BC, STORES)
-        parts: tl.constexpr = BC // PART_COLUMNS
-        # x weighted and rounded as in `sweep`.
-        weighted = (x * from_state[:, None]).to(dtype).to(tl.float32)
-        own = tl.fma(weighted, read, x.to(tl.float32) * within)
-        own = tl.sum(tl.reshape(own, (C, parts, PART_COLUMNS)), 2)
-        # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for x.
-        own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)[:, None]
-        at = slot + start + tl.arange(0, C)
-        tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
+            b_t = tl.trans(b)
+            read = tl.dot(a, state.to(dtype), input_precision=PRECISION)
+            weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
+            # Scaled, then added: as a plain sum the compiler would make it one product that goes on into another, and
+            # of such both warpgroups have the same rows.
+            within = tl.dot(weights, c, input_precision=PRECISION) * scale
+            out = tl.fma(read, from_state[:, None], within)
+            store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, 0, last, out_row, N, C, BC, STORES)
+            parts: tl.constexpr = BC // PART_COLUMNS
+            # x weighted and rounded as in `sweep`.
+            weighted = (x * from_state[:, None]).to(dtype).to(tl.float32)
+            own = tl.fma(weighted, read, x.to(tl.float32) * within)
+            own = tl.sum(tl.reshape(own, (C, parts, PART_COLUMNS)), 2)
+            # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for
+            # x.
+            own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)[:, None]
+            at = slot + start + tl.arange(0, C)
+            tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
 
-        state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
+            state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
+        if not REVERSE:
+            leave(ends_ptr, leg, state, 0, N, A, BC, BA, True)

@@ -62,11 +62,12 @@ def saved_of(work: Work, tensors: list[Tensor]) -> Any:
 
 
 class QueryGradient(NamedTuple):
-    """dq per value head [B, T, H_v, K], and q . dq in parts [parts, B, H_v, chunks C] where the decay's gradient is
-    wanted."""
+    """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts [parts, B, H_v, chunks C]
+    and the states at the ends of legs [B, H_v, segments, legs, K, V]."""
 
     dq: Tensor
     sums: Tensor
+    ends: Tensor
 
 
 def prepare(x: Run, from_zero: bool = False) -> tuple[Run, Work]:
@@ -203,11 +204,13 @@ def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
     if work.per_channel:
         return channel.local_gradients(x, work, saved, d_o)
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    sums = saved.leaving.new_empty(work.sums) if work.with_decay else saved.leaving
+    sums = ends = saved.leaving
+    if work.with_decay:
+        sums, ends = sums.new_empty(work.sums), sums.new_empty(work.ends)
     g = x.q if x.g is None else x.g
     gates, entering = _two(saved.gates, saved.leaving), given(saved.entering, saved.leaving)
-    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, entering, places_of(work.plan, dq))
-    return QueryGradient(dq, sums)
+    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, ends, entering, places_of(work.plan, dq))
+    return QueryGradient(dq, sums, ends)
 
 
 def gradients(
@@ -241,10 +244,7 @@ def gradients_of(
     sums = carry = local.sums
     if work.with_decay:
         sums, carry = torch.empty_like(sums), after.new_empty(work.carry)
-    work.key_gradient(
-        x.q, x.k, x.v, d_o, g, *gates, dk, sums, carry,
-        given(saved.entering, unread), saved.leaving, d_states, after, places, d_state_out,
-    )  # fmt: skip
+    work.key_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, sums, local.ends, carry, d_states, after, places, d_state_out)
     work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
     d_gate = None
     if work.with_decay:

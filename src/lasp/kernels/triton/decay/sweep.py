@@ -15,7 +15,7 @@ It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outp
 so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
-gate_gradient), each in parts of PART_ROWS columns of out: so much a warp adds up by itself.
+gate_gradient), each in parts of PART_ROWS columns of out: so much a warp adds up by itself. They walk in legs (`legs`).
 """
 
 import triton
@@ -23,6 +23,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, chunk_decays, head_rate, pair_decay
+from lasp.kernels.triton.decay.legs import LEG, leave, leg_chunks, pair
 from lasp.kernels.triton.decay.place import run_bounds
 
 PART_ROWS = tl.constexpr(16)
@@ -39,6 +40,8 @@ def sweep(
     suffix_ptr,  # likewise: suffix; unused unless EXACT
     x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
     sums_ptr,  # if SUMS: [parts, sums_row], written; at the head and the slice's first part
+    ends_ptr,  # if SUMS: states at the ends of the segment's legs [legs, N, A], read if REVERSE, else written
+    carry_ptr,  # if SUMS and REVERSE: [legs], written
     state,  # [BC, BA]
     a_row,
     b_row,
@@ -73,44 +76,51 @@ def sweep(
     if SUMS:
         x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
     chunks = tl.cdiv(last - first, C)
-    for step in range(chunks):
-        start = first + (chunks - 1 - step if REVERSE else step) * C
-        length = tl.minimum(last - start, C)
-        a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
-        b = load_chunk(b_view, start, 0, last, b_row, A, C, BA, DESCRIPTORS)
-        c_t = tl.trans(load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS))
-        if SUMS:
-            x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
-        prefix, total, from_state, to_state = chunk_decays(
-            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
-        )
-        g_chunk = g_ptr + tl.cast(start, tl.int64) * H_v
-        pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
+    legs = tl.cdiv(chunks, LEG) if SUMS else 1
+    for turn in range(legs):
+        leg, begin, end = leg_chunks(turn, legs, chunks, SUMS, REVERSE)
+        if SUMS and REVERSE:
+            pair(ends_ptr, carry_ptr, leg, state, column, N, A, BC, BA, False, dtype)
+        for step in range(begin, end):
+            start = first + (begin + end - 1 - step if REVERSE else step) * C
+            length = tl.minimum(last - start, C)
+            a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
+            b = load_chunk(b_view, start, 0, last, b_row, A, C, BA, DESCRIPTORS)
+            c_t = tl.trans(load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS))
+            if SUMS:
+                x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
+            prefix, total, from_state, to_state = chunk_decays(
+                prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+            )
+            g_chunk = g_ptr + tl.cast(start, tl.int64) * H_v
+            pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
 
-        a_t = tl.trans(a)
-        if dtype == tl.bfloat16:
-            read = tl.dot(state.to(tl.bfloat16), a_t)
-        else:
-            # A state may exceed fp16's range: its product is taken in fp32 operands (rounded as PRECISION says).
-            read = tl.dot(state, a_t.to(tl.float32), input_precision=PRECISION)
-        scores = (tl.dot(b, a_t, input_precision=PRECISION) * pairs).to(dtype)
-        if SUMS:
-            within = tl.dot(c_t, scores, input_precision=PRECISION)
-            out = tl.fma(read, from_state[None, :], within)
-        else:
-            out = tl.dot(c_t, scores, read * from_state[None, :], input_precision=PRECISION)
+            a_t = tl.trans(a)
+            if dtype == tl.bfloat16:
+                read = tl.dot(state.to(tl.bfloat16), a_t)
+            else:
+                # A state may exceed fp16's range: its product is taken in fp32 operands (rounded as PRECISION says).
+                read = tl.dot(state, a_t.to(tl.float32), input_precision=PRECISION)
+            scores = (tl.dot(b, a_t, input_precision=PRECISION) * pairs).to(dtype)
+            if SUMS:
+                within = tl.dot(c_t, scores, input_precision=PRECISION)
+                out = tl.fma(read, from_state[None, :], within)
+            else:
+                out = tl.dot(c_t, scores, read * from_state[None, :], input_precision=PRECISION)
 
-        state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
-        o = tl.trans(out).to(out_ptr.dtype.element_ty)
-        store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
-        if SUMS:
-            parts: tl.constexpr = BC // PART_ROWS
-            # What is read is summed with x rounded with its decay, as the other sweep adds x to its state: their
-            # difference then lacks that rounding (gate_gradient).
-            weighted = tl.trans((x * from_state[:, None]).to(dtype)).to(tl.float32)
-            own = tl.reshape(tl.fma(weighted, read, tl.trans(x).to(tl.float32) * within), (parts, PART_ROWS, C))
-            rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
-            tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
+            state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
+            o = tl.trans(out).to(out_ptr.dtype.element_ty)
+            store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
+            if SUMS:
+                parts: tl.constexpr = BC // PART_ROWS
+                # What is read is summed with x rounded with its decay, as the other sweep adds x to its state: their
+                # difference then lacks that rounding (gate_gradient).
+                weighted = tl.trans((x * from_state[:, None]).to(dtype)).to(tl.float32)
+                own = tl.reshape(tl.fma(weighted, read, tl.trans(x).to(tl.float32) * within), (parts, PART_ROWS, C))
+                rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
+                tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
+        if SUMS and not REVERSE:
+            leave(ends_ptr, leg, state, column, N, A, BC, BA, False)
     return state
 
 
@@ -203,10 +213,3 @@ def segment_state(pointers, mask, GATHER: tl.constexpr):
 def decay_to_segment(decay_ptr, GATHER: tl.constexpr):
     """The decay of what enters the run on its way to a segment; sweeps that gather apply it themselves."""
     return 1.0 if GATHER else tl.exp2(tl.load(decay_ptr))
-
-
-@triton.jit
-def as_swept(state, dtype: tl.constexpr):
-    """A state as the sweeps of inputs of `dtype` round it, in fp32: so that in <S, D> what the last tokens add to S
-    cancels."""
-    return state.to(tl.bfloat16).to(tl.float32) if dtype == tl.bfloat16 else state

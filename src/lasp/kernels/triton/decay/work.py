@@ -28,6 +28,7 @@ from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
 from lasp.kernels.triton.decay.layout import packed_plan
+from lasp.kernels.triton.decay.legs import legs_of
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
@@ -39,7 +40,7 @@ from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
 from lasp.recurrence.documents import Documents
 
-GATE_BLOCK, GATE_WARPS = 512, 4
+GATE_WARPS = 4
 GATE_SUMS_WARPS = 1
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20, 0)
@@ -67,7 +68,7 @@ class Work:
         states, decays: of those at the ends of segments.
         gates: of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token.
-        carry: of <S, D> at segments' ends (see gate_gradient).
+        ends, carry: of the states at the ends of legs, and of <S, D> there (see `legs`).
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
             group are still to be summed.
     """
@@ -111,7 +112,8 @@ class Work:
         self.gates = (B, H_v, p.chunks * p.chunk)
         part = PART_COLUMNS if p.rows else PART_ROWS
         self.sums = (slices * p.scalar_keys.columns // part.value, *self.gates)
-        self.carry = (slices, B, H_v, p.segments)
+        legs = legs_of(p.segment_chunks)
+        self.ends, self.carry = (B, H_v, p.segments, legs, K, V), (slices, B, H_v, p.segments, legs)
         self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
 
     # A program for each segment of each head, and for each slice of the columns that it makes.
@@ -277,15 +279,16 @@ class Work:
     def gate_gradient(self) -> Launch:
         p, (B, T, _, H_v, _, _) = self.plan, self._dims
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
-        constants = (p.chunk, self.sums[0], self.carry[0], GATE_BLOCK, self.from_zero, p.packed)
-        return Launch(gate_gradient_kernel, (B * H_v, p.segments), scalars, constants, GATE_WARPS, 1)
+        constants = (p.chunk, self.sums[0], self.carry[0], self.from_zero, p.packed)
+        grid = (self.carry[-1] * B * H_v, p.segments)
+        return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
 
 def keeps_states(p: Plan, kind: int, with_decay: bool) -> bool:
     """Whether the states entering segments are kept for the backward pass.
 
-    Where sweeps gather, only for the gradient of a decay, which pairs the states at segments' ends; of gates per
-    channel there is then a single segment.
+    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Of gates per channel
+    there is then a single segment.
     """
     return not p.gathers or (with_decay and kind != CHANNEL.value)
 
