@@ -24,7 +24,7 @@ SPILLS = {
         "channel_mild_within_kernel": 96,
         "channel_within_kernel": 640,
         "channel_prepare_kernel": 128,
-        "key_gradient_kernel": 128,
+        "key_gradient_kernel": 192,
         "output_kernel": 256,
     },
     "cuda:100": {
@@ -33,7 +33,7 @@ SPILLS = {
         "channel_within_kernel": 768,
         "channel_prepare_kernel": 640,
         "channel_summary_kernel": 96,
-        "key_gradient_kernel": 64,
+        "key_gradient_kernel": 384,
     },
     "cuda:80": {
         "channel_mild_within_kernel": 288,
@@ -43,12 +43,13 @@ SPILLS = {
         "output_kernel": 256,
         "channel_output_kernel": 16,
         "channel_key_reads_kernel": 32,
-        "key_gradient_kernel": 96,
+        "key_gradient_kernel": 128,
     },
     "hip:gfx942": {
         "channel_within_kernel": 256,
         "output_kernel": 224,
         "channel_key_reads_kernel": 128,
+        "key_gradient_kernel": 64,
     },
 }
 

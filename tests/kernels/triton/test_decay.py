@@ -319,7 +319,6 @@ def test_gates_per_token_gather_little_rounding_over_a_segment(
         return relative_error(torch.autograd.grad(o, g, p.d_o)[0], expected)
 
     found = error()
-    print("FOUND", found)
     assert found < 5e-3
     if rows and device.type == "cpu":  # the control, what the states take rounded otherwise: not patched if compiled
         original = sweep.add_chunk

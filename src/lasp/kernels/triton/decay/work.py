@@ -287,8 +287,8 @@ class Work:
 def keeps_states(p: Plan, kind: int, with_decay: bool) -> bool:
     """Whether the states entering segments are kept for the backward pass.
 
-    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Of gates per channel
-    there is then a single segment.
+    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Of gates per
+    channel there is then a single segment.
     """
     return not p.gathers or (with_decay and kind != CHANNEL.value)
 
