@@ -6,7 +6,6 @@ a ragged last chunk, grouped heads, dims that are no power of two, several slice
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -194,32 +193,27 @@ def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device)
     assert values["state_out"][:, 0].isfinite().all() and not values["state_out"][:, 1].isfinite().any()
 
 
-@pytest.mark.parametrize("from_zero", [False, True])
-def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
-    from_zero: bool, device: torch.device
-) -> None:
-    """The kernel alone, given sums that do not fit <S, D> at legs' ends, as if much had been rounded: of two segments,
-    the first of two legs."""
-    T, H_v, bounds = 1350, 2, (0, 1024, 1280, 1350)
-    p = plans.plan(T, H_v, 16, 16, torch.float16, 2, 4, 1 << 20)._replace(segment_chunks=20, segments=2)
-    launches = work.Work((1, T, 1, 16), (1, T, H_v, 16), torch.float16, 2, p, True, 1.0, from_zero)
+def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(device: torch.device) -> None:
+    """The kernel alone, given sums that do not fit <S, D> at legs' borders, as if much had been rounded: of two
+    segments, the first of two legs, the other of one."""
+    T, H_v, chunks = 1350, 2, 20
+    p = plans.plan(T, H_v, 16, 16, torch.float16, 2, 4, 1 << 20)._replace(segment_chunks=chunks, segments=2)
+    launches = work.Work((1, T, 1, 16), (1, T, H_v, 16), torch.float16, 2, p, True, 1.0)
     random = torch.Generator().manual_seed(0)
     q_sums, k_sums = (torch.randn(launches.sums, generator=random).to(device) for _ in range(2))
-    carry = torch.randn(launches.carry, generator=random).to(device)
+    pairs = torch.randn(launches.pairs, generator=random).to(device)
     dg = torch.empty(1, T, H_v, device=device)
-    launches.gate_gradient(q_sums, k_sums, carry, dg, carry)
+    launches.gate_gradient(q_sums, k_sums, pairs, dg, pairs)
 
-    terms, ends = (q_sums - k_sums).sum(0)[0, :, :T], carry.sum(0)[0].flatten(1)
-    for leg, (first, last) in enumerate(pairwise(bounds)):
-        walk = ends[:, leg, None] + terms[:, first:last].flip(1).cumsum(1).flip(1)
-        start = ends[:, leg - 1] if leg else torch.zeros_like(ends[:, 0])
-        tied = leg > 0 or from_zero
-        slope = (walk[:, 0] - start) / (last - first) if tied else torch.zeros_like(start)
+    terms, known = (q_sums - k_sums).sum(0)[0, :, :T], pairs.sum(0)[0]
+    for segment, leg, first, last in ((0, 0, 0, 1024), (0, 1, 1024, 1280), (1, 0, 1280, 1350)):
+        start, end = known[:, segment, leg], known[:, segment, leg + 1]
+        walk = end[:, None] + terms[:, first:last].flip(1).cumsum(1).flip(1)
+        slope = (walk[:, 0] - start) / (last - first)
         expected = walk - slope[:, None] * torch.arange(last - first, 0, -1, device=device)
         got = dg[0, first:last].T
-        assert relative_error(got, expected) < 1e-5
-        assert relative_error(got[:, 0], start if tied else walk[:, 0]) < 1e-4 or not start.any()
-        assert not tied or relative_error(walk, expected) > 0.1  # the control: it made a difference
+        assert relative_error(got, expected) < 1e-5 and relative_error(got[:, 0], start) < 1e-4
+        assert relative_error(walk, expected) > 0.1  # the control: it made a difference
 
 
 def test_gradient_of_a_gate_laid_out_otherwise(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from exchange.simulated import run as simulate
 from exchange.simulated import sequence_parallel
 from problems import GATES
@@ -11,8 +12,8 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
+from lasp.kernels.triton.decay import legs, work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import work
 
 BOUND = 4e-6
 TOKENS, H, K, V = 110, 1, 16, 16
@@ -21,9 +22,12 @@ BOUNDS = (0, 0, 1, 3, 38, 38, 109, 110)
 
 
 @pytest.fixture(autouse=True)
-def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a segment, so that few tokens make several."""
+def _short_segments(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks a segment, so that few tokens make several; in the interpreter a leg for each chunk, too (compiled
+    kernels are not patched: test_gpu has long legs)."""
     monkeypatch.setattr(work, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
+    if device.type == "cpu":
+        monkeypatch.setattr(legs, "LEG", tl.constexpr(1))
 
 
 def problem(gate: str, H_v: int = 2) -> tuple[dict[str, Tensor], Tensor, Tensor]:

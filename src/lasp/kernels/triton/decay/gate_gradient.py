@@ -7,22 +7,22 @@ products inside a chunk cancel exactly in their difference, since both sweeps ro
 k as rounded with their decays: each sweep sums what it reads with the operand rounded as the other adds it to its
 state. But products of two chunks are read from a rounded S by one sweep and from a rounded D by the other: what
 remains of them adds up over the leg, as a random walk does. At the leg's start it is known, since there d_g is <S, D>
-at the end of the leg before (zero where the run starts from no state), and is taken off again, all of it there and
-less towards the end: what is left is that of a walk tied at both ends, a third of its variance.
+too, and is taken off again, all of it there and less towards the end: what is left is that of a walk tied at both
+ends, a third of its variance.
 """
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.decay.legs import LEG
-from lasp.kernels.triton.decay.place import PLACE, place
+from lasp.kernels.triton.decay.legs import borders_of
+from lasp.kernels.triton.decay.place import place
 
 
 @triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])
 def gate_gradient_kernel(
     q_sums_ptr,  # fp32 [parts, B, H_v, chunks C]: q . dq
     k_sums_ptr,  # likewise: k . dk
-    carry_ptr,  # fp32 [slices, B, H_v, segments, legs]
+    pairs_ptr,  # fp32 [slices, B, H_v, segments, borders]
     dg_ptr,  # fp32 [B, T, H_v], written
     places_ptr,  # int32 [segments, 7] if PACKED
     T,
@@ -32,24 +32,21 @@ def gate_gradient_kernel(
     segment_chunks,
     chunks,
     C: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a leg
     PARTS: tl.constexpr,
     SLICES: tl.constexpr,
-    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     PACKED: tl.constexpr,
 ):
-    legs = tl.cdiv(segment_chunks, LEG)
+    legs = borders_of(segment_chunks) - 1
     leg, head, batch, segment, first, last, chunk, _, _ = place(
         places_ptr, legs, segments, segment_chunks, T, H_v, C, PACKED
     )
     run = tl.cast(batch, tl.int64) * H_v + head
     slot = chunk * C - first
-    starts_run = (segment == 0) & (leg == 0)
-    if PACKED:
-        starts_run = (first == tl.load(places_ptr + segment * PLACE + 5)) & (leg == 0)
     # A short segment has fewer legs: of others nothing is inside.
-    first += leg * LEG * C
-    last = tl.minimum(first + LEG * C, last)
-    at = first + tl.arange(0, LEG * C)
+    first += leg * TOKENS
+    last = tl.minimum(first + TOKENS, last)
+    at = first + tl.arange(0, TOKENS)
     inside = at < last
 
     terms = tl.zeros_like(at).to(tl.float32)
@@ -57,22 +54,12 @@ def gate_gradient_kernel(
         here = (part * rows + run) * (chunks * C) + slot + at
         terms += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
         terms -= tl.load(k_sums_ptr + here, mask=inside, other=0.0)
-    # Every segment but a run's last has all its legs, so the one before is the number before.
-    number = segment * legs + leg
-    end = _pairing(carry_ptr, rows, run, segments * legs, number, SLICES)
-    known = _pairing(carry_ptr, rows, run, segments * legs, tl.maximum(number - 1, 0), SLICES)
-    known = tl.where(starts_run, 0.0, known)
-    drift = (end + tl.sum(terms) - known) / tl.maximum(last - first, 1)
-    if not FROM_ZERO:
-        drift = tl.where(starts_run, 0.0, drift)
+    start = 0.0
+    end = 0.0
+    for part in range(SLICES):
+        pair = pairs_ptr + ((part * rows + run) * segments + segment) * (legs + 1) + leg
+        start += tl.load(pair)
+        end += tl.load(pair + 1)
+    drift = (end + tl.sum(terms) - start) / tl.maximum(last - first, 1)
     dg = end + tl.cumsum(terms, 0, reverse=True) - drift * (last - at).to(tl.float32)
     tl.store(dg_ptr + (batch * tl.cast(T, tl.int64) + at) * H_v + head, dg, mask=inside)
-
-
-@triton.jit
-def _pairing(carry_ptr, rows, run, count, number, SLICES: tl.constexpr):
-    """<S, D> at the end of a leg."""
-    found = 0.0
-    for part in range(SLICES):
-        found += tl.load(carry_ptr + (part * rows + run) * count + number)
-    return found

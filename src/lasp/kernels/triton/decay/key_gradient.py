@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import head_gates
-from lasp.kernels.triton.decay.legs import LEG, key_tile
+from lasp.kernels.triton.decay.legs import borders_of, inner_borders, key_tile
 from lasp.kernels.triton.decay.place import place
 from lasp.kernels.triton.decay.rows import sweep_rows
 from lasp.kernels.triton.decay.sweep import PART_ROWS, decay_to_segment, gather, segment_state, sweep
@@ -21,8 +21,10 @@ def key_gradient_kernel(
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: k . dk
-    ends_ptr,  # fp32 [B, H_v, segments, legs, K, V], read if SUMS: the states at the ends of legs
-    carry_ptr,  # fp32 [slices, B, H_v, segments, legs], written if SUMS: <S, D> there
+    pairs_ptr,  # fp32 [slices, B, H_v, segments, borders], written if SUMS: <S, D> at the borders of legs
+    states_ptr,  # fp32 [B, H_v, segments, K, V]: S entering each segment; these three read if SUMS
+    inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V]: see `inner_borders`
+    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; unused if GATHER
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -50,7 +52,7 @@ def key_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last, chunk, border, _ = place(
+    part, head, batch, segment, first, last, chunk, border, ends = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     k_first = part * BK
@@ -71,9 +73,12 @@ def key_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    legs = tl.cdiv(segment_chunks, LEG)
-    ends_ptr += index * legs * K * V
-    carry_ptr += (tl.cast(part, tl.int64) * B * H_v * segments + index) * legs
+    pairs_ptr += (tl.cast(part, tl.int64) * B * H_v * segments + index) * borders_of(segment_chunks)
+    start_ptr = states_ptr + index * K * V
+    end_ptr = start_ptr + K * V
+    if ends:
+        end_ptr = state_out_ptr + border * K * V
+    borders = (start_ptr, end_ptr, inner_borders(inner_ptr, run, chunks, chunk, K, V), pairs_ptr)
     if GATHER:
         state = gather(
             q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
@@ -83,7 +88,7 @@ def key_gradient_kernel(
     if ROWS:
         sweep_rows(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded, ends_ptr, carry_ptr,
+            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded, borders,
             state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
             V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
@@ -91,7 +96,7 @@ def key_gradient_kernel(
         sweep(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
-            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, ends_ptr, carry_ptr,
+            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, borders,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, True, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Legs: so many chunks of a segment, at whose ends <S, D> is found where a decay's gradient is wanted.
+"""Legs: so many chunks of a segment, at whose borders <S, D> is found where a decay's gradient is wanted.
 
 S, the state, and D, its gradient, come by there in sweeps of two directions. So the sweep of dq leaves S, and the sweep
-of dk, whose programs hold the same part of a state, pairs it with its D. What for: `gate_gradient`.
+of dk, whose programs hold the same part of a state, pairs it with its D. What for: `gate_gradient`. Border 0 is the
+segment's start, border n the end of its n-th leg; at the first and the last, S is known from before.
 """
 
 import triton
@@ -9,24 +10,41 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
 
-# Chunks. Rounding gathers between two ends (gate_gradient): shorter legs gather less, but their states are read and
-# written, 32 bytes a token and head at K = V = 128.
+# Chunks. Rounding gathers between two borders (gate_gradient): shorter legs gather less, but their states are written
+# and read, 64 bytes a token and head each at K = V = 128.
 LEG = tl.constexpr(16)
 
 
-def legs_of(segment_chunks: int) -> int:
-    """Legs of a segment."""
-    return -(-segment_chunks // LEG.value)
+def legs_of(chunks: int) -> int:
+    return -(-chunks // LEG.value)
+
+
+def leg_tokens(chunk: int) -> int:
+    """Tokens of a leg, of chunks of so many."""
+    return LEG.value * chunk
 
 
 @triton.jit
-def leg_chunks(turn, legs, chunks, SUMS: tl.constexpr, REVERSE: tl.constexpr):
-    """The leg that comes next, its first chunk and the one after its last; without SUMS all chunks are one leg."""
-    leg = legs - 1 - turn if REVERSE else turn
-    if SUMS:
-        return leg, leg * LEG, tl.minimum((leg + 1) * LEG, chunks)
-    else:
-        return leg, 0, chunks
+def borders_of(chunks):
+    """Of a segment of so many chunks."""
+    return tl.cdiv(chunks, LEG) + 1
+
+
+@triton.jit
+def next_leg(turn, chunks, REVERSE: tl.constexpr):
+    """The border that a sweep comes to; the chunks of the leg after it, first and one after the last, none after the
+    last border."""
+    border = tl.cdiv(chunks, LEG) - turn if REVERSE else turn
+    first = (tl.maximum(border - 1, 0) if REVERSE else border) * LEG
+    last = tl.minimum((border if REVERSE else border + 1) * LEG, chunks)
+    return border, first, last
+
+
+@triton.jit
+def inner_borders(ptr, run, chunks, chunk, K, V):
+    """Where the states at a segment's borders would stand, border 0 first, of [runs, cdiv(chunks, LEG), K, V], one for
+    every LEG chunks of all segments: there is room for the inner ones of each, which are so far apart."""
+    return ptr + (run * tl.cdiv(chunks, LEG) + chunk // LEG) * K * V
 
 
 @triton.jit
@@ -41,17 +59,22 @@ def key_tile(ptr, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def leave(ends_ptr, leg, state, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
-    """Stores S at the leg's end."""
-    pointers, mask = key_tile(ends_ptr + leg * K * V, k_first, K, V, BK, BV, ROWS)
-    tl.store(pointers, state, mask=mask)
+def leave(borders, border, chunks, state, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
+    """Stores S at an inner border.
+
+    borders: where states at a segment's start, its end and, as `inner_borders` has it, within are; where <S, D> goes.
+    """
+    _, _, inner_ptr, _ = borders
+    if (border > 0) & (border < tl.cdiv(chunks, LEG)):
+        pointers, mask = key_tile(inner_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
+        tl.store(pointers, state, mask=mask)
 
 
 @triton.jit
 def pair(
-    ends_ptr,
-    carry_ptr,
-    leg,
+    borders,  # as in `leave`
+    border,
+    chunks,
     state,
     k_first,
     K,
@@ -61,9 +84,15 @@ def pair(
     ROWS: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Stores <S, D> at the leg's end, where D is `state`."""
-    pointers, mask = key_tile(ends_ptr + leg * K * V, k_first, K, V, BK, BV, ROWS)
-    tl.store(carry_ptr + leg, tl.sum(tl.load(pointers, mask=mask, other=0.0) * as_swept(state, dtype)))
+    """Stores <S, D> at a border, where D is `state`."""
+    start_ptr, end_ptr, inner_ptr, pairs_ptr = borders
+    ptr = inner_ptr + border * K * V
+    if border == 0:
+        ptr = start_ptr
+    if border == tl.cdiv(chunks, LEG):
+        ptr = end_ptr
+    pointers, mask = key_tile(ptr, k_first, K, V, BK, BV, ROWS)
+    tl.store(pairs_ptr + border, tl.sum(tl.load(pointers, mask=mask, other=0.0) * as_swept(state, dtype)))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import head_gates
-from lasp.kernels.triton.decay.legs import LEG, key_tile
+from lasp.kernels.triton.decay.legs import inner_borders, key_tile
 from lasp.kernels.triton.decay.place import place
 from lasp.kernels.triton.decay.rows import sweep_rows
 from lasp.kernels.triton.decay.sweep import PART_ROWS, gather, segment_state, sweep
@@ -21,7 +21,7 @@ def query_gradient_kernel(
     suffix_ptr,  # likewise
     dq_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: q . dq
-    ends_ptr,  # fp32 [B, H_v, segments, legs, K, V], written if SUMS: the states at the ends of legs
+    inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V], written if SUMS: see `inner_borders`
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
@@ -59,7 +59,7 @@ def query_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    ends_ptr += (run * segments + segment) * tl.cdiv(segment_chunks, LEG) * K * V
+    borders = (None, None, inner_borders(inner_ptr, run, chunks, chunk, K, V), None)
     entering, mask = key_tile(states_ptr + (run * segments + segment) * K * V, k_first, K, V, BK, BV, ROWS)
     state = segment_state(entering, mask, GATHER)
     slot = chunk * C - first
@@ -67,7 +67,7 @@ def query_gradient_kernel(
     if ROWS:
         sweep_rows(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
-            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + run * padded, ends_ptr, ends_ptr,
+            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + run * padded, borders,
             state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
             V, K, BV, BK, C, KIND, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
@@ -81,7 +81,7 @@ def query_gradient_kernel(
         sweep(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
-            q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, ends_ptr, ends_ptr,
+            q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, borders,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, False, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.decay.legs import LEG, leave, leg_chunks, pair
+from lasp.kernels.triton.decay.legs import borders_of, leave, next_leg, pair
 from lasp.kernels.triton.decay.sweep import add_chunk
 
 PART_COLUMNS = tl.constexpr(64)  # of out: so much of a row a warp adds up by itself
@@ -28,8 +28,7 @@ def sweep_rows(
     prefix_ptr,
     x_ptr,
     sums_ptr,  # [parts, sums_row], written, at the head
-    ends_ptr,
-    carry_ptr,
+    borders,
     state,  # [BA, BC]
     a_row,
     c_row,
@@ -61,11 +60,12 @@ def sweep_rows(
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
     chunks = tl.cdiv(last - first, C)
-    legs = tl.cdiv(chunks, LEG)
-    for turn in range(legs):
-        leg, begin, end = leg_chunks(turn, legs, chunks, True, REVERSE)
+    for turn in range(borders_of(chunks)):
+        border, begin, end = next_leg(turn, chunks, REVERSE)
         if REVERSE:
-            pair(ends_ptr, carry_ptr, leg, state, 0, N, A, BC, BA, True, dtype)
+            pair(borders, border, chunks, state, 0, N, A, BC, BA, True, dtype)
+        else:
+            leave(borders, border, chunks, state, 0, N, A, BC, BA, True)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
@@ -100,5 +100,3 @@ def sweep_rows(
             tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
 
             state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
-        if not REVERSE:
-            leave(ends_ptr, leg, state, 0, N, A, BC, BA, True)

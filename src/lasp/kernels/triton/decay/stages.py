@@ -63,11 +63,11 @@ def saved_of(work: Work, tensors: list[Tensor]) -> Any:
 
 class QueryGradient(NamedTuple):
     """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts [parts, B, H_v, chunks C]
-    and the states at the ends of legs [B, H_v, segments, legs, K, V]."""
+    and the states at the inner borders of legs [B, H_v, cdiv(chunks, LEG), K, V]."""
 
     dq: Tensor
     sums: Tensor
-    ends: Tensor
+    inner: Tensor
 
 
 def prepare(x: Run, from_zero: bool = False) -> tuple[Run, Work]:
@@ -204,13 +204,13 @@ def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
     if work.per_channel:
         return channel.local_gradients(x, work, saved, d_o)
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    sums = ends = saved.leaving
+    sums = inner = saved.leaving
     if work.with_decay:
-        sums, ends = sums.new_empty(work.sums), sums.new_empty(work.ends)
+        sums, inner = sums.new_empty(work.sums), sums.new_empty(work.inner)
     g = x.q if x.g is None else x.g
     gates, entering = _two(saved.gates, saved.leaving), given(saved.entering, saved.leaving)
-    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, ends, entering, places_of(work.plan, dq))
-    return QueryGradient(dq, sums, ends)
+    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, inner, entering, places_of(work.plan, dq))
+    return QueryGradient(dq, sums, inner)
 
 
 def gradients(
@@ -241,15 +241,18 @@ def gradients_of(
     if work.paired:
         work.key_value_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, dv, d_states, after, places, d_state_out)
         return local.dq, dk, dv, None
-    sums = carry = local.sums
+    sums = pairs = local.sums
     if work.with_decay:
-        sums, carry = torch.empty_like(sums), after.new_empty(work.carry)
-    work.key_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, sums, local.ends, carry, d_states, after, places, d_state_out)
+        sums, pairs = torch.empty_like(sums), after.new_empty(work.pairs)
+    work.key_gradient(
+        x.q, x.k, x.v, d_o, g, *gates, dk, sums, pairs,
+        given(saved.entering, unread), local.inner, saved.leaving, d_states, after, places, d_state_out,
+    )  # fmt: skip
     work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
     d_gate = None
     if work.with_decay:
         d_gate = after.new_empty(x.v.shape[:3])
-        work.gate_gradient(local.sums, sums, carry, d_gate, places)
+        work.gate_gradient(local.sums, sums, pairs, d_gate, places)
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.decay.legs import LEG, leave, leg_chunks, pair
+from lasp.kernels.triton.decay.legs import borders_of, leave, next_leg, pair
 from lasp.kernels.triton.decay.place import run_bounds
 
 PART_ROWS = tl.constexpr(16)
@@ -40,8 +40,7 @@ def sweep(
     suffix_ptr,  # likewise: suffix; unused unless EXACT
     x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
     sums_ptr,  # if SUMS: [parts, sums_row], written; at the head and the slice's first part
-    ends_ptr,  # if SUMS: states at the ends of the segment's legs [legs, N, A], read if REVERSE, else written
-    carry_ptr,  # if SUMS and REVERSE: [legs], written
+    borders,  # if SUMS: of legs, as in `legs.leave`
     state,  # [BC, BA]
     a_row,
     b_row,
@@ -76,11 +75,14 @@ def sweep(
     if SUMS:
         x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
     chunks = tl.cdiv(last - first, C)
-    legs = tl.cdiv(chunks, LEG) if SUMS else 1
-    for turn in range(legs):
-        leg, begin, end = leg_chunks(turn, legs, chunks, SUMS, REVERSE)
-        if SUMS and REVERSE:
-            pair(ends_ptr, carry_ptr, leg, state, column, N, A, BC, BA, False, dtype)
+    for turn in range(borders_of(chunks) if SUMS else 1):
+        begin, end = 0, chunks
+        if SUMS:
+            border, begin, end = next_leg(turn, chunks, REVERSE)
+            if REVERSE:
+                pair(borders, border, chunks, state, column, N, A, BC, BA, False, dtype)
+            else:
+                leave(borders, border, chunks, state, column, N, A, BC, BA, False)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             length = tl.minimum(last - start, C)
@@ -119,8 +121,6 @@ def sweep(
                 own = tl.reshape(tl.fma(weighted, read, tl.trans(x).to(tl.float32) * within), (parts, PART_ROWS, C))
                 rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
                 tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
-        if SUMS and not REVERSE:
-            leave(ends_ptr, leg, state, column, N, A, BC, BA, False)
     return state
 
 

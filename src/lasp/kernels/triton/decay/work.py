@@ -28,7 +28,7 @@ from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
 from lasp.kernels.triton.decay.layout import packed_plan
-from lasp.kernels.triton.decay.legs import legs_of
+from lasp.kernels.triton.decay.legs import leg_tokens, legs_of
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
@@ -68,7 +68,7 @@ class Work:
         states, decays: of those at the ends of segments.
         gates: of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token.
-        ends, carry: of the states at the ends of legs, and of <S, D> there (see `legs`).
+        inner, pairs: of the states at the inner borders of legs, and of <S, D> at all of them (see `legs`).
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
             group are still to be summed.
     """
@@ -112,8 +112,9 @@ class Work:
         self.gates = (B, H_v, p.chunks * p.chunk)
         part = PART_COLUMNS if p.rows else PART_ROWS
         self.sums = (slices * p.scalar_keys.columns // part.value, *self.gates)
-        legs = legs_of(p.segment_chunks)
-        self.ends, self.carry = (B, H_v, p.segments, legs, K, V), (slices, B, H_v, p.segments, legs)
+        self._legs = legs_of(p.segment_chunks)
+        self.pairs = (slices, B, H_v, p.segments, self._legs + 1)
+        self.inner = (B, H_v, legs_of(p.chunks), K, V)
         self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
 
     # A program for each segment of each head, and for each slice of the columns that it makes.
@@ -279,8 +280,8 @@ class Work:
     def gate_gradient(self) -> Launch:
         p, (B, T, _, H_v, _, _) = self.plan, self._dims
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
-        constants = (p.chunk, self.sums[0], self.carry[0], self.from_zero, p.packed)
-        grid = (self.carry[-1] * B * H_v, p.segments)
+        constants = (p.chunk, leg_tokens(p.chunk), self.sums[0], self.pairs[0], p.packed)
+        grid = (self._legs * B * H_v, p.segments)
         return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
 
