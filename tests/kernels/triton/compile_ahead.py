@@ -76,7 +76,7 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
 
     p, common = planned(HEAD.value)
     common |= {"BK": padded, "KIND": HEAD.value}
-    ways = {"REVERSE": False, "BACKWARDS": True, "WEIGH_K": False, "TOTAL": False}
+    ways = {"REVERSE": False, "BACKWARDS": True, "WEIGH_K": False, "TOTAL": False, "EXACT": False}
     yield summary_kernel, common | ways | {"BV": p.summary.columns}, p.summary
     read, from_zero = {"EXACT": False, "LEARNED": False, "GATHER": False}, {"state_in_ptr": None}
     yield output_kernel, common | read | {"BV": p.values.columns} | from_zero, p.values

@@ -48,7 +48,7 @@ def channel_mild_prepare_kernel(
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    first, last = chunk_place(places_ptr, T, C, PACKED)
+    first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
     _, run, qk_row, row = chunk_rows(1, T, H, H_v)
     chunk = run * chunks + tl.program_id(1)
     q_at = q_ptr + qk_row * K

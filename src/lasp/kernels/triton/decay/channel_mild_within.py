@@ -60,7 +60,7 @@ def channel_mild_within_kernel(
     slices: tl.constexpr = (K + BK - 1) // BK
     part, run, qk_row, row = chunk_rows(slices, T, H, H_v)
     k_first = part * BK
-    first, last = chunk_place(places_ptr, T, C, PACKED)
+    first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
     qk = qk_row * K
     chunk = run * chunks + tl.program_id(1)
     out = row * K

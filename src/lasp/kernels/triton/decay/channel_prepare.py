@@ -68,7 +68,7 @@ def channel_prepare_kernel(
     if is_done(steep_ptr, tl.program_id(0), chunks, STEEP):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    first, last = chunk_place(places_ptr, T, C, PACKED)
+    first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
     _, run, qk_row, row = chunk_rows(1, T, H, H_v)
     rows = (qk_row + tl.cast(first, tl.int64) * H) * K
     q_at = q_ptr + qk_row * K

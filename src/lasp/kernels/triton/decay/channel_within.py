@@ -70,7 +70,7 @@ def channel_within_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     part, run, qk_row, row = chunk_rows(slices, T, H, H_v)
     k_first = part * BK
-    first, last = chunk_place(places_ptr, T, C, PACKED)
+    first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
     qk = qk_row * K
     out = row * K
     q_at = q_ptr + qk

@@ -55,24 +55,6 @@ def head_rate(g_ptr, KIND: tl.constexpr):
 
 
 @triton.jit
-def sum_gates(g_ptr, g_row, length, C: tl.constexpr):
-    """prefix [C], suffix [C] and total of the chunk whose gates start at g_ptr, g_row elements apart."""
-    i = tl.arange(0, C)
-    gates = log2_gate(g_ptr + i * g_row, i < length)
-    later = log2_gate(g_ptr + (i + 1) * g_row, i + 1 < length)
-    return tl.cumsum(gates, 0), tl.cumsum(later, 0, reverse=True), tl.sum(gates, 0)
-
-
-@triton.jit
-def store_sums(prefix_ptr, suffix_ptr, at, prefix, suffix, C: tl.constexpr, EXACT: tl.constexpr):
-    """What sweeps read of a chunk's gates per token: all of it, also past the end, so that they load without a mask."""
-    here = at + tl.arange(0, C)
-    tl.store(prefix_ptr + here, prefix)
-    if EXACT:
-        tl.store(suffix_ptr + here, suffix)
-
-
-@triton.jit
 def constant_gates(rate, length, C: tl.constexpr):
     """prefix [C], suffix [C] and total of a chunk whose tokens all decay by `rate`."""
     i = tl.arange(0, C)

@@ -69,15 +69,15 @@ def chunk_rows(slices, T, H, H_v):
 
 
 @triton.jit
-def chunk_place(places_ptr, T, C: tl.constexpr, PACKED: tl.constexpr):
-    """The first token of a program's chunk, and the one after its last.
+def chunk_place(places_ptr, chunk, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """The first token of a chunk, and the one after its last.
 
     places_ptr: int32 [chunks, 2] if PACKED, see `layout`.
     """
     if PACKED:
-        first = tl.load(places_ptr + tl.program_id(1) * 2)
-        last = tl.load(places_ptr + tl.program_id(1) * 2 + 1)
+        first = tl.load(places_ptr + chunk * 2)
+        last = tl.load(places_ptr + chunk * 2 + 1)
     else:
-        first = tl.program_id(1) * C
+        first = chunk * C
         last = tl.minimum(first + C, T)
     return first, last

@@ -19,7 +19,7 @@ from torch import Tensor
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import channel_stages as channel
-from lasp.kernels.triton.decay.layout import bounds_of, given, places_of
+from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, given, places_of
 from lasp.kernels.triton.decay.work import Work, work_of
 from lasp.recurrence.contract import Run
 
@@ -29,8 +29,8 @@ BAD_GATES_GIVE_NAN = True
 
 class Segments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the run's
-    end on that side to them; None where sweeps gather. gates: for a gate per token, forward only, prefix and, of fp32
-    inputs, suffix, each [B, H_v, chunks C]."""
+    end on that side to them; None where sweeps gather. gates: for a gate per token, prefix and, of fp32 inputs,
+    suffix, each [B, H_v, chunks C]."""
 
     states: Tensor | None
     decays: Tensor | None
@@ -93,17 +93,26 @@ def totals_of(x: Run, work: Work, prepared: Any = None, *, summarized: bool) -> 
 
     prepared: what `local_outputs_of` made, where it did so before.
     """
-    return _totals_of(x, work, x.k, x.v, prepared, reverse=False, summarized=summarized)
+    gates = _gate_sums(x, work)
+    return _totals_of(x, work, x.k, x.v, prepared, gates, reverse=False, summarized=summarized)
 
 
 def totals_adjoint_of(x: Run, work: Work, saved: Any, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Any]:
     """Likewise of gradients."""
-    prepared = saved.prepared if work.per_channel else None
-    return _totals_of(x, work, x.q, d_o, prepared, reverse=True, summarized=summarized)
+    prepared, gates = (saved.prepared, ()) if work.per_channel else (None, saved.gates)
+    return _totals_of(x, work, x.q, d_o, prepared, gates, reverse=True, summarized=summarized)
 
 
 def _totals_of(
-    x: Run, work: Work, k: Tensor, v: Tensor, prepared: channel.Prepared | None, *, reverse: bool, summarized: bool
+    x: Run,
+    work: Work,
+    k: Tensor,
+    v: Tensor,
+    prepared: channel.Prepared | None,
+    gates: tuple[Tensor, ...],
+    *,
+    reverse: bool,
+    summarized: bool,
 ) -> tuple[Summary | None, Any]:
     # `Work` keeps what was found for tensors of these dtypes.
     assert v.dtype == x.v.dtype and (x.g is None or x.g.dtype == torch.float32)
@@ -112,10 +121,9 @@ def _totals_of(
         assert not summarized
         if work.per_channel:
             return None, channel.Segments(None, None)
-        return None, Segments(None, None, () if reverse else _gate_sums(x, work, places))
+        return None, Segments(None, None, gates)
     states = torch.empty(work.states, dtype=torch.float32, device=k.device)
     decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
-    gates: tuple[Tensor, ...] = ()
     if prepared is not None:
         launch = work.summary_adjoint if reverse else work.prepared_summary
         operand = prepared.from_start if reverse else prepared.to_end
@@ -123,8 +131,6 @@ def _totals_of(
     elif work.per_channel:
         work.summary(k, v, x.g, states, decays, places)
     else:
-        if work.per_token and not reverse:
-            gates = _empty_gates(work, v)
         launch = work.summary_adjoint if reverse else work.summary
         launch(k, v, k if x.g is None else x.g, states, decays, *_two(gates, before), places)
 
@@ -140,16 +146,12 @@ def _totals_of(
     return Summary(transition, total), totals
 
 
-def _gate_sums(x: Run, work: Work, places: Tensor) -> tuple[Tensor, ...]:
+def _gate_sums(x: Run, work: Work) -> tuple[Tensor, ...]:
     if not work.per_token:
         return ()
-    gates = _empty_gates(work, x.v)
-    work.gate_sums(x.g, *_two(gates, gates[0]), places)
+    gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
+    work.gate_sums(x.g, *_two(gates, gates[0]), chunks_of(work.plan, gates[0]))
     return gates
-
-
-def _empty_gates(work: Work, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
 
 
 def summarize(x: Run) -> tuple[Summary, Any]:

@@ -1,4 +1,3 @@
-# ruff: noqa: SIM102
 """Segment summaries: what each run of chunks adds to the state.
 
 Forward, over k and v:           state = sum_t 2^(decay from t to the segment's end) k_t v_t^T
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
-from lasp.kernels.triton.decay.gates import TOKEN, constant_gates, head_gates, head_rate, store_sums, sum_gates
+from lasp.kernels.triton.decay.gates import chunk_decays, head_gates, head_rate
 from lasp.kernels.triton.decay.place import needed_chunks, place
 
 
@@ -21,8 +20,8 @@ def summary_kernel(
     g_ptr,  # [H_v], [B, T, H_v] or unused
     totals_ptr,  # fp32 [B, H_v, segments, K, V], written
     decays_ptr,  # fp32 [B, H_v, segments], base 2, written
-    prefix_ptr,  # fp32 [B, H_v, chunks C], written if KIND is TOKEN and not REVERSE: prefix
-    suffix_ptr,  # likewise: suffix, of fp32 inputs only
+    prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
+    suffix_ptr,  # likewise
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
     T,
@@ -41,6 +40,7 @@ def summary_kernel(
     BACKWARDS: tl.constexpr,  # whether chunks are walked from the last to the first; always if REVERSE
     WEIGH_K: tl.constexpr,  # whether k, not v, is weighted: see `add_chunk`
     TOTAL: tl.constexpr,  # whether a run's total is wanted, and so the summary of the segment that nothing here follows
+    EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -66,20 +66,11 @@ def summary_kernel(
         length = tl.minimum(last - start, C)
         k = load_chunk(k_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         v = load_chunk(v_view, start, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
-        if KIND == TOKEN:
-            prefix, suffix, total = sum_gates(g_ptr + tl.cast(start, tl.int64) * H_v, H_v, length, C)
-            if not REVERSE:
-                if v_first == 0:
-                    EXACT: tl.constexpr = v_ptr.dtype.element_ty == tl.float32
-                    store_sums(prefix_ptr, suffix_ptr, slot + start, prefix, suffix, C, EXACT)
-        else:
-            prefix, suffix, total = constant_gates(rate, length, C)
-        if REVERSE:
-            weight = tl.exp2(prefix) * scale
-        elif BACKWARDS:
-            weight = tl.exp2(suffix + decay)
-        else:
-            weight = tl.exp2(suffix)
+        _prefix, total, _read, weight = chunk_decays(
+            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+        )
+        if BACKWARDS and not REVERSE:
+            weight *= tl.exp2(decay)
         if WEIGH_K:
             k = (k * weight[:, None]).to(k.dtype)
         else:

@@ -41,7 +41,7 @@ from lasp.recurrence.contract import Run
 from lasp.recurrence.documents import Documents
 
 GATE_WARPS = 4
-GATE_SUMS_WARPS = 1
+GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20, 0)
 # dk and dv of segments shorter than this are faster apart, unless they gather.
@@ -138,8 +138,7 @@ class Work:
         # weight then covers the rest of the segment, for which fp16 has no range; and a decay's gradient wants states
         # rounded as the sweeps round theirs.
         backwards = reverse or not (self.with_decay or self._dtype == torch.float16)
-        total = total or (self.per_token and not reverse)  # whose pass over gates is wanted of all segments
-        ways = (reverse, backwards, self.with_decay, total)
+        ways = (reverse, backwards, self.with_decay, total, p.exact)
         constants = (K, V, tile(K, self._dtype), p.summary.columns, p.chunk, self._kind, *ways)
         return self._by_segment(summary_kernel, V, p.summary, (self.scale, T, H, H_v), constants)
 
@@ -158,9 +157,11 @@ class Work:
     @cached_property
     def gate_sums(self) -> Launch:
         p, (B, T, _, H_v, _, _) = self.plan, self._dims
-        scalars = (T, H_v, p.segments, p.segment_chunks, p.chunks)
-        constants = (p.chunk, p.exact, p.packed)
-        return Launch(gate_sums_kernel, (B * H_v, p.segments), scalars, constants, GATE_SUMS_WARPS, 1)
+        heads = min(GATE_SUMS_HEADS, triton.next_power_of_2(H_v))
+        constants = (p.chunk, heads, p.exact, p.packed)
+        return Launch(
+            gate_sums_kernel, (p.chunks, -(-H_v // heads) * B), (T, H_v, p.chunks), constants, GATE_SUMS_WARPS, 1
+        )
 
     @cached_property
     def output(self) -> Launch:
