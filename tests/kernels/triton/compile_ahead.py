@@ -100,7 +100,7 @@ def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any,
         p, common = planned(TOKEN.value, tokens, from_zero=True)
         common |= {"KIND": TOKEN.value, "EXACT": False, "GATHER": p.gathers}
         yield output_kernel, common | {"LEARNED": True, "BK": padded, "BV": p.values.columns} | from_zero, p.values
-        gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "ROWS": p.rows}
+        gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "ROWS": p.rows, "FROM_ZERO": True}
         yield key_gradient_kernel, common | gradient, p.scalar_keys
 
 

@@ -33,7 +33,7 @@ SPILLS = {
         "channel_within_kernel": 768,
         "channel_prepare_kernel": 640,
         "channel_summary_kernel": 96,
-        "key_gradient_kernel": 384,
+        "key_gradient_kernel": 320,
     },
     "cuda:80": {
         "channel_mild_within_kernel": 288,
@@ -43,13 +43,13 @@ SPILLS = {
         "output_kernel": 256,
         "channel_output_kernel": 16,
         "channel_key_reads_kernel": 32,
-        "key_gradient_kernel": 128,
+        "key_gradient_kernel": 96,
     },
     "hip:gfx942": {
         "channel_within_kernel": 256,
         "output_kernel": 224,
         "channel_key_reads_kernel": 128,
-        "key_gradient_kernel": 64,
+        "key_gradient_kernel": 32,
     },
 }
 

@@ -6,6 +6,7 @@ a ragged last chunk, grouped heads, dims that are no power of two, several slice
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -193,26 +194,41 @@ def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device)
     assert values["state_out"][:, 0].isfinite().all() and not values["state_out"][:, 1].isfinite().any()
 
 
-def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(device: torch.device) -> None:
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
+    from_zero: bool, device: torch.device
+) -> None:
     """The kernel alone, given sums that do not fit <S, D> at legs' borders, as if much had been rounded: of two
     segments, the first of two legs, the other of one."""
-    T, H_v, chunks = 1350, 2, 20
-    p = plans.plan(T, H_v, 16, 16, torch.float16, 2, 4, 1 << 20)._replace(segment_chunks=chunks, segments=2)
-    launches = work.Work((1, T, 1, 16), (1, T, H_v, 16), torch.float16, 2, p, True, 1.0)
+    leg = legs.leg_tokens(64)
+    bounds, H_v, K = (0, leg, leg + 256, leg + 326), 2, 16
+    p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20)
+    p = p._replace(segment_chunks=(leg + 256) // 64, segments=2)
+    launches = work.Work((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, 2, p, True, 1.0, from_zero)
     random = torch.Generator().manual_seed(0)
-    q_sums, k_sums = (torch.randn(launches.sums, generator=random).to(device) for _ in range(2))
-    pairs = torch.randn(launches.pairs, generator=random).to(device)
-    dg = torch.empty(1, T, H_v, device=device)
-    launches.gate_gradient(q_sums, k_sums, pairs, dg, pairs)
+    shapes = (launches.sums, launches.sums, *((launches.states, launches.inner, launches.state) * 2))
+    drawn = [torch.randn(shape, generator=random).to(device) for shape in shapes]
+    q_sums, k_sums, states, inner, leaving, d_states, d_inner, entering = drawn
+    dg = torch.empty(1, bounds[-1], H_v, device=device)
+    launches.gate_gradient(*drawn, dg, dg, None if from_zero else leaving)
 
-    terms, known = (q_sums - k_sums).sum(0)[0, :, :T], pairs.sum(0)[0]
-    for segment, leg, first, last in ((0, 0, 0, 1024), (0, 1, 1024, 1280), (1, 0, 1280, 1350)):
-        start, end = known[:, segment, leg], known[:, segment, leg + 1]
+    def paired(state: Tensor, d_state: Tensor) -> Tensor:
+        return (state * d_state).sum((-2, -1))[0]
+
+    known = [
+        paired(states[:, :, 0], torch.zeros_like(entering) if from_zero else entering),
+        paired(inner[:, :, 1], d_inner[:, :, 1]),
+        paired(states[:, :, 1], d_states[:, :, 0]),
+        paired(torch.zeros_like(leaving) if from_zero else leaving, d_states[:, :, 1]),
+    ]
+    terms = (q_sums - k_sums).sum(0)[0]
+    for (first, last), (start, end) in zip(pairwise(bounds), pairwise(known), strict=True):
         walk = end[:, None] + terms[:, first:last].flip(1).cumsum(1).flip(1)
         slope = (walk[:, 0] - start) / (last - first)
         expected = walk - slope[:, None] * torch.arange(last - first, 0, -1, device=device)
         got = dg[0, first:last].T
-        assert relative_error(got, expected) < 1e-5 and relative_error(got[:, 0], start) < 1e-4
+        assert relative_error(got, expected) < 1e-5
+        assert (got[:, 0] - start).norm() < 1e-4 * walk.norm()
         assert relative_error(walk, expected) > 0.1  # the control: it made a difference
 
 
@@ -287,17 +303,17 @@ def test_mild_and_steep_chunks(device: torch.device, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_gates_per_token_gather_little_rounding_over_a_segment(
+def test_gates_per_token_gather_little_rounding_over_a_leg(
     rows: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of gates that forget, by both kinds of sweeps: what one rounds of a token with its decay, the other rounds alike.
-    What remains is a walk tied at both ends of every leg, two here: as one, it would go 1.4 times as far."""
+    What remains is a walk tied at both ends."""
     p = problem("scalar", Dims(T=2048, H_v=4, K=32, V=32), device, torch.bfloat16)
     g = torch.full_like(p.x.g, -0.2).requires_grad_()
 
     def one_segment(*arguments: object) -> plans.Plan:
         found = plans.plan(*arguments[:-1], False)  # not gathered
-        assert found.rows and legs.legs_of(found.chunks) == 2
+        assert found.rows and legs.leg_tokens(found.chunk) == found.chunk * found.chunks
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
         return found._replace(segment_chunks=found.chunks, segments=1, rows=rows, scalar_keys=keys)
 
@@ -313,7 +329,7 @@ def test_gates_per_token_gather_little_rounding_over_a_segment(
         return relative_error(torch.autograd.grad(o, g, p.d_o)[0], expected)
 
     found = error()
-    assert found < 5e-3
+    assert found < 6e-3
     if rows and device.type == "cpu":  # the control, what the states take rounded otherwise: not patched if compiled
         original = sweep.add_chunk
         monkeypatch.setattr(rows_module, "add_chunk", lambda *args: original(*args[:7], not args[7], args[8]))

@@ -98,7 +98,7 @@ def _sweep(
 def _pairing(states_ptr, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
     """S D summed over V, of the D [BK, BV] that a sweep holds."""
     state, mask = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
-    swept = as_swept(d_state, dtype)
+    swept = as_swept(d_state, dtype == tl.bfloat16)
     return tl.sum(tl.load(state, mask=mask, other=0.0) * swept, 1)
 
 

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import head_gates
-from lasp.kernels.triton.decay.legs import borders_of, inner_borders, key_tile
-from lasp.kernels.triton.decay.place import place
+from lasp.kernels.triton.decay.legs import inner_borders, key_tile
+from lasp.kernels.triton.decay.place import place, run_bounds
 from lasp.kernels.triton.decay.rows import sweep_rows
 from lasp.kernels.triton.decay.sweep import PART_ROWS, decay_to_segment, gather, segment_state, sweep
 
@@ -21,11 +21,10 @@ def key_gradient_kernel(
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: k . dk
-    pairs_ptr,  # fp32 [slices, B, H_v, segments, borders], written if SUMS: <S, D> at the borders of legs
-    states_ptr,  # fp32 [B, H_v, segments, K, V]: S entering each segment; these three read if SUMS
-    inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V]: see `inner_borders`
-    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
-    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; unused if GATHER
+    inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V], written if SUMS: see `inner_borders`
+    d_state_in_ptr,  # fp32 [B, H_v, K, V], written if SUMS and not FROM_ZERO: gradients of those entering the run
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero, not read if GATHER;
+    # replaced, if SUMS, by those with d_state_out
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
@@ -47,12 +46,13 @@ def key_gradient_kernel(
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
     GATHER: tl.constexpr,  # whether d_states are not read, but gathered; never with ROWS
+    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last, chunk, border, ends = place(
+    part, head, batch, segment, first, last, chunk, border, _ = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     k_first = part * BK
@@ -73,30 +73,34 @@ def key_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    pairs_ptr += (tl.cast(part, tl.int64) * B * H_v * segments + index) * borders_of(segment_chunks)
-    start_ptr = states_ptr + index * K * V
-    end_ptr = start_ptr + K * V
-    if ends:
-        end_ptr = state_out_ptr + border * K * V
-    borders = (start_ptr, end_ptr, inner_borders(inner_ptr, run, chunks, chunk, K, V), pairs_ptr)
+    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K, V)
     if GATHER:
         state = gather(
             q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
             state, H * K, H_v * V, scale, T, first, last, slot, k_first,
             K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
+    if SUMS and (GATHER or d_state_out_ptr is not None):
+        # A tile smaller than the program is held by several threads: none may store before all have loaded.
+        tl.debug_barrier()
+        tl.store(inside, state, mask=mask)
     if ROWS:
-        sweep_rows(
+        state = sweep_rows(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded, borders,
+            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded, inner_ptr,
             state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
             V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
-        sweep(
+        state = sweep(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
-            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, borders,
+            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, inner_ptr,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, True, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip
+    if SUMS and not FROM_ZERO:
+        begin, _ = run_bounds(places_ptr, T, PACKED)
+        if first == begin:
+            entering, _ = key_tile(d_state_in_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
+            tl.store(entering, state, mask=mask)

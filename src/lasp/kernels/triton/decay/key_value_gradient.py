@@ -80,7 +80,7 @@ def key_value_gradient_kernel(
         )  # fmt: skip
     sweep(
         tl.where(of_keys, v_ptr, k_ptr) + at, b_ptr, c_ptr, out_ptr,
-        g_ptr, prefix_ptr + padded, suffix_ptr + padded, out_ptr, out_ptr, None,
+        g_ptr, prefix_ptr + padded, suffix_ptr + padded, out_ptr, out_ptr, out_ptr,
         state, H * K, H * K, H * K, H * K, 0, scale, H, first, last, slot, column,
         K, V, BA, BC, C, KIND, True, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

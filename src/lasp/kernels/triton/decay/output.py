@@ -75,7 +75,7 @@ def output_kernel(
             tl.store(entering, state, mask=mask)
     state = sweep(
         q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
-        g_ptr, prefix_ptr + padded, suffix_ptr + padded, o_ptr + vo, o_ptr + vo, None,
+        g_ptr, prefix_ptr + padded, suffix_ptr + padded, o_ptr + vo, o_ptr + vo, o_ptr,
         state, H * K, H * K, H_v * V, H_v * V, 0, scale, H_v, first, last, slot, v_first,
         K, V, BK, BV, C, KIND, False, False, LEARNED, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

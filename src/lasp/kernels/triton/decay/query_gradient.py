@@ -59,7 +59,7 @@ def query_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    borders = (None, None, inner_borders(inner_ptr, run, chunks, chunk, K, V), None)
+    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K, V)
     entering, mask = key_tile(states_ptr + (run * segments + segment) * K * V, k_first, K, V, BK, BV, ROWS)
     state = segment_state(entering, mask, GATHER)
     slot = chunk * C - first
@@ -67,7 +67,7 @@ def query_gradient_kernel(
     if ROWS:
         sweep_rows(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
-            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + run * padded, borders,
+            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + run * padded, inner_ptr,
             state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
             V, K, BV, BK, C, KIND, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
@@ -81,7 +81,7 @@ def query_gradient_kernel(
         sweep(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
-            q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, borders,
+            q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, inner_ptr,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, False, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.decay.legs import borders_of, leave, next_leg, pair
+from lasp.kernels.triton.decay.legs import leave, legs_in, next_leg
 from lasp.kernels.triton.decay.sweep import add_chunk
 
 PART_COLUMNS = tl.constexpr(64)  # of out: so much of a row a warp adds up by itself
@@ -28,7 +28,7 @@ def sweep_rows(
     prefix_ptr,
     x_ptr,
     sums_ptr,  # [parts, sums_row], written, at the head
-    borders,
+    inner_ptr,
     state,  # [BA, BC]
     a_row,
     c_row,
@@ -60,12 +60,9 @@ def sweep_rows(
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
     chunks = tl.cdiv(last - first, C)
-    for turn in range(borders_of(chunks)):
-        border, begin, end = next_leg(turn, chunks, REVERSE)
-        if REVERSE:
-            pair(borders, border, chunks, state, 0, N, A, BC, BA, True, dtype)
-        else:
-            leave(borders, border, chunks, state, 0, N, A, BC, BA, True)
+    for turn in range(legs_in(chunks)):
+        begin, end = next_leg(turn, chunks, REVERSE)
+        leave(inner_ptr, end if REVERSE else begin, chunks, state, 0, N, A, BC, BA, True)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
@@ -100,3 +97,4 @@ def sweep_rows(
             tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
 
             state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
+    return state

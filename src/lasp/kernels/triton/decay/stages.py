@@ -243,18 +243,21 @@ def gradients_of(
     if work.paired:
         work.key_value_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, dv, d_states, after, places, d_state_out)
         return local.dq, dk, dv, None
-    sums = pairs = local.sums
-    if work.with_decay:
-        sums, pairs = torch.empty_like(sums), after.new_empty(work.pairs)
-    work.key_gradient(
-        x.q, x.k, x.v, d_o, g, *gates, dk, sums, pairs,
-        given(saved.entering, unread), local.inner, saved.leaving, d_states, after, places, d_state_out,
-    )  # fmt: skip
+    # First: the sweep of dk may add d_state_out to d_states.
     work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
+    sums = inner = d_state_in = unread
+    if work.with_decay:
+        sums, inner, d_state_in = (unread.new_empty(shape) for shape in (work.sums, work.inner, work.state))
+        if totals_adjoint.states is None:
+            d_states = unread.new_empty(work.states)
+    work.key_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, sums, inner, d_state_in, d_states, after, places, d_state_out)
     d_gate = None
     if work.with_decay:
-        d_gate = after.new_empty(x.v.shape[:3])
-        work.gate_gradient(local.sums, sums, pairs, d_gate, places)
+        d_gate = unread.new_empty(x.v.shape[:3])
+        work.gate_gradient(
+            local.sums, sums, given(saved.entering, unread), local.inner, saved.leaving, d_states, inner, d_state_in,
+            d_gate, places, d_state_out,
+        )  # fmt: skip
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate

@@ -15,7 +15,8 @@ It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outp
 so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
-gate_gradient), each in parts of PART_ROWS columns of out: so much a warp adds up by itself. They walk in legs (`legs`).
+gate_gradient), each in parts of PART_ROWS columns of out: so much a warp adds up by itself. They leave states within
+the segment (`legs`).
 """
 
 import triton
@@ -23,7 +24,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.decay.legs import borders_of, leave, next_leg, pair
+from lasp.kernels.triton.decay.legs import leave, legs_in, next_leg
 from lasp.kernels.triton.decay.place import run_bounds
 
 PART_ROWS = tl.constexpr(16)
@@ -40,7 +41,7 @@ def sweep(
     suffix_ptr,  # likewise: suffix; unused unless EXACT
     x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
     sums_ptr,  # if SUMS: [parts, sums_row], written; at the head and the slice's first part
-    borders,  # if SUMS: of legs, as in `legs.leave`
+    inner_ptr,  # if SUMS: states within the segment (`inner_borders`), [N, A] each, written
     state,  # [BC, BA]
     a_row,
     b_row,
@@ -75,14 +76,11 @@ def sweep(
     if SUMS:
         x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
     chunks = tl.cdiv(last - first, C)
-    for turn in range(borders_of(chunks) if SUMS else 1):
+    for turn in range(legs_in(chunks) if SUMS else 1):
         begin, end = 0, chunks
         if SUMS:
-            border, begin, end = next_leg(turn, chunks, REVERSE)
-            if REVERSE:
-                pair(borders, border, chunks, state, column, N, A, BC, BA, False, dtype)
-            else:
-                leave(borders, border, chunks, state, column, N, A, BC, BA, False)
+            begin, end = next_leg(turn, chunks, REVERSE)
+            leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, False)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             length = tl.minimum(last - start, C)

@@ -68,7 +68,7 @@ def value_gradient_kernel(
         )  # fmt: skip
     sweep(
         k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
-        g_ptr, prefix_ptr + padded, suffix_ptr + padded, dv_ptr + vo, dv_ptr + vo, None,
+        g_ptr, prefix_ptr + padded, suffix_ptr + padded, dv_ptr + vo, dv_ptr + vo, dv_ptr,
         state, H * K, H * K, H_v * V, H_v * V, 0, scale, H_v, first, last, slot, v_first,
         K, V, BK, BV, C, KIND, True, False, False, EXACT, DESCRIPTORS, PRECISION,
     )  # fmt: skip

@@ -68,7 +68,7 @@ class Work:
         states, decays: of those at the ends of segments.
         gates: of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token.
-        inner, pairs: of the states at the inner borders of legs, and of <S, D> at all of them (see `legs`).
+        inner: of the states at the inner borders of legs (see `legs`).
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
             group are still to be summed.
     """
@@ -112,8 +112,6 @@ class Work:
         self.gates = (B, H_v, p.chunks * p.chunk)
         part = PART_COLUMNS if p.rows else PART_ROWS
         self.sums = (slices * p.scalar_keys.columns // part.value, *self.gates)
-        self._legs = legs_of(p.segment_chunks)
-        self.pairs = (slices, B, H_v, p.segments, self._legs + 1)
         self.inner = (B, H_v, legs_of(p.chunks), K, V)
         self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
 
@@ -178,16 +176,16 @@ class Work:
 
     @cached_property
     def query_gradient(self) -> Launch:
-        return self._sweep_of_keys(query_gradient_kernel, self.plan.gathers and not self.keeps_states)
+        return self._sweep_of_keys(query_gradient_kernel, (self.plan.gathers and not self.keeps_states,))
 
     @cached_property
     def key_gradient(self) -> Launch:
-        return self._sweep_of_keys(key_gradient_kernel, self.plan.gathers)
+        return self._sweep_of_keys(key_gradient_kernel, (self.plan.gathers, self.from_zero))
 
-    def _sweep_of_keys(self, kernel: Any, gathers: bool) -> Launch:
+    def _sweep_of_keys(self, kernel: Any, states: tuple[bool, ...]) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
         tiles = p.scalar_keys if self.with_decay else p.keys
-        ways = (self.with_decay, self.with_decay and p.rows, p.exact, gathers)
+        ways = (self.with_decay, self.with_decay and p.rows, p.exact, *states)
         constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, self._kind, *ways)
         return self._by_segment(kernel, K, tiles, (self.scale, B, T, H, H_v), constants)
 
@@ -279,10 +277,11 @@ class Work:
 
     @cached_property
     def gate_gradient(self) -> Launch:
-        p, (B, T, _, H_v, _, _) = self.plan, self._dims
+        p, (B, T, _, H_v, K, V) = self.plan, self._dims
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
-        constants = (p.chunk, leg_tokens(p.chunk), self.sums[0], self.pairs[0], p.packed)
-        grid = (self._legs * B * H_v, p.segments)
+        swept = self._dtype == torch.bfloat16, self.from_zero, p.packed
+        constants = (K * V, p.chunk, leg_tokens(p.chunk), self.sums[0], *swept)
+        grid = (legs_of(p.segment_chunks) * B * H_v, p.segments)
         return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
 
