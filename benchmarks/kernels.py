@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,18 +174,6 @@ def cold_start_seconds(implementation: str, kind: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def host_milliseconds(kind: str) -> float:
-    """Until an eager forward and backward return, of work too small to wait for."""
-    x = inputs((1, 256, 16, 128), kind)
-    times = []
-    for _ in range(60):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step(ours, x)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[10:])
-
-
 def crossover() -> list[dict[str, Any]]:
     """Kernels alone, H = 16, D = 128: constant decay and cuDNN's causal softmax attention by length."""
     rows = []
@@ -224,7 +211,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--peers", nargs="*", choices=("fla",), default=[])
-    parser.add_argument("--only-speed", action="store_true", help="no errors, cold start, host cost or crossover")
+    parser.add_argument("--only-speed", action="store_true", help="no errors, cold start or crossover")
     parser.add_argument("--name", default="kernels")
     options = parser.parse_args()
 
@@ -273,8 +260,6 @@ def main() -> None:
             for implementation in ("lasp", *options.peers)
         }
         print("errors", json.dumps(result["errors"]))
-        result["host_ms"] = {kind: host_milliseconds(kind) for kind in options.kinds}
-        print("host ms", result["host_ms"])
         result["crossover"] = crossover()
         for row in result["crossover"]:
             times = (
