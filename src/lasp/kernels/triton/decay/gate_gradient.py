@@ -17,8 +17,6 @@ import triton.language as tl
 from lasp.kernels.triton.decay.legs import as_swept, inner_borders, legs_in
 from lasp.kernels.triton.decay.place import place, run_bounds
 
-BLOCK = tl.constexpr(2048)  # elements of a state at a time
-
 
 @triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])
 def gate_gradient_kernel(
@@ -40,6 +38,7 @@ def gate_gradient_kernel(
     segment_chunks,
     chunks,
     SIZE: tl.constexpr,  # K V
+    BLOCK: tl.constexpr,  # elements of a state at a time
     C: tl.constexpr,
     TOKENS: tl.constexpr,  # of a leg
     PARTS: tl.constexpr,
@@ -68,7 +67,7 @@ def gate_gradient_kernel(
         if first == begin:
             d_state = d_state_in_ptr + border * SIZE
             known = not FROM_ZERO
-    start = _paired(state, d_state, known, SIZE, ROUND)
+    start = _paired(state, d_state, known, SIZE, BLOCK, ROUND)
     state = inner + SIZE
     d_state = d_inner + SIZE
     known = True
@@ -78,7 +77,7 @@ def gate_gradient_kernel(
         if ends:
             state = state_out_ptr + border * SIZE
             known = d_state_out_ptr is not None
-    end = _paired(state, d_state, known, SIZE, ROUND)
+    end = _paired(state, d_state, known, SIZE, BLOCK, ROUND)
 
     slot = chunk * C - first
     first += leg * TOKENS
@@ -96,7 +95,7 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def _paired(state_ptr, d_state_ptr, known, SIZE: tl.constexpr, ROUND: tl.constexpr):
+def _paired(state_ptr, d_state_ptr, known, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
     """<S, D> of two states, or zero where one is zero and not there."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, SIZE, BLOCK):

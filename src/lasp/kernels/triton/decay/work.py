@@ -40,7 +40,7 @@ from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
 from lasp.recurrence.documents import Documents
 
-GATE_WARPS = 4
+GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20, 0)
@@ -280,7 +280,8 @@ class Work:
         p, (B, T, _, H_v, K, V) = self.plan, self._dims
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
         swept = self._dtype == torch.bfloat16, self.from_zero, p.packed
-        constants = (K * V, p.chunk, leg_tokens(p.chunk), self.sums[0], *swept)
+        block = min(GATE_BLOCK, triton.next_power_of_2(K * V))
+        constants = (K * V, block, p.chunk, leg_tokens(p.chunk), self.sums[0], *swept)
         grid = (legs_of(p.segment_chunks) * B * H_v, p.segments)
         return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
