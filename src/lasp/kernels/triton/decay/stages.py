@@ -206,11 +206,11 @@ def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
     if work.per_channel:
         return channel.local_gradients(x, work, saved, d_o)
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    sums = inner = saved.leaving
-    if work.with_decay:
-        sums, inner = sums.new_empty(work.sums), sums.new_empty(work.inner)
+    unread = saved.leaving
+    sums = unread.new_empty(work.sums) if work.with_decay else unread
+    inner = _inner_states(work, unread)
     g = x.q if x.g is None else x.g
-    gates, entering = _two(saved.gates, saved.leaving), given(saved.entering, saved.leaving)
+    gates, entering = _two(saved.gates, unread), given(saved.entering, unread)
     work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, inner, entering, places_of(work.plan, dq))
     return QueryGradient(dq, sums, inner)
 
@@ -245,9 +245,11 @@ def gradients_of(
         return local.dq, dk, dv, None
     # First: the sweep of dk may add d_state_out to d_states.
     work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
-    sums = inner = d_state_in = unread
+    sums, inner, d_state_in = unread, _inner_states(work, unread), unread
     if work.with_decay:
-        sums, inner, d_state_in = (unread.new_empty(shape) for shape in (work.sums, work.inner, work.state))
+        sums = unread.new_empty(work.sums)
+        if not work.from_zero:
+            d_state_in = unread.new_empty(work.state)
         if totals_adjoint.states is None:
             d_states = unread.new_empty(work.states)
     work.key_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, sums, inner, d_state_in, d_states, after, places, d_state_out)
@@ -261,6 +263,11 @@ def gradients_of(
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
+
+
+def _inner_states(work: Work, unread: Tensor) -> Tensor:
+    """For what the sweeps of dq and dk leave within segments, where they do."""
+    return unread.new_empty(work.inner) if work.with_decay and work.inner is not None else unread
 
 
 def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:

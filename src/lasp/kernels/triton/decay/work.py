@@ -68,7 +68,7 @@ class Work:
         states, decays: of those at the ends of segments.
         gates: of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token.
-        inner: of the states at the inner borders of legs (see `legs`).
+        inner: of the states at the inner borders of legs (see `legs`), or None where segments are single legs.
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
             group are still to be summed.
     """
@@ -112,7 +112,7 @@ class Work:
         self.gates = (B, H_v, p.chunks * p.chunk)
         part = PART_COLUMNS if p.rows else PART_ROWS
         self.sums = (slices * p.scalar_keys.columns // part.value, *self.gates)
-        self.inner = (B, H_v, legs_of(p.chunks), K, V)
+        self.inner = (B, H_v, legs_of(p.chunks), K, V) if legs_of(p.segment_chunks) > 1 else None
         self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
 
     # A program for each segment of each head, and for each slice of the columns that it makes.
