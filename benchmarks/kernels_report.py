@@ -74,8 +74,9 @@ def report(result: dict[str, Any]) -> str:
         *crossover_table(result),
         "",
     ]
-    cold = ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in result["cold_start_s"].items())
-    lines.append(f"Cold start s: {cold}.\n")
+    if "cold_start_s" in result:
+        cold = ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in result["cold_start_s"].items())
+        lines.append(f"Cold start s: {cold}.\n")
     return "\n".join(lines)
 
 

@@ -107,10 +107,10 @@ def in_base_block(BASE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def is_done(steep_ptr, run, chunks, STEEP: tl.constexpr):
-    """Whether a kernel for mild chunks has done a program's chunk: if STEEP, where it did not mark it."""
+def is_done(steep_ptr, chunk, STEEP: tl.constexpr):
+    """Whether a kernel for mild chunks has done a chunk: if STEEP, where it did not mark it."""
     if STEEP:
-        return tl.load(steep_ptr + tl.cast(run, tl.int64) * chunks + tl.program_id(1)) == 0
+        return tl.load(steep_ptr + chunk) == 0
     else:
         return False
 

@@ -49,8 +49,7 @@ def channel_mild_prepare_kernel(
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
-    _, run, qk_row, row = chunk_rows(1, T, H, H_v)
-    chunk = run * chunks + tl.program_id(1)
+    _, run, chunk, qk_row, row = chunk_rows(1, chunks, T, H, H_v)
     q_at = q_ptr + qk_row * K
     k_at = k_ptr + qk_row * K
     g_at = g_ptr + row * K

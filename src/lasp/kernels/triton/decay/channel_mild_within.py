@@ -58,11 +58,10 @@ def channel_mild_within_kernel(
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, run, qk_row, row = chunk_rows(slices, T, H, H_v)
+    part, _, chunk, qk_row, row = chunk_rows(slices, chunks, T, H, H_v)
     k_first = part * BK
     first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
     qk = qk_row * K
-    chunk = run * chunks + tl.program_id(1)
     out = row * K
     q_at = q_ptr + qk
     k_at = k_ptr + qk

@@ -65,11 +65,11 @@ def channel_prepare_kernel(
     LEVELS: tl.constexpr,  # log2(C)
     STEEP: tl.constexpr,  # only the chunks that channel_mild_prepare has marked
 ):
-    if is_done(steep_ptr, tl.program_id(0), chunks, STEEP):
+    _, run, chunk, qk_row, row = chunk_rows(1, chunks, T, H, H_v)
+    if is_done(steep_ptr, chunk, STEEP):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
-    _, run, qk_row, row = chunk_rows(1, T, H, H_v)
     rows = (qk_row + tl.cast(first, tl.int64) * H) * K
     q_at = q_ptr + qk_row * K
     k_at = k_ptr + qk_row * K
@@ -107,6 +107,6 @@ def channel_prepare_kernel(
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
         store_chunk(to_end_at, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
-        tl.store(totals_ptr + (run * chunks + tl.program_id(1)) * K + channel, tl.sum(gates, 0), mask=channel < K)
+        tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
     out = scores_ptr + run * T * C
     store_chunk(out, tl.where(i >= j, scores, 0.0).to(dtype), first, 0, last, C, C, C, C, DESCRIPTORS)

@@ -65,10 +65,10 @@ def channel_within_kernel(
     STEEP: tl.constexpr,  # as in channel_prepare
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    if is_done(steep_ptr, tl.program_id(0) // slices, chunks, STEEP):
+    part, _, chunk, qk_row, row = chunk_rows(slices, chunks, T, H, H_v)
+    if is_done(steep_ptr, chunk, STEEP):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    part, run, qk_row, row = chunk_rows(slices, T, H, H_v)
     k_first = part * BK
     first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
     qk = qk_row * K
@@ -136,7 +136,7 @@ def channel_within_kernel(
     k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
     leaving = tl.sum(k * read_k, 0)
-    leaving += tl.load(through_ptr + (run * chunks + tl.program_id(1)) * K + channel, mask=channel < K, other=0.0)
+    leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
     terms = q * dq - k * dk
     if BASE > 0:
         terms += load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -56,8 +56,8 @@ def gate_gradient_kernel(
     index = run * segments + segment
     begin, _ = run_bounds(places_ptr, T, PACKED)
 
-    inner = inner_borders(inner_ptr, run, chunks, chunk, SIZE, 1) + leg * SIZE
-    d_inner = inner_borders(d_inner_ptr, run, chunks, chunk, SIZE, 1) + leg * SIZE
+    inner = inner_borders(inner_ptr, run, chunks, chunk, SIZE) + leg * SIZE
+    d_inner = inner_borders(d_inner_ptr, run, chunks, chunk, SIZE) + leg * SIZE
     state = inner
     d_state = d_inner
     known = True

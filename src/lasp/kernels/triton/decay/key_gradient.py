@@ -73,7 +73,7 @@ def key_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K, V)
+    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V)
     if GATHER:
         state = gather(
             q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,

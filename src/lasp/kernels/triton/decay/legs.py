@@ -31,18 +31,18 @@ def legs_in(chunks):
 @triton.jit
 def next_leg(turn, chunks, REVERSE: tl.constexpr):
     """The leg that a sweep walks next: its first chunk and the one after its last."""
-    leg = tl.cdiv(chunks, LEG) - 1 - turn if REVERSE else turn
+    leg = legs_in(chunks) - 1 - turn if REVERSE else turn
     return leg * LEG, tl.minimum((leg + 1) * LEG, chunks)
 
 
 @triton.jit
-def inner_borders(ptr, run, chunks, chunk, K, V):
-    """Where the states at the ends of a segment's legs are, but for the last: the n-th at n K V.
+def inner_borders(ptr, run, chunks, chunk, size):
+    """Where the states, of `size` elements, at the ends of a segment's legs are, but for the last: the n-th at n size.
 
     ptr: [runs, cdiv(chunks, LEG), K, V], a place for every LEG chunks of all segments. Inner borders are so far apart,
     also of short segments.
     """
-    return ptr + (run * tl.cdiv(chunks, LEG) + chunk // LEG) * K * V
+    return ptr + (run * legs_in(chunks) + chunk // LEG) * size
 
 
 @triton.jit

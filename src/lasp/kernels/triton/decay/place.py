@@ -59,13 +59,14 @@ def needed_chunks(
 
 
 @triton.jit
-def chunk_rows(slices, T, H, H_v):
-    """Of a program that has a chunk, and one of `slices` of its channels: the slice; the run; where the batch's rows of
-    its head begin in [B, T, H] and [B, T, H_v]."""
+def chunk_rows(slices, chunks, T, H, H_v):
+    """Of a program that has a chunk, and one of `slices` of its channels: the slice; the run; the chunk among those of
+    all runs; where the batch's rows of its head begin in [B, T, H] and [B, T, H_v]."""
     part = tl.program_id(0) % slices
     head = tl.program_id(0) // slices % H_v
     batch = tl.cast(tl.program_id(0) // slices // H_v, tl.int64)
-    return part, batch * H_v + head, batch * T * H + head // (H_v // H), batch * T * H_v + head
+    run = batch * H_v + head
+    return part, run, run * chunks + tl.program_id(1), batch * T * H + head // (H_v // H), batch * T * H_v + head
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def query_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K, V)
+    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V)
     entering, mask = key_tile(states_ptr + (run * segments + segment) * K * V, k_first, K, V, BK, BV, ROWS)
     state = segment_state(entering, mask, GATHER)
     slot = chunk * C - first

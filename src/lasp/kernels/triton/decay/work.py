@@ -279,9 +279,8 @@ class Work:
     def gate_gradient(self) -> Launch:
         p, (B, T, _, H_v, K, V) = self.plan, self._dims
         scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
-        swept = self._dtype == torch.bfloat16, self.from_zero, p.packed
-        block = min(GATE_BLOCK, triton.next_power_of_2(K * V))
-        constants = (K * V, block, p.chunk, leg_tokens(p.chunk), self.sums[0], *swept)
+        tiles = (K * V, min(GATE_BLOCK, triton.next_power_of_2(K * V)), p.chunk, leg_tokens(p.chunk), self.sums[0])
+        constants = (*tiles, self._dtype == torch.bfloat16, self.from_zero, p.packed)
         grid = (legs_of(p.segment_chunks) * B * H_v, p.segments)
         return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
