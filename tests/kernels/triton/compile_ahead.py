@@ -64,12 +64,12 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
 
 
-def kernels(dim: int, shared_limit: int, capability: int) -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
+def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
     """One kernel of each sort with its constants and launch, for K = V = dim."""
     padded = tile(dim, DTYPE)
 
     def planned(kind: int, tokens: int = 65536, from_zero: bool = False) -> tuple[Plan, dict[str, Any]]:
-        p = plan(tokens, 16, dim, dim, DTYPE, kind, 132, shared_limit, capability, from_zero)
+        p = plan(tokens, 16, dim, dim, DTYPE, kind, 132, shared_limit, from_zero)
         return p, {"K": dim, "V": dim, "C": p.chunk, "DESCRIPTORS": p.descriptors, "PACKED": False} | {
             "PRECISION": p.precision
         }
@@ -157,8 +157,7 @@ def needs(
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        capability = target_of(name).arch // 10 if name.startswith("cuda") else 0
-        for kernel, constants, tiles in (*kernels(128, LIMITS[name], capability), *peer_kernels()):
+        for kernel, constants, tiles in (*kernels(128, LIMITS[name]), *peer_kernels()):
             report = {"target": name, "limit": LIMITS[name]}
             try:
                 report |= needs(kernel, constants, tiles, target_of(name))

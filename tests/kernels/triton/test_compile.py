@@ -24,7 +24,7 @@ SPILLS = {
         "channel_mild_within_kernel": 96,
         "channel_within_kernel": 640,
         "channel_prepare_kernel": 128,
-        "key_gradient_kernel": 192,
+        "key_gradient_kernel": 144,
         "output_kernel": 256,
     },
     "cuda:100": {

@@ -87,8 +87,8 @@ def key_gradient_kernel(
     if ROWS:
         state = sweep_rows(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + run * padded, inner_ptr,
-            state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
+            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + part * sums_row + run * padded, inner_ptr,
+            state, H_v * V, H * K, H_v * K, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:

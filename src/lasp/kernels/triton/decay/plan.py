@@ -12,7 +12,6 @@ from lasp.kernels.triton.decay import gates
 NONE, HEAD, TOKEN, CHANNEL = gates.NONE.value, gates.HEAD.value, gates.TOKEN.value, gates.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
-BLACKWELL = 10
 SHARED_FOR_THREE_STAGES, SHARED_FOR_TWO_STAGES = 220_000, 150_000
 # A program makes its tensor descriptors in microseconds: fewer chunks than this do not pay for them.
 DESCRIPTOR_CHUNKS = 8
@@ -171,13 +170,19 @@ def _scalar_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, 4, 3 if contracted <= 64 else 2)
 
 
-def _row_tiles(K: int, V: int, dtype: torch.dtype, capability: int) -> Tiles | None:
+def _row_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles | None:
     """Of the sweeps in rows, where there is one for such heads."""
-    columns = tile(K, dtype)
-    if dtype != torch.bfloat16 or max(columns, tile(V, dtype)) > 128:
+    if dtype != torch.bfloat16:
         return None
-    # Blackwell's matrix units take more operands from shared memory.
-    return Tiles(columns, max(columns, tile(V, dtype)) // 16, 2 if capability >= BLACKWELL else 3)
+    widest = max(tile(K, dtype), tile(V, dtype))
+    # Twice the programs of the other sweeps, and two a processor: one works while the other waits.
+    return Tiles(64, 8 if widest > 128 else 4, 3 if widest <= 64 else 2)
+
+
+def _summary_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
+    if dtype == torch.float32 or V <= 64:
+        return Tiles(min(32 if dtype == torch.float32 else 64, tile(V, dtype)), 4, 3)
+    return Tiles(128, 8 if K > 128 else 4, 3)
 
 
 @functools.lru_cache(maxsize=256)
@@ -190,7 +195,6 @@ def plan(
     kind: int,
     processors: int,
     shared_bytes: int,
-    capability: int = 0,
     from_zero: bool = False,
 ) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
@@ -200,7 +204,6 @@ def plan(
         kind: of decay, as in `gates`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
-        capability: its major compute capability, where it is NVIDIA's and matters.
         from_zero: whether the whole sequence is here and starts from no state.
     """
     exact = dtype == torch.float32
@@ -227,7 +230,7 @@ def plan(
     # makers, whose matrix units hold operands in registers too: eight warps share those.
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
 
-    row_tiles = _row_tiles(K, V, dtype, capability)
+    row_tiles = _row_tiles(K, V, dtype)
     rows = row_tiles is not None and most == 3 and cut is None
 
     def fitting(tiles: Tiles) -> Tiles:
@@ -238,7 +241,7 @@ def plan(
         segment_chunks=length,
         segments=-(-chunks // length),
         chunks=chunks,
-        summary=fitting(Tiles(128 if wide else min(narrow, tile(V, dtype)), 4, 3)),
+        summary=fitting(_summary_tiles(K, V, dtype)),
         keys=fitting(_sweep_tiles(K, V, dtype, cut)),
         scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype)),
         rows=rows,

@@ -67,8 +67,8 @@ def query_gradient_kernel(
     if ROWS:
         sweep_rows(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
-            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + run * padded, inner_ptr,
-            state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot,
+            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + part * sums_row + run * padded, inner_ptr,
+            state, H_v * V, H * K, H_v * K, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:

@@ -3,8 +3,8 @@
     out_i = from_state_i a_i S + scale sum_j L_ij (a_i . b_j) c_j,        S: the decayed sum of b^T c, [BA, BC]
 
 with q . dq, or k . dk, token by token: sums over columns, which stay within a warp, where transposed outputs have them
-over rows, which do not. The price is the state's way through shared memory, as a right operand. It takes bf16, and
-heads whose whole state a program holds.
+over rows, which do not. The price is the state's way through shared memory, as a right operand. A program has BC
+columns of out, and four warps, each with rows of its own. It takes bf16.
 """
 
 import triton
@@ -14,8 +14,6 @@ from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
 from lasp.kernels.triton.decay.legs import leave, legs_in, next_leg
 from lasp.kernels.triton.decay.sweep import add_chunk
-
-PART_COLUMNS = tl.constexpr(64)  # of out: so much of a row a warp adds up by itself
 
 
 @triton.jit
@@ -27,18 +25,18 @@ def sweep_rows(
     g_ptr,
     prefix_ptr,
     x_ptr,
-    sums_ptr,  # [parts, sums_row], written, at the head
+    sums_ptr,  # [chunks C], written: of the program's columns
     inner_ptr,
     state,  # [BA, BC]
     a_row,
     c_row,
     out_row,
-    sums_row,
     scale,
     H_v,
     first,
     last,
     slot,
+    column,
     A: tl.constexpr,
     N: tl.constexpr,
     BA: tl.constexpr,
@@ -62,13 +60,13 @@ def sweep_rows(
     chunks = tl.cdiv(last - first, C)
     for turn in range(legs_in(chunks)):
         begin, end = next_leg(turn, chunks, REVERSE)
-        leave(inner_ptr, end if REVERSE else begin, chunks, state, 0, N, A, BC, BA, True)
+        leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, True)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
             b = load_chunk(b_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
-            c = load_chunk(c_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
-            x = load_chunk(x_view, start, 0, last, c_row, N, C, BC, DESCRIPTORS)
+            c = load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
+            x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
             # Loaded every time for the same reason.
             rate = head_rate(g_ptr, KIND)
             length = tl.minimum(last - start, C)
@@ -80,21 +78,16 @@ def sweep_rows(
             b_t = tl.trans(b)
             read = tl.dot(a, state.to(dtype), input_precision=PRECISION)
             weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
-            # Scaled, then added: as a plain sum the compiler would make it one product that goes on into another, and
-            # of such both warpgroups have the same rows.
             within = tl.dot(weights, c, input_precision=PRECISION) * scale
             out = tl.fma(read, from_state[:, None], within)
-            store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, 0, last, out_row, N, C, BC, STORES)
-            parts: tl.constexpr = BC // PART_COLUMNS
+            store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, last, out_row, N, C, BC, STORES)
             # x weighted and rounded as in `sweep`.
             weighted = (x * from_state[:, None]).to(dtype).to(tl.float32)
-            own = tl.fma(weighted, read, x.to(tl.float32) * within)
-            own = tl.sum(tl.reshape(own, (C, parts, PART_COLUMNS)), 2)
+            own = tl.sum(tl.fma(weighted, read, x.to(tl.float32) * within), 1)
             # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for
             # x.
-            own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)[:, None]
-            at = slot + start + tl.arange(0, C)
-            tl.store(sums_ptr + at[:, None] + tl.arange(0, parts)[None, :] * sums_row, own)
+            own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)
+            tl.store(sums_ptr + slot + start + tl.arange(0, C), own)
 
             state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
     return state

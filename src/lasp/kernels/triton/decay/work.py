@@ -32,7 +32,6 @@ from lasp.kernels.triton.decay.legs import leg_tokens, legs_of
 from lasp.kernels.triton.decay.output import output_kernel
 from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
-from lasp.kernels.triton.decay.rows import PART_COLUMNS
 from lasp.kernels.triton.decay.scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.sweep import PART_ROWS
@@ -43,13 +42,13 @@ from lasp.recurrence.documents import Documents
 GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 MAX_GRID = 65535  # of a launch's second and third dims
-INTERPRETED = (4, 1 << 20, 0)
+INTERPRETED = (4, 1 << 20)
 # dk and dv of segments shorter than this are faster apart, unless they gather.
 PAIRED_CHUNKS = 24
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
 BASE_LEVELS = 4
 
-_devices: dict[torch.device, tuple[int, int, int]] = {}
+_devices: dict[torch.device, tuple[int, int]] = {}
 
 
 class Work:
@@ -110,8 +109,8 @@ class Work:
         self.state, self.total_decay = (runs, H_v, K, V), (runs, H_v, *each)
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
         self.gates = (B, H_v, p.chunks * p.chunk)
-        part = PART_COLUMNS if p.rows else PART_ROWS
-        self.sums = (slices * p.scalar_keys.columns // part.value, *self.gates)
+        parts = slices if p.rows else slices * p.scalar_keys.columns // PART_ROWS.value
+        self.sums = (parts, *self.gates)
         self.inner = (B, H_v, legs_of(p.chunks), K, V) if legs_of(p.segment_chunks) > 1 else None
         self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
 
@@ -314,9 +313,8 @@ def per_channel(g: Tensor | None) -> bool:
     return kind_of(g) == CHANNEL.value
 
 
-def device_limits(device: torch.device) -> tuple[int, int, int]:
-    """Multiprocessors of a GPU, bytes of shared memory a program may have, and major compute capability (of no meaning
-    but on NVIDIA's); a few processors for the interpreter.
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU and bytes of shared memory a program may have; a few processors for the interpreter.
 
     Raises:
         ValueError: Triton cannot run there.
@@ -326,7 +324,7 @@ def device_limits(device: torch.device) -> tuple[int, int, int]:
             properties = torch.cuda.get_device_properties(device)
             # AMD's properties lack the second; its devices have 64 KB.
             shared = getattr(properties, "shared_memory_per_block_optin", 65536)
-            _devices[device] = (properties.multi_processor_count, shared, properties.major)
+            _devices[device] = (properties.multi_processor_count, shared)
         elif not isinstance(scan_kernel, triton.JITFunction):
             _devices[device] = INTERPRETED
         else:
