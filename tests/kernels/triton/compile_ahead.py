@@ -1,62 +1,74 @@
-"""Compiles the kernels for a device that need not be there, and reports what they need.
+"""Compiles what calls launch for a device that need not be there, and reports what it needs.
 
     python tests/kernels/triton/compile_ahead.py cuda:90 [cuda:80 cuda:100 hip:gfx942 ...]
+    python tests/kernels/triton/compile_ahead.py parse [--sample]
 
-Prints one JSON object a line: kernel, target, shared memory, spilled bytes per thread (CUDA below sm_100), matrix
-instructions, whether it orders memory with other devices. A script of its own: where the tests run in the interpreter,
-kernels cannot be compiled.
+Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
+compiles some of a few calls and prints one JSON object a kernel: shared memory, spilled bytes per thread, matrix
+instructions, whether it orders memory with other devices. The second takes every kind of call, but no kernel further
+than through Triton's own language, whose rules the interpreter does not know: it prints what was refused, a control at
+the last, and how many were read. A script of its own: where the tests run in the interpreter, kernels cannot be compiled.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
-from lasp.kernels.triton.decay.channel_mild_prepare import channel_mild_prepare_kernel
-from lasp.kernels.triton.decay.channel_mild_within import channel_mild_within_kernel
-from lasp.kernels.triton.decay.channel_output import channel_output_kernel
-from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
-from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel
-from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
-from lasp.kernels.triton.decay.channel_within import channel_within_kernel
-from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, TOKEN
-from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
-from lasp.kernels.triton.decay.output import output_kernel
-from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
-from lasp.kernels.triton.decay.summary import summary_kernel
-from lasp.kernels.triton.decay.work import BASE_LEVELS
+import lasp
+from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.decay import work
 from lasp.kernels.triton.peer.kernels import collect_kernel, fold_kernel, push_kernel
 from lasp.kernels.triton.peer.memory import BLOCK, WARPS
 
-INPUTS = {
-    "q_ptr",
-    "k_ptr",
-    "v_ptr",
-    "o_ptr",
-    "do_ptr",
-    "dk_ptr",
-    "dv_ptr",
-    "scores_ptr",
-    "from_start_ptr",
-    "to_end_ptr",
-    "read_q_ptr",
-    "read_k_ptr",
-    "dq_ptr",
-}
-DTYPE, NAME = torch.bfloat16, "bf16"
+TYPES_OF_INPUTS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = TYPES_OF_INPUTS | {torch.int32: "*i32"}
+META = torch.device("meta")
 # Shared memory a program may have, in bytes.
 LIMITS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
+
+
+class Call(NamedTuple):
+    kind: str
+    T: int = 65536
+    H: int = 16
+    D: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    learned: bool = False
+    initial: bool = False
+    final: bool = False
+    packed: bool = False
+
+
+class Compilable(NamedTuple):
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def source(self) -> ASTSource:
+        attributes = {
+            (index,): [["tt.divisibility", 16]]
+            for index, type_ in enumerate(self.signature.values())
+            if type_.startswith("*")
+        }
+        return ASTSource(fn=self.kernel, signature=self.signature, constexprs=self.constants, attrs=attributes)
 
 
 def target_of(name: str) -> GPUTarget:
@@ -64,80 +76,64 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
 
 
-def kernels(dim: int, shared_limit: int) -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
-    """One kernel of each sort with its constants and launch, for K = V = dim."""
-    padded = tile(dim, DTYPE)
+def launched(calls: Iterable[Call], shared_bytes: int) -> list[Compilable]:
+    """What calls, forward and backward, launch on a device of 132 processors with so much shared memory: each once."""
+    found: dict[str, Compilable] = {}
 
-    def planned(kind: int, tokens: int = 65536, from_zero: bool = False) -> tuple[Plan, dict[str, Any]]:
-        p = plan(tokens, 16, dim, dim, DTYPE, kind, 132, shared_limit, from_zero)
-        return p, {"K": dim, "V": dim, "C": p.chunk, "DESCRIPTORS": p.descriptors, "PACKED": False} | {
-            "PRECISION": p.precision
-        }
+    def record(launch: Launch, *tensors: Tensor | None) -> None:
+        signature, constants = {}, {}
+        for parameter, value in zip(launch.kernel.params, (*tensors, *launch.others), strict=True):
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        kernel = Compilable(launch.kernel, signature, constants, launch.options)
+        found[f"{launch.kernel.__name__} {kernel[1:]}"] = kernel
 
-    p, common = planned(HEAD.value)
-    common |= {"BK": padded, "KIND": HEAD.value}
-    ways = {"REVERSE": False, "BACKWARDS": True, "WEIGH_K": False, "TOTAL": False, "EXACT": False}
-    yield summary_kernel, common | ways | {"BV": p.summary.columns}, p.summary
-    read, from_zero = {"EXACT": False, "LEARNED": False, "GATHER": False}, {"state_in_ptr": None}
-    yield output_kernel, common | read | {"BV": p.values.columns} | from_zero, p.values
-    p, common = planned(CHANNEL.value)
-    for tiles, prepared in ((p.channels, False), (p.prepared_channels, True)):
-        ways = {"REVERSE": False, "TOTAL": False, "PREPARED": prepared}
-        yield channel_summary_kernel, common | ways | {"BK": tiles.columns, "BV": padded}, tiles
-    whole, columns = {"WHOLE": False}, {"BK": padded, "BV": p.channel_values.columns}
-    yield channel_output_kernel, common | whole | columns | from_zero, p.channel_values
-    yield channel_key_reads_kernel, common | whole | {"BK": p.channel_reads.columns, "BV": padded}, p.channel_reads
-    levels = {"BASE": BASE_LEVELS, "LEVELS": p.chunk.bit_length() - 1, "STEEP": True}
-    common |= {"BK": p.channel_within.columns, "BV": padded}
-    del common["DESCRIPTORS"]
-    yield channel_mild_within_kernel, common, p.channel_within
-    yield channel_within_kernel, common | levels, p.channel_within
-    common = {name: value for name, value in common.items() if name not in ("V", "BV")}
-    common |= {"BK": p.channel_prepare.columns}
-    yield channel_mild_prepare_kernel, common, p.channel_prepare
-    yield channel_prepare_kernel, common | levels, p.channel_prepare
-    for tokens in (65536, 512):
-        p, common = planned(TOKEN.value, tokens, from_zero=True)
-        common |= {"KIND": TOKEN.value, "EXACT": False, "GATHER": p.gathers}
-        yield output_kernel, common | {"LEARNED": True, "BK": padded, "BV": p.values.columns} | from_zero, p.values
-        gradient = {"BK": p.scalar_keys.columns, "BV": padded, "SUMS": True, "ROWS": p.rows, "FROM_ZERO": True}
-        yield key_gradient_kernel, common | gradient, p.scalar_keys
+    work._work.cache_clear()
+    with patch.object(Launch, "__call__", record), patch.dict(work._devices, {META: (132, shared_bytes)}):
+        for call in calls:
+            make(call)
+    return list(found.values())
 
 
-def peer_kernels() -> Iterator[tuple[Any, dict[str, Any], Tiles]]:
+def make(call: Call) -> None:
+    T, H, D, H_v, runs = call.T, call.H, call.D, 16, 2 if call.packed else 1
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META, requires_grad=wanted)
+
+    q, k, v = (empty(1, T, heads, D, dtype=call.dtype) for heads in (H, H, H_v))
+    gates = {"none": None, "constant": (H_v,), "scalar": (1, T, H_v), "channel": (1, T, H_v, D)}[call.kind]
+    g = None if gates is None else empty(*gates, wanted=call.learned)
+    state = empty(runs, H_v, D, D) if call.initial else None
+    documents = (0, T // 3, T) if call.packed else None
+    ways = {"initial_state": state, "output_final_state": call.final, "cu_seqlens": documents, "backend": "triton"}
+    o, final = lasp.linear_attention(q, k, v, g, **ways)
+    (o.sum() + final.sum() if call.final else o.sum()).backward()
+
+
+def peer_kernels() -> Iterator[Compilable]:
     """Those that write into other devices' memory, for decays per head."""
-    common, tiles = {"SIZE": 8, "BLOCK": BLOCK}, Tiles(BLOCK, WARPS, 1)
-    yield push_kernel, common | {"EVEN": True}, tiles
-    fold = {"EVEN": True, "EACH": 128 * 128, "REVERSE": False, "FROM_ZERO": True, "EXACT": True, "total_ptr": None}
-    yield fold_kernel, common | fold, tiles
-    yield collect_kernel, common, tiles
+    types = {"memories_ptr": "*i64", "epoch_ptr": "*i32"}
+    common = {"SIZE": 8, "BLOCK": BLOCK, "EVEN": True}
+    fold = {"EACH": 128 * 128, "REVERSE": False, "FROM_ZERO": True, "EXACT": True, "total_ptr": None}
+    for kernel, constants in ((push_kernel, common), (fold_kernel, common | fold), (collect_kernel, common)):
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "*fp32") if name.endswith("_ptr") else "i32"
+            for name in kernel.arg_names
+        }
+        yield Compilable(kernel, signature, constants, {"num_warps": WARPS, "num_stages": 1})
 
 
-def needs(
-    kernel: Any, constants: dict[str, Any], tiles: Tiles, target: GPUTarget, wide: frozenset[str] = frozenset()
-) -> dict[str, Any]:
-    """wide: inputs and outputs that are fp32, as gradients of q and k of grouped heads are."""
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            others = {
-                "stretches_ptr": "*fp16",
-                "places_ptr": "*i32",
-                "steep_ptr": "*i32",
-                "memories_ptr": "*i64",
-                "epoch_ptr": "*i32",
-            }
-            signature[name] = f"*{NAME}" if name in INPUTS - wide else others.get(name, "*fp32")
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    compiled = triton.compile(source, target=target, options=options)
-    report = {"kernel": kernel.__name__, "tiles": tuple(tiles), "shared": compiled.metadata.shared}
+def needs(kernel: Compilable, target: GPUTarget) -> dict[str, Any]:
+    compiled = triton.compile(kernel.source(), target=target, options=kernel.options)
+    report = {"kernel": kernel.kernel.__name__, **kernel.options, "shared": compiled.metadata.shared}
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    report["products"] = "tt.dot" in compiled.asm["ttir"]
     report["matrix_instructions"] = len(re.findall(r"wgmma|mma\.sync|tcgen05\.mma|mfma", text))
     report["ordered"] = bool(re.search(r"sys\.(acquire|release)|buffer_inv sc0 sc1|buffer_wbl2", text))
     report["trap"] = bool(re.search(r"^\s*(trap|s_trap)", text, re.MULTILINE))
@@ -155,17 +151,71 @@ def needs(
     return report
 
 
+# One of each sort of kernel: calls, and what is compiled of what they launch.
+COMPILED = {
+    Call("constant"): "summary|output",
+    Call("scalar", learned=True): "output|query_gradient|key_gradient|gate_gradient",
+    Call("scalar", learned=True, H=8): "key_gradient",  # fp32
+    Call("scalar", learned=True, T=512): "output|key_gradient",
+    Call("channel", learned=True): "channel_.*",
+}
+
+
+def compile_for(name: str) -> None:
+    kernels = [
+        kernel
+        for call, names in COMPILED.items()
+        for kernel in launched([call], LIMITS[name])
+        if re.fullmatch(f"({names})_kernel", kernel.kernel.__name__)
+    ]
+    for kernel in (*kernels, *peer_kernels()):
+        report = {"target": name, "limit": LIMITS[name]}
+        try:
+            report |= needs(kernel, target_of(name))
+        except RuntimeError as error:
+            report |= {"kernel": kernel.kernel.__name__, "error": str(error)}
+        print(json.dumps(report), flush=True)
+
+
+@triton.jit
+def changing_kernel(x_ptr, n):
+    """The control: a variable that is something else after a branch."""
+    x = n
+    if n > 0:
+        x = tl.arange(0, 16)
+        tl.store(x_ptr + x, 1.0)
+
+
+def every_call() -> list[Call]:
+    ways = itertools.product((False, True), repeat=4)  # learned, initial, final, packed
+    kinds, dims = ("none", "constant", "scalar", "channel"), ((16, 128), (4, 72))
+    cases = itertools.product(TYPES_OF_INPUTS, ways, kinds, (65536, 512), dims)
+    return [Call(kind, T, H, D, dtype, *way) for dtype, way, kind, T, (H, D) in cases]
+
+
+def parse(kernels: list[Compilable]) -> None:
+    kernels = [*kernels, Compilable(changing_kernel, {"x_ptr": "*fp32", "n": "i32"}, {}, {})]
+    target = target_of("cuda:90")
+    backend = make_backend(target)
+    for kernel in kernels:
+        options = backend.parse_options(dict(kernel.options))
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        implementation = backend.get_codegen_implementation(options)
+        try:
+            kernel.source().make_ir(target, options, implementation, backend.get_module_map(), context)
+        except Exception as error:  # of which Triton has many kinds
+            print(
+                json.dumps({"kernel": kernel.kernel.__name__, "constants": str(kernel.constants), "error": str(error)})
+            )
+    print(json.dumps({"parsed": len(kernels)}))
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        for kernel, constants, tiles in (*kernels(128, LIMITS[name]), *peer_kernels()):
-            report = {"target": name, "limit": LIMITS[name]}
-            try:
-                report |= needs(kernel, constants, tiles, target_of(name))
-                if constants.get("ROWS"):
-                    grouped = needs(kernel, constants, tiles, target_of(name), frozenset({"dk_ptr"}))
-                    report |= {
-                        key: max(report[key], grouped[key]) for key in ("shared", "spilled_bytes") if key in report
-                    }
-            except RuntimeError as error:
-                report |= {"kernel": kernel.__name__, "error": str(error)}
-            print(json.dumps(report), flush=True)
+    if sys.argv[1] == "parse":
+        calls = every_call()
+        parse(launched(calls[::23] if "--sample" in sys.argv else calls, LIMITS["cuda:90"]))
+    else:
+        for name in sys.argv[1:]:
+            compile_for(name)

@@ -55,7 +55,7 @@ class Launch:
     Scalars must be ones that the kernel does not specialise; constants are its constexprs; options are the compiler's.
     """
 
-    __slots__ = ("_bound", "_device", "_grid", "_kernel", "_options", "_others")
+    __slots__ = ("_bound", "_device", "_grid", "kernel", "options", "others")
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Launch:
         stages: int,
         **options: bool,
     ) -> None:
-        self._kernel, self._grid, self._others = kernel, grid, (*scalars, *constants)
-        self._options = {"num_warps": warps, "num_stages": stages, **options}
+        self.kernel, self._grid, self.others = kernel, grid, (*scalars, *constants)
+        self.options = {"num_warps": warps, "num_stages": stages, **options}
         self._device = -1
         self._bound: list[_Bound | None] = [None, None]  # with the last tensor, and without
 
@@ -94,12 +94,12 @@ class Launch:
         self._device = given[0].get_device()
         compiled = self._by_triton(tensors)
         if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given):
-            self._bound[tensors[-1] is None] = _bind(compiled, self._grid, self._others)
+            self._bound[tensors[-1] is None] = _bind(compiled, self._grid, self.others)
 
     def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """Leaves the launch to Triton, which finds the binary, calls hooks, and gives the binary."""
         with torch.cuda.device(self._device):  # of no effect below 0
-            return self._kernel[self._grid](*tensors, *self._others, **self._options)
+            return self.kernel[self._grid](*tensors, *self.others, **self.options)
 
 
 def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Bound | None:

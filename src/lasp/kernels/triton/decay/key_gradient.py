@@ -102,5 +102,5 @@ def key_gradient_kernel(
     if SUMS and not FROM_ZERO:
         begin, _ = run_bounds(places_ptr, T, PACKED)
         if first == begin:
-            entering, _ = key_tile(d_state_in_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
-            tl.store(entering, state, mask=mask)
+            entering, within = key_tile(d_state_in_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
+            tl.store(entering, state, mask=within)
