@@ -52,7 +52,6 @@ SPILLS = {
         "channel_within_kernel": 256,
         "output_kernel": 224,
         "channel_key_reads_kernel": 128,
-        "channel_query_reads_kernel": 32,
         "key_gradient_kernel": 32,
     },
 }
@@ -72,7 +71,7 @@ def compile_ahead(*arguments: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_compiles_within_the_device(target: str) -> None:
     reports = compile_ahead(target)
-    assert len(reports) == 23
+    assert len(reports) == 18
     for report in reports:
         assert "error" not in report, report
         assert report["shared"] <= report["limit"], report
