@@ -87,4 +87,4 @@ def test_compiles_within_the_device(target: str) -> None:
 def test_triton_takes_what_calls_launch(sample: str) -> None:
     """Its language has rules that the interpreter does not know."""
     *refused, control, read = compile_ahead("parse", *filter(None, [sample]))
-    assert not refused and control["kernel"] == "changing_kernel" and read["parsed"] > 150
+    assert not refused and control["kernel"] == "changing_kernel" and read["parsed"] > 100

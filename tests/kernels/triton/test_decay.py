@@ -206,20 +206,21 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     p = p._replace(segment_chunks=(leg + 256) // 64, segments=2)
     launches = work.Work((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, 2, p, True, 1.0, from_zero)
     random = torch.Generator().manual_seed(0)
-    shapes = (launches.sums, launches.sums, *((launches.states, launches.inner, launches.state) * 2))
+    state, d_state = (launches.states, launches.inner, launches.state), launches.state
+    shapes = (launches.sums, launches.sums, *state, *state, d_state)
     drawn = [torch.randn(shape, generator=random).to(device) for shape in shapes]
-    q_sums, k_sums, states, inner, leaving, d_states, d_inner, entering = drawn
+    q_sums, k_sums, states, inner, leaving, d_states, d_inner, d_entering, d_leaving = drawn
     dg = torch.empty(1, bounds[-1], H_v, device=device)
-    launches.gate_gradient(*drawn, dg, dg, None if from_zero else leaving)
+    launches.gate_gradient(*drawn[:-1], dg, dg, None if from_zero else d_leaving)
 
     def paired(state: Tensor, d_state: Tensor) -> Tensor:
         return (state * d_state).sum((-2, -1))[0]
 
     known = [
-        paired(states[:, :, 0], torch.zeros_like(entering) if from_zero else entering),
+        paired(states[:, :, 0], torch.zeros_like(d_entering) if from_zero else d_entering),
         paired(inner[:, :, 1], d_inner[:, :, 1]),
         paired(states[:, :, 1], d_states[:, :, 0]),
-        paired(torch.zeros_like(leaving) if from_zero else leaving, d_states[:, :, 1]),
+        paired(leaving, torch.zeros_like(d_leaving) if from_zero else d_leaving),
     ]
     terms = (q_sums - k_sums).sum(0)[0]
     for (first, last), (start, end) in zip(pairwise(bounds), pairwise(known), strict=True):

@@ -136,6 +136,12 @@ def test_where_states_are_gathered() -> None:
         gathers(512, 16, CHANNEL.value) and gathers(2048, 256, CHANNEL.value) and not gathers(1024, 16, CHANNEL.value)
     )
 
+    def keeps(tokens: int, heads: int, kind: int = TOKEN.value) -> bool:
+        return work.keeps_states(plans.plan(tokens, heads, 128, 128, BF16, kind, *h100, True), True)
+
+    # For a decay's gradient, but of runs that are single segments.
+    assert keeps(512, 16) and keeps(65536, 16) and not keeps(2048, 256) and not keeps(512, 16, CHANNEL.value)
+
 
 def test_an_initial_state_is_no_start_from_zero(device: torch.device) -> None:
     x, _, _ = problem("constant", FP32, 1, False)

@@ -22,10 +22,10 @@ from lasp.kernels.triton.decay.place import place, run_bounds
 def gate_gradient_kernel(
     q_sums_ptr,  # fp32 [parts, B, H_v, chunks C]: q . dq
     k_sums_ptr,  # likewise: k . dk
-    states_ptr,  # fp32 [B, H_v, segments, K, V]: S, entering each segment
+    states_ptr,  # fp32 [B, H_v, segments, K, V]: S, entering each segment; if FROM_ZERO, not read of a run's first
     inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V]: within segments, see `inner_borders`
     state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
-    d_states_ptr,  # fp32 as states: D, leaving each segment
+    d_states_ptr,  # fp32 as states: D, leaving each segment but a run's last
     d_inner_ptr,  # fp32 as inner
     d_state_in_ptr,  # fp32 as state_out: entering the run; unused if FROM_ZERO
     dg_ptr,  # fp32 [B, T, H_v], written
@@ -77,6 +77,8 @@ def gate_gradient_kernel(
         if ends:
             state = state_out_ptr + border * SIZE
             known = d_state_out_ptr is not None
+            if d_state_out_ptr is not None:
+                d_state = d_state_out_ptr + border * SIZE
     end = _paired(state, d_state, known, SIZE, BLOCK, ROUND)
 
     slot = chunk * C - first

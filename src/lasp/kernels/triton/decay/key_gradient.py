@@ -24,7 +24,7 @@ def key_gradient_kernel(
     inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V], written if SUMS: see `inner_borders`
     d_state_in_ptr,  # fp32 [B, H_v, K, V], written if SUMS and not FROM_ZERO: gradients of those entering the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero, not read if GATHER;
-    # replaced, if SUMS, by those with d_state_out
+    # replaced, if SUMS, by those with d_state_out; see KEEPS
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
@@ -46,6 +46,7 @@ def key_gradient_kernel(
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
     GATHER: tl.constexpr,  # whether d_states are not read, but gathered; never with ROWS
+    KEEPS: tl.constexpr,  # whether they are written then, if SUMS
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -80,7 +81,7 @@ def key_gradient_kernel(
             state, H * K, H_v * V, scale, T, first, last, slot, k_first,
             K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
-    if SUMS and (GATHER or d_state_out_ptr is not None):
+    if SUMS and (KEEPS if GATHER else d_state_out_ptr is not None):
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
         tl.debug_barrier()
         tl.store(inside, state, mask=mask)

@@ -18,18 +18,20 @@ from lasp.recurrence.documents import Documents
 
 
 class Tables(NamedTuple):
-    """What programs look up, int32.
+    """What programs look up, int32; and what follows from it.
 
     Attributes:
         segments: [segments, 7]: first token, the one after the last, first chunk, document, whether it is the last of
             its document, that document's first token, the one after its last.
         chunks: [chunks, 2]: first token, the one after the last.
         bounds: [documents + 1]: the first segment of each document, and the number of segments.
+        whole: whether no document has two segments.
     """
 
     segments: Tensor
     chunks: Tensor
     bounds: Tensor
+    whole: bool
 
 
 def _cut(starts: Tensor, ends: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +53,8 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     assert len(columns) == PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
     tables = (torch.stack([column.long() for column in columns], 1), torch.stack([chunk_first, chunk_last], 1))
-    return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)))
+    whole = bool((ends - starts <= segment).all())
+    return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)), whole)
 
 
 def packed_plan(p: Plan, documents: Documents, device: torch.device) -> Plan:

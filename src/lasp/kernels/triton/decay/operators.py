@@ -225,7 +225,7 @@ def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool, want
         return q.new_empty(shape, dtype=torch.float32)
 
     results = [v.new_empty(v.shape), state(B, H_v, K, V)]
-    if keeps_states(p, kind_of(g), want_gate):
+    if keeps_states(p, want_gate):
         results.append(state(B, H_v, p.segments, K, V))
     if per_channel(g):
         return [*results, *channel_stages.empty_prepared(q, v, p)]

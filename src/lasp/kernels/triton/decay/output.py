@@ -18,7 +18,7 @@ def output_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
     o_ptr,  # [B, T, H_v, V], written
-    states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in; see GATHER
+    states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in; see GATHER, KEEPS
     before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment; unused if GATHER
     state_out_ptr,  # fp32 [B, H_v, K, V], written
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -38,7 +38,8 @@ def output_kernel(
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
     LEARNED: tl.constexpr,  # whether the decay's gradient is wanted, for which k is weighted: see `add_chunk`
-    GATHER: tl.constexpr,  # whether states are not read, but gathered; written then only if LEARNED
+    GATHER: tl.constexpr,  # whether states are not read, but gathered
+    KEEPS: tl.constexpr,  # whether they are written then
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,7 +72,7 @@ def output_kernel(
             state, H_v * V, H * K, scale, T, first, last, slot, v_first,
             V, K, BV, BK, C, KIND, False, LEARNED, EXACT, DESCRIPTORS, PACKED, PRECISION,
         )  # fmt: skip
-        if LEARNED:
+        if KEEPS:
             tl.store(entering, state, mask=mask)
     state = sweep(
         q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,

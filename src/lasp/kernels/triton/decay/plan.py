@@ -97,6 +97,11 @@ class Plan(NamedTuple):
         return self.tables is not None
 
     @property
+    def whole(self) -> bool:
+        """Whether every run is a single segment."""
+        return bool(self.segments == 1 if self.tables is None else self.tables.whole)
+
+    @property
     def num_gates(self) -> int:
         """Sums that a gate per token leaves for the sweeps: prefixes and, where `exact`, suffixes."""
         return 2 if self.exact else 1
@@ -216,7 +221,7 @@ def plan(
     if kind == CHANNEL:
         length = min(length, LONGEST_CHANNELS)
     cut = None
-    whole = kind == CHANNEL and from_zero and length == chunks
+    alone = kind == CHANNEL and from_zero and length == chunks
     if from_zero and kind != CHANNEL:
         slices = -(-V // _sweep_tiles(V, K, dtype, Gathered(1, alone=True)).columns)
         cut = gathered(chunks, heads, slices, kind, processors)
@@ -255,7 +260,7 @@ def plan(
             _sweep_tiles(V, K, dtype) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
         ),
         exact=exact,
-        gathers=cut is not None or whole,
+        gathers=cut is not None or alone,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS and cut is None,
         precision="ieee" if exact else "tf32",
     )

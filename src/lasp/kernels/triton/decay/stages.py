@@ -250,7 +250,7 @@ def gradients_of(
         sums = unread.new_empty(work.sums)
         if not work.from_zero:
             d_state_in = unread.new_empty(work.state)
-        if totals_adjoint.states is None:
+        if totals_adjoint.states is None and work.keeps_states:
             d_states = unread.new_empty(work.states)
     work.key_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, sums, inner, d_state_in, d_states, after, places, d_state_out)
     d_gate = None

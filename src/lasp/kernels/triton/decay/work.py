@@ -98,7 +98,7 @@ class Work:
             )
         self.plan, self.with_decay, self.from_zero = p, with_decay, from_zero
         alike = not with_decay and H_v == H and K == V
-        self.keeps_states = keeps_states(p, kind, with_decay)
+        self.keeps_states = keeps_states(p, with_decay)
         self.paired = alike and (p.gathers or p.segment_chunks >= PAIRED_CHUNKS)
         self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
         self.mild = self.per_channel and base_levels(dtype) > 0
@@ -162,7 +162,9 @@ class Work:
 
     @cached_property
     def output(self) -> Launch:
-        return self._sweep_of_values(output_kernel, (self.plan.exact, self.with_decay, self.plan.gathers))
+        return self._sweep_of_values(
+            output_kernel, (self.plan.exact, self.with_decay, self.plan.gathers, self.keeps_states)
+        )
 
     @cached_property
     def value_gradient(self) -> Launch:
@@ -179,7 +181,7 @@ class Work:
 
     @cached_property
     def key_gradient(self) -> Launch:
-        return self._sweep_of_keys(key_gradient_kernel, (self.plan.gathers, self.from_zero))
+        return self._sweep_of_keys(key_gradient_kernel, (self.plan.gathers, self.keeps_states, self.from_zero))
 
     def _sweep_of_keys(self, kernel: Any, states: tuple[bool, ...]) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
@@ -284,13 +286,13 @@ class Work:
         return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
 
-def keeps_states(p: Plan, kind: int, with_decay: bool) -> bool:
+def keeps_states(p: Plan, with_decay: bool) -> bool:
     """Whether the states entering segments are kept for the backward pass.
 
-    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Of gates per
-    channel there is then a single segment.
+    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Where runs are
+    single segments there is nothing to keep.
     """
-    return not p.gathers or (with_decay and kind != CHANNEL.value)
+    return not p.gathers or (with_decay and not p.whole)
 
 
 def base_levels(dtype: torch.dtype) -> int:
