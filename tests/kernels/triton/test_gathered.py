@@ -30,7 +30,8 @@ def _two_chunks_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*arguments: Any) -> plans.Plan:
         found = plans.plan.__wrapped__(*arguments)
         gathers = found.gathers and arguments[5] != CHANNEL.value
-        return found._replace(segment_chunks=2, segments=-(-found.chunks // 2), gathers=gathers)
+        rows = found.rows and not gathers  # which do not gather
+        return found._replace(segment_chunks=2, segments=-(-found.chunks // 2), gathers=gathers, rows=rows)
 
     monkeypatch.setattr(work, "plan", cut)
     monkeypatch.setattr(work, "_work", work._work.__wrapped__)

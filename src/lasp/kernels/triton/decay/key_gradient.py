@@ -7,7 +7,7 @@ from lasp.kernels.triton.decay.gates import head_gates
 from lasp.kernels.triton.decay.legs import inner_borders, key_tile
 from lasp.kernels.triton.decay.place import place, run_bounds
 from lasp.kernels.triton.decay.rows import sweep_rows
-from lasp.kernels.triton.decay.sweep import PART_ROWS, decay_to_segment, gather, segment_state, sweep
+from lasp.kernels.triton.decay.sweep import GATHERED, PART_ROWS, decay_to_segment, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -45,8 +45,8 @@ def key_gradient_kernel(
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
-    GATHER: tl.constexpr,  # whether d_states are not read, but gathered; never with ROWS
-    KEEPS: tl.constexpr,  # whether they are written then, if SUMS
+    GATHER: tl.constexpr,  # 0 if d_states are read, else as in `sweep`; with ROWS never GATHERED
+    KEEPS: tl.constexpr,  # whether they are written if GATHERED and SUMS
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -75,7 +75,8 @@ def key_gradient_kernel(
     prefix_ptr += run * padded
     suffix_ptr += run * padded
     inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V)
-    if GATHER:
+    tl.static_assert(not ROWS or GATHER != GATHERED)
+    if GATHER == GATHERED:
         state = gather(
             q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
             state, H * K, H_v * V, scale, T, first, last, slot, k_first,

@@ -11,7 +11,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.gates import head_gates
 from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.decay.sweep import decay_to_segment, gather, segment_state, sweep
+from lasp.kernels.triton.decay.sweep import GATHERED, decay_to_segment, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -43,7 +43,7 @@ def key_value_gradient_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
-    GATHER: tl.constexpr,  # whether states are not read, but gathered
+    GATHER: tl.constexpr,  # 0 if d_states are read, else as in `sweep`
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,7 +72,7 @@ def key_value_gradient_kernel(
     c_ptr = tl.where(of_keys, q_ptr, do_ptr) + at
     slot = chunk * C - first
     g_ptr = head_gates(g_ptr, batch, head, T, H, KIND)
-    if GATHER:
+    if GATHER == GATHERED:
         state = gather(
             c_ptr, b_ptr, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
             state, H * K, H * K, scale, T, first, last, slot, column,

@@ -6,7 +6,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.gates import head_gates
 from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.decay.sweep import gather, segment_state, sweep
+from lasp.kernels.triton.decay.sweep import GATHERED, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -38,8 +38,8 @@ def output_kernel(
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
     LEARNED: tl.constexpr,  # whether the decay's gradient is wanted, for which k is weighted: see `add_chunk`
-    GATHER: tl.constexpr,  # whether states are not read, but gathered
-    KEEPS: tl.constexpr,  # whether they are written then
+    GATHER: tl.constexpr,  # 0 if states are read, else as in `sweep`
+    KEEPS: tl.constexpr,  # whether they are written if GATHERED
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -66,7 +66,7 @@ def output_kernel(
     vo = (row * H_v + head) * V
     slot = chunk * C - first
     g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
-    if GATHER:
+    if GATHER == GATHERED:
         state = gather(
             v_ptr + vo, k_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
             state, H_v * V, H * K, scale, T, first, last, slot, v_first,

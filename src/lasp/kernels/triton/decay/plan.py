@@ -221,11 +221,14 @@ def plan(
     if kind == CHANNEL:
         length = min(length, LONGEST_CHANNELS)
     cut = None
-    alone = kind == CHANNEL and from_zero and length == chunks
     if from_zero and kind != CHANNEL:
         slices = -(-V // _sweep_tiles(V, K, dtype, Gathered(1, alone=True)).columns)
         cut = gathered(chunks, heads, slices, kind, processors)
         length = length if cut is None else cut.segment_chunks
+    # Of runs that are single segments there is nothing to read: sweeps gather nothing, and are as in longer runs.
+    single = length >= chunks and (cut is not None or (kind == CHANNEL and from_zero))
+    if single and length >= DESCRIPTOR_CHUNKS:
+        cut = None
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     wide = V > 64 and K <= 128 and not exact
@@ -236,7 +239,7 @@ def plan(
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
 
     row_tiles = _row_tiles(K, V, dtype)
-    rows = row_tiles is not None and most == 3 and cut is None
+    rows = row_tiles is not None and most == 3 and (cut is None or single)
 
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
@@ -260,7 +263,7 @@ def plan(
             _sweep_tiles(V, K, dtype) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
         ),
         exact=exact,
-        gathers=cut is not None or alone,
+        gathers=cut is not None or single,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS and cut is None,
         precision="ieee" if exact else "tf32",
     )

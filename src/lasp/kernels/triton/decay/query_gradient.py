@@ -7,7 +7,7 @@ from lasp.kernels.triton.decay.gates import head_gates
 from lasp.kernels.triton.decay.legs import inner_borders, key_tile
 from lasp.kernels.triton.decay.place import place
 from lasp.kernels.triton.decay.rows import sweep_rows
-from lasp.kernels.triton.decay.sweep import PART_ROWS, gather, segment_state, sweep
+from lasp.kernels.triton.decay.sweep import GATHERED, PART_ROWS, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -41,7 +41,7 @@ def query_gradient_kernel(
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
-    GATHER: tl.constexpr,  # whether states are not read, but gathered; never with ROWS
+    GATHER: tl.constexpr,  # 0 if states are read, else as in `sweep`; with ROWS never GATHERED
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -64,6 +64,7 @@ def query_gradient_kernel(
     state = segment_state(entering, mask, GATHER)
     slot = chunk * C - first
     g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    tl.static_assert(not ROWS or GATHER != GATHERED)
     if ROWS:
         sweep_rows(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
@@ -72,7 +73,7 @@ def query_gradient_kernel(
             V, K, BV, BK, C, KIND, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
-        if GATHER:
+        if GATHER == GATHERED:
             state = gather(
                 k_ptr + qk, v_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
                 state, H * K, H_v * V, scale, T, first, last, slot, k_first,

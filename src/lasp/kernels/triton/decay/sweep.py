@@ -28,6 +28,9 @@ from lasp.kernels.triton.decay.legs import leave, legs_in, next_leg
 from lasp.kernels.triton.decay.place import run_bounds
 
 PART_ROWS = tl.constexpr(16)
+# How sweeps come by the state of a segment's start, where not from summaries (then GATHER is 0):
+GATHERED = tl.constexpr(1)  # from the tokens before it
+ZERO = tl.constexpr(2)  # there are none before it: runs are single segments
 
 
 @triton.jit
@@ -200,7 +203,7 @@ def gather(
 
 @triton.jit
 def segment_state(pointers, mask, GATHER: tl.constexpr):
-    """What is known of a segment's state before the sweep: nothing if it gathers."""
+    """What is known of a segment's state before the sweep: nothing if it is not read."""
     if GATHER:
         return tl.zeros(pointers.shape, tl.float32)
     else:
@@ -209,5 +212,5 @@ def segment_state(pointers, mask, GATHER: tl.constexpr):
 
 @triton.jit
 def decay_to_segment(decay_ptr, GATHER: tl.constexpr):
-    """The decay of what enters the run on its way to a segment; sweeps that gather apply it themselves."""
+    """The decay of what enters the run on its way to a segment; `gather` applies it itself."""
     return 1.0 if GATHER else tl.exp2(tl.load(decay_ptr))

@@ -6,7 +6,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.gates import head_gates
 from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.decay.sweep import decay_to_segment, gather, segment_state, sweep
+from lasp.kernels.triton.decay.sweep import GATHERED, decay_to_segment, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -36,7 +36,7 @@ def value_gradient_kernel(
     C: tl.constexpr,
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
-    GATHER: tl.constexpr,  # whether states are not read, but gathered
+    GATHER: tl.constexpr,  # 0 if d_states are read, else as in `sweep`
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,7 +60,7 @@ def value_gradient_kernel(
     vo = (row * H_v + head) * V
     slot = chunk * C - first
     g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
-    if GATHER:
+    if GATHER == GATHERED:
         state = gather(
             do_ptr + vo, q_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
             state, H_v * V, H * K, scale, T, first, last, slot, v_first,

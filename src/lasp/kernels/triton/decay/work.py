@@ -34,7 +34,7 @@ from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
 from lasp.kernels.triton.decay.scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
-from lasp.kernels.triton.decay.sweep import PART_ROWS
+from lasp.kernels.triton.decay.sweep import GATHERED, PART_ROWS, ZERO
 from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.contract import Run
 from lasp.recurrence.documents import Documents
@@ -43,7 +43,7 @@ GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 MAX_GRID = 65535  # of a launch's second and third dims
 INTERPRETED = (4, 1 << 20)
-# dk and dv of segments shorter than this are faster apart, unless they gather.
+# dk and dv of segments shorter than this are faster apart, unless they are as short as those that gather.
 PAIRED_CHUNKS = 24
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
 BASE_LEVELS = 4
@@ -99,7 +99,8 @@ class Work:
         self.plan, self.with_decay, self.from_zero = p, with_decay, from_zero
         alike = not with_decay and H_v == H and K == V
         self.keeps_states = keeps_states(p, with_decay)
-        self.paired = alike and (p.gathers or p.segment_chunks >= PAIRED_CHUNKS)
+        self.paired = alike and (p.segment_chunks >= PAIRED_CHUNKS or (p.gathers and not p.descriptors))
+        self._gather = (ZERO.value if p.whole else GATHERED.value) if p.gathers else 0
         self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
         self.mild = self.per_channel and base_levels(dtype) > 0
         self._dims, self._dtype, self._kind, self.scale = (B, T, H, H_v, K, V), dtype, kind, scale
@@ -162,28 +163,26 @@ class Work:
 
     @cached_property
     def output(self) -> Launch:
-        return self._sweep_of_values(
-            output_kernel, (self.plan.exact, self.with_decay, self.plan.gathers, self.keeps_states)
-        )
+        return self._sweep_of_values(output_kernel, (self.plan.exact, self.with_decay, self._gather, self.keeps_states))
 
     @cached_property
     def value_gradient(self) -> Launch:
-        return self._sweep_of_values(value_gradient_kernel, (self.plan.exact, self.plan.gathers))
+        return self._sweep_of_values(value_gradient_kernel, (self.plan.exact, self._gather))
 
-    def _sweep_of_values(self, kernel: Any, ways: tuple[bool, ...]) -> Launch:
+    def _sweep_of_values(self, kernel: Any, ways: tuple[int, ...]) -> Launch:
         p, (_, T, H, H_v, K, V) = self.plan, self._dims
         constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, *ways)
         return self._by_segment(kernel, V, p.values, (self.scale, T, H, H_v), constants)
 
     @cached_property
     def query_gradient(self) -> Launch:
-        return self._sweep_of_keys(query_gradient_kernel, (self.plan.gathers and not self.keeps_states,))
+        return self._sweep_of_keys(query_gradient_kernel, (0 if self.keeps_states else self._gather,))
 
     @cached_property
     def key_gradient(self) -> Launch:
-        return self._sweep_of_keys(key_gradient_kernel, (self.plan.gathers, self.keeps_states, self.from_zero))
+        return self._sweep_of_keys(key_gradient_kernel, (self._gather, self.keeps_states, self.from_zero))
 
-    def _sweep_of_keys(self, kernel: Any, states: tuple[bool, ...]) -> Launch:
+    def _sweep_of_keys(self, kernel: Any, states: tuple[int, ...]) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
         tiles = p.scalar_keys if self.with_decay else p.keys
         ways = (self.with_decay, self.with_decay and p.rows, p.exact, *states)
@@ -193,7 +192,7 @@ class Work:
     @cached_property
     def key_value_gradient(self) -> Launch:
         p, (_, T, H, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact, p.gathers)
+        constants = (K, V, tile(K, self._dtype), p.values.columns, p.chunk, self._kind, p.exact, self._gather)
         columns = 2 * p.values.columns * -(-K // p.values.columns)
         return self._by_segment(key_value_gradient_kernel, columns, p.values, (self.scale, T, H, H_v), constants)
 
