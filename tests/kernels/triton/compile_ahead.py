@@ -1,10 +1,10 @@
 """Compiles what calls launch for a device that need not be there, and reports what it needs.
 
-    python tests/kernels/triton/compile_ahead.py cuda:90 [cuda:80 cuda:100 hip:gfx942 ...]
+    python tests/kernels/triton/compile_ahead.py cuda:90 [--every]  # or cuda:80, cuda:100, hip:gfx942
     python tests/kernels/triton/compile_ahead.py parse [--sample]
 
 Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
-compiles some of a few calls and prints one JSON object a kernel: shared memory, spilled bytes per thread, matrix
+compiles one of each sort (--every: of all kinds of decay, dtypes and dims of 128 and 256) and prints one JSON object a kernel: shared memory, spilled bytes per thread, matrix
 instructions, whether it orders memory with other devices. The second takes every kind of call, but no kernel further
 than through Triton's own language, whose rules the interpreter does not know: it prints what was refused, a control at
 the last, and how many were read. A script of its own: where tests run in the interpreter, kernels cannot be compiled.
@@ -76,8 +76,8 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
 
 
-def launched(calls: Iterable[Call], shared_bytes: int) -> list[Compilable]:
-    """What calls, forward and backward, launch on a device of 132 processors with so much shared memory: each once."""
+def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
+    """What calls, forward and backward, launch on such a device of 132 processors: each once."""
     found: dict[str, Compilable] = {}
 
     def record(launch: Launch, *tensors: Tensor | None) -> None:
@@ -93,7 +93,8 @@ def launched(calls: Iterable[Call], shared_bytes: int) -> list[Compilable]:
         found[f"{launch.kernel.__name__} {kernel[1:]}"] = kernel
 
     work._work.cache_clear()
-    with patch.object(Launch, "__call__", record), patch.dict(work._devices, {META: (132, shared_bytes)}):
+    device = (132, LIMITS[target], target == "cuda:90")
+    with patch.object(Launch, "__call__", record), patch.dict(work._devices, {META: device}):
         for call in calls:
             make(call)
     return list(found.values())
@@ -157,15 +158,25 @@ COMPILED = {
     Call("scalar", learned=True): "output|query_gradient|key_gradient",
     Call("scalar", learned=True, H=8): "key_gradient",  # fp32
     Call("scalar", learned=True, T=512): "output|key_gradient",
+    Call("constant", D=256): "output",
     Call("channel", learned=True): "channel_(mild_)?(prepare|within)|channel_(summary|output|key_reads)",
 }
 
 
-def compile_for(name: str) -> None:
+def one_of_each(target: str) -> list[Compilable]:
     kernels = list(peer_kernels())
     for call, names in COMPILED.items():
-        first = {kernel.kernel.__name__: kernel for kernel in reversed(launched([call], LIMITS[name]))}
-        kernels += [kernel for each, kernel in first.items() if re.fullmatch(f"({names})_kernel", each)]
+        first = {kernel.kernel.__name__: kernel for kernel in reversed(launched([call], target))}
+        kernels += [kernel for name, kernel in first.items() if re.fullmatch(f"({names})_kernel", name)]
+    return kernels
+
+
+def every_one(target: str) -> list[Compilable]:
+    cases = itertools.product(("constant", "scalar", "channel"), (128, 256), TYPES_OF_INPUTS)
+    return launched([Call(kind, D=D, dtype=dtype, learned=True) for kind, D, dtype in cases], target)
+
+
+def compile_for(name: str, kernels: list[Compilable]) -> None:
     for kernel in kernels:
         report = {"target": name, "limit": LIMITS[name]}
         try:
@@ -213,7 +224,7 @@ def parse(kernels: list[Compilable]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "parse":
         calls = every_call()
-        parse(launched(calls[::41] if "--sample" in sys.argv else calls, LIMITS["cuda:90"]))
+        parse(launched(calls[::41] if "--sample" in sys.argv else calls, "cuda:90"))
     else:
-        for name in sys.argv[1:]:
-            compile_for(name)
+        name = sys.argv[1]
+        compile_for(name, every_one(name) if "--every" in sys.argv else one_of_each(name))

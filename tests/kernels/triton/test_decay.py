@@ -202,7 +202,7 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     segments, the first of two legs, the other of one."""
     leg = legs.leg_tokens(64)
     bounds, H_v, K = (0, leg, leg + 256, leg + 326), 2, 16
-    p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20)
+    p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20, True)
     p = p._replace(segment_chunks=(leg + 256) // 64, segments=2)
     launches = work.Work((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, 2, p, True, 1.0, from_zero)
     random = torch.Generator().manual_seed(0)

@@ -125,7 +125,7 @@ def test_the_check_sees_a_past_that_is_not_gathered(device: torch.device) -> Non
 def test_where_states_are_gathered() -> None:
     """Whole short runs from zero; of gates per token shorter ones, or enough to fill a device uncut. Not what ranks
     share. Of gates per channel, where one segment holds all."""
-    h100 = (132, 232448)
+    h100 = (132, 232448, True)
 
     def gathers(tokens: int, heads: int, kind: int = HEAD.value, from_zero: bool = True) -> bool:
         return plans.plan(tokens, heads, 128, 128, BF16, kind, *h100, from_zero).gathers

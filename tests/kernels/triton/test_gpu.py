@@ -154,10 +154,10 @@ def solve(
     }
 
 
-def limits(case: Case) -> tuple[int, int]:
+def limits(case: Case) -> tuple[int, int, bool]:
     """What the case is planned for: processors, and otherwise the device."""
-    processors, shared = device_limits(DEVICE)
-    return case.processors or processors, shared
+    processors, *others = device_limits(DEVICE)
+    return (case.processors or processors, *others)
 
 
 def check(case: Case, record: Callable[[str, object], None]) -> None:

@@ -151,12 +151,17 @@ def gathered(chunks: int, heads: int, slices: int, kind: int, processors: int) -
     return Gathered(length, heads * slices * -(-chunks // length) <= processors)
 
 
-def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, cut: Gathered | None = None) -> Tiles:
+def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool, cut: Gathered | None = None) -> Tiles:
     """Of the sweeps that yield outputs of `columns` columns and contract `contracted`."""
+    # Where not on Hopper, half the state a program, and half of that a warp: Blackwell's tensor memory and others'
+    # registers have no room for more.
+    large = contracted > 128 and not hopper
     if dtype == torch.float32:
-        return Tiles(min(32, tile(columns, dtype)), 4, 1)
+        return Tiles(min(32, tile(columns, dtype)), 8 if large else 4, 1)
     if dtype == torch.float16:
-        return Tiles(64, 4, 1)
+        return Tiles(64, 8 if large else 4, 1)
+    if large:
+        return Tiles(64, 8, 2)
     if contracted > 128:
         return Tiles(128, 8, 2) if columns > 64 else Tiles(64, 4, 2)
     if cut is not None:
@@ -168,10 +173,10 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, cut: Gathere
     return Tiles(128, 8, 3)
 
 
-def _scalar_tiles(columns: int, contracted: int, dtype: torch.dtype) -> Tiles:
+def _scalar_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool) -> Tiles:
     """Of the sweeps of dq and dk that yield decay gradients too."""
     if dtype != torch.bfloat16 or contracted > 128:
-        return _sweep_tiles(columns, contracted, dtype)
+        return _sweep_tiles(columns, contracted, dtype, hopper)
     return Tiles(64, 4, 3 if contracted <= 64 else 2)
 
 
@@ -200,6 +205,7 @@ def plan(
     kind: int,
     processors: int,
     shared_bytes: int,
+    hopper: bool,
     from_zero: bool = False,
 ) -> Plan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
@@ -209,6 +215,7 @@ def plan(
         kind: of decay, as in `gates`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
+        hopper: whether it is of NVIDIA's Hopper generation.
         from_zero: whether the whole sequence is here and starts from no state.
     """
     exact = dtype == torch.float32
@@ -222,12 +229,12 @@ def plan(
         length = min(length, LONGEST_CHANNELS)
     cut = None
     if from_zero and kind != CHANNEL:
-        slices = -(-V // _sweep_tiles(V, K, dtype, Gathered(1, alone=True)).columns)
+        slices = -(-V // _sweep_tiles(V, K, dtype, hopper, Gathered(1, alone=True)).columns)
         cut = gathered(chunks, heads, slices, kind, processors)
         length = length if cut is None else cut.segment_chunks
-    # Of runs that are single segments there is nothing to read: sweeps gather nothing, and are as in longer runs.
+    # Of runs that are single segments there is nothing to gather; sweeps of long ones are those of longer runs.
     single = length >= chunks and (cut is not None or (kind == CHANNEL and from_zero))
-    if single and length >= DESCRIPTOR_CHUNKS:
+    if cut is not None and single and length > MOST_GATHERED[kind]:
         cut = None
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
@@ -237,6 +244,11 @@ def plan(
     # Every configuration of three stages fits 227 KB; devices with less take fewer. They are older ones, or of other
     # makers, whose matrix units hold operands in registers too: eight warps share those.
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
+    if most < 3 and max(K, V) > 128 and kind != CHANNEL:
+        most = 1
+
+    # fp16 reads states as fp32, of which 64 KB hold 32 columns of wide heads.
+    halved = 32 if most == 1 and dtype == torch.float16 and K > 128 else 0
 
     row_tiles = _row_tiles(K, V, dtype)
     rows = row_tiles is not None and most == 3 and (cut is None or single)
@@ -250,17 +262,17 @@ def plan(
         segments=-(-chunks // length),
         chunks=chunks,
         summary=fitting(_summary_tiles(K, V, dtype)),
-        keys=fitting(_sweep_tiles(K, V, dtype, cut)),
-        scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype)),
+        keys=fitting(_sweep_tiles(K, V, dtype, hopper, cut)),
+        scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype, hopper)),
         rows=rows,
-        values=fitting(_sweep_tiles(V, K, dtype, cut)),
+        values=fitting(_sweep_tiles(V, K, dtype, hopper, cut)),
         channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
         prepared_channels=fitting(Tiles(128 if wide else min(narrow, tile(K, dtype)), 4, stages)),
         channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, min(stages, 2))),
-        channel_reads=fitting(_sweep_tiles(K, V, dtype)),
+        channel_reads=fitting(_sweep_tiles(K, V, dtype, hopper)),
         channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1)),
         channel_values=fitting(
-            _sweep_tiles(V, K, dtype) if most == 3 else Tiles(min(narrow, tile(V, dtype)), 4, stages)
+            _sweep_tiles(V, K, dtype, hopper) if most == 3 else Tiles(min(halved or narrow, tile(V, dtype)), 4, stages)
         ),
         exact=exact,
         gathers=cut is not None or single,

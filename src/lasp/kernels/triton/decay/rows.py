@@ -3,8 +3,8 @@
     out_i = from_state_i a_i S + scale sum_j L_ij (a_i . b_j) c_j,        S: the decayed sum of b^T c, [BA, BC]
 
 with q . dq, or k . dk, token by token: sums over columns, which stay within a warp, where transposed outputs have them
-over rows, which do not. The price is the state's way through shared memory, as a right operand. A program has BC
-columns of out, and four warps, each with rows of its own. It takes bf16.
+over rows, which do not. The price is the state's way through shared memory, as a right operand. A program has 64
+columns of out. It takes bf16, and nothing is gathered.
 """
 
 import triton

@@ -42,13 +42,13 @@ from lasp.recurrence.documents import Documents
 GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 MAX_GRID = 65535  # of a launch's second and third dims
-INTERPRETED = (4, 1 << 20)
+INTERPRETED = (4, 1 << 20, True)
 # dk and dv of segments shorter than this are faster apart, unless they are as short as those that gather.
 PAIRED_CHUNKS = 24
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
 BASE_LEVELS = 4
 
-_devices: dict[torch.device, tuple[int, int]] = {}
+_devices: dict[torch.device, tuple[int, int, bool]] = {}
 
 
 class Work:
@@ -314,8 +314,9 @@ def per_channel(g: Tensor | None) -> bool:
     return kind_of(g) == CHANNEL.value
 
 
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a GPU and bytes of shared memory a program may have; a few processors for the interpreter.
+def device_limits(device: torch.device) -> tuple[int, int, bool]:
+    """Multiprocessors of a GPU, bytes of shared memory a program may have, and whether it is of NVIDIA's Hopper
+    generation; a few processors for the interpreter.
 
     Raises:
         ValueError: Triton cannot run there.
@@ -325,7 +326,8 @@ def device_limits(device: torch.device) -> tuple[int, int]:
             properties = torch.cuda.get_device_properties(device)
             # AMD's properties lack the second; its devices have 64 KB.
             shared = getattr(properties, "shared_memory_per_block_optin", 65536)
-            _devices[device] = (properties.multi_processor_count, shared)
+            hopper = torch.version.hip is None and properties.major == 9
+            _devices[device] = (properties.multi_processor_count, shared, hopper)
         elif not isinstance(scan_kernel, triton.JITFunction):
             _devices[device] = INTERPRETED
         else:
