@@ -4,10 +4,11 @@
     python tests/kernels/triton/compile_ahead.py parse [--sample]
 
 Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
-compiles one of each sort (--every: of all kinds of decay, dtypes and dims of 128 and 256) and prints one JSON object a kernel: shared memory, spilled bytes per thread, matrix
-instructions, whether it orders memory with other devices. The second takes every kind of call, but no kernel further
-than through Triton's own language, whose rules the interpreter does not know: it prints what was refused, a control at
-the last, and how many were read. A script of its own: where tests run in the interpreter, kernels cannot be compiled.
+compiles one kernel of each sort (--every: all kinds of decay and dtypes, dims of 128 and 256) and prints one JSON object
+for each: shared memory, spilled bytes per thread, matrix instructions, whether it orders memory with other devices. The
+second takes every kind of call, but no kernel further than through Triton's own language, whose rules the interpreter
+does not know: it prints what was refused, a control at the last, and how many were read. A script of its own: where
+tests run in the interpreter, kernels cannot be compiled.
 """
 
 from __future__ import annotations
