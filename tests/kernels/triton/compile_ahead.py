@@ -4,7 +4,7 @@
     python tests/kernels/triton/compile_ahead.py parse [--sample]
 
 Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
-compiles one kernel of each sort (--every: all kinds of decay and dtypes, dims of 128 and 256) and prints one JSON object
+compiles one kernel of each sort (--every: all kinds of decay and dtypes, dims of 128 and 256) and prints a JSON object
 for each: shared memory, spilled bytes per thread, matrix instructions, whether it orders memory with other devices. The
 second takes every kind of call, but no kernel further than through Triton's own language, whose rules the interpreter
 does not know: it prints what was refused, a control at the last, and how many were read. A script of its own: where
