@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, not_traced_before, scan
+from lasp.ops.scan import Plan, not_traced_before, scan, untraced
 from lasp.recurrence.contract import Run, Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence import SequenceParallel
@@ -114,7 +114,7 @@ def _fused(
 
 
 # The operators of a compiled graph take no documents: the graph breaks around them.
-_untraced_fused = torch.compiler.disable(_fused)
+_untraced_fused = untraced(_fused)
 
 
 @not_traced_before

@@ -53,9 +53,18 @@ class Plan(NamedTuple):
 TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
 
 
+def untraced(function: _Function) -> _Function:
+    """`function`, around which a compiled graph breaks.
+
+    As `torch.compiler.disable`, which loads the compiler: half of the time that importing this library would take.
+    PyTorch's own way loads it at the first call.
+    """
+    return cast(_Function, torch._disable_dynamo(function))
+
+
 def not_traced_before(function: _Function) -> _Function:
     """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
-    return function if TRACEABLE else cast(_Function, torch.compiler.disable(function))
+    return function if TRACEABLE else untraced(function)
 
 
 def scan(plan: Plan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
