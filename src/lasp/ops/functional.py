@@ -91,7 +91,7 @@ def linear_attention(
         run = _fused if documents is None else _untraced_fused
         return run(stages, x, q, initial_state, output_final_state, sp)
     x = x._replace(q=_called(q, k, v)) if callable(q) else x
-    return _scanned(stages, x, initial_state, output_final_state, causal, sp)
+    return _scanned(stages, tuple(x), initial_state, output_final_state, causal, sp)
 
 
 def _fused(
@@ -120,13 +120,14 @@ _untraced_fused = untraced(_fused)
 @not_traced_before
 def _scanned(
     stages: Stages,
-    x: Run,
+    inputs: tuple[Any, ...],
     initial_state: Tensor | None,
     output_final_state: bool,
     causal: bool,
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Agree with the other ranks, then scan."""
+    x = Run(*inputs)
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
     plan = Plan(stages, sp, not causal, output_final_state)
     return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))
