@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,20 +76,19 @@ def delta_rule(
         x = DeltaRun(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
         check_initial(x, initial_state)
         stages = select("delta", backend, x)
-    return _scanned(stages, tuple(x), initial_state, output_final_state, normalize_qk, sp)
+    return _scanned(stages, x, initial_state, output_final_state, normalize_qk, sp)
 
 
 @not_traced_before
 def _scanned(
     stages: Stages,
-    inputs: tuple[Any, ...],
+    x: DeltaRun,
     initial_state: Tensor | None,
     output_final_state: bool,
     normalize_qk: bool,
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Agree with the other ranks, then scan."""
-    x = DeltaRun(*inputs)
     agree(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)
     if normalize_qk:
         x = x._replace(q=_unit(x.q, x.beta.dtype), k=_unit(x.k, x.beta.dtype))

@@ -90,8 +90,9 @@ def linear_attention(
     if fused is not None:
         run = _fused if documents is None else _untraced_fused
         return run(stages, x, q, initial_state, output_final_state, sp)
-    x = x._replace(q=_called(q, k, v)) if callable(q) else x
-    return _scanned(stages, tuple(x), initial_state, output_final_state, causal, sp)
+    if callable(q):  # not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through
+        x = Run(_called(q, k, v), *x[1:])
+    return _scanned(stages, x, initial_state, output_final_state, causal, sp)
 
 
 def _fused(
@@ -120,14 +121,13 @@ _untraced_fused = untraced(_fused)
 @not_traced_before
 def _scanned(
     stages: Stages,
-    inputs: tuple[Any, ...],
+    x: Run,
     initial_state: Tensor | None,
     output_final_state: bool,
     causal: bool,
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Agree with the other ranks, then scan."""
-    x = Run(*inputs)
     agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
     plan = Plan(stages, sp, not causal, output_final_state)
     return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))

@@ -63,10 +63,7 @@ def untraced(function: _Function) -> _Function:
 
 
 def not_traced_before(function: _Function) -> _Function:
-    """`function`, around which the graph breaks where PyTorch cannot be let trace a scan.
-
-    It takes a run's inputs as a plain tuple: PyTorch 2.11's compiler fails at a break that a NamedTuple lives through.
-    """
+    """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
     return function if TRACEABLE else untraced(function)
 
 
