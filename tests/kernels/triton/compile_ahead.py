@@ -133,7 +133,8 @@ def peer_kernels() -> Iterator[Compilable]:
 
 def needs(kernel: Compilable, target: GPUTarget) -> dict[str, Any]:
     compiled = triton.compile(kernel.source(), target=target, options=kernel.options)
-    report = {"kernel": kernel.kernel.__name__, **kernel.options, "shared": compiled.metadata.shared}
+    wide = " of wide heads" if kernel.constants.get("K", 0) > 128 else ""
+    report = {"kernel": kernel.kernel.__name__ + wide, **kernel.options, "shared": compiled.metadata.shared}
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     report["products"] = "tt.dot" in compiled.asm["ttir"]
     report["matrix_instructions"] = len(re.findall(r"wgmma|mma\.sync|tcgen05\.mma|mfma", text))

@@ -27,7 +27,8 @@ SPILLS = {
         "channel_prepare_kernel": 128,
         "query_gradient_kernel": 64,
         "key_gradient_kernel": 128,
-        "output_kernel": 336,
+        "output_kernel": 256,
+        "output_kernel of wide heads": 336,
     },
     "cuda:100": {
         "channel_mild_within_kernel": 192,
@@ -43,6 +44,7 @@ SPILLS = {
         "channel_within_kernel": 576,
         "channel_prepare_kernel": 128,
         "output_kernel": 256,
+        "output_kernel of wide heads": 32,
         "channel_output_kernel": 16,
         "channel_key_reads_kernel": 48,
         "query_gradient_kernel": 32,
@@ -50,7 +52,8 @@ SPILLS = {
     },
     "hip:gfx942": {
         "channel_within_kernel": 256,
-        "output_kernel": 400,
+        "output_kernel": 224,
+        "output_kernel of wide heads": 400,
         "channel_key_reads_kernel": 128,
         "key_gradient_kernel": 32,
     },

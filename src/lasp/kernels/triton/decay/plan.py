@@ -64,8 +64,8 @@ class Plan(NamedTuple):
         channel_within: of the kernel that completes dq, dk and dg.
         channel_values: for a gate per channel, of those that divide V.
         exact: whether decays between tokens are summed pair by pair (fp32).
-        gathers: whether sweeps gather the states that enter segments themselves (`sweep`), without summaries; for a
-            gate per channel, whether there is a single segment, before which there is nothing.
+        gathers: whether sweeps gather the states that enter segments themselves (`sweep`), without summaries, or have
+            none to gather, since runs are single segments that start from zero; of gates per channel only the latter.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
         tables: where packed documents lie (`layout.Tables`), or None.
@@ -116,6 +116,11 @@ def tile(dim: int, dtype: torch.dtype) -> int:
     return max(16 if dtype == torch.float32 else 64, 1 << (dim - 1).bit_length())
 
 
+def narrow(dim: int, dtype: torch.dtype) -> int:
+    """Columns of a program that has few of `dim`."""
+    return min(32 if dtype == torch.float32 else 64, tile(dim, dtype))
+
+
 def segment_chunks(chunks: int, heads: int, processors: int, summaries: float = 0.0) -> int:
     """Chunks per segment that make `heads` runs of `chunks` chunks fastest on a device.
 
@@ -157,7 +162,7 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool
     # registers have no room for more.
     large = contracted > 128 and not hopper
     if dtype == torch.float32:
-        return Tiles(min(32, tile(columns, dtype)), 8 if large else 4, 1)
+        return Tiles(narrow(columns, dtype), 8 if large else 4, 1)
     if dtype == torch.float16:
         return Tiles(64, 8 if large else 4, 1)
     if large:
@@ -191,7 +196,7 @@ def _row_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles | None:
 
 def _summary_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32 or V <= 64:
-        return Tiles(min(32 if dtype == torch.float32 else 64, tile(V, dtype)), 4, 3)
+        return Tiles(narrow(V, dtype), 4, 3)
     return Tiles(128, 8 if K > 128 else 4, 3)
 
 
@@ -239,16 +244,14 @@ def plan(
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     wide = V > 64 and K <= 128 and not exact
-    narrow = 32 if exact else 64
     stages = 1 if exact else 3
     # Every configuration of three stages fits 227 KB; devices with less take fewer. They are older ones, or of other
     # makers, whose matrix units hold operands in registers too: eight warps share those.
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
     if most < 3 and max(K, V) > 128 and kind != CHANNEL:
         most = 1
-
     # fp16 reads states as fp32, of which 64 KB hold 32 columns of wide heads.
-    halved = 32 if most == 1 and dtype == torch.float16 and K > 128 else 0
+    few_values = 32 if most == 1 and dtype == torch.float16 and K > 128 else narrow(V, dtype)
 
     row_tiles = _row_tiles(K, V, dtype)
     rows = row_tiles is not None and most == 3 and (cut is None or single)
@@ -266,14 +269,12 @@ def plan(
         scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype, hopper)),
         rows=rows,
         values=fitting(_sweep_tiles(V, K, dtype, hopper, cut)),
-        channels=fitting(Tiles(min(narrow, tile(K, dtype)), 4, stages)),
-        prepared_channels=fitting(Tiles(128 if wide else min(narrow, tile(K, dtype)), 4, stages)),
-        channel_prepare=fitting(Tiles(min(narrow, tile(K, dtype)), 4, min(stages, 2))),
+        channels=fitting(Tiles(narrow(K, dtype), 4, stages)),
+        prepared_channels=fitting(Tiles(128 if wide else narrow(K, dtype), 4, stages)),
+        channel_prepare=fitting(Tiles(narrow(K, dtype), 4, min(stages, 2))),
         channel_reads=fitting(_sweep_tiles(K, V, dtype, hopper)),
-        channel_within=fitting(Tiles(min(narrow, tile(K, dtype)), 4, 1)),
-        channel_values=fitting(
-            _sweep_tiles(V, K, dtype, hopper) if most == 3 else Tiles(min(halved or narrow, tile(V, dtype)), 4, stages)
-        ),
+        channel_within=fitting(Tiles(narrow(K, dtype), 4, 1)),
+        channel_values=fitting(_sweep_tiles(V, K, dtype, hopper) if most == 3 else Tiles(few_values, 4, stages)),
         exact=exact,
         gathers=cut is not None or single,
         descriptors=aligned and dtype == torch.bfloat16 and length >= DESCRIPTOR_CHUNKS and cut is None,
