@@ -212,3 +212,32 @@ def test_names_tell_schedules_apart():
         )
     }
     assert len(names) == len(EXCHANGES) + 7
+
+
+@pytest.mark.parametrize("gate", ["constant", "scalar", "channel"])
+def test_slow_decays_keep_their_digits_over_long_sequences(gate):
+    """One write, read at the end: 1e-5 in fp32, on one device, on four ranks, and in a packed document over those."""
+    tokens, rates = 1 << 16, torch.tensor([1e-6, 3e-6, 5e-6, 1e-5, 1.2345e-5])
+    heads = len(rates)
+    shape = {"constant": (heads,), "scalar": (1, tokens, heads), "channel": (1, tokens, heads, 1)}[gate]
+    g = -(rates if gate != "channel" else rates[:, None]).expand(shape)
+    q, k = torch.zeros(2, 1, tokens, heads, 1)
+    q[:, -1], k[:, 0] = 1, 1
+    expected = (-rates.double() * (tokens - 1)).exp()
+
+    def read(sp, documents=None):
+        x = [t if sp is None or t.dim() == 1 else sp.shard(t) for t in (q, k, k, g)]
+        o, final = lasp.linear_attention(*x, scale=1.0, output_final_state=True, sp=sp, cu_seqlens=documents)
+        return o[0, -1, :, 0], final[0, :, 0, 0]
+
+    def over_ranks(comm, documents=None):
+        return read(sequence_parallel(comm, "all_gather", (tokens // 4,) * 4), documents)
+
+    found = [read(None), run(4, over_ranks)[-1]]
+    if gate == "scalar":  # whose sums over documents are made in another way
+        found.append(run(4, partial(over_ranks, documents=(0, tokens)))[-1])
+    for o, final in found:
+        assert ((o - expected).abs() / expected).max() < 1e-5
+        assert ((final - expected).abs() / expected).max() < 1e-5
+    rounded = (-64 * rates).exp().double() ** (tokens / 64)
+    assert ((rounded - expected).abs() / expected).max() > 1e-5, "the control: chunks' decays in fp32, multiplied"

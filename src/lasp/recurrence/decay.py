@@ -33,8 +33,9 @@ def transition(x: Run) -> Transition:
         lengths = torch.tensor([end - start for start, end in x.documents.spans], dtype=x.g.dtype, device=x.g.device)
         return Scalar(lengths[:, None] * x.g)
     if x.documents is None:
-        total = x.g.sum(1)
-    else:
-        total = x.g.new_zeros(count, heads, *x.g.shape[3:])
-        total.index_add_(0, x.documents.of_tokens.to(x.g.device), x.g[0])
+        total = x.g.sum(1, dtype=torch.float64)
+    else:  # added one by one: in fp32 that would be percents off over a million tokens
+        total = x.g.new_zeros(count, heads, *x.g.shape[3:], dtype=torch.float64)
+        total.index_add_(0, x.documents.of_tokens.to(x.g.device), x.g[0].double())
+    total = total.to(x.g.dtype)
     return Scalar(total) if x.g.dim() == 3 else Diagonal(total)
