@@ -214,12 +214,12 @@ def test_names_tell_schedules_apart():
     assert len(names) == len(EXCHANGES) + 7
 
 
-@pytest.mark.parametrize("gate", ["constant", "scalar", "channel"])
+@pytest.mark.parametrize("gate", ["constant", "scalar", "channel", "scalar of a delta rule"])
 def test_slow_decays_keep_their_digits_over_long_sequences(gate):
     """One write, read at the end: 1e-5 in fp32, on one device, on four ranks, and in a packed document over those."""
     tokens, rates = 1 << 16, torch.tensor([1e-6, 3e-6, 5e-6, 1e-5, 1.2345e-5])
     heads = len(rates)
-    shape = {"constant": (heads,), "scalar": (1, tokens, heads), "channel": (1, tokens, heads, 1)}[gate]
+    shape = {"constant": (heads,), "channel": (1, tokens, heads, 1)}.get(gate, (1, tokens, heads))
     g = -(rates if gate != "channel" else rates[:, None]).expand(shape)
     q, k = torch.zeros(2, 1, tokens, heads, 1)
     q[:, -1], k[:, 0] = 1, 1
@@ -227,7 +227,11 @@ def test_slow_decays_keep_their_digits_over_long_sequences(gate):
 
     def read(sp, documents=None):
         x = [t if sp is None or t.dim() == 1 else sp.shard(t) for t in (q, k, k, g)]
-        o, final = lasp.linear_attention(*x, scale=1.0, output_final_state=True, sp=sp, cu_seqlens=documents)
+        operator = lasp.linear_attention
+        if "delta" in gate:
+            operator = lasp.delta_rule
+            x.insert(3, x[1][..., 0])  # a beta of 1 where there is a key
+        o, final = operator(*x, scale=1.0, output_final_state=True, sp=sp, cu_seqlens=documents)
         return o[0, -1, :, 0], final[0, :, 0, 0]
 
     def over_ranks(comm, documents=None):

@@ -72,11 +72,7 @@ def _to_end(c: Chunks, tensor: Tensor) -> Tensor:
 
 
 def _chunk_transitions(c: Chunks) -> Transition:
-    """The chunks' transitions, stacked along a leading axis [N, B, H, ...], in fp64.
-
-    A slow decay over a chunk, rounded to fp32, is off by up to 2^-25, and a run of a million tokens is the product of
-    thousands of the same.
-    """
+    """The chunks' transitions, stacked along a leading axis [N, B, H, ...], in fp64."""
     if c.b is None:
         return Identity()
     total = c.b[..., -1, :].expand(c.q.shape[0], -1, c.q.shape[2], -1).movedim(2, 0)
