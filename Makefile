@@ -8,7 +8,7 @@ ORACLE := build/oracle
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test exhaustive lint oracle trackers clean
+.PHONY: train test exhaustive fuzz lint oracle trackers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,6 +22,9 @@ test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test su
 
 exhaustive: $(VENV)/.installed-dev  ## every set of document boundaries, where `make test` takes a sample
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exhaustive $(ARGS)
+
+fuzz: $(VENV)/.installed-dev  ## random calls of every operator against loops in fp64 (ARGS="--seconds 600 --seed 1")
+	PYTHONPATH=src $(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -125,7 +125,7 @@ def test_packed_documents(family, gate):
     inputs, _ = PROBLEMS[f"{family}, gate {gate}{causal}"]
     documents = torch.tensor([0, 0, 4, 5, 5, 13, TOKENS])
 
-    def solve(sp):
+    def solve(sp, backend="torch"):
         leaves = {
             key: (tensor if sp is None else sp.shard(tensor)).clone().requires_grad_()
             for key, tensor in inputs.items()
@@ -133,17 +133,48 @@ def test_packed_documents(family, gate):
         }
         operator = lasp.linear_attention if family == "linear attention" else lasp.delta_rule
         names = ("q", "k", "v", "g") if family == "linear attention" else ("q", "k", "v", "beta", "g")
-        o, _ = operator(*(leaves.get(key) for key in names), cu_seqlens=documents, sp=sp)
+        o, _ = operator(*(leaves.get(key) for key in names), cu_seqlens=documents, sp=sp, backend=backend)
         o.backward(inputs["d_o"] if sp is None else sp.shard(inputs["d_o"]))
         return {"o": o.detach(), **{key: leaf.grad for key, leaf in leaves.items()}}
 
     expected = solve(None)
     for schedule, exchange in SCHEDULES.items():
-        for lengths in ((4, 1, 8, 6), (0, 3, 0, 12, 4), (3, 2, 2, 3, 2, 3, 2, 2)):
-            work = partial(lambda e, n, comm: solve(sequence_parallel(comm, e, n)), exchange or schedule, lengths)
-            parts = run(len(lengths), work)
+        of_torch = (("torch", n) for n in ((4, 1, 8, 6), (0, 3, 0, 12, 4), (3, 2, 2, 3, 2, 3, 2, 2)))
+        for backend, lengths in (*of_torch, ("reference", (10, 0, 9))):
+            carried = partial(sequence_parallel, exchange=exchange or schedule, lengths=lengths)
+            parts = run(len(lengths), lambda comm, sp=carried, backend=backend: solve(sp(comm), backend))
             for key, reference in expected.items():
-                assert relative_error(whole(parts, key), reference) < 1e-12, (schedule, lengths, key)
+                assert relative_error(whole(parts, key), reference) < 1e-12, (schedule, backend, lengths, key)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_decay_of_zero_over_ranks_without_tokens(backend):
+    """A logarithm of -inf, of all heads but one, times no tokens: every token sees itself alone."""
+    inputs, _ = PROBLEMS["linear attention, gate constant, causal True"]
+    q, k, v, start = (inputs[name] for name in ("q", "k", "v", "initial_state"))
+    g = torch.full((4,), -torch.inf, dtype=torch.float64)
+
+    def solve(sp, tokens=TOKENS):
+        x = [t[:, :tokens] if sp is None else sp.shard(t) for t in (q, k, v)]
+        leaves = [t.clone().requires_grad_() for t in (*x, start)]
+        o, final = lasp.linear_attention(
+            *leaves[:3], g, initial_state=leaves[3], output_final_state=True, scale=1.0, sp=sp, backend=backend
+        )
+        d_final = inputs["d_final"] if sp is None else inputs["d_final"] / sp.size
+        gradients = torch.autograd.grad((o, final), leaves, (torch.ones_like(o), d_final))
+        return dict(zip(("o", "final", "d_q", "d_k", "d_v", "d_initial_state"), (o, final, *gradients), strict=True))
+
+    expected = solve(None)
+    wide = k.repeat_interleave(2, 2)
+    alone = (q.repeat_interleave(2, 2) * wide).sum(-1, keepdim=True) * v
+    assert relative_error(expected["o"], alone) < 1e-12
+    assert relative_error(expected["final"], wide[:, -1, :, :, None] * v[:, -1, :, None]) < 1e-12
+    assert torch.equal(solve(None, tokens=0)["final"], start)
+    for schedule, exchange in SCHEDULES.items():
+        carried = partial(sequence_parallel, exchange=exchange or schedule, lengths=(0, 7, 0, 12, 0))
+        parts = run(5, lambda comm, sp=carried: solve(sp(comm)))
+        for key, reference in expected.items():
+            assert relative_error(whole(parts, key), reference) < 1e-12, (schedule, key)
 
 
 class Wrong:
@@ -181,3 +212,36 @@ def test_names_tell_schedules_apart():
         )
     }
     assert len(names) == len(EXCHANGES) + 7
+
+
+@pytest.mark.parametrize("gate", ["constant", "scalar", "channel", "scalar of a delta rule"])
+def test_slow_decays_keep_their_digits_over_long_sequences(gate):
+    """One write, read at the end: 1e-5 in fp32, on one device, on four ranks, and in a packed document over those."""
+    tokens, rates = 1 << 16, torch.tensor([1e-6, 3e-6, 5e-6, 1e-5, 1.2345e-5])
+    heads = len(rates)
+    shape = {"constant": (heads,), "channel": (1, tokens, heads, 1)}.get(gate, (1, tokens, heads))
+    g = -(rates if gate != "channel" else rates[:, None]).expand(shape)
+    q, k = torch.zeros(2, 1, tokens, heads, 1)
+    q[:, -1], k[:, 0] = 1, 1
+    expected = (-rates.double() * (tokens - 1)).exp()
+
+    def read(sp, documents=None):
+        x = [t if sp is None or t.dim() == 1 else sp.shard(t) for t in (q, k, k, g)]
+        operator = lasp.linear_attention
+        if "delta" in gate:
+            operator = lasp.delta_rule
+            x.insert(3, x[1][..., 0])  # a beta of 1 where there is a key
+        o, final = operator(*x, scale=1.0, output_final_state=True, sp=sp, cu_seqlens=documents)
+        return o[0, -1, :, 0], final[0, :, 0, 0]
+
+    def over_ranks(comm, documents=None):
+        return read(sequence_parallel(comm, "all_gather", (tokens // 4,) * 4), documents)
+
+    found = [read(None), run(4, over_ranks)[-1]]
+    if gate == "scalar":  # whose sums over documents are made in another way
+        found.append(run(4, partial(over_ranks, documents=(0, tokens)))[-1])
+    for o, final in found:
+        assert ((o - expected).abs() / expected).max() < 1e-5
+        assert ((final - expected).abs() / expected).max() < 1e-5
+    rounded = (-64 * rates).exp().double() ** (tokens / 64)
+    assert ((rounded - expected).abs() / expected).max() > 1e-5, "the control: chunks' decays in fp32, multiplied"

@@ -254,6 +254,23 @@ def test_beta_zero_leaves_the_state_alone():
     assert relative_error(control["final_state"], problem["initial_state"]) > 1e-2
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradients_through_a_token_that_erases_all(backend):
+    """One channel, beta |k|^2 = 1: the token's transition is zero, its derivatives -|k|^2 and -2 beta k are not."""
+    k = torch.tensor([1.0, 0.5, -1.0, 2.0], dtype=torch.float64).view(1, 4, 1, 1).requires_grad_()
+    beta = torch.tensor([1.0, 1.5, 1.0, 0.25], dtype=torch.float64).view(1, 4, 1).requires_grad_()
+    v = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    q = torch.ones(1, 4, 1, 1, dtype=torch.float64)
+    o, _ = lasp.delta_rule(q, k, v.view(1, 4, 1, 1), beta, scale=1.0, backend=backend)
+    found = [o.sum(), *torch.autograd.grad(o.sum(), (k, beta))]
+    state, total = 0.0, 0.0
+    for t in range(4):
+        state = (1 - beta[0, t, 0] * k[0, t, 0, 0] ** 2) * state + beta[0, t, 0] * k[0, t, 0, 0] * v[t]
+        total = total + state
+    for value, expected in zip(found, (total, *torch.autograd.grad(total, (k, beta))), strict=True):
+        assert relative_error(value, expected) < FP64
+
+
 def test_beta_two_reflects():
     """Without values, beta = 2 turns the state by a product of reflections: its norm stays, over any length."""
     problem = make("none", batch=1, tokens=4096, keys=8, beta=(2.0, 2.0))

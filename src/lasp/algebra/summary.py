@@ -65,7 +65,7 @@ def scan(runs: Summary, initial: Tensor, *, reverse: bool = False) -> tuple[Tens
 
     Args:
         runs: summaries of consecutive runs, stacked along a leading axis [N, ..., K, V].
-        initial: [..., K, V], the state that enters the first run.
+        initial: [..., K, V], the state that enters the first run; in its dtype the state is carried.
         reverse: walk from the last run to the first: with adjoint summaries this gives the gradient of the state
             at the *end* of every run, and at the start of the first.
 

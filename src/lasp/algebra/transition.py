@@ -86,6 +86,11 @@ def _is_zero(matrix: Tensor) -> Tensor:
     return (matrix == 0).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
+def _forgotten(forgets: Tensor, product: Tensor) -> Tensor:
+    """A product with a zero matrix: zero, where it came out as NaN. Where not, it is kept, for its gradient."""
+    return torch.where(forgets & product.isnan(), 0.0, product)
+
+
 @dataclass(frozen=True)
 class Identity(Transition):
     """No decay: the state is carried as it is."""
@@ -172,11 +177,10 @@ class Dense(Transition):
     matrix: Tensor
 
     def apply(self, state: Tensor) -> Tensor:
-        return torch.where(_is_zero(self.matrix), 0.0, self.matrix @ state)
+        return _forgotten(_is_zero(self.matrix), self.matrix @ state)
 
     def compose(self, early: Dense) -> Dense:
-        forgets = _is_zero(self.matrix) | _is_zero(early.matrix)
-        return Dense(torch.where(forgets, 0.0, self.matrix @ early.matrix))
+        return Dense(_forgotten(_is_zero(self.matrix) | _is_zero(early.matrix), self.matrix @ early.matrix))
 
     def adjoint(self) -> Dense:
         return Dense(self.matrix.mT)

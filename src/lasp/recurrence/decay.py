@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Transition
 from lasp.recurrence.contract import Run, num_states
@@ -28,12 +27,15 @@ def transition(x: Run) -> Transition:
         return Identity()
     if x.g.dim() == 1:
         if x.documents is None:
-            return Scalar((x.g * x.v.shape[1]).expand(count, -1))
+            # Not a product: no tokens of a decay of -inf would be NaN.
+            total = x.g * x.v.shape[1] if x.v.shape[1] else torch.zeros_like(x.g)
+            return Scalar(total.expand(count, -1))
         lengths = torch.tensor([end - start for start, end in x.documents.spans], dtype=x.g.dtype, device=x.g.device)
         return Scalar(lengths[:, None] * x.g)
     if x.documents is None:
-        total: Tensor = x.g.sum(1)
-    else:
-        total = x.g.new_zeros(count, heads, *x.g.shape[3:])
-        total.index_add_(0, x.documents.of_tokens.to(x.g.device), x.g[0])
+        total = x.g.sum(1, dtype=torch.float64)
+    else:  # added one by one: in fp32 that would be percents off over a million tokens
+        total = x.g.new_zeros(count, heads, *x.g.shape[3:], dtype=torch.float64)
+        total.index_add_(0, x.documents.of_tokens.to(x.g.device), x.g[0].double())
+    total = total.to(x.g.dtype)
     return Scalar(total) if x.g.dim() == 3 else Diagonal(total)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lasp.algebra import Identity, Summary, Transition
+from lasp.algebra import Summary, Transition
 from lasp.recurrence.contract import num_states, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 
@@ -81,16 +81,16 @@ class TokenLoop:
 
     def _transition(self, x: Any, state: Tensor) -> Transition:
         """The product of the tokens' transitions, of each sequence or document."""
+        # Of a token of zeros: a rank without tokens, or documents, has its recurrence's kind of transition too.
+        identity = self._token(_padded(x), x.q.shape[1], state.dtype).transition.identity
         products = []
         for part in _parts(x):
-            product = self._token(_padded(part), part.q.shape[1], state.dtype).transition.identity(
-                state.new_empty(part.q.shape[0], *state.shape[1:])
-            )
+            product = identity(state.new_empty(part.q.shape[0], *state.shape[1:]))
             for t in range(part.q.shape[1]):
                 product = self._token(part, t, state.dtype).transition.compose(product)
             products.append(product)
         if not products:
-            return Identity()
+            return identity(state)
         tensors = zip(*(product.tensors() for product in products), strict=True)
         return type(products[0])(*(torch.cat(several) for several in tensors))
 
@@ -115,7 +115,7 @@ def _rows(x: Any) -> list[tuple[int, int]]:
 
 
 def _padded(x: Any) -> Any:
-    """x with a token of zeros behind: an empty run has its recurrence's kind of transition too."""
+    """x without documents, and with a token of zeros behind."""
     tensors = [t if t is None or t.dim() == 1 else pad(t, [0, 0] * (t.dim() - 2) + [0, 1]) for t in tensors_of(x)]
     return type(x)(*tensors, x.scale)
 

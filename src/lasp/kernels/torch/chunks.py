@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lasp.algebra import Summary, scan
+from lasp.algebra import Identity, Summary, scan
 from lasp.recurrence.documents import Documents
 
 
@@ -51,6 +51,9 @@ class Chunking:
     def scan(self, chunks: Summary, initial: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """The scan over the chunks, of each sequence or document for itself.
 
+        Where anything decays the state is carried in fp64, between thousands of chunks: their transitions are to give
+        it in fp64 too, since a slow decay rounded to fp32 is off by up to 2^-25, every time in the same direction.
+
         Args:
             chunks: summaries with the chunks on a leading axis, [N, B, H, K, V].
             initial: [B or documents, H, K, V].
@@ -58,15 +61,16 @@ class Chunking:
         Returns:
             The state that enters each chunk, [B, H, N, K, V], and the states at the end, as `initial`.
         """
+        start = initial if isinstance(chunks.transition, Identity) else initial.double()
         if self._layout is None:
-            entering, end = scan(chunks, initial, reverse=reverse)
-            return entering.movedim(0, 2), end
-        entering, ends = torch.empty_like(chunks.state), [initial[:0]]
+            entering, end = scan(chunks, start, reverse=reverse)
+            return entering.movedim(0, 2), end.to(initial.dtype)
+        entering, ends = torch.empty_like(chunks.state), [start[:0]]
         for document, (first, last) in enumerate(self._layout.spans):
-            part, end = scan(chunks[first:last], initial[document : document + 1], reverse=reverse)
+            part, end = scan(chunks[first:last], start[document : document + 1], reverse=reverse)
             entering[first:last] = part
             ends.append(end)
-        return entering.movedim(0, 2), torch.cat(ends)
+        return entering.movedim(0, 2), torch.cat(ends).to(initial.dtype)
 
     def spread(self, states: Tensor) -> Tensor:
         """[B or documents, H, ...], one for each sequence or document, -> [B, H, N or 1, ...], for each chunk."""

@@ -72,10 +72,10 @@ def _to_end(c: Chunks, tensor: Tensor) -> Tensor:
 
 
 def _chunk_transitions(c: Chunks) -> Transition:
-    """The chunks' transitions, stacked along a leading axis [N, B, H, ...]."""
+    """The chunks' transitions, stacked along a leading axis [N, B, H, ...], in fp64."""
     if c.b is None:
         return Identity()
-    total = c.b[..., -1, :].to(c.q.dtype).expand(c.q.shape[0], -1, c.q.shape[2], -1).movedim(2, 0)
+    total = c.b[..., -1, :].expand(c.q.shape[0], -1, c.q.shape[2], -1).movedim(2, 0)
     return Scalar(total.squeeze(-1)) if total.shape[-1] == 1 and c.b.shape[-1] == 1 else Diagonal(total)
 
 
@@ -195,8 +195,8 @@ def gradients(
     dv = _scores(c).mT @ d_out + _to_end(c, c.k) @ ends
     dg = None
     if x.g is not None:
-        across = runs.transition.apply((saved * ends).movedim(2, 0)).movedim(0, 2).sum(-1)
-        dg = _decay_gradient(x, c, c.q * dq_state, c.k * dk_state, across, d_scores)
+        across = runs.transition.apply((saved * ends).sum(-1, keepdim=True).movedim(2, 0)).movedim(0, 2)[..., 0]
+        dg = _decay_gradient(x, c, c.q * dq_state, c.k * dk_state, across.to(dq.dtype), d_scores)
     joined = (c.chunking.join(d).to(t.dtype) for d, t in ((dq, x.q), (dk, x.k), (dv, x.v)))
     return (*joined, dg)
 

@@ -22,13 +22,14 @@ states are written out; PyTorch differentiates what depends on a chunk's own inp
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lasp.algebra import Dense, Summary
+from lasp.algebra import Dense, Summary, Transition
 from lasp.kernels.torch.chunks import Chunking, chunk_size
 from lasp.recurrence.contract import tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
@@ -149,21 +150,34 @@ def _queries(c: Woven) -> Tensor:
     return c.reads - c.scores @ c.erases
 
 
-def _transitions(c: Woven) -> Tensor:
-    """What each chunk does to its entering state: [.., K, K]."""
-    size = c.stores.shape[-1]
+@dataclass(frozen=True)
+class _Chunk(Transition):
+    """S -> kept S - erased S: what a chunk keeps of every channel, [..., 1 or K, 1] in fp64, and what it erases,
+    [..., K, K]. Of their difference, one matrix, fp32 would lose the digits that a slow decay has."""
+
+    kept: Tensor
+    erased: Tensor
+
+    def apply(self, state: Tensor) -> Tensor:
+        return self.kept * state - self.erased @ state.to(self.erased.dtype)
+
+    def adjoint(self) -> _Chunk:
+        return _Chunk(self.kept, self.erased.mT)
+
+
+def _transitions(c: Woven, inputs: list[Tensor]) -> _Chunk:
+    """What each chunk does to its entering state, on a leading axis: [N, B, H, ...]."""
+    erased = (c.stores.mT @ c.erases).movedim(2, 0)
     if c.kept is None:
-        decay = torch.eye(size, dtype=c.stores.dtype, device=c.stores.device)
-    else:
-        decay = c.kept.expand(*c.kept.shape[:-1], size).diag_embed()
-    return decay - c.stores.mT @ c.erases
+        return _Chunk(erased.new_ones((*erased.shape[:-2], 1, 1), dtype=torch.float64), erased)
+    return _Chunk(inputs[4].sum(-2, dtype=torch.float64).exp().movedim(2, 0)[..., None], erased)
 
 
 def _scan(
-    x: DeltaRun, chunking: Chunking, matrices: Tensor, added: Tensor, *, reverse: bool = False
+    x: DeltaRun, chunking: Chunking, transitions: _Chunk, added: Tensor, *, reverse: bool = False
 ) -> tuple[Summary, Tensor, Tensor]:
-    """Chunks S -> matrix S + added, [B, H, N, K, ...]: the run's summary, and the state that enters each chunk as
-    offset + factor @ (the state that enters its sequence or document).
+    """Chunks that add [B, H, N, K, V]: the run's summary, and the state that enters each chunk as offset + factor @
+    (the state that enters its sequence or document).
 
     The factors are the same scan on the identity's columns.
     """
@@ -171,7 +185,7 @@ def _scan(
     eye = torch.eye(size, dtype=added.dtype, device=added.device).expand(count, heads, size, size)
     initial = torch.cat([added.new_zeros(count, heads, size, values), eye], -1)
     added = pad(added, (0, size))
-    entering, end = chunking.scan(Summary(Dense(matrices.movedim(2, 0)), added.movedim(2, 0)), initial, reverse=reverse)
+    entering, end = chunking.scan(Summary(transitions, added.movedim(2, 0)), initial, reverse=reverse)
     offsets, factors = entering.split([values, size], -1)
     state, matrix = end.split([values, size], -1)
     return Summary(Dense(matrix.contiguous()), state.contiguous()), offsets, factors
@@ -180,7 +194,7 @@ def _scan(
 def summarize(x: DeltaRun) -> tuple[Summary, Forward]:
     chunking, inputs = _cut_inputs(x)
     c = _weave(x.scale, *inputs)
-    summary, starts, prefixes = _scan(x, chunking, _transitions(c), c.stores.mT @ c.writes)
+    summary, starts, prefixes = _scan(x, chunking, _transitions(c, inputs), c.stores.mT @ c.writes)
     return summary, Forward(chunking, c, starts, prefixes)
 
 
@@ -201,8 +215,9 @@ def summarize_adjoint(x: DeltaRun, saved: Any, d_o: Tensor) -> tuple[Summary, Ad
     with torch.enable_grad():
         c = _weave(x.scale, *inputs)
     d_out = chunking.cut(d_o.to(c.reads.dtype))
-    # Gradients flow from a chunk's end to its start: S -> matrix S + added, transposed.
-    summary, ends, suffixes = _scan(x, chunking, _transitions(c).mT, _queries(c).mT @ d_out, reverse=True)
+    # Gradients flow from a chunk's end to its start, by the transposed transitions.
+    transposed = _transitions(c, cut).adjoint()
+    summary, ends, suffixes = _scan(x, chunking, transposed, _queries(c).mT @ d_out, reverse=True)
     return summary, Adjoint(chunking, inputs, c, d_out, ends, suffixes)
 
 

@@ -1,0 +1,136 @@
+"""Whether results are near enough, by the policy on numerics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cases import DTYPES, Case, Problem
+from .solve import Results, exact
+
+# Relative errors of outputs and states, and of gradients, by the dtype that computes.
+BOUNDS = {"fp64": (1e-12, 1e-12), "fp32": (2e-6, 2e-6), "bf16": (5e-3, 8e-3), "fp16": (1.5e-3, 1.5e-3)}
+# fp32's is of so many tokens; it is five times that of a million.
+TOKENS, MILLION = 4096, 1 << 20
+# What is lost without fault: results smaller than these, for which a dtype has no digits.
+SMALLEST = {torch.float64: 1e-290, torch.float32: 1e-35, torch.bfloat16: 1e-35, torch.float16: 6e-8}
+LARGEST_FP16 = 6e4
+# Instead of no size at all, relative to which nothing is near.
+NO_SIZE = 1e-290
+UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
+# Where terms cancel, rounding the inputs once more moves the result, so no algorithm is nearer than that, times this:
+# of fp32 and fp64 for what is rounded on the way (what cancels nothing then stays within BOUNDS), of 16 bits, whose
+# products add in fp32, for little.
+CONDITION, SAMPLES = {"fp64": 16.0, "fp32": 16.0, "bf16": 4.0, "fp16": 4.0}, 4
+GATES = ("d_g", "d_beta")
+
+
+class Finding(NamedTuple):
+    what: str
+    error: float
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.what} off by {self.error:.1e}, allowed {self.bound:.1e}"
+
+
+def findings(case: Case, problem: Problem, values: Results) -> list[Finding]:
+    """What is not near enough."""
+    references = exact(case, problem)
+    if values.keys() != references.keys():
+        return [Finding(f"results {sorted(values)} for {sorted(references)}", math.inf, 0.0)]
+    expected, found = _views(case, references), _views(case, values)
+    sizes = {what: each.norm().item() for what, each in expected.items()}
+    if case.op == "normalized" or case.normalize:
+        # Gradients through a denominator cancel those through the numerator: all, of one token alone or one channel.
+        numerators = _views(case, exact(case, problem, through_denominators=False))
+        sizes = {what: max(size, numerators[what].norm().item()) for what, size in sizes.items()}
+    suspects = []
+    for what, value in found.items():
+        if value.shape != expected[what].shape:
+            suspects.append(Finding(f"{what} of shape {tuple(value.shape)}", math.inf, 0.0))
+            continue
+        error, bound = relative_error(case, value, expected[what], sizes[what]), _bound(case, what, value.dtype)
+        if not error <= bound:
+            suspects.append(Finding(what, error, bound))
+    if not suspects or any(not math.isfinite(each.error) for each in suspects):
+        return suspects
+    moved = _moved(case, problem, expected, {each.what: sizes[each.what] for each in suspects})
+    times = CONDITION[_computes(case)]
+    kept = [each._replace(bound=max(each.bound, times * moved[each.what])) for each in suspects]
+    return [each for each in kept if each.error > each.bound]
+
+
+def relative_error(case: Case, value: Tensor, reference: Tensor, size: float) -> float:
+    """||value - reference|| / size, less what dtypes have no digits for. NaN is infinite."""
+    if value.dtype == torch.float16 and reference.numel() and reference.abs().max() > LARGEST_FP16:
+        return 0.0  # it has no such numbers
+    smallest = max(SMALLEST[value.dtype], SMALLEST[DTYPES[_computes(case)]])
+    off = (value.double() - reference).norm().item() - smallest * math.sqrt(value.numel())
+    return math.inf if off != off else max(off, 0.0) / max(size, NO_SIZE)
+
+
+def _views(case: Case, results: Results) -> Results:
+    """Every tensor; of gates and betas every head by itself, by token and summed over tokens."""
+    views = {name: t for name, t in results.items() if name not in GATES}
+    for name in GATES:
+        if name not in results:
+            continue
+        whole = results[name]
+        if name == "d_g" and case.gate == "constant":  # the reference's are of tokens
+            summed = whole if whole.dim() == 1 else whole.sum((0, 1))
+        else:
+            views[name] = whole
+            views |= {f"{name} of head {head}": whole[:, :, head] for head in range(whole.shape[2])}
+            if case.gate_dtype in ("bf16", "fp16"):
+                continue  # of so few digits that the sum tells nothing
+            summed = whole.double().sum(1).to(whole.dtype).movedim(1, 0)
+        views |= {f"{name} of head {head}, summed": each for head, each in enumerate(summed)}
+    return views
+
+
+def _bound(case: Case, what: str, dtype: torch.dtype) -> float:
+    name = what.split(" ")[0]
+    computed = _computes(case)
+    bound = BOUNDS[computed][name.startswith("d_")] * _growth(case)
+    names = [key for key, value in DTYPES.items() if value == dtype]
+    if case.gate_dtype in ("bf16", "fp16") and name in GATES:
+        names.append(case.gate_dtype)
+    return max(bound, *(BOUNDS[key][name.startswith("d_")] for key in names))
+
+
+def _computes(case: Case) -> str:
+    """Recurrences that are not fused compute in fp32 and round the results; fused ones multiply in 16 bits."""
+    is_wide = case.op in ("linear", "delta") and not case.fused and case.dtype != "fp64"
+    return "fp32" if is_wide else case.dtype
+
+
+def _growth(case: Case) -> float:
+    """With the tokens that one result adds up."""
+    longest = max(1, case.longest)
+    return max(1.0, (longest / TOKENS) ** (math.log(5.0) / math.log(MILLION / TOKENS)))
+
+
+def _moved(case: Case, problem: Problem, expected: Results, sizes: dict[str, float]) -> dict[str, float]:
+    """How far results move when every number given is rounded once more, at random, in the dtype that computes."""
+    unit = UNIT[_computes(case)]
+    generator = torch.Generator(problem.d_o.device).manual_seed(case.seed)
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        noise = torch.rand(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float64)
+        return tensor.double() * (1 + unit * (2 * noise - 1))
+
+    furthest = dict.fromkeys(sizes, 0.0)
+    exactly = replace(case, dtype="fp64")
+    for _ in range(SAMPLES):
+        inputs = {name: moved(t) for name, t in problem.inputs.items()}
+        views = _views(case, exact(exactly, Problem(inputs, moved(problem.d_o), moved(problem.d_final))))
+        for name, size in sizes.items():
+            furthest[name] = max(furthest[name], relative_error(case, views[name], expected[name], size))
+    return furthest

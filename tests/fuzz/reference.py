@@ -1,0 +1,167 @@
+"""What every operator means, in fp64 and differentiable: loops over tokens, on nothing of the library's.
+
+Tensors are [B, T, H, D], all of the value's heads; gates [B, T, H] or [B, T, H, K]; states [B, H, K, V]. Long decays
+are written in chunks, which a test compares with the loop. Each function takes one document and gives its outputs and
+the state that leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Tokens up to which a decay is a loop, and of a chunk beyond.
+LOOP, CHUNK = 300, 32
+# Tokens after which a loop's steps are recomputed for its gradients rather than kept.
+BLOCK = 128
+# The decay that is zero in fp64, for sums of logarithms: -inf has no differences.
+FORGOTTEN = -800.0
+NORM_EPS = 1e-6
+
+Step = Callable[..., tuple[Tensor, Tensor]]
+
+
+def decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t."""
+    if q.shape[1] <= LOOP:
+        return decay_loop(q, k, v, g, state, scale)
+    return decay_chunks(q, k, v, g, state, scale)
+
+
+def decay_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _blocks(partial(_decay_steps, scale), BLOCK, state, q, k, v, g)
+
+
+def decay_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Tokens of a chunk see each other through every pair's decay, and the chunks before in the state."""
+    return _blocks(partial(_decay_chunk, scale), CHUNK, state, q, k, v, None if g is None else g.clamp(min=FORGOTTEN))
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """S = initial + the sum of all k_t v_t^T, o_t = scale q_t S."""
+    state = state + torch.einsum("bthk,bthv->bhkv", k, v)
+    return scale * torch.einsum("bthk,bhkv->bthv", q, state), state
+
+
+def delta(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale q_t S_t."""
+    return _blocks(partial(_delta_steps, scale), BLOCK, state, q, k, v, g, beta)
+
+
+def unit(x: Tensor, through_denominators: bool) -> Tensor:
+    """x with length 1."""
+    length = (x.square().sum(-1, keepdim=True) + NORM_EPS).sqrt()
+    return x / (length if through_denominators else length.detach())
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    """y_t = bias + sum_j weight[W - 1 - j] x_{t - j}; x [B, T, C], state [B, C, W - 1], the rows before."""
+    width, tokens = weight.shape[1] - 1, x.shape[1]
+    rows = torch.cat([state.transpose(1, 2), x], 1)
+    y = sum((rows[:, width - j : width - j + tokens] * weight[:, width - j] for j in range(width + 1)), x.new_zeros(()))
+    y = y if bias is None else y + bias
+    return y * y.sigmoid() if activation == "silu" else y, rows[:, tokens:].transpose(1, 2)
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, state: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """state [B, P, H_kv, D + D_v]: keys beside values of earlier tokens, which all see."""
+    kept = torch.cat([state, torch.cat([k, v], -1)], 1)
+    keys, values = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in kept.split([k.shape[3], v.shape[3]], -1))
+    scores = scale * torch.einsum("bthd,bshd->bhts", q, keys)
+    if causal:
+        tokens, before = q.shape[1], state.shape[1]
+        later = torch.ones(tokens, before + tokens, dtype=torch.bool, device=q.device).triu(before + 1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values), kept
+
+
+def packed(
+    bounds: tuple[int, ...] | None, function: Callable[..., tuple[Tensor, Tensor]], states: list[Tensor], *x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """`function(state, *x)` of every document: x are cut along their tokens. None for a batch of whole sequences."""
+    if bounds is None:
+        o, final = function(states[0], *x)
+        return o, [final]
+    lengths = [end - start for start, end in pairwise(bounds)]
+    outputs, finals = [], []
+    for state, *part in zip(states, *(t.split(lengths, 1) for t in x), strict=True):
+        o, final = function(state, *part)
+        outputs.append(o)
+        finals.append(final)
+    return torch.cat(outputs, 1), finals
+
+
+def _decay_steps(scale: float, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> tuple:
+    outputs = []
+    for q_t, k_t, v_t, decay_t in zip(*_tokens(q, k, v), _decays(g, q), strict=True):
+        state = state if decay_t is None else decay_t * state
+        state = state + k_t[..., :, None] * v_t[..., None, :]
+        outputs.append((q_t[..., None, :] @ state)[..., 0, :])
+    return scale * torch.stack(outputs, 1), state
+
+
+def _delta_steps(scale: float, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple:
+    outputs = []
+    for q_t, k_t, v_t, beta_t, decay_t in zip(*_tokens(q, k, v, beta[..., None]), _decays(g, q), strict=True):
+        state = state if decay_t is None else decay_t * state
+        missing = beta_t * (v_t - (k_t[..., None, :] @ state)[..., 0, :])
+        state = state + k_t[..., :, None] * missing[..., None, :]
+        outputs.append((q_t[..., None, :] @ state)[..., 0, :])
+    return scale * torch.stack(outputs, 1), state
+
+
+def _decay_chunk(scale: float, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> tuple:
+    size = q.shape[1]
+    past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    if g is None:
+        scores = torch.einsum("bihk,bjhk->bhij", q, k).masked_fill(~past, 0.0)
+        reads, stores = q, k
+    else:
+        total = (g if g.dim() == 4 else g[..., None]).cumsum(1)
+        between = total[:, :, None] - total[:, None]  # [B, i, j, H, 1 or K]
+        pairs = between.masked_fill(~past[:, :, None, None], -torch.inf).exp()
+        scores = (q[:, :, None] * k[:, None] * pairs).sum(-1).movedim(3, 1)
+        reads, stores = q * total.exp(), k * (total[:, -1:] - total).exp()
+        kept = total[:, -1].exp()[..., None]
+    o = torch.einsum("bhij,bjhv->bihv", scores, v) + torch.einsum("bihk,bhkv->bihv", reads, state)
+    state = state if g is None else kept * state
+    return scale * o, state + torch.einsum("bjhk,bjhv->bhkv", stores, v)
+
+
+def _tokens(*x: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of each tensor its tokens. Slices would be as many tensors of its size, backward."""
+    return [t.unbind(1) for t in x]
+
+
+def _decays(g: Tensor | None, q: Tensor) -> Sequence[Tensor | None]:
+    """Of each token, as a factor of states [B, H, K, V]."""
+    if g is None:
+        return [None] * q.shape[1]
+    decays = g.exp()
+    return (decays[..., None, None] if g.dim() == 3 else decays[..., None]).unbind(1)
+
+
+def _blocks(step: Step, size: int, state: Tensor, *x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`step(state, *x)` over parts of the tokens."""
+    v = x[2]
+    assert v is not None
+    outputs, tokens = [v[:, :0]], v.shape[1]
+    parts = [[None] * -(-tokens // size) if t is None else t.split(size, 1) for t in x]
+    for part in zip(*parts, strict=True) if tokens else ():
+        if tokens > 2 * size:
+            o, state = checkpoint(step, state, *part, use_reentrant=False)
+        else:
+            o, state = step(state, *part)
+        outputs.append(o)
+    return torch.cat(outputs, 1), state

@@ -1,0 +1,87 @@
+"""The fuzz: quiet on the library as it is, loud on one that is broken, and its reference means what it says."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from fuzz import pool, reference
+from fuzz.__main__ import main
+from fuzz.cases import draw
+from tolerances import relative_error
+from torch import Tensor
+
+from lasp.kernels.torch import chunks
+
+RUN = ("--device", "cpu", "--processes", "1", "--seed", "87")
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+def test_long_decays_in_chunks_are_the_loop(gate: str) -> None:
+    """Two formulas of one recurrence, with gates that forget all and none."""
+    shape = {"none": None, "scalar": (2, 150, 3), "channel": (2, 150, 3, 4)}[gate]
+    g = None if shape is None else -torch.rand(shape, dtype=torch.float64)
+    if g is not None:
+        g[:, 20:30], g[:, 50], g[:, 70] = 0.0, -60.0, -torch.inf
+    q, k, v, d_o = (torch.randn(2, 150, 3, 4, dtype=torch.float64) for _ in range(4))
+    state = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    results = []
+    for function in (reference.decay_loop, reference.decay_chunks):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, state, *([] if g is None else [g]))]
+        o, final = function(*leaves[:3], leaves[4] if len(leaves) > 4 else None, leaves[3], 0.5)
+        results.append([o, final, *torch.autograd.grad((o, final), leaves, (d_o, torch.ones_like(final)))])
+    for value, expected in zip(*results, strict=True):
+        assert relative_error(value, expected) < 1e-12
+
+
+def test_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main([*RUN, "--cases", "16"])
+    told = capsys.readouterr().out
+    assert code == 0 and "16 cases" in told and "real ranks" in told, told
+
+
+def _without_first_state(self: chunks.Chunking, runs: object, initial: Tensor, **options: bool) -> object:
+    return _scan(self, runs, torch.zeros_like(initial), **options)
+
+
+_scan = chunks.Chunking.scan
+
+
+def test_a_state_dropped_at_a_boundary_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The control; and the line that is printed for a case finds it again, on the operator that drops the state."""
+    monkeypatch.setattr(chunks.Chunking, "scan", _without_first_state)
+    assert main([*RUN, "--family", "decay", "--cases", "2"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FOUND")]
+    assert lines
+    arguments = lines[0].partition("python -m tests.fuzz ")[2].split()
+    assert main(arguments) == 1
+    monkeypatch.undo()
+    assert main(arguments) == 0
+
+
+def test_a_process_that_dies_or_hangs_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One case kills its process, one never answers, one raises; the others are run."""
+    hanging = torch.multiprocessing.get_context("fork").Event()
+
+    def check(case: object, device: object, ranks: object) -> list[str]:
+        index = next(i for i in range(6) if draw(87, i, "cpu", "all") == case)
+        if index == 1:
+            os._exit(7)
+        if index == 2:
+            hanging.wait()
+        if index == 3:
+            raise RuntimeError("a kernel is refused")
+        return []
+
+    monkeypatch.setattr(pool, "check", check)
+    monkeypatch.setitem(pool.CASE_S, "cpu", 1.0)
+    assert main([*RUN, "--cases", "6"]) == 1
+    told = capsys.readouterr().out
+    assert "6 cases" in told and "3 findings" in told
+    for index, what in ((1, "died with exit code 7"), (2, "no answer within 1 s"), (3, "a kernel is refused")):
+        assert what in told.partition(f"--case 87:{index}\n")[2].partition("FOUND")[0], told
