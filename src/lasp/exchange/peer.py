@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Summary, Transition
-from lasp.distributed.comm import Comm, ExchangeError
+from lasp.distributed.comm import Comm, ExchangeError, Messages
 from lasp.distributed.symmetric import symmetric_memory
 from lasp.exchange.all_gather import AllGather, fold
 from lasp.exchange.base import Carried, Line, PendingExchange, Traffic
@@ -117,13 +117,14 @@ class Peer:
     name = "peer"
 
     def begin(
-        self, comm: Comm, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool
+        self, messages: Messages, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool
     ) -> PendingExchange:
         """`initial` is zero if None.
 
         Raises:
             ExchangeError: the GPUs cannot reach each other's memory.
         """
+        comm = messages.check()
         state, nbytes = summary.state.contiguous(), summary.nbytes
         device = state.device
         shared = _shared_of(comm, device)
@@ -136,7 +137,7 @@ class Peer:
         if shared.in_use:
             # Begun within another's wait, on every rank alike: one memory holds one exchange at a time.
             initial = torch.zeros_like(state) if initial is None else initial
-            return AllGather().begin(comm, summary, initial, reverse=reverse, want_total=want_total)
+            return AllGather().begin(messages, summary, initial, reverse=reverse, want_total=want_total)
         shared.follow(device)
         shared.in_use = True
         stored = next((part.contiguous() for part in summary.transition.tensors()), None)

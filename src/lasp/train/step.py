@@ -85,6 +85,8 @@ class Stepper:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with model.watching_gradients():
             for part in range(config.accumulation):
+                if model.sp is not None:
+                    model.sp.begin_step(number, data=part)
                 tokens, labels, cu_seqlens = self._batch(number, part)
                 with model.accumulating(last=part == config.accumulation - 1):
                     with torch.autocast(
