@@ -42,7 +42,10 @@ class Ranks:
         return lasp.linear_attention(shard, shard, shard, sp=self.sp, backend="torch", **options)[0]
 
     def loss(self, whole: Tensor, operator: str = "linear_attention", **options: Any) -> Tensor:
-        x = self.sp.shard(whole).clone().requires_grad_()
+        return self.apply(self.sp.shard(whole).clone().requires_grad_(), operator, **options)[0].square().sum()
+
+    def apply(self, x: Tensor, operator: str, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """The outputs for a shard, and the final state or None."""
         flat, sp = x.flatten(2), self.sp
         calls: dict[str, Callable[[], Any]] = {
             "linear_attention": lambda: lasp.linear_attention(x, x, x, sp=sp, backend="torch", **options),
@@ -52,7 +55,7 @@ class Ranks:
             "softmax_attention": lambda: lasp.softmax_attention(x, x, x, sp=sp, **options),
             "ulysses": lambda: lasp.softmax_attention(x, x, x, sp=sp, method="ulysses", **options),
         }
-        return calls[operator]()[0].square().sum()
+        return calls[operator]()
 
 
 OPERATORS = ("linear_attention", "delta_rule", "short_convolution", "token_shift", "softmax_attention", "ulysses")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from calls import OPERATORS, SCHEDULES, WRONG, told_apart
+from calls import DOCUMENTS, OPERATORS, SCHEDULES, WRONG, Ranks, told_apart
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from world import run
 
 import lasp
+from lasp.distributed.sealed import Sealing, TorchStamps
 
 
 def check(schedules: tuple[str, ...], operators: tuple[str, ...]) -> None:
@@ -116,3 +117,63 @@ def test_groups_beside_others():
         return found
 
     assert run(3, work) == [[True] * 2, [True] * 3, [True] * 2]
+
+
+def sealed_steps(rank: int, sealing: bool, schedule: str, wrong: bool) -> list[Tensor | str]:
+    """Three steps of every operator, with other documents in each; what a rank whose calls are others is told."""
+    sp = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule, timeout_s=60)
+    if sealing:
+        sp.comm.sealing = Sealing(torch.device("cpu"), TorchStamps())
+    ranks, found = Ranks(sp, "cpu"), []
+    try:
+        for step, documents in enumerate(DOCUMENTS):
+            sp.begin_step(step)
+            for operator in OPERATORS:
+                x = sp.shard(ranks.a).clone().requires_grad_()
+                o = ranks.apply(x, operator, cu_seqlens=documents, output_final_state=True)
+                if wrong and step == 1 and rank == 0 and operator == "delta_rule":
+                    continue  # a backward pass left out
+                sum(each.square().sum() for each in o).backward()
+                found += [*(each.detach() for each in o), x.grad]
+    except lasp.ExchangeError as error:
+        return [str(error)]
+    return [*found, torch.tensor([sp.counters.sent_bytes, sp.counters.received_bytes, sp.counters.header_bytes])]
+
+
+@pytest.mark.parametrize("schedule", ["all_gather", pytest.param("ring", marks=pytest.mark.exhaustive)])
+def test_sealed_messages_bring_the_same(schedule):
+    """As over NCCL, here between hosts: the same bits, and the same payload counted beside its headers."""
+
+    def work(rank: int) -> bool:
+        plain, sealed = (sealed_steps(rank, sealing, schedule, False) for sealing in (False, True))
+        assert plain[-1][2] == 0 < sealed[-1][2]
+        return torch.equal(plain[-1][:2], sealed[-1][:2]) and all(map(torch.equal, plain[:-1], sealed[:-1]))
+
+    assert run(2, work) == [True] * 2
+
+
+def test_sealed_messages_of_another_call_are_poisoned():
+    """The rank that takes one computes NaN, and raises at its next call, naming both."""
+
+    def work(rank: int) -> tuple[bool, str]:
+        sp = lasp.SequenceParallel(dist.group.WORLD, exchange="all_gather", timeout_s=60)
+        sp.comm.sealing = Sealing(torch.device("cpu"), TorchStamps())
+        ranks = Ranks(sp, "cpu")
+        for whole in (ranks.a, ranks.b):
+            ranks.loss(whole).backward()
+        lost = ranks.loss(ranks.a)
+        if rank == 0:
+            lost.backward()
+        # The other's forward pass meets this rank's backward pass: two all-gathers of one size.
+        o = ranks.loss(ranks.a) if rank == 1 else lost
+        try:
+            ranks.loss(ranks.a)
+        except lasp.ExchangeError as error:
+            return not o.isfinite(), str(error)
+        return not o.isfinite(), "no error"
+
+    (_, first), (poisoned, second) = run(2, work)
+    backward, forward = "backward of linear_attention of call 5", "linear_attention"
+    assert poisoned
+    for said, own, other in ((first, backward, forward), (second, forward, backward)):
+        assert f"it was at call 6, {own}\n" in said and said.endswith(f"the message was of call 6, {other}"), said

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from torch import Tensor
 from lasp.distributed.clock import ExchangeClock
 from lasp.distributed.group import gloo_group
 from lasp.distributed.record import Description, ExchangeError, Record, Step, compare, failures, number_given
+
+if TYPE_CHECKING:
+    from lasp.distributed.sealed import Sealing
 
 # Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -39,12 +42,19 @@ _Result = TypeVar("_Result")
 class Counters:
     """What this rank sent and received: bytes of payload, once for every rank that gets them.
 
-    What tells the ranks which call a payload belongs to is none of it.
+    What tells the ranks which call a payload belongs to is none of it; `header_bytes` are those of such messages sent.
     """
 
     sent_bytes: int = 0
     received_bytes: int = 0
     messages: int = 0
+    header_bytes: int = 0
+
+    def exempt(self, extra: int, *, sent: int = 0, received: int = 0) -> None:
+        """Of so many messages `extra` bytes each are headers."""
+        self.sent_bytes -= sent * extra
+        self.received_bytes -= received * extra
+        self.header_bytes += sent * extra
 
     def add(self, *, sent: int = 0, received: int = 0) -> None:
         self.sent_bytes += sent
@@ -52,7 +62,7 @@ class Counters:
         self.messages += 1
 
     def reset(self) -> None:
-        self.sent_bytes = self.received_bytes = self.messages = 0
+        self.sent_bytes = self.received_bytes = self.messages = self.header_bytes = 0
 
 
 class Pending(Generic[_Result]):
@@ -67,6 +77,12 @@ class Pending(Generic[_Result]):
         with self._comm.waiting(self._what, messages=1):
             self._work.wait()
         return self._result()
+
+    def then(self, change: Callable[[_Result], _Result]) -> Pending[_Result]:
+        """The same, whose result is what `change` makes of it."""
+        result = self._result
+        self._result = lambda: change(result())
+        return self
 
 
 class _Explained:
@@ -123,6 +139,8 @@ class Comm:
         self.clock: ExchangeClock | None = None
         self.operations = 0
         self.backend: str = dist.get_backend(group)
+        self.sealing: Sealing | None = None
+        """How messages say which call they belong to where the hosts do not meet for every call."""
         self.step = Step()
         """Where the program says it is."""
         self._calls = 0
@@ -322,9 +340,19 @@ class Comm:
             forward: of a backward pass, the number of the call whose gradients it takes.
             sources: what stands for the tensors that the shards come from (`lasp.distributed.record.source_of`).
         """
+        if self.sealing is not None:
+            return self.sealing.call(self, Record(0, description, documents), None)
         self._calls += 1
         record = Record(self._calls, description, documents, forward, self.step, sources)
         return Call(self, record, self._announce(record))
+
+    def compare(self, description: Description) -> None:
+        """Compare a description with the other ranks, by way of the hosts.
+
+        Raises:
+            ExchangeError: the same on every rank: they differ, or one has failed.
+        """
+        self._gathered(0, description)
 
     def failed(self, error: str) -> ExchangeError:
         """Tell the other ranks, wherever they wait for this one, that it has failed, and do not wait for them.
@@ -414,7 +442,7 @@ class Call:
     to another call sends nothing into this one.
     """
 
-    def __init__(self, comm: Comm, record: Record, posted: _Posted) -> None:
+    def __init__(self, comm: Comm, record: Record, posted: _Posted | None) -> None:
         self.comm, self.record, self._posted = comm, record, posted
 
     @property
@@ -432,7 +460,8 @@ class Call:
         Raises:
             ExchangeError: the same on every rank: they are at different calls, or one has failed.
         """
-        self.comm.hear(self._posted)
+        if self._posted is not None:
+            self.comm.hear(self._posted)
         return self.comm
 
     @property

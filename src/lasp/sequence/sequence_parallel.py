@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.distributed.comm import Call, Comm, Counters
 from lasp.distributed.record import Description, ExchangeError, Step, digest_of, source_of
+from lasp.distributed.sealed import Sealing, TorchStamps
 from lasp.exchange import Exchange, resolve
 from lasp.recurrence.across import register
 from lasp.sequence.call import SequenceCall
@@ -51,6 +52,8 @@ class SequenceParallel:
     ) -> None:
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
+        if comm.backend == "nccl" and comm.size > 1:
+            comm.sealing = Sealing(torch.device("cuda", torch.cuda.current_device()), TorchStamps())
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
         self._described: dict[Hashable, Description] = {}
