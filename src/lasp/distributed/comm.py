@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.distributed.call import Call, Posted
 from lasp.distributed.clock import ExchangeClock
 from lasp.distributed.group import gloo_group
 from lasp.distributed.record import Description, ExchangeError, Record, Step, compare, failures, number_given
@@ -145,7 +146,7 @@ class Comm:
         """Where the program says it is."""
         self._calls = 0
         self._sending: deque[tuple[Any, Tensor]] = deque()
-        self._unheard: deque[_Posted] = deque()
+        self._unheard: deque[Posted] = deque()
         self._reports: deque[Any] = deque()
         self._nodes: tuple[int, ...] | None = (1,) if self.size == 1 else None
         if self.size == 1:
@@ -369,7 +370,7 @@ class Comm:
             self._reports.append(self._post(record).work)
         return ExchangeError(failures({self.rank: error[:1000]}))
 
-    def hear(self, posted: _Posted) -> None:
+    def hear(self, posted: Posted) -> None:
         """Wait for the records of all ranks that belong to `posted`, and before that for those that came earlier.
 
         Raises:
@@ -382,18 +383,18 @@ class Comm:
                 first.work.wait()
             compare(first.everything)
 
-    def _announce(self, record: Record) -> _Posted:
+    def _announce(self, record: Record) -> Posted:
         posted = self._post(record)
         self._unheard.append(posted)
         return posted
 
-    def _post(self, record: Record) -> _Posted:
+    def _post(self, record: Record) -> Posted:
         """Start to tell the other ranks."""
         own, what = record.written(), record.description.operator
         everything = own.new_empty(self.size * own.numel())
         self.operations += 1
         with self.explained(f"tell the other ranks of {what}"):
-            return _Posted(_gather_records(everything, own, group=self._control, async_op=True), everything, what)
+            return Posted(_gather_records(everything, own, group=self._control, async_op=True), everything, what)
 
     def _gathered(self, number: int, purpose: Description) -> list[int]:
         self._calls += 1
@@ -423,88 +424,6 @@ class Comm:
         work, _ = self._sending.popleft()
         with self.waiting("finish sending a state"):
             work.wait()
-
-
-@dataclass
-class _Posted:
-    """Records under way: what to wait for, where they come, and whether this rank has heard them."""
-
-    work: Any
-    everything: Tensor
-    what: str
-    heard: bool = False
-
-
-class Call:
-    """What one rank does together with the others, under a number: messages with the verbs of `Comm`.
-
-    The ranks have told each other which call it is. Before anything of it is sent they are heard, so a rank that came
-    to another call sends nothing into this one.
-    """
-
-    def __init__(self, comm: Comm, record: Record, posted: _Posted | None) -> None:
-        self.comm, self.record, self._posted = comm, record, posted
-
-    @property
-    def number(self) -> int:
-        return self.record.number
-
-    def adjoint(self, part: str = "backward") -> Call:
-        """Begin the call that takes this one's gradients."""
-        record = self.record
-        return self.comm.call(record.description.of(part), record.documents, forward=record.number)
-
-    def check(self) -> Comm:
-        """Hear the other ranks, the first time; what then carries the messages.
-
-        Raises:
-            ExchangeError: the same on every rank: they are at different calls, or one has failed.
-        """
-        if self._posted is not None:
-            self.comm.hear(self._posted)
-        return self.comm
-
-    @property
-    def rank(self) -> int:
-        return self.comm.rank
-
-    @property
-    def size(self) -> int:
-        return self.comm.size
-
-    @property
-    def nodes(self) -> tuple[int, ...]:
-        return self.comm.nodes
-
-    @property
-    def backend(self) -> str:
-        return self.comm.backend
-
-    def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
-        return self.check().all_gather(tensor)
-
-    def send(self, tensor: Tensor, to: int) -> None:
-        self.check().send(tensor, to)
-
-    def receive(self, like: Tensor, source: int) -> Pending[Tensor]:
-        return self.check().receive(like, source)
-
-    def trade(
-        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
-    ) -> list[Pending[Tensor]]:
-        return self.check().trade(sends, receives)
-
-    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Pending[list[Tensor]]:
-        return self.check().all_to_all(parts, sizes)
-
-    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        return self.check().broadcast(tensor, source)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return self.check().sum(tensor)
-
-    def settle(self) -> None:
-        self.comm.settle()
 
 
 Messages = Comm | Call

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lasp.distributed.comm import Call, Comm, Pending
+from lasp.distributed.call import Call
+from lasp.distributed.comm import Comm, Pending
 from lasp.distributed.record import Description, ExchangeError, Record, Step, digest_of
 
 WORDS = 4  # number, forward call's number, plan and documents, step

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Call
+from lasp.distributed.call import Call
 from lasp.exchange.base import PendingExchange
 from lasp.sequence.carry import carry
 from lasp.sequence.kept import replayed, reserve

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Call
+from lasp.distributed.call import Call
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.auto import Auto
 from lasp.exchange.base import Carried, Exchange, PendingExchange

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lasp.distributed.comm import Call, Comm, Counters
+from lasp.distributed.call import Call
+from lasp.distributed.comm import Comm, Counters
 from lasp.distributed.record import Description, ExchangeError, Step, digest_of, source_of
-from lasp.distributed.sealed import Sealing, TorchStamps
+from lasp.distributed.sealed import Sealing, Stamps, TorchStamps
 from lasp.exchange import Exchange, resolve
 from lasp.recurrence.across import register
 from lasp.sequence.call import SequenceCall
@@ -53,7 +55,7 @@ class SequenceParallel:
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
         if comm.backend == "nccl" and comm.size > 1:
-            comm.sealing = Sealing(torch.device("cuda", torch.cuda.current_device()), TorchStamps())
+            comm.sealing = Sealing(torch.device("cuda", torch.cuda.current_device()), _stamps())
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
         self._described: dict[Hashable, Description] = {}
@@ -198,6 +200,16 @@ class SequenceParallel:
 
     def __repr__(self) -> str:
         return f"SequenceParallel(rank {self.rank} of {self.size}, exchange={self.exchange.name})"
+
+
+def _stamps() -> Stamps:
+    """Kernels where Triton is installed, else PyTorch's operations, some ten times as many."""
+    if find_spec("triton") is None:
+        return TorchStamps()
+    from lasp.kernels.triton.messages.stamps import TritonStamps
+
+    stamps: Stamps = TritonStamps()
+    return stamps
 
 
 def balanced_lengths(tokens: int, size: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.distributed.comm import Call
+from lasp.distributed.call import Call
 from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 Shape = tuple[int, ...]
