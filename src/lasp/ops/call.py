@@ -1,4 +1,4 @@
-"""What every operator does around its scan: refuse, agree with the other ranks, spread grouped heads."""
+"""What every operator does around its scan: refuse, tell the other ranks, spread grouped heads."""
 
 from __future__ import annotations
 
