@@ -54,6 +54,11 @@ class Call:
         return self.comm
 
     @property
+    def seal(self) -> tuple[Tensor, Tensor] | None:
+        """On a device what messages are sealed with: a header, and where to write it and another that was met."""
+        return None
+
+    @property
     def rank(self) -> int:
         return self.comm.rank
 

@@ -192,6 +192,10 @@ class Comm:
         return self
 
     @property
+    def seal(self) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    @property
     def group(self) -> dist.ProcessGroup:
         """The group whose operations carry tensors."""
         return self._group
