@@ -90,7 +90,7 @@ def linear_attention(
         run = _fused if documents is None else _untraced_fused
         return run(stages, x, q, initial_state, output_final_state, sp)
     if callable(q):  # not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through
-        x = Run(_called(q, k, v), *x[1:])
+        x = Run(_called(q, k, v, sp), *x[1:])
     return _scanned(stages, x, initial_state, output_final_state, causal, sp)
 
 
@@ -107,7 +107,7 @@ def _fused(
     if callable(q):
         if call is not None:
             started = stages.start(x, initial_state, output_final_state, call)
-        x = x._replace(q=_called(q, x.k, x.v))
+        x = x._replace(q=_called(q, x.k, x.v, sp))
     key = None if sp is None or sp.size == 1 else sp.key
     result: tuple[Tensor, Tensor | None] = stages.fused(x, initial_state, output_final_state, call, started, key)
     return result
@@ -132,10 +132,11 @@ def _scanned(
     return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))
 
 
-def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor) -> Tensor:
+def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor, sp: SequenceParallel | None) -> Tensor:
     """What `q` gives, checked."""
     queries = q()
-    check_inputs(queries, k, v)
+    with refusing(sp):
+        check_inputs(queries, k, v)
     return queries
 
 

@@ -103,9 +103,9 @@ class SequenceParallel:
             replays: a recomputation takes what the operator's exchanges brought from what was kept, and tells nobody.
 
         Returns:
-            None where there are no other ranks, and while a graph is compiled.
+            None where there are no other ranks.
         """
-        if self.size == 1 or torch.compiler.is_compiling():
+        if self.size == 1:
             return None
         if replays and is_replaying():
             return SequenceCall(self, None, is_forward=True)
@@ -170,7 +170,9 @@ class SequenceParallel:
     def _marked(self, whole: Tensor, part: Tensor) -> Tensor:
         """`part`, by which an operator that is given it knows which tensor it is of. On a GPU that other ranks are
         reached from without the host nothing is read."""
-        if self.size > 1 and self.comm.backend == "gloo" and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.size == 1 or self.comm.backend != "gloo":
+            return part
+        if type(whole) in (Tensor, torch.nn.Parameter) and whole.device.type in ("cpu", "cuda"):
             setattr(part, _SOURCE, source_of(whole))
         return part
 
