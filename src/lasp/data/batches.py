@@ -95,12 +95,16 @@ class Sequences:
 
     def batch(self, step: int, global_batch: int, shard: Shard, *, part: int = 0, num_parts: int = 1) -> Batch:
         """This rank's share of part `part` (of num_parts: gradient accumulation) of the batch of `step`."""
-        rows_per_part = global_batch // num_parts
-        rows = [part * rows_per_part + row for row in shard.rows(rows_per_part)]
-        numbers = [self.number(step, row, global_batch) for row in rows]
+        numbers = self.numbers(step, global_batch, shard, part=part, num_parts=num_parts)
         if self.bounds is None:
             return read(self.stream, numbers, self.seq_len, shard)
         return read_packed(self.stream, self.bounds, numbers, self.seq_len, shard)
+
+    def numbers(self, step: int, global_batch: int, shard: Shard, *, part: int = 0, num_parts: int = 1) -> list[int]:
+        """Which sequences of the stream `batch` reads: the same for all ranks that share them."""
+        rows_per_part = global_batch // num_parts
+        rows = [part * rows_per_part + row for row in shard.rows(rows_per_part)]
+        return [self.number(step, row, global_batch) for row in rows]
 
     def num_targets(self, step: int, global_batch: int) -> int:
         """Labels to predict in the whole batch of `step`, over all ranks and parts: all tokens, or packed those that

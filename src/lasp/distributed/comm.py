@@ -9,39 +9,53 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
-import json
+import secrets
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.distributed.call import Call, Posted
 from lasp.distributed.clock import ExchangeClock
+from lasp.distributed.group import gloo_group
+from lasp.distributed.record import Description, ExchangeError, Record, Step, compare, failures, number_given
+
+if TYPE_CHECKING:
+    from lasp.distributed.sealed import Sealing
 
 # Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_RECORD_BYTES = 2048
+_gather_records = _all_gather
+# How long a process that ends waits for the others to hear that it failed.
+_LAST_WORDS = timedelta(seconds=5)
 _Result = TypeVar("_Result")
-
-
-class ExchangeError(RuntimeError):
-    """Communication between the ranks of a group failed, or the ranks disagree about what to do."""
 
 
 @dataclass
 class Counters:
-    """What this rank sent and received: bytes of payload, once for every rank that gets them."""
+    """What this rank sent and received: bytes of payload, once for every rank that gets them.
+
+    What tells the ranks which call a payload belongs to is none of it; `header_bytes` are those of such messages sent.
+    """
 
     sent_bytes: int = 0
     received_bytes: int = 0
     messages: int = 0
+    header_bytes: int = 0
+
+    def exempt(self, extra: int, *, sent: int = 0, received: int = 0) -> None:
+        """Of so many messages `extra` bytes each are headers."""
+        self.sent_bytes -= sent * extra
+        self.received_bytes -= received * extra
+        self.header_bytes += sent * extra
 
     def add(self, *, sent: int = 0, received: int = 0) -> None:
         self.sent_bytes += sent
@@ -49,7 +63,7 @@ class Counters:
         self.messages += 1
 
     def reset(self) -> None:
-        self.sent_bytes = self.received_bytes = self.messages = 0
+        self.sent_bytes = self.received_bytes = self.messages = self.header_bytes = 0
 
 
 class Pending(Generic[_Result]):
@@ -64,6 +78,12 @@ class Pending(Generic[_Result]):
         with self._comm.waiting(self._what, messages=1):
             self._work.wait()
         return self._result()
+
+    def then(self, change: Callable[[_Result], _Result]) -> Pending[_Result]:
+        """The same, whose result is what `change` makes of it."""
+        result = self._result
+        self._result = lambda: change(result())
+        return self
 
 
 class _Explained:
@@ -120,21 +140,24 @@ class Comm:
         self.clock: ExchangeClock | None = None
         self.operations = 0
         self.backend: str = dist.get_backend(group)
+        self.sealing: Sealing | None = None
+        """How messages say which call they belong to where the hosts do not meet for every call."""
+        self.step = Step()
+        """Where the program says it is."""
+        self._calls = 0
         self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._unheard: deque[Posted] = deque()
+        self._reports: deque[Any] = deque()
         self._nodes: tuple[int, ...] | None = (1,) if self.size == 1 else None
         if self.size == 1:
             self._group = group
             return
-        options: dict[str, Any] = {
-            "ranks": self.global_ranks,
-            "timeout": timedelta(seconds=timeout_s),
-            "use_local_synchronization": True,
-        }
-        self._control = dist.new_group(backend="gloo", **options)
-        uses_gloo = self.backend == "gloo"
-        self._group = dist.new_group(backend="gloo", **options) if uses_gloo else group
+        uses_gloo, deadline = self.backend == "gloo", timedelta(seconds=timeout_s)
+        with self.explained("make groups of its own"):
+            self._control = gloo_group(group, _agreed_name(group, deadline), deadline)
+            self._group = gloo_group(group, _agreed_name(group, deadline), deadline) if uses_gloo else group
         # A process that ends takes its unsent messages with it, and a chain's first rank is done long before its last.
-        atexit.register(_let_messages_leave, self._sending)
+        atexit.register(_let_messages_leave, self._sending, self._reports)
         # gloo cannot send CUDA tensors from one process to another: they pass through the host.
         self._through_host = uses_gloo
 
@@ -154,11 +177,23 @@ class Comm:
     def nodes(self) -> tuple[int, ...]:
         """How many consecutive ranks share a host, host after host. Collective when first asked for."""
         if self._nodes is None:
-            own = torch.frombuffer(bytearray(hashlib.sha256(_host().encode()).digest()), dtype=torch.uint8)
-            with self.explained("learn which ranks share a host"):
-                hosts = self._from_hosts(own)
-            self._nodes = tuple(len(list(ranks)) for _, ranks in groupby(bytes(host.tolist()) for host in hosts))
+            name = int.from_bytes(hashlib.sha256(_host().encode()).digest()[:8], "little", signed=True)
+            hosts = self._gathered(name, _SHARED_HOSTS)
+            self._nodes = tuple(len(list(ranks)) for _, ranks in groupby(hosts))
         return self._nodes
+
+    @property
+    def comm(self) -> Comm:
+        """Itself: messages that belong to no call. A schedule takes these or a call's."""
+        return self
+
+    def check(self) -> Comm:
+        """As a call's: nothing was told that would have to be heard."""
+        return self
+
+    @property
+    def seal(self) -> tuple[Tensor, Tensor] | None:
+        return None
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -167,10 +202,7 @@ class Comm:
 
     def gathered(self, number: int) -> list[int]:
         """Every rank's number, by way of the hosts."""
-        if self.size == 1:
-            return [number]
-        with self.explained("compare a number with the other ranks"):
-            return [int(each) for each in self._from_hosts(torch.tensor([number]))]
+        return [number] if self.size == 1 else self._gathered(number, _COMPARED)
 
     def everywhere(self, condition: bool) -> bool:
         """Whether it holds on every rank."""
@@ -302,23 +334,77 @@ class Comm:
             total = total + share
         return total.view(tensor.shape)
 
-    def agree(self, description: Mapping[str, object]) -> None:
-        """Raise the same ExchangeError on every rank unless all ranks give the same description.
+    def call(
+        self, description: Description, documents: str | None = None, *, forward: int = 0, sources: Sequence[int] = ()
+    ) -> Call:
+        """Begin what all ranks do together. What it sends and receives is then part of that, and of nothing else.
 
-        Runs on the host, on a group of its own, so that a rank which does not come is a timeout here and never a
-        wrong number there. A key "error" reports a failure of one rank to all.
+        Args:
+            description: of the operator, its pass and its plan.
+            documents: what stands for the packed documents.
+            forward: of a backward pass, the number of the call whose gradients it takes.
+            sources: what stands for the tensors that the shards come from (`lasp.distributed.record.source_of`).
         """
-        if self.size == 1:
-            return
-        text = json.dumps(description, default=str)
-        record = (hashlib.sha256(text.encode()).hexdigest()[:16] + text).encode()[:_RECORD_BYTES]
-        buffer = torch.zeros(_RECORD_BYTES, dtype=torch.uint8)
-        buffer[: len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
-        with self.waiting("agree with the other ranks on what to compute"):
-            gathered = self._from_hosts(buffer)
-        records = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
-        if len(set(records)) > 1 or "error" in description:
-            raise ExchangeError(_disagreement(records))
+        if self.sealing is not None:
+            return self.sealing.call(self, Record(0, description, documents), None)
+        self._calls += 1
+        record = Record(self._calls, description, documents, forward, self.step, sources)
+        return Call(self, record, self._announce(record))
+
+    def compare(self, description: Description) -> None:
+        """Compare a description with the other ranks, by way of the hosts.
+
+        Raises:
+            ExchangeError: the same on every rank: they differ, or one has failed.
+        """
+        self._gathered(0, description)
+
+    def failed(self, error: str) -> ExchangeError:
+        """Tell the other ranks, wherever they wait for this one, that it has failed, and do not wait for them.
+
+        Returns:
+            what they raise, to be raised here.
+        """
+        if self.size > 1:
+            self._calls += 1
+            while self._reports and self._reports[0].is_completed():
+                self._reports.popleft()
+            # This rank knows: it does not hear of itself.
+            record = Record(self._calls, Description("error", {"error": error[:1000]}), step=self.step, error=True)
+            self._reports.append(self._post(record).work)
+        return ExchangeError(failures({self.rank: error[:1000]}))
+
+    def hear(self, posted: Posted) -> None:
+        """Wait for the records of all ranks that belong to `posted`, and before that for those that came earlier.
+
+        Raises:
+            ExchangeError: the same on every rank: they tell of different things, or one has failed.
+        """
+        while not posted.heard:
+            first = self._unheard.popleft()
+            first.heard = True
+            with self.waiting(f"agree with the other ranks on {first.what}"):
+                first.work.wait()
+            compare(first.everything)
+
+    def _announce(self, record: Record) -> Posted:
+        posted = self._post(record)
+        self._unheard.append(posted)
+        return posted
+
+    def _post(self, record: Record) -> Posted:
+        """Start to tell the other ranks."""
+        own, what = record.written(), record.description.operator
+        everything = own.new_empty(self.size * own.numel())
+        self.operations += 1
+        with self.explained(f"tell the other ranks of {what}"):
+            return Posted(_gather_records(everything, own, group=self._control, async_op=True), everything, what)
+
+    def _gathered(self, number: int, purpose: Description) -> list[int]:
+        self._calls += 1
+        posted = self._announce(Record(self._calls, purpose, step=self.step, given=number))
+        self.hear(posted)
+        return [number_given(own) for own in posted.everything.chunk(self.size)]
 
     def _buffer(self, like: Tensor) -> Tensor:
         device = "cpu" if self._through_host else like.device
@@ -343,12 +429,9 @@ class Comm:
         with self.waiting("finish sending a state"):
             work.wait()
 
-    def _from_hosts(self, own: Tensor) -> list[Tensor]:
-        """Every rank's tensor, all of one shape on the host, by the group that carries nothing else."""
-        everywhere = [torch.empty_like(own) for _ in range(self.size)]
-        self.operations += 1
-        dist.all_gather(everywhere, own, group=self._control)
-        return everywhere
+
+Messages = Comm | Call
+"""What carries the messages of an exchange: those of a call, or, where times are measured, of none."""
 
 
 class _Works:
@@ -365,10 +448,22 @@ class _Works:
         return all(work.is_completed() for work in self._works)
 
 
-def _let_messages_leave(sending: deque[tuple[Any, Tensor]]) -> None:
+def _agreed_name(group: dist.ProcessGroup, timeout: timedelta) -> str:
+    """A name for a group beside this one, drawn by its first rank. Collective over this group, and no other."""
+    drawn = torch.tensor(secrets.randbits(63), device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    telling = dist.broadcast(drawn, group=group, group_src=0, async_op=True)
+    assert telling is not None
+    telling.wait(timeout)
+    return f"lasp-{int(drawn):016x}"
+
+
+def _let_messages_leave(sending: deque[tuple[Any, Tensor]], reports: deque[Any]) -> None:
     while sending:
         with contextlib.suppress(RuntimeError):  # the receiver is gone, or the group is
             sending.popleft()[0].wait()
+    while reports:
+        with contextlib.suppress(RuntimeError):
+            reports.popleft().wait(_LAST_WORDS)
 
 
 def _host() -> str:
@@ -377,20 +472,5 @@ def _host() -> str:
     return boot.read_text() if boot.exists() else socket.gethostname()
 
 
-def _disagreement(records: list[str]) -> str:
-    """What differs between the ranks, one line a field."""
-    try:
-        descriptions = [json.loads(record[16:]) for record in records]
-    except json.JSONDecodeError:
-        return "the ranks disagree about what to compute:\n" + "\n".join(
-            f"  rank {rank}: {record[16:]}" for rank, record in enumerate(records)
-        )
-    errors = [f"  rank {rank}: {d['error']}" for rank, d in enumerate(descriptions) if "error" in d]
-    if errors:
-        return "invalid input to a sequence-parallel operation:\n" + "\n".join(errors)
-    lines = []
-    for key in dict.fromkeys(key for d in descriptions for key in d):
-        values = [d.get(key) for d in descriptions]
-        if any(value != values[0] for value in values):
-            lines.append(f"  {key}: " + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values)))
-    return "the ranks disagree about what to compute; nothing was exchanged:\n" + "\n".join(lines)
+_COMPARED = Description("a number compared with the other ranks", {})
+_SHARED_HOSTS = Description("which ranks share a host", {})

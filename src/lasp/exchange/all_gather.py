@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Gathering
 from lasp.exchange.base import Carried, Line, Traffic
 from lasp.exchange.cost import Model
@@ -45,7 +45,7 @@ class AllGather:
 
     name = "all_gather"
 
-    def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
         return _Pending(Line(comm, reverse), summary, initial, comm.all_gather(summary.pack()), want_total)
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:

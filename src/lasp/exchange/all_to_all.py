@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Collective
 from lasp.exchange.base import Carried, Line, Traffic
 from lasp.exchange.cost import Model
@@ -79,7 +79,7 @@ class AllToAll:
 
     name = "all_to_all"
 
-    def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
         return _Pending(Line(comm, reverse), summary, initial, want_total)
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:

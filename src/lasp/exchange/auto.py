@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.all_to_all import AllToAll
 from lasp.exchange.base import Exchange, PendingExchange, Traffic
@@ -94,9 +94,9 @@ class Auto:
             return Local()
         return rank_schedules(load, nodes, self.constants, want_total=want_total, peers=peers)[0].exchange
 
-    def chosen(self, comm: Comm, summary: Summary, *, want_total: bool) -> Exchange:
+    def chosen(self, comm: Messages, summary: Summary, *, want_total: bool) -> Exchange:
         """The schedule for what a rank is about to give. Collective when first asked for a size."""
-        peers = self.constants.peer is not None and peers_are_possible(comm, summary.nbytes, summary.state.device)
+        peers = self.constants.peer is not None and peers_are_possible(comm.comm, summary.nbytes, summary.state.device)
         return self.choose(Load.of(summary), comm.nodes, want_total=want_total, peers=peers)
 
     def explain(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> str:
@@ -105,7 +105,7 @@ class Auto:
         return _table(load, nodes, self.constants, ranked, want_total)
 
     def begin(
-        self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange:
         chosen = self.chosen(comm, summary, want_total=want_total)
         return chosen.begin(comm, summary, initial, reverse=reverse, want_total=want_total)

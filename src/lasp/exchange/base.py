@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.exchange.cost import Model
 from lasp.exchange.load import Load
 
@@ -38,7 +38,7 @@ class Traffic(NamedTuple):
 class Line(NamedTuple):
     """The ranks in the order in which the state passes them. A position is a place in that order."""
 
-    comm: Comm
+    comm: Messages
     reverse: bool
 
     @property
@@ -75,7 +75,7 @@ class Exchange(Protocol):
         ...
 
     def begin(
-        self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange: ...
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary, compose
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
 from lasp.exchange.base import Carried, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
@@ -72,7 +72,7 @@ class Doubling:
 
     name = "doubling"
 
-    def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
         return _Pending(Line(comm, reverse), summary, initial, want_total)
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:

@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from lasp.algebra import Summary, compose
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
 from lasp.exchange.base import Carried, Exchange, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
@@ -50,7 +50,7 @@ class _Place(NamedTuple):
 class _Leaders:
     """The leaders of the nodes as a communicator of their own, for messages between them."""
 
-    def __init__(self, comm: Comm, ranks: list[int]) -> None:
+    def __init__(self, comm: Messages, ranks: list[int]) -> None:
         self._comm, self._ranks = comm, ranks
         self.rank, self.size = ranks.index(comm.rank), len(ranks)
         self.nodes, self.backend = (1,) * len(ranks), comm.backend
@@ -92,7 +92,7 @@ class _Pending:
         entering_node = self._initial
         if place.is_leader and len(self._leaders) > 1:
             node = own if before is None else compose(own, before)
-            leaders = cast(Comm, _Leaders(line.comm, self._leaders))
+            leaders = cast(Messages, _Leaders(line.comm, self._leaders))
             across = self._across.begin(leaders, node, self._initial, reverse=line.reverse, want_total=False)
             entering_node = across.wait().entering
         if place.node > 0:
@@ -131,14 +131,14 @@ class Hierarchical:
         nodes = "" if self.ranks_per_node is None else f" with {self.ranks_per_node} ranks a node"
         return f"hierarchical{nodes}, {self.across.name} across"
 
-    def nodes(self, comm: Comm) -> tuple[int, ...]:
+    def nodes(self, comm: Messages) -> tuple[int, ...]:
         """Ranks of every node, in rank order."""
         if self.ranks_per_node is None:
             return comm.nodes
         whole, rest = divmod(comm.size, self.ranks_per_node)
         return (self.ranks_per_node,) * whole + (rest,) * (rest > 0)
 
-    def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
         nodes = self.nodes(comm)[:: -1 if reverse else 1]
         return _Pending(Line(comm, reverse), nodes, self.across, summary, initial, want_total)
 

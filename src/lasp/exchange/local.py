@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.exchange.base import Carried, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.load import Load
@@ -26,7 +26,9 @@ class Local:
 
     name = "local"
 
-    def begin(self, comm: Comm | None, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> Ready:
+    def begin(
+        self, comm: Messages | None, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+    ) -> Ready:
         return Ready(Carried(initial, summary.apply(initial) if want_total else None))
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:

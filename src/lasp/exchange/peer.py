@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Summary, Transition
-from lasp.distributed.comm import Comm, ExchangeError
+from lasp.distributed.comm import Comm, ExchangeError, Messages
 from lasp.distributed.symmetric import symmetric_memory
 from lasp.exchange.all_gather import AllGather, fold
 from lasp.exchange.base import Carried, Line, PendingExchange, Traffic
@@ -32,6 +32,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.memory: PeerMemory | None = None
+        self.largest = 0
         self.is_possible = True
         self.in_use = False
         self._stream: torch.cuda.Stream | None = None
@@ -40,14 +41,14 @@ class _Shared:
         """Memory for summaries of `nbytes`, if there can be. Collective on GPUs, where that is more than before."""
         if not _is_gpu(device):
             return None
-        if self.is_possible and (self.memory is None or self.memory.slot_bytes < nbytes):
-            from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed
+        if self.is_possible and (self.memory is None or self.largest < nbytes):
+            from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed, slot_needed
 
-            slot = max(SMALLEST_SLOT, 1 << (nbytes - 1).bit_length())
+            slot = max(SMALLEST_SLOT, 1 << (slot_needed(nbytes) - 1).bit_length())
             buffers = symmetric_memory(comm, bytes_needed(comm.size, slot), device)
             self.is_possible = buffers is not None
             if buffers is not None:
-                self.memory = PeerMemory(comm.rank, buffers, slot, comm.timeout_s)
+                self.memory, self.largest = PeerMemory(comm.rank, buffers, slot, comm.timeout_s), slot - slot_needed(0)
         return self.memory if self.is_possible else None
 
     def follow(self, device: torch.device) -> None:
@@ -85,6 +86,7 @@ class _Pending:
         shared: _Shared,
         memory: PeerMemory,
         comm: Comm,
+        seal: tuple[Tensor, Tensor] | None,
         reverse: bool,
         transition: Transition,
         state: Tensor,
@@ -95,6 +97,7 @@ class _Pending:
         # What was pushed stays referenced: the kernel that reads it may not have run yet. So does the memory that it
         # was pushed to: an exchange begun meanwhile may have asked for more.
         self._shared, self._memory, self._comm, self._reverse = shared, memory, comm, reverse
+        self._seal = seal
         self._transition, self._state, self._stored = transition, state, stored
         self._initial, self._want_total = initial, want_total
 
@@ -106,9 +109,10 @@ class _Pending:
             own = Summary(self._transition, state)
             initial = torch.zeros_like(state) if initial is None else initial
             line = Line(self._comm, self._reverse)
-            return fold(line, own, initial, memory.collect(state, stored), self._want_total)
+            return fold(line, own, initial, memory.collect(state, stored, self._seal), self._want_total)
         initial = None if initial is None else initial.contiguous()
-        return Carried(*memory.fold(initial, state, stored, reverse=self._reverse, want_total=self._want_total))
+        options = {"reverse": self._reverse, "want_total": self._want_total}
+        return Carried(*memory.fold(initial, state, stored, self._seal, **options))
 
 
 class Peer:
@@ -117,13 +121,14 @@ class Peer:
     name = "peer"
 
     def begin(
-        self, comm: Comm, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool
+        self, messages: Messages, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool
     ) -> PendingExchange:
         """`initial` is zero if None.
 
         Raises:
             ExchangeError: the GPUs cannot reach each other's memory.
         """
+        comm = messages.check()
         state, nbytes = summary.state.contiguous(), summary.nbytes
         device = state.device
         shared = _shared_of(comm, device)
@@ -136,13 +141,14 @@ class Peer:
         if shared.in_use:
             # Begun within another's wait, on every rank alike: one memory holds one exchange at a time.
             initial = torch.zeros_like(state) if initial is None else initial
-            return AllGather().begin(comm, summary, initial, reverse=reverse, want_total=want_total)
+            return AllGather().begin(messages, summary, initial, reverse=reverse, want_total=want_total)
         shared.follow(device)
         shared.in_use = True
         stored = next((part.contiguous() for part in summary.transition.tensors()), None)
-        memory.push(stored, state)
+        seal = messages.seal
+        memory.push(stored, state, None if seal is None else seal[0])
         comm.count(sent=nbytes * (comm.size - 1), received=nbytes * (comm.size - 1))
-        return _Pending(shared, memory, comm, reverse, summary.transition, state, stored, initial, want_total)
+        return _Pending(shared, memory, comm, seal, reverse, summary.transition, state, stored, initial, want_total)
 
     def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         return AllGather().traffic(load, position, nodes, want_total=want_total)

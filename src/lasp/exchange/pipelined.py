@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
 from lasp.exchange.base import Carried, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Constants, Model, defaults
@@ -81,7 +81,7 @@ class Pipelined:
             return f"pipelined in {self.blocks} blocks"
         return "pipelined" if self.constants is None else f"pipelined by constants {self.constants.fingerprint}"
 
-    def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
         load, blocks = Load.of(summary), self.blocks
         if blocks is None:
             blocks = Model(load, comm.nodes, self.constants or defaults(comm.backend)).best_blocks()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary, Transition
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.base import Carried, Exchange, Line, PendingExchange, Traffic
@@ -186,7 +186,7 @@ class Reach:
 
     def begin(
         self,
-        comm: Comm,
+        comm: Messages,
         summary: Summary,
         initial: Tensor,
         *,

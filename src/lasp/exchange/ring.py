@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Comm
+from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
 from lasp.exchange.base import Carried, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
@@ -39,7 +39,7 @@ class Ring:
 
     name = "ring"
 
-    def begin(self, comm: Comm, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
         line = Line(comm, reverse)
         message = None
         if line.position > 0:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.halo.rows import Plan
-from lasp.sequence import SequenceParallel
+from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 
-def extend(x: Tensor, initial: Tensor | None, plan: Plan, sp: SequenceParallel | None) -> tuple[Tensor, Tensor]:
+def extend(x: Tensor, initial: Tensor | None, plan: Plan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:
     """The shard with what stands before it.
 
     Args:
@@ -29,20 +29,20 @@ def extend(x: Tensor, initial: Tensor | None, plan: Plan, sp: SequenceParallel |
         extended [B, w + T, C]: x after the w rows before it, zero where its document has not begun there; and the
         rows of the plan's wish [B, M, C].
     """
-    extended, wish = _Extend.apply(plan, sp, x, initial)
+    extended, wish = _Extend.apply(plan, call, x, initial)
     return extended, wish
 
 
 class _Extend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, sp: SequenceParallel | None, x: Tensor, initial: Tensor | None
+        ctx: Any, plan: Plan, call: SequenceCall | None, x: Tensor, initial: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.sp, ctx.like = plan, sp, (x.shape, None if initial is None else initial.shape)
+        ctx.plan, ctx.call, ctx.like = plan, call, (x.shape, None if initial is None else initial.shape)
         route, batch, channels = plan.route, x.shape[0], x.shape[2]
         wish = x.new_zeros(batch, plan.num_rows, channels)
         pending = _trade(
-            sp,
+            call,
             [(x.index_select(1, tokens), rank) for rank, tokens in route.sends],
             [(x.new_empty(batch, len(positions), channels), rank) for rank, positions in route.receives],
         )
@@ -51,7 +51,8 @@ class _Extend(torch.autograd.Function):
             wish.index_copy_(1, route.state[0], initial.index_select(1, route.state[1]))
         for (_, positions), message in zip(route.receives, pending, strict=True):
             wish.index_copy_(1, positions, message.wait())
-        _settle(sp)
+        _settle(call)
+        save_after(ctx, wish)
         halo = wish[:, route.halo]
         missing = x.new_zeros(batch, plan.width - halo.shape[1], channels)
         return torch.cat((missing, halo, x), 1), wish
@@ -59,12 +60,12 @@ class _Extend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_extended: Tensor, d_wish: Tensor) -> tuple[Any, ...]:
-        plan, route, (shape, initial_shape) = ctx.plan, ctx.plan.route, ctx.like
+        plan, route, (shape, initial_shape), call = ctx.plan, ctx.plan.route, ctx.like, adjoint_of(ctx)
         d_rows = d_wish.clone()
         count = route.halo.stop - route.halo.start
         d_rows[:, route.halo] += d_extended[:, plan.width - count : plan.width]
         d_x = d_extended[:, plan.width :].clone()
-        first = ctx.sp is None or ctx.sp.rank == 0
+        first = call is None or call.rank == 0
         # To the first rank go, after the gradients of its tokens, those of the initial states.
         going = dict(route.receives)
         if not first and len(route.state[0]):
@@ -76,7 +77,7 @@ class _Extend(torch.autograd.Function):
         for rank, rows in route.state_of:
             coming.setdefault(rank, [none, none])[1] = rows
         pending = _trade(
-            ctx.sp,
+            call,
             [(d_rows.index_select(1, going[rank]), rank) for rank in sorted(going)],
             [
                 (d_x.new_empty(shape[0], len(coming[rank][0]) + len(coming[rank][1]), shape[2]), rank)
@@ -93,15 +94,15 @@ class _Extend(torch.autograd.Function):
             d_x.index_add_(1, tokens, gradients[:, : len(tokens)])
             if d_initial is not None:
                 d_initial.index_add_(1, rows, gradients[:, len(tokens) :])
-        _settle(ctx.sp)
+        _settle(call)
         return None, None, d_x, d_initial
 
 
-def _trade(sp: SequenceParallel | None, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> Any:
+def _trade(call: SequenceCall | None, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> Any:
     """Start the messages; without other ranks there are none."""
-    return [] if sp is None or sp.size == 1 else sp.comm.trade(sends, receives)
+    return [] if call is None else call.messages.trade(sends, receives)
 
 
-def _settle(sp: SequenceParallel | None) -> None:
-    if sp is not None:
-        sp.comm.settle()
+def _settle(call: SequenceCall | None) -> None:
+    if call is not None:
+        call.messages.settle()

@@ -12,6 +12,7 @@ from torch import Tensor
 from lasp.halo.exchange import extend
 from lasp.halo.rows import Fix, Layout, plan
 from lasp.sequence import SequenceParallel
+from lasp.sequence.call import SequenceCall
 from lasp.sequence.guard import check_shard, refusing
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
@@ -65,8 +66,8 @@ def short_convolution(
         width = weight.shape[1] - 1
         layout = _layout(x, width, initial_state, output_final_state, cu_seqlens, sp)
     gradients = tuple(t is not None and t.requires_grad for t in (x, weight, bias, initial_state))
-    _agree(sp, "short_convolution", x, layout, gradients, (bias is not None, activation))
-    read = _read(x, layout, initial_state, sp)
+    call = _called(sp, "short_convolution", x, initial_state, layout, gradients, (bias is not None, activation))
+    read = _read(x, layout, initial_state, sp, call)
     with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
         y = _convolve(read.extended, weight, bias)
         if read.fix is not None:
@@ -105,8 +106,8 @@ def token_shift(
             initial_state = initial_state[..., None]
         layout = _layout(x, 1, initial_state, output_final_state, cu_seqlens, sp)
     gradients = tuple(t is not None and t.requires_grad for t in (x, initial_state))
-    _agree(sp, "token_shift", x, layout, gradients, ())
-    read = _read(x, layout, initial_state, sp)
+    call = _called(sp, "token_shift", x, initial_state, layout, gradients, ())
+    read = _read(x, layout, initial_state, sp, call)
     y = read.extended[:, :-1]
     if read.fix is not None:
         y = y.index_copy(1, read.fix.tokens, read.back(1))
@@ -130,14 +131,16 @@ class _Read(NamedTuple):
         return torch.where(self.fix.is_near[tokens][:, None], near, far)
 
 
-def _read(x: Tensor, layout: Layout, initial_state: Tensor | None, sp: SequenceParallel | None) -> _Read:
+def _read(
+    x: Tensor, layout: Layout, initial_state: Tensor | None, sp: SequenceParallel | None, call: SequenceCall | None
+) -> _Read:
     """Exchange rows."""
     states = (x.shape[0] if len(layout.bounds) == 2 else len(layout.bounds) - 1, layout.width)
     initial = None
     if initial_state is not None:  # [B, C, w] -> [B, w, C], packed [N, C, w] -> [1, N * w, C]
         initial = initial_state.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2])
     scheme = plan(layout, 0 if sp is None else sp.rank, x.device)
-    extended, wish = extend(x, initial, scheme, sp)
+    extended, wish = extend(x, initial, scheme, call)
     wish = F.pad(wish, (0, 0, 0, 1))  # and a row of zeros
     final = None
     if scheme.final is not None:
@@ -175,14 +178,23 @@ def _layout(
     return Layout(starts, bounds, width, initial_state is not None, want_final)
 
 
-def _agree(
-    sp: SequenceParallel | None, operator: str, x: Tensor, layout: Layout, gradients: Sequence[bool], options: object
-) -> None:
+def _called(
+    sp: SequenceParallel | None,
+    operator: str,
+    x: Tensor,
+    initial_state: Tensor | None,
+    layout: Layout,
+    gradients: Sequence[bool],
+    options: tuple[object, ...],
+) -> SequenceCall | None:
+    """Tell the other ranks what is about to be computed."""
     if sp is None:
-        return
-    sp.agree(
-        {
-            "operator": operator,
+        return None
+    requires_grad = tuple(gradients) if torch.is_grad_enabled() else None
+    key = (x.shape, x.dtype, layout.width, layout.initial, layout.final, requires_grad, options)
+
+    def fields() -> dict[str, object]:
+        return {
             "batch": x.shape[0],
             "tokens (pass lengths= to SequenceParallel for unequal shards)": (
                 x.shape[1] if sp.lengths is None else "by lengths"
@@ -190,13 +202,13 @@ def _agree(
             "channels": x.shape[2],
             "dtype": str(x.dtype),
             "width": layout.width + 1,
-            "documents": document_digest(layout.bounds),
             "initial_state": layout.initial,
             "output_final_state": layout.final,
-            "requires_grad": tuple(gradients) if torch.is_grad_enabled() else None,
+            "requires_grad": requires_grad,
             "options": options,
         }
-    )
+
+    return sp.call(operator, key, fields, document_digest(layout.bounds), (x, initial_state))
 
 
 def _check_x(x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What every operator does around its scan: refuse, agree with the other ranks, spread grouped heads."""
+"""What every operator does around its scan: refuse, tell the other ranks, spread grouped heads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.sequence import SequenceParallel
+from lasp.sequence.call import SequenceCall
 from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Any)
@@ -61,32 +62,25 @@ def initial_of(x: Any, initial_state: Tensor | None) -> Tensor:
     return x.q.new_zeros(_initial_shape(x), dtype=state_dtype(x.q.dtype))
 
 
-def agree(
+def called(
     sp: SequenceParallel | None, operator: str, x: Any, initial_state: Tensor | None, want_final: bool, **options: Any
-) -> None:
-    """Compare with the other ranks what is about to be computed. A compiled exchange does so itself, when it runs.
+) -> SequenceCall | None:
+    """Tell the other ranks what is about to be computed; what is sent for it is then part of this call.
 
-    Raises:
-        ExchangeError: the ranks differ.
+    None without other ranks, and in a compiled graph, where the exchange does so itself when it runs.
     """
-    if sp is None or torch.compiler.is_compiling():
-        return
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*tensors_of(x), initial_state)
-    )
+    if sp is None or sp.size == 1 or torch.compiler.is_compiling():
+        return None
+    tensors = tensors_of(x)
+    learned = any(tensor is not None and tensor.requires_grad for tensor in (*tensors, initial_state))
+    differentiable = torch.is_grad_enabled() and learned
     gate_dims = None if x.g is None else x.g.dim()
     start = "none" if initial_state is None else f"requires_grad={initial_state.requires_grad}"
-    documents = None if x.documents is None else document_digest(x.documents.cu_seqlens)
     # Looked up in every step; what the ranks compare is written out only when it is new.
-    own = (
-        operator, x.q.shape, x.v.shape, x.q.dtype, gate_dims, x.scale, documents, start, want_final, differentiable,
-        *options.values(),
-    )  # fmt: skip
-    if sp.has_agreed(own):
-        return
-    sp.agree(
-        {
-            "operator": operator,
+    key = (x.q.shape, x.v.shape, x.q.dtype, gate_dims, x.scale, start, want_final, differentiable, *options.values())
+
+    def fields() -> dict[str, object]:
+        return {
             "batch": x.q.shape[0],
             "tokens (pass lengths= to SequenceParallel for unequal shards)": (
                 x.q.shape[1] if sp.lengths is None else "by lengths"
@@ -96,14 +90,14 @@ def agree(
             "dtype": str(x.q.dtype),
             "gate dims": gate_dims,
             "scale": x.scale,
-            "documents": documents,
             "initial_state": start,
             "output_final_state": want_final,
             "gradients": differentiable,
             **options,
-        },
-        own,
-    )
+        }
+
+    documents = None if x.documents is None else document_digest(x.documents.cu_seqlens)
+    return sp.call(operator, key, fields, documents, tensors, replays=True)
 
 
 def ungrouped(stages: Stages, x: _Inputs) -> _Inputs:

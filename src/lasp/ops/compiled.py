@@ -12,7 +12,7 @@ from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
 from lasp.exchange.base import Carried
 from lasp.recurrence.across import of_key
 from lasp.sequence import SequenceParallel
-from lasp.sequence.kept import keep, replayed
+from lasp.sequence.kept import replayed, reserve
 
 _KINDS = {kind.__name__: kind for kind in (Identity, Scalar, Diagonal, Dense)}
 
@@ -33,16 +33,23 @@ def _exchange(
     sp: SequenceParallel = of_key(group)
     carried = None if reverse else replayed()
     if carried is None:
-        sp.agree({"compiled exchange of": kind, "state": tuple(state.shape), "dtype": str(state.dtype)})
+        shape, dtype, way = tuple(state.shape), str(state.dtype), "backward" if reverse else "forward"
+        fields = {"compiled exchange of": kind, "pass": way, "state": shape, "dtype": dtype, "total": want_total}
+        place = _dropped if reverse else reserve()
+        begun = sp.call("recurrence", tuple(fields.values()), lambda: fields)
+        assert begun is not None  # an exchange is compiled only over several ranks
         # The compiler lays tensors out as it likes; messages are contiguous.
         summary = Summary(_KINDS[kind](*(t.contiguous() for t in transition)), state.contiguous())
-        pending = sp.exchange.begin(sp.comm, summary, initial.contiguous(), reverse=reverse, want_total=want_total)
-        carried = pending.wait()
-        if not reverse:
-            keep(carried)
+        options = {"reverse": reverse, "want_total": want_total}
+        carried = sp.exchange.begin(begun.messages, summary, initial.contiguous(), **options).wait()
+        place(carried)
     # New memory: an operator must not give its inputs back, and the compiler may write over what it is given.
     total = state.new_empty(0) if carried.total is None else _copy(carried.total)
     return _copy(carried.entering), total
+
+
+def _dropped(carried: Carried) -> None:
+    """Nothing that a backward pass brings is needed again."""
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.select import select
-from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
+from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs
 from lasp.ops.scan import Plan, not_traced_before, scan
 from lasp.recurrence.contract import Stages
@@ -88,12 +88,12 @@ def _scanned(
     normalize_qk: bool,
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Agree with the other ranks, then scan."""
-    agree(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)
+    """Tell the other ranks, then scan."""
+    call = called(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)
     if normalize_qk:
         x = x._replace(q=_unit(x.q, x.beta.dtype), k=_unit(x.k, x.beta.dtype))
     initial = initial_of(x, initial_state)
-    return scan(Plan(stages, sp, False, output_final_state), ungrouped(stages, x), initial)
+    return scan(Plan(stages, sp, call, False, output_final_state), ungrouped(stages, x), initial)
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:

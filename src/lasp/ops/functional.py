@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.kernels.select import select
-from lasp.ops.call import agree, check_initial, initial_of, packed, scale_of, ungrouped
+from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_gate_values, check_inputs
 from lasp.ops.scan import Plan, not_traced_before, scan, untraced
 from lasp.recurrence.contract import Run, Stages
@@ -91,7 +90,7 @@ def linear_attention(
         run = _fused if documents is None else _untraced_fused
         return run(stages, x, q, initial_state, output_final_state, sp)
     if callable(q):  # not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through
-        x = Run(_called(q, k, v), *x[1:])
+        x = Run(_called(q, k, v, sp), *x[1:])
     return _scanned(stages, x, initial_state, output_final_state, causal, sp)
 
 
@@ -104,13 +103,13 @@ def _fused(
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, Tensor | None]:
     """All at once; `q`, where it is a function, is called while the exchange is under way."""
-    across, started = sp if sp is not None and sp.size > 1 else None, None
-    agree(across, "linear_attention", x, initial_state, output_final_state, causal=True)
+    call, started = called(sp, "linear_attention", x, initial_state, output_final_state, causal=True), None
     if callable(q):
-        if across is not None and not torch.compiler.is_compiling():
-            started = stages.start(x, initial_state, output_final_state, across)
-        x = x._replace(q=_called(q, x.k, x.v))
-    result: tuple[Tensor, Tensor | None] = stages.fused(x, initial_state, output_final_state, across, started)
+        if call is not None:
+            started = stages.start(x, initial_state, output_final_state, call)
+        x = x._replace(q=_called(q, x.k, x.v, sp))
+    key = None if sp is None or sp.size == 1 else sp.key
+    result: tuple[Tensor, Tensor | None] = stages.fused(x, initial_state, output_final_state, call, started, key)
     return result
 
 
@@ -127,16 +126,17 @@ def _scanned(
     causal: bool,
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Agree with the other ranks, then scan."""
-    agree(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
-    plan = Plan(stages, sp, not causal, output_final_state)
+    """Tell the other ranks, then scan."""
+    call = called(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
+    plan = Plan(stages, sp, call, not causal, output_final_state)
     return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))
 
 
-def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor) -> Tensor:
+def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor, sp: SequenceParallel | None) -> Tensor:
     """What `q` gives, checked."""
     queries = q()
-    check_inputs(queries, k, v)
+    with refusing(sp):
+        check_inputs(queries, k, v)
     return queries
 
 

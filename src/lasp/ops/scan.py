@@ -28,6 +28,7 @@ from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.crossing import Packed, zero_finals
 from lasp.recurrence.documents import Documents
 from lasp.sequence import SequenceParallel
+from lasp.sequence.call import SequenceCall
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -38,12 +39,14 @@ class Plan(NamedTuple):
     Attributes:
         stages: the backend's stages.
         sp: the ranks that share the sequence, or None.
+        call: what they were told of; None without others, and in compiled graphs, whose exchanges tell them.
         whole: outputs see the state after all tokens instead of the past (`causal=False`).
         want_final: the final state is an output.
     """
 
     stages: Stages
     sp: SequenceParallel | None
+    call: SequenceCall | None
     whole: bool
     want_final: bool
 
@@ -85,18 +88,23 @@ def _rebuilt(kind: Callable[..., Any], scale: float, documents: Documents | None
     return kind(*tensors, scale, documents)
 
 
-def _begin(plan: Plan, x: Any, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> Any:
-    """Begin the exchange: a `lasp.exchange.base.PendingExchange`."""
+def _begin(
+    plan: Plan,
+    call: SequenceCall | None,
+    x: Any,
+    summary: Summary,
+    initial: Tensor,
+    *,
+    reverse: bool,
+    want_total: bool,
+) -> Any:
+    """Begin the exchange of one pass: a `lasp.exchange.base.PendingExchange`."""
     sp, want_total = plan.sp, want_total or plan.whole
     if sp is None or sp.size == 1:
         return Local().begin(None, summary, initial, reverse=reverse, want_total=want_total)
-    if torch.compiler.is_compiling():
+    if call is None:
         return Ready(exchange(sp, summary, initial, reverse=reverse, want_total=want_total))
-    return sp.begin(x, summary, initial, reverse=reverse, want_total=want_total)
-
-
-def _packed(documents: Documents, sp: SequenceParallel | None) -> Packed:
-    return Packed(documents, sp if sp is not None and sp.size > 1 else None)
+    return call.begin(x, summary, initial, reverse=reverse, want_total=want_total)
 
 
 def _from_zero(summary: Summary) -> tuple[Summary, Tensor]:
@@ -125,12 +133,12 @@ class _Scan(torch.autograd.Function):
         initial: Tensor,
         *inputs: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        x, stages = run(inputs), plan.stages
-        packed = None if x.documents is None else _packed(x.documents, plan.sp)
+        x, stages, call = run(inputs), plan.stages, plan.call
+        packed = None if x.documents is None else Packed(x.documents, call)
         summary, totals = stages.summarize(x)
         border, before = (summary, initial) if packed is None else _from_zero(packed.leaving(summary, initial))
         want_total = plan.want_final and packed is None
-        exchanging = _begin(plan, x, border, before, reverse=False, want_total=want_total)
+        exchanging = _begin(plan, call, x, border, before, reverse=False, want_total=want_total)
         partial_outputs = stages.local_outputs(x, totals)
         carried = exchanging.wait()
         entering = carried.total if plan.whole else carried.entering
@@ -142,7 +150,7 @@ class _Scan(torch.autograd.Function):
             final = packed.final(summary.apply(entering), initial)
         # Every tensor through save_for_backward, so that saved-tensor hooks (offloading, recomputation) see them.
         tensors, ctx.structure = tree_flatten((inputs, saved))
-        ctx.plan, ctx.run, ctx.packed = plan, run, packed
+        ctx.plan, ctx.run = plan, run
         ctx.save_for_backward(*tensors)
         return o, final if plan.want_final else None
 
@@ -150,19 +158,21 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     @_exactly
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor | None) -> tuple[Any, ...]:
-        plan, stages, sp, packed = ctx.plan, ctx.plan.stages, ctx.plan.sp, ctx.packed
+        plan, stages, sp = ctx.plan, ctx.plan.stages, ctx.plan.sp
+        # First of all, because this may recompute a region, with calls of its own.
         inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
-        x = ctx.run(inputs)
+        x, call = ctx.run(inputs), None if plan.call is None else plan.call.adjoint()
+        packed = None if x.documents is None else Packed(x.documents, call)
         summary, totals = stages.summarize_adjoint(x, saved, d_o)
         d_final = zero_finals(x, summary) if d_final is None else d_final.to(summary.state.dtype)
         # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.
         if plan.want_final and sp is not None:
-            d_final = sp.comm.sum(d_final)
+            d_final = sp.comm.sum(d_final) if call is None else call.sum(d_final)
         border, before = (summary, d_final) if packed is None else _from_zero(packed.leaving_adjoint(summary, d_final))
-        exchanging = _begin(plan, x, border, before, reverse=True, want_total=False)
+        exchanging = _begin(plan, call, x, border, before, reverse=True, want_total=False)
         local = stages.local_gradients(x, saved, totals, d_o)
         carried = exchanging.wait()
-        d_leaving = carried.total if plan.whole else carried.entering
+        d_leaving: Any = carried.total if plan.whole else carried.entering
         d_leaving = d_leaving if packed is None else packed.entering_adjoint(d_leaving, d_final)
         d_inputs = stages.gradients(x, saved, totals, local, d_o, d_leaving)
         d_initial = None

@@ -19,16 +19,13 @@ class Pending(Protocol):
 
 
 class Across(Protocol):
-    """The ranks; `lasp.SequenceParallel` is one."""
-
-    key: int
-    """Of this object in this process: operators of torch.library take numbers, not objects."""
+    """The ranks in one pass over them, forward or backward: `lasp.sequence.call.SequenceCall`."""
 
     @property
     def rank(self) -> int: ...
 
-    def agree(self, description: dict[str, object]) -> None:
-        """Raise the same error on every rank unless all describe the same."""
+    def adjoint(self) -> Across:
+        """The ranks in the pass that takes this one's gradients, which is told to them."""
 
     def begin(
         self, x: Any, summary: Summary, initial: Tensor | None, *, reverse: bool = False, want_total: bool = False

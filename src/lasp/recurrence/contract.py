@@ -19,7 +19,7 @@ summaries. Tensors marked opaque are the backend's own (tuples of tensors or Non
 
 A backend may also have
 
-    fused(x, initial, want_final, across, started) -> o, final states or None
+    fused(x, initial, want_final, across, started, key) -> o, final states or None
         All stages at once, differentiable, for less of the host's time and as one operator of a compiled graph; initial
         is None for zero, across (`lasp.recurrence.across`) None on one device. With packed documents, which it need
         take outside compiled graphs only, initial and final states are those of every document of the whole sequence

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
+from lasp.distributed.call import Call
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.auto import Auto
 from lasp.exchange.base import Carried, Exchange, PendingExchange
@@ -15,7 +17,7 @@ from lasp.exchange.local import Ready
 from lasp.exchange.peer import Peer
 from lasp.exchange.reach import Reach, forgets_constant
 from lasp.sequence.beside import Beside
-from lasp.sequence.kept import keep, replayed
+from lasp.sequence.kept import replayed, reserve
 
 if TYPE_CHECKING:
     from lasp.sequence.sequence_parallel import SequenceParallel
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 class Carrying:
     """An exchange under way; `wait` gives what it carried."""
 
-    def __init__(self, pending: PendingExchange, beside: Beside | None, forward: bool) -> None:
-        self._pending, self._beside, self._forward = pending, beside, forward
+    def __init__(self, pending: PendingExchange, beside: Beside | None, keep: Callable[[Carried], None]) -> None:
+        self._pending, self._beside, self._keep = pending, beside, keep
 
     def wait(self) -> Carried:
         beside = self._beside
@@ -36,33 +38,44 @@ class Carrying:
                 carried = self._pending.wait()
             beside.hand_over(carried.entering)
             beside.hand_over(carried.total)
-        if self._forward:
-            keep(carried)
+        self._keep(carried)
         return carried
 
 
 def carry(
-    sp: SequenceParallel, x: Any, summary: Summary, initial: Tensor | None, reverse: bool, want_total: bool
+    sp: SequenceParallel,
+    call: Call | None,
+    x: Any,
+    summary: Summary,
+    initial: Tensor | None,
+    reverse: bool,
+    want_total: bool,
 ) -> PendingExchange:
-    """Begin an exchange; see `Across.begin`.
+    """Begin an exchange; see `Across.begin`. call: whose messages are sent; None in a recomputation.
 
     `AllGather` and `Peer` compute nothing before they are waited for, so they need no stream besides that of what they
     send with.
     """
     if not reverse and (carried := replayed()) is not None:
         return Ready(carried)
+    assert call is not None
+    keep = _dropped if reverse else reserve()
     schedule = _schedule(sp, summary, want_total)
     options = {"reverse": reverse, "want_total": want_total}
     if isinstance(schedule, Peer):
-        return Carrying(schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
+        return Carrying(schedule.begin(call, summary, initial, **options), None, keep)
     initial = torch.zeros_like(summary.state) if initial is None else initial
     if isinstance(schedule, AllGather):
-        return Carrying(schedule.begin(sp.comm, summary, initial, **options), None, not reverse)
+        return Carrying(schedule.begin(call, summary, initial, **options), None, keep)
     beside = Beside(initial.device, sp.comm)
     with beside.begun():
         known = {"known": known_to_forget(sp, x, initial)} if isinstance(schedule, Reach) else {}
-        pending = schedule.begin(sp.comm, summary, initial, **options, **known)
-    return Carrying(pending, beside, not reverse)
+        pending = schedule.begin(call, summary, initial, **options, **known)
+    return Carrying(pending, beside, keep)
+
+
+def _dropped(carried: Carried) -> None:
+    """Nothing that a backward pass brings is needed again."""
 
 
 def _schedule(sp: SequenceParallel, summary: Summary, want_total: bool) -> Exchange:

@@ -10,12 +10,16 @@ from lasp.sequence.sequence_parallel import SequenceParallel
 
 @contextmanager
 def refusing(sp: SequenceParallel | None) -> Iterator[None]:
-    """Tell the other ranks of a ValueError raised inside, so that they do not wait for this one."""
+    """Tell the other ranks of a ValueError raised inside, so that they do not wait for this one.
+
+    Raises:
+        ExchangeError: instead of the ValueError where there are other ranks: the same as theirs.
+    """
     try:
         yield
     except ValueError as error:
-        if isinstance(sp, SequenceParallel):
-            sp.report_error(error)
+        if isinstance(sp, SequenceParallel) and sp.size > 1:
+            raise sp.failed(error) from error
         raise
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from importlib.util import find_spec
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lasp.algebra import Summary
+from lasp.distributed.call import Call
 from lasp.distributed.comm import Comm, Counters
-from lasp.exchange import Exchange, PendingExchange, resolve
+from lasp.distributed.record import Description, ExchangeError, Step, digest_of, source_of
+from lasp.distributed.sealed import Sealing, Stamps, TorchStamps
+from lasp.exchange import Exchange, resolve
 from lasp.recurrence.across import register
-from lasp.sequence.carry import carry
+from lasp.sequence.call import SequenceCall
+from lasp.sequence.kept import is_replaying
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
-_MAX_AGREED = 1024
+_MAX_DESCRIBED = 1024
+# The attribute of a shard that says which tensor it is of.
+_SOURCE = "_lasp_source"
 
 
 class SequenceParallel:
@@ -48,9 +54,11 @@ class SequenceParallel:
     ) -> None:
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
+        if comm.backend == "nccl" and comm.size > 1:
+            comm.sealing = Sealing(torch.device("cuda", torch.cuda.current_device()), _stamps())
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
-        self._agreed: set[Hashable] = set()
+        self._described: dict[Hashable, Description] = {}
         self.choices: dict[Hashable, Exchange] = {}
         """Schedules that "auto" has chosen, by what they carry; all ranks carry the same."""
         self.key = register(self)
@@ -58,20 +66,62 @@ class SequenceParallel:
     def with_lengths(self, lengths: Sequence[int] | None) -> SequenceParallel:
         """The same ranks and groups, with other shard lengths. Not collective."""
         other = object.__new__(SequenceParallel)
-        other.comm, other.exchange, other.choices, other._agreed = self.comm, self.exchange, self.choices, set()
+        other.comm, other.exchange, other.choices, other._described = self.comm, self.exchange, self.choices, {}
         other.lengths = _checked_lengths(lengths, self.size)
         other.key = register(other)
         return other
 
-    def begin(
-        self, x: Any, summary: Summary, initial: Tensor | None, *, reverse: bool = False, want_total: bool = False
-    ) -> PendingExchange:
-        """Start to carry the state over the ranks; see `lasp.recurrence.across.Across`."""
-        return carry(self, x, summary, initial, reverse, want_total)
+    def begin_step(self, number: int, data: object = None) -> None:
+        """Say which step of the program follows. Ranks that are at different ones raise at their next call.
+
+        Nothing is sent here: what the ranks exchange from now on belongs to this step.
+
+        Args:
+            number: of the step, from 0.
+            data: what stands for its data, such as a position or a digest, the same on every rank; any repr will do.
+        """
+        digest = -1 if data is None else int.from_bytes(digest_of(repr(data))[:7], "little")
+        self.comm.step = Step(number, digest)
+
+    def call(
+        self,
+        operator: str,
+        key: Hashable,
+        fields: Callable[[], Mapping[str, object]],
+        documents: str | None = None,
+        inputs: Sequence[Tensor | None] = (),
+        *,
+        replays: bool = False,
+    ) -> SequenceCall | None:
+        """Begin an operator's forward pass: the other ranks are told which it is, and what is sent is part of it.
+
+        Args:
+            key: what stands for `fields` on this rank.
+            fields: gives what must be the same on all ranks besides the documents, to be called when the key is new.
+            documents: what stands for the packed documents (`lasp.sequence.shards.document_digest`).
+            inputs: the tensors given; shards that `shard` made are compared by the tensors that they are of.
+            replays: a recomputation takes what the operator's exchanges brought from what was kept, and tells nobody.
+
+        Returns:
+            None where there are no other ranks.
+        """
+        if self.size == 1:
+            return None
+        if replays and is_replaying():
+            return SequenceCall(self, None, is_forward=True)
+        description = self._written(operator, key, fields)
+        sources = [getattr(tensor, _SOURCE, 0) for tensor in inputs]
+        return SequenceCall(self, self.comm.call(description, documents, sources=sources), is_forward=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, added in their order."""
-        return self.comm.sum(tensor)
+        """Over the ranks, added in their order. All of them must call, with tensors of one shape and dtype."""
+        return tensor if self.size == 1 else self._alone("sum", tensor).sum(tensor)
+
+    def _alone(self, operator: str, tensor: Tensor, **fields: object) -> Call:
+        """The call of a single message."""
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype)
+        key = (shape, dtype, *fields.values())
+        return self.comm.call(self._written(operator, key, lambda: {"shape": shape, "dtype": dtype, **fields}))
 
     @property
     def rank(self) -> int:
@@ -98,6 +148,9 @@ class SequenceParallel:
     def shard(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a global tensor along `dim`: `lengths`, or equal parts.
 
+        The tensor must be the same on every rank. Over gloo an operator that is given parts of different ones raises
+        `ExchangeError` on all ranks.
+
         Raises:
             ValueError: the dim does not divide into equal parts, or is not as long as `lengths` says.
         """
@@ -108,39 +161,57 @@ class SequenceParallel:
                     f"{total} tokens do not divide into {self.size} equal shards; pass lengths= to "
                     f"SequenceParallel, for example {balanced_lengths(total, self.size)}"
                 )
-            return tensor.narrow(dim, self.rank * (total // self.size), total // self.size)
+            each = total // self.size
+            return self._marked(tensor, tensor.narrow(dim, self.rank * each, each))
         if total != sum(self.lengths):
             raise ValueError(f"the tensor has {total} tokens but lengths sum to {sum(self.lengths)}")
-        return tensor.narrow(dim, self.offset(0), self.lengths[self.rank])
+        return self._marked(tensor, tensor.narrow(dim, self.offset(0), self.lengths[self.rank]))
+
+    def _marked(self, whole: Tensor, part: Tensor) -> Tensor:
+        """`part`, by which an operator that is given it knows which tensor it is of. On a GPU that other ranks are
+        reached from without the host nothing is read."""
+        if torch.compiler.is_compiling() or self.size == 1 or self.comm.backend != "gloo":
+            return part
+        if type(whole) in (Tensor, torch.nn.Parameter) and whole.device.type in ("cpu", "cuda"):
+            setattr(part, _SOURCE, source_of(whole))
+        return part
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """`tensor` of group rank `source` on every rank; elsewhere it gives the shape, dtype and device."""
-        return self.comm.broadcast(tensor, source)
+        return tensor if self.size == 1 else self._alone("broadcast", tensor, source=source).broadcast(tensor, source)
 
-    def has_agreed(self, key: Hashable) -> bool:
-        """Whether the ranks have agreed on what this rank described under this key."""
-        return self.size == 1 or key in self._agreed
+    def _written(self, operator: str, key: Hashable, fields: Callable[[], Mapping[str, object]]) -> Description:
+        """What the ranks compare of an operator's call, written out once for every key.
 
-    def agree(self, description: Mapping[str, object], key: Hashable = None) -> None:
-        """Compare, once for every new description, what the ranks are about to do; see `Comm.agree`.
-
-        key: what stands for the description on this rank, the description itself by default.
+        fields: gives what must be the same on every rank, besides the schedule and the shards' lengths.
         """
-        key = tuple(description.values()) if key is None else key
-        if not self.has_agreed(key):
-            self.comm.agree({**description, "exchange": self.exchange.name, "lengths": self.lengths})
-            # Bounded: documents change every step. All ranks describe the same, so all forget at the same call.
-            if len(self._agreed) >= _MAX_AGREED:
-                self._agreed.clear()
-            self._agreed.add(key)
+        description = self._described.get((operator, key))
+        if description is None:
+            if len(self._described) >= _MAX_DESCRIBED:
+                self._described.clear()
+            whole = {**fields(), "exchange": self.exchange.name, "lengths": self.lengths}
+            description = self._described[operator, key] = Description(operator, whole)
+        return description
 
-    def report_error(self, error: Exception) -> None:
-        """Tell the other ranks of invalid input, if they are known to be waiting to agree on a first plan."""
-        if self.size > 1 and not self._agreed:
-            self.comm.agree({"error": str(error)})
+    def failed(self, error: Exception) -> ExchangeError:
+        """Tell the other ranks of invalid input, without waiting for them; what to raise here.
+
+        They raise the same, at the call for which they wait or at their next.
+        """
+        return self.comm.failed(str(error))
 
     def __repr__(self) -> str:
         return f"SequenceParallel(rank {self.rank} of {self.size}, exchange={self.exchange.name})"
+
+
+def _stamps() -> Stamps:
+    """Kernels where Triton is installed, else PyTorch's operations, some ten times as many."""
+    if find_spec("triton") is None:
+        return TorchStamps()
+    from lasp.kernels.triton.messages.stamps import TritonStamps
+
+    stamps: Stamps = TritonStamps()
+    return stamps
 
 
 def balanced_lengths(tokens: int, size: int) -> tuple[int, ...]:

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.distributed.comm import Comm
-from lasp.sequence import SequenceParallel
+from lasp.distributed.call import Call
+from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 Shape = tuple[int, ...]
 
 
-def _all_to_all(comm: Comm, parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
+def _all_to_all(
+    messages: Call, parts: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Shape]]
+) -> list[list[Tensor]]:
     """The tensors `parts[r]` go to rank r as one message; what comes from rank r has `shapes[r]`."""
     flat = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in parts]
     sizes = [[math.prod(shape) for shape in wanted] for wanted in shapes]
-    received = comm.all_to_all(flat, [sum(size) for size in sizes]).wait()
+    received = messages.all_to_all(flat, [sum(size) for size in sizes]).wait()
     return [
         [piece.view(shape) for piece, shape in zip(message.split(size), wanted, strict=True)]
         for message, size, wanted in zip(received, sizes, shapes, strict=True)
@@ -41,32 +43,34 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def gather(
-    k: Tensor, v: Tensor, sp: SequenceParallel | None, starts: tuple[int, ...], *, all_ranks: bool
+    k: Tensor, v: Tensor, call: SequenceCall | None, starts: tuple[int, ...], *, all_ranks: bool
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of all ranks, or of those up to this one: [B, S, H_kv, D] and [B, S, H_kv, D_v].
 
     starts: first token of every rank, and the total. all_ranks: also of later ranks, the same on every rank.
     """
-    if sp is None or sp.size == 1 or starts[-1] == 0:
+    if call is None or starts[-1] == 0:
         return k, v
-    gathered: tuple[Tensor, Tensor] = _Gather.apply(sp.comm, starts, all_ranks, k, v)
+    gathered: tuple[Tensor, Tensor] = _Gather.apply(call, starts, all_ranks, k, v)
     return gathered
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, comm: Comm, starts: tuple[int, ...], all_ranks: bool, k: Tensor, v: Tensor
+        ctx: Any, call: SequenceCall, starts: tuple[int, ...], all_ranks: bool, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.comm, ctx.starts, ctx.all_ranks, ctx.shapes = comm, starts, all_ranks, (k.shape, v.shape)
+        ctx.call, ctx.starts, ctx.all_ranks, ctx.shapes = call, starts, all_ranks, (k.shape, v.shape)
+        messages = call.messages
         lengths = [end - start for start, end in pairwise(starts)]
         own = torch.cat((k.reshape(-1), v.reshape(-1)))
         row_k, row_v = (t.shape[0] * t.shape[2] * t.shape[3] for t in (k, v))
         # Collectives want equal parts: shorter shards are filled up.
         message = own.new_zeros(max(lengths) * (row_k + row_v))
         message[: own.numel()] = own
-        gathered = comm.all_gather(message).wait()
-        ranks = range(comm.size if all_ranks else comm.rank + 1)
+        gathered = messages.all_gather(message).wait()
+        save_after(ctx, own)
+        ranks = range(messages.size if all_ranks else messages.rank + 1)
         keys = [_view(gathered[r, : lengths[r] * row_k], k, lengths[r]) for r in ranks]
         values = [_view(gathered[r, lengths[r] * row_k : lengths[r] * (row_k + row_v)], v, lengths[r]) for r in ranks]
         return torch.cat(keys, 1), torch.cat(values, 1)
@@ -75,14 +79,14 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
         """Each rank's share of every gradient goes to the tokens' rank; no rank sees keys of later ones."""
-        comm, starts = ctx.comm, ctx.starts
+        messages, starts = adjoint_of(ctx, "backward of keys and values").messages, ctx.starts
         parts, shapes = [], []
         for rank, (start, end) in enumerate(pairwise(starts)):
             parts.append((d_k[:, start:end], d_v[:, start:end]))
-            used = ctx.all_ranks or rank >= comm.rank
+            used = ctx.all_ranks or rank >= messages.rank
             shapes.append(ctx.shapes if used else [(0,), (0,)])
-        received = _all_to_all(comm, parts, shapes)
-        users = received if ctx.all_ranks else received[comm.rank :]
+        received = _all_to_all(messages, parts, shapes)
+        users = received if ctx.all_ranks else received[messages.rank :]
         return None, None, None, _sum([part[0] for part in users]), _sum([part[1] for part in users])
 
 
@@ -110,42 +114,43 @@ def heads_of(size: int, heads: int, key_heads: int) -> Heads:
 
 
 def to_heads(
-    tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], comm: Comm, starts: tuple[int, ...]
+    tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], call: SequenceCall, starts: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
     """[B, T, all heads, D] -> [B, S, this rank's heads, D], for each tensor with the heads of every rank."""
-    moved: tuple[Tensor, ...] = _ToHeads.apply(comm, starts, tuple(ranges), *tensors)
+    moved: tuple[Tensor, ...] = _ToHeads.apply(call, starts, tuple(ranges), *tensors)
     return moved
 
 
-def to_tokens(o: Tensor, of: Sequence[tuple[int, int]], comm: Comm, starts: tuple[int, ...]) -> Tensor:
+def to_tokens(o: Tensor, of: Sequence[tuple[int, int]], call: SequenceCall, starts: tuple[int, ...]) -> Tensor:
     """o [B, S, h, D_v], all tokens of this rank's heads -> [B, T, H, D_v], all heads of this rank's tokens."""
-    tokens: Tensor = _ToTokens.apply(comm, starts, of, o)
+    tokens: Tensor = _ToTokens.apply(call, starts, of, o)
     return tokens
 
 
-def _tokens_to_heads(comm: Comm, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+def _tokens_to_heads(messages: Call, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
     """[B, T, all heads, D] -> [B, S, own heads, D] for each tensor with its ranges of heads."""
-    parts = [[t[:, :, slice(*of[rank])] for t, of in zip(tensors, ranges, strict=True)] for rank in range(comm.size)]
-    own = [of[comm.rank][1] - of[comm.rank][0] for of in ranges]
+    ranks = range(messages.size)
+    parts = [[t[:, :, slice(*of[rank])] for t, of in zip(tensors, ranges, strict=True)] for rank in ranks]
+    own = [of[messages.rank][1] - of[messages.rank][0] for of in ranges]
     shapes = [
         [(t.shape[0], end - start, count, t.shape[3]) for t, count in zip(tensors, own, strict=True)]
         for start, end in pairwise(starts)
     ]
-    received = _all_to_all(comm, parts, shapes)
+    received = _all_to_all(messages, parts, shapes)
     return tuple(torch.cat(pieces, 1) for pieces in zip(*received, strict=True))
 
 
 def _heads_to_tokens(
-    comm: Comm, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor], heads: Sequence[int]
+    messages: Call, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor], heads: Sequence[int]
 ) -> Any:
     """[B, S, own heads, D] -> [B, T, all heads, D]; where several ranks have the same head, their sum."""
     parts = [[t[:, start:end] for t in tensors] for start, end in pairwise(starts)]
-    tokens = starts[comm.rank + 1] - starts[comm.rank]
+    tokens = starts[messages.rank + 1] - starts[messages.rank]
     shapes = [
         [(t.shape[0], tokens, of[rank][1] - of[rank][0], t.shape[3]) for t, of in zip(tensors, ranges, strict=True)]
-        for rank in range(comm.size)
+        for rank in range(messages.size)
     ]
-    received = _all_to_all(comm, parts, shapes)
+    received = _all_to_all(messages, parts, shapes)
     results = []
     for index, (of, count) in enumerate(zip(ranges, heads, strict=True)):
         if all(left[1] == right[0] for left, right in pairwise(of)):
@@ -161,45 +166,52 @@ def _heads_to_tokens(
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, comm: Comm, starts: tuple[int, ...], ranges: Any, *tensors: Tensor) -> Any:
-        ctx.comm, ctx.starts, ctx.ranges, ctx.heads = comm, starts, ranges, [t.shape[2] for t in tensors]
-        return _tokens_to_heads(comm, starts, ranges, tensors)
+    def forward(ctx: Any, call: SequenceCall, starts: tuple[int, ...], ranges: Any, *tensors: Tensor) -> Any:
+        ctx.call, ctx.starts, ctx.ranges, ctx.heads = call, starts, ranges, [t.shape[2] for t in tensors]
+        moved = _tokens_to_heads(call.messages, starts, ranges, tensors)
+        save_after(ctx, moved[0])
+        return moved
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_heads_to_tokens(ctx.comm, ctx.starts, ctx.ranges, gradients, ctx.heads)
+        messages = adjoint_of(ctx, "backward of tokens to heads").messages
+        return None, None, None, *_heads_to_tokens(messages, ctx.starts, ctx.ranges, gradients, ctx.heads)
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, comm: Comm, starts: tuple[int, ...], of: Any, o: Tensor) -> Tensor:
-        ctx.comm, ctx.starts, ctx.of = comm, starts, of
-        (tokens,) = _heads_to_tokens(comm, starts, [of], [o], [of[-1][1]])
+    def forward(ctx: Any, call: SequenceCall, starts: tuple[int, ...], of: Any, o: Tensor) -> Tensor:
+        ctx.call, ctx.starts, ctx.of = call, starts, of
+        (tokens,) = _heads_to_tokens(call.messages, starts, [of], [o], [of[-1][1]])
+        save_after(ctx, tokens)
         return tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_tokens_to_heads(ctx.comm, ctx.starts, [ctx.of], [d_o])
+        messages = adjoint_of(ctx, "backward of heads to tokens").messages
+        return None, None, None, *_tokens_to_heads(messages, ctx.starts, [ctx.of], [d_o])
 
 
-def replicated(tensor: Tensor, sp: SequenceParallel | None) -> Tensor:
+def replicated(tensor: Tensor, call: SequenceCall | None) -> Tensor:
     """`tensor`, the same on every rank; its gradient is whole on the first rank and zero on the others."""
-    if sp is None or sp.size == 1:
+    if call is None:
         return tensor
-    same: Tensor = _Replicated.apply(sp.comm, tensor)
+    same: Tensor = _Replicated.apply(call, tensor)
     return same
 
 
 class _Replicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, comm: Comm, tensor: Tensor) -> Tensor:
-        ctx.comm = comm
+    def forward(ctx: Any, call: SequenceCall, tensor: Tensor) -> Tensor:
+        ctx.call = call
+        save_after(ctx, tensor)
         return tensor.view_as(tensor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        total = ctx.comm.sum(gradient)
-        return None, total if ctx.comm.rank == 0 else torch.zeros_like(total)
+        call = adjoint_of(ctx, "backward of the initial state")
+        total = call.sum(gradient)
+        return None, total if call.rank == 0 else torch.zeros_like(total)

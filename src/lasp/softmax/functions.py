@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.sequence import SequenceParallel
+from lasp.sequence.call import SequenceCall
 from lasp.sequence.guard import check_shard, refusing
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 from lasp.softmax.blocks import blocks_of, keys_of
@@ -83,10 +84,10 @@ def softmax_attention(
         before = _rows_before(initial_state, initial_cu_seqlens, None if cu_seqlens is None else len(bounds) - 1)
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     options = (causal, scale, method, backend, output_final_state)
-    _agree(sp, q, k, v, bounds, before, initial_state, options)
+    call = _called(sp, q, k, v, bounds, before, initial_state, options)
     problem = _Problem(causal, scale, method, backend, output_final_state, starts, bounds, before)
     with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
-        return _across_ranks(q, k, v, initial_state, sp, problem)
+        return _across_ranks(q, k, v, initial_state, call, problem)
 
 
 class _Problem(NamedTuple):
@@ -106,29 +107,29 @@ class _Problem(NamedTuple):
 
 
 def _across_ranks(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, sp: SequenceParallel | None, problem: _Problem
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, call: SequenceCall | None, problem: _Problem
 ) -> tuple[Tensor, Tensor | None]:
     causal, scale, method, backend, output_final_state, starts, bounds, before = problem
-    rank = 0 if sp is None else sp.rank
-    state = None if initial_state is None else replicated(initial_state, sp)
-    if method == "ulysses" and sp is not None and sp.size > 1 and starts[-1] > 0:
-        of = heads_of(sp.size, q.shape[2], k.shape[2])
+    rank = 0 if call is None else call.rank
+    state = None if initial_state is None else replicated(initial_state, call)
+    if method == "ulysses" and call is not None and starts[-1] > 0:
+        of = heads_of(call.sp.size, q.shape[2], k.shape[2])
         blocks = blocks_of(bounds, before, 0, starts[-1], causal)
         if output_final_state:
             # The state takes all heads to all ranks; and o must depend on that exchange, because its backward pass
             # needs every rank, also those that make no use of the state.
-            k_all, v_all = _after(state, *gather(k, v, sp, starts, all_ranks=True), problem)
+            k_all, v_all = _after(state, *gather(k, v, call, starts, all_ranks=True), problem)
             final_state = torch.cat((k_all, v_all), -1)
-            (q_all,) = to_heads((q,), (of.queries,), sp.comm, starts)
+            (q_all,) = to_heads((q,), (of.queries,), call, starts)
             k_all, v_all = (t[:, :, slice(*of.keys[rank])] for t in (k_all, v_all))
         else:
             final_state = None
-            q_all, k_all, v_all = to_heads((q, k, v), (of.queries, of.keys, of.keys), sp.comm, starts)
+            q_all, k_all, v_all = to_heads((q, k, v), (of.queries, of.keys, of.keys), call, starts)
             k_all, v_all = _after(None if state is None else state[:, :, slice(*of.keys[rank])], k_all, v_all, problem)
         k_all, v_all = (_key_heads(t, of.queries[rank], q.shape[2] // k.shape[2]) for t in (k_all, v_all))
         o = attend(q_all, k_all, v_all, blocks, causal=causal, scale=scale, backend=backend)
-        return to_tokens(o, of.queries, sp.comm, starts), final_state
-    k_all, v_all = gather(k, v, sp, starts, all_ranks=output_final_state or not causal)
+        return to_tokens(o, of.queries, call, starts), final_state
+    k_all, v_all = gather(k, v, call, starts, all_ranks=output_final_state or not causal)
     k_all, v_all = _after(state, k_all, v_all, problem)
     final_state = torch.cat((k_all, v_all), -1) if output_final_state else None
     blocks = blocks_of(bounds, before, starts[rank], starts[rank + 1], causal)
@@ -221,7 +222,7 @@ def _rows_before(
     return before
 
 
-def _agree(
+def _called(
     sp: SequenceParallel | None,
     q: Tensor,
     k: Tensor,
@@ -230,13 +231,17 @@ def _agree(
     before: tuple[int, ...],
     initial_state: Tensor | None,
     options: tuple[object, ...],
-) -> None:
+) -> SequenceCall | None:
+    """Tell the other ranks what is about to be computed."""
     if sp is None:
-        return
+        return None
     gradients = tuple(t is not None and t.requires_grad for t in (q, k, v, initial_state))
-    sp.agree(
-        {
-            "operator": "softmax_attention",
+    requires_grad = gradients if torch.is_grad_enabled() else None
+    rows = None if initial_state is None else document_digest(before)
+    key = (q.shape, k.shape, v.shape, q.dtype, rows, options, requires_grad)
+
+    def fields() -> dict[str, object]:
+        return {
             "batch": q.shape[0],
             "tokens (pass lengths= to SequenceParallel for unequal shards)": (
                 q.shape[1] if sp.lengths is None else "by lengths"
@@ -244,9 +249,9 @@ def _agree(
             "heads of q and k": (q.shape[2], k.shape[2]),
             "D and D_v": (q.shape[3], v.shape[3]),
             "dtype": str(q.dtype),
-            "documents": document_digest(bounds),
-            "rows of initial_state": None if initial_state is None else document_digest(before),
+            "rows of initial_state": rows,
             "causal, scale, method, backend, output_final_state": options,
-            "requires_grad": gradients if torch.is_grad_enabled() else None,
+            "requires_grad": requires_grad,
         }
-    )
+
+    return sp.call("softmax_attention", key, fields, document_digest(bounds), (q, k, v, initial_state))

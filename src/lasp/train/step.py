@@ -141,13 +141,11 @@ class Stepper:
         return self.sequences.steps_carried(number, self.config.global_batch)
 
     def _batch(self, number: int, part: int) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
-        batch = self.sequences.batch(
-            number,
-            self.config.global_batch,
-            self.world.shard,
-            part=part,
-            num_parts=self.config.accumulation,
-        )
+        shard, rows, parts = self.world.shard, self.config.global_batch, self.config.accumulation
+        if self.model.sp is not None:  # ranks that read something else raise at their first exchange
+            numbers = self.sequences.numbers(number, rows, shard, part=part, num_parts=parts)
+            self.model.sp.begin_step(number, data=(part, numbers))
+        batch = self.sequences.batch(number, rows, shard, part=part, num_parts=parts)
         return (
             torch.from_numpy(batch.tokens).to(self.world.device, non_blocking=True),
             torch.from_numpy(batch.labels).to(self.world.device, non_blocking=True),

@@ -73,6 +73,23 @@ def error(memory: PeerMemory, rank: int, size: int, kind: str, seed: int, revers
     return max(gaps).item() if same else float("inf")
 
 
+def of_another_call(memory: PeerMemory, rank: int, state: Tensor) -> list[object]:
+    """What a rank makes of summaries of which the last rank's belong to another call: how much is NaN, and what it
+    tells the host; after summaries of one call, of which nothing may be."""
+    last, results = len(memory._memories) - 1, []
+    for another in (0, 1):
+        header = torch.tensor([7, 0, 5, another * (rank == last)])
+        for fold in (True, False):
+            told = torch.zeros(8, dtype=torch.int64)
+            memory.push(None, state.view(1, -1), header)
+            if fold:
+                whole = memory.fold(None, state.view(1, -1), 0, (header, told), reverse=False, want_total=True)[1]
+            else:
+                whole = memory.collect(state, 0, (header, told))
+            results += [int(whole.isnan().sum()), told.tolist()]
+    return results
+
+
 def by_schedule(rank: int, size: int, memories: Callable[[int, str], list[Tensor]]) -> dict[str, float]:
     """What `Peer` carries against what `AllGather` does."""
     peer._is_gpu = lambda device: True
@@ -123,6 +140,7 @@ def main() -> None:
             memory.push(stored, own)
             packed = [torch.cat((torch.arange(3.0) - each, torch.arange(37.0) + each)) for each in range(size)]
             found["collected"] = torch.equal(memory.collect(own, 3), torch.stack(packed))
+            found["another call"] = of_another_call(memory, rank, own)
             found |= by_schedule(rank, size, memories)
             late = memory_of(rank, "late", 1e-4)
             if rank > 0:  # the first sends nothing

@@ -160,20 +160,24 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         use_scratch()
+        # First of all, because this may recompute a region, with calls of its own.
         q, k, v, g, *kept = ctx.saved_tensors
+        across = None if ctx.across is None else ctx.across.adjoint()
         x = Run(q, k, v, g, ctx.work.scale, ctx.documents)
         gradients, d_initial = _backward(
-            x, ctx.work, kept, d_o, d_final, ctx.needs_input_grad[4], ctx.want_final, ctx.across
+            x, ctx.work, kept, d_o, d_final, ctx.needs_input_grad[4], ctx.want_final, across
         )
         return *gradients, d_initial, None, None, None, None, None
 
 
-def _ranks(key: int, state: tuple[int, ...], want_final: bool) -> Across | None:
-    """Those of a compiled graph, which have yet to agree on what they are about to compute."""
+def _ranks(key: int, state: tuple[int, ...], want_final: bool, *, backward: bool = False) -> Across | None:
+    """Those of a compiled graph, told what they are about to compute."""
     if key == ALONE:
         return None
-    across: Across = of_key(key)
-    across.agree({"operator": "compiled linear_attention", "state": state, "output_final_state": want_final})
+    fields = {"pass": "backward" if backward else "forward", "state": state, "output_final_state": want_final}
+    across: Across = of_key(key).call(
+        "compiled linear_attention", tuple(fields.values()), lambda: fields, replays=not backward
+    )
     return across
 
 
@@ -252,9 +256,9 @@ def decay_backward(
 ) -> list[Tensor]:
     """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`:
     there are no ranks and was no initial state."""
-    across = None if ranks == ALONE else of_key(ranks)
     g = None if g is None else g.detach().requires_grad_(want_gate)
     x, work = stages.prepare(Run(q, k, v, g, scale), from_zero)
+    across = _ranks(ranks, work.state, want_final, backward=True)
     (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, want_initial, want_final, across)
     others = (None if dg is None else dg.contiguous(), d_initial)
     return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
@@ -304,7 +308,12 @@ decay_forward.register_autograd(_compiled_backward, setup_context=_keep)
 
 
 def fused(
-    x: Run, initial: Tensor | None, want_final: bool, across: Across | None, started: Started | None
+    x: Run,
+    initial: Tensor | None,
+    want_final: bool,
+    across: Across | None,
+    started: Started | None,
+    key: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, T, H_v, V] and, if wanted, the final state [B, H_v, K, V] of the whole sequence, differentiable.
 
@@ -312,15 +321,16 @@ def fused(
         x: g in fp32. Packed documents only outside compiled graphs; initial and final states are then those of every
             document of the whole sequence, [documents, H_v, K, V].
         initial: [B, H_v, K, V], fp32; zero if None.
-        across: the ranks that share the sequence; None for one device.
+        across: the ranks that share the sequence, in this pass; None for one device and in compiled graphs.
         started: what `start` gave for the same run, or None.
+        key: of the ranks in compiled graphs; None for one device.
     """
     if torch.compiler.is_compiling():
         assert x.documents is None
-        ranks = ALONE if across is None else across.key
+        ranks = ALONE if key is None else key
         want_gate = x.g is not None and x.g.requires_grad
         o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_gate, want_final, ranks)
-        return o, (others[0] if across is None else others[-1]) if want_final else None
+        return o, (others[0] if key is None else others[-1]) if want_final else None
     result: tuple[Tensor, Tensor | None] = _Eager.apply(
         x.q, x.k, x.v, x.g, initial, x.scale, want_final, x.documents, across, started
     )

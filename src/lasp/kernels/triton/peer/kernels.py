@@ -1,10 +1,11 @@
 """Kernels that write into the memory of other ranks and wait for what those wrote here.
 
 Every rank owns a piece of memory that all can write (`lasp.kernels.triton.peer.memory`): a flag for every rank, then,
-twice, a slot for every rank's summary. An exchange is an epoch. In it a rank writes its summary into its slot on every
-rank and then raises its flag there to the epoch; and it waits until all flags have reached the epoch. So nobody can be
-two epochs ahead: who begins the next one but one has seen all others begin the next, hence end this one, and two
-slots, used in turn, are enough. Epochs are counted on the device: a captured graph goes on counting.
+twice, a slot for every rank's summary, with a header of the call that it belongs to. An exchange is an epoch. In it a
+rank writes its summary into its slot on every rank and then raises its flag there to the epoch; and it waits until all
+flags have reached the epoch. So nobody can be two epochs ahead: who begins the next one but one has seen all others
+begin the next, hence end this one, and two slots, used in turn, are enough. Epochs are counted on the device: a
+captured graph goes on counting.
 
 An epoch's two kernels run on one stream, one exchange after the other.
 """
@@ -14,14 +15,35 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 FLAG_BYTES = tl.constexpr(4096)  # ahead of the slots: room for the flags of 1024 ranks, and alignment
+WORDS = tl.constexpr(4)  # of int64 at the head of a slot: which call the summary behind it belongs to
 
 
 @triton.jit
 def _slot(memory, epoch, rank, slot_bytes, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """Where `rank` writes in an epoch into the memory at address `memory`."""
-    turn = (epoch % 2) * SIZE + rank
-    address = memory + FLAG_BYTES + turn.to(tl.int64) * slot_bytes
+    """Where `rank` writes its summary in an epoch into the memory at address `memory`."""
+    address = _head(memory, epoch, rank, slot_bytes, SIZE) + 8 * WORDS
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _head(memory, epoch, rank, slot_bytes, SIZE: tl.constexpr):
+    """The address of the header in front of it."""
+    turn = (epoch % 2) * SIZE + rank
+    return memory + FLAG_BYTES + turn.to(tl.int64) * slot_bytes
+
+
+@triton.jit
+def _is_of_another(memory, epoch, source, slot_bytes, header_ptr, found_ptr, SIZE: tl.constexpr):
+    """Whether what `source` wrote belongs to another call; then both headers are told to the host."""
+    word = tl.arange(0, WORDS)
+    own = tl.load(header_ptr + word)
+    head = _head(memory, epoch, source, slot_bytes, SIZE).to(tl.pointer_type(tl.int64))
+    other = tl.load(head + word, cache_modifier=".cg")
+    differs = tl.sum((own != other).to(tl.int32), 0) > 0
+    if differs & (tl.program_id(0) == 0):
+        tl.store(found_ptr + WORDS + word, other)
+        tl.store(found_ptr + word, own)
+    return differs
 
 
 @triton.jit
@@ -42,6 +64,7 @@ def _all_have_come(memory, epoch, polls, SIZE: tl.constexpr):
 def push_kernel(
     transition_ptr,  # [stored]
     state_ptr,  # [size], of the same dtype
+    header_ptr,  # int64 [WORDS]: of the call that this belongs to
     memories_ptr,  # int64 [SIZE]: the address of every rank's memory
     epoch_ptr,  # int32 [2]: epochs begun, and programs of this one that are done
     rank,
@@ -59,6 +82,12 @@ def push_kernel(
     # The last program to end counts the epoch, when all have read it.
     epoch = tl.load(epoch_ptr) + 1
     blocks = tl.cdiv(size, BLOCK)
+    if tl.program_id(0) == 0:
+        word = tl.arange(0, WORDS)
+        header = tl.load(header_ptr + word)
+        for peer in tl.static_range(SIZE):
+            head = _head(tl.load(memories_ptr + peer), epoch, rank, slot_bytes, SIZE)
+            tl.store(head.to(tl.pointer_type(tl.int64)) + word, header)
     if tl.program_id(0) < blocks:
         flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         _write(state_ptr, flat, flat, flat < size, memories_ptr, epoch, rank, slot_bytes, SIZE, EVEN)
@@ -93,6 +122,8 @@ def _write(
 def fold_kernel(
     memories_ptr,  # int64 [SIZE]
     epoch_ptr,  # int32 [2]
+    header_ptr,  # int64 [WORDS]: of this call
+    found_ptr,  # int64 [2 * WORDS], on the host, written where a summary is of another: both headers
     initial_ptr,  # [size]; any tensor if FROM_ZERO
     entering_ptr,  # [size], written: the state that enters this rank
     total_ptr,  # [size], written: the state after all ranks; or None
@@ -124,6 +155,8 @@ def fold_kernel(
         if source == rank:
             tl.store(entering_ptr + flat, state, mask=inside)
         slot = _slot(memory, epoch, rank * 0 + source, slot_bytes, SIZE, dtype)
+        if _is_of_another(memory, epoch, rank * 0 + source, slot_bytes, header_ptr, found_ptr, SIZE):
+            state += float("nan")
         # Around the first cache, which may hold what was here two epochs ago.
         if EACH > 0:
             if EACH % BLOCK == 0:  # one number for the whole block
@@ -142,6 +175,8 @@ def fold_kernel(
 def collect_kernel(
     memories_ptr,  # int64 [SIZE]
     epoch_ptr,  # int32 [2]
+    header_ptr,  # int64 [WORDS]: of this call
+    found_ptr,  # int64 [2 * WORDS], on the host, written where a summary is of another: both headers
     collected_ptr,  # [SIZE, stored + size], written: transition and state, as `Summary.pack` has them
     rank,
     stored,
@@ -161,4 +196,6 @@ def collect_kernel(
     for source in tl.static_range(SIZE):
         slot = _slot(memory, epoch, rank * 0 + source, slot_bytes, SIZE, collected_ptr.dtype.element_ty)
         value = tl.load(slot + flat, mask=inside, other=0.0, cache_modifier=".cg")
+        if _is_of_another(memory, epoch, rank * 0 + source, slot_bytes, header_ptr, found_ptr, SIZE):
+            value += float("nan")
         tl.store(collected_ptr + tl.cast(source, tl.int64) * (stored + size) + packed, value, mask=inside)

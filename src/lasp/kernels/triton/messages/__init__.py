@@ -1,0 +1,1 @@
+"""Messages that begin with a header: which call they belong to."""

@@ -1,0 +1,53 @@
+"""`lasp.distributed.sealed.Stamps` in one launch each."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.messages.kernels import WORDS, begin_kernel, open_kernel, seal_kernel
+
+BLOCK, WARPS = 4096, 4
+_WORDS = int(WORDS.value)
+
+
+class TritonStamps:
+    """On tensors of a GPU; `found` is memory of the host that the GPU can write."""
+
+    def begin(self, state: Tensor, forward: Tensor | None, plan: int) -> Tensor:
+        header = state.new_empty(_WORDS)
+        _begin(plan)(state, header, forward)
+        return header
+
+    def seal(self, header: Tensor, payload: Tensor, length: int) -> Tensor:
+        message = payload.new_empty(length)
+        _seal(payload.dtype, payload.numel())(header, payload, message)
+        return message
+
+    def open(self, header: Tensor, messages: Tensor, found: Tensor) -> None:
+        _open(messages.dtype, *messages.shape)(header, messages, found)
+
+
+@lru_cache(maxsize=4096)
+def _begin(plan: int) -> Launch:
+    return Launch(begin_kernel, (1, 1), (plan,), (), 1, 1)
+
+
+@lru_cache(maxsize=256)
+def _seal(dtype: torch.dtype, count: int) -> Launch:
+    # One program at least, for the header.
+    grid = (max(1, -(-count // BLOCK)), 1)
+    return Launch(seal_kernel, grid, (count,), (_head(dtype), BLOCK), WARPS, 1)
+
+
+@lru_cache(maxsize=256)
+def _open(dtype: torch.dtype, messages: int, length: int) -> Launch:
+    grid = (max(1, -(-(length - _head(dtype)) // BLOCK)), messages)
+    return Launch(open_kernel, grid, (length,), (_head(dtype), dtype.is_floating_point, BLOCK), WARPS, 1)
+
+
+def _head(dtype: torch.dtype) -> int:
+    return 8 * _WORDS // dtype.itemsize

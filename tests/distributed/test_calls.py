@@ -1,0 +1,179 @@
+"""Ranks at different calls raise together and say which; the same calls pass, whatever else a rank does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from calls import DOCUMENTS, OPERATORS, SCHEDULES, WRONG, Ranks, told_apart
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from world import run
+
+import lasp
+from lasp.distributed.sealed import Sealing, TorchStamps
+
+
+def check(schedules: tuple[str, ...], operators: tuple[str, ...]) -> None:
+    first, second = run(2, lambda rank: told_apart("cpu", schedules, operators), deadline_s=600)
+    assert len(first) == len(WRONG) * len(schedules) * len(operators)
+    for (program, expected, said, _), (_, _, other, _) in zip(first, second, strict=True):
+        assert said == other, program
+        assert expected in said, (program, said)
+
+
+@pytest.mark.parametrize(("schedule", "operator"), [("ring", "linear_attention"), ("auto", "softmax_attention")])
+def test_wrong_programs_are_told_apart(schedule, operator):
+    """`told_apart` also runs the right ones, before and between."""
+    check((schedule,), (operator,))
+
+
+@pytest.mark.exhaustive
+def test_all_wrong_programs_are_told_apart():
+    check(SCHEDULES, OPERATORS)
+
+
+def test_three_ranks_hear_of_one():
+    """Also those that exchange nothing with it, and one that runs ahead of them."""
+
+    def work(rank: int) -> str:
+        sp = lasp.SequenceParallel(dist.group.WORLD, timeout_s=60)
+        x = torch.ones(1, 4, 2, requires_grad=True)
+        lasp.token_shift(x, sp=sp)
+        try:
+            lasp.token_shift(x, cu_seqlens=[0, 4, 8, 12] if rank < 2 else [0, 12], sp=sp)
+        except lasp.ExchangeError as error:
+            return str(error)
+        return "no error"
+
+    said = run(3, work)
+    assert said[0] == said[1] == said[2] and "rank 1 has 3 documents" in said[0]
+
+
+LENGTHS = (5, 0, 6, 4)  # a rank without tokens
+BORDERS = (0, 5, 8, 11, 15)  # a document starts within the third rank only
+
+
+def checkpointed_steps(rank: int, operator: str, use: bool) -> list[Tensor]:
+    """Outputs and gradients of three steps, each a region that ends with the operator."""
+    sp = lasp.SequenceParallel(dist.group.WORLD, lengths=LENGTHS, exchange="ring", timeout_s=60)
+    random = torch.Generator().manual_seed(0)
+    whole = torch.randn(3, 1, sum(LENGTHS), 4, 4, generator=random, dtype=torch.float64)
+    weight = torch.randn(1, 1, 4, 4, generator=random, dtype=torch.float64).requires_grad_()
+    options = {"cu_seqlens": BORDERS, "sp": sp}
+
+    def region(x: Tensor) -> Tensor:
+        x = x * weight
+        flat = x.flatten(2)
+        if operator == "token_shift":
+            return lasp.token_shift(flat, **options)[0]
+        if operator == "short_convolution":
+            return lasp.short_convolution(flat, flat.new_ones(16, 3), **options)[0]
+        if operator == "delta_rule":
+            return lasp.delta_rule(x, x, x, x[..., 0].sigmoid(), normalize_qk=True, **options)[0]
+        if operator == "linear_attention":
+            return lasp.linear_attention(x, x, x, output_final_state=True, **options)[0]
+        return lasp.softmax_attention(x, x, x, method=operator, sp=sp, causal=operator == "ulysses")[0]
+
+    found = []
+    for step in whole:
+        x = sp.shard(step).clone().requires_grad_()
+        o = checkpoint(region, x, use_reentrant=False) if use else region(x)
+        o.sum().backward()
+        found += [o.detach(), x.grad]
+    return [*found, weight.grad]
+
+
+@pytest.mark.parametrize(
+    "operator", ["token_shift", "short_convolution", "linear_attention", "delta_rule", "all_gather", "ulysses"]
+)
+def test_regions_run_again_on_every_rank_alike(operator):
+    """What else a rank saves, and whether it has tokens, is nothing to how far a region runs again."""
+
+    def work(rank: int) -> bool:
+        plain, again = (checkpointed_steps(rank, operator, use) for use in (False, True))
+        return all(map(torch.equal, plain, again))
+
+    assert run(len(LENGTHS), work) == [True] * len(LENGTHS)
+
+
+def test_groups_beside_others():
+    """A rank in more groups than others, and pairs that share a rank, made and used in turn."""
+
+    def work(rank: int) -> list[bool]:
+        dist.new_group([0])
+        pairs = [dist.new_group(ranks) for ranks in ([0, 1], [1, 2])]
+        groups = [
+            dist.group.WORLD,
+            *(pair for pair, ranks in zip(pairs, ((0, 1), (1, 2)), strict=True) if rank in ranks),
+        ]
+        x = torch.randn(1, 12, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        expected, _ = lasp.linear_attention(x, x, x)
+        found = []
+        for sp in [lasp.SequenceParallel(group, timeout_s=60) for group in groups]:
+            shard = sp.shard(x)
+            o, _ = lasp.linear_attention(shard, shard, shard, sp=sp)
+            found.append(torch.allclose(o, sp.shard(expected), rtol=1e-12, atol=1e-12))
+        return found
+
+    assert run(3, work) == [[True] * 2, [True] * 3, [True] * 2]
+
+
+def sealed_steps(rank: int, sealing: bool, schedule: str, wrong: bool) -> list[Tensor | str]:
+    """Three steps of every operator, with other documents in each; what a rank whose calls are others is told."""
+    sp = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule, timeout_s=60)
+    if sealing:
+        sp.comm.sealing = Sealing(torch.device("cpu"), TorchStamps())
+    ranks, found = Ranks(sp, "cpu"), []
+    try:
+        for step, documents in enumerate(DOCUMENTS):
+            sp.begin_step(step)
+            for operator in OPERATORS:
+                x = sp.shard(ranks.a).clone().requires_grad_()
+                o = ranks.apply(x, operator, cu_seqlens=documents, output_final_state=True)
+                if wrong and step == 1 and rank == 0 and operator == "delta_rule":
+                    continue  # a backward pass left out
+                sum(each.square().sum() for each in o).backward()
+                found += [*(each.detach() for each in o), x.grad]
+    except lasp.ExchangeError as error:
+        return [str(error)]
+    return [*found, torch.tensor([sp.counters.sent_bytes, sp.counters.received_bytes, sp.counters.header_bytes])]
+
+
+@pytest.mark.parametrize("schedule", ["all_gather", pytest.param("ring", marks=pytest.mark.exhaustive)])
+def test_sealed_messages_bring_the_same(schedule):
+    """As over NCCL, here between hosts: the same bits, and the same payload counted beside its headers."""
+
+    def work(rank: int) -> bool:
+        plain, sealed = (sealed_steps(rank, sealing, schedule, False) for sealing in (False, True))
+        assert plain[-1][2] == 0 < sealed[-1][2]
+        return torch.equal(plain[-1][:2], sealed[-1][:2]) and all(map(torch.equal, plain[:-1], sealed[:-1]))
+
+    assert run(2, work) == [True] * 2
+
+
+def test_sealed_messages_of_another_call_are_poisoned():
+    """The rank that takes one computes NaN, and raises at its next call, naming both."""
+
+    def work(rank: int) -> tuple[bool, str]:
+        sp = lasp.SequenceParallel(dist.group.WORLD, exchange="all_gather", timeout_s=60)
+        sp.comm.sealing = Sealing(torch.device("cpu"), TorchStamps())
+        ranks = Ranks(sp, "cpu")
+        for whole in (ranks.a, ranks.b):
+            ranks.loss(whole).backward()
+        lost = ranks.loss(ranks.a)
+        if rank == 0:
+            lost.backward()
+        # The other's forward pass meets this rank's backward pass: two all-gathers of one size.
+        o = ranks.loss(ranks.a) if rank == 1 else lost
+        try:
+            ranks.loss(ranks.a)
+        except lasp.ExchangeError as error:
+            return not o.isfinite(), str(error)
+        return not o.isfinite(), "no error"
+
+    (_, first), (poisoned, second) = run(2, work)
+    backward, forward = "backward of linear_attention of call 5", "linear_attention"
+    assert poisoned
+    for said, own, other in ((first, backward, forward), (second, forward, backward)):
+        assert f"it was at call 6, {own}\n" in said and said.endswith(f"the message was of call 6, {other}"), said
