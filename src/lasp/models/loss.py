@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.recurrence.derivatives import first_derivatives
+
 IGNORED_LABEL = -100
 
 # Logits alive at once. A GPU takes more: every chunk reads and writes the whole gradient of the weight, which 2048
@@ -76,9 +78,8 @@ class _CrossEntropySum(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivatives("the loss")
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the loss has first derivatives only: leave out create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = d_hidden.to(ctx.dtypes[0]) * d_loss

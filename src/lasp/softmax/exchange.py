@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.distributed.comm import Comm
+from lasp.recurrence.derivatives import first_derivatives
 from lasp.sequence import SequenceParallel
 
 Shape = tuple[int, ...]
@@ -72,7 +72,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
         """Each rank's share of every gradient goes to the tokens' rank; no rank sees keys of later ones."""
         comm, starts = ctx.comm, ctx.starts
@@ -166,7 +166,7 @@ class _ToHeads(torch.autograd.Function):
         return _tokens_to_heads(comm, starts, ranges, tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         return None, None, None, *_heads_to_tokens(ctx.comm, ctx.starts, ctx.ranges, gradients, ctx.heads)
 
@@ -179,7 +179,7 @@ class _ToTokens(torch.autograd.Function):
         return tokens
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, d_o: Tensor) -> tuple[Any, ...]:
         return None, None, None, *_tokens_to_heads(ctx.comm, ctx.starts, [ctx.of], [d_o])
 
@@ -199,7 +199,7 @@ class _Replicated(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         total = ctx.comm.sum(gradient)
         return None, total if ctx.comm.rank == 0 else torch.zeros_like(total)
