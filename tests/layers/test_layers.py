@@ -43,6 +43,13 @@ def test_feature_maps(name):
     torch.testing.assert_close(y, expected)
 
 
+def test_what_elu_leaves_of_a_negative_number_has_all_its_digits():
+    x = -random(1000).abs().bfloat16() * 3
+    off = (feature_map("elu+1", 1, 1)(x).double() / x.double().exp() - 1).abs().max()
+    assert off < 2**-8
+    assert ((F.elu(x) + 1).double() / x.double().exp() - 1).abs().max() > 0.1, "the control: added in 16 bits"
+
+
 def test_norms():
     x = random(3, 8)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
