@@ -88,6 +88,14 @@ def test_casts_keep_decays_exact():
     assert not ConstantDecay(values).state_dict()
 
 
+def test_scaled_decays_survive_a_move():
+    decay = ConstantDecay([-0.5, -torch.inf])
+    decay.scale(0.5)
+    assert decay.bfloat16().to("meta").to_empty(device="cpu")(torch.float64).tolist() == [-0.25, -torch.inf]
+    decay.scale(0.0)
+    assert decay.float()(torch.float64).tolist() == [0, 0]
+
+
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match=r"unknown feature map 'exp'; known: identity, elu\+1"):
         feature_map("exp", 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lasp.ops.scan import Plan, not_traced_before, scan, untraced
 from lasp.recurrence.contract import Run, Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence import SequenceParallel
+from lasp.sequence.arguments import check_flags, number
 from lasp.sequence.guard import check_shard, refusing
 
 
@@ -72,6 +74,7 @@ def linear_attention(
     queries: Tensor = k if callable(q) else q  # to be called: keys stand for them, being laid out alike
     with refusing(sp):
         check_inputs(queries, k, v)
+        check_flags(causal=causal, output_final_state=output_final_state)
         check_shard(sp, k.shape[1])
         if g is not None:
             if not causal:
@@ -164,7 +167,7 @@ def normalized_linear_attention(
     reach, and the gradients of numerator and denominator nearly cancel in q's.
 
     Args:
-        eps: added to the denominator.
+        eps: added to the denominator, >= 0.
         others: as in `linear_attention`; states are [B, H_v, K, V + 1], the last column the denominator's.
 
     Returns:
@@ -175,6 +178,7 @@ def normalized_linear_attention(
     """
     with refusing(sp):
         check_inputs(k if callable(q) else q, k, v)
+        eps = number("eps", eps, "a number >= 0", lambda eps: 0 <= eps < inf)
     dtype = state_dtype(v.dtype)
     o, final_state = linear_attention(
         (lambda: _called(q, k, v).to(dtype)) if callable(q) else q.to(dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from lasp.algebra import Summary
 from lasp.distributed.comm import Comm, Counters
 from lasp.exchange import Exchange, PendingExchange, resolve
 from lasp.recurrence.across import register
+from lasp.sequence.arguments import check_tensor, number, wholes
 from lasp.sequence.carry import carry
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
@@ -35,7 +37,8 @@ class SequenceParallel:
 
     Raises:
         ValueError: no process group exists, the mesh has several dimensions, this process is not in the group,
-            `lengths` does not have one entry a rank, or `exchange` is unknown.
+            `lengths` does not have one entry a rank, `exchange` is unknown, or `timeout_s` is not above 0. Also if
+            it is copied or pickled.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class SequenceParallel:
         exchange: str | Exchange = "auto",
         timeout_s: float = 300.0,
     ) -> None:
+        timeout_s = number("timeout_s", timeout_s, "a number of seconds > 0", lambda seconds: 0 < seconds < inf)
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
         self.exchange = resolve(exchange, comm.size, comm.backend)
@@ -101,6 +105,9 @@ class SequenceParallel:
         Raises:
             ValueError: the dim does not divide into equal parts, or is not as long as `lengths` says.
         """
+        check_tensor("tensor", tensor, "of the whole sequence")
+        if not isinstance(dim, int) or not -tensor.dim() <= dim < tensor.dim():
+            raise ValueError(f"dim must be one of a tensor of shape {tuple(tensor.shape)}, got {dim!r}")
         total = tensor.shape[dim]
         if self.lengths is None:
             if total % self.size:
@@ -139,6 +146,12 @@ class SequenceParallel:
         if self.size > 1 and not self._agreed:
             self.comm.agree({"error": str(error)})
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            "a SequenceParallel stands for process groups of this process and can be neither copied nor pickled: hand "
+            "on the same one, or with_lengths() of it for other shards"
+        )
+
     def __repr__(self) -> str:
         return f"SequenceParallel(rank {self.rank} of {self.size}, exchange={self.exchange.name})"
 
@@ -151,11 +164,10 @@ def balanced_lengths(tokens: int, size: int) -> tuple[int, ...]:
 def _checked_lengths(lengths: Sequence[int] | None, size: int) -> tuple[int, ...] | None:
     if lengths is None:
         return None
-    if len(lengths) != size or any(not isinstance(n, int) or n < 0 for n in lengths):
-        raise ValueError(
-            f"lengths must hold one number of tokens >= 0 for each of the {size} ranks, got {tuple(lengths)}"
-        )
-    return tuple(lengths)
+    lengths = wholes("lengths", lengths)
+    if len(lengths) != size or any(n < 0 for n in lengths):
+        raise ValueError(f"lengths must hold one number of tokens >= 0 for each of the {size} ranks, got {lengths}")
+    return lengths
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
