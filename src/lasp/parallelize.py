@@ -31,6 +31,7 @@ from lasp.distributed.mesh import SP_AXIS, weights_mesh
 from lasp.layers import RMSNorm, ShortConvolution
 from lasp.models.memory import RECOMPUTATIONS, check_compilable, compile_block, recompute, run_in_pieces
 from lasp.sequence import SequenceParallel
+from lasp.sequence.arguments import check_flags, whole
 
 DATA_PARALLEL = ("ddp", "zero1", "zero2", "zero3")
 
@@ -142,6 +143,11 @@ def parallelize(
 
     Raises ValueError for unknown names and for options that do not go together.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a CausalLM, got {type(model).__name__}")
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise ValueError(f"mesh must be what build_mesh makes, or None, got {type(mesh).__name__}")
+    check_flags(cpu_offload=cpu_offload, compile=compile)
     _check(data_parallel, gather_dtype, cpu_offload, recomputation, ffn_piece_tokens)
     spread_sequences = mesh is not None and mesh[SP_AXIS].size() > 1
     if compile and spread_sequences:
@@ -183,8 +189,8 @@ def _check(
         raise ValueError(f"gather_dtype and cpu_offload are of zero2 and zero3: {data_parallel} gathers no weights")
     if recomputation not in RECOMPUTATIONS:
         raise ValueError(f"recomputation must be one of {', '.join(RECOMPUTATIONS)}, got {recomputation!r}")
-    if ffn_piece_tokens is not None and ffn_piece_tokens < 1:
-        raise ValueError(f"ffn_piece_tokens must be at least 1, got {ffn_piece_tokens}")
+    if ffn_piece_tokens is not None:
+        whole("ffn_piece_tokens", ffn_piece_tokens, 1)
 
 
 def _rework(block: nn.Module, recomputation: str, ffn_piece_tokens: int | None, compile: bool) -> None:

@@ -31,7 +31,9 @@ LENGTHS = {
 HEADS = {1: [(2, 1)], 2: [(2, 2), (6, 3)], 3: [(3, 3), (6, 2)], 4: [(4, 2), (8, 8)]}
 
 
-def problem(tokens: int, heads: int, key_heads: int, *, batch: int = 2, before: int = 0, seed: int = 0):
+def problem(
+    tokens: int, heads: int, key_heads: int, *, batch: int = 2, before: int = 0, values: int = DV, seed: int = 0
+):
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -39,19 +41,21 @@ def problem(tokens: int, heads: int, key_heads: int, *, batch: int = 2, before: 
 
     return {
         "q": normal(batch, tokens, heads, D), "k": normal(batch, tokens, key_heads, D),
-        "v": normal(batch, tokens, key_heads, DV), "initial_state": normal(batch, before, key_heads, D + DV),
-        "d_o": normal(batch, tokens, heads, DV), "d_final": normal(batch, before + tokens, key_heads, D + DV),
+        "v": normal(batch, tokens, key_heads, values), "initial_state": normal(batch, before, key_heads, D + values),
+        "d_o": normal(batch, tokens, heads, values), "d_final": normal(batch, before + tokens, key_heads, D + values),
     }  # fmt: skip
 
 
-def by_matrix(given, causal: bool, with_states: bool = True, offset: int = 0) -> dict[str, Tensor]:
+def by_matrix(
+    given, causal: bool, with_states: bool = True, offset: int = 0, scale: float = D**-0.5
+) -> dict[str, Tensor]:
     """softmax of the whole masked matrix. offset: a control, how many tokens too far the mask lets one see."""
     leaves = {name: given[name].clone().requires_grad_() for name in ("q", "k", "v", "initial_state")}
     before, tokens = given["initial_state"].shape[1], given["q"].shape[1]
     group = given["q"].shape[2] // given["k"].shape[2]
     whole = torch.cat((leaves["initial_state"], torch.cat((leaves["k"], leaves["v"]), -1)), 1)
-    k, v = (t.repeat_interleave(group, 2) for t in whole.split((D, DV), -1))
-    scores = torch.einsum("bthd,bshd->bhts", leaves["q"], k) * D**-0.5
+    k, v = (t.repeat_interleave(group, 2) for t in (whole[..., :D], whole[..., D:]))
+    scores = torch.einsum("bthd,bshd->bhts", leaves["q"], k) * scale
     t, s = torch.arange(tokens)[:, None], torch.arange(-before, tokens)
     seen = (s <= t + offset) if causal else torch.ones(tokens, before + tokens, dtype=torch.bool)
     o = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
@@ -110,6 +114,43 @@ def test_equals_one_device(size):
         return failures
 
     assert [failure for failures in run(size, work) for failure in failures] == []
+
+
+def test_any_scale():
+    """Negative and zero, which kernels do not take: on two ranks, by both methods and backends, with and without rows
+    before."""
+    cases = []
+    for scale, causal, before in itertools.product((-1.0, 0.0, -0.0, 1e-30), (True, False), (0, 3)):
+        given = problem(8, 2, 2, before=before, values=D)  # as wide as keys, which PyTorch's fastest kernels want
+        expected = by_matrix(given, causal, with_states=before > 0, scale=scale)
+        cases.append((given, expected, before > 0, {"causal": causal, "scale": scale}))
+
+    def work(rank: int) -> list:
+        sp = lasp.SequenceParallel(dist.group.WORLD)
+        return [
+            (options, method, backend, name, error)
+            for given, expected, states, options in cases
+            for method, backend in itertools.product(("all_gather", "ulysses"), ("torch", "reference"))
+            for name, error in errors(
+                sp, given, expected, states=states, method=method, backend=backend, **options
+            ).items()
+            if not error < BOUND
+        ]
+
+    assert [failure for failures in run(2, work) for failure in failures] == []
+    given, expected, states, _ = cases[0]
+    positive = by_matrix(given, True, with_states=states, scale=1.0)
+    assert relative_error(positive["o"], expected["o"]) > 0.1, "the control: the sign matters"
+
+
+def test_reference_rounds_last():
+    """In bf16 scores of 50 are off by 0.1: the definition must not round them before it takes their exponential."""
+    given = problem(9, 4, 2)
+    q, k, v = ((8 * given[name] if name != "v" else given[name]).bfloat16() for name in "qkv")
+    exact, _ = lasp.softmax_attention(q.double(), k.double(), v.double(), backend="reference")
+    o, _ = lasp.softmax_attention(q, k, v, backend="reference")
+    assert o.dtype == torch.bfloat16
+    assert relative_error(o, exact) < 1.2 * relative_error(exact.bfloat16(), exact)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

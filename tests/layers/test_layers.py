@@ -43,6 +43,13 @@ def test_feature_maps(name):
     torch.testing.assert_close(y, expected)
 
 
+def test_what_elu_leaves_of_a_negative_number_has_all_its_digits():
+    x = -random(1000).abs().bfloat16() * 3
+    off = (feature_map("elu+1", 1, 1)(x).double() / x.double().exp() - 1).abs().max()
+    assert off < 2**-8
+    assert ((F.elu(x) + 1).double() / x.double().exp() - 1).abs().max() > 0.1, "the control: added in 16 bits"
+
+
 def test_norms():
     x = random(3, 8)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
@@ -79,6 +86,14 @@ def test_casts_keep_decays_exact():
         assert torch.equal(decay(torch.float32), torch.tensor(values, dtype=torch.float32))
     assert torch.tensor(values, dtype=torch.bfloat16).exp()[-1] == 1  # what a rounded decay would have become
     assert not ConstantDecay(values).state_dict()
+
+
+def test_scaled_decays_survive_a_move():
+    decay = ConstantDecay([-0.5, -torch.inf])
+    decay.scale(0.5)
+    assert decay.bfloat16().to("meta").to_empty(device="cpu")(torch.float64).tolist() == [-0.25, -torch.inf]
+    decay.scale(0.0)
+    assert decay.float()(torch.float64).tolist() == [0, 0]
 
 
 def test_unknown_names_list_the_known():

@@ -137,6 +137,37 @@ def test_classical_denominator(causal):
     assert state.shape == (2, 2, 5, 4)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.bfloat16), ("torch", torch.float16), ("reference", torch.float16), ("triton", torch.bfloat16)],
+)
+def test_only_the_quotient_is_rounded(backend, dtype):
+    """Outputs and gradients of 16-bit inputs lose no more than their own rounding, where sums leave fp16's range."""
+    q, k, v = (make("none", batch=1, tokens=70, keys=16, values=16).inputs[name] for name in "qkv")
+    inputs = [t.to(dtype) for t in ((3 + q).exp(), (3 + k).exp(), v)]
+    d_o = make("none", batch=1, tokens=70, values=16, seed=1).d_o.to(dtype)
+
+    def solve_in(dtype, function):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        o = function(*leaves)
+        return [o, *torch.autograd.grad(o, leaves, d_o.to(dtype))]
+
+    def divided_after(q, k, v):
+        o, _ = lasp.linear_attention(q, k, torch.nn.functional.pad(v, (0, 1), value=1.0), backend="torch")
+        return o[..., :-1] / (o[..., -1:] + 1e-6)
+
+    def loss_of(values, references):
+        """The most that is lost, in roundings of the exact values."""
+        return max(
+            relative_error(a, b) / relative_error(b.to(dtype), b) for a, b in zip(values, references, strict=True)
+        )
+
+    exact = solve_in(torch.float64, lambda *t: lasp.normalized_linear_attention(*t, backend="torch")[0])
+    got = solve_in(dtype, lambda *t: lasp.normalized_linear_attention(*t, backend=backend)[0])
+    assert got[0].dtype == dtype and loss_of(got, exact) < 1.2
+    assert loss_of(solve_in(dtype, divided_after), exact) > 1.2, "the control: rounded before it divides"
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_state_continues_a_sequence(gate):
     """A sequence cut anywhere, the final state handed on, gives the whole; without the state it does not."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ from tolerances import worst
 from torch import Tensor
 
 from lasp.distributed.mesh import build_mesh
-from lasp.models import CausalLM, preset
+from lasp.models import NAMES, CausalLM, preset
 from lasp.ops.scan import TRACEABLE
 from lasp.parallelize import ParallelModel, parallelize
 
@@ -77,6 +79,46 @@ def test_channel_mixers_in_pieces_change_nothing() -> None:
         model = parallelize(new_model(), None, ffn_piece_tokens=piece, recomputation="full" if piece == 7 else "none")
         gradients(model, 0)
         assert worst(whole_gradients(model.module), whole_gradients(reference.module))[1] < 2e-6
+
+
+@pytest.mark.parametrize("through_pickle", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"recomputation": "selective", "compile": True}, {"recomputation": "full", "ffn_piece_tokens": 8}]
+)
+def test_a_copy_has_weights_and_gradients_of_its_own(
+    options: dict[str, Any], through_pickle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an average of the weights needs it, which is kept beside the model that trains: also once that has run."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    single = CausalLM(preset("transnormer", "tiny", **{**SMALL, "num_layers": 1}))
+    model, reference = parallelize(deepcopy(single), None, **options), parallelize(single, None)
+    gradients(model, 0)
+    gradients(reference, 0)
+    copy = pickle.loads(pickle.dumps(model.module)) if through_pickle else deepcopy(model.module)
+    assert all(
+        type(block.forward) is type(other.forward)
+        for block, other in zip(copy.blocks, model.module.blocks, strict=True)
+    )
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.zero_()
+    model.module.zero_grad()
+    copy.zero_grad()
+    gradients(parallelize(copy, None), 0)
+    assert worst(whole_gradients(copy), whole_gradients(reference.module))[1] < 2e-6
+    assert all(parameter.grad is None for parameter in model.module.parameters())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_model_is_copied_and_pickled(family: str) -> None:
+    model, tokens = CausalLM(preset(family, "tiny")), torch.arange(20)[None]
+    expected = model(tokens).logits
+    for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copy(tokens).logits, expected)
+        with torch.no_grad():
+            copy.embedding.weight.zero_()
+        assert not torch.equal(copy(tokens).logits, expected), "the control: its weights are its own"
+        assert torch.equal(model(tokens).logits, expected)
 
 
 def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lasp.generate.sampling import check_sampling, sample
 from lasp.models import Cache, CausalLM
+from lasp.sequence.arguments import check_ids, whole
+from lasp.sequence.guard import refusing
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -52,8 +54,11 @@ def prefill(
         chunk_tokens: read so many tokens at a time. With `sp` a shard is read at once.
 
     Raises:
-        ValueError: the whole prompt is empty.
+        ValueError: the whole prompt is empty, or an argument does not fit.
     """
+    with refusing(sp):
+        check_ids("prompt", prompt, model.config.vocab_size, "[B, T]")
+        whole("chunk_tokens", chunk_tokens, 1)
     if sp is not None:
         return _prefill_shards(model, prompt, cache, sp)
     if prompt.shape[1] == 0:
@@ -92,6 +97,7 @@ def decode(
     Time and memory of a token do not depend on how many came before it.
     """
     check_sampling(temperature, top_k)
+    whole("max_new_tokens", max_new_tokens, 0)
     logits, cache = prefilled
     for remaining in range(max_new_tokens, 0, -1):
         tokens = sample(logits, temperature=temperature, top_k=top_k, generator=generator)
@@ -129,8 +135,7 @@ def stream(
         ValueError: an argument means nothing, or sampling with `sp` lacks a generator.
     """
     check_sampling(temperature, top_k)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    whole("max_new_tokens", max_new_tokens, 0)
     if sp is not None and sp.size > 1 and temperature > 0 and generator is None:
         raise ValueError(
             "sampling on several ranks needs a generator seeded alike on all of them: "

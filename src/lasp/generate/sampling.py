@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
+
+from lasp.sequence.arguments import number, whole
 
 
 def check_sampling(temperature: float, top_k: int | None) -> None:
     """Raise ValueError for a temperature or top_k that means nothing."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be >= 0 (0 takes the likeliest token), got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1, or None for all tokens, got {top_k}")
+    number("temperature", temperature, ">= 0 (0 takes the likeliest token)", lambda t: 0 <= t < inf)
+    if top_k is not None:
+        whole("top_k", top_k, 1)
 
 
 def sample(

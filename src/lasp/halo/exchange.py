@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.halo.rows import Plan
+from lasp.recurrence.derivatives import first_derivatives
 from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 
@@ -58,7 +58,7 @@ class _Extend(torch.autograd.Function):
         return torch.cat((missing, halo, x), 1), wish
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("short_convolution or token_shift", linear=True)
     def backward(ctx: Any, d_extended: Tensor, d_wish: Tensor) -> tuple[Any, ...]:
         plan, route, (shape, initial_shape), call = ctx.plan, ctx.plan.route, ctx.like, adjoint_of(ctx)
         d_rows = d_wish.clone()

@@ -12,13 +12,13 @@ from torch import Tensor
 from lasp.halo.exchange import extend
 from lasp.halo.rows import Fix, Layout, plan
 from lasp.sequence import SequenceParallel
+from lasp.sequence.arguments import check_flags, check_floats, check_tensor
 from lasp.sequence.call import SequenceCall
 from lasp.sequence.guard import check_shard, refusing
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
 ACTIVATIONS = (None, "silu")
 MAX_WIDTH = 8
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def short_convolution(
@@ -101,6 +101,7 @@ def token_shift(
     with refusing(sp):
         _check_x(x)
         if initial_state is not None:
+            check_tensor("initial_state", initial_state, "[B or N, C]")
             if initial_state.dim() != 2:
                 raise ValueError(f"initial_state must be [B or N, C], got {tuple(initial_state.shape)}")
             initial_state = initial_state[..., None]
@@ -138,7 +139,8 @@ def _read(
     states = (x.shape[0] if len(layout.bounds) == 2 else len(layout.bounds) - 1, layout.width)
     initial = None
     if initial_state is not None:  # [B, C, w] -> [B, w, C], packed [N, C, w] -> [1, N * w, C]
-        initial = initial_state.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2])
+        documents = len(layout.bounds) - 1
+        initial = initial_state.transpose(1, 2).reshape(x.shape[0], documents * layout.width, x.shape[2])
     scheme = plan(layout, 0 if sp is None else sp.rank, x.device)
     extended, wish = extend(x, initial, scheme, call)
     wish = F.pad(wish, (0, 0, 0, 1))  # and a row of zeros
@@ -165,10 +167,12 @@ def _layout(
     cu_seqlens: Tensor | Sequence[int] | None,
     sp: SequenceParallel | None,
 ) -> Layout:
+    check_flags(output_final_state=want_final)
     check_shard(sp, x.shape[1])
     starts = shard_starts(sp, x.shape[1])
     bounds = document_bounds(cu_seqlens, starts[-1], x.shape[0])
     if initial_state is not None:
+        check_tensor("initial_state", initial_state, "[B or N, C, W - 1]")
         shape = (x.shape[0] if cu_seqlens is None else len(bounds) - 1, x.shape[2], width)
         if tuple(initial_state.shape) != shape or initial_state.dtype != x.dtype or initial_state.device != x.device:
             raise ValueError(
@@ -212,11 +216,15 @@ def _called(
 
 
 def _check_x(x: Tensor) -> None:
-    if x.dim() != 3 or x.dtype not in _FLOATS:
-        raise ValueError(f"x must be [B, T, C] and one of {[str(d) for d in _FLOATS]}, got {x.dtype} {tuple(x.shape)}")
+    check_floats("x", x, "[B, T, C]", 3)
+    if x.shape[2] == 0:
+        raise ValueError(f"x must be [B, T, C] with at least one channel, got {tuple(x.shape)}")
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("weight", weight, "[C, W]")
+    if bias is not None:
+        check_tensor("bias", bias, "[C]")
     if weight.dim() != 2 or weight.shape[0] != x.shape[2] or not 1 <= weight.shape[1] <= MAX_WIDTH:
         raise ValueError(
             f"weight must be [C, W] with x's C = {x.shape[2]} and W from 1 to {MAX_WIDTH}, got {tuple(weight.shape)}"

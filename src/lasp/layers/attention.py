@@ -25,9 +25,15 @@ from lasp.recurrence.decay import state_dtype
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
 
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# By name, so that models can be pickled.
 GATES: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
-    "linear": lambda x: x,
+    "linear": _identity,
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
 }

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lasp.sequence.arguments import number
+
 
 def alibi_slopes(num_heads: int) -> list[float]:
     """2^(-8 (h+1) / H) where H is a power of two; else those of the next lower power, filled up from the next higher.
@@ -55,9 +57,7 @@ class ConstantDecay(nn.Module):
 
     def __init__(self, log_decay: Sequence[float]) -> None:
         super().__init__()
-        if any(value > 0 for value in log_decay):
-            raise ValueError(f"log decays must be <= 0, got {list(log_decay)}")
-        self.values = tuple(log_decay)
+        self.values = tuple(number("log_decay", value, "<= 0", lambda value: value <= 0) for value in log_decay)
         self.register_buffer("log_decay", torch.tensor(self.values, dtype=torch.float64), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConstantDecay:
@@ -66,8 +66,10 @@ class ConstantDecay(nn.Module):
         return self
 
     def scale(self, factor: float) -> None:
-        """Multiply the decays as configured by `factor` >= 0: below 1, the layer looks further back."""
-        self.log_decay = torch.tensor(self.values, dtype=torch.float64, device=self.log_decay.device) * factor
+        """Multiply the decays by `factor` >= 0, for good: below 1, the layer looks further back."""
+        factor = number("factor", factor, "a number >= 0", lambda factor: 0 <= factor < math.inf)
+        self.values = tuple(value * factor if factor else 0.0 for value in self.values)
+        self.log_decay = torch.tensor(self.values, dtype=torch.float64, device=self.log_decay.device)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The log decays [H] in `dtype`, which is the state's: fp32, or fp64 for fp64 inputs."""

@@ -57,7 +57,8 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    return F.elu(x) + 1
+    # exp(x) where x < 0, of which little is left where 16 bits hold exp(x) - 1.
+    return (F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1).to(x.dtype)
 
 
 FEATURE_MAPS: dict[str, Callable[[int, int], FeatureMap]] = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lasp.layers.norms import RMSNorm
 from lasp.recurrence.decay import state_dtype
+from lasp.sequence.arguments import number
 
 # Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.
 RATES = (1.0, 16.0)
@@ -45,7 +46,8 @@ class SteppedDecay(nn.Module):
             self.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
 
     def scale(self, factor: float) -> None:
-        """Multiply all log-decays."""
+        """Multiply all log-decays by `factor` > 0."""
+        factor = number("factor", factor, "a number > 0", lambda factor: 0 < factor < math.inf)
         with torch.no_grad():
             self.log_rate.add_(math.log(factor))
 

@@ -19,6 +19,9 @@ from lasp.models.config import ModelConfig
 from lasp.models.initialize import initialize
 from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
 from lasp.models.mixers import mixer
+from lasp.sequence.arguments import check_flags, check_ids, whole
+from lasp.sequence.guard import refusing
+from lasp.sequence.shards import document_bounds
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -138,11 +141,16 @@ class CausalLM(nn.Module):
             sp: the ranks that share the sequence; tokens are their contiguous shards in rank order.
 
         Raises:
-            ValueError: wrong shapes or dtypes.
+            ValueError: wrong shapes or dtypes; on a CPU also tokens or labels outside the vocabulary.
         """
-        self._check(tokens, labels, cache)
-        if cu_seqlens is not None and (cache is not None or output_cache):
-            raise ValueError("packed documents start anew: with cu_seqlens there is no cache, before or after")
+        with refusing(sp):
+            self._check(tokens, labels, cache, last_logits)
+            check_flags(output_cache=output_cache)
+            if sp is not None and not callable(getattr(sp, "offset", None)):
+                raise ValueError(f"sp must be a SequenceParallel or None, got {type(sp).__name__}")
+            if cu_seqlens is not None and (cache is not None or output_cache):
+                raise ValueError("packed documents start anew: with cu_seqlens there is no cache, before or after")
+            document_bounds(cu_seqlens, tokens.shape[1] if sp is None else sp.total(tokens.shape[1]), tokens.shape[0])
         start = 0 if cache is None else cache.position
         here = start if sp is None else start + sp.offset(tokens.shape[1])
         x = self.embedding(tokens)
@@ -175,14 +183,19 @@ class CausalLM(nn.Module):
         document = torch.searchsorted(bounds, positions.to(bounds.dtype), right=True) - 1
         return positions - bounds[document]
 
-    def _check(self, tokens: Tensor, labels: Tensor | None, cache: Cache | None) -> None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens must be int64 [B, T], got {tokens.dtype} {list(tokens.shape)}")
-        if labels is not None and (labels.shape != tokens.shape or labels.dtype != torch.int64):
-            raise ValueError(
-                f"labels must be int64 of the tokens' shape {list(tokens.shape)}, "
-                f"got {labels.dtype} {list(labels.shape)}"
-            )
+    def _check(self, tokens: Tensor, labels: Tensor | None, cache: Cache | None, last_logits: int | None) -> None:
+        check_ids("tokens", tokens, self.config.vocab_size, "[B, T]")
+        if labels is not None:
+            check_ids("labels", labels, self.config.vocab_size, "[B, T]", ignored=IGNORED_LABEL)
+            if labels.shape != tokens.shape:
+                raise ValueError(
+                    f"labels must be int64 of the tokens' shape {list(tokens.shape)}, "
+                    f"got {labels.dtype} {list(labels.shape)}"
+                )
+        if last_logits is not None:
+            whole("last_logits", last_logits, 0)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"cache must be one that a model gave, or None, got {type(cache).__name__}")
         if cache is not None and len(cache.states) != self.config.num_layers:
             raise ValueError(
                 f"this model has {self.config.num_layers} layers, the cache is of one with {len(cache.states)}"

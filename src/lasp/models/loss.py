@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.recurrence.derivatives import first_derivatives
+from lasp.sequence.arguments import check_floats, check_ids, whole
+
 IGNORED_LABEL = -100
 
 # Logits alive at once. A GPU takes more: every chunk reads and writes the whole gradient of the weight, which 2048
@@ -48,18 +51,31 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_t
         A scalar in fp32 (fp64 for fp64 hidden), connected to the graph also where there is no token.
 
     Raises:
-        ValueError: hidden and weight have different dtypes and no autocast makes them one.
+        ValueError: shapes or dtypes do not fit, or hidden and weight have different dtypes and no autocast makes them
+            one; on a CPU also where a label is outside the vocabulary.
         RuntimeError: a second backward pass (with weight's gradient), or one that creates a graph.
     """
+    _check(hidden, weight, labels)
     if _product_dtype(hidden) != _product_dtype(weight):
         raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(weight.shape[0], on_gpu=hidden.is_cuda)
+    chunk_tokens = whole("chunk_tokens", chunk_tokens, 1)
     needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     if not any(needed):
         return _over_chunks(hidden, weight, labels, chunk_tokens, None, None)
     loss: Tensor = _CrossEntropySum.apply(hidden, weight, labels, chunk_tokens)
     return loss
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    check_floats("hidden", hidden, "[N, D]", 2)
+    check_floats("weight", weight, "[vocab, D]", 2)
+    if weight.shape[1] != hidden.shape[1] or not len(weight):
+        raise ValueError(f"weight must be [vocab, D] with hidden's D = {hidden.shape[1]}, got {tuple(weight.shape)}")
+    check_ids("labels", labels, len(weight), "[N]", ignored=IGNORED_LABEL)
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels must be [N] = [{len(hidden)}], got {tuple(labels.shape)}")
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -76,9 +92,8 @@ class _CrossEntropySum(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivatives("the loss")
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the loss has first derivatives only: leave out create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = d_hidden.to(ctx.dtypes[0]) * d_loss

@@ -7,7 +7,8 @@ Without gradients the blocks run as before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,17 +28,8 @@ def recompute(block: nn.Module, recomputation: str) -> None:
     recomputation: "full", or "selective" to keep also what a recurrence's exchange brought, one state a head, so that
         running it again exchanges nothing. Halos, and keys and values of softmax layers, are exchanged again.
     """
-    run = block.forward
     options: dict[str, Any] = {"context_fn": keeping_exchanges} if recomputation == "selective" else {}
-
-    @wraps(run)
-    def recomputed(*arguments: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return run(*arguments)
-        # Nothing in a block is random.
-        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
-
-    block.forward = recomputed  # type: ignore[method-assign]
+    block.forward = partial(_recomputed, _forward_of(block), options)  # type: ignore[method-assign]
 
 
 def run_in_pieces(ffn: nn.Module, piece_tokens: int) -> None:
@@ -45,18 +37,7 @@ def run_in_pieces(ffn: nn.Module, piece_tokens: int) -> None:
 
     Its hidden activations, several times as wide as the model, then exist for one piece only.
     """
-    run: Callable[[Tensor], Tensor] = ffn.forward
-
-    @wraps(run)
-    def pieces(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return run(x)
-        parts = x.split(piece_tokens, dim=1)
-        return torch.cat(
-            [checkpoint(run, part, use_reentrant=False, preserve_rng_state=False) for part in parts], dim=1
-        )
-
-    ffn.forward = pieces  # type: ignore[method-assign]
+    ffn.forward = partial(_in_pieces, _forward_of(ffn), piece_tokens)  # type: ignore[method-assign]
 
 
 def compile_block(block: nn.Module) -> None:
@@ -66,23 +47,58 @@ def compile_block(block: nn.Module) -> None:
     around each, and what comes before and after it is compiled. Blocks with packed documents run uncompiled: their
     layout is another in every step.
     """
-    run = block.forward
-    compiled = torch.compile(run, fullgraph=TRACEABLE, dynamic=False)
-    # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the pieces,
-    # and keep all that crosses a cut. Blocks are pieces enough.
-    whole = torch._dynamo.config.patch(optimize_ddp=False)
+    block.forward = _Compiled(block)  # type: ignore[method-assign]
 
-    @wraps(run)
-    def chosen(x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any) -> tuple[Tensor, Any]:
-        plain = state is None and not output_state and cu_seqlens is None and torch.is_grad_enabled()
-        if not plain:
-            result: tuple[Tensor, Any] = run(x, start, state, output_state, cu_seqlens, sp)
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """How the module runs: as its class says, or as a function here has already made it.
+
+    No closure and no bound method, which a copy of the module would share with it and run on the original's weights:
+    partial functions are copied and pickled with the module that they hold.
+    """
+    forward: Callable[..., Any] = vars(module).get("forward") or partial(type(module).forward, module)
+    return forward
+
+
+def _recomputed(run: Callable[..., Any], options: dict[str, Any], *arguments: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return run(*arguments)
+    # Nothing in a block is random.
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _in_pieces(run: Callable[[Tensor], Tensor], piece_tokens: int, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return run(x)
+    parts = x.split(piece_tokens, dim=1)
+    return torch.cat([checkpoint(run, part, use_reentrant=False, preserve_rng_state=False) for part in parts], dim=1)
+
+
+class _Compiled:
+    """A block's forward, compiled at its first call. What is compiled is the block's own: a copy compiles anew."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._compiled: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_block": self._block, "_compiled": None}
+
+    def __call__(
+        self, x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any
+    ) -> tuple[Tensor, Any]:
+        arguments = x, start, state, output_state, cu_seqlens, sp
+        run = MethodType(type(self._block).forward, self._block)
+        if state is not None or output_state or cu_seqlens is not None or not torch.is_grad_enabled():
+            result: tuple[Tensor, Any] = run(*arguments)
             return result
-        with whole:
-            result = compiled(x, start, state, output_state, cu_seqlens, sp)
+        if self._compiled is None:
+            self._compiled = torch.compile(run, fullgraph=TRACEABLE, dynamic=False)
+        # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
+        # pieces, and keep all that crosses a cut. Blocks are pieces enough.
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            result = self._compiled(*arguments)
         return result
-
-    block.forward = chosen  # type: ignore[method-assign]
 
 
 def check_compilable(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.sequence import SequenceParallel
+from lasp.sequence.arguments import number
 from lasp.sequence.call import SequenceCall
 from lasp.sequence.shards import document_bounds, document_digest
 
@@ -35,8 +36,12 @@ def packed(
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The factor of the outputs: K ** -0.5 where none is given."""
-    return q.shape[3] ** -0.5 if scale is None else float(scale)
+    """The factor of the outputs: K ** -0.5 where none is given.
+
+    Raises:
+        ValueError: it is no finite constant.
+    """
+    return q.shape[3] ** -0.5 if scale is None else number("scale", scale)
 
 
 def _initial_shape(x: Any) -> tuple[int, ...]:

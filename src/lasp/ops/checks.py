@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lasp.recurrence.decay import state_dtype
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from lasp.sequence.arguments import check_floats, check_tensor
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -19,10 +18,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         ValueError: they are not.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be [B, T, H, D] (4 dims), got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} must be one of {[str(d) for d in FLOATS]}, got {tensor.dtype}")
+        check_floats(name, tensor, "[B, T, H, D]", 4)
         if tensor.dtype != q.dtype:
             raise ValueError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {tensor.dtype}")
         if tensor.device != q.device:
@@ -44,6 +40,7 @@ def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> Non
     Raises:
         ValueError: the shape, dtype or device does not fit.
     """
+    check_tensor("g", g, "of log-decays")
     (batch, tokens, heads), keys = v.shape[:3], q.shape[3]
     allowed = {"[H_v]": (heads,), "[B, T, H_v]": (batch, tokens, heads), "[B, T, H_v, K]": (batch, tokens, heads, keys)}
     if not constant:
@@ -71,6 +68,7 @@ def check_beta(beta: Tensor, v: Tensor) -> None:
     Raises:
         ValueError: the shape, dtype or device does not fit, or a value is outside or NaN.
     """
+    check_tensor("beta", beta, "[B, T, H_v]")
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta must be [B, T, H_v] {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
     if not beta.is_floating_point() or beta.device != v.device:
@@ -96,6 +94,7 @@ def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     Raises:
         ValueError: it is not.
     """
+    check_tensor("initial_state", state, "[B, H_v, K, V]")
     dtype = state_dtype(like.dtype)
     if tuple(state.shape) != shape or state.dtype != dtype or state.device != like.device:
         raise ValueError(

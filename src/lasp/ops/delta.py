@@ -15,6 +15,7 @@ from lasp.recurrence.contract import Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.recurrence.delta import DeltaRun
 from lasp.sequence import SequenceParallel
+from lasp.sequence.arguments import check_flags
 from lasp.sequence.guard import check_shard, refusing
 
 # Added to the squared length of queries and keys, so that a zero vector stays zero.
@@ -65,6 +66,7 @@ def delta_rule(
     """
     with refusing(sp):
         check_inputs(q, k, v)
+        check_flags(output_final_state=output_final_state, normalize_qk=normalize_qk)
         check_shard(sp, q.shape[1])
         check_beta(beta, v)
         if g is not None:

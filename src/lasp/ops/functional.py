@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lasp.ops.scan import Plan, not_traced_before, scan, untraced
 from lasp.recurrence.contract import Run, Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence import SequenceParallel
+from lasp.sequence.arguments import check_flags, number
 from lasp.sequence.guard import check_shard, refusing
 
 
@@ -71,6 +73,7 @@ def linear_attention(
     queries: Tensor = k if callable(q) else q  # to be called: keys stand for them, being laid out alike
     with refusing(sp):
         check_inputs(queries, k, v)
+        check_flags(causal=causal, output_final_state=output_final_state)
         check_shard(sp, k.shape[1])
         if g is not None:
             if not causal:
@@ -160,17 +163,27 @@ def normalized_linear_attention(
     The denominator is the same recurrence on a column of ones beside v, so it crosses ranks like everything else.
     q and k must be non-negative (a positive feature map) for the denominator to be one.
 
+    16-bit inputs are computed in fp32 and only the quotient is rounded: fp16 ends at 65,504, which sums of weights
+    reach, and the gradients of numerator and denominator nearly cancel in q's.
+
     Args:
-        eps: added to the denominator.
+        eps: added to the denominator, >= 0.
         others: as in `linear_attention`; states are [B, H_v, K, V + 1], the last column the denominator's.
 
     Returns:
-        o [B, T, H_v, V], and the final state [B, H_v, K, V + 1] or None.
+        o [B, T, H_v, V] in v's dtype, and the final state [B, H_v, K, V + 1] or None.
+
+    Raises:
+        ValueError, ExchangeError: as `linear_attention`.
     """
+    with refusing(sp):
+        check_inputs(k if callable(q) else q, k, v)
+        eps = number("eps", eps, "a number >= 0", lambda eps: 0 <= eps < inf)
+    dtype = state_dtype(v.dtype)
     o, final_state = linear_attention(
-        q,
-        k,
-        pad(v, (0, 1), value=1.0),
+        (lambda: _called(q, k, v).to(dtype)) if callable(q) else q.to(dtype),
+        k.to(dtype),
+        pad(v.to(dtype), (0, 1), value=1.0),
         g,
         scale=scale,
         initial_state=initial_state,
@@ -180,4 +193,4 @@ def normalized_linear_attention(
         sp=sp,
         backend=backend,
     )
-    return o[..., :-1] / (o[..., -1:] + eps), final_state
+    return (o[..., :-1] / (o[..., -1:] + eps)).to(v.dtype), final_state

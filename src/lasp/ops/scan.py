@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -26,6 +25,7 @@ from lasp.exchange.local import Local, Ready
 from lasp.ops.compiled import exchange
 from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.crossing import Packed, zero_finals
+from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.documents import Documents
 from lasp.sequence import SequenceParallel
 from lasp.sequence.call import SequenceCall
@@ -155,7 +155,7 @@ class _Scan(torch.autograd.Function):
         return o, final if plan.want_final else None
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("a recurrence (linear_attention, delta_rule)")
     @_exactly
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor | None) -> tuple[Any, ...]:
         plan, stages, sp = ctx.plan, ctx.plan.stages, ctx.plan.sp

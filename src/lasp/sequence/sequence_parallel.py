@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.util import find_spec
+from math import inf
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from lasp.distributed.record import Description, ExchangeError, Step, digest_of,
 from lasp.distributed.sealed import Sealing, Stamps, TorchStamps
 from lasp.exchange import Exchange, resolve
 from lasp.recurrence.across import register
+from lasp.sequence.arguments import check_tensor, number, wholes
 from lasp.sequence.call import SequenceCall
 from lasp.sequence.kept import is_replaying
 
@@ -41,7 +44,8 @@ class SequenceParallel:
 
     Raises:
         ValueError: no process group exists, the mesh has several dimensions, this process is not in the group,
-            `lengths` does not have one entry a rank, or `exchange` is unknown.
+            `lengths` does not have one entry a rank, `exchange` is unknown, or `timeout_s` is not above 0. Also if
+            it is copied or pickled.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class SequenceParallel:
         exchange: str | Exchange = "auto",
         timeout_s: float = 300.0,
     ) -> None:
+        timeout_s = number("timeout_s", timeout_s, "a number of seconds > 0", lambda seconds: 0 < seconds < inf)
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
         if comm.backend == "nccl" and comm.size > 1:
@@ -154,6 +159,9 @@ class SequenceParallel:
         Raises:
             ValueError: the dim does not divide into equal parts, or is not as long as `lengths` says.
         """
+        check_tensor("tensor", tensor, "of the whole sequence")
+        if not isinstance(dim, int) or not -tensor.dim() <= dim < tensor.dim():
+            raise ValueError(f"dim must be one of a tensor of shape {tuple(tensor.shape)}, got {dim!r}")
         total = tensor.shape[dim]
         if self.lengths is None:
             if total % self.size:
@@ -200,6 +208,12 @@ class SequenceParallel:
         """
         return self.comm.failed(str(error))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            "a SequenceParallel stands for process groups of this process and can be neither copied nor pickled: hand "
+            "on the same one, or with_lengths() of it for other shards"
+        )
+
     def __repr__(self) -> str:
         return f"SequenceParallel(rank {self.rank} of {self.size}, exchange={self.exchange.name})"
 
@@ -222,11 +236,10 @@ def balanced_lengths(tokens: int, size: int) -> tuple[int, ...]:
 def _checked_lengths(lengths: Sequence[int] | None, size: int) -> tuple[int, ...] | None:
     if lengths is None:
         return None
-    if len(lengths) != size or any(not isinstance(n, int) or n < 0 for n in lengths):
-        raise ValueError(
-            f"lengths must hold one number of tokens >= 0 for each of the {size} ranks, got {tuple(lengths)}"
-        )
-    return tuple(lengths)
+    lengths = wholes("lengths", lengths)
+    if len(lengths) != size or any(n < 0 for n in lengths):
+        raise ValueError(f"lengths must hold one number of tokens >= 0 for each of the {size} ranks, got {lengths}")
+    return lengths
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
+from lasp.sequence.arguments import wholes
 from lasp.sequence.sequence_parallel import SequenceParallel
 
 
@@ -44,9 +45,7 @@ def document_bounds(
     """
     if cu_seqlens is None:
         return (0, total)
-    if isinstance(cu_seqlens, Tensor) and (cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
-        raise ValueError(f"{name} must be integers [N + 1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}")
-    bounds = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, Tensor) else tuple(int(n) for n in cu_seqlens)
+    bounds = wholes(name, cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         shown = bounds if len(bounds) <= 8 else (*bounds[:4], "..", *bounds[-3:])
         raise ValueError(f"{name} must rise from 0 to the {total} tokens of {whole}; got {shown}")

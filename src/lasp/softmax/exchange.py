@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.distributed.call import Call
+from lasp.recurrence.derivatives import first_derivatives
 from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 Shape = tuple[int, ...]
@@ -76,7 +76,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(keys, 1), torch.cat(values, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
         """Each rank's share of every gradient goes to the tokens' rank; no rank sees keys of later ones."""
         messages, starts = adjoint_of(ctx, "backward of keys and values").messages, ctx.starts
@@ -173,7 +173,7 @@ class _ToHeads(torch.autograd.Function):
         return moved
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         messages = adjoint_of(ctx, "backward of tokens to heads").messages
         return None, None, None, *_heads_to_tokens(messages, ctx.starts, ctx.ranges, gradients, ctx.heads)
@@ -188,7 +188,7 @@ class _ToTokens(torch.autograd.Function):
         return tokens
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, d_o: Tensor) -> tuple[Any, ...]:
         messages = adjoint_of(ctx, "backward of heads to tokens").messages
         return None, None, None, *_tokens_to_heads(messages, ctx.starts, [ctx.of], [d_o])
@@ -210,7 +210,7 @@ class _Replicated(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         call = adjoint_of(ctx, "backward of the initial state")
         total = call.sum(gradient)

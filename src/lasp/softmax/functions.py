@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.sequence import SequenceParallel
+from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number
 from lasp.sequence.call import SequenceCall
 from lasp.sequence.guard import check_shard, refusing
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
@@ -18,7 +19,6 @@ from lasp.softmax.local import attend
 
 METHODS = ("all_gather", "ulysses")
 BACKENDS = ("auto", "torch", "reference")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def softmax_attention(
@@ -73,6 +73,7 @@ def softmax_attention(
     """
     with refusing(sp):
         _check_inputs(q, k, v)
+        check_flags(causal=causal, output_final_state=output_final_state)
         for name, value, known in (("method", method, METHODS), ("backend", backend, BACKENDS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
@@ -82,7 +83,7 @@ def softmax_attention(
         bounds = document_bounds(cu_seqlens, starts[-1], q.shape[0])
         _check_state(initial_state, k, v)
         before = _rows_before(initial_state, initial_cu_seqlens, None if cu_seqlens is None else len(bounds) - 1)
-        scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+        scale = q.shape[3] ** -0.5 if scale is None else number("scale", scale)
     options = (causal, scale, method, backend, output_final_state)
     call = _called(sp, q, k, v, bounds, before, initial_state, options)
     problem = _Problem(causal, scale, method, backend, output_final_state, starts, bounds, before)
@@ -160,10 +161,7 @@ def _key_heads(tensor: Tensor, queries: tuple[int, int], group: int) -> Tensor:
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be [B, T, H, D] (4 dims), got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{name} must be one of {[str(d) for d in _FLOATS]}, got {tensor.dtype}")
+        check_floats(name, tensor, "[B, T, H, D]", 4)
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(
                 f"q, k and v must have one dtype and device, got q {q.dtype} on {q.device} and {name} {tensor.dtype} "
@@ -192,13 +190,18 @@ def _check_heads(heads: int, method: str, sp: SequenceParallel | None) -> None:
 def _check_state(initial_state: Tensor | None, k: Tensor, v: Tensor) -> None:
     if initial_state is None:
         return
+    check_tensor("initial_state", initial_state, "[B, tokens, H_kv, D + D_v]")
     expected = (k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
     given = tuple(initial_state.shape)
-    if len(given) != 4 or (given[0], *given[2:]) != expected or initial_state.dtype != k.dtype:
+    if len(given) != 4 or (given[0], *given[2:]) != expected or _kind(initial_state) != _kind(k):
         raise ValueError(
             f"initial_state must be [B, tokens, H_kv, D + D_v] = [{expected[0]}, .., {expected[1]}, {expected[2]}], "
-            f"{k.dtype}; got {given}, {initial_state.dtype}"
+            f"{_kind(k)}; got {given}, {_kind(initial_state)}"
         )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} on {tensor.device}"
 
 
 def _rows_before(

@@ -33,6 +33,10 @@ def _tokens(block: Block) -> int:
 def sdpa_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """q [n, T, H, D], k and v [n, S, H_kv, ..], the last query beside the last key -> [n, T, H, D_v]."""
     queries, keys = q.shape[1], k.shape[1]
+    if scale <= 0:
+        # Kernels multiply what they have masked, -inf, and find the largest score before they do: that takes a scale
+        # above 0. Its sign is exact in any dtype, so queries carry it.
+        q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     # A square block needs no mask, one query sees everything, and the rest is a form that flash kernels know.
     square = causal and queries == keys
     # Imported here: it brings torch's compiler, a second that programs without softmax layers need not wait.
@@ -52,13 +56,12 @@ def sdpa_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> T
 
 
 def reference_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """The same, query by query: each reads the keys it sees and no others."""
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    """The same, query by query: each reads the keys it sees and no others. 16-bit inputs are computed in fp32."""
+    group, dtype = q.shape[2] // k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    q, k, values = scale * q.to(dtype), k.to(dtype).repeat_interleave(group, 2), v.to(dtype).repeat_interleave(group, 2)
     outputs = []
     for index in range(q.shape[1]):
         seen = k.shape[1] - q.shape[1] + index + 1 if causal else k.shape[1]
-        scores = scale * torch.einsum("bhd,bshd->bhs", q[:, index], k[:, :seen])
-        weights = scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype)
-        outputs.append(torch.einsum("bhs,bshd->bhd", weights, v[:, :seen]))
-    return torch.stack(outputs, 1)
+        weights = torch.einsum("bhd,bshd->bhs", q[:, index], k[:, :seen]).softmax(-1)
+        outputs.append(torch.einsum("bhs,bshd->bhd", weights, values[:, :seen]))
+    return torch.stack(outputs, 1).to(v.dtype)

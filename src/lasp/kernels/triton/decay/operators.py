@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp.algebra import Summary
 from lasp.kernels.triton.common.launch import use_scratch
@@ -21,6 +20,7 @@ from lasp.kernels.triton.decay.work import Work, keeps_states, kind_of, per_chan
 from lasp.recurrence.across import Across, Pending, of_key
 from lasp.recurrence.contract import Run
 from lasp.recurrence.crossing import Packed, zero_finals
+from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.documents import Documents
 
 ALONE = -1
@@ -157,7 +157,7 @@ class _Eager(torch.autograd.Function):
         return o, final if want_final else None
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives("linear_attention")
     def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         use_scratch()
         # First of all, because this may recompute a region, with calls of its own.
