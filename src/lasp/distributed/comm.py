@@ -6,7 +6,6 @@ Ranks here are ranks within the group. Every operation is counted, has a deadlin
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import json
@@ -15,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.distributed.clock import ExchangeClock
+from lasp.distributed.ending import before_exit
 
 # Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -133,8 +134,9 @@ class Comm:
         self._control = dist.new_group(backend="gloo", **options)
         uses_gloo = self.backend == "gloo"
         self._group = dist.new_group(backend="gloo", **options) if uses_gloo else group
+        own = [self._control, self._group] if uses_gloo else [self._control]
         # A process that ends takes its unsent messages with it, and a chain's first rank is done long before its last.
-        atexit.register(_let_messages_leave, self._sending)
+        before_exit(self, own, partial(_let_messages_leave, self._sending))
         # gloo cannot send CUDA tensors from one process to another: they pass through the host.
         self._through_host = uses_gloo
 
@@ -319,6 +321,10 @@ class Comm:
         records = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
         if len(set(records)) > 1 or "error" in description:
             raise ExchangeError(_disagreement(records))
+
+    def forget_groups(self) -> None:
+        """Let go of the groups, at the process's end."""
+        self._control = self._group = None  # type: ignore[assignment]
 
     def _buffer(self, like: Tensor) -> Tensor:
         device = "cpu" if self._through_host else like.device
