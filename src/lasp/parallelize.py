@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lasp.distributed.mesh import SP_AXIS, weights_mesh
 from lasp.layers import RMSNorm, ShortConvolution
-from lasp.models.memory import RECOMPUTATIONS, check_compilable, compile_block, recompute, run_in_pieces
+from lasp.models.memory import RECOMPUTATIONS, CompiledShapes, check_compilable, compile_block, recompute, run_in_pieces
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, whole
 
@@ -157,8 +157,9 @@ def parallelize(
         raise ValueError(
             f"recomputation, ffn_piece_tokens and compile go block by block, but {type(model).__name__} has no `blocks`"
         )
+    shapes = CompiledShapes() if compile else None
     for block in blocks:
-        _rework(block, recomputation, ffn_piece_tokens, compile)  # type: ignore[arg-type]
+        _rework(block, recomputation, ffn_piece_tokens, shapes)  # type: ignore[arg-type]
     if mesh is None:
         return ParallelModel(model, model, None)
     sp = None
@@ -193,12 +194,12 @@ def _check(
         whole("ffn_piece_tokens", ffn_piece_tokens, 1)
 
 
-def _rework(block: nn.Module, recomputation: str, ffn_piece_tokens: int | None, compile: bool) -> None:
+def _rework(block: nn.Module, recomputation: str, ffn_piece_tokens: int | None, shapes: CompiledShapes | None) -> None:
     """Inside out: what is compiled may hold pieces, and what is recomputed runs compiled both times."""
     if ffn_piece_tokens is not None and block.ffn is not None:
         run_in_pieces(block.ffn, ffn_piece_tokens)  # type: ignore[arg-type]
-    if compile:
-        compile_block(block)
+    if shapes is not None:
+        compile_block(block, shapes)
     if recomputation != "none":
         recompute(block, recomputation)
 

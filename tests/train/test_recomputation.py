@@ -153,6 +153,61 @@ def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPat
         }
 
 
+def compiled_and_not(family: str, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> tuple[ParallelModel, ParallelModel]:
+    """A model of one process whose blocks are compiled, by the compiler's front alone, and the same model as it is."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, **options: original(run, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    models = []
+    for _ in range(2):
+        module = CausalLM(preset(family, "tiny", **{"vocab_size": 50, **sizes}))
+        module.init_weights(torch.Generator().manual_seed(1))
+        models.append(module)
+    return parallelize(models[0], None, compile=True), parallelize(models[1], None)
+
+
+FAMILIES = (
+    "linear-transformer", "transnormer", "retnet", "gla", "deltanet", "gated-deltanet", "kda", "mamba2", "hybrid"
+)  # fmt: skip
+SAMPLE = ("gla", "gated-deltanet", "mamba2")
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in SAMPLE else pytest.param(f, marks=pytest.mark.exhaustive) for f in FAMILIES]
+)
+def test_every_family_compiles_on_one_process(
+    family: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    num_layers = 4 if family == "hybrid" else 1  # one of each kind
+    compiled, plain = compiled_and_not(family, monkeypatch, num_layers=num_layers)
+    recwarn.clear()
+    for model in (compiled, plain):
+        gradients(model, 0)
+    assert [str(warning.message) for warning in recwarn if "lasp" in warning.filename] == []
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert worst(whole_gradients(compiled.module), whole_gradients(plain.module))[1] < 2e-6
+
+
+def test_any_number_of_lengths_trains_and_those_that_are_not_compiled_are_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled, plain = compiled_and_not("linear-transformer", monkeypatch, **{**SMALL, "num_layers": 1})
+    counts: list[int] = []
+
+    def train_on(lengths: range) -> None:
+        for length in lengths:
+            tokens = batch(length)[:1, :length]
+            first, second = (model.training(tokens, labels=tokens).loss_sum.item() for model in (compiled, plain))
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            assert abs(first - second) < 1e-5 * abs(second)
+
+    with pytest.warns(UserWarning, match="compiled for 8 shapes") as warned:
+        train_on(range(4, 15))
+    assert len([each for each in warned if "compiled for" in str(each.message)]) == 1
+    assert counts[7] > counts[6] > 0 and counts[8:] == counts[7:8] * 3
+
+
 def test_a_compiled_block_is_one_graph_under_ddp() -> None:
     """The compiler would cut it at every 25 MB of gradients, and keep what crosses the cut."""
 

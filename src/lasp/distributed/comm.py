@@ -6,7 +6,6 @@ Ranks here are ranks within the group. Every operation is counted, has a deadlin
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import secrets
@@ -15,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lasp.distributed.call import Call, Posted
 from lasp.distributed.clock import ExchangeClock
+from lasp.distributed.ending import before_exit
 from lasp.distributed.group import gloo_group
 from lasp.distributed.record import Description, ExchangeError, Record, Step, compare, failures, number_given
 
@@ -156,8 +157,9 @@ class Comm:
         with self.explained("make groups of its own"):
             self._control = gloo_group(group, _agreed_name(group, deadline), deadline)
             self._group = gloo_group(group, _agreed_name(group, deadline), deadline) if uses_gloo else group
+        own = [self._control, self._group] if uses_gloo else [self._control]
         # A process that ends takes its unsent messages with it, and a chain's first rank is done long before its last.
-        atexit.register(_let_messages_leave, self._sending, self._reports)
+        before_exit(self, own, partial(_let_messages_leave, self._sending, self._reports))
         # gloo cannot send CUDA tensors from one process to another: they pass through the host.
         self._through_host = uses_gloo
 
@@ -405,6 +407,10 @@ class Comm:
         posted = self._announce(Record(self._calls, purpose, step=self.step, given=number))
         self.hear(posted)
         return [number_given(own) for own in posted.everything.chunk(self.size)]
+
+    def forget_groups(self) -> None:
+        """Let go of the groups, at the process's end."""
+        self._control = self._group = None  # type: ignore[assignment]
 
     def _buffer(self, like: Tensor) -> Tensor:
         device = "cpu" if self._through_host else like.device

@@ -135,7 +135,9 @@ class _Read(NamedTuple):
 def _read(
     x: Tensor, layout: Layout, initial_state: Tensor | None, sp: SequenceParallel | None, call: SequenceCall | None
 ) -> _Read:
-    """Exchange rows."""
+    """Exchange rows, where there is another rank or another document."""
+    if len(layout.bounds) == 2 and (sp is None or sp.size == 1):
+        return _read_whole(x, layout, initial_state)
     states = (x.shape[0] if len(layout.bounds) == 2 else len(layout.bounds) - 1, layout.width)
     initial = None
     if initial_state is not None:  # [B, C, w] -> [B, w, C], packed [N, C, w] -> [1, N * w, C]
@@ -148,6 +150,14 @@ def _read(
     if scheme.final is not None:
         final = wish.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
     return _Read(extended, wish, scheme.fix, final)
+
+
+def _read_whole(x: Tensor, layout: Layout, initial_state: Tensor | None) -> _Read:
+    """Of whole sequences that are all here: they need no plan, which the compiler could not follow."""
+    before = x.new_zeros(x.shape[0], layout.width, x.shape[2]) if initial_state is None else initial_state.mT
+    extended = torch.cat([before, x], 1)
+    final = extended[:, x.shape[1] :].transpose(1, 2) if layout.final else None
+    return _Read(extended, extended[:, :0], None, final)
 
 
 def _convolve(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lasp.kernels.select import select
 from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, not_traced_before, scan
+from lasp.ops.scan import Plan, scan, untraced
 from lasp.recurrence.contract import Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.recurrence.delta import DeltaRun
@@ -81,7 +81,8 @@ def delta_rule(
     return _scanned(stages, x, initial_state, output_final_state, normalize_qk, sp)
 
 
-@not_traced_before
+# Its gradients take gradients of their own, which the compiler does not follow.
+@untraced
 def _scanned(
     stages: Stages,
     x: DeltaRun,

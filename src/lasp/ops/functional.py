@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, not_traced_before, scan, untraced
+from lasp.ops.scan import Plan, not_traced_before, refuse_final_in_graph, scan, untraced
 from lasp.recurrence.contract import Run, Stages
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence import SequenceParallel
@@ -88,6 +88,7 @@ def linear_attention(
         stages = select("decay" if causal else "unmasked", backend, x)
         if g is not None and not (g.is_cuda and getattr(stages, "BAD_GATES_GIVE_NAN", False)):
             check_gate_values(g)
+    refuse_final_in_graph(sp, output_final_state)
     fused = getattr(stages, "fused", None)
     if fused is not None:
         run = _fused if documents is None else _untraced_fused
@@ -181,7 +182,7 @@ def normalized_linear_attention(
         eps = number("eps", eps, "a number >= 0", lambda eps: 0 <= eps < inf)
     dtype = state_dtype(v.dtype)
     o, final_state = linear_attention(
-        (lambda: _called(q, k, v).to(dtype)) if callable(q) else q.to(dtype),
+        (lambda: _called(q, k, v, sp).to(dtype)) if callable(q) else q.to(dtype),
         k.to(dtype),
         pad(v.to(dtype), (0, 1), value=1.0),
         g,

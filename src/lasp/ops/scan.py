@@ -56,6 +56,12 @@ class Plan(NamedTuple):
 TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
 
 
+_FINAL_IN_GRAPH = (
+    "output_final_state=True over several ranks cannot be part of a compiled graph: leave fullgraph=True out, and the "
+    "graph breaks around the operator, or ask for the final state outside of the compiled function"
+)
+
+
 def untraced(function: _Function) -> _Function:
     """`function`, around which a compiled graph breaks.
 
@@ -82,6 +88,15 @@ def scan(plan: Plan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
     run = partial(_rebuilt, type(x), x.scale, x.documents)
     result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, run, initial, *tensors_of(x))
     return result
+
+
+def refuse_final_in_graph(sp: SequenceParallel | None, want_final: bool) -> None:
+    """Break the compiler's graph where the final state of several ranks is wanted; with fullgraph=True, say so.
+
+    Its gradients are summed over the ranks, by a message that is no operator yet.
+    """
+    if want_final and sp is not None and sp.size > 1 and torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=_FINAL_IN_GRAPH)
 
 
 def _rebuilt(kind: Callable[..., Any], scale: float, documents: Documents | None, tensors: tuple[Any, ...]) -> Any:

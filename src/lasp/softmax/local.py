@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 from lasp.softmax.blocks import Block, Blocks
+
+# Of the memory-efficient kernels' custom_mask_type.
+_LOWER_RIGHT = 2
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, causal: bool, scale: float, backend: str) -> Tensor:
@@ -37,22 +41,45 @@ def sdpa_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> T
         # Kernels multiply what they have masked, -inf, and find the largest score before they do: that takes a scale
         # above 0. Its sign is exact in any dtype, so queries carry it.
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
-    # A square block needs no mask, one query sees everything, and the rest is a form that flash kernels know.
-    square = causal and queries == keys
-    # Imported here: it brings torch's compiler, a second that programs without softmax layers need not wait.
-    from torch.nn.attention.bias import causal_lower_right
-
-    bias = causal_lower_right(queries, keys) if causal and 1 < queries < keys else None
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=bias,
-        is_causal=square,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    if causal and 1 < queries < keys:
+        return _lower_right(q, k, v, scale, grouped).transpose(1, 2)
+    # A square block needs no mask, and one query sees everything.
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=causal and queries == keys, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
+
+
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> Tensor:
+    """Causal attention with the last query beside the last key, in a form that fused kernels know.
+
+    As torch.nn.attention.bias.causal_lower_right has it. To import that module brings PyTorch's compiler: over a
+    second, and in the middle of a run.
+    """
+    if q.is_cuda:
+        parameters = SDPAParams(q, k, v, None, 0.0, False, grouped)
+        if can_use_flash_attention(parameters):
+            wide = (F.pad(t, (0, -t.shape[3] % 8)) for t in (q, k, v))
+            # This operator's causal is the lower right one.
+            o = torch.ops.aten._scaled_dot_product_flash_attention(*wide, 0.0, True, False, scale=scale)[0]
+            return o[..., : v.shape[3]]
+        if can_use_efficient_attention(parameters):
+            o = torch.ops.aten._efficient_attention_forward(
+                *(t.transpose(1, 2) for t in (q, k, v)),
+                bias=None,
+                cu_seqlens_q=None,
+                cu_seqlens_k=None,
+                max_seqlen_q=None,
+                max_seqlen_k=None,
+                dropout_p=0.0,
+                custom_mask_type=_LOWER_RIGHT,
+                compute_log_sumexp=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)),
+                scale=scale,
+                seqlen_k=None,
+            )[0]
+            return o.transpose(1, 2)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def reference_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

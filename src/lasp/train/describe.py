@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ from lasp.models import ModelConfig, num_parameters
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
 from lasp.train.figures import Machine
+from lasp.train.versions import versions
 from lasp.train.world import World
-
-# Named one by one: a list of everything installed, or of the environment, may hold what should not be shown around.
-_PACKAGES = ("lasp-torch", "torch", "numpy", "safetensors", "triton", "fla-core", "tokenizers")
 
 
 def describe(
@@ -58,8 +55,7 @@ def describe(
             "num_documents": store.num_documents,
         },
         "versions": {
-            "python": platform.python_version(),
-            **_versions(),
+            **versions(),
             "system": f"{platform.system()} {platform.machine()}",
         },
     }
@@ -82,13 +78,3 @@ def _exchange(config: TrainConfig, model_config: ModelConfig, model: ParallelMod
         peers = is_possible(comm, load.summary_bytes, world.device)
         exchange = exchange.choose(load, comm.nodes, peers=peers)
     return exchange.name
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

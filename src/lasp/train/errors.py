@@ -31,6 +31,12 @@ class PeerLostError(RunError):
     exit_code = 71
 
 
+class ReplicaError(RunError):
+    """Processes that should hold the same weights hold different ones; nothing of it was saved."""
+
+    exit_code = 72
+
+
 DATA_EXIT_CODE = 65
 """lasp.data.errors.DataError: the text or the token file cannot be used."""
 STOPPED_EXIT_CODE = 75

@@ -35,6 +35,7 @@ from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
 from lasp.train.profile import Profiler
+from lasp.train.replicas import check_replicas
 from lasp.train.sample import stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
@@ -55,9 +56,9 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
 
     resume: a run folder or checkpoint to continue from; the run goes on in the run folder. AUTO: that of
     `config.run_dir` if it has a checkpoint; if not, the run begins there. Raises ConfigError, DataError,
-    CheckpointError, NumericsError (on every process) and PeerLostError.
+    CheckpointError, NumericsError, ReplicaError (on every process) and PeerLostError.
     """
-    world = join(config)
+    world = join(config, resume)
     try:
         with naming_lost_peers(world):
             return _Run(config, world, resume).train()
@@ -116,6 +117,7 @@ class _Run:
         self._name_changes()
         self.store = token_store.open_store(Path(start["store"]), verify=False)
         self._check_data()
+        world.compare({"data key": self.store.key})
         bounds = self.store.train_bounds if config.data.packed else None
         self.sequences = Sequences(
             self.store.train, seq_len=config.seq_len, seed=config.seed, bounds=bounds, consecutive=config.data.carry
@@ -209,6 +211,7 @@ class _Run:
         """Begin to write a checkpoint of the steps finished so far."""
         if self.saved_at == self.finished:
             return
+        check_replicas(self.finished, self.module, self.optimizer, self.world)
         config = self.config
         state = {
             "step": self.finished,

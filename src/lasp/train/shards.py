@@ -230,11 +230,16 @@ def _model_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's tensors on this process, by the name of their parameter and by kind."""
     names = _names(module)
+    return {names[parameter]: dict(entry) for parameter, entry in _own(optimizer).state.items()}
+
+
+def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {
-        f"optimizer.{kind}.{names[parameter]}": tensor
-        for parameter, entry in _own(optimizer).state.items()
+        f"optimizer.{kind}.{name}": tensor
+        for name, entry in optimizer_state(module, optimizer).items()
         for kind, tensor in entry.items()
     }
     return tensors | {_RANDOM_STATE: torch.get_rng_state()}

@@ -1,17 +1,20 @@
 """The processes of a run as the training loop sees them: who am I, who else is there, what did everybody find."""
 
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from lasp.data.batches import Shard
@@ -20,6 +23,7 @@ from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
 from lasp.train.config import TrainConfig
 from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
+from lasp.train.handshake import compare, description
 from lasp.train.loopback import stay_on_loopback
 
 _RECORD_BYTES = 8192
@@ -54,6 +58,12 @@ class World:
             return [values]
         rows: list[list[float]] = self.control.all_gather(torch.tensor(values, dtype=torch.float64)).wait().tolist()
         return rows
+
+    def compare(self, own: dict[str, Any]) -> None:
+        """Raise ConfigError, on every process, unless all give the same; see lasp.train.handshake."""
+        if self.control is not None:
+            timeout_s = self.control.timeout_s
+            compare(own, rank=self.rank, size=self.size, store=_get_default_store(), timeout_s=timeout_s)
 
     def first_does(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run `work` on the first process and return its (JSON-able) result on all.
@@ -103,34 +113,38 @@ class World:
         return dict(json.loads(bytes(received.tolist()).rstrip(b"\0")))
 
 
-def join(config: TrainConfig) -> World:
+def join(config: TrainConfig, resume: Path | None = None) -> World:
     """Join the processes that a launcher started (RANK and WORLD_SIZE), or be the only one.
 
-    An existing process group is used as it is. Raises ConfigError if the layout does not fit the processes.
+    An existing process group is used as it is. Raises ConfigError if the layout does not fit the processes, and on
+    every process if they were started with different options (lasp.train.handshake).
     """
     owns_group = not dist.is_initialized()
-    if owns_group:
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "1")) if owns_group else dist.get_world_size()
+    rank = dist.get_rank() if not owns_group else int(os.environ["RANK"]) if size > 1 else 0
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    problem, device = None, torch.device("cpu")
+    try:
         config.validate(size)  # before anything is connected
         device = _device(config.device)
-        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
-        if one_machine:
-            stay_on_loopback(os.environ)
-        if size > 1 or config.parallel.sp > 1:
-            timeout = timedelta(seconds=config.parallel.timeout_s)
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=_meeting_place(size, timeout, one_machine),
-                rank=int(os.environ["RANK"]),
-                world_size=size,
-                timeout=timeout,
-            )
-    else:
-        config.validate(dist.get_world_size())
-        device = _device(config.device)
+    except ConfigError as error:
+        if size == 1:
+            raise
+        problem = error
+    if owns_group and one_machine:
+        stay_on_loopback(os.environ)
+    # What cannot be a deadline is a problem that all are told of.
+    timeout_s = config.parallel.timeout_s if 0 < config.parallel.timeout_s < math.inf else 120.0
+    timeout = timedelta(seconds=timeout_s)
+    if size > 1:
+        store = _meeting_place(size, timeout, one_machine) if owns_group else _get_default_store()
+        own = {"error": str(problem)} if problem is not None else description(config, resume, device.type)
+        compare(own, rank=rank, size=size, store=store, timeout_s=timeout_s)
+        if owns_group:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if not dist.is_initialized():
         return World(0, 1, device, Shard())
-    timeout_s = config.parallel.timeout_s
     mesh = build_mesh(
         sp=config.parallel.sp,
         dp=config.parallel.dp,

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from lasp.algebra import Summary, Transition
 from lasp.recurrence.contract import num_states, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
+from lasp.recurrence.pullback import pull_back
 
 
 class TokenLoop:
@@ -63,7 +64,7 @@ class TokenLoop:
             o, state_out = self._loop(type(x)(*tensors, x.scale, x.documents), saved)
             # A zero that depends on everything: without tokens nothing else would.
             zero = sum((t[:0].sum() for t in tensors if t is not None), start=o.new_zeros(()))
-            found = torch.autograd.grad(
+            found = pull_back(
                 (o + zero, state_out + zero), [t for t in tensors if t is not None], (d_o.to(o.dtype), d_state_out)
             )
         gradients = iter(found)

@@ -34,6 +34,7 @@ from lasp.kernels.torch.chunks import Chunking, chunk_size
 from lasp.recurrence.contract import tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 from lasp.recurrence.delta import DeltaRun
+from lasp.recurrence.pullback import pull_back
 
 GROUPED_HEADS = False
 CHUNK = 64
@@ -237,7 +238,7 @@ def gradients(
     if c.kept is not None:
         d_kept = (saved * ends).sum(-1)
         d_chunks.append(d_kept if c.kept.shape[-1] > 1 else d_kept.sum(-1, keepdim=True))
-    d_inputs = torch.autograd.grad([t for t in c if t is not None], inputs, d_chunks)
+    d_inputs = pull_back([t for t in c if t is not None], inputs, d_chunks)
     joined = [chunking.join(d) for d in d_inputs]
     given = [t for t in tensors_of(x) if t is not None]
     found: list[Tensor | None] = [d.reshape(t.shape).to(t.dtype) for d, t in zip(joined, given, strict=True)]
