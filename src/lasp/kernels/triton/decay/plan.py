@@ -12,6 +12,7 @@ from lasp.kernels.triton.decay import gates
 NONE, HEAD, TOKEN, CHANNEL = gates.NONE.value, gates.HEAD.value, gates.TOKEN.value, gates.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
+CHUNK_SMALLEST = 16
 SHARED_FOR_THREE_STAGES, SHARED_FOR_TWO_STAGES = 220_000, 150_000
 # A program makes its tensor descriptors in microseconds: fewer chunks than this do not pay for them.
 DESCRIPTOR_CHUNKS = 8
@@ -162,7 +163,9 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool
     # registers have no room for more.
     large = contracted > 128 and not hopper
     if dtype == torch.float32:
-        return Tiles(narrow(columns, dtype), 8 if large else 4, 1)
+        # No matrix unit takes these products, and a thread holds what it contracts. With 32 columns of 256 contracted
+        # ptxas 12.8 and 13.0 gave up on registers: all but 32 on the stack, and a sweep that was wrong.
+        return Tiles(16, 8, 1) if contracted > 128 else Tiles(narrow(columns, dtype), 4, 1)
     if dtype == torch.float16:
         return Tiles(64, 8 if large else 4, 1)
     if large:
@@ -226,6 +229,8 @@ def plan(
     exact = dtype == torch.float32
     # Gates per channel are fp32 tiles of K columns: with wide heads only short chunks fit shared memory.
     chunk = CHUNK_SMALL if exact or (kind == CHANNEL and max(K, V) > 128) else CHUNK
+    if exact and kind == CHANNEL and max(K, V) > 128:
+        chunk = CHUNK_SMALLEST  # see `_sweep_tiles`
     chunks = max(1, -(-tokens // chunk))
     # Programs of gates per channel wait more often: shorter segments for more of them.
     summaries = SUMMARIES_COST if kind == CHANNEL and from_zero else 0.0
