@@ -456,7 +456,9 @@ class _Works:
 
 def _agreed_name(group: dist.ProcessGroup, timeout: timedelta) -> str:
     """A name for a group beside this one, drawn by its first rank. Collective over this group, and no other."""
-    drawn = torch.tensor(secrets.randbits(63), device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    on_gpu = dist.get_backend(group) == "nccl"
+    device = (getattr(group, "bound_device_id", None) or "cuda") if on_gpu else "cpu"
+    drawn = torch.tensor(secrets.randbits(63), device=device)
     telling = dist.broadcast(drawn, group=group, group_src=0, async_op=True)
     assert telling is not None
     telling.wait(timeout)
