@@ -66,9 +66,15 @@ def untraced(function: _Function) -> _Function:
     """`function`, around which a compiled graph breaks.
 
     As `torch.compiler.disable`, which loads the compiler: half of the time that importing this library would take.
-    PyTorch's own way loads it at the first call.
+    PyTorch's own way loads it at the first call, so uncompiled calls do not go by it.
     """
-    return cast(_Function, torch._disable_dynamo(function))
+    disabled = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        return disabled(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+    return cast(_Function, wrapped)
 
 
 def not_traced_before(function: _Function) -> _Function:

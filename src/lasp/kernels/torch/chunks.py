@@ -39,7 +39,7 @@ class Chunking:
         else:
             tensor = pad(tensor, (0, 0, 0, 0, 0, 1))[:, self._layout.token_of_slot.to(tensor.device)]
         batch, slots, heads, dim = tensor.shape
-        return tensor.view(batch, slots // self.size, self.size, heads, dim).permute(0, 3, 1, 2, 4).contiguous()
+        return tensor.reshape(batch, slots // self.size, self.size, heads, dim).permute(0, 3, 1, 2, 4).contiguous()
 
     def join(self, tensor: Tensor) -> Tensor:
         """[B, H, N, C, D] -> [B, T, H, D]: the inverse of `cut`."""
