@@ -199,38 +199,58 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     from_zero: bool, device: torch.device
 ) -> None:
     """The kernel alone, given sums that do not fit <S, D> at legs' borders, as if much had been rounded: of two
-    segments, the first of two legs, the other of one."""
-    leg = legs.leg_tokens(64)
+    segments, the first of two legs, the other of one; in one leg a chunk forgets."""
+    C, leg = 64, 64 * legs.leg_chunks(False)
     bounds, H_v, K = (0, leg, leg + 256, leg + 326), 2, 16
     p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20, True)
-    p = p._replace(segment_chunks=(leg + 256) // 64, segments=2)
+    p = p._replace(segment_chunks=(leg + 256) // C, segments=2)
     launches = work.Work((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, 2, p, True, 1.0, from_zero)
     random = torch.Generator().manual_seed(0)
     state, d_state = (launches.states, launches.inner, launches.state), launches.state
     shapes = (launches.sums, launches.sums, *state, *state, d_state)
     drawn = [torch.randn(shape, generator=random).to(device) for shape in shapes]
     q_sums, k_sums, states, inner, leaving, d_states, d_inner, d_entering, d_leaving = drawn
+    zeros = torch.zeros(1, bounds[-1], H_v, K, dtype=torch.float16, device=device)
+    prefix = torch.zeros(launches.gates, device=device)
+    forgotten = 5
+    prefix[:, :, (forgotten + 1) * C - 1] = -20.0
     dg = torch.empty(1, bounds[-1], H_v, device=device)
-    launches.gate_gradient(*drawn[:-1], dg, dg, None if from_zero else d_leaving)
+    operands = (*[zeros] * 4, dg, prefix)
+    launches.gate_gradient(*operands, *drawn[:-1], dg, dg, None if from_zero else d_leaving)
 
     def paired(state: Tensor, d_state: Tensor) -> Tensor:
         return (state * d_state).sum((-2, -1))[0]
 
     known = [
-        paired(states[:, :, 0], torch.zeros_like(d_entering) if from_zero else d_entering),
+        paired(states[:, :, 0], d_entering),
         paired(inner[:, :, 1], d_inner[:, :, 1]),
         paired(states[:, :, 1], d_states[:, :, 0]),
-        paired(leaving, torch.zeros_like(d_leaving) if from_zero else d_leaving),
+        paired(leaving, d_leaving),
     ]
-    terms = (q_sums - k_sums).sum(0)[0]
-    for (first, last), (start, end) in zip(pairwise(bounds), pairwise(known), strict=True):
-        walk = end[:, None] + terms[:, first:last].flip(1).cumsum(1).flip(1)
-        slope = (walk[:, 0] - start) / (last - first)
-        expected = walk - slope[:, None] * torch.arange(last - first, 0, -1, device=device)
-        got = dg[0, first:last].T
-        assert relative_error(got, expected) < 1e-5
-        assert (got[:, 0] - start).norm() < 1e-4 * walk.norm()
-        assert relative_error(walk, expected) > 0.1  # the control: it made a difference
+    (reads_q, pairs_q), (reads_k, pairs_k) = (sums.sum(0)[:, 0] for sums in (q_sums, k_sums))
+    for number, ((first, last), (start, end)) in enumerate(zip(pairwise(bounds), pairwise(known), strict=True)):
+        chunks = [slice(at, min(at + C, last)) for at in range(first, last, C)]
+        cut = {forgotten} if number == 0 else set()
+        cut |= ({0} if number == 0 else {len(chunks) - 1} if number == 2 else set()) if from_zero else set()
+        expected = torch.zeros(2, H_v, last - first)  # tied, and not
+        q, k = (torch.stack([reads[:, part].sum(1) for part in chunks], 1).cpu() for reads in (reads_q, reads_k))
+        for c, part in enumerate(chunks):
+            # The stretch of chunks around this one that lets states pass, and what is known on both of its sides.
+            left = max([other + 1 for other in cut if other < c], default=0)
+            right = min([other for other in cut if other > c], default=len(chunks))
+            after = q[:, right] if right < len(chunks) else end.cpu()
+            before = k[:, left - 1] if left > 0 else start.cpu()
+            drift = (after + (q - k)[:, left:right].sum(1) - before) / (right - left)
+            walk = after + (q - k)[:, c + 1 : right].sum(1) - k[:, c]
+            across = torch.stack([walk - drift * (right - c - 0.5), walk]) * (c not in cut)
+            reads = reads_q[:, part].flip(1).cumsum(1).flip(1) + reads_k[:, part].cumsum(1) - reads_k[:, part]
+            within = (pairs_q - pairs_k)[:, part].flip(1).cumsum(1).flip(1)
+            within[:, 0] = 0.0
+            within *= number > 0 or c != forgotten  # formed of q, k, v, which are zero
+            expected[..., part.start - first : part.stop - first] = across[..., None] + (reads + within).cpu()
+        got = dg[0, first:last].T.cpu()
+        assert relative_error(got, expected[0]) < 1e-5
+        assert relative_error(expected[1], expected[0]) > 0.02  # the control: it made a difference
 
 
 def test_gradient_of_a_gate_laid_out_otherwise(device: torch.device) -> None:
@@ -314,7 +334,7 @@ def test_gates_per_token_gather_little_rounding_over_a_leg(
 
     def one_segment(*arguments: object) -> plans.Plan:
         found = plans.plan(*arguments[:-1], False)  # not gathered
-        assert found.rows and legs.leg_tokens(found.chunk) == found.chunk * found.chunks
+        assert found.rows and legs.leg_chunks(False) == found.chunks
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
         return found._replace(segment_chunks=found.chunks, segments=1, rows=rows, scalar_keys=keys)
 

@@ -27,7 +27,7 @@ def _short_segments(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> No
     kernels are not patched: test_gpu has long legs)."""
     monkeypatch.setattr(work, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
     if device.type == "cpu":
-        monkeypatch.setattr(legs, "LEG", tl.constexpr(1))
+        monkeypatch.setattr(legs, "EXACT_LEG", tl.constexpr(1))
 
 
 def problem(gate: str, H_v: int = 2) -> tuple[dict[str, Tensor], Tensor, Tensor]:

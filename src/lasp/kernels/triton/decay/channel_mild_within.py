@@ -24,7 +24,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     sums_to_end,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
+from lasp.kernels.triton.decay.place import begins_run, chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -42,7 +42,7 @@ def channel_mild_within_kernel(
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
-    places_ptr,  # int32 [chunks, 2] if PACKED
+    places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
     H,
@@ -55,6 +55,7 @@ def channel_mild_within_kernel(
     C: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     slices: tl.constexpr = (K + BK - 1) // BK
@@ -113,4 +114,7 @@ def channel_mild_within_kernel(
     channel = k_first + tl.arange(0, BK)
     leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
     dg = sums_to_end(terms, dtype, C) + leaving[None, :]
+    if FROM_ZERO:
+        # Nothing precedes a run's first token: exactly, not but for rounding.
+        dg = tl.where((i == 0) & begins_run(places_ptr, tl.program_id(1), PACKED), 0.0, dg)
     store_chunk(dg_at, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -50,7 +50,7 @@ def channel_prepare_kernel(
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
     totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
     steep_ptr,  # int32 [B, H_v, chunks] if STEEP
-    places_ptr,  # int32 [chunks, 2] if PACKED
+    places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
     H,

@@ -9,10 +9,10 @@ and channel, what its reads add to dg,
     sums = sum_i (scale q_i 2^prefix_i) read_q_i,        and        sum_j (k_j 2^suffix_j) read_k_j,
 
 since dg at a chunk's end, S D summed over V, is that at the segment's end plus the first and minus the second of all
-later chunks. Less the second of the chunk itself it is `through`: what passes from before the chunk to after it. What
-rounding adds to that, a random walk, is known at the segment's start, where S D can be taken again: it is taken off,
-all of it there and less towards the end. States and outputs are transposed as in `sweep`, so these sums run along a
-thread's own columns.
+later chunks. Less the second of the chunk itself it is `through`: what passes from before the chunk to after it.
+Nothing does in a channel that forgets within the chunk: there the sums start anew. What rounding adds to them, a random
+walk, is known at the segment's start, where S D can be taken again: it is taken off, all of it there and less towards
+the end. States and outputs are transposed as in `sweep`, so these sums run along a thread's own columns.
 """
 
 import triton
@@ -21,7 +21,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import segment_border
 from lasp.kernels.triton.decay.legs import as_swept
-from lasp.kernels.triton.decay.place import place
+from lasp.kernels.triton.decay.place import place, run_bounds
 from lasp.kernels.triton.decay.sweep import segment_state
 
 TIED = tl.constexpr(16)  # chunks at a time
@@ -39,6 +39,8 @@ def _sweep(
     through_ptr,  # fp32 [chunks, K], written when REVERSE
     state,  # [BK, BV]
     carry,  # [BK]
+    from_nothing,  # whether no state enters the first chunk
+    to_nothing,  # whether that which leaves the last has no gradient
     v_row,
     k_row,
     first,
@@ -50,6 +52,7 @@ def _sweep(
     BV: tl.constexpr,
     C: tl.constexpr,
     REVERSE: tl.constexpr,
+    FORGETS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -61,6 +64,7 @@ def _sweep(
     out_view = view(out_ptr, last, k_row, K, C, BK, DESCRIPTORS)
     channel = column + tl.arange(0, BK)
     chunks = tl.cdiv(last - first, C)
+    walked = tl.zeros((BK,), tl.int32) + chunks
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
         a = load_chunk(a_view, start, 0, last, v_row, V, C, BV, DESCRIPTORS)
@@ -84,14 +88,17 @@ def _sweep(
             # As in `rows`: only what a product takes is loaded ahead.
             sums += tl.sum(tl.dot(tl.trans(x), tl.zeros((C, 16), dtype)), 1)
         if REVERSE:
-            carry -= sums
+            cut = ((start == first) & from_nothing) | ((start + C >= last) & to_nothing)
+            forgets = (total < FORGETS) | cut
+            carry = tl.where(forgets, 0.0, carry - sums)
+            walked = tl.where(forgets, chunks - 1 - step, walked)
             tl.store(through_ptr + here, carry, mask=channel < K)
             carry += other_sums
         else:
             tl.store(sums_ptr + here, sums, mask=channel < K)
         read = tl.trans(out).to(out_ptr.dtype.element_ty)
         store_chunk(out_view, read, start, column, last, k_row, K, C, BK, DESCRIPTORS)
-    return state, carry
+    return state, carry, walked
 
 
 @triton.jit
@@ -103,15 +110,16 @@ def _pairing(states_ptr, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr,
 
 
 @triton.jit
-def _tie(through_ptr, drift, first, last, k_first, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
-    """Takes `drift`, what dg at the segment's start is off by, from what passes through its chunks, in proportion."""
+def _tie(through_ptr, drift, walked, first, last, k_first, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
+    """Takes `drift`, what dg at the segment's start is off by, from what passes through the first `walked` of its
+    chunks, in proportion."""
     chunks = tl.cdiv(last - first, C)
     channel = k_first + tl.arange(0, BK)[None, :]
     for block in range(tl.cdiv(chunks, TIED)):
         chunk = block * TIED + tl.arange(0, TIED)[:, None]
         here = through_ptr + (tl.cast(first // C, tl.int64) + chunk) * K + channel
-        mask = (chunk < chunks) & (channel < K)
-        share = (chunks - 0.5 - chunk.to(tl.float32)) / chunks
+        mask = (chunk < walked[None, :]) & (channel < K)
+        share = (walked[None, :] - 0.5 - chunk.to(tl.float32)) / walked[None, :]
         tl.store(here, tl.load(here, mask=mask, other=0.0) - share * drift[None, :], mask=mask)
 
 
@@ -154,8 +162,8 @@ def channel_query_reads_kernel(
     _sweep(
         do_ptr + token_head * V, v_ptr + token_head * V, to_end_ptr + token_head * K, from_start_ptr + token_head * K,
         totals_ptr + sums, read_q_ptr + token_head * K, sums_ptr + sums, sums_ptr + sums,
-        state, tl.zeros((BK,), tl.float32),
-        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
+        state, tl.zeros((BK,), tl.float32), False, False,
+        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, False, 0.0, DESCRIPTORS, PRECISION,
     )  # fmt: skip
 
 
@@ -186,6 +194,8 @@ def channel_key_reads_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,  # as in channel_output
+    FORGETS: tl.constexpr,  # base-2 log-decay below which a chunk has forgotten what was before it
+    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -207,14 +217,18 @@ def channel_key_reads_kernel(
     carry = _pairing(end_ptr, state, k_first, dtype, K, V)
     token_head = tl.cast(batch, tl.int64) * T * H_v + head
     sums = (run * chunks + chunk - first // C) * K
-    state, carry = _sweep(
+    begin, _ = run_bounds(places_ptr, T, PACKED)
+    from_nothing = (first == begin) & FROM_ZERO
+    to_nothing = ends & (d_state_out_ptr is None)
+    state, carry, walked = _sweep(
         v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, to_end_ptr + token_head * K,
         totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, through_ptr + sums,
-        state, carry, H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
+        state, carry, from_nothing, to_nothing,
+        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, FORGETS, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     drift = carry
     if not WHOLE:
         drift -= _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
     # Other threads read what these have stored.
     tl.debug_barrier()
-    _tie(through_ptr + sums, drift, first, last, k_first, K, BK, C)
+    _tie(through_ptr + sums, drift, walked, first, last, k_first, K, BK, C)

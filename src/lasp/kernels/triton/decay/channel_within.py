@@ -29,7 +29,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     sum_over,
     sums_to_end,
 )
-from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
+from lasp.kernels.triton.decay.place import begins_run, chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -47,7 +47,7 @@ def channel_within_kernel(
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
-    places_ptr,  # int32 [chunks, 2] if PACKED
+    places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
     H,
@@ -56,10 +56,11 @@ def channel_within_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,  # channels a program has
-    BV: tl.constexpr,
+    BV: tl.constexpr,  # columns of v and do at a time
     C: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     BASE: tl.constexpr,
     LEVELS: tl.constexpr,
     STEEP: tl.constexpr,  # as in channel_prepare
@@ -80,13 +81,17 @@ def channel_within_kernel(
     g_at = g_ptr + out
 
     gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    v = load_chunk(v_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
-    do = load_chunk(do_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
-    d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    symmetric = tl.where(i >= j, d_scores, tl.dot(v, tl.trans(do), input_precision=PRECISION)) * scale
+    d_scores = tl.zeros((C, C), tl.float32)
+    transposed = tl.zeros((C, C), tl.float32)
+    for v_first in range(0, V, BV):
+        v = load_chunk(v_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
+        do = load_chunk(do_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
+        d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
+        # A product of its own: see docs/kernels.md on transposed accumulators.
+        transposed = tl.dot(v, tl.trans(do), transposed, input_precision=PRECISION)
+    symmetric = tl.where(i >= j, d_scores, transposed) * scale
     diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]
     symmetric = symmetric.to(dtype)
     dq = tl.zeros((C, BK), tl.float32)
@@ -103,12 +108,14 @@ def channel_within_kernel(
         q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         near_q = (q * to_q).to(dtype)
         dq = to_q * d_q
-        # Near pairs are the heaviest, and cancel in sums of operands as rounded. Kept in dg until sums are taken.
-        rounding = near_q * d_q - q * dq
         d_k = tl.dot(tl.where(i < j, block, 0.0), near_q, input_precision=PRECISION)
         dk = to_k * d_k
-        rounding -= near_k * d_k - k * dk
-        store_chunk(dg_at, rounding, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        terms = near_q * d_q - near_k * d_k
+    else:
+        terms = tl.zeros((C, BK), tl.float32)
+    # q dq - k dk of pairs, with operands as rounded: so those that do not cross a token cancel in its sum. They are
+    # kept in dg until sums are taken: a third tile would not fit registers.
+    store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
@@ -120,32 +127,39 @@ def channel_within_kernel(
         decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
         x = (x * decay).to(dtype)
         d_met = tl.where(meets(level, C), symmetric, 0.0)
-        d_x = decay * tl.dot(d_met, x, input_precision=PRECISION)
+        met = tl.dot(d_met, x, input_precision=PRECISION)
+        d_x = decay * met
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
-    read_q_at = read_q_ptr + out
-    read_k_at = read_k_ptr + out
-    dq += load_chunk(read_q_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
+        own = x * met
+        terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + tl.where(late, own, -own)
+        store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    # In an order that holds few tiles at a time. A token decays nothing between itself and itself: the diagonal is no
+    # part of the gate's gradient.
+    q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    dk += diagonal * q
+    read_q = load_chunk(read_q_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
         tl.exp2(prefix_sums(operand, C)) * scale
     )
-    read_k = load_chunk(read_k_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
+    dq += read_q
+    terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + q * read_q
+    k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    dq += diagonal * k
+    read_k = load_chunk(read_k_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
         suffix_sums(operand, C)
     )
     dk += read_k
-    q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-    k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    own = k * read_k
+    terms -= own
     channel = k_first + tl.arange(0, BK)
-    leaving = tl.sum(k * read_k, 0)
+    leaving = tl.sum(own, 0)
     leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
-    terms = q * dq - k * dk
-    if BASE > 0:
-        terms += load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     dg = sums_to_end(terms, dtype, C) + leaving[None, :]
-    # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
-    dq += diagonal * k
-    dk += diagonal * q
     dq_at = dq_ptr + out
     dk_at = dk_ptr + out
     store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    if FROM_ZERO:
+        # Nothing precedes a run's first token: exactly, not but for rounding.
+        dg = tl.where((i == 0) & begins_run(places_ptr, tl.program_id(1), PACKED), 0.0, dg)
     store_chunk(dg_at, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -12,7 +12,7 @@ def gate_sums_kernel(
     g_ptr,  # [B, T, H_v]
     prefix_ptr,  # fp32 [B, H_v, chunks C], written, also past a chunk's end, so that it is loaded without a mask
     suffix_ptr,  # likewise, if EXACT
-    places_ptr,  # int32 [chunks, 2] if PACKED
+    places_ptr,  # int32 [chunks, 3] if PACKED
     T,
     H_v,
     chunks,

@@ -20,8 +20,8 @@ def key_gradient_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v, K], written
-    sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: k . dk
-    inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V], written if SUMS: see `inner_borders`
+    sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: k . dk, of the state and of chunks
+    inner_ptr,  # fp32 [B, H_v, legs, K, V], written if SUMS: see `inner_borders`
     d_state_in_ptr,  # fp32 [B, H_v, K, V], written if SUMS and not FROM_ZERO: gradients of those entering the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero, not read if GATHER;
     # replaced, if SUMS, by those with d_state_out; see KEEPS
@@ -74,7 +74,7 @@ def key_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V)
+    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V, EXACT)
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:
         state = gather(
@@ -89,15 +89,15 @@ def key_gradient_kernel(
     if ROWS:
         state = sweep_rows(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + part * sums_row + run * padded, inner_ptr,
-            state, H_v * V, H * K, H_v * K, scale, H_v, first, last, slot, k_first,
+            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + part * 2 * sums_row + run * padded, inner_ptr,
+            state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
         state = sweep(
             v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
-            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, inner_ptr,
+            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * 2 * sums_row + run * padded, inner_ptr,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, True, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

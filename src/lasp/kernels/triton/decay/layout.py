@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.decay.place import PLACE
+from lasp.kernels.triton.decay.place import CHUNK_PLACE, PLACE
 from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, Plan
 from lasp.recurrence.documents import Documents
 
@@ -23,7 +23,7 @@ class Tables(NamedTuple):
     Attributes:
         segments: [segments, 7]: first token, the one after the last, first chunk, document, whether it is the last of
             its document, that document's first token, the one after its last.
-        chunks: [chunks, 2]: first token, the one after the last.
+        chunks: [chunks, 3]: first token, the one after the last, whether it is the first of its document.
         bounds: [documents + 1]: the first segment of each document, and the number of segments.
         whole: whether no document has two segments.
     """
@@ -46,13 +46,14 @@ def _cut(starts: Tensor, ends: Tensor, size: int) -> tuple[Tensor, Tensor, Tenso
 def _tables(documents: Documents, chunk: int, segment: int, device: torch.device) -> Tables:
     bounds = torch.tensor(documents.bounds, dtype=torch.int64)
     starts, ends = bounds[:-1], bounds[1:]
-    _, chunk_first, chunk_last = _cut(starts, ends, chunk)
+    of_chunk, chunk_first, chunk_last = _cut(starts, ends, chunk)
     document, first, last = _cut(starts, ends, segment)
     first_chunk = torch.searchsorted(chunk_first, first)
     columns = (first, last, first_chunk, document, last == ends[document], starts[document], ends[document])
-    assert len(columns) == PLACE.value
+    chunk_columns = (chunk_first, chunk_last, chunk_first == starts[of_chunk])
+    assert len(columns) == PLACE.value and len(chunk_columns) == CHUNK_PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
-    tables = (torch.stack([column.long() for column in columns], 1), torch.stack([chunk_first, chunk_last], 1))
+    tables = (torch.stack([column.long() for column in each], 1) for each in (columns, chunk_columns))
     whole = bool((ends - starts <= segment).all())
     return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)), whole)
 

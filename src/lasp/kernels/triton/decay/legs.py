@@ -9,40 +9,37 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import state_tile
 
 # Chunks. Rounding gathers between two borders: shorter legs gather less, but at a border a sweep starts anew, and
-# states are written and read.
+# states are written and read. Exactness is worth that to fp32 inputs.
 LEG = tl.constexpr(32)
+EXACT_LEG = tl.constexpr(4)
 
 
-def legs_of(chunks: int) -> int:
-    return -(-chunks // LEG.value)
-
-
-def leg_tokens(chunk: int) -> int:
-    """Tokens of a leg, of chunks of so many."""
-    return LEG.value * chunk
+def leg_chunks(exact: bool) -> int:
+    return (EXACT_LEG if exact else LEG).value
 
 
 @triton.jit
-def legs_in(chunks):
-    """`legs_of` a segment of so many chunks."""
-    return tl.cdiv(chunks, LEG)
+def legs_in(chunks, EXACT: tl.constexpr):
+    """Legs of a segment of so many chunks."""
+    return tl.cdiv(chunks, EXACT_LEG if EXACT else LEG)
 
 
 @triton.jit
-def next_leg(turn, chunks, REVERSE: tl.constexpr):
+def next_leg(turn, chunks, REVERSE: tl.constexpr, EXACT: tl.constexpr):
     """The leg that a sweep walks next: its first chunk and the one after its last."""
-    leg = legs_in(chunks) - 1 - turn if REVERSE else turn
-    return leg * LEG, tl.minimum((leg + 1) * LEG, chunks)
+    leg = legs_in(chunks, EXACT) - 1 - turn if REVERSE else turn
+    length = EXACT_LEG if EXACT else LEG
+    return leg * length, tl.minimum((leg + 1) * length, chunks)
 
 
 @triton.jit
-def inner_borders(ptr, run, chunks, chunk, size):
+def inner_borders(ptr, run, chunks, chunk, size, EXACT: tl.constexpr):
     """Where the states, of `size` elements, at the ends of a segment's legs are, but for the last: the n-th at n size.
 
-    ptr: [runs, cdiv(chunks, LEG), K, V], a place for every LEG chunks of all segments. Inner borders are so far apart,
-    also of short segments.
+    ptr: [runs, legs, K, V], a place for every leg's length of the chunks of all segments. Inner borders are so far
+    apart, also of short segments.
     """
-    return ptr + (run * legs_in(chunks) + chunk // LEG) * size
+    return ptr + (run * legs_in(chunks, EXACT) + chunk // (EXACT_LEG if EXACT else LEG)) * size
 
 
 @triton.jit
@@ -57,10 +54,15 @@ def key_tile(ptr, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def leave(inner_ptr, border, chunks, state, k_first, K, V, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
+def leave(
+    inner_ptr, border, chunks, state, k_first, K, V,
+    BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Stores a state where it is, after so many of the segment's chunks, if that is at an inner border."""
     if (border > 0) & (border < chunks):
-        pointers, mask = key_tile(inner_ptr + border // LEG * K * V, k_first, K, V, BK, BV, ROWS)
+        pointers, mask = key_tile(
+            inner_ptr + border // (EXACT_LEG if EXACT else LEG) * K * V, k_first, K, V, BK, BV, ROWS
+        )
         tl.store(pointers, state, mask=mask)
 
 

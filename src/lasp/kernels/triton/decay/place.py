@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 PLACE = tl.constexpr(7)  # numbers in a segment's entry in `layout.Tables`
+CHUNK_PLACE = tl.constexpr(3)  # likewise of a chunk
 
 
 @triton.jit
@@ -73,12 +74,18 @@ def chunk_rows(slices, chunks, T, H, H_v):
 def chunk_place(places_ptr, chunk, T, C: tl.constexpr, PACKED: tl.constexpr):
     """The first token of a chunk, and the one after its last.
 
-    places_ptr: int32 [chunks, 2] if PACKED, see `layout`.
+    places_ptr: int32 [chunks, 3] if PACKED, see `layout`.
     """
     if PACKED:
-        first = tl.load(places_ptr + chunk * 2)
-        last = tl.load(places_ptr + chunk * 2 + 1)
+        first = tl.load(places_ptr + chunk * CHUNK_PLACE)
+        last = tl.load(places_ptr + chunk * CHUNK_PLACE + 1)
     else:
         first = chunk * C
         last = tl.minimum(first + C, T)
     return first, last
+
+
+@triton.jit
+def begins_run(places_ptr, chunk, PACKED: tl.constexpr):
+    """Whether a chunk is the first of its run; places_ptr as in `chunk_place`."""
+    return tl.load(places_ptr + chunk * CHUNK_PLACE + 2) != 0 if PACKED else chunk == 0

@@ -20,8 +20,8 @@ def query_gradient_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
     dq_ptr,  # [B, T, H_v, K], written
-    sums_ptr,  # fp32 [parts, B, H_v, chunks C], written if SUMS: q . dq
-    inner_ptr,  # fp32 [B, H_v, cdiv(chunks, LEG), K, V], written if SUMS: see `inner_borders`
+    sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: q . dq, of the state and of chunks
+    inner_ptr,  # fp32 [B, H_v, legs, K, V], written if SUMS: see `inner_borders`
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
@@ -59,7 +59,7 @@ def query_gradient_kernel(
     token_head = row * H_v + head
     prefix_ptr += run * padded
     suffix_ptr += run * padded
-    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V)
+    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V, EXACT)
     entering, mask = key_tile(states_ptr + (run * segments + segment) * K * V, k_first, K, V, BK, BV, ROWS)
     state = segment_state(entering, mask, GATHER)
     slot = chunk * C - first
@@ -68,8 +68,8 @@ def query_gradient_kernel(
     if ROWS:
         sweep_rows(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
-            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + part * sums_row + run * padded, inner_ptr,
-            state, H_v * V, H * K, H_v * K, scale, H_v, first, last, slot, k_first,
+            g_ptr, prefix_ptr, q_ptr + qk, sums_ptr + part * 2 * sums_row + run * padded, inner_ptr,
+            state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     else:
@@ -82,7 +82,7 @@ def query_gradient_kernel(
         sweep(
             do_ptr + token_head * V, v_ptr + token_head * V, k_ptr + qk, dq_ptr + token_head * K,
             g_ptr, prefix_ptr, suffix_ptr,
-            q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * sums_row + run * padded, inner_ptr,
+            q_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * 2 * sums_row + run * padded, inner_ptr,
             state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
             V, K, BV, BK, C, KIND, False, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
         )  # fmt: skip

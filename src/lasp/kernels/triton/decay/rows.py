@@ -2,9 +2,9 @@
 
     out_i = from_state_i a_i S + scale sum_j L_ij (a_i . b_j) c_j,        S: the decayed sum of b^T c, [BA, BC]
 
-with q . dq, or k . dk, token by token: sums over columns, which stay within a warp, where transposed outputs have them
-over rows, which do not. The price is the state's way through shared memory, as a right operand. A program has 64
-columns of out. It takes bf16, and nothing is gathered.
+with q . dq, or k . dk, token by token, in two parts as there: sums over columns, which stay within a warp, where
+transposed outputs have them over rows, which do not. The price is the state's way through shared memory, as a right
+operand. A program has 64 columns of out. It takes bf16, and nothing is gathered.
 """
 
 import triton
@@ -25,12 +25,13 @@ def sweep_rows(
     g_ptr,
     prefix_ptr,
     x_ptr,
-    sums_ptr,  # [chunks C], written: of the program's columns
+    sums_ptr,  # [2, sums_row], written: of the program's columns
     inner_ptr,
     state,  # [BA, BC]
     a_row,
     c_row,
     out_row,
+    sums_row,
     scale,
     H_v,
     first,
@@ -58,9 +59,9 @@ def sweep_rows(
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
     chunks = tl.cdiv(last - first, C)
-    for turn in range(legs_in(chunks)):
-        begin, end = next_leg(turn, chunks, REVERSE)
-        leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, True)
+    for turn in range(legs_in(chunks, False)):
+        begin, end = next_leg(turn, chunks, REVERSE, False)
+        leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, True, False)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
@@ -83,11 +84,13 @@ def sweep_rows(
             store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, last, out_row, N, C, BC, STORES)
             # x weighted and rounded as in `sweep`.
             weighted = (x * from_state[:, None]).to(dtype).to(tl.float32)
-            own = tl.sum(tl.fma(weighted, read, x.to(tl.float32) * within), 1)
+            of_state = tl.sum(weighted * read, 1)
+            of_chunk = tl.sum(x.to(tl.float32) * within, 1)
             # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for
             # x.
-            own += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)
-            tl.store(sums_ptr + slot + start + tl.arange(0, C), own)
+            of_chunk += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)
+            tl.store(sums_ptr + slot + start + tl.arange(0, C), of_state)
+            tl.store(sums_ptr + sums_row + slot + start + tl.arange(0, C), of_chunk)
 
             state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
     return state

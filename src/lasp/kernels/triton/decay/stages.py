@@ -62,8 +62,8 @@ def saved_of(work: Work, tensors: list[Tensor]) -> Any:
 
 
 class QueryGradient(NamedTuple):
-    """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts [parts, B, H_v, chunks C]
-    and the states at the inner borders of legs [B, H_v, cdiv(chunks, LEG), K, V]."""
+    """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts
+    [parts, 2, B, H_v, chunks C] and the states at the inner borders of legs [B, H_v, legs, K, V]."""
 
     dq: Tensor
     sums: Tensor
@@ -257,8 +257,8 @@ def gradients_of(
     if work.with_decay:
         d_gate = unread.new_empty(x.v.shape[:3])
         work.gate_gradient(
-            local.sums, sums, given(saved.entering, unread), local.inner, saved.leaving, d_states, inner, d_state_in,
-            d_gate, places, d_state_out,
+            x.q, x.k, x.v, d_o, g, gates[0], local.sums, sums, given(saved.entering, unread), local.inner,
+            saved.leaving, d_states, inner, d_state_in, d_gate, places, d_state_out,
         )  # fmt: skip
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))

@@ -15,8 +15,8 @@ It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outp
 so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
-gate_gradient), each in parts of PART_ROWS columns of out: so much a warp adds up by itself. They leave states within
-the segment (`legs`).
+gate_gradient), what comes of the state apart from what comes of the chunk, each in parts of PART_ROWS columns of out:
+so much a warp adds up by itself. They leave states within the segment (`legs`).
 """
 
 import triton
@@ -28,6 +28,7 @@ from lasp.kernels.triton.decay.legs import leave, legs_in, next_leg
 from lasp.kernels.triton.decay.place import run_bounds
 
 PART_ROWS = tl.constexpr(16)
+MIN_ROUNDED = tl.constexpr(2.0**-12)  # fp16's precision ends at 2^-14
 # How sweeps come by the state of a segment's start, where not from summaries (then GATHER is 0):
 GATHERED = tl.constexpr(1)  # from the tokens before it
 ZERO = tl.constexpr(2)  # there are none before it: runs are single segments
@@ -43,7 +44,7 @@ def sweep(
     prefix_ptr,  # [chunks C] of the head: prefix
     suffix_ptr,  # likewise: suffix; unused unless EXACT
     x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
-    sums_ptr,  # if SUMS: [parts, sums_row], written; at the head and the slice's first part
+    sums_ptr,  # if SUMS: [parts, 2, sums_row], written; at the head and the slice's first part
     inner_ptr,  # if SUMS: states within the segment (`inner_borders`), [N, A] each, written
     state,  # [BC, BA]
     a_row,
@@ -79,11 +80,11 @@ def sweep(
     if SUMS:
         x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
     chunks = tl.cdiv(last - first, C)
-    for turn in range(legs_in(chunks) if SUMS else 1):
+    for turn in range(legs_in(chunks, EXACT) if SUMS else 1):
         begin, end = 0, chunks
         if SUMS:
-            begin, end = next_leg(turn, chunks, REVERSE)
-            leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, False)
+            begin, end = next_leg(turn, chunks, REVERSE, EXACT)
+            leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, False, EXACT)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             length = tl.minimum(last - start, C)
@@ -117,11 +118,15 @@ def sweep(
             if SUMS:
                 parts: tl.constexpr = BC // PART_ROWS
                 # What is read is summed with x rounded with its decay, as the other sweep adds x to its state: their
-                # difference then lacks that rounding (gate_gradient).
-                weighted = tl.trans((x * from_state[:, None]).to(dtype)).to(tl.float32)
-                own = tl.reshape(tl.fma(weighted, read, tl.trans(x).to(tl.float32) * within), (parts, PART_ROWS, C))
-                rows = tl.arange(0, parts)[:, None] * sums_row + slot + start
-                tl.store(sums_ptr + rows + tl.arange(0, C)[None, :], tl.sum(own, 1))
+                # difference then lacks that rounding (gate_gradient). Not where that has no range for it.
+                weighted = x * from_state[:, None]
+                rounded = weighted.to(dtype).to(tl.float32)
+                weighted = tl.trans(tl.where(tl.abs(weighted) < MIN_ROUNDED, weighted, rounded))
+                rows = tl.arange(0, parts)[:, None] * (2 * sums_row) + slot + start + tl.arange(0, C)[None, :]
+                tl.store(sums_ptr + rows, tl.sum(tl.reshape(weighted * read, (parts, PART_ROWS, C)), 1))
+                if not EXACT:
+                    own = tl.reshape(tl.trans(x).to(tl.float32) * within, (parts, PART_ROWS, C))
+                    tl.store(sums_ptr + sums_row + rows, tl.sum(own, 1))
     return state
 
 

@@ -28,9 +28,9 @@ from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
 from lasp.kernels.triton.decay.layout import packed_plan
-from lasp.kernels.triton.decay.legs import leg_tokens, legs_of
+from lasp.kernels.triton.decay.legs import leg_chunks
 from lasp.kernels.triton.decay.output import output_kernel
-from lasp.kernels.triton.decay.plan import Plan, Tiles, plan, tile
+from lasp.kernels.triton.decay.plan import Plan, Tiles, narrow, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
 from lasp.kernels.triton.decay.scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
@@ -47,6 +47,8 @@ INTERPRETED = (4, 1 << 20, True)
 PAIRED_CHUNKS = 24
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see channel_prepare.
 BASE_LEVELS = 4
+# Base-2 log-decay of a chunk that forgets what was before it: what passes it is less than what rounding changes.
+FORGETS = {torch.bfloat16: -9.0, torch.float16: -12.0, torch.float32: -25.0}
 
 _devices: dict[torch.device, tuple[int, int, bool]] = {}
 
@@ -66,7 +68,7 @@ class Work:
         state, total_decay: shapes of a state at a run's end and of the decay of a whole run.
         states, decays: of those at the ends of segments.
         gates: of each of those that a gate per token leaves for the sweeps.
-        sums: of parts of q . dq, token by token.
+        sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
         inner: of the states at the inner borders of legs (see `legs`), or None where segments are single legs.
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
             group are still to be summed.
@@ -111,8 +113,9 @@ class Work:
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
         self.gates = (B, H_v, p.chunks * p.chunk)
         parts = slices if p.rows else slices * p.scalar_keys.columns // PART_ROWS.value
-        self.sums = (parts, *self.gates)
-        self.inner = (B, H_v, legs_of(p.chunks), K, V) if legs_of(p.segment_chunks) > 1 else None
+        self.sums = (parts, 2, *self.gates)
+        leg = leg_chunks(p.exact)
+        self.inner = (B, H_v, -(-p.chunks // leg), K, V) if p.segment_chunks > leg else None
         self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
 
     # A program for each segment of each head, and for each slice of the columns that it makes.
@@ -215,11 +218,11 @@ class Work:
 
     @cached_property
     def channel_key_reads(self) -> Launch:
-        return self._channel_reads(channel_key_reads_kernel)
+        return self._channel_reads(channel_key_reads_kernel, FORGETS[self._dtype], self.from_zero)
 
-    def _channel_reads(self, kernel: Any) -> Launch:
+    def _channel_reads(self, kernel: Any, *others: Any) -> Launch:
         p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, p.channel_reads.columns, tile(V, self._dtype), p.chunk, p.gathers)
+        constants = (K, V, p.channel_reads.columns, tile(V, self._dtype), p.chunk, p.gathers, *others)
         return self._by_segment(kernel, K, p.channel_reads, (T, H_v), constants)
 
     # Others: a program for each chunk; for each block of a state; for each segment of each head.
@@ -238,16 +241,18 @@ class Work:
 
     @cached_property
     def channel_mild_within(self) -> Launch:
-        return self._within(channel_mild_within_kernel)
+        return self._within(channel_mild_within_kernel, tile(self._dims[5], self._dtype))
 
     @cached_property
     def channel_within(self) -> Launch:
-        return self._within(channel_within_kernel, *self._levels)
+        # Few values at a time where a thread holds what it contracts, see `plan._sweep_tiles`.
+        values = (narrow if self.plan.exact else tile)(self._dims[5], self._dtype)
+        return self._within(channel_within_kernel, values, *self._levels)
 
-    def _within(self, kernel: Any, *others: Any) -> Launch:
+    def _within(self, kernel: Any, values: int, *others: Any) -> Launch:
         tiles, (K, V) = self.plan.channel_within, self._dims[4:]
-        constants = (K, V, tiles.columns, tile(V, self._dtype))
-        return self._by_chunk(kernel, -(-K // tiles.columns), tiles, constants, others)
+        constants = (K, V, tiles.columns, values)
+        return self._by_chunk(kernel, -(-K // tiles.columns), tiles, constants, (self.from_zero, *others))
 
     @property
     def _levels(self) -> tuple[Any, ...]:
@@ -277,11 +282,13 @@ class Work:
 
     @cached_property
     def gate_gradient(self) -> Launch:
-        p, (B, T, _, H_v, K, V) = self.plan, self._dims
-        scalars = (T, B * H_v, H_v, p.segments, p.segment_chunks, p.chunks)
-        tiles = (K * V, min(GATE_BLOCK, triton.next_power_of_2(K * V)), p.chunk, leg_tokens(p.chunk), self.sums[0])
-        constants = (*tiles, self._dtype == torch.bfloat16, self.from_zero, p.packed)
-        grid = (legs_of(p.segment_chunks) * B * H_v, p.segments)
+        p, (B, T, H, H_v, K, V) = self.plan, self._dims
+        scalars = (self.scale, T, B * H_v, H, H_v, p.segments, p.segment_chunks, p.chunks)
+        block = min(GATE_BLOCK, triton.next_power_of_2(K * V))
+        tiles = (K, V, narrow(max(K, V), self._dtype), block, p.chunk, leg_chunks(p.exact), self.sums[0])
+        ways = (self._kind, FORGETS[self._dtype], self._dtype == torch.bfloat16, p.exact, self.from_zero)
+        constants = (*tiles, *ways, p.packed, p.precision)
+        grid = (-(-p.segment_chunks // leg_chunks(p.exact)) * B * H_v, p.segments)
         return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
 

@@ -1,0 +1,114 @@
+"""The gradient of decays that forget, head by head: a head that forgets within a few tokens has a small gradient, which
+is lost in rounding where large sums are subtracted, and in a whole tensor's error.
+
+Per token, and summed over tokens as a constant's gradient is, or that of what gates are made of. Against the PyTorch
+backend in fp64; the sums of several sequences together, since one may be small by chance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tolerances import relative_error
+from torch import Tensor
+
+import lasp
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Per token, and summed.
+BOUNDS = {BF16: (5e-3, 8e-3), FP16: (1e-3, 1.5e-3), FP32: (2e-6, 2e-6)}
+# Of a constant's, one number a head, relative to what single sequences add to it.
+D_CONSTANT = {BF16: 2e-2, FP32: 2e-6}
+TOKENS, DIM = 200, 16
+RATES = (-1e-3, -0.1, -1.6, -6.0, -16.0)
+
+
+def problem(kind: str, dtype: torch.dtype, tokens: int = TOKENS, batch: int = 2) -> tuple[dict[str, Tensor], Tensor]:
+    """A head for each rate; gates per token and channel are between none and twice that."""
+    random = torch.Generator().manual_seed(0)
+    shape = (batch, tokens, len(RATES), DIM)
+    q, k, v, d_o = (torch.randn(shape, generator=random).to(dtype) for _ in range(4))
+    rates = torch.tensor(RATES)
+    if kind == "constant":
+        g = rates
+    elif kind == "scalar":
+        g = rates * 2 * torch.rand(shape[:3], generator=random)
+    else:
+        g = rates[:, None] * 2 * torch.rand(shape, generator=random)
+    return {"q": q, "k": k, "v": v, "g": g}, d_o
+
+
+def gate_gradient(x: dict[str, Tensor], d_o: Tensor, backend: str, **options: Any) -> Tensor:
+    leaves = {name: tensor.detach().requires_grad_(name == "g") for name, tensor in x.items()}
+    o, _ = lasp.linear_attention(**leaves, backend=backend, **options)
+    return torch.autograd.grad(o, leaves["g"], d_o.to(o))[0].cpu()
+
+
+def errors_by_head(found: Tensor, expected: Tensor) -> list[tuple[float, float]]:
+    """Per token and summed, of gates per token or channel [B, T, H, ...]."""
+    heads = zip(found.unbind(2), expected.unbind(2), strict=True)
+    return [(relative_error(f, e), relative_error(f.double().sum(1), e.sum(1))) for f, e in heads]
+
+
+def expectation(x: dict[str, Tensor], d_o: Tensor, **options: Any) -> Tensor:
+    return gate_gradient({name: tensor.double() for name, tensor in x.items()}, d_o.double(), "torch", **options)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of masked overflows
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("scalar", BF16), ("scalar", FP16), ("scalar", FP32), ("channel", BF16), ("channel", FP32)],
+    ids=str,
+)
+def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    x, d_o = problem(kind, dtype)
+    expected = expectation(x, d_o)
+    found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")
+    errors = errors_by_head(found, expected)
+    for error, bound in zip(zip(*errors, strict=True), BOUNDS[dtype], strict=True):
+        assert max(error) <= bound, errors
+    # The control: what rounding would add to sums of what does, and does not, cross a token.
+    noise = DIM * torch.finfo(dtype).eps * torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    for error, bound in zip(
+        zip(*errors_by_head(found + noise.cumsum(1), expected), strict=True), BOUNDS[dtype], strict=True
+    ):
+        assert max(error) > bound
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_a_learned_constant(dtype: torch.dtype, device: torch.device) -> None:
+    x, d_o = problem("constant", dtype)
+    per_token = x | {"g": x["g"].expand(*d_o.shape[:3]).contiguous()}
+    size = expectation(per_token, d_o).sum(1).norm(dim=0)
+    found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")
+    errors = ((found - expectation(x, d_o)).abs() / size).tolist()
+    assert max(errors) <= D_CONSTANT[dtype], errors
+
+
+# A document of a single token, an empty one, a short one, and one of several chunks.
+PACKED = (0, 1, 1, 4, 134)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_nothing_precedes_a_first_token(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Its decay acts on no state: the gradient is zero, exactly. With an initial state it is not."""
+    x, d_o = problem(kind, dtype, PACKED[-1], batch=1)
+    x, d_o = {name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device)
+    firsts = sorted(set(PACKED[:-1]))
+    found = gate_gradient(x, d_o, "triton", cu_seqlens=PACKED)
+    assert torch.count_nonzero(found[:, firsts]) == 0
+    assert torch.count_nonzero(found[:, 2]) > 0
+    alone = {name: tensor[:, :1] for name, tensor in x.items()}
+    assert torch.count_nonzero(gate_gradient(alone, d_o[:, :1], "triton")) == 0
+    initial = torch.ones(4, len(RATES), DIM, DIM, device=device)
+    assert torch.count_nonzero(gate_gradient(x, d_o, "triton", cu_seqlens=PACKED, initial_state=initial)[:, firsts]) > 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_a_constant_of_a_single_token(dtype: torch.dtype, device: torch.device) -> None:
+    x, d_o = problem("constant", dtype, 1)
+    found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")
+    assert torch.count_nonzero(found) == 0
