@@ -19,6 +19,8 @@ import lasp
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Per token, and summed.
 BOUNDS = {BF16: (5e-3, 8e-3), FP16: (1e-3, 1.5e-3), FP32: (2e-6, 2e-6)}
+# Of a constant's, one number a head, relative to what single sequences add to it.
+D_CONSTANT = {BF16: 2e-2, FP32: 2e-6}
 TOKENS, DIM = 200, 16
 RATES = (-1e-3, -0.1, -1.6, -6.0, -16.0)
 
@@ -82,7 +84,7 @@ def test_a_learned_constant(dtype: torch.dtype, device: torch.device) -> None:
     size = expectation(per_token, d_o).sum(1).norm(dim=0)
     found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")
     errors = ((found - expectation(x, d_o)).abs() / size).tolist()
-    assert max(errors) <= BOUNDS[dtype][1], errors
+    assert max(errors) <= D_CONSTANT[dtype], errors
 
 
 # A document of a single token, an empty one, a short one, and one of several chunks.

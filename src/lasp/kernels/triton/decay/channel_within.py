@@ -128,32 +128,33 @@ def channel_within_kernel(
         x = (x * decay).to(dtype)
         d_met = tl.where(meets(level, C), symmetric, 0.0)
         met = tl.dot(d_met, x, input_precision=PRECISION)
-        own = x * met
-        terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + tl.where(late, own, -own)
-        store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         d_x = decay * met
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
-    read_q_at = read_q_ptr + out
-    read_k_at = read_k_ptr + out
-    read_q = load_chunk(read_q_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
+        own = x * met
+        terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + tl.where(late, own, -own)
+        store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    # In an order that holds few tiles at a time. A token decays nothing between itself and itself: the diagonal is no
+    # part of the gate's gradient.
+    q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    dk += diagonal * q
+    read_q = load_chunk(read_q_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
         tl.exp2(prefix_sums(operand, C)) * scale
     )
     dq += read_q
-    read_k = load_chunk(read_k_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
+    terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + q * read_q
+    k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    dq += diagonal * k
+    read_k = load_chunk(read_k_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
         suffix_sums(operand, C)
     )
     dk += read_k
-    q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-    k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    own = k * read_k
+    terms -= own
     channel = k_first + tl.arange(0, BK)
-    leaving = tl.sum(k * read_k, 0)
+    leaving = tl.sum(own, 0)
     leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
-    terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + q * read_q - k * read_k
     dg = sums_to_end(terms, dtype, C) + leaving[None, :]
-    # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
-    dq += diagonal * k
-    dk += diagonal * q
     dq_at = dq_ptr + out
     dk_at = dk_ptr + out
     store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
