@@ -25,7 +25,7 @@ UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 # Where terms cancel, rounding the inputs once more moves the result, so no algorithm is nearer than that, times this:
 # of fp32 and fp64 for what is rounded on the way (what cancels nothing then stays within BOUNDS), of 16 bits, whose
 # products add in fp32, for little.
-CONDITION, SAMPLES = {"fp64": 16.0, "fp32": 16.0, "bf16": 4.0, "fp16": 4.0}, 4
+CONDITION, SAMPLES = {"fp64": 24.0, "fp32": 24.0, "bf16": 4.0, "fp16": 4.0}, 8
 GATES = ("d_g", "d_beta")
 
 
