@@ -17,7 +17,7 @@ from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.data import store as token_store
 from lasp.data import trigram
-from lasp.data.batches import Sequences, num_sequences
+from lasp.data.batches import Sequences
 from lasp.data.errors import DataError
 from lasp.data.tokenizer import Tokenizer, load_tokenizer
 from lasp.models import CausalLM, ModelConfig, preset
@@ -198,6 +198,7 @@ class _Run:
             seq_len=self.config.seq_len,
             num_rows=self.config.global_batch // self.config.accumulation,
             max_sequences=max_sequences,
+            packed=self.config.data.packed,
             autocast_dtype=self.stepper.autocast_dtype,
         )
         if self.observer is not None:
@@ -325,10 +326,10 @@ class _Run:
                 f"the text has changed since {self.resumed.folder} was written, so its run cannot be continued "
                 "on the same data: restore the text and --data options, or start a new run"
             )
-        if num_sequences(self.store.validation, self.config.seq_len) == 0:
+        if len(self.store.validation) < 2:
             raise DataError(
-                f"the validation text has {len(self.store.validation):,} tokens, too few for one sequence of "
-                f"{self.config.seq_len:,}: add files, raise --data.validation-fraction or lower --seq-len"
+                "no text is held out to validate on: raise --data.validation-fraction, or name some with "
+                "--data.validation-path"
             )
 
     def _measure_step(self) -> float:
