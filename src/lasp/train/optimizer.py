@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, and its learning rate: warm-up, then cosine."""
+"""AdamW with weight decay on weight matrices only, and its learning rate: warm-up, then cosine."""
 
 import math
 from typing import Any
@@ -6,18 +6,20 @@ from typing import Any
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from lasp.layers.parameters import decaying_parameters
 from lasp.parallelize import ParallelModel
 from lasp.train.config import OptimizerOptions
 
 
 def build_optimizer(model: ParallelModel, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of `model`; vectors and scalars (norms, biases) do not decay.
+    """AdamW over the trainable parameters of `model`; those decay that lasp.layers.parameters says so of.
 
     With zero1, a ZeroRedundancyOptimizer over it: each process steps a share of the parameters and sends them round.
     """
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    decaying = {parameter for _, parameter in decaying_parameters(model.module)}
+    matrices = [parameter for parameter in parameters if parameter in decaying]
+    others = [parameter for parameter in parameters if parameter not in decaying]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
