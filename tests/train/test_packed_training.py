@@ -122,7 +122,7 @@ def test_shards_are_the_batch(sp: int) -> None:
     assert whole.labels[0].tolist() == [token + 1 for token in whole.tokens[0]]
     separators = set((bounds[1:] - 1).tolist())  # of the document before, where the next one starts
     cuts = [i for i, token in enumerate(whole.tokens[0]) if i % 8 == 0 or token - 100 in separators]
-    assert whole.cu_seqlens == (*cuts, 32)
+    assert whole.cu_seqlens == (*cuts, 32) and sequences.num_targets(4) == 32
 
 
 def test_validation_scores_what_is_trained(tmp_path: Path) -> None:
@@ -135,8 +135,8 @@ def test_validation_scores_what_is_trained(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=40, optimizer=OptimizerOptions(lr=1e-2, warmup_steps=4), eval_sequences=1000)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packed=True, suffixes=(".jsonl",)))
     score = loop.train(config).bits_per_byte
-    model, tokenizer, _ = load(config.run_dir, report=pytest.fail)  # type: ignore[arg-type]
-    (key,) = (path for path in config.data.cache.iterdir())
+    model, tokenizer, *_ = load(config.run_dir, report=pytest.fail)  # type: ignore[arg-type]
+    (key,) = (path for path in config.data.cache.iterdir() if path.is_dir())
     store = token_store.open_store(key, verify=True)
 
     def scored(packed: bool) -> Score:

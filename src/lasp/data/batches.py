@@ -4,7 +4,7 @@ A sequence is a slice of T consecutive tokens of the stream; its labels are the 
 taken from the stream *before* sharding, so the last token of a shard is trained to predict the first token of the
 next shard. Sequence b of step s is number s * global_batch + b of an endless list: all sequences in a shuffled
 order, then all of them in another one, and so on. Nothing is remembered between steps, so to resume is to ask for
-the next step.
+the next step; where batches have another size from some step on, they go on in that list from where it was then.
 
 Packed, the rows of a batch are one sequence after another, cut where documents start and where rows do: no state
 crosses a cut. A document starts at the separator before it, from which its first token is predicted: so the labels are
@@ -77,6 +77,7 @@ class Sequences:
         seed: int,
         bounds: np.ndarray | None = None,
         consecutive: bool = False,
+        origin: tuple[int, int] = (0, 0),
     ) -> None:
         """
         Args:
@@ -84,12 +85,13 @@ class Sequences:
             bounds: int64 [documents + 1], where documents start and the last one ends, for packed batches; None
                 makes rows of whatever tokens follow one another.
             consecutive: every row goes on where it was in the step before, and nothing is shuffled.
+            origin: a step and the place in the endless list of its first sequence; not of consecutive ones.
 
         Raises:
             DataError: the stream holds no whole sequence.
         """
         self.stream, self.seq_len, self.seed, self.bounds = stream, seq_len, seed, bounds
-        self.consecutive = consecutive
+        self.consecutive, self.origin = consecutive, origin
         self.count = num_sequences(stream, seq_len)
         if self.count == 0:
             raise DataError(
@@ -106,10 +108,15 @@ class Sequences:
             return read(self.stream, numbers, self.seq_len, shard)
         return read_packed(self.stream, self.bounds, numbers, self.seq_len, shard)
 
+    def num_targets(self, global_batch: int) -> int:
+        """Labels to predict in the batch of a step, over all ranks and parts: every token has one."""
+        return global_batch * self.seq_len
+
     def number(self, step: int, row: int, global_batch: int) -> int:
         """Which sequence of the stream is row `row` of the batch of `step`."""
         if not self.consecutive:
-            return self.shuffled(step * global_batch + row)
+            origin, first = self.origin
+            return self.shuffled(first + (step - origin) * global_batch + row)
         length = self._part_length(global_batch)
         return row * length + step % length
 

@@ -35,10 +35,12 @@ def build_optimizer(model: ParallelModel, options: OptimizerOptions) -> torch.op
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizerOptions) -> float:
-    """The rate of optimizer step `step` (from 0): linear from 0 to lr, then cosine down to lr * min_lr_ratio."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    span = max(1, num_steps - options.warmup_steps)
-    progress = min(1.0, (step - options.warmup_steps + 1) / span)
+    """The rate of optimizer step `step` (from 0) in a schedule of `num_steps`: linear from 0 to lr, then cosine down to
+    lr * min_lr_ratio, where it stays."""
+    warmup = options.warmup(num_steps)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    span = max(1, num_steps - warmup)
+    progress = min(1.0, (step - warmup + 1) / span)
     low = options.min_lr_ratio
     return options.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -57,8 +57,8 @@ class Stepper:
     def step(self, number: int, *, stop_requested: Callable[[], bool]) -> StepResult:
         """Optimizer step `number` (from 0). Raises NumericsError, on all processes, and changes no weight."""
         self.watch.start()
-        targets = self.config.global_batch * self.config.seq_len
-        loss_sum = self.gradients(number)
+        targets = self.sequences.num_targets(self.config.global_batch)
+        loss_sum = self.gradients(number, targets)
         bad = self.model.bad_gradients()
         first_bad = self.names.index(bad[0]) if bad else -1
         rows = self.world.gather([loss_sum, first_bad, float(stop_requested()), *self.watch.read()])
@@ -71,15 +71,17 @@ class Stepper:
                 f"step {number + 1}: the global gradient norm is {grad_norm} although every process's gradients "
                 "are finite: their sum overflows. No weight was changed; lower --optimizer.lr or raise warm-up"
             )
-        lr = learning_rate(number, self.config.steps, self.config.optimizer)
+        options = self.config.optimizer
+        lr = learning_rate(number, options.schedule_steps or self.config.steps, options)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, lr, tuple(RankStep(*row[3:]) for row in rows), any(row[2] for row in rows))
 
-    def gradients(self, number: int) -> float:
-        """Leave the gradients of step `number` in the parameters; return this process's sum of losses."""
+    def gradients(self, number: int, targets: int) -> float:
+        """Leave the gradients of step `number`, which has that many labels, in the parameters; return this process's
+        sum of losses."""
         config, model = self.config, self.model
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with model.watching_gradients():
@@ -97,7 +99,7 @@ class Stepper:
                             output_cache=config.data.carry,
                             sp=model.sp,
                         )
-                    model.mean_loss(out.loss_sum, config.global_batch * config.seq_len).backward()
+                    model.mean_loss(out.loss_sum, targets).backward()
                 if config.data.carry:
                     self.carried[part] = Cache(tree_map(Tensor.detach, out.cache.states), out.cache.position)
                 total += out.loss_sum.detach()
@@ -110,7 +112,7 @@ class Stepper:
         DDP settles the order in which it sums gradients after its first backward pass. With that pass out of the
         way a resumed run sums in the order of the uninterrupted one, and so gets the same bits.
         """
-        self.gradients(0)
+        self.gradients(0, self.sequences.num_targets(self.config.global_batch))
         self.optimizer.zero_grad(set_to_none=True)
 
     def carried_tensors(self, finished: int) -> dict[str, Tensor]:

@@ -1,0 +1,71 @@
+"""All the text of a store: which files, in which order, and which part of them is held out."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from lasp.data.build import FORMAT
+from lasp.data.corpus import TextFile, search
+from lasp.data.documents import Document, Reading, Split, documents_of, hashes_divide, is_records
+from lasp.data.tokenizer import Tokenizer
+from lasp.data.verified import Verified
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Files with the split of each, and how to read them."""
+
+    files: list[tuple[TextFile, Split]]
+    field: str
+    on_bad_record: str
+    reading: Reading = dataclasses.field(default_factory=Reading)
+    """Counted while `documents` are read."""
+
+    @staticmethod
+    def find(
+        sources: tuple[Path | None, ...],
+        suffixes: tuple[str, ...],
+        field: str,
+        validation_fraction: float,
+        seed: int,
+        validation_path: Path | None,
+        on_bad_record: str,
+    ) -> "Sources":
+        """The text of `sources`, each as `lasp.data.corpus.search` takes it, one after another.
+
+        validation_path: text to validate on; without it documents are held out by hash, or where so few of them are
+        that none is, the last part of every one. Raises DataError.
+        """
+        reading, files = Reading(), list[TextFile]()
+        for source in sources:
+            found = search(source, suffixes, seed)
+            files += found.files
+            reading.leave_out(found.left_out)
+        skip = on_bad_record == "skip"
+        if validation_path is not None:
+            train = Split(fraction=validation_fraction, rule="train")
+            own = Split(fraction=validation_fraction, rule="validation")
+            held = search(validation_path, suffixes, seed)
+            reading.leave_out(held.left_out)
+            divided = [(file, train) for file in files] + [(file, own) for file in held.files]
+        else:
+            by_hash = hashes_divide(files, field, validation_fraction, skip_bad=skip)
+            split = Split(fraction=validation_fraction, rule="hash" if by_hash else "cut")
+            divided = [(file, split) for file in files]
+        return Sources(files=divided, field=field, on_bad_record=on_bad_record, reading=reading)
+
+    def documents(self) -> Iterator[Document]:
+        """Once: `reading` counts them."""
+        skip = self.on_bad_record == "skip"
+        for file, split in self.files:
+            yield from documents_of(file, self.field, split, skip_bad=skip, reading=self.reading)
+
+    def key(self, tokenizer: Tokenizer, verified: Verified) -> str:
+        """Names the store: a hash of the files' names and bytes and of all that makes tokens of them."""
+        digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.name}\0{tokenizer.separator}\0".encode())
+        for file, split in self.files:
+            how = f"{self.field}\0{self.on_bad_record}" if is_records(file.path) else ""
+            line = f"{how}\0{split.rule}\0{split.fraction}\0{file.name}\0{verified.sha256(file.path)}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
