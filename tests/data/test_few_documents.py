@@ -9,7 +9,7 @@ import pytest
 from training_runs import small_config, write_text
 
 from lasp.cli.main import main
-from lasp.data.corpus import TextFile
+from lasp.data.corpus import TextFile, unit_interval
 from lasp.data.documents import documents_of
 from lasp.data.errors import DataError
 from lasp.data.store import TokenStore, prepare
@@ -61,6 +61,22 @@ def test_documents_that_hashes_divide_are_not_cut(tmp_path: Path) -> None:
     assert store.reading.cut == 0 and len(parts(store, "validation")) == store.num_documents["validation"] > 0
     files = [path.read_bytes() for path in text.rglob("*.txt")]
     assert sorted(parts(store, "train") + parts(store, "validation")) == sorted(files)
+
+
+def test_of_many_documents_one_is_held_out_where_hashes_hold_none(tmp_path: Path) -> None:
+    """40 files, all on one side by their hashes: the nearest one. Copies of few records: those of one text."""
+    (tmp_path / "text").mkdir()
+    names = [f"{number}.txt" for number in range(400)]
+    for name in [name for name in names if unit_interval(f"split:{name}") > 0.05][:40]:
+        (tmp_path / "text" / name).write_text(name * 100)
+    store = prepared(tmp_path / "text", tmp_path / "cache")
+    assert store.num_documents == {"train": 39, "validation": 1} and store.reading.cut == 0
+    (tmp_path / "copies").mkdir()
+    texts = [text for text in "abcdefgh" if unit_interval(f"text:{text}") > 0.05]
+    (tmp_path / "copies" / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts * 9))
+    store = prepared(tmp_path / "copies", tmp_path / "cache")
+    assert len(set(parts(store, "validation"))) == 1 and store.num_documents["validation"] == 9
+    assert not set(parts(store, "validation")) & set(parts(store, "train"))
 
 
 def test_own_held_out_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

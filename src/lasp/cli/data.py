@@ -41,7 +41,7 @@ class BuildOptions:
     tokenizer: str = "bytes"
     """"bytes", or the path of a `tokenizers` JSON file (extra `hf`)."""
     validation_fraction: float = _DEFAULTS.validation_fraction
-    """Share of documents held out for validation; of so few that none is, the last part of every document."""
+    """Share of documents held out for validation; of too few for that, the last part of every document."""
     validation_path: Path | None = None
     """Folder or file of text to validate on; nothing of SOURCES is held out then."""
     on_bad_record: Literal["stop", "skip"] = _DEFAULTS.on_bad_record

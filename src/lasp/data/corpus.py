@@ -70,7 +70,7 @@ def search(source: Path | None, suffixes: tuple[str, ...], seed: int) -> Found:
             if file.startswith("."):
                 continue
             if not file.lower().endswith(suffixes):
-                left_out[Path(file).suffix] += 1
+                left_out[Path(file).suffix] += source is not None
                 continue
             path = Path(parent) / file
             name = path.relative_to(root).as_posix()
@@ -81,14 +81,9 @@ def search(source: Path | None, suffixes: tuple[str, ...], seed: int) -> Found:
             f"no file below {root} ends in {', '.join(suffixes)} (found: {found}): "
             "name the endings to read with --data.suffixes (lasp data build: --suffixes)"
         )
-    return Found(sorted(found_files, key=lambda file: (_unit_interval(f"{seed}:{file.name}"), file.name)), left_out)
+    return Found(sorted(found_files, key=lambda file: (unit_interval(f"{seed}:{file.name}"), file.name)), left_out)
 
 
-def held_out(key: str, validation_fraction: float) -> bool:
-    """Whether the document with this key is for validation; the share is of documents, not of bytes."""
-    return _unit_interval(key) < validation_fraction
-
-
-def _unit_interval(text: str) -> float:
+def unit_interval(text: str) -> float:
     """A number in [0, 1) that depends on the text alone, the same on every machine and Python."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64

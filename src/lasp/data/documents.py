@@ -1,8 +1,8 @@
 """Documents out of files: a text file is one, a line of JSONL or a row of parquet is one. Read a piece at a time.
 
 A text file's side of the validation split depends on its path alone, a record's on its text alone: adding one moves
-no other, and copies of a record are never on both sides. Where that puts all documents on one side, because they are
-few, the last part of each is held out instead.
+no other, and copies of a record are never on both sides. Where that puts all documents on one side, `choose_split`
+says what is held out instead: where they are few, the last part of each.
 """
 
 import gzip
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lasp.data.corpus import TextFile, held_out
+from lasp.data.corpus import TextFile, unit_interval
 from lasp.data.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
@@ -34,6 +34,8 @@ class Document(NamedTuple):
     """"train" or "validation"."""
     blocks: Iterable[bytes]
     """The text in pieces, UTF-8; to be read once, before the next document."""
+    key: str = ""
+    """What its side of the split is a hash of."""
     altered: bool = False
     """The text is not quite that of the file, which is no Unicode."""
     is_rest: bool = False
@@ -86,7 +88,7 @@ class Split:
     def of(self, key: str) -> str:
         if self.rule in SPLITS:
             return self.rule
-        return "validation" if self.rule == "hash" and held_out(key, self.fraction) else "train"
+        return "validation" if self.rule == "hash" and unit_interval(key) < self.fraction else "train"
 
 
 def documents_of(
@@ -100,7 +102,8 @@ def documents_of(
     split = split if isinstance(split, Split) else Split(fraction=split)
     reading = Reading() if reading is None else reading
     if not is_records(file.path):
-        whole = Document(file.name, split.of(f"split:{file.name}"), _blocks(file.path, 0, None))
+        key = f"split:{file.name}"
+        whole = Document(file.name, split.of(key), _blocks(file.path, 0, None), key)
         place = _cut_of_file(file.path, split.fraction) if split.rule == "cut" else 0
         if place == 0:
             yield whole
@@ -118,7 +121,8 @@ def documents_of(
             reading.first_skipped = reading.first_skipped or f"{name}: {problem}"
             continue
         clean = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        whole = Document(name, split.of(f"text:{clean}"), [clean.encode()], altered=clean != text)
+        key = f"text:{clean}"
+        whole = Document(name, split.of(key), [clean.encode()], key, altered=clean != text)
         place = len(clean) - max(1, round(split.fraction * len(clean))) if split.rule == "cut" else 0
         if place <= 0:
             yield whole
@@ -128,18 +132,24 @@ def documents_of(
         yield whole._replace(split="validation", blocks=[clean[place:].encode()], is_rest=True)
 
 
-def hashes_divide(files: Iterable[TextFile], field: str, fraction: float, *, skip_bad: bool) -> bool:
-    """Whether documents fall on both sides by their hashes; reads no more than what it takes to see it."""
-    sides = set()
+def choose_split(files: Iterable[TextFile], field: str, fraction: float, *, skip_bad: bool) -> Split:
+    """By hash where that puts documents on both sides; reads no more than what it takes to see it.
+
+    Else, of so many documents that `fraction` of them is at least one, the one whose hash is nearest is held out, with
+    its copies; of fewer the last part of every one.
+    """
+    count, lowest, highest = 0, list[float](), 0.0
     for file in files:
-        if not is_records(file.path) and file.path.stat().st_size == 0:
-            continue
         for document in documents_of(file, field, fraction, skip_bad=skip_bad):
-            if document.blocks != [b""]:
-                sides.add(document.split)
-            if len(sides) == len(SPLITS):
-                return True
-    return False
+            if document.blocks == [b""] or (not is_records(file.path) and file.path.stat().st_size == 0):
+                continue
+            place = unit_interval(document.key)
+            count, lowest, highest = count + 1, sorted({*lowest, place})[:2], max(highest, place)
+            if lowest[0] < fraction <= highest:
+                return Split(fraction=fraction)
+    if count * fraction >= 1 and len(lowest) == 2:
+        return Split(fraction=sum(lowest) / 2)
+    return Split(fraction=fraction, rule="cut")
 
 
 def is_records(path: Path) -> bool:

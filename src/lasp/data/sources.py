@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lasp.data.build import FORMAT
 from lasp.data.corpus import TextFile, search
-from lasp.data.documents import Document, Reading, Split, documents_of, hashes_divide, is_records
+from lasp.data.documents import Document, Reading, Split, choose_split, documents_of, is_records
 from lasp.data.tokenizer import Tokenizer
 from lasp.data.verified import Verified
 
@@ -34,8 +34,7 @@ class Sources:
     ) -> "Sources":
         """The text of `sources`, each as `lasp.data.corpus.search` takes it, one after another.
 
-        validation_path: text to validate on; without it documents are held out by hash, or where so few of them are
-        that none is, the last part of every one. Raises DataError.
+        validation_path: text to validate on; without it, what `choose_split` chooses. Raises DataError.
         """
         reading, files = Reading(), list[TextFile]()
         for source in sources:
@@ -50,8 +49,7 @@ class Sources:
             reading.leave_out(held.left_out)
             divided = [(file, train) for file in files] + [(file, own) for file in held.files]
         else:
-            by_hash = hashes_divide(files, field, validation_fraction, skip_bad=skip)
-            split = Split(fraction=validation_fraction, rule="hash" if by_hash else "cut")
+            split = choose_split(files, field, validation_fraction, skip_bad=skip)
             divided = [(file, split) for file in files]
         return Sources(files=divided, field=field, on_bad_record=on_bad_record, reading=reading)
 

@@ -172,7 +172,7 @@ def _seal(folder: Path) -> dict[str, Any]:
     index: dict[str, Any] = json.loads((folder / "index.json").read_text())
     seal: dict[str, Any] = index["sealed"]
     if seal["format"] != FORMAT:
-        raise DataError(f"{folder} has token file format {seal['format']}, this version reads {FORMAT}")
+        raise DataError(f"{folder} has token file format {seal['format']}, this version reads {FORMAT}: build it again")
     if seal_digest(seal) != index["sha256"]:
         raise DataError(f"{folder / 'index.json'} does not match its own SHA-256: build the data again")
     return seal

@@ -49,7 +49,7 @@ class DataOptions:
     tokenizer: str | None = None
     """"bytes", or the path of a `tokenizers` JSON file; default: bytes, or what the data was built with."""
     validation_fraction: float = 0.05
-    """Share of documents held out for validation; of so few that none is, the last part of every document."""
+    """Share of documents held out for validation; of too few for that, the last part of every document."""
     validation_path: Path | None = None
     """Folder or file of text to validate on; nothing of `path` is held out then."""
     on_bad_record: Literal["stop", "skip"] = "stop"

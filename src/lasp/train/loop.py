@@ -301,9 +301,10 @@ class _Run:
         )
         run_dir = self._choose_folder(resume)
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not any(run_dir.iterdir()):
-            self._made = run_dir
+        is_new = not any(run_dir.iterdir())
         self.lock = lock(run_dir)
+        if is_new:  # and no other run's, which the lock would have shown
+            self._made = run_dir
         (run_dir / "config.json").write_text(json.dumps(record(config), indent=1) + "\n")
         for name, content in files_of(self.tokenizer).items():
             (run_dir / name).write_bytes(content)
@@ -387,7 +388,7 @@ class _Run:
                 "text": f"{source}: {bytes_text(store.num_bytes['train'])} in {store.num_documents['train']} "
                 f"documents to train on, {bytes_text(store.num_bytes['validation'])} in "
                 f"{store.num_documents['validation']} held out; tokenizer {config.data.tokenizer or store.tokenizer}",
-                "reading": store.reading.summary(),
+                "documents": store.reading.summary(),
                 "layout": layout,
                 "work": f"{config.steps - self.finished} steps of {config.global_batch} x {config.seq_len} = "
                 f"{tokens:,} tokens, about {duration((config.steps - self.finished) * step_seconds)}"
