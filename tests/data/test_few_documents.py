@@ -120,6 +120,9 @@ def test_what_is_not_read_as_it_is_is_counted(tmp_path: Path) -> None:
         "\ufffd lone".encode() in found and "a pair \U0001f600".encode() in found and b"read like the others" in found
     )
     assert prepared(text, tmp_path / "cache", validation_fraction=0.2).reading == store.reading  # kept by the index
+    (text / "link.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"cannot read the text: .*link\.txt"):
+        prepared(text, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("built", [True, False])

@@ -200,6 +200,7 @@ class _Run:
     def _begin(self) -> None:
         machine = self._machine()
         description = describe(self.config, self.model_config, self.model, self.world, self.store, machine)
+        description["sample_prompt"] = self.sample_prompt
         if self.world.is_first:
             self.observer = Observer(
                 self.config, self.run_dir, self.output, machine, description=description, start=self.start
