@@ -17,14 +17,14 @@ import tyro
 
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
 from lasp.train.errors import ConfigError
+from lasp.train.sizes import Tokens
 
 if TYPE_CHECKING:
     import torch
 
     from lasp.models import ModelConfig
     from lasp.parallelize import ParallelModel
-    from lasp.train.sizes import Tokens
-from lasp.train.world import World
+    from lasp.train.world import World
 
 # Tokens of a rank: what lengths that nobody asked for are multiples of.
 LENGTH_UNIT = 64

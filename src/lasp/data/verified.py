@@ -9,7 +9,7 @@ from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
 # A file changed again so soon may keep its time of change, of which clocks and file systems have steps.
-_SETTLED_NS = 2_000_000_000
+_SETTLED_NS = 10_000_000_000
 
 
 class Verified:
@@ -22,6 +22,7 @@ class Verified:
 
     def __init__(self, memory: Path, *, full: bool) -> None:
         self._memory, self._known = memory, dict[str, list[int | str]]()
+        self._is_new = False
         if not full:
             try:
                 known = json.loads(memory.read_text())
@@ -41,6 +42,7 @@ class Verified:
         size, changed = _times(path)
         if time.time_ns() - changed > _SETTLED_NS:
             self._known[str(path.absolute())] = [size, changed, sha256]
+            self._is_new = True
 
     def sha256(self, path: Path) -> str:
         """The known digest, or that of the content, which is then known."""
@@ -55,6 +57,8 @@ class Verified:
 
     def save(self) -> None:
         """Write what is known, whole or not at all; a folder that cannot be written to costs the next start only."""
+        if not self._is_new:
+            return
         temporary = self._memory.with_name(f".{self._memory.name}-{uuid.uuid4().hex[:8]}")
         try:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
