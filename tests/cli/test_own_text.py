@@ -1,5 +1,6 @@
 """One's own text, as people have it, from files to generated text: every command run from another working folder."""
 
+import dataclasses
 import json
 import os
 import random
@@ -155,6 +156,12 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(MemoryError):
             loop.train(late)
     assert late.run_dir is not None and not late.run_dir.exists()
+    done = small_config(tmp_path, steps=1, run_dir=tmp_path / "done")
+    loop.train(done)
+    before = (tmp_path / "done" / "config.json").read_text()
+    with pytest.raises(loop.DataError, match="too few for one sequence"):
+        loop.train(dataclasses.replace(done, steps=2, seq_len=1_000_000), resume=done.run_dir)
+    assert (tmp_path / "done" / "config.json").read_text() == before  # a run that cannot go on is as it was
     with monkeypatch.context() as patch:
         patch.setattr(loop.Stepper, "step", broken)
         with pytest.raises(MemoryError):

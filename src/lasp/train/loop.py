@@ -202,6 +202,9 @@ class _Run:
         description = describe(self.config, self.model_config, self.model, self.world, self.store, machine)
         description["sample_prompt"] = self.sample_prompt
         if self.world.is_first:
+            (self.run_dir / "config.json").write_text(json.dumps(record(self.config), indent=1) + "\n")
+            for name, content in files_of(self.tokenizer).items():
+                (self.run_dir / name).write_bytes(content)
             self.observer = Observer(
                 self.config, self.run_dir, self.output, machine, description=description, start=self.start
             )
@@ -306,9 +309,6 @@ class _Run:
         self.lock = lock(run_dir)
         if is_new:  # and no other run's, which the lock would have shown
             self._made = run_dir
-        (run_dir / "config.json").write_text(json.dumps(record(config), indent=1) + "\n")
-        for name, content in files_of(self.tokenizer).items():
-            (run_dir / name).write_bytes(content)
         return {"run_dir": str(run_dir), "store": str(store.folder)}
 
     def _choose_folder(self, resume: Path | None) -> Path:
