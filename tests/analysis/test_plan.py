@@ -11,12 +11,12 @@ from lasp.analysis.devices import DEVICES, device
 from lasp.analysis.planner import METHODS, Job, Layout, best, estimate, longest, nodes_of
 from lasp.analysis.report import alternatives, plan, row
 from lasp.cli import main as cli
-from lasp.cli.plan import tokens
 from lasp.exchange.all_to_all import AllToAll
 from lasp.exchange.doubling import Doubling
 from lasp.exchange.hierarchical import Hierarchical
 from lasp.models import preset
 from lasp.train.errors import ConfigError
+from lasp.train.sizes import tokens
 
 CONFIG = preset("transnormer", "1b")
 LASP = Layout("lasp", 1, 8, "zero3", "none", "all_gather")
@@ -96,10 +96,10 @@ def test_parts_add_up():
 
 
 def test_lengths():
-    assert [tokens(text) for text in ("4096", "64K", "1m", "1G")] == [4096, 1 << 16, 1 << 20, 1 << 30]
+    assert [tokens(text, "--n") for text in ("4096", "64K", "1m", "1G")] == [4096, 1 << 16, 1 << 20, 1 << 30]
     for text in ("", "K", "-1", "0", "1.5K", "many", "2000G"):
-        with pytest.raises(ConfigError, match="number of tokens"):
-            tokens(text)
+        with pytest.raises(ConfigError, match="--n must be a number of tokens"):
+            tokens(text, "--n")
 
 
 def test_json(capsys):

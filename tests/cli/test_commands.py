@@ -40,6 +40,10 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert (config.steps, config.seq_len, config.parallel.sp, config.parallel.dp) == (9, 32, 4, 2)
     assert config.optimizer.lr == 0.5 and options.nproc == 8
     assert train_command.parse([]).settings == TrainConfig()
+    sizes = train_command.parse(["--seq-len", "64K", "--ffn-piece-tokens", "1m"]).settings
+    assert (sizes.seq_len, sizes.parallel.ffn_piece_tokens) == (1 << 16, 1 << 20)
+    file.write_text('seq_len = "64K"')
+    assert train_command.parse(["--config", str(file)]).settings.seq_len == 1 << 16
 
 
 def test_the_shipped_configs_are_valid() -> None:
@@ -54,6 +58,7 @@ def test_the_shipped_configs_are_valid() -> None:
     ("arguments", "code", "message"),
     [
         (["train", "--sp", "2", "--nproc", "3"], 64, "3 processes cannot be split into sequence groups of 2"),
+        (["train", "--sp", "1", "--steps", "5", "--optimizer.warmup-steps", "6"], 64, "at most the 5 steps of"),
         (["train", "--sp", "2", "--seq-len", "7"], 64, "--seq-len must be a multiple of --sp"),
         (["train", "--config", "a.toml", "--resume", "b"], 64, "give one of them"),
         (["train", "--config", "nowhere.toml"], 64, "cannot read the config file nowhere.toml"),

@@ -86,8 +86,8 @@ def test_what_is_slow() -> None:
 def test_utilisation_is_of_all_devices() -> None:
     result = StepResult(2.0, 1.0, 0.1, (rank(0.4, sent=10), rank(0.3, sent=20)), stop=False)
     machine = Machine(flops_per_token=6e9, peak_flops=1e12)
-    figures = figures_of(7, result, seconds=0.5, tokens_per_step=100, machine=machine)
+    figures = figures_of(7, result, seconds=0.5, tokens_per_step=100, tokens=700, machine=machine)
     assert figures.tokens_per_s == 200 and figures.tokens == 700
     assert figures.mfu == pytest.approx(200 * 6e9 / 2e12)
     assert (figures.slowest_rank, figures.slowest_s, figures.fastest_s, figures.exchanged_bytes) == (0, 0.4, 0.3, 30)
-    assert figures_of(7, result, seconds=1.0, tokens_per_step=1, machine=Machine(6e9, None)).mfu is None
+    assert figures_of(7, result, seconds=1.0, tokens_per_step=1, tokens=7, machine=Machine(6e9, None)).mfu is None

@@ -17,6 +17,7 @@ import tyro
 
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
 from lasp.train.errors import ConfigError
+from lasp.train.sizes import Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lasp.models import ModelConfig
     from lasp.parallelize import ParallelModel
     from lasp.train.world import World
-
 
 # Tokens of a rank: what lengths that nobody asked for are multiples of.
 LENGTH_UNIT = 64
@@ -43,7 +43,7 @@ class BenchTrainConfig:
     parallel: Annotated[ParallelOptions, tyro.conf.arg(name="")] = field(default_factory=lambda: ParallelOptions(sp=1))
     nproc: int | None = None
     """Processes to start, where no launcher has; default: dp x sp."""
-    tokens: tuple[int, ...] = (32768, 65536, 131072, 262144)
+    tokens: tuple[Tokens, ...] = (32768, 65536, 131072, 262144)
     """Lengths of a sequence, over all its processes, one after another."""
     longest: bool = False
     """Go on to the longest sequence that trains: from 0.9 of what the memory of the last two lengths lets expect, by

@@ -13,6 +13,7 @@ import tyro
 
 from lasp.train.config import ModelOptions, load_toml
 from lasp.train.errors import ConfigError
+from lasp.train.sizes import Tokens
 
 # Not in --help: makes every exchange forget the state it carries, to show that the check can fail.
 BREAK = "--break-exchange"
@@ -38,7 +39,7 @@ class CheckConfig:
     """Processes that share the sequence."""
     exchange: str = "all"
     """How states travel between processes; "all" for every way there is."""
-    seq_len: int = 200
+    seq_len: Tokens = 200
     """Tokens of the sequence."""
     batch: int = 2
     """Sequences."""

@@ -18,8 +18,8 @@ class Arguments:
 
     path: Annotated[Path, tyro.conf.Positional]
     """Run folder of `lasp train` (its newest good checkpoint is used), one checkpoint, or folder of `lasp export`."""
-    prompt: str = "def "
-    """Text to continue; empty starts a new document."""
+    prompt: str | None = None
+    """Text to continue; empty starts a new document; default: what the run's own sample began with."""
     num_tokens: int = 400
     """Tokens to generate."""
     temperature: float = 0.8
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
     loaded = load(options.path, report=lambda text: print(text, file=sys.stderr))
     sample = SampleOptions(
-        prompt=options.prompt,
+        prompt=loaded.prompt if options.prompt is None else options.prompt,
         num_tokens=options.num_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

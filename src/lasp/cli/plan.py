@@ -13,9 +13,8 @@ import tyro
 
 from lasp.train.config import ModelOptions, load_toml
 from lasp.train.errors import ConfigError
+from lasp.train.sizes import tokens
 
-_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_LARGEST = 1 << 40
 _TIES_SHOWN = 6
 
 
@@ -62,24 +61,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def tokens(text: str) -> int:
-    """A number of tokens such as 4096, 64K or 1M. Raises ConfigError."""
-    digits, unit = text.strip(), 1
-    if digits and digits[-1].lower() in _UNITS:
-        digits, unit = digits[:-1], _UNITS[digits[-1].lower()]
-    if not digits.isdecimal() or not 0 < int(digits) * unit <= _LARGEST:
-        raise ConfigError(
-            f"--seq-len must be a number of tokens from 1 to 1024G, such as 4096, 64K or 1M; got {text!r}"
-        )
-    return int(digits) * unit
-
-
 def _job(config: PlanConfig) -> tuple[Any, str]:
     from lasp.analysis.devices import device
     from lasp.analysis.planner import Job
     from lasp.models.presets import preset
 
-    options, seq_len, batch = config.model, tokens(config.seq_len), config.batch
+    options, seq_len, batch = config.model, tokens(config.seq_len, "--seq-len"), config.batch
     if config.config is not None:
         run = load_toml(config.config)
         options, seq_len, batch = run.model, run.seq_len, run.global_batch

@@ -8,6 +8,7 @@ tokenizer.json          the tokenizer, where it is a file
 index.json              written last: sizes and SHA-256 of all these, itself under a SHA-256
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,13 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from lasp.data.documents import Document
+from lasp.data.documents import SPLITS, Document, Reading
 from lasp.data.errors import DataError
 from lasp.data.stream import check_ids
-from lasp.data.tokenizer import Tokenizer
+from lasp.data.tokenizer import Tokenizer, files_of
 
-FORMAT = 3
-SPLITS = ("train", "validation")
+FORMAT = 4
 SHARD_TOKENS = 1 << 28
 BOUNDS = np.dtype("<i8")
 
@@ -40,8 +40,11 @@ def write_store(
     *,
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress = lambda _bytes, _tokens: None,
+    reading: Reading | None = None,
 ) -> None:
     """Tokenise `documents` into a new store at `target`; it is there whole or not at all.
+
+    reading: what is counted while they are read; the index keeps it.
 
     Raises DataError if a document cannot be read, an id is outside the vocabulary, there is no text at all, or the
     files cannot be written.
@@ -49,20 +52,25 @@ def write_store(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     temporary = target.parent / f".building-{target.name}-{uuid.uuid4().hex[:8]}"
     splits: dict[str, _SplitWriter] = {}
+    reading = Reading() if reading is None else reading
     try:
         temporary.mkdir(parents=True)
         splits = {split: _SplitWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
         for document in documents:
-            splits[document.split].add(document, tokenizer)
+            altered = tokenizer.num_altered
+            found = splits[document.split].add(document, tokenizer)
+            reading.altered += document.altered or tokenizer.num_altered > altered
+            if not document.is_rest:
+                reading.read += found
+                reading.empty += not found
             progress(
                 sum(split.num_bytes for split in splits.values()), sum(split.num_tokens for split in splits.values())
             )
         entries = {name: split.close() for name, split in splits.items()}
         if not any(split.num_documents for split in splits.values()):
-            raise DataError("there is no text to train on: all documents are empty")
-        content = getattr(tokenizer, "content", None)
-        if content is not None:
-            (temporary / "tokenizer.json").write_bytes(content)
+            raise DataError(f"there is no text to train on: all documents are empty ({reading.summary()})")
+        for name, content in files_of(tokenizer).items():
+            (temporary / name).write_bytes(content)
         seal = {
             "format": FORMAT,
             "tokenizer": tokenizer.name,
@@ -70,6 +78,7 @@ def write_store(
             "separator": tokenizer.separator,
             "dtype": dtype.str,
             "splits": entries,
+            "reading": dataclasses.asdict(reading),
         }
         index = {"sealed": seal, "sha256": seal_digest(seal)}
         with open(temporary / "index.json", "w") as stream:
@@ -126,16 +135,18 @@ class _SplitWriter:
         self.num_tokens = self.num_bytes = self.num_documents = 0
         self._write_bound()
 
-    def add(self, document: Document, tokenizer: Tokenizer) -> None:
+    def add(self, document: Document, tokenizer: Tokenizer) -> bool:
+        """Whether there was any text in the document."""
         before = self.num_tokens
         for ids in tokenizer.encode_blocks(self._counted(document.blocks)):
             check_ids(ids, tokenizer.vocab_size, Path(document.name), self.num_tokens - before)
             self._write(ids)
         if self.num_tokens == before:  # an empty document contributes no token, not a lone separator
-            return
+            return False
         self._write(np.asarray([tokenizer.separator]))
         self._write_bound()
         self.num_documents += 1
+        return True
 
     def _write_bound(self) -> None:
         self._bounds.write(np.asarray([self.num_tokens], dtype=BOUNDS).tobytes())

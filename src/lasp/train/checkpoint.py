@@ -2,6 +2,7 @@
 
     step-00000200/
         shard-*.safetensors     one or more a process: its part of weights and optimizer (lasp.train.shards)
+        tokenizer.json          the tokenizer, where it is a file
         state.json              step, data position, layout, configuration
         manifest.json           written last: size and SHA-256 of every other file, itself under a SHA-256
 Nothing in it can run code. A folder is a checkpoint only if the manifest verifies and names exactly the files that

@@ -14,6 +14,7 @@ from lasp.exchange import NAMES
 from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
 from lasp.train.sinks import missing
+from lasp.train.sizes import Tokens, tokens
 
 C = TypeVar("C")
 
@@ -48,7 +49,13 @@ class DataOptions:
     tokenizer: str | None = None
     """"bytes", or the path of a `tokenizers` JSON file; default: bytes, or what the data was built with."""
     validation_fraction: float = 0.05
-    """Share of documents held out for validation."""
+    """Share of documents held out for validation; of too few for that, the last part of every document."""
+    validation_path: Path | None = None
+    """Folder or file of text to validate on; nothing of `path` is held out then."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A JSONL or parquet record without text: end and name it, or leave it out and count it."""
+    verify: Literal["changed", "full"] = "changed"
+    """At a start, check the SHA-256 of files that have changed since they were checked, or of all."""
     packed: bool = False
     """Keep documents apart: no state, position or label crosses from one into the next."""
     carry: bool = False
@@ -61,19 +68,27 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW with linear warm-up and cosine decay; weight decay on matrices only."""
+    """AdamW with linear warm-up and cosine decay; weight decay on weight matrices only."""
 
     lr: float = 4e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.05
     """Final learning rate as a share of the peak."""
-    warmup_steps: int = 50
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; default: a fourteenth of the schedule, at most 2,000."""
+    schedule_steps: int | None = None
+    """Steps until the final learning rate, which then stays; default: --steps when the run begins. A resumed run
+    keeps both."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+
+    def warmup(self, num_steps: int) -> int:
+        """Steps of warm-up in a schedule of `num_steps`."""
+        return min(max(1, num_steps // 14), 2000) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +109,7 @@ class ParallelOptions:
     recomputation: Literal["none", "selective", "full"] = "none"
     """Run blocks again in the backward pass instead of keeping their activations: all of it, or all but the exchange
     of states."""
-    ffn_piece_tokens: int | None = None
+    ffn_piece_tokens: Tokens | None = None
     """Run feed-forward layers on so many tokens at a time, and again in the backward pass; default: on all at once."""
     compile: bool = False
     """torch.compile each block, the exchange of states inside."""
@@ -108,7 +123,8 @@ class ParallelOptions:
 class SampleOptions:
     """The text generated at the end."""
 
-    prompt: str = "def "
+    prompt: str | None = None
+    """Text to continue; empty begins a document; default: the first words of the held-out text."""
     num_tokens: int = 400
     temperature: float = 0.8
     top_k: int | None = 50
@@ -125,8 +141,8 @@ class TrainConfig:
     sample: SampleOptions = SampleOptions()
     steps: int = 700
     """Optimizer steps in all."""
-    seq_len: int = 512
-    """Tokens per sequence, over all its processes."""
+    seq_len: Tokens = 512
+    """Tokens per sequence, over all its processes; 64K is 65536."""
     global_batch: int = 4
     """Sequences per step, over all processes."""
     accumulation: int = 1
@@ -168,6 +184,7 @@ class TrainConfig:
             "--eval-sequences": self.eval_sequences,
             "--save-every": self.save_every,
             "--keep-checkpoints": self.keep_checkpoints,
+            "--optimizer.schedule-steps": self.steps if optimizer.schedule_steps is None else optimizer.schedule_steps,
             "--sp": parallel.sp,
             "--dp": parallel.dp if parallel.dp is not None else 1,
             "--dp-replicate": parallel.dp_replicate,
@@ -194,11 +211,17 @@ class TrainConfig:
             if not 0.0 <= value <= 1.0 or (value == 1.0 and "beta" in name):
                 raise ConfigError(f"{name} must be in [0, 1], betas below 1, got {value}")
         for name, count in (
-            ("--optimizer.warmup-steps", optimizer.warmup_steps),
+            ("--optimizer.warmup-steps", optimizer.warmup(self.steps)),
             ("--sample.num-tokens", sample.num_tokens),
         ):
             if count < 0:
                 raise ConfigError(f"{name} must not be negative, got {count}")
+        schedule = self.steps if optimizer.schedule_steps is None else optimizer.schedule_steps
+        if optimizer.warmup(schedule) > schedule:
+            raise ConfigError(
+                f"--optimizer.warmup-steps must be at most the {schedule} steps of the schedule, got "
+                f"{optimizer.warmup_steps}: the learning rate would never reach --optimizer.lr"
+            )
         if (not_installed := missing(self.track)) is not None:
             raise ConfigError(not_installed)
         if self.profile_steps is not None and parse_range(self.profile_steps)[0] > self.steps:
@@ -279,7 +302,7 @@ def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
 
     Raises ConfigError naming the key for unknown keys and wrong types.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = [item.name for item in dataclasses.fields(typing.cast(Any, cls))]
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -319,6 +342,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
+    if hint == Tokens and isinstance(value, str):
+        return tokens(value, name)
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type[Any], hint), value, where=name)

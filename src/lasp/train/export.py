@@ -1,8 +1,9 @@
 """A trained model for others: one safetensors file, and what it takes to build the model and its tokenizer.
 
 model.safetensors   weights by parameter name, as `CausalLM(ModelConfig(**model_config))` names them
-config.json         "model_config"; "tokenizer", as --data.tokenizer takes it, and "tokenizer_id", which names the
-                    mapping itself; "step", finished steps of the run
+tokenizer.json      the tokenizer, where it is a file
+config.json         "model_config"; "tokenizer", "bytes" or the name of that file, and "tokenizer_id", which names the
+                    mapping itself by the file's SHA-256; "step", finished steps of the run; "prompt", its sample's
 """
 
 import json
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lasp.data.tokenizer import load_tokenizer
+from lasp.data.tokenizer import files_of, read_tokenizer
 from lasp.models import CausalLM, ModelConfig
 from lasp.train import checkpoint, shards
 from lasp.train.errors import CheckpointError, ConfigError
@@ -37,11 +38,14 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     found = checkpoint.find(source, report=report)
     model = CausalLM(ModelConfig(**found.state["model_config"]))
     shards.load(found, model, found.state["model_config"])
+    tokenizer = read_tokenizer(found.folder, found.state["tokenizer"])
+    beside = files_of(tokenizer)
     about = {
         "format": FORMAT,
         "step": found.state["step"],
-        "tokenizer": found.state["tokenizer"],
-        "tokenizer_id": load_tokenizer(found.state["tokenizer"]).name,
+        "tokenizer": next(iter(beside), tokenizer.name),
+        "tokenizer_id": tokenizer.name,
+        "prompt": found.state.get("sample_prompt", ""),
         "model_config": found.state["model_config"],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +54,8 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     try:
         tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        for name, content in beside.items():
+            (temporary / name).write_bytes(content)
         (temporary / _ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         os.rename(temporary, out)
     finally:

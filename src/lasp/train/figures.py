@@ -62,8 +62,10 @@ class Machine(NamedTuple):
     peak_flops: float | None
 
 
-def figures_of(step: int, result: StepResult, *, seconds: float, tokens_per_step: int, machine: Machine) -> StepFigures:
-    """The figures of finished step `step` (from 1) that took `seconds`."""
+def figures_of(
+    step: int, result: StepResult, *, seconds: float, tokens_per_step: int, tokens: int, machine: Machine
+) -> StepFigures:
+    """The figures of finished step `step` (from 1) that took `seconds`. tokens: trained on with it."""
     ranks, tokens_per_s = result.ranks, tokens_per_step / seconds
     mfu = None
     if machine.peak_flops is not None:
@@ -74,7 +76,7 @@ def figures_of(step: int, result: StepResult, *, seconds: float, tokens_per_step
         loss=result.loss,
         lr=result.lr,
         grad_norm=result.grad_norm,
-        tokens=step * tokens_per_step,
+        tokens=tokens,
         tokens_per_s=tokens_per_s,
         mfu=mfu,
         step_s=seconds,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -17,14 +19,14 @@ from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.data import store as token_store
 from lasp.data import trigram
-from lasp.data.batches import Sequences, num_sequences
+from lasp.data.batches import Sequences
 from lasp.data.errors import DataError
-from lasp.data.tokenizer import Tokenizer, load_tokenizer
+from lasp.data.tokenizer import files_of
 from lasp.models import CausalLM, ModelConfig, preset
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
-from lasp.train.config import AUTO, TrainConfig, differences, to_dict
+from lasp.train.config import AUTO, TrainConfig
 from lasp.train.describe import describe
 from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.evaluate import Score, evaluate
@@ -34,8 +36,9 @@ from lasp.train.metrics import draw_curve
 from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
+from lasp.train.position import Position, changes, position_of, record, settle, tokenizer_of_run
 from lasp.train.profile import Profiler
-from lasp.train.sample import stream_text
+from lasp.train.sample import first_words, stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
 from lasp.train.world import World, join, leave, naming_lost_peers
@@ -104,21 +107,42 @@ def spread(config: TrainConfig, module: CausalLM, world: World) -> ParallelModel
 
 class _Run:
     def __init__(self, config: TrainConfig, world: World, resume: Path | None) -> None:
-        self.config, self.world = config, world
+        self.world = world
         self.watch = Stopwatch()
         self.output = Output(enabled=world.is_first, log_every=config.log_every)
-        self.tokenizer_name = config.data.tokenizer or token_store.tokenizer_of(config.data.path)
-        self.tokenizer: Tokenizer = load_tokenizer(self.tokenizer_name)
+        self._made: Path | None = None
+        self.resumed = self._find_checkpoint(config, resume)
+        state = self.resumed.state if self.resumed is not None else None
+        self.config = settle(config, state)
+        self.start = Position() if state is None else position_of(state, config)
+        try:
+            self._set_up(resume)
+        except BaseException:
+            self._leave_nothing()
+            raise
+
+    def _set_up(self, resume: Path | None) -> None:
+        """Everything but the first step. On an error `_leave_nothing` undoes it."""
+        config, world = self.config, self.world
+        self.tokenizer = tokenizer_of_run(config, self.resumed)
         self.model_config = model_config(config, self.tokenizer.vocab_size)
-        self.resumed = self._find_checkpoint(resume)
         start = world.first_does(lambda: self._prepare(resume))
         self.run_dir = Path(start["run_dir"])
-        self._name_changes()
+        if self.resumed is not None:
+            for line in changes(config, self.resumed.state):
+                self.output.line(line)
         self.store = token_store.open_store(Path(start["store"]), verify=False)
         self._check_data()
+        given = config.sample.prompt
+        self.sample_prompt: str = first_words(self.store, self.tokenizer) if given is None else given
         bounds = self.store.train_bounds if config.data.packed else None
         self.sequences = Sequences(
-            self.store.train, seq_len=config.seq_len, seed=config.seed, bounds=bounds, consecutive=config.data.carry
+            self.store.train,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            bounds=bounds,
+            consecutive=config.data.carry,
+            origin=self.start[:2],
         )
         torch.manual_seed(config.seed)
         self.module = CausalLM(self.model_config).to(world.device)
@@ -129,22 +153,21 @@ class _Run:
         if self.resumed is not None:
             shards.load(self.resumed, self.module, self._model_dict(), optimizer=self.optimizer, world=world)
         self.stepper = Stepper(config, self.model, self.optimizer, self.sequences, world)
-        self.finished = int(self.resumed.state["step"]) if self.resumed is not None else 0
-        self.saver = Saver(self.run_dir / "checkpoints", world, keep=config.keep_checkpoints)
+        self.finished = self.start.step
+        self.saver = Saver(
+            self.run_dir / "checkpoints", world, keep=config.keep_checkpoints, beside=files_of(self.tokenizer)
+        )
         self.saved_at = self.finished if self.resumed is not None else -1
         self.observer: Observer | None = None
         self.profiler = Profiler(config.profile_steps, self.run_dir / "profile", rank=world.rank, device=world.device)
 
     def train(self) -> TrainResult:
         config = self.config
-        machine = self._machine()
-        description = describe(config, self.model_config, self.model, self.world, self.store, machine)
-        if self.world.is_first:
-            self.observer = Observer(
-                config, self.run_dir, self.output, machine, description=description, finished=self.finished
-            )
-        self._introduce(self._measure_step())
-        self._resume_carried()
+        try:
+            self._begin()
+        except BaseException:
+            self._leave_nothing()
+            raise
         stopped = False
         with _stop_signals() as stop_requested:
             self.output.start(self.finished, config.steps)
@@ -174,6 +197,25 @@ class _Run:
         bits = score.bits_per_byte if score is not None else None
         return TrainResult(self.run_dir, self.finished, stopped, bits, end["trigram"])
 
+    def _begin(self) -> None:
+        machine = self._machine()
+        description = describe(self.config, self.model_config, self.model, self.world, self.store, machine)
+        description["sample_prompt"] = self.sample_prompt
+        if self.world.is_first:
+            (self.run_dir / "config.json").write_text(json.dumps(record(self.config), indent=1) + "\n")
+            for name, content in files_of(self.tokenizer).items():
+                (self.run_dir / name).write_bytes(content)
+            self.observer = Observer(
+                self.config, self.run_dir, self.output, machine, description=description, start=self.start
+            )
+        self._introduce(self._measure_step())
+        self._resume_carried()
+
+    def _leave_nothing(self) -> None:
+        """A start that failed before its first step leaves no folder, and so no run to continue."""
+        if self._made is not None:
+            shutil.rmtree(self._made, ignore_errors=True)
+
     def _step(self, stop_requested: Callable[[], bool]) -> bool:
         began = time.monotonic()
         with self.profiler.step(self.finished + 1):
@@ -198,6 +240,7 @@ class _Run:
             seq_len=self.config.seq_len,
             num_rows=self.config.global_batch // self.config.accumulation,
             max_sequences=max_sequences,
+            packed=self.config.data.packed,
             autocast_dtype=self.stepper.autocast_dtype,
         )
         if self.observer is not None:
@@ -209,21 +252,23 @@ class _Run:
         """Begin to write a checkpoint of the steps finished so far."""
         if self.saved_at == self.finished:
             return
-        config = self.config
+        here = self.start.at(self.finished, self.config)
         state = {
             "step": self.finished,
             "data": {
                 "key": self.store.key,
-                "next_sequence": self.finished * config.global_batch,
+                "next_sequence": here.sequence,
+                "tokens": here.tokens,
             },
             "layout": {
                 "dp": self.world.shard.dp_size,
                 "sp": self.world.shard.sp_size,
                 "data_parallel": self.model.data_parallel,
             },
-            "tokenizer": self.tokenizer_name,
+            "tokenizer": self.tokenizer.name,
             "model_config": self._model_dict(),
-            "config": to_dict(config),
+            "sample_prompt": self.sample_prompt,
+            "config": record(self.config),
         }
         self._report(self.saver.start(self.module, self.optimizer, state, self.stepper.carried_tensors(self.finished)))
         self.saved_at = self.finished
@@ -232,9 +277,9 @@ class _Run:
         if unsaved is not None:
             self.output.line(f"{unsaved}; older checkpoints are as they were, and training goes on")
 
-    def _find_checkpoint(self, resume: Path | None) -> Checkpoint | None:
+    def _find_checkpoint(self, config: TrainConfig, resume: Path | None) -> Checkpoint | None:
         if resume == AUTO:
-            run_dir = self.config.run_dir
+            run_dir = config.run_dir
             begun = self.world.first_does(lambda: {"yes": run_dir is not None and checkpoint.exists(run_dir)})["yes"]
             resume = run_dir if begun else None
         if resume is None:
@@ -254,11 +299,16 @@ class _Run:
             validation_fraction=config.data.validation_fraction,
             seed=config.data.seed,
             cache=config.data.cache,
+            validation_path=config.data.validation_path,
+            on_bad_record=config.data.on_bad_record,
+            verify=config.data.verify,
         )
         run_dir = self._choose_folder(resume)
         run_dir.mkdir(parents=True, exist_ok=True)
+        is_new = not any(run_dir.iterdir())
         self.lock = lock(run_dir)
-        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        if is_new:  # and no other run's, which the lock would have shown
+            self._made = run_dir
         return {"run_dir": str(run_dir), "store": str(store.folder)}
 
     def _choose_folder(self, resume: Path | None) -> Path:
@@ -280,39 +330,9 @@ class _Run:
                     "from it would write over what followed: name a new folder with --run-dir"
                 )
         elif resume != AUTO and run_dir.exists() and any(run_dir.iterdir()):
-            raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another")
+            advice = f"continue it with --resume {run_dir}, or name" if checkpoint.exists(run_dir) else "name"
+            raise ConfigError(f"{run_dir} is not empty: {advice} another")
         return run_dir
-
-    def _name_changes(self) -> None:
-        """Settings that differ from those of the checkpoint, where they change the losses. Raises ConfigError for one
-        that a checkpoint must have been written with."""
-        if self.resumed is None:
-            return
-        ignored = (
-            "parallel",
-            "steps",
-            "run_dir",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
-            "track",
-            "profile_steps",
-            "init_from",
-        )
-        before, now = dict(self.resumed.state["config"]), to_dict(self.config)
-        for name in ("packed", "carry"):
-            before[name], now[name] = before["data"].get(name, False), now["data"][name]
-        if now["carry"] and not before["carry"]:
-            raise ConfigError(
-                f"--data.carry goes on from what the steps before left behind, and {self.resumed.folder} was written "
-                "without it: resume without --data.carry, or take the weights into a new run (--init-from)"
-            )
-        for name in (*ignored, "model", "sample", "data", "eval_sequences", "device"):
-            before.pop(name, None)
-            now.pop(name, None)
-        for line in differences(before, now):
-            self.output.line(f"changed since the checkpoint, so the losses will differ: {line}")
 
     def _check_data(self) -> None:
         if self.store.vocab_size > self.model_config.vocab_size:
@@ -325,10 +345,10 @@ class _Run:
                 f"the text has changed since {self.resumed.folder} was written, so its run cannot be continued "
                 "on the same data: restore the text and --data options, or start a new run"
             )
-        if num_sequences(self.store.validation, self.config.seq_len) == 0:
+        if len(self.store.validation) < 2:
             raise DataError(
-                f"the validation text has {len(self.store.validation):,} tokens, too few for one sequence of "
-                f"{self.config.seq_len:,}: add files, raise --data.validation-fraction or lower --seq-len"
+                "no text is held out to validate on: raise --data.validation-fraction, or name some with "
+                "--data.validation-path"
             )
 
     def _measure_step(self) -> float:
@@ -351,6 +371,7 @@ class _Run:
 
     def _introduce(self, step_seconds: float) -> None:
         config, shard, world, store = self.config, self.world.shard, self.world, self.store
+        optimizer = config.optimizer
         tokens = config.global_batch * config.seq_len
         source = config.data.path or "the Python standard library of this machine"
         layout = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}: "
@@ -367,10 +388,15 @@ class _Run:
                 "model": f"{num_parameters:,} parameters, {config.precision}",
                 "text": f"{source}: {bytes_text(store.num_bytes['train'])} in {store.num_documents['train']} "
                 f"documents to train on, {bytes_text(store.num_bytes['validation'])} in "
-                f"{store.num_documents['validation']} held out; tokenizer {self.tokenizer_name}",
+                f"{store.num_documents['validation']} held out; tokenizer {config.data.tokenizer or store.tokenizer}",
+                "documents": store.reading.summary(),
                 "layout": layout,
                 "work": f"{config.steps - self.finished} steps of {config.global_batch} x {config.seq_len} = "
-                f"{tokens:,} tokens, about {duration((config.steps - self.finished) * step_seconds)}",
+                f"{tokens:,} tokens, about {duration((config.steps - self.finished) * step_seconds)}"
+                if self.finished < config.steps
+                else f"nothing is left: all {config.steps} steps are finished",
+                "schedule": f"{optimizer.warmup_steps} steps of warm-up, then cosine until step "
+                f"{optimizer.schedule_steps}",
                 "run folder": str(self.run_dir),
                 **(
                     {"resumed": f"{self.resumed.folder}, after step {self.finished}"}
@@ -406,7 +432,7 @@ class _Run:
             "metrics": str(run_dir / "metrics.jsonl"),
             "report": f"lasp report {run_dir}",
             "loss curve": problem or str(run_dir / "curve.png"),
-            "more text": f"lasp generate {run_dir} --prompt 'import '",
+            "more text": f"lasp generate {run_dir} --prompt {shlex.quote(self.sample_prompt)}",
         }
         if self.finished < config.steps:
             rows["continue"] = f"lasp train --resume {run_dir}"
@@ -418,7 +444,10 @@ class _Run:
         if options.num_tokens == 0:
             return
         self.output.console.print("\n[bold]Generated text[/bold]")
+        chosen = "given" if options.prompt is not None else "the first words of the held-out text"
+        self.output.line(f"(after {self.sample_prompt!r}, {chosen})")
         pieces = []
+        options = dataclasses.replace(options, prompt=self.sample_prompt)
         for piece in stream_text(self.module, self.tokenizer, options, seed=self.config.seed):
             pieces.append(piece)
             self.output.console.print(piece, end="", markup=False)

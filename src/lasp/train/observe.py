@@ -19,6 +19,7 @@ from lasp.train.evaluate import Score
 from lasp.train.figures import Machine, StepFigures, figures_of, slow_rank, typical
 from lasp.train.metrics import MetricsFile
 from lasp.train.output import Output
+from lasp.train.position import Position
 from lasp.train.sinks import open_sinks
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
@@ -35,9 +36,10 @@ class Observer:
         machine: Machine,
         *,
         description: dict[str, Any],
-        finished: int,
+        start: Position,
     ) -> None:
-        self._config, self._output, self._machine = config, output, machine
+        finished = start.step
+        self._config, self._output, self._machine, self._start = config, output, machine, start
         describe.write(run_dir, description)
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
         self._sinks = open_sinks(config.track, run_dir, to_dict(config) | description, finished=finished)
@@ -51,6 +53,7 @@ class Observer:
             result,
             seconds=seconds,
             tokens_per_step=config.global_batch * config.seq_len,
+            tokens=self._start.at(number, config).tokens,
             machine=self._machine,
         )
         self._write(number, **_rounded(figures))

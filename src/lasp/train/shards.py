@@ -42,9 +42,9 @@ _RANDOM_STATE = "random_state.cpu"
 class Saver:
     """Writes checkpoints while training goes on, one at a time. All processes of a run call alike."""
 
-    def __init__(self, root: Path, world: World, *, keep: int) -> None:
-        """root: folder of the run's checkpoints; keep: how many stay."""
-        self.root, self.keep = root, keep
+    def __init__(self, root: Path, world: World, *, keep: int, beside: Mapping[str, bytes] | None = None) -> None:
+        """root: folder of the run's checkpoints; keep: how many stay; beside: files to put into each, by name."""
+        self.root, self.keep, self.beside = root, keep, beside or {}
         self._world = world
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
@@ -89,7 +89,10 @@ class Saver:
 
     def _write(self, folder: Path, tensors: Any, state: dict[str, Any]) -> None:
         def commit(files: list[FileSeal]) -> None:
-            checkpoint.commit(folder, state, files, keep=self.keep)
+            for name, content in self.beside.items():
+                (folder / name).write_bytes(content)
+            more = [checkpoint.seal_file(folder / name) for name in self.beside]
+            checkpoint.commit(folder, state, files + more, keep=self.keep)
 
         try:
             _quiet_about_one_process()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import math
 import statistics
@@ -11,6 +12,7 @@ from typing import Any
 
 from lasp.train.config import TrainConfig, to_dict
 from lasp.train.metrics import smoothed
+from lasp.train.position import settle
 from lasp.train.report import breakdown
 from lasp.train.report.chart import Series, chart
 from lasp.train.report.layout import drawing
@@ -199,15 +201,20 @@ def _skew(run: Run) -> str:
 def _sample(run: Run) -> str:
     if not run.sample:
         return '<p class="muted">None was generated.</p>'
-    prompt = run.config["sample"]["prompt"]
+    prompt = run.about.get("sample_prompt") or run.config["sample"]["prompt"] or ""
     head, rest = ("", run.sample)
     if run.sample.startswith(prompt):
         head, rest = prompt, run.sample[len(prompt) :]
     return f'<pre class="sample"><b>{escape(head)}</b>{escape(rest)}</pre>'
 
 
+def _is_usual(value: Any, default: Any) -> bool:
+    """Whether a setting is the default; of a path, which is recorded in full, its end."""
+    return value == default or (isinstance(value, str) and default and value.endswith(f"/{default}"))
+
+
 def _settings(run: Run) -> str:
-    default = to_dict(TrainConfig())
+    default = to_dict(settle(dataclasses.replace(TrainConfig(), steps=run.config["steps"]), None))
     groups: dict[str, dict[str, Any]] = {"run": {}}
     for name, value in run.config.items():
         if isinstance(value, dict):
@@ -218,7 +225,7 @@ def _settings(run: Run) -> str:
     for group, values in groups.items():
         usual = default if group == "run" else default.get(group, {})
         rows = "".join(
-            f"<tr{'' if usual.get(name) == value else ' class=changed'}>"
+            f"<tr{'' if _is_usual(value, usual.get(name)) else ' class=changed'}>"
             f"<th>{escape(name)}</th><td>{escape('default' if value is None else value)}</td></tr>"
             for name, value in values.items()
         )
