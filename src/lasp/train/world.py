@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from lasp.data.batches import Shard
 from lasp.data.errors import DataError
 from lasp.distributed.comm import Comm, ExchangeError
+from lasp.distributed.groups import new_group
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
 from lasp.train.config import TrainConfig
 from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
@@ -147,8 +148,8 @@ def join(config: TrainConfig) -> World:
     )
     control = files = None
     if dist.get_world_size() > 1:
-        files = dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
-        hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        files = new_group(backend="gloo", timeout=_FILES_TIMEOUT)
+        hosts = new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
     return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, files, owns_group)
 
