@@ -57,7 +57,7 @@ def test_processes_measure_together(dp: int, sp: int, tmp_path: Path) -> None:
         (["--tokens", "0"], "at least 1"),
         (["--tokens", "64", "--sp", "3"], "multiples of --sp 3"),
         (["--tokens", "64", "--sp", "2", "--nproc", "3"], "3 processes cannot be split"),
-        (["--model.overrides", "depth", "3"], "no field depth"),
+        (["--model.overrides", "depth", "3"], "no field 'depth'"),
     ],
 )
 def test_nonsense_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

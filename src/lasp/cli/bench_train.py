@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
+from lasp.cli.checks import check_target
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
-from lasp.train.errors import ConfigError
+from lasp.train.errors import ConfigError, refusing
 
 if TYPE_CHECKING:
     import torch
@@ -75,10 +76,10 @@ class BenchTrainConfig:
             raise ConfigError(f"--tokens must be multiples of --sp {self.parallel.sp}, got {self.tokens}")
         if self.longest and (len(self.tokens) < 2 or self.tokens[-1] <= self.tokens[-2]):
             raise ConfigError(f"--longest goes on from the last two of --tokens, rising, got {self.tokens}")
-        if self.memory_gib is not None and self.memory_gib <= 0:
+        if self.memory_gib is not None and not self.memory_gib > 0:
             raise ConfigError(f"--memory-gib must be above 0, got {self.memory_gib}")
-        if self.output is not None and not self.output.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {self.output} does not exist")
+        if os.environ.get("RANK", "0") == "0":
+            check_target("--output", self.output)
 
     def training(self, num_processes: int) -> TrainConfig:
         """The training run whose layout this is. Raises ConfigError if it does not fit the processes."""
@@ -137,7 +138,7 @@ def measure(config: BenchTrainConfig) -> dict[str, Any]:
     for tokens in _lengths(config, figures):
         work = partial(step, _text(tokens, model_config.vocab_size, world))
         try:
-            with naming_lost_peers(world):
+            with naming_lost_peers(world), refusing():
                 times = _slowest(world, _timed(work, config.steps, world.device))
         except torch.OutOfMemoryError as error:
             if world.size > 1:
@@ -236,13 +237,10 @@ def _built(config: BenchTrainConfig, training: TrainConfig, world: World) -> tup
     """The model, spread over the processes. Raises ConfigError."""
     import torch
 
-    from lasp.models import CausalLM, preset
+    from lasp.models import CausalLM
     from lasp.train.loop import spread
 
-    try:
-        model_config = preset(config.model.family, config.model.size, **config.model.overrides)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    model_config = config.model.build()
     with torch.device("meta"):
         module = CausalLM(model_config)
     module.to_empty(device=world.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from lasp.cli.checks import check_picture
 from lasp.train.config import ModelOptions, load_toml
 from lasp.train.errors import ConfigError
 
@@ -48,12 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run `lasp plan ARGUMENTS`."""
     config = tyro.cli(PlanConfig, args=list(arguments), prog="lasp plan")
     job, name = _job(config)
+    check_picture("--plot", config.plot)
     from lasp.analysis.report import curves, plan
 
     found = {"model": name, **plan(job)}
     if config.plot is not None:
-        if not config.plot.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {config.plot} does not exist")
         _plot(found, curves(job), config.plot)
     if config.json:
         print(json.dumps(found, indent=1))
@@ -77,7 +77,6 @@ def tokens(text: str) -> int:
 def _job(config: PlanConfig) -> tuple[Any, str]:
     from lasp.analysis.devices import device
     from lasp.analysis.planner import Job
-    from lasp.models.presets import preset
 
     options, seq_len, batch = config.model, tokens(config.seq_len), config.batch
     if config.config is not None:
@@ -87,8 +86,8 @@ def _job(config: PlanConfig) -> tuple[Any, str]:
         raise ConfigError(f"--gpus must be from 1 to {1 << 16}, got {config.gpus}")
     if batch < 1:
         raise ConfigError(f"--batch must be at least 1, got {batch}")
+    model = options.build()
     try:
-        model = preset(options.family, options.size, **options.overrides)  # type: ignore[arg-type]
         job = Job(config=model, device=device(config.gpu), devices=config.gpus, seq_len=seq_len, batch=batch)
     except ValueError as error:
         raise ConfigError(str(error)) from error

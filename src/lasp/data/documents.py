@@ -67,7 +67,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
                 number += 1
                 if line.strip():
                     yield json.loads(line)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, RecursionError) as error:
             raise DataError(f"cannot read {path} at line {number}: {error}") from error
 
 
@@ -76,7 +76,7 @@ def _parquet(path: Path, field: str) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"reading {path} needs the `pyarrow` package: pip install 'lasp-torch[parquet]'") from error
+        raise DataError(f"reading {path} needs the `pyarrow` package: pip install pyarrow") from error
     try:
         with parquet.ParquetFile(path) as table:
             if field not in table.schema_arrow.names:

@@ -20,13 +20,13 @@ from lasp.data import trigram
 from lasp.data.batches import Sequences, num_sequences
 from lasp.data.errors import DataError
 from lasp.data.tokenizer import Tokenizer, load_tokenizer
-from lasp.models import CausalLM, ModelConfig, preset
+from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import AUTO, TrainConfig, differences, to_dict
 from lasp.train.describe import describe
-from lasp.train.errors import CheckpointError, ConfigError
+from lasp.train.errors import CheckpointError, ConfigError, refusing
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
 from lasp.train.lock import lock
@@ -35,6 +35,7 @@ from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
 from lasp.train.profile import Profiler
+from lasp.train.program import lasp_command
 from lasp.train.sample import stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
@@ -66,16 +67,8 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
-    """The model's own configuration. Raises ConfigError for an override that the model does not have."""
-    options = config.model
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(options.overrides) - known)
-    if unknown:
-        raise ConfigError(f"--model.overrides: no field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    try:
-        model = preset(options.family, options.size, **{"vocab_size": vocab_size, **options.overrides})
-    except ValueError as error:
-        raise ConfigError(f"--model: {error}") from error
+    """The model's own configuration. Raises ConfigError for one that does not exist, or cannot carry its state."""
+    model = config.model.build(vocab_size=vocab_size)
     if config.data.carry and any(model.is_softmax(layer) for layer in range(model.num_layers)):
         raise ConfigError("--data.carry needs layers whose memory does not grow: this model has softmax attention")
     return model
@@ -337,7 +330,8 @@ class _Run:
         seconds = []
         for _ in range(3):
             began = time.monotonic()
-            self.stepper.rehearse()
+            with refusing():
+                self.stepper.rehearse()
             seconds.append(time.monotonic() - began)
         torch.set_rng_state(random_state)
         return min(seconds[1:])
@@ -404,12 +398,12 @@ class _Run:
             "run folder": str(run_dir),
             "checkpoint": str(run_dir / "checkpoints" / f"step-{self.finished:08d}"),
             "metrics": str(run_dir / "metrics.jsonl"),
-            "report": f"lasp report {run_dir}",
+            "report": lasp_command("report", run_dir),
             "loss curve": problem or str(run_dir / "curve.png"),
-            "more text": f"lasp generate {run_dir} --prompt 'import '",
+            "more text": lasp_command("generate", run_dir, "--prompt", "import "),
         }
         if self.finished < config.steps:
-            rows["continue"] = f"lasp train --resume {run_dir}"
+            rows["continue"] = lasp_command("train", "--resume", run_dir)
         self.output.table("Finished" if score is not None else "Stopped; saved", rows)
         return {"trigram": baseline}
 

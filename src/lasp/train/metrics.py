@@ -50,7 +50,7 @@ def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return "no loss curve: matplotlib is not installed (pip install 'lasp-torch[report]')"
+        return "no loss curve: matplotlib is not installed (pip install matplotlib)"
     lines = read_metrics(metrics)
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "validation_bits_per_byte" in line]
