@@ -348,7 +348,10 @@ class _Run:
         tokens = config.global_batch * config.seq_len
         source = config.data.path or "the Python standard library of this machine"
         layout = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}: "
-        layout += f"dp {shard.dp_size} x sp {shard.sp_size}, {self.model.data_parallel}"
+        layout += f"dp {shard.dp_size} x sp {shard.sp_size}, "
+        layout += self.model.data_parallel if world.size > 1 else "all weights in it"
+        if world.size == 1 and config.parallel.data_parallel != "ddp":
+            layout += f" (--data-parallel {config.parallel.data_parallel} needs several processes: start more)"
         if config.parallel.dp_replicate > 1:
             layout += f" in {config.parallel.dp_replicate} copies"
         if self.model.sp is not None:
@@ -378,8 +381,8 @@ class _Run:
     def _conclude(self, score: Score | None, seconds: float) -> dict[str, Any]:
         """On the first process: the score to beat, the sample, the curve, and where everything is."""
         config, run_dir = self.config, self.run_dir
-        baseline = None
-        if score is not None and self.store.tokenizer == "bytes":
+        baseline, by_byte = None, self.store.tokenizer == "bytes"
+        if score is not None and by_byte:
             baseline = trigram.bits_per_byte(self.store.train, self.store.validation, score.num_tokens)
         if self.observer is not None:
             self.observer.close(self.finished, baseline)
@@ -392,7 +395,7 @@ class _Run:
                 rows["byte 3-gram"] = f"{baseline:.4f} bits per byte on the same tokens; the model needs " + (
                     f"{better:.1%} fewer" if better >= 0 else f"{-better:.1%} more"
                 )
-        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", trigram=baseline)
+        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", by_byte=by_byte, trigram=baseline)
         rows |= {
             "time": f"{duration(seconds)} for {self.finished} of {config.steps} steps and start-up",
             "run folder": str(run_dir),
