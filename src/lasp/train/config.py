@@ -353,19 +353,24 @@ def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
 
 def load_toml(path: Path) -> TrainConfig:
     """The TrainConfig in a TOML file. Raises ConfigError if it cannot be read."""
+    values = read_toml(path, "config file")
+    try:
+        return from_dict(TrainConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values in a TOML file, which is the `what` of the user's. Raises ConfigError if it cannot be read."""
     try:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
         with open(path, "rb") as stream:
-            values = tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from error
-    try:
-        return from_dict(TrainConfig, values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+            return tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"cannot read the {what} {path}: {error}") from error
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
