@@ -169,13 +169,15 @@ def naming_lost_peers(world: World) -> Iterator[None]:
 def _meeting_place(size: int, timeout: timedelta, one_machine: bool) -> dist.Store:
     """Where the processes tell each other their addresses.
 
-    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. On one machine the
-    number of the try tells them apart; over several the agents count differently, and torchrun needs
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to be restarted over gloo.
+    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. The number of the
+    try tells them apart: on one machine, and over several with the static rendezvous, where every agent starts again
+    when a process is lost anywhere. With c10d's the agents count differently, and each try needs a store of its own
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
     """
     where = os.environ.get("LASP_RENDEZVOUS", "env://")
     store, _, _ = next(rendezvous(where, int(os.environ["RANK"]), size, timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    counted = one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if counted else "0"
     return dist.PrefixStore(f"lasp-{attempt}", store)
 
 
