@@ -79,12 +79,14 @@ def test_the_kubernetes_example_can_be_run() -> None:
     # Written as YAML's flow sequences, lists are JSON too.
     start, options = (json.loads(re.search(rf" {name}: (\[.*?\])", text, re.DOTALL)[1]) for name in ("command", "args"))  # type: ignore[index]
     assert start[0] == "torchrun" and start[-3:] == ["-m", "lasp", "train"]
-    given = torchrun_arguments().parse_args([*start[1:-3], "-m", "lasp"])
+    operator = {"$(RANK)": "1", "$(MASTER_ADDR)": "lasp-master-0", "$(MASTER_PORT)": "23456"}
+    given = torchrun_arguments().parse_args([*(operator.get(word, word) for word in start[1:-3]), "-m", "lasp"])
+    assert (given.node_rank, given.master_addr, given.master_port) == (1, "lasp-master-0", 23456)
     pods, processes = int(given.nnodes), int(given.nproc_per_node)
     assert sum(int(found) for found in re.findall(r" replicas: (\d+)", text)) == pods
     assert int(re.search(r"gpu: (\d+)", text)[1]) == processes  # type: ignore[index]
     # Nothing that is loaded as a pickle, and nobody else's connections.
-    assert given.rdzv_backend == "static" and "elasticPolicy" not in text and not given.standalone
+    assert given.rdzv_backend == "static" and "elasticPolicy:" not in text and not given.standalone
     assert re.search(
         r'kind: NetworkPolicy.*podSelector: &pods.*policyTypes: \["Ingress"\].*podSelector: \*pods', text, re.S
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lasp.cli.main import guarded
 from lasp.data.errors import DataError
 from lasp.train.errors import PeerLostError
+from lasp.train.program import lasp_command
 
 LASP = [sys.executable, "-m", "lasp"]
 
@@ -87,6 +90,22 @@ def test_what_a_terminal_cannot_show_is_shown_by_its_number() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii", **_path()}
     )
     assert done.stdout == "caf\\xe9\n" and done.returncode == 0, done.stderr
+
+
+def test_printed_commands_work_as_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the shell finds this program by its name, and where it finds another, or none."""
+    beside = Path(sys.executable).parent
+    other = tmp_path / "lasp"
+    other.write_text("#!/bin/sh\nexit 3\n")
+    other.chmod(0o755)
+    for path in (f"{beside}:{os.environ['PATH']}", f"{tmp_path}:{os.environ['PATH']}"):
+        monkeypatch.setenv("PATH", path)
+        line = lasp_command("generate", "a folder/of mine", "--help")
+        done = subprocess.run(line, shell=True, capture_output=True, text=True)
+        assert done.returncode == 0 and "Continue a prompt" in done.stdout, (line, done.stderr)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))  # without a command beside it
+    other.rename(tmp_path / "lasp-of-others")
+    assert lasp_command("verify", "a b").endswith("python3 -m lasp verify 'a b'")
 
 
 def _path() -> dict[str, str]:
