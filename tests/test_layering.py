@@ -26,6 +26,7 @@ LEVELS = {
     "analysis": 8,
     "train": 9,
     "cli": 10,
+    "__main__": 11,
 }
 COLLECTIVES = {
     "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_reduce", "all_to_all",

@@ -15,6 +15,7 @@ from lasp.data.tokenizer import load_tokenizer
 from lasp.train.config import DataOptions
 from lasp.train.errors import ConfigError
 from lasp.train.output import bytes_text, duration
+from lasp.train.program import lasp_command
 from lasp.train.sizes import Tokens
 
 _DEFAULTS = DataOptions()
@@ -103,5 +104,5 @@ def main(arguments: Sequence[str]) -> int:
     if len(built.validation) == 0:
         console.print("nothing is held out, and `lasp train` will ask for it: raise --validation-fraction, or add text")
     took = duration(time.monotonic() - began)
-    console.print(f"{took}; train on it: lasp train --data.path {options.out}", markup=False)
+    console.print(f"{took}; train on it: {lasp_command('train', '--data.path', options.out)}", markup=False)
     return 0

@@ -1,5 +1,6 @@
 """`lasp generate`: continue a prompt with a trained model, printed as it is made."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.train.config import SampleOptions
+from lasp.train.config import SampleOptions, check_seed, check_text
 from lasp.train.errors import ConfigError
 
 
@@ -33,9 +34,15 @@ class Arguments:
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp generate ARGUMENTS`."""
     options = tyro.cli(Arguments, args=list(arguments), prog="lasp generate")
-    if options.num_tokens < 0 or options.temperature < 0 or (options.top_k is not None and options.top_k < 1):
+    check_seed("--seed", options.seed)
+    check_text("--prompt", options.prompt)
+    if (
+        options.num_tokens < 0
+        or not 0 <= options.temperature < math.inf
+        or (options.top_k is not None and options.top_k < 1)
+    ):
         raise ConfigError(
-            "--num-tokens and --temperature must not be negative and --top-k must be at least 1, got "
+            "--num-tokens and --temperature must not be negative, nor infinite, and --top-k must be at least 1, got "
             f"{options.num_tokens}, {options.temperature} and {options.top_k}"
         )
     from lasp.train.sample import load, stream_text

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lasp.train.errors import PeerLostError
+from lasp.train.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, PeerLostError
 from lasp.train.loopback import stay_on_loopback
 
 # How long the others may take to notice a dead process and end by themselves, and to obey SIGTERM.
@@ -138,7 +138,9 @@ def _show_errors(folder: Path, first: int | None, codes: list[int]) -> None:
     text = (folder / f"rank{rank}.err").read_text(errors="replace").strip()
     if text:
         print(text, file=sys.stderr)
-    if first is None or (text and all(code == codes[first] for code in codes)):
+    if first is None or codes[first] in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE):
+        return  # as the user wished, and the run has said so
+    if text and all(code == codes[first] for code in codes):
         return  # all ended alike, and the text says why
     code = codes[first]
     how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

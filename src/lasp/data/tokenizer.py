@@ -98,7 +98,7 @@ class FileTokenizer:
             import tokenizers
         except ImportError as error:
             raise DataError(
-                f"reading the tokenizer {path} needs the `tokenizers` package: pip install 'lasp-torch[hf]', "
+                f"reading the tokenizer {path} needs the `tokenizers` package: pip install tokenizers, "
                 "or use --data.tokenizer bytes"
             ) from error
         try:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.distributed.clock import ExchangeClock
+from lasp.distributed.groups import new_group
 
 # Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -130,9 +131,9 @@ class Comm:
             "timeout": timedelta(seconds=timeout_s),
             "use_local_synchronization": True,
         }
-        self._control = dist.new_group(backend="gloo", **options)
+        self._control = new_group(backend="gloo", **options)
         uses_gloo = self.backend == "gloo"
-        self._group = dist.new_group(backend="gloo", **options) if uses_gloo else group
+        self._group = new_group(backend="gloo", **options) if uses_gloo else group
         # A process that ends takes its unsent messages with it, and a chain's first rank is done long before its last.
         atexit.register(_let_messages_leave, self._sending)
         # gloo cannot send CUDA tensors from one process to another: they pass through the host.

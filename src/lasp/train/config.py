@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -15,6 +16,9 @@ from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
 from lasp.train.sinks import missing
 from lasp.train.sizes import Tokens, tokens
+
+if TYPE_CHECKING:
+    from lasp.models import ModelConfig
 
 C = TypeVar("C")
 
@@ -32,8 +36,25 @@ class ModelOptions:
     """Kind of model."""
     size: Literal["tiny", "0.4b", "1b", "7b"] = "tiny"
     """Size of the preset."""
-    overrides: dict[str, int] = field(default_factory=dict)
-    """Integer fields of the preset to change, such as `num_layers 2`."""
+    overrides: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    """Fields of the preset to change, such as `num_layers 2 layer_pattern LLLN negative_eigenvalues True`."""
+
+    def build(self, **defaults: Any) -> "ModelConfig":
+        """The model's own configuration. defaults: fields, such as the vocabulary, that an override wins over.
+
+        Raises ConfigError for a model that does not exist, an override that it does not have, or a wrong value.
+        """
+        from lasp.models import ModelConfig, preset
+
+        known = list(ModelConfig.__dataclass_fields__)
+        for name in self.overrides:
+            if name not in known:
+                raise ConfigError(f"--model.overrides: no field {name!r}; known: {', '.join(known)}")
+        try:
+            changes = {name: _read(name, value) for name, value in self.overrides.items()}
+            return preset(self.family, self.size, **{**defaults, **changes})
+        except ValueError as error:
+            raise ConfigError(f"--model: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +195,11 @@ class TrainConfig:
     def validate(self, num_processes: int | None = None) -> None:
         """Check every field and, where the number of processes is known, the layout. Raises ConfigError."""
         optimizer, parallel, sample = self.optimizer, self.parallel, self.sample
+        self.model.build()
+        check_seed("--seed", self.seed)
+        check_text("--sample.prompt", sample.prompt)
+        check_folder("--run-dir", self.run_dir)
+        check_folder("--data.cache", self.data.cache)
         at_least_one = {
             "--steps": self.steps,
             "--seq-len": self.seq_len,
@@ -188,6 +214,7 @@ class TrainConfig:
             "--sp": parallel.sp,
             "--dp": parallel.dp if parallel.dp is not None else 1,
             "--dp-replicate": parallel.dp_replicate,
+            "--sample.top-k": sample.top_k if sample.top_k is not None else 1,
             "--ffn-piece-tokens": parallel.ffn_piece_tokens if parallel.ffn_piece_tokens is not None else 1,
         }
         for name, count in at_least_one.items():
@@ -284,6 +311,41 @@ class TrainConfig:
         return num_processes // sp
 
 
+def _read(name: str, value: Any) -> Any:
+    """A word of the command line as the field `name` of ModelConfig takes it; any other value as it is."""
+    from lasp.models import ModelConfig
+
+    words: dict[str, dict[str, bool | None]] = {
+        "bool": {"true": True, "false": False},
+        "int | None": {"none": None},
+    }
+    kind = str(ModelConfig.__dataclass_fields__[name].type)
+    return words.get(kind, {}).get(value.lower(), value) if isinstance(value, str) else value
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raises ConfigError for a seed that PyTorch's generators do not take."""
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"{name} must be a number of at most 64 bits, got {seed}")
+
+
+def check_folder(name: str, path: Path | None) -> None:
+    """Raises ConfigError for a path at which no folder can be, because it or what it is in is a file."""
+    if path is None:
+        return
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if there is not None and not there.is_dir():
+        raise ConfigError(f"{name} must be a folder, and {there} is none")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ConfigError for bytes of the command line that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} must be text in UTF-8, got {text!r}") from None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A JSON-able dictionary of a config dataclass."""
 
@@ -314,19 +376,24 @@ def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
 
 def load_toml(path: Path) -> TrainConfig:
     """The TrainConfig in a TOML file. Raises ConfigError if it cannot be read."""
+    values = read_toml(path, "config file")
+    try:
+        return from_dict(TrainConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values in a TOML file, which is the `what` of the user's. Raises ConfigError if it cannot be read."""
     try:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
         with open(path, "rb") as stream:
-            values = tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from error
-    try:
-        return from_dict(TrainConfig, values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+            return tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"cannot read the {what} {path}: {error}") from error
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -352,8 +419,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal and value in arguments:
         return value
     if origin in (UnionType, typing.Union):
-        if value is None:
-            return None
+        if value is None or type(value) in arguments:
+            return value
         return _convert(next(item for item in arguments if item is not type(None)), value, name)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(arguments[0], item, name) for item in value)

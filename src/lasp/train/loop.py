@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import shutil
 import signal
 import sys
@@ -22,13 +21,13 @@ from lasp.data import trigram
 from lasp.data.batches import Sequences
 from lasp.data.errors import DataError
 from lasp.data.tokenizer import files_of
-from lasp.models import CausalLM, ModelConfig, preset
+from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import AUTO, TrainConfig
 from lasp.train.describe import describe
-from lasp.train.errors import CheckpointError, ConfigError
+from lasp.train.errors import CheckpointError, ConfigError, refusing
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
 from lasp.train.lock import lock
@@ -38,6 +37,7 @@ from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
 from lasp.train.position import Position, changes, position_of, record, settle, tokenizer_of_run
 from lasp.train.profile import Profiler
+from lasp.train.program import lasp_command
 from lasp.train.sample import first_words, stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
@@ -69,16 +69,8 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
-    """The model's own configuration. Raises ConfigError for an override that the model does not have."""
-    options = config.model
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(options.overrides) - known)
-    if unknown:
-        raise ConfigError(f"--model.overrides: no field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    try:
-        model = preset(options.family, options.size, **{"vocab_size": vocab_size, **options.overrides})
-    except ValueError as error:
-        raise ConfigError(f"--model: {error}") from error
+    """The model's own configuration. Raises ConfigError for one that does not exist, or cannot carry its state."""
+    model = config.model.build(vocab_size=vocab_size)
     if config.data.carry and any(model.is_softmax(layer) for layer in range(model.num_layers)):
         raise ConfigError("--data.carry needs layers whose memory does not grow: this model has softmax attention")
     return model
@@ -357,7 +349,8 @@ class _Run:
         seconds = []
         for _ in range(3):
             began = time.monotonic()
-            self.stepper.rehearse()
+            with refusing():
+                self.stepper.rehearse()
             seconds.append(time.monotonic() - began)
         torch.set_rng_state(random_state)
         return min(seconds[1:])
@@ -375,7 +368,10 @@ class _Run:
         tokens = config.global_batch * config.seq_len
         source = config.data.path or "the Python standard library of this machine"
         layout = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}: "
-        layout += f"dp {shard.dp_size} x sp {shard.sp_size}, {self.model.data_parallel}"
+        layout += f"dp {shard.dp_size} x sp {shard.sp_size}, "
+        layout += self.model.data_parallel if world.size > 1 else "all weights in it"
+        if world.size == 1 and config.parallel.data_parallel != "ddp":
+            layout += f" (--data-parallel {config.parallel.data_parallel} needs several processes: start more)"
         if config.parallel.dp_replicate > 1:
             layout += f" in {config.parallel.dp_replicate} copies"
         if self.model.sp is not None:
@@ -410,8 +406,8 @@ class _Run:
     def _conclude(self, score: Score | None, seconds: float) -> dict[str, Any]:
         """On the first process: the score to beat, the sample, the curve, and where everything is."""
         config, run_dir = self.config, self.run_dir
-        baseline = None
-        if score is not None and self.store.tokenizer == "bytes":
+        baseline, by_byte = None, self.store.tokenizer == "bytes"
+        if score is not None and by_byte:
             baseline = trigram.bits_per_byte(self.store.train, self.store.validation, score.num_tokens)
         if self.observer is not None:
             self.observer.close(self.finished, baseline)
@@ -424,18 +420,18 @@ class _Run:
                 rows["byte 3-gram"] = f"{baseline:.4f} bits per byte on the same tokens; the model needs " + (
                     f"{better:.1%} fewer" if better >= 0 else f"{-better:.1%} more"
                 )
-        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", trigram=baseline)
+        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", by_byte=by_byte, trigram=baseline)
         rows |= {
             "time": f"{duration(seconds)} for {self.finished} of {config.steps} steps and start-up",
             "run folder": str(run_dir),
             "checkpoint": str(run_dir / "checkpoints" / f"step-{self.finished:08d}"),
             "metrics": str(run_dir / "metrics.jsonl"),
-            "report": f"lasp report {run_dir}",
+            "report": lasp_command("report", run_dir),
             "loss curve": problem or str(run_dir / "curve.png"),
-            "more text": f"lasp generate {run_dir} --prompt {shlex.quote(self.sample_prompt)}",
+            "more text": lasp_command("generate", run_dir, "--prompt", self.sample_prompt),
         }
         if self.finished < config.steps:
-            rows["continue"] = f"lasp train --resume {run_dir}"
+            rows["continue"] = lasp_command("train", "--resume", run_dir)
         self.output.table("Finished" if score is not None else "Stopped; saved", rows)
         return {"trigram": baseline}
 

@@ -41,29 +41,38 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | None:
-    """Draw bits per token over training tokens. Returns why not, where matplotlib is missing.
+def draw_curve(metrics: Path, picture: Path, *, by_byte: bool, trigram: float | None) -> str | None:
+    """Draw training and validation over training tokens. Returns why not, where matplotlib is missing.
 
+    by_byte: a token is a byte, and both share an axis; else bits per token and bits per byte have one each.
     trigram: score of the byte 3-gram model, drawn as a line to beat.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        figure = curve_of(read_metrics(metrics), by_byte=by_byte, trigram=trigram)
     except ImportError:
-        return "no loss curve: matplotlib is not installed (pip install 'lasp-torch[report]')"
-    lines = read_metrics(metrics)
+        return "no loss curve: matplotlib is not installed (pip install matplotlib)"
+    figure.savefig(picture)
+    return None
+
+
+def curve_of(lines: list[dict[str, Any]], *, by_byte: bool, trigram: float | None) -> Any:
+    """The matplotlib figure of `draw_curve`. Raises ImportError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "validation_bits_per_byte" in line]
     tokens_at = {line["step"]: line["tokens"] / 1e6 for line in steps}
-    figure = Figure(figsize=(7, 4), dpi=150)
+    figure = Figure(figsize=(7, 4 if by_byte else 7), dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(1 if by_byte else 2, 1, 1)
+    held_out = axes if by_byte else figure.add_subplot(2, 1, 2, sharex=axes)
     x = [line["tokens"] / 1e6 for line in steps]
     losses = [line["loss"] / math.log(2) for line in steps]
     axes.plot(x, losses, lw=0.6, alpha=0.35, color="tab:blue")
     axes.plot(x, smoothed(losses), lw=1.2, color="tab:blue", label="training, smoothed over 20 steps")
     scored = [line for line in scores if line["step"] in tokens_at]
-    axes.plot(
+    held_out.plot(
         [tokens_at[line["step"]] for line in scored],
         [line["validation_bits_per_byte"] for line in scored],
         "o-",
@@ -72,14 +81,15 @@ def draw_curve(metrics: Path, picture: Path, *, trigram: float | None) -> str | 
         label="validation",
     )
     if trigram is not None:
-        axes.axhline(trigram, ls="--", lw=1, color="tab:gray", label="byte 3-gram, validation")
-    axes.set_xlabel("training tokens (millions)")
-    axes.set_ylabel("bits per byte" if trigram is not None else "bits per token (validation: per byte)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+        held_out.axhline(trigram, ls="--", lw=1, color="tab:gray", label="byte 3-gram, validation")
+    held_out.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("bits per byte" if by_byte else "bits per token")
+    held_out.set_ylabel("bits per byte")
+    for each in {axes, held_out}:
+        each.grid(alpha=0.3)
+        each.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(picture)
-    return None
+    return figure
 
 
 def smoothed(values: list[float], span: int = 20) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 from lasp.train import describe
 from lasp.train.config import TrainConfig, to_dict
 from lasp.train.evaluate import Score
-from lasp.train.figures import Machine, StepFigures, figures_of, slow_rank, typical
+from lasp.train.figures import Machine, SlowRank, StepFigures, figures_of, slow_rank, typical
 from lasp.train.metrics import MetricsFile
 from lasp.train.output import Output
 from lasp.train.position import Position
@@ -44,6 +44,7 @@ class Observer:
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
         self._sinks = open_sinks(config.track, run_dir, to_dict(config) | description, finished=finished)
         self._window: list[tuple[RankStep, ...]] = []
+        self._said: SlowRank | None = None
 
     def step(self, number: int, result: StepResult, seconds: float) -> None:
         """Step `number` (from 1) has ended after `seconds`."""
@@ -81,15 +82,16 @@ class Observer:
 
     def _compare_ranks(self, number: int) -> None:
         ranks = typical(self._window)
-        line = slow_rank(self._window)
+        slow = slow_rank(self._window)
         self._metrics.write(
             step=number,
             steps=len(self._window),
             ranks={name: [_short(getattr(rank, name)) for rank in ranks] for name in RankStep._fields},
-            slow=line,
+            slow=None if slow is None else str(slow),
         )
-        if line is not None:
-            self._output.line(line)
+        if slow is not None and slow.is_news_after(self._said):
+            self._said = slow
+            self._output.line(str(slow))
         self._window.clear()
 
 

@@ -9,6 +9,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lasp.train.figures import StepFigures
 
+# Columns of a terminal from which on the bar is drawn at full length.
+_WIDE = 120
+
 
 class Output:
     """Prints on the first process, and nowhere else."""
@@ -35,7 +38,7 @@ class Output:
         if not (self.enabled and self.console.is_terminal):
             return
         self._progress = Progress(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self.console.width >= _WIDE else 8),
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[text]}"),
             console=self.console,
@@ -49,22 +52,33 @@ class Output:
         self._step_seconds = seconds if before is None else 0.95 * before + 0.05 * seconds
         left = (total - finished) * self._step_seconds
         tokens_per_s = figures.tokens_per_s * seconds / self._step_seconds
-        utilisation = "" if figures.mfu is None else f"  {figures.mfu:.1%} of peak"
-        text = (
-            f"loss {figures.loss:.4f}  grad {figures.grad_norm:.2f}  {tokens_per_s:,.0f} tokens/s{utilisation}  "
-            f"exchanged {bytes_text(figures.exchanged_bytes)}/step, {figures.exposed_s / seconds:.0%} waiting  "
-            f"peak {bytes_text(figures.peak_memory_bytes)}  {duration(left)} left"
-        )
+        parts = [
+            f"{duration(left)} left",
+            f"loss {figures.loss:.4f}",
+            f"{tokens_per_s:,.0f} tokens/s",
+            *([] if figures.mfu is None else [f"{figures.mfu:.1%} of peak"]),
+            f"grad {figures.grad_norm:.2f}",
+            f"exchanged {bytes_text(figures.exchanged_bytes)}/step, {figures.exposed_s / seconds:.0%} waiting",
+            f"peak {bytes_text(figures.peak_memory_bytes)}",
+        ]
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=finished, text=text)
+            taken = (24 if self.console.width >= _WIDE else 8) + 2 * len(str(total)) + len("/   ")
+            self._progress.update(self._task, completed=finished, text=_fitting(parts, self.console.width - taken))
         elif finished % self.log_every == 0 or finished == total:
-            self.line(f"step {finished:>{len(str(total))}}/{total}  {text}")
+            self.line(f"step {finished:>{len(str(total))}}/{total}  {'  '.join(parts)}")
 
     def stop(self) -> None:
         """End the progress bar; harmless if there is none."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _fitting(parts: list[str], width: int) -> str:
+    """As many of `parts`, the first first, as a line has room for."""
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts = parts[:-1]
+    return "  ".join(parts)
 
 
 class Stopwatch:

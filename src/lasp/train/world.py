@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from lasp.data.batches import Shard
 from lasp.data.errors import DataError
 from lasp.distributed.comm import Comm, ExchangeError
+from lasp.distributed.groups import new_group
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
 from lasp.train.config import TrainConfig
 from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
@@ -147,8 +148,8 @@ def join(config: TrainConfig) -> World:
     )
     control = files = None
     if dist.get_world_size() > 1:
-        files = dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
-        hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        files = new_group(backend="gloo", timeout=_FILES_TIMEOUT)
+        hosts = new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
     return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, files, owns_group)
 
@@ -168,13 +169,15 @@ def naming_lost_peers(world: World) -> Iterator[None]:
 def _meeting_place(size: int, timeout: timedelta, one_machine: bool) -> dist.Store:
     """Where the processes tell each other their addresses.
 
-    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. On one machine the
-    number of the try tells them apart; over several the agents count differently, and torchrun needs
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to be restarted over gloo.
+    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. The number of the
+    try tells them apart: on one machine, and over several with the static rendezvous, where every agent starts again
+    when a process is lost anywhere. With c10d's the agents count differently, and each try needs a store of its own
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
     """
     where = os.environ.get("LASP_RENDEZVOUS", "env://")
     store, _, _ = next(rendezvous(where, int(os.environ["RANK"]), size, timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    counted = one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if counted else "0"
     return dist.PrefixStore(f"lasp-{attempt}", store)
 
 

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from lasp.train.config import TrainConfig, to_dict
+from lasp.train.figures import SLOW, SLOW_S
 from lasp.train.metrics import smoothed
 from lasp.train.position import settle
 from lasp.train.report import breakdown
@@ -32,7 +33,7 @@ def render(run: Run) -> str:
     ranks = breakdown.typical_ranks(run)
     sections = {
         "curves": _curves(run),
-        "layout": drawing(run, ranks),
+        "layout": f'<div class="scrolled">{drawing(run, ranks)}</div>',
         "time": breakdown.times(run, ranks) + _skew(run) if ranks else "",
         "memory": breakdown.memory(run),
         "exchange": breakdown.exchanged(run, ranks) if ranks else "",
@@ -122,22 +123,21 @@ def _cards(run: Run, last: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _curves(run: Run) -> str:
     steps = [line["step"] for line in run.steps]
     bits = [line["loss"] / math.log(2) for line in run.steps]
-    by_byte = run.about["text"]["tokenizer"] == "bytes"
-    unit = "byte" if by_byte else "token"
-    loss = [
+    training = [
         Series("every step", steps, bits, "faint", 1),
         Series("training, smoothed", steps, smoothed(bits), "line", 1),
-        Series(
-            "held-out text" + ("" if by_byte else ", per byte"),
-            [line["step"] for line in run.validations],
-            [line["validation_bits_per_byte"] for line in run.validations],
-            "dots",
-            2,
-        ),
+    ]
+    scored = [line["step"] for line in run.validations]
+    held_out = [
+        Series("held-out text", scored, [line["validation_bits_per_byte"] for line in run.validations], "dots", 2)
     ]
     if run.trigram is not None:
-        loss.append(Series("byte 3-gram, held-out text", [], [run.trigram], "level", 0))
-    figures = [chart(f"Bits per {unit}", loss, wide=True)]
+        held_out.append(Series("byte 3-gram, held-out text", [], [run.trigram], "level", 0))
+    # A token of a vocabulary is several bytes: its bits and a byte's have no axis in common.
+    if run.about["text"]["tokenizer"] == "bytes":
+        figures = [chart("Bits per byte", training + held_out, wide=True)]
+    else:
+        figures = [chart("Bits per token", training, wide=True), chart("Bits per byte", held_out, wide=True)]
     norms = [line["grad_norm"] for line in run.steps]
     clip = run.config["optimizer"]["clip_norm"]
     figures.append(chart("Learning rate", [Series("learning rate", steps, _of(run, "lr"), "line", 3)], zero=True))
@@ -192,7 +192,10 @@ def _skew(run: Run) -> str:
             Series("fastest rank", at, [min(row) for row in own], "line", 4),
         ]
     said = [f"step {line['step']}: {line['slow']}" for line in run.ranks if line.get("slow")]
-    note = "No rank was slow: none had 1.25 times the work of the others, and the most in most steps of a window."
+    note = (
+        f"No rank was slow: none had {SLOW} times the work of the others, and {1e3 * SLOW_S:.0f} ms more, in most "
+        "steps of a window."
+    )
     if said:
         note = f"In {len(said)} of {len(run.ranks)} windows one rank was slow; last at {said[-1]}."
     return '<div class="charts">' + chart("Own work, ms a step", series, wide=True, zero=True, note=note) + "</div>"
