@@ -46,7 +46,7 @@ def small_config(folder: Path, *, sp: int = 1, dp: int | None = None, **changes:
         data=DataOptions(path=text, validation_fraction=0.2, cache=folder / "cache"),
         optimizer=OptimizerOptions(lr=3e-3, warmup_steps=5),
         parallel=ParallelOptions(sp=sp, dp=dp, timeout_s=30),
-        sample=SampleOptions(num_tokens=0),
+        sample=SampleOptions(num_tokens=3),
         steps=12,
         seq_len=64,
         global_batch=4,

@@ -143,7 +143,7 @@ def test_one_command_starts_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     overrides = [f"{key} {value}" for key, value in config.model.overrides.items()]
     fixed = f"train --sp 1 --seq-len 32 --data.path {tmp_path / 'text'} --data.cache {tmp_path / 'cache'}"
     run = tmp_path / "auto"
-    words = f"{fixed} --sample.num-tokens 0 --save-every 2 --run-dir {run} --resume auto".split()
+    words = f"{fixed} --eval-sequences 4 --sample.num-tokens 4 --save-every 2 --run-dir {run} --resume auto".split()
     tail = ["--model.overrides", *" ".join(overrides).split()]
     for steps, begins_after in ((2, None), (4, 2), (4, 4)):
         assert cli.main([*words, "--steps", str(steps), *tail]) == 0

@@ -31,7 +31,7 @@ def command(folder: Path, *options: str) -> list[str]:
         write_text(text)
     overrides = [word for key, value in SMALL.items() for word in (key, str(value))]
     fixed = ["--data.path", str(text), "--data.cache", str(folder / "cache"), "--run-dir", str(folder / "run")]
-    small = ["--seq-len", "32", "--sample.num-tokens", "0", "--model.overrides", *overrides]
+    small = ["--seq-len", "32", "--eval-sequences", "4", "--sample.num-tokens", "4", "--model.overrides", *overrides]
     return ["train", *fixed, *options, *small]
 
 
@@ -148,12 +148,34 @@ def test_the_failing_process_says_why_once(tmp_path: Path) -> None:
     assert done.stderr.count("no file below") == 1 and "Traceback" not in done.stderr
 
 
-def test_torchrun_runs_the_same_command(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    for number, start in enumerate((LASP, [*torchrun, "-m", "lasp.cli.main"])):
-        arguments = command(tmp_path, "--steps", "4", "--run-dir", str(tmp_path / f"run{number}"))
+LAYOUTS = {
+    "ddp": ["--dp", "2", "--sp", "1"],
+    "zero1": ["--dp", "2", "--sp", "1", "--data-parallel", "zero1"],
+    "zero2": ["--dp", "2", "--sp", "1", "--data-parallel", "zero2"],
+    "zero3": ["--dp", "2", "--sp", "1", "--data-parallel", "zero3", "--precision", "bf16"],
+    "sp": [],
+    "hybrid": ["--dp", "4", "--sp", "1", "--data-parallel", "zero3", "--dp-replicate", "2"],
+    "dp-sp": ["--dp", "2", "--sp", "2"],
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_ends_with_score_sample_and_curve(tmp_path: Path, layout: str) -> None:
+    """Started as a user starts it; two of them by torchrun too, which must not matter."""
+    starts = [LASP] + [[*TORCHRUN, "lasp.cli.main"]] * (layout in ("zero3", "sp"))
+    ends = []
+    for number, start in enumerate(starts):
+        run = tmp_path / f"run{number}"
+        arguments = command(tmp_path, "--steps", "2", *LAYOUTS[layout], "--run-dir", str(run))
         done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        assert "2 processes on cpu: dp 1 x sp 2" in done.stdout and "Finished" in done.stdout
-    one, other = (read_metrics(tmp_path / f"run{number}" / "metrics.jsonl") for number in range(2))
-    assert [line.get("loss") for line in one] == [line.get("loss") for line in other]
+        said = done.stdout[done.stdout.index("Generated text") :]
+        assert "bits per byte on 128 tokens" in said and "byte 3-gram" in said and "Finished" in said
+        sample = (run / "sample.txt").read_text()
+        assert sample.startswith("def ") and len(sample) > 4 and (run / "curve.png").stat().st_size > 1000
+        lines = read_metrics(run / "metrics.jsonl")
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+        assert [line["validation_tokens"] for line in lines if "validation_tokens" in line] == [128]
+        ends.append(([line.get("loss") for line in lines], sample))
+    assert ends[0] == ends[-1]

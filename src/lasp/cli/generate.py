@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
     )
-    for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed):
+    device = next(loaded.model.parameters()).device
+    for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed, device=device):
         print(piece, end="", flush=True)
     print()
     return 0

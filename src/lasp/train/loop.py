@@ -169,6 +169,8 @@ class _Run:
             raise CheckpointError(f"{unsaved}; older checkpoints are as they were, in {self.saver.root}")
         trained_s = self.watch.seconds()
         score = None if stopped else self._evaluate(config.eval_sequences)
+        if score is not None and config.sample.num_tokens > 0:
+            self._sample()
         # The others wait, so that no launcher takes the run for finished before everything is written.
         end = self.world.first_does(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
@@ -391,7 +393,6 @@ class _Run:
             self.observer.close(self.finished, baseline)
         rows = {}
         if score is not None:
-            self._write_sample()
             rows["validation"] = f"{score.bits_per_byte:.4f} bits per byte on {score.num_tokens:,} tokens"
             if baseline is not None:
                 better = 1 - score.bits_per_byte / baseline
@@ -413,17 +414,30 @@ class _Run:
         self.output.table("Finished" if score is not None else "Stopped; saved", rows)
         return {"trigram": baseline}
 
-    def _write_sample(self) -> None:
-        options = self.config.sample
-        if options.num_tokens == 0:
-            return
-        self.output.console.print("\n[bold]Generated text[/bold]")
+    def _sample(self) -> None:
+        """Generate text, print it as it comes and keep it in the run folder."""
+        # Of sharded weights no process has enough to run the model alone; else the others need not.
+        if self.model.is_sharded:
+            self._generate()
+        else:
+            self.world.first_does(self._generate)
+
+    def _generate(self) -> dict[str, Any]:
+        """The text, of which only the first process prints and keeps anything."""
+        self.output.heading("Generated text")
         pieces = []
-        for piece in stream_text(self.module, self.tokenizer, options, seed=self.config.seed):
-            pieces.append(piece)
-            self.output.console.print(piece, end="", markup=False)
+        autocast_dtype = self.stepper.autocast_dtype
+        with torch.autocast(self.world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            for piece in stream_text(
+                self.module, self.tokenizer, self.config.sample, seed=self.config.seed, device=self.world.device
+            ):
+                pieces.append(piece)
+                self.output.piece(piece)
+        self.model.release()
         self.output.line("")
-        (self.run_dir / "sample.txt").write_text("".join(pieces), encoding="utf-8")
+        if self.world.is_first:
+            (self.run_dir / "sample.txt").write_text("".join(pieces), encoding="utf-8")
+        return {}
 
     def _model_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model_config)

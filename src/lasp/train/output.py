@@ -23,9 +23,16 @@ class Output:
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """A heading and aligned lines."""
         width = max(len(name) for name in rows) + 2
-        self.console.print(f"\n[bold]{title}[/bold]")
+        self.heading(title)
         for name, text in rows.items():
             self.console.print(f"  {name:<{width}}{text}", markup=False)
+
+    def heading(self, text: str) -> None:
+        self.console.print(f"\n{text}", style="bold", markup=False)
+
+    def piece(self, text: str) -> None:
+        """Part of a line."""
+        self.console.print(text, end="", markup=False)
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)

@@ -42,12 +42,14 @@ def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
     return Loaded(model, load_tokenizer(tokenizer), folder)
 
 
-def stream_text(model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, *, seed: int) -> Iterator[str]:
+def stream_text(
+    model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, *, seed: int, device: torch.device
+) -> Iterator[str]:
     """The prompt, then the text the model continues it with, as it becomes certain.
 
-    An empty prompt starts a new document.
+    An empty prompt starts a new document. device: that the model runs on, which is not always where its weights lie.
+    Collective where weights are sharded: every process gets the same text.
     """
-    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ids = tokenizer.encode(options.prompt.encode()).tolist() or [tokenizer.separator]
     prompt = torch.tensor([ids], dtype=torch.int64, device=device)
