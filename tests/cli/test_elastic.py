@@ -6,12 +6,11 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import world
-from test_launch import command, linux, wait_until
+from test_launch import TORCHRUN, command, linux, wait_until, whole_end
 
 from lasp.cli import train as train_command
 from lasp.train import loop
@@ -19,7 +18,6 @@ from lasp.train.config import AUTO
 from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 STEPS = 60
 
 
@@ -39,7 +37,7 @@ def rank_one(parent: int) -> int:
 def test_a_killed_process_costs_only_time(tmp_path: Path) -> None:
     arguments = command(tmp_path, "--steps", str(STEPS), "--save-every", "5", "--resume", "auto")
     job = subprocess.Popen(
-        [*TORCHRUN, "--max-restarts", "2", "-m", "lasp.cli.main", *arguments],
+        [*TORCHRUN[:-1], "--max-restarts", "2", "-m", "lasp.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -51,6 +49,7 @@ def test_a_killed_process_costs_only_time(tmp_path: Path) -> None:
     finally:
         job.kill()
     assert job.returncode == 0, error
+    whole_end(tmp_path / "run", out)
     assert out.count("Training transnormer-tiny") == 2 and out.count("resumed") == 1 and "after step" in out
 
     whole = train_command.parse(arguments[1:]).settings

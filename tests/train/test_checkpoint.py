@@ -18,11 +18,13 @@ import world
 from torch import nn
 from training_runs import small_config
 
+from lasp import files
 from lasp.cli import main as cli
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
 from lasp.train import checkpoint, loop, shards
 from lasp.train.errors import CheckpointError
+from lasp.train.progress import Progress
 from lasp.train.world import World
 
 CONFIG = {"width": 5, "kind": "toy"}
@@ -192,7 +194,7 @@ def test_one_process_that_cannot_write_is_told_by_all(tmp_path: Path) -> None:
         )
         original = checkpoint.seal_file
 
-        def refuses(path: Path) -> checkpoint.FileSeal:
+        def refuses(path: Path, progress: Progress) -> checkpoint.FileSeal:
             raise OSError(errno.EIO, "Input/output error")
 
         if rank == 1:
@@ -221,10 +223,10 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
     config = small_config(tmp_path, sp=1, save_every=4)
     original = checkpoint.seal_file
 
-    def at_step_four(path: Path) -> checkpoint.FileSeal:
+    def at_step_four(path: Path, progress: Progress) -> checkpoint.FileSeal:
         if "step-00000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(path)
+        return original(path, progress)
 
     monkeypatch.setattr(checkpoint, "seal_file", at_step_four)
     assert loop.train(config).finished_steps == 12
@@ -235,7 +237,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
     ]
     said = capfd.readouterr().out
     assert said.count("No space left on device") == 1 and "training goes on" in said
-    monkeypatch.setattr(checkpoint, "seal_file", lambda path: at_step_four(Path("step-00000004")))
+    monkeypatch.setattr(checkpoint, "seal_file", lambda _path, progress: at_step_four(Path("step-00000004"), progress))
     with pytest.raises(CheckpointError, match=r"step 12 could not be written.*No space left"):
         loop.train(dataclasses.replace(config, run_dir=tmp_path / "other"))
 
@@ -260,9 +262,9 @@ def test_a_pickle_in_the_folder_never_runs(tmp_path: Path, name: str) -> None:
         checkpoint.find(tmp_path, report=pytest.fail)
     sealed = json.loads((folder / "manifest.json").read_text())["sealed"] if name != "manifest.json" else None
     if sealed is not None:  # whoever can write the folder can seal it too: still only data
-        files = [checkpoint.seal_file(item) for item in folder.iterdir() if item.name != "manifest.json"]
-        sealed["files"] = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
-        manifest = {"sealed": sealed, "sha256": checkpoint._seal_digest(sealed)}
+        seals = [checkpoint.seal_file(item, Progress()) for item in folder.iterdir() if item.name != "manifest.json"]
+        sealed["files"] = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in seals}
+        manifest = {"sealed": sealed, "sha256": files.json_sha256(sealed)}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         try:
             shards.load(checkpoint.find(tmp_path, report=pytest.fail), toy()[0], CONFIG)
@@ -286,7 +288,7 @@ def test_swapped_files_and_other_formats_are_refused(tmp_path: Path) -> None:
     one.rename(two)
     manifest = json.loads((two / "manifest.json").read_text())
     manifest["sealed"]["format"] = 1
-    manifest["sha256"] = checkpoint._seal_digest(manifest["sealed"])
+    manifest["sha256"] = files.json_sha256(manifest["sealed"])
     (two / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
         checkpoint.find(tmp_path, report=pytest.fail)

@@ -162,7 +162,7 @@ class _Run:
                 self.profiler.close()
                 # However the steps end, what was copied to be written is written, in the time that others have.
                 failed = sys.exc_info()[1] is not None
-                unsaved = self.saver.finish(config.parallel.timeout_s if failed else None)
+                unsaved = self.saver.leave(config.parallel.timeout_s) if failed else self.saver.finish()
                 if failed and unsaved is not None:
                     self.output.line(unsaved)
         if unsaved is not None:
