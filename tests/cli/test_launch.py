@@ -127,8 +127,10 @@ def test_no_process_outlives_the_launcher(running: subprocess.Popen[str], tmp_pa
         lock(tmp_path / "run")
     started = workers(running.pid)
     assert len(started) == 2 and all(alive(pid) for pid in started.values())
+    os.kill(started[0], signal.SIGSTOP)  # one that cannot notice anything
     running.kill()
     wait_until(lambda: not any(alive(pid) for pid in started.values()), deadline_s=15)
+    assert not list(tmp_path.glob("lasp-*"))
 
     def free() -> bool:
         # A process's first thread may be seen to have ended before the others, which still hold its files.

@@ -153,7 +153,7 @@ def test_killed_at_any_storage_call_the_old_or_the_new_one_stands(tmp_path: Path
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL)
         found = checkpoint.find(root, report=pytest.fail)
-        assert found.state["step"] in (1, 2)
+        assert found.state["step"] == 2  # the one that was, or the one that is
         shards.load(found, toy()[0], CONFIG)
         write(root, 3, model, optimizer)
         left = sorted(path.name for path in root.iterdir())
@@ -302,6 +302,50 @@ def test_verify_names_the_good_and_the_damaged(tmp_path: Path, capsys: pytest.Ca
     assert damaged.startswith(f"damaged  {newer}") and good.startswith(f"good     {older}: 1 steps")
     (older / "state.json").write_text("{}")
     assert cli.main(["verify", str(tmp_path)]) == 66
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "shard"])
+@pytest.mark.parametrize("instead", ["pipe", "device", "link", "nested"])
+def test_only_regular_files_are_read(tmp_path: Path, name: str, instead: str) -> None:
+    """A pipe that nobody writes to would wait for ever, an endless device fill the memory."""
+    folder = write(tmp_path, 2, *toy())
+    path = shard_of(folder) if name == "shard" else folder / name
+    aside = path.rename(tmp_path / "aside")
+    if instead == "pipe":
+        os.mkfifo(path)
+    elif instead == "nested":
+        path.write_text("[" * 1_000_000)
+    else:
+        path.symlink_to("/dev/zero" if instead == "device" else aside)
+    assert is_refused(folder)
+    path.unlink()
+    aside.rename(path)
+    assert not is_refused(folder)
+
+
+def test_names_are_taken_for_no_more_than_they_are(tmp_path: Path) -> None:
+    """A run folder may be called anything, and of other folders beside its checkpoints none is removed."""
+    model, optimizer = toy()
+    run = tmp_path / "step-00000007"
+    kept = run / "checkpoints" / "step-00000001.by-hand"
+    kept.mkdir(parents=True)
+    for step in (1, 2, 123_456_789):
+        newest = write(run / "checkpoints", step, model, optimizer, keep=1)
+    for path in (run, run / "checkpoints", newest):
+        assert checkpoint.find(path, report=pytest.fail).state["step"] == 123_456_789
+        assert checkpoint.run_folder(path) == run
+    assert sorted(path.name for path in newest.parent.iterdir()) == [kept.name, newest.name]
+
+
+def test_what_a_commit_had_set_aside_is_found_and_put_back(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    write(tmp_path, 1, model, optimizer)
+    newest = write(tmp_path, 2, model, optimizer)
+    aside = newest.rename(tmp_path / ".replaced-step-00000002-0123abcd")  # killed between the two renames
+    assert checkpoint.find(tmp_path, report=pytest.fail).folder == aside
+    write(tmp_path, 3, model, optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.verify(newest).state["step"] == 2
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

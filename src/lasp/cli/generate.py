@@ -10,6 +10,7 @@ import tyro
 
 from lasp.train.config import SampleOptions
 from lasp.train.errors import ConfigError
+from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     from lasp.train.sample import load, stream_text
 
-    loaded = load(options.path, report=lambda text: print(text, file=sys.stderr))
+    loaded = load(options.path, report=lambda text: print(printable(text), file=sys.stderr))
     sample = SampleOptions(
         prompt=options.prompt,
         num_tokens=options.num_tokens,
@@ -49,6 +50,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     device = next(loaded.model.parameters()).device
     for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed, device=device):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
     return 0

@@ -41,14 +41,15 @@ def guarded(command: Callable[[], int]) -> int:
     """Run a command; print errors that are meant for the user without a traceback, and return their code."""
     from lasp.data.errors import DataError
     from lasp.train.errors import DATA_EXIT_CODE, RunError
+    from lasp.train.outlet import printable
 
     try:
         return command()
     except RunError as error:
-        print(f"lasp: {error}", file=sys.stderr)
+        print(printable(f"lasp: {error}"), file=sys.stderr)
         return error.exit_code
     except DataError as error:
-        print(f"lasp: {error}", file=sys.stderr)
+        print(printable(f"lasp: {error}"), file=sys.stderr)
         return DATA_EXIT_CODE
     except KeyboardInterrupt:
         print("lasp: interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from lasp.train.errors import ConfigError
+from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,5 +33,5 @@ def main(arguments: Sequence[str]) -> int:
     from lasp.train.report import load, render
 
     out.write_text(render(load(options.run)), encoding="utf-8")
-    print(out)
+    print(printable(str(out)))
     return 0

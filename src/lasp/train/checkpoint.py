@@ -257,18 +257,18 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _folders(root: Path) -> list[Path]:
     """Checkpoint folders, newest step first; the step is in the name, clocks are not asked."""
-    try:
-        named = [path for path in root.iterdir() if _NAME.fullmatch(path.name)]
-        found = [path for path in named if path.is_dir() and not path.is_symlink()]
-        found += [path for path, _ in _set_aside(root)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(found, key=_step_of, reverse=True)
+    named = [path for path in _items(root) if _NAME.fullmatch(path.name)]
+    found = [path for path in named if path.is_dir() and not path.is_symlink()]
+    return sorted(found + [path for path, _ in _set_aside(root)], key=_step_of, reverse=True)
+
+
+def _items(root: Path) -> list[Path]:
+    return sorted(root.iterdir()) if root.is_dir() else []
 
 
 def _set_aside(root: Path) -> list[tuple[Path, str]]:
     """Checkpoints that a commit had set aside and that nothing has replaced, each with the name that it had."""
-    matches = [(path, _REPLACED.fullmatch(path.name)) for path in sorted(root.iterdir())]
+    matches = [(path, _REPLACED.fullmatch(path.name)) for path in _items(root)]
     named = {match[1]: path for path, match in matches if match and not path.is_symlink()}
     return [(path, name) for name, path in named.items() if not (root / name).exists()]
 

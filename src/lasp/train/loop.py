@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
+from lasp import files
 from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.data import store as token_store
@@ -29,7 +27,7 @@ from lasp.train.describe import describe
 from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
-from lasp.train.lock import lock
+from lasp.train.lock import LOCK, lock
 from lasp.train.metrics import draw_curve
 from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
@@ -38,6 +36,7 @@ from lasp.train.profile import Profiler
 from lasp.train.sample import stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
+from lasp.train.stopping import stop_signals
 from lasp.train.world import World, join, leave, naming_lost_peers
 
 
@@ -110,6 +109,9 @@ class _Run:
         self.tokenizer_name = config.data.tokenizer or token_store.tokenizer_of(config.data.path)
         self.tokenizer: Tokenizer = load_tokenizer(self.tokenizer_name)
         self.model_config = model_config(config, self.tokenizer.vocab_size)
+        # Whoever looks before the folder is its own may go on from what another run is about to replace.
+        self.lock: IO[bytes] | None = None
+        world.first_does(lambda: self._claim(resume))
         self.resumed = self._find_checkpoint(resume)
         start = world.first_does(lambda: self._prepare(resume))
         self.run_dir = Path(start["run_dir"])
@@ -146,11 +148,12 @@ class _Run:
         self._introduce(self._measure_step())
         self._resume_carried()
         stopped = False
-        with _stop_signals() as stop_requested:
+        signals: list[int] = []
+        with stop_signals(signals.append, once=True):
             self.output.start(self.finished, config.steps)
             try:
                 while self.finished < config.steps and not stopped:
-                    stopped = self._step(stop_requested)
+                    stopped = self._step(lambda: bool(signals))
                     self._report(self.saver.poll())
                     last = self.finished == config.steps
                     if stopped or last or self.finished % config.save_every == 0:
@@ -243,6 +246,20 @@ class _Run:
             return None
         return checkpoint.find(resume, report=self.output.line, world=self.world)
 
+    def _claim(self, resume: Path | None) -> dict[str, Any]:
+        """On the first process: take the run folder, where there is one."""
+        home = None
+        if resume is not None and resume != AUTO:
+            checkpoint.candidates(resume)
+            home = checkpoint.run_folder(resume)
+        run_dir = self.config.run_dir or home
+        if run_dir is not None and run_dir.exists():
+            if resume != AUTO and (home is None or run_dir.resolve() != home.resolve()):
+                _refuse_full(run_dir)  # before a lock is put there
+            self.lock = lock(run_dir)
+            checkpoint.restore(run_dir / "checkpoints")
+        return {}
+
     def _prepare(self, resume: Path | None) -> dict[str, Any]:
         """On the first process: tokenise the text, make the run folder."""
         config = self.config
@@ -258,9 +275,12 @@ class _Run:
             cache=config.data.cache,
         )
         run_dir = self._choose_folder(resume)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(run_dir)
-        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        if self.lock is None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(run_dir)
+            _refuse_full(run_dir)  # another run may have begun there while the text was prepared
+        settings = json.dumps(to_dict(config), indent=1) + "\n"
+        self.output.attempt("config.json", lambda: files.write(run_dir / "config.json", settings))
         return {"run_dir": str(run_dir), "store": str(store.folder)}
 
     def _choose_folder(self, resume: Path | None) -> Path:
@@ -269,7 +289,7 @@ class _Run:
         With AUTO, what is in it may be of an earlier try that ended before its first checkpoint.
         """
         found = self.resumed
-        home = found.folder.parent.parent if found is not None else None
+        home = checkpoint.run_folder(found.folder) if found is not None else None
         run_dir = self.config.run_dir or home
         if run_dir is None:
             return _new_folder(Path("runs"), f"{self.config.model.family}-{self.config.model.size}")
@@ -281,8 +301,6 @@ class _Run:
                     f"{found.folder} is not the newest checkpoint of its run ({newest.name} is), and going on "
                     "from it would write over what followed: name a new folder with --run-dir"
                 )
-        elif resume != AUTO and run_dir.exists() and any(run_dir.iterdir()):
-            raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another")
         return run_dir
 
     def _name_changes(self) -> None:
@@ -399,19 +417,25 @@ class _Run:
                 rows["byte 3-gram"] = f"{baseline:.4f} bits per byte on the same tokens; the model needs " + (
                     f"{better:.1%} fewer" if better >= 0 else f"{-better:.1%} more"
                 )
-        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", trigram=baseline)
+        picture = run_dir / "curve.png"
+        problems: list[str | None] = []
+        drawn = self.output.attempt(
+            "curve.png",
+            lambda: problems.append(draw_curve(run_dir / "metrics.jsonl", picture, trigram=baseline)),
+        )
         rows |= {
             "time": f"{duration(seconds)} for {self.finished} of {config.steps} steps and start-up",
             "run folder": str(run_dir),
             "checkpoint": str(run_dir / "checkpoints" / f"step-{self.finished:08d}"),
             "metrics": str(run_dir / "metrics.jsonl"),
             "report": f"lasp report {run_dir}",
-            "loss curve": problem or str(run_dir / "curve.png"),
+            "loss curve": (problems[0] or str(picture)) if drawn else "none",
             "more text": f"lasp generate {run_dir} --prompt 'import '",
         }
         if self.finished < config.steps:
             rows["continue"] = f"lasp train --resume {run_dir}"
         self.output.table("Finished" if score is not None else "Stopped; saved", rows)
+        self.output.close(config.parallel.timeout_s)
         return {"trigram": baseline}
 
     def _sample(self) -> None:
@@ -436,34 +460,17 @@ class _Run:
         self.model.release()
         self.output.line("")
         if self.world.is_first:
-            (self.run_dir / "sample.txt").write_text("".join(pieces), encoding="utf-8")
+            self.output.attempt("sample.txt", lambda: files.write(self.run_dir / "sample.txt", "".join(pieces)))
         return {}
 
     def _model_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model_config)
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one acts as usual, at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    requested = False
-    before: dict[int, Any] = {}
-
-    def request(number: int, _frame: object) -> None:
-        nonlocal requested
-        requested = True
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request)
-    try:
-        yield lambda: requested
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _refuse_full(run_dir: Path) -> None:
+    """Raise ConfigError unless there is nothing in a run folder but its lock."""
+    if any(item.name != LOCK for item in run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another")
 
 
 def _new_folder(parent: Path, name: str) -> Path:

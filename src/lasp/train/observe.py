@@ -10,6 +10,7 @@ Lines of metrics.jsonl, all with "step", the number of finished optimizer steps:
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ class Observer:
         finished: int,
     ) -> None:
         self._config, self._output, self._machine = config, output, machine
-        describe.write(run_dir, description)
+        output.attempt("run.json", lambda: describe.write(run_dir, description))
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
+        if self._metrics.num_damaged:
+            output.line(
+                f"metrics.jsonl: {self._metrics.num_damaged} damaged lines left out; metrics.jsonl.damaged has all"
+            )
         self._sinks = open_sinks(config.track, run_dir, to_dict(config) | description, finished=finished)
         self._window: list[tuple[RankStep, ...]] = []
 
@@ -67,19 +72,22 @@ class Observer:
         """The run has ended after step `number`."""
         if trigram is not None:
             self._write(number, trigram_bits_per_byte=trigram)
-        self._metrics.close()
+        self._output.attempt("metrics.jsonl", self._metrics.close)
         for sink in self._sinks:
-            sink.close()
+            self._output.attempt(f"--track {sink.name}", sink.close)
 
     def _write(self, number: int, **values: float) -> None:
-        self._metrics.write(step=number, **values)
+        self._write_line(step=number, **values)
         for sink in self._sinks:
-            sink.scalars(number, values)
+            self._output.attempt(f"--track {sink.name}", partial(sink.scalars, number, values))
+
+    def _write_line(self, **values: Any) -> None:
+        self._output.attempt("metrics.jsonl", lambda: self._metrics.write(**values))
 
     def _compare_ranks(self, number: int) -> None:
         ranks = typical(self._window)
         line = slow_rank(self._window)
-        self._metrics.write(
+        self._write_line(
             step=number,
             steps=len(self._window),
             ranks={name: [_short(getattr(rank, name)) for rank in ranks] for name in RankStep._fields},

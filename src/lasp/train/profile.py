@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lasp import files
 from lasp.train.errors import ConfigError
 
 
@@ -53,8 +56,11 @@ class Profiler:
         if self._running is None:
             return
         self._running.stop()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._running.export_chrome_trace(str(self._file))
+        files.make_folder(self._file.parent)
+        # PyTorch compresses what ends in .gz.
+        temporary = self._file.with_name(f".{uuid.uuid4().hex[:8]}-{self._file.name}")
+        self._running.export_chrome_trace(str(temporary))
+        os.replace(temporary, self._file)
         self._running = None
         # What PyTorch's profiler recorded sits in a cycle, and freeing it later, from another thread or at the end of
         # the program, crashes (2.13).

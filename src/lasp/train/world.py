@@ -23,6 +23,7 @@ from lasp.train.config import TrainConfig
 from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
 from lasp.train.loopback import stay_on_loopback
 from lasp.train.progress import PHASES, Progress
+from lasp.train.stopping import end_with_parent
 
 # Processes that read or write a checkpoint wait for the slowest disk. That all get on is seen to elsewhere
 # (`World.settle`): this deadline only has to be longer than a file may take.
@@ -143,6 +144,8 @@ def join(config: TrainConfig) -> World:
     if owns_group:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         config.validate(size)  # before anything is connected
+        if "RANK" in os.environ:
+            end_with_parent()  # whatever the launcher is: a rank that outlives it would hold the run's lock
         device = _device(config.device)
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
         if one_machine:
