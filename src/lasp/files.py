@@ -36,9 +36,10 @@ def open_regular(path: Path, *, follow: bool = False) -> BinaryIO:
 def read(path: Path, most: int = MOST_JSON_BYTES, *, follow: bool = False) -> bytes:
     """The whole content of a regular file of at most `most` bytes. Raises OSError, ValueError for a longer one."""
     with open_regular(path, follow=follow) as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"{path} is longer than {most:,} bytes, too long for what it should be")
+        length = min(os.fstat(stream.fileno()).st_size, most)
+        content = stream.read(length + 1)
+    if len(content) > length:
+        raise ValueError(f"{path} is longer than {length:,} bytes, too long for what it should be")
     return content
 
 

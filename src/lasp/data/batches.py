@@ -15,13 +15,14 @@ global batch has rows, and each row reads its part in order, again and again. So
 Letters: B rows, T tokens of a whole sequence, N tokens in the stream.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from lasp.data.errors import DataError
-from lasp.data.stream import Tokens
+from lasp.data.stream import Bounds, Tokens
 
 _MASK = (1 << 64) - 1
 
@@ -71,7 +72,7 @@ class Sequences:
         *,
         seq_len: int,
         seed: int,
-        bounds: np.ndarray | None = None,
+        bounds: Bounds | None = None,
         consecutive: bool = False,
     ) -> None:
         """
@@ -155,7 +156,7 @@ def read(stream: Tokens, numbers: list[int], seq_len: int, shard: Shard) -> Batc
     return Batch(window[:, :-1].copy(), window[:, 1:].copy())
 
 
-def read_packed(stream: Tokens, bounds: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
+def read_packed(stream: Tokens, bounds: Bounds, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
     """The shard's tokens and labels of the given sequences, one after another; reads nothing else from the file."""
     run = shard.tokens(len(numbers) * seq_len)
     cuts = [0]
@@ -177,9 +178,9 @@ def read_packed(stream: Tokens, bounds: np.ndarray, numbers: list[int], seq_len:
     return Batch(np.concatenate(tokens)[None], np.concatenate(labels)[None], tuple(cuts))
 
 
-def _ends(bounds: np.ndarray, start: int, seq_len: int) -> np.ndarray:
+def _ends(bounds: Bounds, start: int, seq_len: int) -> np.ndarray:
     """The ends of documents, among `bounds`, that lie in a sequence: in start + 1 .. start + seq_len."""
-    low, high = np.searchsorted(bounds, [start, start + seq_len], side="right")
+    low, high = bisect_right(bounds, start), bisect_right(bounds, start + seq_len)
     return np.asarray(bounds[low:high])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lasp import files
 from lasp.data.corpus import TextFile, held_out
 from lasp.data.errors import DataError
 
@@ -54,7 +55,7 @@ def _split(key: str, validation_fraction: float) -> str:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as stream:
+    with files.open_regular(path, follow=True) as stream:
         while block := stream.read(_BLOCK_BYTES):
             yield block
 

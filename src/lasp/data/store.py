@@ -5,7 +5,6 @@ order, the split and every file's bytes, so a changed folder gives another store
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from lasp import files
+from lasp.data.blocks import CheckedFile, read_sums
 from lasp.data.build import BOUNDS, FORMAT, SPLITS, Progress, seal_digest, write_store
 from lasp.data.corpus import TextFile, find_files
 from lasp.data.documents import Document, documents_of, is_records
 from lasp.data.errors import DataError
-from lasp.data.stream import ShardFile, TokenStream, check_ids, check_length
+from lasp.data.stream import Bounds, ShardFile, TokenStream, check_ids, check_length
 from lasp.data.tokenizer import Tokenizer
 
 _BLOCK_BYTES = 1 << 20
@@ -26,7 +27,7 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStore:
-    """An open store; tokens are read through memory maps."""
+    """An open store; what is read of it is checked then (lasp.data.blocks)."""
 
     key: str
     """SHA-256 of the index, and so of the tokens."""
@@ -36,9 +37,9 @@ class TokenStore:
     vocab_size: int
     train: TokenStream
     validation: TokenStream
-    train_bounds: np.ndarray
-    """int64 [documents + 1], where the documents of the training stream start, and its end."""
-    validation_bounds: np.ndarray
+    train_bounds: Bounds
+    """Where the documents of the training stream start, and its end."""
+    validation_bounds: Bounds
     num_bytes: dict[str, int]
     """Bytes of text per split, separators not counted."""
     num_documents: dict[str, int]
@@ -79,15 +80,15 @@ def prepare(
                 f"give --data.tokenizer {'bytes' if store.tokenizer == 'bytes' else folder / 'tokenizer.json'}"
             )
         return store
-    files = find_files(folder, suffixes, seed)
-    target = cache / _source_key(files, tokenizer, field, validation_fraction)[:32]
+    found = find_files(folder, suffixes, seed)
+    target = cache / _source_key(found, tokenizer, field, validation_fraction)[:32]
     if (target / "index.json").exists():
         try:
             return open_store(target, verify=True)
         except DataError:
             # The text is at hand, so a damaged store is rebuilt rather than reported.
             shutil.rmtree(target, ignore_errors=True)
-    write_store(target, _documents(files, field, validation_fraction), tokenizer)
+    write_store(target, _documents(found, field, validation_fraction), tokenizer)
     return open_store(target, verify=True)
 
 
@@ -109,8 +110,8 @@ def build(
     """
     if target.exists():
         raise DataError(f"{target} exists: name a new folder, or delete it")
-    files = [file for source in sources or (None,) for file in find_files(source, suffixes, seed)]
-    documents = _documents(files, field, validation_fraction)
+    found = [file for source in sources or (None,) for file in find_files(source, suffixes, seed)]
+    documents = _documents(found, field, validation_fraction)
     write_store(target, documents, tokenizer, shard_tokens=shard_tokens, progress=progress)
     return open_store(target, verify=False)
 
@@ -121,7 +122,7 @@ def open_store(folder: Path, *, verify: bool) -> TokenStore:
     Raises DataError naming the file if anything differs from the index.
     """
     try:
-        index: dict[str, Any] = json.loads((folder / "index.json").read_text())
+        index: dict[str, Any] = files.read_json(folder / "index.json", follow=True)
         seal = index["sealed"]
         if seal["format"] != FORMAT:
             raise DataError(f"{folder} has token file format {seal['format']}, this version reads {FORMAT}")
@@ -142,33 +143,34 @@ def open_store(folder: Path, *, verify: bool) -> TokenStore:
         )
     except OSError as error:
         raise DataError(f"cannot read the built data in {folder}: {error}") from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'index.json'} is damaged ({error!r}): build the data again") from error
 
 
 def _open_split(folder: Path, split: str, seal: dict[str, Any], verify: bool) -> TokenStream:
     entry, dtype = seal["splits"][split], np.dtype(seal["dtype"])
-    files = [ShardFile(folder / shard["file"], shard["num_tokens"]) for shard in entry["shards"]]
-    for file, shard in zip(files, entry["shards"], strict=True):
+    shards = [ShardFile(folder / shard["file"], shard["num_tokens"], shard["sums"]) for shard in entry["shards"]]
+    for file, shard in zip(shards, entry["shards"], strict=True):
         check_length(file.path, file.num_tokens, dtype)
         if verify:
+            read_sums(file.path, file.sums)
             _verify(file.path, shard["sha256"], dtype, seal["vocab_size"])
-    return TokenStream(files, dtype, seal["vocab_size"])
+    return TokenStream(shards, dtype, seal["vocab_size"])
 
 
-def _open_bounds(folder: Path, split: str, seal: dict[str, Any], verify: bool) -> np.ndarray:
+def _open_bounds(folder: Path, split: str, seal: dict[str, Any], verify: bool) -> CheckedFile:
     entry = seal["splits"][split]
     path = folder / entry["bounds"]["file"]
     check_length(path, entry["num_documents"] + 1, BOUNDS)
     if verify:
         _verify(path, entry["bounds"]["sha256"], BOUNDS, entry["num_tokens"] + 1)
-    return np.memmap(path, dtype=BOUNDS, mode="r")
+    return CheckedFile(path, BOUNDS, entry["num_documents"] + 1, entry["bounds"]["sums"])
 
 
 def _verify(path: Path, expected: str, dtype: np.dtype, limit: int) -> None:
     """Raise DataError naming the file unless it has the SHA-256 `expected` and numbers in [0, limit)."""
     digest, offset = hashlib.sha256(), 0
-    with open(path, "rb") as stream:
+    with files.open_regular(path, follow=True) as stream:
         while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
             numbers = np.frombuffer(block, dtype=dtype)
@@ -178,22 +180,14 @@ def _verify(path: Path, expected: str, dtype: np.dtype, limit: int) -> None:
         raise DataError(f"the token file {path} does not match the SHA-256 in its index: build the data again")
 
 
-def _documents(files: list[TextFile], field: str, validation_fraction: float) -> Iterator[Document]:
-    for file in files:
+def _documents(found: list[TextFile], field: str, validation_fraction: float) -> Iterator[Document]:
+    for file in found:
         yield from documents_of(file, field, validation_fraction)
 
 
-def _source_key(files: list[TextFile], tokenizer: Tokenizer, field: str, validation_fraction: float) -> str:
+def _source_key(found: list[TextFile], tokenizer: Tokenizer, field: str, validation_fraction: float) -> str:
     digest = hashlib.sha256(f"{FORMAT}\0{tokenizer.name}\0{tokenizer.separator}\0{validation_fraction}\0".encode())
-    for file in files:
-        line = f"{field if is_records(file.path) else ''}\0{file.name}\0{_sha256(file.path)}\n"
+    for file in found:
+        line = f"{field if is_records(file.path) else ''}\0{file.name}\0{files.sha256(file.path, follow=True)}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
     return digest.hexdigest()

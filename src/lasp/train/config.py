@@ -151,7 +151,7 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     init_from: Path | None = None
-    """Folder of `lasp export` whose weights a new run starts with."""
+    """Folder of `lasp export` whose weights a new run starts with; its model is the run's, unless options name one."""
     run_dir: Path | None = None
     """Folder for everything this run writes; default: a new one under runs/."""
 
