@@ -8,7 +8,7 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from lasp import files
 from lasp.data.corpus import TextFile, held_out
@@ -61,7 +61,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as stream:
+    with files.open_regular(path, follow=True) as file, _unpacked(file, path) as stream:
         number = 0
         try:
             for line in stream:
@@ -70,6 +70,10 @@ def _jsonl(path: Path) -> Iterator[Any]:
                     yield json.loads(line)
         except (OSError, EOFError, ValueError) as error:
             raise DataError(f"cannot read {path} at line {number}: {error}") from error
+
+
+def _unpacked(file: BinaryIO, path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(file, "rb")) if path.name.endswith(".gz") else file
 
 
 def _parquet(path: Path, field: str) -> Iterator[Any]:

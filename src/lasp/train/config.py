@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from lasp import files
 from lasp.exchange import NAMES
 from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
@@ -296,9 +297,8 @@ def load_toml(path: Path) -> TrainConfig:
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
-        with open(path, "rb") as stream:
-            values = tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(files.read(path, follow=True).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
     try:
         return from_dict(TrainConfig, values)

@@ -135,7 +135,13 @@ class _Run:
         self.saver = Saver(self.run_dir / "checkpoints", world, keep=config.keep_checkpoints)
         self.saved_at = self.finished if self.resumed is not None else -1
         self.observer: Observer | None = None
-        self.profiler = Profiler(config.profile_steps, self.run_dir / "profile", rank=world.rank, device=world.device)
+        self.profiler = Profiler(
+            config.profile_steps,
+            self.run_dir / "profile",
+            rank=world.rank,
+            device=world.device,
+            attempt=self.output.attempt,
+        )
 
     def train(self) -> TrainResult:
         config = self.config
@@ -174,6 +180,7 @@ class _Run:
         score = None if stopped else self._evaluate(config.eval_sequences)
         if score is not None and config.sample.num_tokens > 0:
             self._sample()
+        self.world.place.text = "at the end"
         # The others wait, so that no launcher takes the run for finished before everything is written.
         end = self.world.first_does(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
@@ -181,6 +188,7 @@ class _Run:
 
     def _step(self, stop_requested: Callable[[], bool]) -> bool:
         began = time.monotonic()
+        self.world.place.text = f"in step {self.finished + 1}"
         with self.profiler.step(self.finished + 1):
             result = self.stepper.step(self.finished, stop_requested=stop_requested)
         self.finished += 1
@@ -196,6 +204,7 @@ class _Run:
         return Machine(flops_per_token(self.model_config, self.config.seq_len).step, peak)
 
     def _evaluate(self, max_sequences: int) -> Score:
+        self.world.place.text = f"validating after step {self.finished}"
         score = evaluate(
             self.model,
             self.store,
@@ -353,6 +362,7 @@ class _Run:
 
     def _measure_step(self) -> float:
         """Seconds of one step: the better of two rehearsals, after one in which everything is new."""
+        self.world.place.text = "rehearsing a step"
         random_state = torch.get_rng_state()
         seconds = []
         for _ in range(3):
@@ -440,6 +450,7 @@ class _Run:
 
     def _sample(self) -> None:
         """Generate text, print it as it comes and keep it in the run folder."""
+        self.world.place.text = "generating text"
         # Of sharded weights no process has enough to run the model alone; else the others need not.
         if self.model.is_sharded:
             self._generate()

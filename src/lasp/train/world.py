@@ -181,7 +181,9 @@ def join(config: TrainConfig) -> World:
     )
     control = files = None
     if dist.get_world_size() > 1:
-        files = dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
+        files = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        # Only what the group does takes long, not meeting in it.
+        dist.distributed_c10d._set_pg_timeout(_FILES_TIMEOUT, files)
         hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
     rank, size = dist.get_rank(), dist.get_world_size()
