@@ -107,6 +107,8 @@ def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path, numb
         def with_signal(self: step.Stepper, index: int, **options: object) -> step.StepResult:
             if rank == 1 and index == 4:  # one process is told, both must stop
                 os.kill(os.getpid(), number)
+                if number == signal.SIGHUP:  # a terminal that is closed sends it, and its shell too
+                    os.kill(os.getpid(), number)
             return original(self, index, **options)  # type: ignore[arg-type]
 
         step.Stepper.step = with_signal  # type: ignore[method-assign,assignment]

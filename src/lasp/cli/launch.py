@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 from lasp.train.errors import PeerLostError
 from lasp.train.loopback import stay_on_loopback
 from lasp.train.outlet import printable
-from lasp.train.stopping import end_with_parent, stop_signals
+from lasp.train.stopping import IMPATIENT, end_with_parent, stop_signals
 
 # How long the others may take to notice a dead process and end by themselves, and to obey SIGTERM.
 _GRACE_S = 10.0
@@ -119,11 +119,12 @@ def _cause(failed: list[int], workers: list[subprocess.Popen[bytes]]) -> int | N
 
 @contextlib.contextmanager
 def _passing_on_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Hand what asks to stop to the workers; the list yielded grows by each."""
+    """Hand what asks to stop to the workers; the list yielded grows by each that is IMPATIENT."""
     signals: list[int] = []
 
     def pass_on(number: int) -> None:
-        signals.append(number)
+        if number in IMPATIENT:
+            signals.append(number)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)

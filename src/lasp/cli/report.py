@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from lasp import files
 from lasp.train.errors import ConfigError
 from lasp.train.outlet import printable
 
@@ -32,6 +33,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"the folder of {out} does not exist")
     from lasp.train.report import load, render
 
-    out.write_text(render(load(options.run)), encoding="utf-8")
+    files.write(out, render(load(options.run)))
     print(printable(str(out)))
     return 0

@@ -1,6 +1,6 @@
 """Numbers in a file, each block of which is checked against its digest before a number of it is used.
 
-Beside FILE lies FILE.sums: for every block of 64 KiB the first 16 bytes of its SHA-256, under a SHA-256 in the index.
+Beside FILE lies FILE.sums: for every block of 16 KiB the first 16 bytes of its SHA-256, under a SHA-256 in the index.
 A training run reads its data for weeks: what a disk, a memory or another program changes meanwhile is not trained on.
 The file is read, not mapped: of a mapped file that was cut short, the first number past its end kills the process.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from lasp import files
 from lasp.data.errors import DataError
 
-BLOCK_BYTES, _SUM_BYTES = 1 << 16, 16
+BLOCK_BYTES, _SUM_BYTES = 1 << 14, 16
 # Blocks kept, found good, of one file: neighbours of a window, or the middles of a search.
 _KEPT_BLOCKS = 16
 _MOST_SUMS_BYTES = 1 << 32

@@ -107,5 +107,6 @@ class Outlet(io.TextIOBase):
 
 def _takes(descriptor: int) -> bool:
     """Whether a write would not wait."""
-    _, ready, _ = select.select([], [descriptor], [], 0)
-    return bool(ready)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(0))  # also where it would fail, and say why

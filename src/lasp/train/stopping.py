@@ -12,6 +12,8 @@ from typing import Any
 
 # Ctrl-C, kill, a terminal that is closed, Ctrl-\, and what schedulers send some time before they end a job.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+# Of these a second one means "now". Others may come twice by themselves: a closed terminal's from kernel and shell.
+IMPATIENT = (signal.SIGINT, signal.SIGTERM)
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -19,7 +21,7 @@ _SET_PARENT_DEATH_SIGNAL = 1
 def stop_signals(react: Callable[[int], None], *, once: bool) -> Iterator[None]:
     """Call `react` with the number of every one of STOP_SIGNALS that comes. Outside of the main thread: nothing.
 
-    once: the second of a kind acts as usual, at once. SIGHUP stays ignored where it was: that is what nohup is for.
+    once: the second of a kind of IMPATIENT acts as usual, at once. SIGHUP stays ignored where it was: nohup does that.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -27,7 +29,7 @@ def stop_signals(react: Callable[[int], None], *, once: bool) -> Iterator[None]:
     before: dict[int, Any] = {}
 
     def handle(number: int, _frame: object) -> None:
-        if once:
+        if once and number in IMPATIENT:
             signal.signal(number, before[number])
         react(number)
 
