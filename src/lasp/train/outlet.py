@@ -79,12 +79,12 @@ class Outlet(io.TextIOBase):
             self._drain()
 
     def settle(self, timeout_s: float) -> None:
-        """At the end: give a slow reader so long to take what waits."""
+        """At the end: give a slow reader so long to take what waits; where nothing could be written, one more try."""
         end = time.monotonic() + timeout_s
-        while self._waiting and not self._closed and time.monotonic() < end:
+        self.flush()
+        while self._waiting and not self._told and time.monotonic() < end:
+            time.sleep(0.05)
             self.flush()
-            if self._waiting:
-                time.sleep(0.05)
 
     def _drain(self) -> None:
         if self._descriptor is None:

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from lasp.train.figures import StepFigures
 from lasp.train.outlet import Outlet, printable
 
+_LAST_WAIT_S = 10.0
+
 
 class Output:
     """Prints on the first process, and nowhere else; never waits, and never fails."""
@@ -52,8 +54,8 @@ class Output:
         return True
 
     def close(self, timeout_s: float) -> None:
-        """At the end: wait so long for a slow reader."""
-        self._outlet.settle(timeout_s)
+        """At the end: wait so long, and not long, for a slow reader."""
+        self._outlet.settle(min(timeout_s, _LAST_WAIT_S))
 
     def start(self, finished: int, total: int) -> None:
         """Begin showing progress."""
