@@ -1,6 +1,7 @@
 """The command line: help, options, errors with their exit codes; all without training."""
 
 import dataclasses
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from training_runs import small_config, write_text
 
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
-from lasp.train import loop
+from lasp.train import export, loop, sample
 from lasp.train.config import TrainConfig
 from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
@@ -169,6 +170,10 @@ def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.
     assert cli.main(["export", str(config.run_dir), "--out", str(out)]) == 0
     assert capsys.readouterr().out.split() == [str(out)]
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in (*out.iterdir(), config.run_dir / "config.json")}) == 1
+    # Nothing has to be said again about the model, and what is said wins, to be refused where it does not fit.
+    assert train_command.parse(["--init-from", str(out)]).settings.model == config.model
+    assert train_command.parse(["--init-from", str(out), "--model.family", "gla"]).settings.model.family == "gla"
     texts = []
     for path in (config.run_dir, out):
         assert cli.main(["generate", str(path), "--prompt", "abc", "--num-tokens", "20"]) == 0
@@ -186,6 +191,28 @@ def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.
     other = dataclasses.replace(more, run_dir=tmp_path / "other", model=dataclasses.replace(more.model, overrides={}))
     with pytest.raises(CheckpointError, match=r"another model; checkpoint -> now:\n(.*\n)*  d_model: 32 -> 128"):
         loop.train(other)
+
+
+def test_no_flipped_bit_of_an_export_is_loaded(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=1)
+    loop.train(config)
+    assert config.run_dir is not None
+    out = export.export(config.run_dir, tmp_path / "exported", report=pytest.fail)
+    source, refused = random.Random(1), 0
+    for path in sorted(out.iterdir()):
+        good = path.read_bytes()
+        for _ in range(50):
+            damaged = bytearray(good)
+            damaged[source.randrange(len(good))] ^= 1 << source.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                sample.load(out, report=pytest.fail)
+            refused += 1
+        path.write_bytes(good[: len(good) // 2])
+        with pytest.raises(CheckpointError):
+            sample.load(out, report=pytest.fail)
+        path.write_bytes(good)
+    assert refused == 100 and sample.load(out, report=pytest.fail).folder == out
 
 
 def test_one_command_starts_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

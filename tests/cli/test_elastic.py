@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import world
-from test_launch import command, linux, torchrun, wait_until
+from test_launch import command, linux, torchrun, wait_until, whole_end
 
 from lasp.cli import train as train_command
 from lasp.train import loop
@@ -57,6 +57,7 @@ def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
     finally:
         for each in jobs:
             each.kill()
+    whole_end(tmp_path / "run", out)
     assert out.count("Training transnormer-tiny") == 2 and out.count("resumed") == 1 and "after step" in out
 
     whole = train_command.parse(arguments[1:]).settings

@@ -62,7 +62,6 @@ def _poison(stepper: step.Stepper, where: str) -> None:
 
 
 def test_a_single_process_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_stop_signals", loop._stop_signals)
     config = small_config(tmp_path, sp=1)
     original = step.Stepper.gradients
 

@@ -166,16 +166,19 @@ def test_forgetting_the_optimizer_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert again[-1]["loss"] != pytest.approx(whole[-1]["loss"], rel=1e-5)
 
 
-def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path, number: signal.Signals) -> None:
     config = small_config(tmp_path, sp=2, steps=1000)
 
     def interrupted(rank: int) -> tuple[bool, int]:
         original = step.Stepper.step
 
-        def with_signal(self: step.Stepper, number: int, **options: object) -> step.StepResult:
-            if rank == 1 and number == 4:  # one process is told, both must stop
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, number, **options)  # type: ignore[arg-type]
+        def with_signal(self: step.Stepper, index: int, **options: object) -> step.StepResult:
+            if rank == 1 and index == 4:  # one process is told, both must stop
+                os.kill(os.getpid(), number)
+                if number == signal.SIGHUP:  # a terminal that is closed sends it, and its shell too
+                    os.kill(os.getpid(), number)
+            return original(self, index, **options)  # type: ignore[arg-type]
 
         step.Stepper.step = with_signal  # type: ignore[method-assign,assignment]
         result = loop.train(config)

@@ -11,6 +11,7 @@ import tyro
 
 from lasp.train.config import SampleOptions, check_seed, check_text
 from lasp.train.errors import ConfigError
+from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +48,15 @@ def main(arguments: Sequence[str]) -> int:
         )
     from lasp.train.sample import load, stream_text
 
-    loaded = load(options.path, report=lambda text: print(text, file=sys.stderr))
+    loaded = load(options.path, report=lambda text: print(printable(text), file=sys.stderr))
     sample = SampleOptions(
         prompt=loaded.prompt if options.prompt is None else options.prompt,
         num_tokens=options.num_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
     )
-    for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed):
-        print(piece, end="", flush=True)
+    device = next(loaded.model.parameters()).device
+    for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed, device=device):
+        print(printable(piece), end="", flush=True)
     print()
     return 0

@@ -99,10 +99,12 @@ def _for_users(error: BaseException) -> tuple[str, int] | None:
 
 
 def _say(message: str, code: int, error: BaseException | None = None) -> int:
+    from lasp.train.outlet import printable
+
     if error is not None and os.environ.get(_TRACEBACK):
         traceback.print_exception(error)
     with contextlib.suppress(OSError):
-        print(f"lasp: {message}", file=sys.stderr, flush=True)
+        print(printable(f"lasp: {message}"), file=sys.stderr, flush=True)
     return code
 
 

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import tyro
 
+from lasp import files
 from lasp.cli.checks import check_target
 from lasp.train.errors import ConfigError
+from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"{options.run} holds files that are damaged, or of another version of lasp train: {error!r}"
         ) from error
-    out.write_text(page, encoding="utf-8")
-    print(out)
+    files.write(out, page)
+    print(printable(str(out)))
     return 0

@@ -17,6 +17,7 @@ global batch has rows, and each row reads its part in order, again and again. So
 Letters: B rows, T tokens of a whole sequence, N tokens in the stream.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lasp.data.errors import DataError
-from lasp.data.stream import Tokens
+from lasp.data.stream import Bounds, Tokens
 
 _MASK = (1 << 64) - 1
 
@@ -75,7 +76,7 @@ class Sequences:
         *,
         seq_len: int,
         seed: int,
-        bounds: np.ndarray | None = None,
+        bounds: Bounds | None = None,
         consecutive: bool = False,
         origin: tuple[int, int] = (0, 0),
     ) -> None:
@@ -146,7 +147,7 @@ def validation_batch(
     end: int,
     seq_len: int,
     shard: Shard,
-    bounds: np.ndarray | None = None,
+    bounds: Bounds | None = None,
 ) -> Batch:
     """This rank's share of sequences first .. first + num_rows, in the stream's own order; with `bounds` packed.
 
@@ -168,7 +169,7 @@ def read(stream: Tokens, numbers: Sequence[int | None], seq_len: int, shard: Sha
     return Batch(np.stack(tokens), np.stack(labels))
 
 
-def read_packed(stream: Tokens, bounds: np.ndarray, numbers: Sequence[int | None], seq_len: int, shard: Shard) -> Batch:
+def read_packed(stream: Tokens, bounds: Bounds, numbers: Sequence[int | None], seq_len: int, shard: Shard) -> Batch:
     """As `read`, one sequence after another, cut where documents start; `bounds` as `Sequences` takes them."""
     run = shard.tokens(len(numbers) * seq_len)
     cuts, rows = [0], []
@@ -195,9 +196,9 @@ def _window(stream: Tokens, number: int | None, run: range, seq_len: int) -> tup
     return tokens, labels
 
 
-def _starts(bounds: np.ndarray, start: int, seq_len: int) -> list[int]:
+def _starts(bounds: Bounds, start: int, seq_len: int) -> list[int]:
     """Where documents start within a sequence, from 1: at separators, each the last token of the document before."""
-    low, high = np.searchsorted(bounds, [start + 2, start + seq_len + 1])
+    low, high = bisect_left(bounds, start + 2), bisect_left(bounds, start + seq_len + 1)
     return [int(bound) - 1 - start for bound in bounds[low:high]]
 
 

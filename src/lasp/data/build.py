@@ -4,6 +4,7 @@ train-00000.bin, ..     token ids, little endian, each document followed by the 
                         `shard_tokens`, wherever a document is
 train.bounds.bin        where each document starts, and the end of the last: int64, little endian
 validation...           likewise
+*.bin.sums              digests of the blocks of each of these (lasp.data.blocks)
 tokenizer.json          the tokenizer, where it is a file
 index.json              written last: sizes and SHA-256 of all these, itself under a SHA-256
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from lasp.data.blocks import BlockSums, sums_path
 from lasp.data.documents import SPLITS, Document, Reading
 from lasp.data.errors import DataError
 from lasp.data.stream import check_ids
@@ -109,19 +111,27 @@ class _HashedFile:
     """A file written from front to back."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.num_bytes, self._digest = path, 0, hashlib.sha256()
+        self.path, self.num_bytes, self._digest, self._sums = path, 0, hashlib.sha256(), BlockSums()
         self.stream = open(path, "wb")  # noqa: SIM115 - closed by close()
 
     def write(self, data: bytes) -> None:
         self.stream.write(data)
         self._digest.update(data)
+        self._sums.add(data)
         self.num_bytes += len(data)
 
-    def close(self) -> str:
+    def close(self) -> dict[str, str]:
+        """What the index says of the file, besides its length."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
-        return self._digest.hexdigest()
+        sums = self._sums.close()
+        with open(sums_path(self.path), "wb") as stream:
+            stream.write(sums)
+            stream.flush()
+            os.fsync(stream.fileno())
+        digests = {"sha256": self._digest.hexdigest(), "sums": hashlib.sha256(sums).hexdigest()}
+        return {"file": self.path.name, **digests}
 
 
 class _SplitWriter:
@@ -169,8 +179,8 @@ class _SplitWriter:
 
     def _end_shard(self) -> None:
         assert self._shard is not None
-        digest, size = self._shard.close(), self._shard.num_bytes // self._dtype.itemsize
-        self._shards.append({"file": self._shard.path.name, "num_tokens": size, "sha256": digest})
+        size = self._shard.num_bytes // self._dtype.itemsize
+        self._shards.append({"num_tokens": size, **self._shard.close()})
         self._shard = None
 
     def close(self) -> dict[str, Any]:
@@ -182,7 +192,7 @@ class _SplitWriter:
             "num_bytes": self.num_bytes,
             "num_documents": self.num_documents,
             "shards": self._shards,
-            "bounds": {"file": self._bounds.path.name, "sha256": self._bounds.close()},
+            "bounds": self._bounds.close(),
         }
 
     def abandon(self) -> None:

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
+from lasp import files
 from lasp.data.corpus import TextFile, unit_interval
 from lasp.data.errors import DataError
 
@@ -163,7 +164,7 @@ def _cut_of_file(path: Path, fraction: float) -> int:
     place = size - max(1, round(fraction * size))
     if place <= 0:
         return 0
-    with open(path, "rb") as stream:
+    with files.open_regular(path, follow=True) as stream:
         stream.seek(place)
         after = stream.read(min(_LINE_BYTES, size - place))
     line = after.find(b"\n") + 1
@@ -174,7 +175,7 @@ def _cut_of_file(path: Path, fraction: float) -> int:
 
 
 def _blocks(path: Path, start: int, end: int | None) -> Iterator[bytes]:
-    with open(path, "rb") as stream:
+    with files.open_regular(path, follow=True) as stream:
         stream.seek(start)
         left = path.stat().st_size - start if end is None else end - start
         while left > 0 and (block := stream.read(min(left, _BLOCK_BYTES))):
@@ -221,7 +222,7 @@ def _shown(text: str) -> str:
 def _jsonl(path: Path, field: str) -> Iterator[_Record]:
     number = 0
     try:
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
+        with files.open_regular(path, follow=True) as file, _unpacked(file, path) as stream:
             for line in stream:
                 number += 1
                 if not line.strip():
@@ -235,6 +236,10 @@ def _jsonl(path: Path, field: str) -> Iterator[_Record]:
                 yield _record(name, value, field)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path} after line {number}: {error}") from error
+
+
+def _unpacked(file: BinaryIO, path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(file, "rb")) if path.name.lower().endswith(".gz") else file
 
 
 def _parquet(path: Path, field: str) -> Iterator[_Record]:

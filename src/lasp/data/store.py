@@ -5,7 +5,6 @@ order, the split and every file's bytes, so a changed folder gives another store
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from lasp import files
+from lasp.data.blocks import CheckedFile, read_sums
 from lasp.data.build import BOUNDS, FORMAT, SPLITS, Progress, seal_digest, write_store
 from lasp.data.documents import Reading
 from lasp.data.errors import DataError
 from lasp.data.sources import Sources
-from lasp.data.stream import ShardFile, TokenStream, check_ids, check_length
+from lasp.data.stream import Bounds, ShardFile, TokenStream, check_ids, check_length
 from lasp.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from lasp.data.verified import Verified
 
@@ -28,7 +29,7 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStore:
-    """An open store; tokens are read through memory maps."""
+    """An open store; what is read of it is checked then (lasp.data.blocks)."""
 
     key: str
     """SHA-256 of the index, and so of the tokens."""
@@ -38,9 +39,9 @@ class TokenStore:
     vocab_size: int
     train: TokenStream
     validation: TokenStream
-    train_bounds: np.ndarray
-    """int64 [documents + 1], where the documents of the training stream start, and its end."""
-    validation_bounds: np.ndarray
+    train_bounds: Bounds
+    """Where the documents of the training stream start, and its end."""
+    validation_bounds: Bounds
     num_bytes: dict[str, int]
     """Bytes of text per split, separators not counted."""
     num_documents: dict[str, int]
@@ -169,7 +170,7 @@ def open_store(folder: Path, *, verify: bool, verified: Verified | None = None) 
 
 def _seal(folder: Path) -> dict[str, Any]:
     """What the index says, after it proved itself."""
-    index: dict[str, Any] = json.loads((folder / "index.json").read_text())
+    index: dict[str, Any] = files.read_json(folder / "index.json", follow=True)
     seal: dict[str, Any] = index["sealed"]
     if seal["format"] != FORMAT:
         raise DataError(f"{folder} has token file format {seal['format']}, this version reads {FORMAT}: build it again")
@@ -184,27 +185,30 @@ def _naming_damage(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"cannot read the built data in {folder}: {error}") from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'index.json'} is damaged ({error!r}): build the data again") from error
 
 
 def _open_split(folder: Path, split: str, seal: dict[str, Any], verify: bool, verified: Verified | None) -> TokenStream:
     entry, dtype = seal["splits"][split], np.dtype(seal["dtype"])
-    files = [ShardFile(folder / shard["file"], shard["num_tokens"]) for shard in entry["shards"]]
-    for file, shard in zip(files, entry["shards"], strict=True):
+    shards = [ShardFile(folder / shard["file"], shard["num_tokens"], shard["sums"]) for shard in entry["shards"]]
+    for file, shard in zip(shards, entry["shards"], strict=True):
         check_length(file.path, file.num_tokens, dtype)
         if verify:
+            read_sums(file.path, file.sums)
             _verify(file.path, shard["sha256"], dtype, seal["vocab_size"], verified)
-    return TokenStream(files, dtype, seal["vocab_size"])
+    return TokenStream(shards, dtype, seal["vocab_size"])
 
 
-def _open_bounds(folder: Path, split: str, seal: dict[str, Any], verify: bool, verified: Verified | None) -> np.ndarray:
+def _open_bounds(
+    folder: Path, split: str, seal: dict[str, Any], verify: bool, verified: Verified | None
+) -> CheckedFile:
     entry = seal["splits"][split]
     path = folder / entry["bounds"]["file"]
     check_length(path, entry["num_documents"] + 1, BOUNDS)
     if verify:
         _verify(path, entry["bounds"]["sha256"], BOUNDS, entry["num_tokens"] + 1, verified)
-    return np.memmap(path, dtype=BOUNDS, mode="r")
+    return CheckedFile(path, BOUNDS, entry["num_documents"] + 1, entry["bounds"]["sums"])
 
 
 def _verify(path: Path, expected: str, dtype: np.dtype, limit: int, verified: Verified | None) -> None:
@@ -212,7 +216,7 @@ def _verify(path: Path, expected: str, dtype: np.dtype, limit: int, verified: Ve
     if verified is not None and verified.known(path) == expected:
         return
     digest, offset = hashlib.sha256(), 0
-    with open(path, "rb") as stream:
+    with files.open_regular(path, follow=True) as stream:
         while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
             numbers = np.frombuffer(block, dtype=dtype)

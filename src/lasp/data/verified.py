@@ -1,13 +1,12 @@
 """What is known of files that were read whole once: their SHA-256, as long as size and time of change stay."""
 
-import hashlib
+import contextlib
 import json
-import os
 import time
-import uuid
 from pathlib import Path
 
-_BLOCK_BYTES = 1 << 20
+from lasp import files
+
 # A file changed again so soon may keep its time of change, of which clocks and file systems have steps.
 _SETTLED_NS = 10_000_000_000
 
@@ -25,7 +24,7 @@ class Verified:
         self._is_new = False
         if not full:
             try:
-                known = json.loads(memory.read_text())
+                known = files.read_json(memory)
                 self._known = {str(path): list(entry) for path, entry in known.items()}
             except (OSError, ValueError, AttributeError, TypeError):
                 pass  # nothing is known: all is read again
@@ -48,24 +47,17 @@ class Verified:
         """The known digest, or that of the content, which is then known."""
         if (known := self.known(path)) is not None:
             return known
-        digest = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-        self.remember(path, digest.hexdigest())
-        return digest.hexdigest()
+        digest = files.sha256(path, follow=True)
+        self.remember(path, digest)
+        return digest
 
     def save(self) -> None:
         """Write what is known, whole or not at all; a folder that cannot be written to costs the next start only."""
         if not self._is_new:
             return
-        temporary = self._memory.with_name(f".{self._memory.name}-{uuid.uuid4().hex[:8]}")
-        try:
+        with contextlib.suppress(OSError):
             self._memory.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._memory)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+            files.write(self._memory, json.dumps(self._known))
 
 
 def _times(path: Path) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from lasp import files
 from lasp.exchange import NAMES
 from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
@@ -188,7 +189,7 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     init_from: Path | None = None
-    """Folder of `lasp export` whose weights a new run starts with."""
+    """Folder of `lasp export` whose weights a new run starts with; its model is the run's, unless options name one."""
     run_dir: Path | None = None
     """Folder for everything this run writes; default: a new one under runs/."""
 
@@ -338,10 +339,10 @@ def check_folder(name: str, path: Path | None) -> None:
         raise ConfigError(f"{name} must be a folder, and {there} is none")
 
 
-def check_text(name: str, text: str) -> None:
+def check_text(name: str, text: str | None) -> None:
     """Raises ConfigError for bytes of the command line that are no text."""
     try:
-        text.encode()
+        (text or "").encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{name} must be text in UTF-8, got {text!r}") from None
 
@@ -390,9 +391,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
-        with open(path, "rb") as stream:
-            return tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return tomllib.loads(files.read(path, follow=True).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the {what} {path}: {error}") from error
 
 

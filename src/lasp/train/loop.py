@@ -3,17 +3,16 @@
 import dataclasses
 import json
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
+from lasp import files
 from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.data import store as token_store
@@ -30,7 +29,7 @@ from lasp.train.describe import describe
 from lasp.train.errors import CheckpointError, ConfigError, refusing
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
-from lasp.train.lock import lock
+from lasp.train.lock import LOCK, lock
 from lasp.train.metrics import draw_curve
 from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
@@ -41,6 +40,7 @@ from lasp.train.program import lasp_command
 from lasp.train.sample import first_words, stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
+from lasp.train.stopping import stop_signals
 from lasp.train.world import World, join, leave, naming_lost_peers
 
 
@@ -103,11 +103,15 @@ class _Run:
         self.watch = Stopwatch()
         self.output = Output(enabled=world.is_first, log_every=config.log_every)
         self._made: Path | None = None
-        self.resumed = self._find_checkpoint(config, resume)
-        state = self.resumed.state if self.resumed is not None else None
-        self.config = settle(config, state)
-        self.start = Position() if state is None else position_of(state, config)
+        self.config = config
+        self.lock: IO[bytes] | None = None
         try:
+            # Whoever looks before the folder is its own may go on from what another run is about to replace.
+            world.first_does(lambda: self._claim(resume))
+            self.resumed = self._find_checkpoint(config, resume)
+            state = self.resumed.state if self.resumed is not None else None
+            self.config = settle(config, state)
+            self.start = Position() if state is None else position_of(state, config)
             self._set_up(resume)
         except BaseException:
             self._leave_nothing()
@@ -151,7 +155,13 @@ class _Run:
         )
         self.saved_at = self.finished if self.resumed is not None else -1
         self.observer: Observer | None = None
-        self.profiler = Profiler(config.profile_steps, self.run_dir / "profile", rank=world.rank, device=world.device)
+        self.profiler = Profiler(
+            config.profile_steps,
+            self.run_dir / "profile",
+            rank=world.rank,
+            device=world.device,
+            attempt=self.output.attempt,
+        )
 
     def train(self) -> TrainResult:
         config = self.config
@@ -161,11 +171,12 @@ class _Run:
             self._leave_nothing()
             raise
         stopped = False
-        with _stop_signals() as stop_requested:
+        signals: list[int] = []
+        with stop_signals(signals.append, once=True):
             self.output.start(self.finished, config.steps)
             try:
                 while self.finished < config.steps and not stopped:
-                    stopped = self._step(stop_requested)
+                    stopped = self._step(lambda: bool(signals))
                     self._report(self.saver.poll())
                     last = self.finished == config.steps
                     if stopped or last or self.finished % config.save_every == 0:
@@ -177,13 +188,16 @@ class _Run:
                 self.profiler.close()
                 # However the steps end, what was copied to be written is written, in the time that others have.
                 failed = sys.exc_info()[1] is not None
-                unsaved = self.saver.finish(config.parallel.timeout_s if failed else None)
+                unsaved = self.saver.leave(config.parallel.timeout_s) if failed else self.saver.finish()
                 if failed and unsaved is not None:
                     self.output.line(unsaved)
         if unsaved is not None:
             raise CheckpointError(f"{unsaved}; older checkpoints are as they were, in {self.saver.root}")
         trained_s = self.watch.seconds()
         score = None if stopped else self._evaluate(config.eval_sequences)
+        if score is not None and config.sample.num_tokens > 0:
+            self._sample()
+        self.world.place.text = "at the end"
         # The others wait, so that no launcher takes the run for finished before everything is written.
         end = self.world.first_does(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
@@ -194,9 +208,9 @@ class _Run:
         description = describe(self.config, self.model_config, self.model, self.world, self.store, machine)
         description["sample_prompt"] = self.sample_prompt
         if self.world.is_first:
-            (self.run_dir / "config.json").write_text(json.dumps(record(self.config), indent=1) + "\n")
-            for name, content in files_of(self.tokenizer).items():
-                (self.run_dir / name).write_bytes(content)
+            settings = json.dumps(record(self.config), indent=1) + "\n"
+            for name, content in {"config.json": settings.encode(), **files_of(self.tokenizer)}.items():
+                self.output.attempt(name, partial(files.write, self.run_dir / name, content))
             self.observer = Observer(
                 self.config, self.run_dir, self.output, machine, description=description, start=self.start
             )
@@ -210,6 +224,7 @@ class _Run:
 
     def _step(self, stop_requested: Callable[[], bool]) -> bool:
         began = time.monotonic()
+        self.world.place.text = f"in step {self.finished + 1}"
         with self.profiler.step(self.finished + 1):
             result = self.stepper.step(self.finished, stop_requested=stop_requested)
         self.finished += 1
@@ -225,6 +240,7 @@ class _Run:
         return Machine(flops_per_token(self.model_config, self.config.seq_len).step, peak)
 
     def _evaluate(self, max_sequences: int) -> Score:
+        self.world.place.text = f"validating after step {self.finished}"
         score = evaluate(
             self.model,
             self.store,
@@ -278,6 +294,23 @@ class _Run:
             return None
         return checkpoint.find(resume, report=self.output.line, world=self.world)
 
+    def _claim(self, resume: Path | None) -> dict[str, Any]:
+        """On the first process: take the run folder, where there is one."""
+        home = None
+        if resume is not None and resume != AUTO:
+            checkpoint.candidates(resume)
+            home = checkpoint.run_folder(resume)
+        run_dir = self.config.run_dir or home
+        if run_dir is not None and run_dir.exists():
+            if resume != AUTO and (home is None or run_dir.resolve() != home.resolve()):
+                _refuse_full(run_dir)  # before a lock is put there
+            is_new = not any(run_dir.iterdir())
+            self.lock = lock(run_dir)
+            if is_new:  # and no other run's, which the lock would have shown
+                self._made = run_dir
+            checkpoint.restore(run_dir / "checkpoints")
+        return {}
+
     def _prepare(self, resume: Path | None) -> dict[str, Any]:
         """On the first process: tokenise the text, make the run folder."""
         config = self.config
@@ -296,11 +329,13 @@ class _Run:
             verify=config.data.verify,
         )
         run_dir = self._choose_folder(resume)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        is_new = not any(run_dir.iterdir())
-        self.lock = lock(run_dir)
-        if is_new:  # and no other run's, which the lock would have shown
-            self._made = run_dir
+        if self.lock is None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            is_new = not any(run_dir.iterdir())
+            self.lock = lock(run_dir)
+            _refuse_full(run_dir)  # another run may have begun there while the text was prepared
+            if is_new:
+                self._made = run_dir
         return {"run_dir": str(run_dir), "store": str(store.folder)}
 
     def _choose_folder(self, resume: Path | None) -> Path:
@@ -309,7 +344,7 @@ class _Run:
         With AUTO, what is in it may be of an earlier try that ended before its first checkpoint.
         """
         found = self.resumed
-        home = found.folder.parent.parent if found is not None else None
+        home = checkpoint.run_folder(found.folder) if found is not None else None
         run_dir = self.config.run_dir or home
         if run_dir is None:
             return _new_folder(Path("runs"), f"{self.config.model.family}-{self.config.model.size}")
@@ -321,9 +356,6 @@ class _Run:
                     f"{found.folder} is not the newest checkpoint of its run ({newest.name} is), and going on "
                     "from it would write over what followed: name a new folder with --run-dir"
                 )
-        elif resume != AUTO and run_dir.exists() and any(run_dir.iterdir()):
-            advice = f"continue it with --resume {run_dir}, or name" if checkpoint.exists(run_dir) else "name"
-            raise ConfigError(f"{run_dir} is not empty: {advice} another")
         return run_dir
 
     def _check_data(self) -> None:
@@ -345,6 +377,7 @@ class _Run:
 
     def _measure_step(self) -> float:
         """Seconds of one step: the better of two rehearsals, after one in which everything is new."""
+        self.world.place.text = "rehearsing a step"
         random_state = torch.get_rng_state()
         seconds = []
         for _ in range(3):
@@ -413,68 +446,71 @@ class _Run:
             self.observer.close(self.finished, baseline)
         rows = {}
         if score is not None:
-            self._write_sample()
             rows["validation"] = f"{score.bits_per_byte:.4f} bits per byte on {score.num_tokens:,} tokens"
             if baseline is not None:
                 better = 1 - score.bits_per_byte / baseline
                 rows["byte 3-gram"] = f"{baseline:.4f} bits per byte on the same tokens; the model needs " + (
                     f"{better:.1%} fewer" if better >= 0 else f"{-better:.1%} more"
                 )
-        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", by_byte=by_byte, trigram=baseline)
+        picture = run_dir / "curve.png"
+        problems: list[str | None] = []
+        drawn = self.output.attempt(
+            "curve.png",
+            lambda: problems.append(draw_curve(run_dir / "metrics.jsonl", picture, by_byte=by_byte, trigram=baseline)),
+        )
         rows |= {
             "time": f"{duration(seconds)} for {self.finished} of {config.steps} steps and start-up",
             "run folder": str(run_dir),
             "checkpoint": str(run_dir / "checkpoints" / f"step-{self.finished:08d}"),
             "metrics": str(run_dir / "metrics.jsonl"),
             "report": lasp_command("report", run_dir),
-            "loss curve": problem or str(run_dir / "curve.png"),
+            "loss curve": (problems[0] or str(picture)) if drawn else "none",
             "more text": lasp_command("generate", run_dir, "--prompt", self.sample_prompt),
         }
         if self.finished < config.steps:
             rows["continue"] = lasp_command("train", "--resume", run_dir)
         self.output.table("Finished" if score is not None else "Stopped; saved", rows)
+        self.output.close(config.parallel.timeout_s)
         return {"trigram": baseline}
 
-    def _write_sample(self) -> None:
-        options = self.config.sample
-        if options.num_tokens == 0:
-            return
-        self.output.console.print("\n[bold]Generated text[/bold]")
-        chosen = "given" if options.prompt is not None else "the first words of the held-out text"
+    def _sample(self) -> None:
+        """Generate text, print it as it comes and keep it in the run folder."""
+        self.world.place.text = "generating text"
+        # Of sharded weights no process has enough to run the model alone; else the others need not.
+        if self.model.is_sharded:
+            self._generate()
+        else:
+            self.world.first_does(self._generate)
+
+    def _generate(self) -> dict[str, Any]:
+        """The text, of which only the first process prints and keeps anything."""
+        self.output.heading("Generated text")
+        options = dataclasses.replace(self.config.sample, prompt=self.sample_prompt)
+        chosen = "given" if self.config.sample.prompt is not None else "the first words of the held-out text"
         self.output.line(f"(after {self.sample_prompt!r}, {chosen})")
         pieces = []
-        options = dataclasses.replace(options, prompt=self.sample_prompt)
-        for piece in stream_text(self.module, self.tokenizer, options, seed=self.config.seed):
-            pieces.append(piece)
-            self.output.console.print(piece, end="", markup=False)
+        autocast_dtype = self.stepper.autocast_dtype
+        with torch.autocast(self.world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            for piece in stream_text(
+                self.module, self.tokenizer, options, seed=self.config.seed, device=self.world.device
+            ):
+                pieces.append(piece)
+                self.output.piece(piece)
+        self.model.release()
         self.output.line("")
-        (self.run_dir / "sample.txt").write_text("".join(pieces), encoding="utf-8")
+        if self.world.is_first:
+            self.output.attempt("sample.txt", lambda: files.write(self.run_dir / "sample.txt", "".join(pieces)))
+        return {}
 
     def _model_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model_config)
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one acts as usual, at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    requested = False
-    before: dict[int, Any] = {}
-
-    def request(number: int, _frame: object) -> None:
-        nonlocal requested
-        requested = True
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request)
-    try:
-        yield lambda: requested
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _refuse_full(run_dir: Path) -> None:
+    """Raise ConfigError unless there is nothing in a run folder but its lock."""
+    if any(item.name != LOCK for item in run_dir.iterdir()):
+        advice = f"continue it with --resume {run_dir}, or name" if checkpoint.exists(run_dir) else "name"
+        raise ConfigError(f"{run_dir} is not empty: {advice} another")
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -3,46 +3,99 @@
 lasp.train.observe says what the lines are.
 """
 
+import io
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from lasp import files
 
 
 class MetricsFile:
-    """Appends to metrics.jsonl; on resume drops what was written after the checkpoint."""
+    """Appends to metrics.jsonl; on resume drops what was written after the checkpoint.
+
+    Lines that are not of a run, as damage leaves them, are left out; the file as it was is then kept beside it. Where a
+    line cannot be written it waits, and goes with the next.
+    """
 
     def __init__(self, path: Path, *, finished_steps: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= finished_steps]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._stream = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self.num_damaged = 0
+        self._waiting: list[bytes] = []
+        kept = []
+        if path.exists():
+            content = _content(path)
+            found = parse_metrics(content)
+            self.num_damaged = found.num_damaged
+            if found.num_damaged:
+                files.write(path.with_name(f"{path.name}.damaged"), content)
+            kept = [line for line in found.lines if line["step"] <= finished_steps]
+        files.write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._stream = io.FileIO(os.open(path, flags), "a")
 
     def write(self, **values: Any) -> None:
-        self._stream.write(json.dumps(values) + "\n")
+        """Raises OSError; the line is kept then."""
+        self._waiting.append(json.dumps(values).encode() + b"\n")
+        self._drain()
 
     def close(self) -> None:
-        self._stream.close()
+        """Raises OSError if lines are left that cannot be written."""
+        try:
+            self._drain()
+        finally:
+            self._stream.close()
+
+    def _drain(self) -> None:
+        while self._waiting:
+            line, length = self._waiting[0], os.fstat(self._stream.fileno()).st_size
+            written = 0
+            try:
+                while written < len(line):
+                    written += self._stream.write(line[written:])
+            except OSError:
+                if written:
+                    self._stream.truncate(length)  # half a line would spoil the next
+                raise
+            del self._waiting[0]
+
+
+class Metrics(NamedTuple):
+    """The lines of a metrics file, in order, each with its "step"; num_damaged: lines that are none."""
+
+    lines: list[dict[str, Any]]
+    num_damaged: int
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order; a last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
+    """The lines of a metrics file, in order; those that are damaged, or cut short by a crash, are left out."""
+    return parse_metrics(_content(path)).lines if path.exists() else []
+
+
+def parse_metrics(content: bytes) -> Metrics:
+    """The lines of a metrics file. A last one without its end is not counted as damage: a crash leaves that."""
+    lines, num_damaged = [], 0
+    for line in content.split(b"\n")[:-1]:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            values = files.parse_json(line)
+        except ValueError:
+            values = None
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            lines.append(values)
+        else:
+            num_damaged += 1
+    return Metrics(lines, num_damaged)
+
+
+def _content(path: Path) -> bytes:
+    with files.open_regular(path) as stream:
+        return stream.read()
 
 
 def draw_curve(metrics: Path, picture: Path, *, by_byte: bool, trigram: float | None) -> str | None:
-    """Draw training and validation over training tokens. Returns why not, where matplotlib is missing.
+    """Draw training and validation over training tokens. Returns why not, where matplotlib is missing. Raises OSError.
 
     by_byte: a token is a byte, and both share an axis; else bits per token and bits per byte have one each.
     trigram: score of the byte 3-gram model, drawn as a line to beat.
@@ -51,7 +104,9 @@ def draw_curve(metrics: Path, picture: Path, *, by_byte: bool, trigram: float | 
         figure = curve_of(read_metrics(metrics), by_byte=by_byte, trigram=trigram)
     except ImportError:
         return "no loss curve: matplotlib is not installed (pip install matplotlib)"
-    figure.savefig(picture)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    files.write(picture, drawn.getvalue())
     return None
 
 
@@ -60,7 +115,7 @@ def curve_of(lines: list[dict[str, Any]], *, by_byte: bool, trigram: float | Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line and "tokens" in line]
     scores = [line for line in lines if "validation_bits_per_byte" in line]
     tokens_at = {line["step"]: line["tokens"] / 1e6 for line in steps}
     figure = Figure(figsize=(7, 4 if by_byte else 7), dpi=150)

@@ -10,6 +10,7 @@ Lines of metrics.jsonl, all with "step", the number of finished optimizer steps:
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ class Observer:
     ) -> None:
         finished = start.step
         self._config, self._output, self._machine, self._start = config, output, machine, start
-        describe.write(run_dir, description)
+        output.attempt("run.json", lambda: describe.write(run_dir, description))
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
+        if self._metrics.num_damaged:
+            output.line(
+                f"metrics.jsonl: {self._metrics.num_damaged} damaged lines left out; metrics.jsonl.damaged has all"
+            )
         self._sinks = open_sinks(config.track, run_dir, to_dict(config) | description, finished=finished)
         self._window: list[tuple[RankStep, ...]] = []
         self._said: SlowRank | None = None
@@ -71,19 +76,22 @@ class Observer:
         """The run has ended after step `number`."""
         if trigram is not None:
             self._write(number, trigram_bits_per_byte=trigram)
-        self._metrics.close()
+        self._output.attempt("metrics.jsonl", self._metrics.close)
         for sink in self._sinks:
-            sink.close()
+            self._output.attempt(f"--track {sink.name}", sink.close)
 
     def _write(self, number: int, **values: float) -> None:
-        self._metrics.write(step=number, **values)
+        self._write_line(step=number, **values)
         for sink in self._sinks:
-            sink.scalars(number, values)
+            self._output.attempt(f"--track {sink.name}", partial(sink.scalars, number, values))
+
+    def _write_line(self, **values: Any) -> None:
+        self._output.attempt("metrics.jsonl", lambda: self._metrics.write(**values))
 
     def _compare_ranks(self, number: int) -> None:
         ranks = typical(self._window)
         slow = slow_rank(self._window)
-        self._metrics.write(
+        self._write_line(
             step=number,
             steps=len(self._window),
             ranks={name: [_short(getattr(rank, name)) for rank in ranks] for name in RankStep._fields},

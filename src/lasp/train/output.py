@@ -1,24 +1,29 @@
 """What a run prints: once, on the first process. A moving bar on a terminal, a line every N steps elsewhere."""
 
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lasp.train.figures import StepFigures
+from lasp.train.outlet import Outlet, printable
+
+_LAST_WAIT_S = 10.0
 
 # Columns of a terminal from which on the bar is drawn at full length.
 _WIDE = 120
 
 
 class Output:
-    """Prints on the first process, and nowhere else."""
+    """Prints on the first process, and nowhere else; never waits, and never fails."""
 
     def __init__(self, *, enabled: bool, log_every: int) -> None:
         self.enabled, self.log_every = enabled, log_every
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not enabled)
+        self._outlet = Outlet()
+        self._refused: set[str] = set()
+        self.console = Console(file=cast(IO[str], self._outlet), highlight=False, soft_wrap=True, quiet=not enabled)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._step_seconds: float | None = None
@@ -26,12 +31,34 @@ class Output:
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """A heading and aligned lines."""
         width = max(len(name) for name in rows) + 2
-        self.console.print(f"\n[bold]{title}[/bold]")
+        self.heading(title)
         for name, text in rows.items():
-            self.console.print(f"  {name:<{width}}{text}", markup=False)
+            self.line(f"  {name:<{width}}{text}")
+
+    def heading(self, text: str) -> None:
+        self.console.print(f"\n{printable(text)}", style="bold", markup=False)
+
+    def piece(self, text: str) -> None:
+        """Part of a line."""
+        self.console.print(printable(text), end="", markup=False)
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
+
+    def attempt(self, what: str, work: Callable[[], object]) -> bool:
+        """Do `work`, which writes something down; whether it could. Of a `what` that could not, one line is printed."""
+        try:
+            work()
+        except Exception as error:  # whatever is wrong with a log, the run is worth more
+            if what not in self._refused:
+                self._refused.add(what)
+                self.line(f"{what} could not be written, and the run goes on: {error}")
+            return False
+        return True
+
+    def close(self, timeout_s: float) -> None:
+        """At the end: wait so long, and not long, for a slow reader."""
+        self._outlet.settle(min(timeout_s, _LAST_WAIT_S))
 
     def start(self, finished: int, total: int) -> None:
         """Begin showing progress."""

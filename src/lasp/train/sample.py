@@ -47,13 +47,15 @@ def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
     return Loaded(model, read_tokenizer(folder, tokenizer), folder, prompt or "")
 
 
-def stream_text(model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, *, seed: int) -> Iterator[str]:
+def stream_text(
+    model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, *, seed: int, device: torch.device
+) -> Iterator[str]:
     """The prompt, then the text the model continues it with, as it becomes certain.
 
-    An empty prompt, or none, starts a new document.
+    An empty prompt, or none, starts a new document. device: that the model runs on, which is not always where its
+    weights lie. Collective where weights are sharded: every process gets the same text.
     """
     text = options.prompt or ""
-    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ids = tokenizer.encode(text.encode()).tolist() or [tokenizer.separator]
     prompt = torch.tensor([ids], dtype=torch.int64, device=device)
