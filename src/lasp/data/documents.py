@@ -247,7 +247,7 @@ def _parquet(path: Path, field: str) -> Iterator[_Record]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"reading {path} needs the `pyarrow` package: pip install 'lasp-torch[parquet]'") from error
+        raise DataError(f"reading {path} needs the `pyarrow` package: pip install pyarrow") from error
     number = 0
     try:
         with parquet.ParquetFile(path) as table:

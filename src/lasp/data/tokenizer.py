@@ -9,8 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lasp import files
 from lasp.data.errors import DataError
 
+# A vocabulary of millions is tens of MB.
+_MOST_BYTES = 1 << 30
 TOKENIZER_FILE = "tokenizer.json"
 """A tokenizer's file beside what was made with it: token files, a checkpoint, an export."""
 
@@ -102,7 +105,7 @@ class FileTokenizer:
                 "or use --data.tokenizer bytes"
             ) from error
         try:
-            content = path.read_bytes()
+            content = files.read(path, _MOST_BYTES, follow=True)
             tokenizer = tokenizers.Tokenizer.from_buffer(content)
             described = json.loads(content)
         except Exception as error:  # the library raises bare Exception on a bad file

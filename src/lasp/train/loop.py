@@ -304,10 +304,7 @@ class _Run:
         if run_dir is not None and run_dir.exists():
             if resume != AUTO and (home is None or run_dir.resolve() != home.resolve()):
                 _refuse_full(run_dir)  # before a lock is put there
-            is_new = not any(run_dir.iterdir())
             self.lock = lock(run_dir)
-            if is_new:  # and no other run's, which the lock would have shown
-                self._made = run_dir
             checkpoint.restore(run_dir / "checkpoints")
         return {}
 
