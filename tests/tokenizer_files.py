@@ -19,7 +19,7 @@ def byte_level(path: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
+    tokenizer.train_from_iterator([" ".join([*WORDS, "<|end"])] * 9, trainer)  # "<|" is one token
     tokenizer.model.dropout = 0.5
     tokenizer.enable_truncation(16)
     tokenizer.enable_padding(pad_token="<pad>", pad_id=0, length=16)
