@@ -2,13 +2,15 @@
 PYTHON ?= python3
 # The PyTorch to install. An unpinned "torch" may bring several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
+# The Triton that goes with it. A PyTorch for CUDA asks for its own.
+TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1,triton)
 VENV := .venv
 BIN := $(VENV)/bin
 ORACLE := build/oracle
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test exhaustive fuzz lint oracle trackers clean
+.PHONY: train test exhaustive fuzz lint oracle trackers clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,7 +38,13 @@ oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed 
 trackers: $(TRACKERS)/.installed  ## write to the real TensorBoard and wandb, installed beside the environment
 	PYTHONPATH=$(TRACKERS) $(BIN)/python -m pytest tests/trackers $(ARGS)
 
-$(VENV)/.installed: pyproject.toml Makefile
+# Changes when another PyTorch is asked for.
+$(VENV)/.wanted: FORCE
+	@mkdir -p $(VENV) && echo '$(TORCH) $(TRITON)' | cmp -s - $@ || echo '$(TORCH) $(TRITON)' > $@
+
+FORCE:
+
+$(VENV)/.installed: pyproject.toml Makefile $(VENV)/.wanted
 	@$(PYTHON) -c 'import sys; sys.exit("lasp needs Python >= 3.10, found " + sys.version.split()[0] + ": pass PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
 	@echo "Setting up $(VENV) (about a minute, once)"
 	$(PYTHON) -m venv $(VENV)
@@ -44,7 +52,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' 'triton==3.7.1' -e '.[report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRITON)' -e '.[report,dev]'
 	@touch $@
 
 # Not in the environment: importing it changes other libraries, and nothing else here needs it.

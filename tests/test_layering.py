@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lasp"
 
 # A package may import those of lower levels, and itself.
 LEVELS = {
+    "files": 0,
     "algebra": 0,
     "distributed": 0,
     "recurrence": 1,
@@ -26,6 +27,7 @@ LEVELS = {
     "analysis": 8,
     "train": 9,
     "cli": 10,
+    "__main__": 11,
 }
 COLLECTIVES = {
     "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_reduce", "all_to_all",

@@ -44,7 +44,7 @@ def small_config(folder: Path, *, sp: int = 1, dp: int | None = None, **changes:
     config = TrainConfig(
         model=ModelOptions(overrides=SMALL),
         data=DataOptions(path=text, validation_fraction=0.2, cache=folder / "cache"),
-        optimizer=OptimizerOptions(lr=3e-3, warmup_steps=5),
+        optimizer=OptimizerOptions(lr=3e-3, warmup_steps=min(5, changes.get("steps", 12))),
         parallel=ParallelOptions(sp=sp, dp=dp, timeout_s=30),
         sample=SampleOptions(num_tokens=3),
         steps=12,

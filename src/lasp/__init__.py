@@ -1,10 +1,18 @@
-"""LASP: linear attention sequence parallelism for PyTorch."""
+"""LASP: linear attention sequence parallelism for PyTorch.
 
-from lasp.distributed import ExchangeError
-from lasp.halo import short_convolution, token_shift
-from lasp.ops import delta_rule, linear_attention, normalized_linear_attention
-from lasp.sequence import SequenceParallel
-from lasp.softmax import softmax_attention
+Importing it loads nothing, PyTorch neither: each name is loaded when it is first asked for.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lasp.distributed import ExchangeError
+    from lasp.halo import short_convolution, token_shift
+    from lasp.ops import delta_rule, linear_attention, normalized_linear_attention
+    from lasp.sequence import SequenceParallel
+    from lasp.softmax import softmax_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,3 +25,28 @@ __all__ = [
     "softmax_attention",
     "token_shift",
 ]
+_HOMES = {
+    "ExchangeError": "distributed",
+    "SequenceParallel": "sequence",
+    "delta_rule": "ops",
+    "linear_attention": "ops",
+    "normalized_linear_attention": "ops",
+    "short_convolution": "halo",
+    "softmax_attention": "softmax",
+    "token_shift": "halo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        found = getattr(import_module(f"lasp.{_HOMES[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"lasp.{name}") is not None:
+        found = import_module(f"lasp.{name}")
+    else:
+        raise AttributeError(f"module 'lasp' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+from training_runs import write_text
 
-from lasp.analysis.devices import DEVICES, device
+from lasp.analysis.devices import DEVICES, described, device
 from lasp.analysis.planner import METHODS, Job, Layout, best, estimate, longest, nodes_of
 from lasp.analysis.report import alternatives, plan, row
 from lasp.cli import main as cli
-from lasp.cli.plan import tokens
+from lasp.cli import train as train_command
 from lasp.exchange.all_to_all import AllToAll
 from lasp.exchange.doubling import Doubling
 from lasp.exchange.hierarchical import Hierarchical
 from lasp.models import preset
+from lasp.train.config import read_toml
 from lasp.train.errors import ConfigError
+from lasp.train.sizes import tokens
 
 CONFIG = preset("transnormer", "1b")
 LASP = Layout("lasp", 1, 8, "zero3", "none", "all_gather")
@@ -96,10 +102,10 @@ def test_parts_add_up():
 
 
 def test_lengths():
-    assert [tokens(text) for text in ("4096", "64K", "1m", "1G")] == [4096, 1 << 16, 1 << 20, 1 << 30]
+    assert [tokens(text, "--n") for text in ("4096", "64K", "1m", "1G")] == [4096, 1 << 16, 1 << 20, 1 << 30]
     for text in ("", "K", "-1", "0", "1.5K", "many", "2000G"):
-        with pytest.raises(ConfigError, match="number of tokens"):
-            tokens(text)
+        with pytest.raises(ConfigError, match="--n must be a number of tokens"):
+            tokens(text, "--n")
 
 
 def test_json(capsys):
@@ -122,15 +128,102 @@ def test_table_and_plot(capsys, tmp_path):
     )
 
 
+def printed_command(said: str) -> list[str]:
+    """The options of the `lasp train` line that a plan prints."""
+    (line,) = re.findall(r"lasp train (--.*)", said)
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--gpus 64 --gpu h100 --seq-len 1M",
+        "--gpus 8 --seq-len 256K --model.size 7b --precision fp32",
+        "--gpus 16 --gpu h200 --seq-len 64K --batch 4 --model.family hybrid",
+        "--gpus 4 --gpu cpu --seq-len 4K --batch 2 --model.size tiny --model.overrides layer_pattern LN num_layers 2",
+        "--gpus 4 --gpu cpu --config run.toml",
+    ],
+)
+def test_the_printed_command_is_one_that_train_takes(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layout = 'dp = 4\ndata_parallel = "zero3"\ndp_replicate = 2\ncpu_offload = true\n'
+    Path("run.toml").write_text(f"global_batch = 6\naccumulation = 3\n[parallel]\n{layout}")
+    assert cli.main(["plan", *arguments.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    options = printed_command(found["command"])
+    config, best = train_command.parse(options).settings, found["recommended_of_lasp_train"]
+    config.validate(found["devices"])
+    assert (config.seq_len, config.global_batch, config.precision) == (
+        found["seq_len"],
+        found["batch"],
+        found["precision"],
+    )
+    parallel = config.parallel
+    assert [best[name] for name in ("dp", "sp", "sharding", "recomputation")] == [
+        parallel.dp,
+        parallel.sp,
+        parallel.data_parallel,
+        parallel.recomputation,
+    ]
+    assert config.model.build(vocab_size=257).layer_pattern[0] == "L" and config.accumulation == 1
+
+
+def test_the_printed_command_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    plan_of = "plan --gpu cpu --gpus 1 --seq-len 64 --model.size tiny --model.overrides num_layers 1 decay retnet"
+    assert cli.main(plan_of.split()) == 0
+    options = printed_command(capsys.readouterr().out)
+    few = [
+        "--steps",
+        "1",
+        "--eval-sequences",
+        "4",
+        "--sample.num-tokens",
+        "4",
+        "--run-dir",
+        "run",
+        "--data.path",
+        "text",
+    ]
+    assert cli.main(["train", *few, *options]) == 0
+    assert "1 process on cpu: dp 1 x sp 1" in capsys.readouterr().out
+
+
+def test_precision_and_a_described_gpu_change_the_plan() -> None:
+    values = read_toml(Path(__file__).parents[2] / "examples" / "gpu" / "l40s.toml", "description of a GPU")
+    small = described(values)
+    wide = small.training_in("fp32")
+    assert (small.precision, small.peak_flops, wide.peak_flops) == ("bf16", 362e12, 91.6e12)
+    assert wide.training_in("bf16") == small and "as described for L40S" in wide.sources["flops"]
+    layout = Layout("lasp", 1, 8, "zero3", "full", "all_gather")
+    narrow, full = (estimate(job(device=kind), layout) for kind in (small, wide))
+    assert full.compute_s > 2 * narrow.compute_s and full.memory.total > narrow.memory.total
+    # An eighth of a device's memory is left to what is no tensor.
+    assert all(kind.memory_share == 0.88 for kind in (*DEVICES.values(), small))
+    for key in ("memory_gib", "processors"):
+        with pytest.raises(ValueError, match=f"{key} must be a number above 0, got 0"):
+            described(values | {key: 0})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gpu", "tpu"], "unknown device 'tpu'; known: A100-80G"),
         (["--gpus", "0"], "--gpus must be from 1"),
-        (["--batch", "0"], "--batch must be at least 1"),
+        (["--batch", "0"], "--global-batch must be at least 1"),
         (["--seq-len", "long"], "--seq-len must be a number of tokens"),
         (["--model.size", "7b", "--model.family", "gla"], "unknown size '7b' of gla"),
         (["--config", "nowhere.toml"], "cannot read the config file"),
+        (["--gpu", "nowhere.toml"], "cannot read the description of a GPU nowhere.toml"),
+        (
+            ["--gpu", str(Path(__file__).parents[2] / "configs" / "transnormer-tiny.toml")],
+            "a GPU has no 'data'; it has",
+        ),
         (["--plot", "nowhere/plan.png"], "the folder of nowhere/plan.png does not exist"),
     ],
 )

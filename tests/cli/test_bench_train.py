@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from world import run
 
 from lasp.analysis.flops import flops_per_token
-from lasp.cli.bench_train import BenchTrainConfig, measure
+from lasp.cli.bench_train import BenchTrainConfig, for_device, measure
 from lasp.cli.main import main
 from lasp.models import preset
 from lasp.train.config import ModelOptions, ParallelOptions
@@ -51,13 +52,32 @@ def test_processes_measure_together(dp: int, sp: int, tmp_path: Path) -> None:
     assert row["tokens_per_s"] == pytest.approx(64 * dp / row["step_s"])
 
 
+def test_what_is_not_given_is_chosen_for_the_device(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cpu", "auto"):  # this machine has no GPU, or "auto" is one
+        chosen = for_device(device)
+        if device == "cpu" or not torch.cuda.is_available():
+            assert (chosen.model.size, chosen.precision, max(chosen.tokens)) == ("tiny", "fp32", 4096)
+    assert (for_device("cuda").model.size, for_device("cuda").precision) == ("1b", "bf16")
+    # What is given stands; every length is shown as it is measured.
+    assert (
+        main(["bench", "train", "--device", "cpu", "--model.overrides", "num_layers", "1", "--tokens", "64", "128"])
+        == 0
+    )
+    heading, _, *rows = capsys.readouterr().out.splitlines()
+    assert heading.startswith("transnormer-tiny") and [row.split()[0] for row in rows] == ["64", "128"]
+    shown: list[str] = []
+    config = BenchTrainConfig(model=ModelOptions(overrides={"num_layers": 1}), tokens=(64,), steps=1, device="cpu")
+    figures = measure(config, report=lambda text: shown.append(text) or shown.append(str(len(shown))))
+    assert len(figures["rows"]) == 1 and shown[2].split()[0] == "64"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--tokens", "0"], "at least 1"),
         (["--tokens", "64", "--sp", "3"], "multiples of --sp 3"),
         (["--tokens", "64", "--sp", "2", "--nproc", "3"], "3 processes cannot be split"),
-        (["--model.overrides", "depth", "3"], "no field depth"),
+        (["--model.overrides", "depth", "3"], "no field 'depth'"),
     ],
 )
 def test_nonsense_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

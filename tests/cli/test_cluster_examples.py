@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_launch import command
+from torch.distributed.run import get_args_parser as torchrun_arguments
 
 from lasp.cli import train as train_command
 from lasp.train.metrics import read_metrics
@@ -77,10 +78,18 @@ def test_the_kubernetes_example_can_be_run() -> None:
     text = (EXAMPLES / "kubernetes" / "pytorchjob.yaml").read_text()
     # Written as YAML's flow sequences, lists are JSON too.
     start, options = (json.loads(re.search(rf" {name}: (\[.*?\])", text, re.DOTALL)[1]) for name in ("command", "args"))  # type: ignore[index]
-    assert start == ["torchrun", "-m", "lasp.cli.main", "train"]
-    pods, processes = (int(re.search(rf'{name}: "?(\d+)', text)[1]) for name in (" replicas", "nprocPerNode"))  # type: ignore[index]
-    assert {int(found) for found in re.findall(r"(?:min|max)Replicas: (\d+)", text)} == {pods}
+    assert start[0] == "torchrun" and start[-3:] == ["-m", "lasp", "train"]
+    operator = {"$(RANK)": "1", "$(MASTER_ADDR)": "lasp-master-0", "$(MASTER_PORT)": "23456"}
+    given = torchrun_arguments().parse_args([*(operator.get(word, word) for word in start[1:-3]), "-m", "lasp"])
+    assert (given.node_rank, given.master_addr, given.master_port) == (1, "lasp-master-0", 23456)
+    pods, processes = int(given.nnodes), int(given.nproc_per_node)
+    assert sum(int(found) for found in re.findall(r" replicas: (\d+)", text)) == pods
     assert int(re.search(r"gpu: (\d+)", text)[1]) == processes  # type: ignore[index]
+    # Nothing that is loaded as a pickle, and nobody else's connections.
+    assert given.rdzv_backend == "static" and "elasticPolicy:" not in text and not given.standalone
+    assert re.search(
+        r'kind: NetworkPolicy.*podSelector: &pods.*policyTypes: \["Ingress"\].*podSelector: \*pods', text, re.S
+    )
     assert options[-2:] == ["--resume", "auto"]
     config = train_command.parse(options[:-2]).settings
     config.validate(pods * processes)

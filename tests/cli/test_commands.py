@@ -1,6 +1,7 @@
 """The command line: help, options, errors with their exit codes; all without training."""
 
 import dataclasses
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from training_runs import small_config, write_text
 
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
-from lasp.train import loop
+from lasp.train import export, loop, sample
 from lasp.train.config import TrainConfig
 from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
@@ -20,8 +21,8 @@ def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFix
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("train", "generate", "check"))
-    # Nor PyTorch's compiler, which takes as long to load as all the rest.
-    names = ("tyro", "matplotlib", "torch._dynamo", "lasp")
+    # Nor PyTorch: whatever takes long to load is loaded behind the guard, where Ctrl-C is no fault.
+    names = ("tyro", "matplotlib", "torch", "torch._dynamo", "lasp")
     script = f"import sys, lasp.cli.main; print([name for name in {names} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout == "['lasp']\n"
@@ -40,6 +41,10 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert (config.steps, config.seq_len, config.parallel.sp, config.parallel.dp) == (9, 32, 4, 2)
     assert config.optimizer.lr == 0.5 and options.nproc == 8
     assert train_command.parse([]).settings == TrainConfig()
+    sizes = train_command.parse(["--seq-len", "64K", "--ffn-piece-tokens", "1m"]).settings
+    assert (sizes.seq_len, sizes.parallel.ffn_piece_tokens) == (1 << 16, 1 << 20)
+    file.write_text('seq_len = "64K"')
+    assert train_command.parse(["--config", str(file)]).settings.seq_len == 1 << 16
 
 
 def test_the_shipped_configs_are_valid() -> None:
@@ -54,6 +59,7 @@ def test_the_shipped_configs_are_valid() -> None:
     ("arguments", "code", "message"),
     [
         (["train", "--sp", "2", "--nproc", "3"], 64, "3 processes cannot be split into sequence groups of 2"),
+        (["train", "--sp", "1", "--steps", "5", "--optimizer.warmup-steps", "6"], 64, "at most the 5 steps of"),
         (["train", "--sp", "2", "--seq-len", "7"], 64, "--seq-len must be a multiple of --sp"),
         (["train", "--config", "a.toml", "--resume", "b"], 64, "give one of them"),
         (["train", "--config", "nowhere.toml"], 64, "cannot read the config file nowhere.toml"),
@@ -66,6 +72,41 @@ def test_the_shipped_configs_are_valid() -> None:
         (["generate", "nowhere", "--top-k", "0"], 64, "--top-k must be at least 1"),
         (["train", "--sp", "1", "--data.path", "nowhere"], 65, "nowhere is not a folder"),
         (["train", "--sp", "1", "--model.overrides", "widht", "3"], 64, "no field 'widht'; known: "),
+        (
+            ["train", "--sp", "2", "--model.overrides", "d_model", "wide"],
+            64,
+            "d_model must be a whole number, got 'wide'",
+        ),
+        (["check", "--model.overrides", "negative_eigenvalues", "3"], 64, "must be true or false, got 3"),
+        (["plan", "--model.overrides", "layer_pattern", "LX"], 64, "layer_pattern must be of the letters"),
+        (
+            ["bench", "train", "--sp", "2", "--model.overrides", "backend", "cuda"],
+            64,
+            "unknown backend 'cuda'; known: auto",
+        ),
+        (["train", "--stpes", "3"], 64, "--stpes"),
+        (["plan", "--gpus"], 64, "--gpus"),
+        (["train", "--seed", "9" * 30], 64, "--seed must be a number of at most 64 bits"),
+        (["train", "--sample.prompt", "caf\udce9"], 64, "--sample.prompt must be text in UTF-8"),
+        (["generate", "nowhere", "--temperature", "nan"], 64, "--temperature must not be negative"),
+        (
+            ["train", "--sp", "1", "--data.path", "text", "--run-dir", "file"],
+            64,
+            "--run-dir must be a folder, and file is none",
+        ),
+        (
+            ["train", "--sp", "1", "--data.path", "text", "--run-dir", "file/run"],
+            64,
+            "--run-dir must be a folder, and file is none",
+        ),
+        (["train", "--sp", "2", "--data.cache", "file"], 64, "--data.cache must be a folder, and file is none"),
+        (["export", "run", "--out", "file/weights"], 66, "there is no checkpoint in run"),
+        (["report", "nope"], 64, "nope is not a run folder"),
+        (["plan", "--plot", "plan.xyz"], 64, "--plot must end in one of .avif, .eps"),
+        (["plan", "--plot", "there.png"], 64, "--plot must name a file, and there.png is a folder"),
+        (["bench", "exchange", "--save", "no/where.json"], 64, "--save: the folder of no/where.json does not exist"),
+        (["bench", "train", "--output", "/proc/figures.json"], 64, "--output: cannot write /proc/figures.json"),
+        (["check", "--device", "cuda"], 64, "--device cuda needs 1 GPU on this machine, found 0"),
     ],
 )
 def test_wrong_usage_has_a_message_and_a_code(
@@ -77,6 +118,10 @@ def test_wrong_usage_has_a_message_and_a_code(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "there.png").mkdir()
+    if "text" in arguments:
+        write_text(tmp_path / "text", num_files=3)
     assert cli.main(arguments) == code
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
@@ -96,11 +141,18 @@ def test_train_then_generate_in_one_process(
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text")
     small = [f"{key} {value}" for key, value in small_config(tmp_path).model.overrides.items()]
-    arguments = "train --sp 1 --steps 3 --seq-len 32 --data.path text --sample.num-tokens 12 --model.overrides"
-    assert cli.main([*arguments.split(), *" ".join(small).split()]) == 0
+    arguments = "train --sp 1 --data-parallel zero3 --steps 3 --seq-len 32 --data.path text --sample.num-tokens 12"
+    assert cli.main([*arguments.split(), "--model.overrides", *" ".join(small).split()]) == 0
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "data")
     said = capsys.readouterr().out
-    for word in ("30,784 parameters", "byte 3-gram", "bits per byte", str(Path("runs") / run.name / "metrics.jsonl")):
+    alone = "all weights in it (--data-parallel zero3 needs several processes"
+    for word in (
+        alone,
+        "30,784 parameters",
+        "byte 3-gram",
+        "bits per byte",
+        str(Path("runs") / run.name / "metrics.jsonl"),
+    ):
         assert word in said
     assert (run / "curve.png").exists() and len((run / "sample.txt").read_text()) > 4
     texts = []
@@ -118,6 +170,10 @@ def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.
     assert cli.main(["export", str(config.run_dir), "--out", str(out)]) == 0
     assert capsys.readouterr().out.split() == [str(out)]
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in (*out.iterdir(), config.run_dir / "config.json")}) == 1
+    # Nothing has to be said again about the model, and what is said wins, to be refused where it does not fit.
+    assert train_command.parse(["--init-from", str(out)]).settings.model == config.model
+    assert train_command.parse(["--init-from", str(out), "--model.family", "gla"]).settings.model.family == "gla"
     texts = []
     for path in (config.run_dir, out):
         assert cli.main(["generate", str(path), "--prompt", "abc", "--num-tokens", "20"]) == 0
@@ -135,6 +191,28 @@ def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.
     other = dataclasses.replace(more, run_dir=tmp_path / "other", model=dataclasses.replace(more.model, overrides={}))
     with pytest.raises(CheckpointError, match=r"another model; checkpoint -> now:\n(.*\n)*  d_model: 32 -> 128"):
         loop.train(other)
+
+
+def test_no_flipped_bit_of_an_export_is_loaded(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=1)
+    loop.train(config)
+    assert config.run_dir is not None
+    out = export.export(config.run_dir, tmp_path / "exported", report=pytest.fail)
+    source, refused = random.Random(1), 0
+    for path in sorted(out.iterdir()):
+        good = path.read_bytes()
+        for _ in range(50):
+            damaged = bytearray(good)
+            damaged[source.randrange(len(good))] ^= 1 << source.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                sample.load(out, report=pytest.fail)
+            refused += 1
+        path.write_bytes(good[: len(good) // 2])
+        with pytest.raises(CheckpointError):
+            sample.load(out, report=pytest.fail)
+        path.write_bytes(good)
+    assert refused == 100 and sample.load(out, report=pytest.fail).folder == out
 
 
 def test_one_command_starts_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

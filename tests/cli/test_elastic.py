@@ -6,12 +6,11 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import world
-from test_launch import command, linux, wait_until
+from test_launch import command, linux, torchrun, wait_until, whole_end
 
 from lasp.cli import train as train_command
 from lasp.train import loop
@@ -19,7 +18,6 @@ from lasp.train.config import AUTO
 from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 STEPS = 60
 
 
@@ -36,21 +34,30 @@ def rank_one(parent: int) -> int:
 
 
 @linux
-def test_a_killed_process_costs_only_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
+    """hosts: as many torchruns, one of two processes or two of one; to the processes they are as many machines."""
     arguments = command(tmp_path, "--steps", str(STEPS), "--save-every", "5", "--resume", "auto")
-    job = subprocess.Popen(
-        [*TORCHRUN, "--max-restarts", "2", "-m", "lasp.cli.main", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    start = [*torchrun(2 // hosts), "--master-addr", "127.0.0.1", "--nnodes", str(hosts), "--max-restarts", "2"]
+    jobs = [
+        subprocess.Popen(
+            [*start, "--node-rank", str(host), "-m", "lasp", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(hosts)
+    ]
+    job = jobs[0]
     try:
         wait_until(lambda: len(losses(tmp_path / "run")) >= 7, job)
-        os.kill(rank_one(job.pid), signal.SIGKILL)
+        os.kill(rank_one(jobs[-1].pid), signal.SIGKILL)
         out, error = job.communicate(timeout=90)
+        assert [each.wait(30) for each in jobs] == [0] * hosts, error
     finally:
-        job.kill()
-    assert job.returncode == 0, error
+        for each in jobs:
+            each.kill()
+    whole_end(tmp_path / "run", out)
     assert out.count("Training transnormer-tiny") == 2 and out.count("resumed") == 1 and "after step" in out
 
     whole = train_command.parse(arguments[1:]).settings

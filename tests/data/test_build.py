@@ -5,6 +5,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -99,7 +100,7 @@ def test_sources_follow_one_another(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert f"lasp train --data.path {tmp_path / 'both'}" in said and "held out" not in said
     built(text / "part0" / "text0.txt", tmp_path / "single", "--validation-fraction", "1e-9")
-    assert "nothing is held out" in capsys.readouterr().out
+    assert "1 documents read, 0 empty, 0 skipped, 0 altered, 1 cut" in capsys.readouterr().out
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,18 +135,27 @@ def prepare_folder(folder: Path, cache: Path, field: str = "text") -> object:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"body": "x"}', r"a\.jsonl, record 2: no text in the field 'text' \(found: body\)"),
-        ('{"text": 3}', r"record 2: no text in the field 'text'"),
-        ("[1]", r"record 2: no text in the field 'text' \(found: list\)"),
-        ('{"text": ', r"cannot read .*a\.jsonl at line 2"),
+        ('{"body": "x"}', r"/a\.jsonl, line 3: no field 'text' \(found: body\)"),
+        ('{"text": 3}', r"line 3: the field 'text' is a number, not text"),
+        ('{"text": null}', r"line 3: the field 'text' is null, not text"),
+        ("[1]", r"line 3: no record with fields but a list"),
+        ('{"text": ', r"line 3: no JSON"),
+        ("[" * 100_000, r"line 3: no JSON"),
     ],
 )
-def test_a_bad_record_is_named_and_nothing_is_left(tmp_path: Path, line: str, message: str) -> None:
+def test_a_bad_record_is_named_and_nothing_is_left_or_is_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.jsonl").write_text('{"text": "good"}\n' + line)
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "good"}\n\n' + line + '\n{"text": "more"}\n')
     with pytest.raises(DataError, match=message):
         prepare_folder(tmp_path / "text", tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
+    arguments = ["data", "build", str(tmp_path / "text"), "--out", str(tmp_path / "built"), "--on-bad-record", "skip"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "2 documents read, 0 empty, 1 skipped, 0 altered, 2 cut; first skipped: " in said
+    assert re.search(message, said)
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def test_theta_stays_fp32_in_a_bf16_model():
     assert lrpe.theta.dtype == torch.float32 and torch.equal(lrpe.theta, before)
     encoded, _ = lrpe(*random_qk(torch.bfloat16), 0)
     assert encoded.dtype == torch.bfloat16
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert LRPE(H, K).theta.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_sinusoids_at_a_global_position():

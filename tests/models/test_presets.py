@@ -5,8 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from lasp.models import NAMES, ModelConfig, config, mixers, num_parameters, parameter_table, preset
+from lasp.layers import LRPE, ShortConvolution
+from lasp.layers.gates import SteppedDecay
+from lasp.layers.parameters import decaying_parameters
+from lasp.models import NAMES, CausalLM, ModelConfig, config, mixers, num_parameters, parameter_table, preset
+from lasp.models.presets import sizes
 
 # Counted by hand from the papers' shapes: embedding + layers * (attention + feed-forward + norms) (+ LRPE's theta).
 EXPECTED = {
@@ -93,3 +99,36 @@ def test_lrpe_is_in_the_first_layer_only_and_decay_slows_with_depth():
 def test_configuration_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def matrices(model: nn.Module) -> set[str]:
+    """By the kind of their module: what projects, embeds or convolves."""
+    kinds = (nn.Linear, nn.Embedding, ShortConvolution)
+    return {f"{prefix}.weight" for prefix, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def moved_by_a_cast(model: nn.Module) -> set[str]:
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    cast = model.to(torch.bfloat16).named_parameters()
+    return {name for name, parameter in cast if not torch.equal(parameter.double(), before[name].double())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_say_whether_they_decay_and_in_which_dtype_they_live(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Angles and learned decays are no weight matrices, whatever their shape, and no cast moves them."""
+    for size in sizes(name):
+        with torch.device("meta"):
+            model = CausalLM(preset(name, size, num_layers=4))
+        assert {name for name, _ in decaying_parameters(model)} == matrices(model)
+    model = CausalLM(preset(name, "tiny", num_layers=4))
+    exact = {name for name, _ in model.named_parameters() if name.endswith((".theta", ".log_rate", ".decay.bias"))}
+    assert exact == {
+        name for name, _ in CausalLM(model.config).bfloat16().named_parameters() if _.dtype != torch.bfloat16
+    }
+    assert not exact & moved_by_a_cast(model)
+    for module in (LRPE, SteppedDecay):
+        monkeypatch.setattr(module, "exact", ())
+    broken = CausalLM(model.config)
+    assert bool(exact) == bool(exact & moved_by_a_cast(broken))

@@ -18,11 +18,13 @@ import world
 from torch import nn
 from training_runs import small_config
 
+from lasp import files
 from lasp.cli import main as cli
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
 from lasp.train import checkpoint, loop, shards
 from lasp.train.errors import CheckpointError
+from lasp.train.progress import Progress
 from lasp.train.world import World
 
 CONFIG = {"width": 5, "kind": "toy"}
@@ -151,7 +153,7 @@ def test_killed_at_any_storage_call_the_old_or_the_new_one_stands(tmp_path: Path
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL)
         found = checkpoint.find(root, report=pytest.fail)
-        assert found.state["step"] in (1, 2)
+        assert found.state["step"] == 2  # the one that was, or the one that is
         shards.load(found, toy()[0], CONFIG)
         write(root, 3, model, optimizer)
         left = sorted(path.name for path in root.iterdir())
@@ -192,7 +194,7 @@ def test_one_process_that_cannot_write_is_told_by_all(tmp_path: Path) -> None:
         )
         original = checkpoint.seal_file
 
-        def refuses(path: Path) -> checkpoint.FileSeal:
+        def refuses(path: Path, progress: Progress) -> checkpoint.FileSeal:
             raise OSError(errno.EIO, "Input/output error")
 
         if rank == 1:
@@ -221,10 +223,10 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
     config = small_config(tmp_path, sp=1, save_every=4)
     original = checkpoint.seal_file
 
-    def at_step_four(path: Path) -> checkpoint.FileSeal:
+    def at_step_four(path: Path, progress: Progress) -> checkpoint.FileSeal:
         if "step-00000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(path)
+        return original(path, progress)
 
     monkeypatch.setattr(checkpoint, "seal_file", at_step_four)
     assert loop.train(config).finished_steps == 12
@@ -235,7 +237,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
     ]
     said = capfd.readouterr().out
     assert said.count("No space left on device") == 1 and "training goes on" in said
-    monkeypatch.setattr(checkpoint, "seal_file", lambda path: at_step_four(Path("step-00000004")))
+    monkeypatch.setattr(checkpoint, "seal_file", lambda _path, progress: at_step_four(Path("step-00000004"), progress))
     with pytest.raises(CheckpointError, match=r"step 12 could not be written.*No space left"):
         loop.train(dataclasses.replace(config, run_dir=tmp_path / "other"))
 
@@ -260,9 +262,9 @@ def test_a_pickle_in_the_folder_never_runs(tmp_path: Path, name: str) -> None:
         checkpoint.find(tmp_path, report=pytest.fail)
     sealed = json.loads((folder / "manifest.json").read_text())["sealed"] if name != "manifest.json" else None
     if sealed is not None:  # whoever can write the folder can seal it too: still only data
-        files = [checkpoint.seal_file(item) for item in folder.iterdir() if item.name != "manifest.json"]
-        sealed["files"] = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files}
-        manifest = {"sealed": sealed, "sha256": checkpoint._seal_digest(sealed)}
+        seals = [checkpoint.seal_file(item, Progress()) for item in folder.iterdir() if item.name != "manifest.json"]
+        sealed["files"] = {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in seals}
+        manifest = {"sealed": sealed, "sha256": files.json_sha256(sealed)}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         try:
             shards.load(checkpoint.find(tmp_path, report=pytest.fail), toy()[0], CONFIG)
@@ -286,7 +288,7 @@ def test_swapped_files_and_other_formats_are_refused(tmp_path: Path) -> None:
     one.rename(two)
     manifest = json.loads((two / "manifest.json").read_text())
     manifest["sealed"]["format"] = 1
-    manifest["sha256"] = checkpoint._seal_digest(manifest["sealed"])
+    manifest["sha256"] = files.json_sha256(manifest["sealed"])
     (two / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
         checkpoint.find(tmp_path, report=pytest.fail)
@@ -300,6 +302,50 @@ def test_verify_names_the_good_and_the_damaged(tmp_path: Path, capsys: pytest.Ca
     assert damaged.startswith(f"damaged  {newer}") and good.startswith(f"good     {older}: 1 steps")
     (older / "state.json").write_text("{}")
     assert cli.main(["verify", str(tmp_path)]) == 66
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "shard"])
+@pytest.mark.parametrize("instead", ["pipe", "device", "link", "nested"])
+def test_only_regular_files_are_read(tmp_path: Path, name: str, instead: str) -> None:
+    """A pipe that nobody writes to would wait for ever, an endless device fill the memory."""
+    folder = write(tmp_path, 2, *toy())
+    path = shard_of(folder) if name == "shard" else folder / name
+    aside = path.rename(tmp_path / "aside")
+    if instead == "pipe":
+        os.mkfifo(path)
+    elif instead == "nested":
+        path.write_text("[" * 1_000_000)
+    else:
+        path.symlink_to("/dev/zero" if instead == "device" else aside)
+    assert is_refused(folder)
+    path.unlink()
+    aside.rename(path)
+    assert not is_refused(folder)
+
+
+def test_names_are_taken_for_no_more_than_they_are(tmp_path: Path) -> None:
+    """A run folder may be called anything, and of other folders beside its checkpoints none is removed."""
+    model, optimizer = toy()
+    run = tmp_path / "step-00000007"
+    kept = run / "checkpoints" / "step-00000001.by-hand"
+    kept.mkdir(parents=True)
+    for step in (1, 2, 123_456_789):
+        newest = write(run / "checkpoints", step, model, optimizer, keep=1)
+    for path in (run, run / "checkpoints", newest):
+        assert checkpoint.find(path, report=pytest.fail).state["step"] == 123_456_789
+        assert checkpoint.run_folder(path) == run
+    assert sorted(path.name for path in newest.parent.iterdir()) == [kept.name, newest.name]
+
+
+def test_what_a_commit_had_set_aside_is_found_and_put_back(tmp_path: Path) -> None:
+    model, optimizer = toy()
+    write(tmp_path, 1, model, optimizer)
+    newest = write(tmp_path, 2, model, optimizer)
+    aside = newest.rename(tmp_path / ".replaced-step-00000002-0123abcd")  # killed between the two renames
+    assert checkpoint.find(tmp_path, report=pytest.fail).folder == aside
+    write(tmp_path, 3, model, optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.verify(newest).state["step"] == 2
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

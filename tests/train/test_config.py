@@ -29,6 +29,7 @@ def test_toml_overrides_defaults(tmp_path: Path) -> None:
         ("stepz = 7", "unknown setting 'stepz'; known: model, data"),
         ("[optimizer]\nrate = 1", r"unknown setting 'rate' in \[optimizer\]"),
         ("steps = 1.5", "steps must be int, got 1.5"),
+        ('seq_len = "64Q"', "seq_len must be a number of tokens .* got '64Q'"),
         ('precision = "fp16"', "precision must be one of fp32, bf16, got 'fp16'"),
         ("steps = ", "cannot read the config file"),
     ],

@@ -62,7 +62,6 @@ def _poison(stepper: step.Stepper, where: str) -> None:
 
 
 def test_a_single_process_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_stop_signals", loop._stop_signals)
     config = small_config(tmp_path, sp=1)
     original = step.Stepper.gradients
 
@@ -84,8 +83,10 @@ def test_only_matrices_decay() -> None:
 
 def test_the_learning_rate_warms_up_and_decays_to_its_floor() -> None:
     options = loop.TrainConfig().optimizer
+    warmup = options.warmup(500)
+    assert (warmup, options.warmup(700), options.warmup(5), options.warmup(10**6)) == (35, 50, 1, 2000)
     rates = [learning_rate(number, 500, options) for number in range(500)]
-    assert rates[options.warmup_steps - 1] == options.lr == max(rates)
-    assert rates[0] == pytest.approx(options.lr / options.warmup_steps)
+    assert rates[warmup - 1] == options.lr == max(rates)
+    assert rates[0] == pytest.approx(options.lr / warmup)
     assert rates[-1] == pytest.approx(options.lr * options.min_lr_ratio)
-    assert all(a >= b for a, b in zip(rates[options.warmup_steps :], rates[options.warmup_steps + 1 :], strict=False))
+    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import resource
 import time
 from pathlib import Path
 
 import pytest
 import world
+from rich.console import Console
 from training_runs import SMALL, small_config
 
 from lasp.train import loop, step
 from lasp.train.figures import Machine, figures_of, slow_rank
 from lasp.train.metrics import read_metrics
+from lasp.train.observe import Observer
+from lasp.train.output import Output
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
 
@@ -77,17 +81,53 @@ def test_what_is_slow() -> None:
 
     assert slow_rank(steps((0.10, 0.11, 0.12))) is None and slow_rank(steps((9.0,))) is None
     line = slow_rank(steps(*[(0.10, 0.30, 0.12)] * 3, (0.4, 0.3, 0.1)))
-    assert line is not None and line.startswith("rank 1 is slow: its own work takes 300 ms")
+    assert line is not None and str(line).startswith("rank 1 is slow: its own work takes 300 ms")
     # One hiccup in a window makes nobody slow, and taking turns neither.
     assert slow_rank(steps(*[(0.1, 0.1)] * 4, (0.1, 5.0))) is None
     assert slow_rank(steps(*[(0.1, 0.5, 0.1), (0.6, 0.5, 0.1)] * 3)) is None
+
+    # Nor does a rank that the others hardly wait for, however much longer its share of a short step is.
+    assert slow_rank(steps(*[(0.032, 0.040)] * 4)) is None and slow_rank(steps(*[(0.032, 0.055)] * 4)) is not None
+
+
+def test_a_slow_rank_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, steps=20, log_every=2)
+    (tmp_path / "run").mkdir()
+    output = Output(enabled=True, log_every=config.log_every)
+    machine = Machine(flops_per_token=1.0, peak_flops=None)
+    observer = Observer(config, tmp_path / "run", output, machine, description={}, finished=0)
+    windows = [(0.1, 0.2), (0.1, 0.2), (0.1, 0.1), (0.1, 0.2), (0.1, 0.5), (0.2, 0.1)]
+    for number in range(1, 2 * len(windows) + 1):
+        ranks = tuple(rank(own_s) for own_s in windows[(number - 1) // 2])
+        observer.step(number, StepResult(2.0, 1.0, 0.1, ranks, stop=False), 1.0)
+    observer.close(number, None)
+    said = [line[:38] for line in capsys.readouterr().out.splitlines() if "is slow" in line]
+    # Not every window: of a rank when it is first slow, and when the others wait twice as long for it.
+    assert said == [
+        f"rank {slow} is slow: its own work takes {ms}" for slow, ms in ((1, "200"), (1, "500"), (0, "200"))
+    ]
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "ranks" in line]
+    assert [line["slow"] is not None for line in lines] == [True, True, False, True, True, True]
+
+
+def test_a_terminal_of_80_columns_shows_step_and_time_left() -> None:
+    output = Output(enabled=True, log_every=1)
+    output.console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False, color_system=None)
+    result = StepResult(2.0, 1.0, 0.1, (rank(0.4, sent=1 << 20, memory=1 << 30),), stop=False)
+    figures = figures_of(7, result, seconds=0.5, tokens_per_step=1 << 20, machine=Machine(6e9, 1e15))
+    output.start(6, 100_000)
+    output.step(7, 100_000, seconds=0.5, figures=figures)
+    output.stop()
+    last = output.console.file.getvalue().replace("\r", "\n").split("\n")  # type: ignore[attr-defined]
+    shown = [line for line in last if "7/100000" in line][-1]
+    assert "13 h 53 min left  loss 2.0000  2,097,152 tokens/s" in shown and "…" not in shown
 
 
 def test_utilisation_is_of_all_devices() -> None:
     result = StepResult(2.0, 1.0, 0.1, (rank(0.4, sent=10), rank(0.3, sent=20)), stop=False)
     machine = Machine(flops_per_token=6e9, peak_flops=1e12)
-    figures = figures_of(7, result, seconds=0.5, tokens_per_step=100, machine=machine)
+    figures = figures_of(7, result, seconds=0.5, tokens_per_step=100, tokens=700, machine=machine)
     assert figures.tokens_per_s == 200 and figures.tokens == 700
     assert figures.mfu == pytest.approx(200 * 6e9 / 2e12)
     assert (figures.slowest_rank, figures.slowest_s, figures.fastest_s, figures.exchanged_bytes) == (0, 0.4, 0.3, 30)
-    assert figures_of(7, result, seconds=1.0, tokens_per_step=1, machine=Machine(6e9, None)).mfu is None
+    assert figures_of(7, result, seconds=1.0, tokens_per_step=1, tokens=7, machine=Machine(6e9, None)).mfu is None

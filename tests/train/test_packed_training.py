@@ -1,6 +1,10 @@
 """Packed training: documents kept apart, the same at every layout, and the same as every document by itself."""
 
 import dataclasses
+import itertools
+import json
+import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,12 @@ from lasp.data import store as token_store
 from lasp.data.batches import Sequences, Shard
 from lasp.data.tokenizer import ByteTokenizer
 from lasp.models import CausalLM
+from lasp.parallelize import ParallelModel
 from lasp.train import loop, step
-from lasp.train.config import TrainConfig
+from lasp.train.config import OptimizerOptions, TrainConfig
+from lasp.train.evaluate import Score, evaluate
+from lasp.train.sample import load
+from lasp.train.world import World
 
 STEPS = 12
 
@@ -57,14 +65,20 @@ def documents_run_together() -> None:
     step.Sequences.batch = whole  # type: ignore[method-assign, assignment]
 
 
-def one_process_counts() -> None:
-    """Losses divided by the labels that this process sees, not by those of the global batch."""
-    step.Sequences.num_targets = lambda self, number, rows: int(  # type: ignore[method-assign]
-        (self.batch(number, rows, Shard(dp_rank=0, dp_size=2, sp_rank=1, sp_size=2)).labels >= 0).sum() * 4
-    )
+def separators_end_documents() -> None:
+    """The same tokens and labels, but a separator belongs to the document before: what that leaves behind reaches the
+    first token of the next."""
+    original = step.Sequences.batch
+
+    def late(self: Sequences, *arguments: object, **options: object) -> object:
+        batch = original(self, *arguments, **options)  # type: ignore[arg-type]
+        first, *cuts, end = batch.cu_seqlens
+        return batch._replace(cu_seqlens=(first, *(cut if cut % 64 == 0 else cut + 1 for cut in cuts), end))
+
+    step.Sequences.batch = late  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("broken", [documents_run_together, one_process_counts])
+@pytest.mark.parametrize("broken", [documents_run_together, separators_end_documents])
 def test_control(folder: Path, reference: list[float], broken: object) -> None:
     run_dir = folder / f"broken-{broken.__name__}"  # type: ignore[attr-defined]
     config = packed_config(folder, dp=2, sp=2, run_dir=run_dir)
@@ -72,7 +86,8 @@ def test_control(folder: Path, reference: list[float], broken: object) -> None:
 
 
 def test_loss_is_that_of_every_document_by_itself(folder: Path, reference: list[float]) -> None:
-    """The first loss again, from the text: each piece of a document that lies in a sequence, alone."""
+    """The first loss again, from the text: each piece of a document that lies in a sequence, alone, after the separator
+    before it if that lies there too."""
     config = packed_config(folder)
     tokenizer = ByteTokenizer()
     options = {"folder": config.data.path, "suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0}
@@ -84,12 +99,12 @@ def test_loss_is_that_of_every_document_by_itself(folder: Path, reference: list[
     for row in range(config.global_batch):
         start = sequences.shuffled(row) * 64
         window = np.asarray(stream[start : start + 65]).astype(np.int64)
-        pieces = np.split(window, np.flatnonzero(window[:-1] == tokenizer.separator) + 1)
-        for piece in pieces:
-            if len(piece) > 1:
-                tokens = torch.from_numpy(piece)[None]
-                nats += model(tokens[:, :-1], labels=tokens[:, 1:]).loss_sum.item()
-                count += len(piece) - 1
+        starts = [0, *(place for place in range(1, 64) if window[place] == tokenizer.separator), 64]
+        for begin, end in itertools.pairwise(starts):
+            tokens = torch.from_numpy(window[begin : end + 1])[None]
+            nats += model(tokens[:, :-1], labels=tokens[:, 1:]).loss_sum.item()
+            count += end - begin
+    assert count == 64 * config.global_batch
     assert abs(nats / count / reference[0] - 1) < 1e-5
 
 
@@ -104,9 +119,43 @@ def test_shards_are_the_batch(sp: int) -> None:
     assert {part.cu_seqlens for part in parts} == {whole.cu_seqlens}
     assert np.array_equal(np.concatenate([part.tokens for part in parts], 1), whole.tokens)
     assert np.array_equal(np.concatenate([part.labels for part in parts], 1), whole.labels)
-    starts = set(bounds[1:].tolist())
-    expected = [-100 if token - 100 + 1 in starts else token + 1 for token in whole.tokens[0]]
-    assert whole.labels[0].tolist() == expected
-    cuts = [i for i, token in enumerate(whole.tokens[0]) if i % 8 == 0 or token - 100 in starts]
-    assert whole.cu_seqlens == (*cuts, 32)
-    assert sequences.num_targets(0, 4) == (whole.labels >= 0).sum()
+    assert whole.labels[0].tolist() == [token + 1 for token in whole.tokens[0]]
+    separators = set((bounds[1:] - 1).tolist())  # of the document before, where the next one starts
+    cuts = [i for i, token in enumerate(whole.tokens[0]) if i % 8 == 0 or token - 100 in separators]
+    assert whole.cu_seqlens == (*cuts, 32) and sequences.num_targets(4) == 32
+
+
+def test_validation_scores_what_is_trained(tmp_path: Path) -> None:
+    """Records `<word> word word.`: the score of a packed run is that of every record read alone, after a separator; and
+    an empty prompt begins a record. The control scores the same model as if documents ran on."""
+    source = random.Random(1)
+    words = ["".join(source.choices("abcdefgh", k=4)) for _ in range(400)]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": f"<{w}> {w} {w}."}) + "\n" for w in words))
+    config = small_config(tmp_path, steps=40, optimizer=OptimizerOptions(lr=1e-2, warmup_steps=4), eval_sequences=1000)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packed=True, suffixes=(".jsonl",)))
+    score = loop.train(config).bits_per_byte
+    model, tokenizer, *_ = load(config.run_dir, report=pytest.fail)  # type: ignore[arg-type]
+    (key,) = (path for path in config.data.cache.iterdir() if path.is_dir())
+    store = token_store.open_store(key, verify=True)
+
+    def scored(packed: bool) -> Score:
+        whole = ParallelModel(model, model, None)
+        one = World(0, 1, torch.device("cpu"), Shard())
+        options = {"seq_len": 64, "num_rows": 3, "max_sequences": 1000, "autocast_dtype": None}
+        return evaluate(whole, store, one, packed=packed, **options)  # type: ignore[arg-type]
+
+    rows = store.validation[:]
+    starts = {0, *range(64, len(rows) - 1, 64), *(store.validation_bounds[1:-1] - 1).tolist()}
+    nats = 0.0
+    for begin, end in itertools.pairwise([*sorted(starts), len(rows) - 1]):
+        tokens = torch.from_numpy(rows[begin : end + 1])[None]
+        with torch.no_grad():
+            nats += model(tokens[:, :-1], labels=tokens[:, 1:]).loss_sum.item()
+    expected = nats / math.log(2) / np.count_nonzero(rows[1:] < 256)
+    assert scored(packed=True).num_tokens == len(rows) - 1  # the last, shorter sequence too
+    assert scored(packed=True).bits_per_byte == pytest.approx(expected, rel=1e-5) == pytest.approx(score, rel=1e-5)
+    assert scored(packed=False).bits_per_byte > 1.05 * expected
+    with torch.no_grad():
+        first = model(torch.tensor([[tokenizer.separator]])).logits[0, -1].softmax(-1)
+    assert first[ord("<")] > 0.5  # never learned, it is 1 in 257

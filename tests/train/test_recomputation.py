@@ -156,7 +156,9 @@ def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPat
 def compiled_and_not(family: str, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> tuple[ParallelModel, ParallelModel]:
     """A model of one process whose blocks are compiled, by the compiler's front alone, and the same model as it is."""
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda run, **options: original(run, backend="aot_eager_decomp_partition", **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda run, **options: original(run, backend="aot_eager_decomp_partition", **options)
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     models = []

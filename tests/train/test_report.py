@@ -18,7 +18,7 @@ from training_runs import small_config
 from lasp.cli import main as cli
 from lasp.train import loop
 from lasp.train.errors import ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.metrics import curve_of, read_metrics
 from lasp.train.report import load, page, render
 from lasp.train.report.chart import ticks
 
@@ -116,6 +116,41 @@ def test_curves_are_the_metrics(folder: Path) -> None:
     assert f"{bits[-1]:.3f}" in parsed.within("b")
 
 
+@pytest.mark.parametrize(("tokenizer", "by_byte"), [("bytes", True), ("words.json", False)])
+def test_bits_of_a_byte_and_of_a_token_never_share_an_axis(copied: Path, tokenizer: str, by_byte: bool) -> None:
+    about = json.loads((copied / "run.json").read_text())
+    about["text"]["tokenizer"] = tokenizer
+    (copied / "run.json").write_text(json.dumps(about))
+    figures = [
+        {series["n"] for series in json.loads(attributes["data-series"] or "")}
+        for tag, attributes in Page(render(load(copied))).elements
+        if tag == "figure"
+    ]
+    assert sum("held-out text" in names for names in figures) == 1
+    assert any({"training, smoothed", "held-out text"} <= names for names in figures) == by_byte
+    # And so in the picture that a run leaves.
+    lines = read_metrics(copied / "metrics.jsonl")
+    drawn = [
+        (axes.get_ylabel(), {line.get_label() for line in axes.lines})
+        for axes in curve_of(lines, by_byte=by_byte, trigram=2.5).axes
+    ]
+    units = {label: unit for unit, labels in drawn for label in labels}
+    assert units["validation"] == units["byte 3-gram, validation"] == "bits per byte"
+    assert units["training, smoothed over 20 steps"] == ("bits per byte" if by_byte else "bits per token")
+
+
+def test_charts_can_be_read_on_a_telephone(folder: Path) -> None:
+    """Text of 11 units is 9 px or more on a page of 390 px, where a chart is 320 px wide."""
+    parsed, kinds = Page(render(load(folder))), {"broad": 0, "narrow": 0}
+    for tag, attributes in parsed.elements:
+        if tag == "svg" and attributes["class"] in kinds:
+            kinds[str(attributes["class"])] += 1
+            width = float(str(attributes["viewbox"]).split()[2])
+            assert attributes["class"] == "broad" or 11 * 320 / width >= 9
+    figures = sum(tag == "figure" for tag, _ in parsed.elements)
+    assert kinds == {"broad": figures, "narrow": figures}
+
+
 def test_hostile_text_stays_text(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied / "sample.txt").write_text("def f(x)" + HOSTILE)
     config, about = (json.loads((copied / name).read_text()) for name in ("config.json", "run.json"))
@@ -148,6 +183,16 @@ def test_the_command_writes_the_page(copied: Path, tmp_path: Path, capsys: pytes
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "there.html")]) == 64
     assert cli.main(["report", str(tmp_path)]) == 64
     assert "is not a run folder" in capsys.readouterr().err
+    for name, damage in (
+        ("run.json", "[" * 100_000),
+        ("config.json", "[]"),
+        ("metrics.jsonl", '{"step": 1, "loss": "a"}'),
+    ):
+        kept = (copied / name).read_text()
+        (copied / name).write_text(damage)
+        assert cli.main(["report", str(copied)]) == 64
+        assert "holds files that are damaged, or of another version" in capsys.readouterr().err
+        (copied / name).write_text(kept)
     (copied / "run.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(copied)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import world
 from training_runs import small_config
 
 from lasp.train import checkpoint, loop, shards, step
-from lasp.train.config import TrainConfig
+from lasp.train.config import OptimizerOptions, TrainConfig
 from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
+from lasp.train.optimizer import learning_rate
 
 
 def train(config: TrainConfig, num_processes: int = 1, resume: Path | None = None) -> list[dict]:
@@ -70,6 +72,73 @@ def test_what_changes_the_losses_of_a_continued_run_is_named(tmp_path: Path, cap
     assert sorted(line.split("differ: ")[1].split()[0].rstrip(":") for line in lines) == ["packed", "seed"]
 
 
+def places(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, resume: Path | None = None) -> dict[int, list[int]]:
+    """Run; which sequences of the text each step trained on."""
+    seen: dict[int, list[int]] = {}
+    original = step.Sequences.batch
+
+    def noting(self: step.Sequences, number: int, rows: int, *given: object, **options: object) -> object:
+        seen[number] = [self.number(number, row, rows) for row in range(rows)]
+        return original(self, number, rows, *given, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.Sequences, "batch", noting)
+        loop.train(config, resume=resume)
+    return seen
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_batch_size_goes_on_where_the_text_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], packed: bool
+) -> None:
+    config = small_config(tmp_path, steps=8, save_every=4)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packed=packed))
+    whole = places(config, monkeypatch)
+    expected = [place for number in range(8) for place in whole[number]]
+    halves = dataclasses.replace(config, run_dir=tmp_path / "halves", steps=4, optimizer=OptimizerOptions())
+    places(halves, monkeypatch)
+    wider = dataclasses.replace(halves, global_batch=8, steps=6)
+    seen = places(wider, monkeypatch, resume=halves.run_dir)
+    assert [place for number in (4, 5) for place in seen[number]] == expected[16:]
+    assert "global_batch: 4 -> 8" in capfd.readouterr().out
+    lines = [line for line in read_metrics(tmp_path / "halves" / "metrics.jsonl") if "loss" in line]
+    assert [line["tokens"] for line in lines] == [64 * count for count in (4, 8, 12, 16, 24, 32)]
+    found = checkpoint.find(tmp_path / "halves", report=pytest.fail)
+    assert found.state["data"]["next_sequence"] == 32
+    # And once more: the position of a run of several parts is a sum.
+    seen = places(dataclasses.replace(wider, global_batch=2, steps=7), monkeypatch, resume=halves.run_dir)
+    assert seen[6] != whole[6][:2]  # what a position by the number of steps would be
+
+
+def test_the_schedule_is_that_of_the_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And a step past its end has its last rate. The control stretches it, which is asked for and named."""
+    options = OptimizerOptions(lr=1e-3, warmup_steps=2)
+    config = small_config(tmp_path, steps=5, optimizer=options, save_every=2)
+    train(config)
+    with pytest.raises(ConfigError, match=r"nothing is left to train: .* 5 finished steps, and --steps.* is 4"):
+        loop.train(dataclasses.replace(config, steps=4), resume=config.run_dir)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    capfd.readouterr()
+    rates = [line["lr"] for line in train(dataclasses.replace(config, steps=8), resume=config.run_dir)]
+    assert rates == [learning_rate(min(number, 4), 5, options) for number in range(8)]
+    said = capfd.readouterr().out
+    assert "steps: 5 -> 8; the learning rate follows its schedule of 5 steps" in said and "schedule_steps" not in said
+    longer = dataclasses.replace(options, schedule_steps=8)
+    copied = dataclasses.replace(config, steps=8, optimizer=longer, run_dir=tmp_path / "copy")
+    rates = [line["lr"] for line in train(copied, resume=copied.run_dir)][5:]
+    assert rates == [learning_rate(number, 8, options) for number in range(5, 8)]
+    assert "losses will differ: optimizer.schedule_steps: 5 -> 8" in capfd.readouterr().out
+
+
+def test_rows_that_carry_on_keep_their_batch(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, carry=True))
+    train(config)
+    for change in ({"global_batch": 2}, {"seq_len": 32}):
+        with pytest.raises(ConfigError, match=r"every row goes on where it was: --[a-z-]+ must stay (4|64)"):
+            loop.train(dataclasses.replace(config, steps=4, **change), resume=config.run_dir)
+
+
 def test_a_run_continues_on_another_layout(tmp_path: Path) -> None:
     config = small_config(tmp_path, sp=1)
     whole = train(config)
@@ -97,16 +166,19 @@ def test_forgetting_the_optimizer_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert again[-1]["loss"] != pytest.approx(whole[-1]["loss"], rel=1e-5)
 
 
-def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path, number: signal.Signals) -> None:
     config = small_config(tmp_path, sp=2, steps=1000)
 
     def interrupted(rank: int) -> tuple[bool, int]:
         original = step.Stepper.step
 
-        def with_signal(self: step.Stepper, number: int, **options: object) -> step.StepResult:
-            if rank == 1 and number == 4:  # one process is told, both must stop
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, number, **options)  # type: ignore[arg-type]
+        def with_signal(self: step.Stepper, index: int, **options: object) -> step.StepResult:
+            if rank == 1 and index == 4:  # one process is told, both must stop
+                os.kill(os.getpid(), number)
+                if number == signal.SIGHUP:  # a terminal that is closed sends it, and its shell too
+                    os.kill(os.getpid(), number)
+            return original(self, index, **options)  # type: ignore[arg-type]
 
         step.Stepper.step = with_signal  # type: ignore[method-assign,assignment]
         result = loop.train(config)

@@ -5,7 +5,9 @@ Bandwidths are bytes/s in one direction. "datasheet" is NVIDIA's for the named p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lasp.exchange.cost import GLOO, NCCL, Constants, Link
 
@@ -19,6 +21,7 @@ class Device:
     Attributes:
         memory_bytes: of one device, and the share of it that a run can use.
         peak_flops: of matrix products in `precision`, and the share of it that large ones reach.
+        other_flops: the peak in the other precision, and what that rests on.
         peak_bytes_per_s: of its memory, and the share of it that kernels reach.
         softmax_share: of peak_flops that softmax attention reaches.
         precision: of training, "bf16" or "fp32".
@@ -36,6 +39,8 @@ class Device:
     memory_bytes: float
     memory_share: float
     peak_flops: float
+    other_flops: float
+    other_source: str
     flops_share: float
     peak_bytes_per_s: float
     bytes_share: float
@@ -58,6 +63,19 @@ class Device:
     def bytes_per_s(self) -> float:
         return self.peak_bytes_per_s * self.bytes_share
 
+    def training_in(self, precision: str) -> Device:
+        """The same device, training in "bf16" or "fp32"."""
+        if precision == self.precision:
+            return self
+        return replace(
+            self,
+            precision=precision,
+            peak_flops=self.other_flops,
+            other_flops=self.peak_flops,
+            other_source=self.sources["flops"],
+            sources=self.sources | {"flops": self.other_source},
+        )
+
 
 def _network(inside: float, across: float) -> tuple[Link, Link, Constants]:
     """NCCL's default latencies with the bandwidths of a kind of node."""
@@ -78,9 +96,13 @@ def _network(inside: float, across: float) -> tuple[Link, Link, Constants]:
 # 3.00 of 3.35 TB/s, cuDNN causal softmax attention forward and backward of 65,536 tokens, 16 heads of 128 in 115 ms.
 _MATMUL, _COPY = 0.72, 0.9
 _SOFTMAX = 3.5 * 2 * 65536**2 * 16 * 128 / 0.115 / 989e12
+# Of the memory, by whatever is not a tensor: context, NCCL's buffers, fragments.
+_USABLE = 0.88
+_FREE = f"{_USABLE:.0%} usable assumed (context, NCCL buffers, fragments)"
+_FP32 = "datasheet peak of fp32 products, which PyTorch keeps off the tensor cores; share assumed as in bf16"
 _NETWORK = "assumed: 80 % of the datasheet's bandwidth; latencies are NCCL's defaults of lasp.exchange.cost"
 _H100_SOURCES = {
-    "memory": "datasheet; 92 % usable assumed (context, NCCL buffers, fragments)",
+    "memory": f"datasheet; {_FREE}",
     "flops": "datasheet peak; share measured on an H100",
     "bandwidth": "datasheet peak; share measured on an H100",
     "softmax": "share measured on an H100",
@@ -94,8 +116,10 @@ _H100_NETWORK = _network(0.8 * 450e9, 0.8 * 50e9)
 A100 = Device(
     name="A100-80G",
     memory_bytes=80 * GIB,
-    memory_share=0.92,
+    memory_share=_USABLE,
     peak_flops=312e12,
+    other_flops=19.5e12,
+    other_source=_FP32,
     flops_share=_MATMUL,
     peak_bytes_per_s=2.039e12,
     bytes_share=_COPY,
@@ -119,8 +143,10 @@ A100 = Device(
 H100 = Device(
     name="H100",
     memory_bytes=80 * GIB,
-    memory_share=0.92,
+    memory_share=_USABLE,
     peak_flops=989e12,
+    other_flops=66.9e12,
+    other_source=_FP32,
     flops_share=_MATMUL,
     peak_bytes_per_s=3.35e12,
     bytes_share=_COPY,
@@ -148,8 +174,10 @@ H200 = replace(
 CPU = Device(
     name="cpu",
     memory_bytes=8 * GIB,
-    memory_share=0.9,
+    memory_share=_USABLE,
     peak_flops=170e9,
+    other_flops=170e9,
+    other_source="assumed as in fp32: not every CPU has bf16 products",
     flops_share=0.8,
     peak_bytes_per_s=27.6e9,
     bytes_share=0.2,
@@ -163,7 +191,7 @@ CPU = Device(
     host_s_per_layer=0.0,
     host_s_per_chunk=19e-6,
     sources={
-        "memory": "assumed 8 GiB a process",
+        "memory": f"assumed 8 GiB a process; {_FREE}",
         "flops": "measured: fp32 products of one thread of a two-core Xeon, 139 to 175 GFLOP/s by size",
         "bandwidth": "measured copy; share fitted to a step of transnormer-tiny, 2,048 tokens in 0.20 s",
         "softmax": "measured: PyTorch's kernel, forward and backward, 1,024 tokens, 81 GFLOP/s",
@@ -184,6 +212,61 @@ def device(name: str) -> Device:
     if found is None:
         raise ValueError(f"unknown device {name!r}; known: {', '.join(each.name for each in DEVICES.values())}")
     return found
+
+
+# What a description of a GPU says, each of them; see docs/analysis.md.
+_DESCRIBED = (
+    "memory_gib",
+    "bf16_tflops",
+    "fp32_tflops",
+    "memory_gb_per_s",
+    "processors",
+    "gpus_per_host",
+    "host_gb_per_s",
+    "network_gb_per_s",
+)
+
+
+def described(values: dict[str, Any]) -> Device:
+    """A GPU by its datasheet: "name" and a positive number for each of _DESCRIBED; what kernels reach is the H100's.
+
+    Raises:
+        ValueError: a figure is missing, is not positive, or is not known.
+    """
+    unknown = sorted(set(values) - {"name", *_DESCRIBED})
+    if unknown:
+        raise ValueError(f"a GPU has no {unknown[0]!r}; it has name, {', '.join(_DESCRIBED)}")
+    name = values.get("name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a word, got {name!r}")
+    for key in _DESCRIBED:
+        value = values.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{key} must be a number above 0, got {value!r}")
+    inside, across, constants = _network(1e9 * values["host_gb_per_s"], 1e9 * values["network_gb_per_s"])
+    told = f"as described for {name}"
+    return replace(
+        H100,
+        name=name,
+        memory_bytes=values["memory_gib"] * GIB,
+        peak_flops=values["bf16_tflops"] * 1e12,
+        other_flops=values["fp32_tflops"] * 1e12,
+        other_source=f"{told}; share assumed as in bf16",
+        peak_bytes_per_s=values["memory_gb_per_s"] * 1e9,
+        processors=int(values["processors"]),
+        per_node=int(values["gpus_per_host"]),
+        inside=inside,
+        across=across,
+        constants=constants,
+        sources=_H100_SOURCES
+        | {
+            "memory": f"{told}; {_FREE}",
+            "flops": f"{told}; share assumed as measured on an H100",
+            "bandwidth": f"{told}; share assumed as measured on an H100",
+            "softmax": "share assumed as measured on an H100",
+            "network": f"{told}; latencies are NCCL's defaults of lasp.exchange.cost",
+        },
+    )
 
 
 # Dense bf16 matrix products, FLOP/s, from the vendors' datasheets, by what the driver calls the device. The first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lasp.analysis.model import num_parameters
-from lasp.analysis.planner import METHODS, Estimate, Job, best, estimate, layouts, longest, problem
+from lasp.analysis.planner import METHODS, Estimate, Job, best, estimate, layouts, longest, nodes_of, problem
 
 BASIS = {
     "memory": "derived: weights, gradients and AdamW in fp32; activations as listed by lasp.analysis.memory, compared "
@@ -25,6 +25,8 @@ TIE = 0.05
 # What `lasp train` does unless told otherwise, and what was measured (benchmarks/plan_check.py).
 TRAINED_SHARDINGS = ("ddp",)
 TRAINED_RECOMPUTATIONS = ("none",)
+# What it can be told to do. The other methods are modelled to compare with.
+TRAINED_METHODS = ("lasp", "data")
 
 
 def row(estimate: Estimate) -> dict[str, Any]:
@@ -69,15 +71,19 @@ def plan(job: Job) -> dict[str, Any]:
     fitting = alternatives(job)
     recommended = next(iter(fitting), None)
     trained = next((each for each in fitting if trains(each)), None)
+    runs = next((each for each in fitting if each["method"] in TRAINED_METHODS), None)
     return {
         "model_parameters": num_parameters(job.config),
         "device": job.device.name,
         "devices": job.devices,
+        "hosts": len(nodes_of(job.device, job.devices)),
         "seq_len": job.seq_len,
         "batch": job.batch,
         "capacity_bytes": job.device.memory_bytes * job.device.memory_share,
         "recommended": recommended,
         "ties": ties(recommended, fitting),
+        "precision": job.device.precision,
+        "recommended_of_lasp_train": runs,
         "recommended_for_lasp_train": trained,
         "ties_for_lasp_train": ties(trained, [each for each in fitting if trains(each)]),
         "tie": TIE,
@@ -97,7 +103,7 @@ def ties(recommended: dict[str, Any] | None, fitting: list[dict[str, Any]]) -> l
 def trains(entry: dict[str, Any]) -> bool:
     """Whether `lasp train` runs a layout without further options."""
     trained = entry["sharding"] in TRAINED_SHARDINGS and entry["recomputation"] in TRAINED_RECOMPUTATIONS
-    return trained and entry["method"] in ("lasp", "data")
+    return trained and entry["method"] in TRAINED_METHODS
 
 
 def alternatives(job: Job) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
+from lasp.cli.checks import check_gpus, check_target
 from lasp.train.errors import ConfigError
 
 # Heads, K, V and numbers of transition a head: 16 KiB to 4 MiB of scalar-decay state, and a delta rule.
@@ -41,9 +42,10 @@ class BenchConfig:
             raise ConfigError(f"--nproc must be at least 2 for something to be exchanged, got {self.nproc}")
         if self.repetitions < 1:
             raise ConfigError(f"--repetitions must be at least 1, got {self.repetitions}")
-        for path in (self.save, self.output):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ConfigError(f"the folder of {path} does not exist")
+        check_gpus(self.device, self.nproc)
+        if os.environ.get("RANK", "0") == "0":
+            check_target("--save", self.save)
+            check_target("--output", self.output)
 
 
 def main(arguments: Sequence[str]) -> int:

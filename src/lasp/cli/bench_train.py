@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
+from lasp.cli.checks import check_target
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
-from lasp.train.errors import ConfigError
+from lasp.train.errors import ConfigError, refusing
+from lasp.train.sizes import Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from lasp.parallelize import ParallelModel
     from lasp.train.world import World
 
-
 # Tokens of a rank: what lengths that nobody asked for are multiples of.
 LENGTH_UNIT = 64
 
@@ -33,6 +35,9 @@ LENGTH_UNIT = 64
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainConfig:
     """Time whole training steps (forward, backward, clipping, AdamW) on random tokens.
+
+    What is not given is chosen for the device: a model of a billion parameters, 32K tokens and more and bf16 on a GPU;
+    a tiny one, some thousand tokens and fp32 on a CPU.
 
     In a step each of the dp groups trains on one sequence, spread over its sp processes. Alone it starts dp x sp
     processes on this machine; under torchrun it measures those that are there. Utilisation counts the model's own
@@ -43,7 +48,7 @@ class BenchTrainConfig:
     parallel: Annotated[ParallelOptions, tyro.conf.arg(name="")] = field(default_factory=lambda: ParallelOptions(sp=1))
     nproc: int | None = None
     """Processes to start, where no launcher has; default: dp x sp."""
-    tokens: tuple[int, ...] = (32768, 65536, 131072, 262144)
+    tokens: tuple[Tokens, ...] = (32768, 65536, 131072, 262144)
     """Lengths of a sequence, over all its processes, one after another."""
     longest: bool = False
     """Go on to the longest sequence that trains: from 0.9 of what the memory of the last two lengths lets expect, by
@@ -75,10 +80,10 @@ class BenchTrainConfig:
             raise ConfigError(f"--tokens must be multiples of --sp {self.parallel.sp}, got {self.tokens}")
         if self.longest and (len(self.tokens) < 2 or self.tokens[-1] <= self.tokens[-2]):
             raise ConfigError(f"--longest goes on from the last two of --tokens, rising, got {self.tokens}")
-        if self.memory_gib is not None and self.memory_gib <= 0:
+        if self.memory_gib is not None and not self.memory_gib > 0:
             raise ConfigError(f"--memory-gib must be above 0, got {self.memory_gib}")
-        if self.output is not None and not self.output.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {self.output} does not exist")
+        if os.environ.get("RANK", "0") == "0":
+            check_target("--output", self.output)
 
     def training(self, num_processes: int) -> TrainConfig:
         """The training run whose layout this is. Raises ConfigError if it does not fit the processes."""
@@ -94,10 +99,34 @@ class BenchTrainConfig:
         return config
 
 
+def for_device(name: str) -> BenchTrainConfig:
+    """What is measured unless told otherwise, with --device `name`."""
+    import torch
+
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return BenchTrainConfig()
+    return BenchTrainConfig(
+        model=ModelOptions(family="transnormer", size="tiny"), tokens=(512, 1024, 2048, 4096), precision="fp32"
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp bench train ARGUMENTS`."""
     is_first = os.environ.get("RANK", "0") == "0"
-    config = tyro.cli(BenchTrainConfig, args=list(arguments), prog="lasp bench train", console_outputs=is_first)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--device", default="auto")
+    try:
+        known, _ = early.parse_known_args(list(arguments))
+        device = known.device
+    except argparse.ArgumentError:  # an option without its value: the full parser says it better
+        device = "auto"
+    config = tyro.cli(
+        BenchTrainConfig,
+        args=list(arguments),
+        default=for_device(device),
+        prog="lasp bench train",
+        console_outputs=is_first,
+    )
     config.validate()
     if "RANK" not in os.environ:
         config.training(config.num_processes)  # a layout that does not fit is one message, before anything starts
@@ -105,14 +134,14 @@ def main(arguments: Sequence[str]) -> int:
             from lasp.cli.launch import launch
 
             return launch(["bench", "train", *arguments], config.num_processes)
-    figures = measure(config)
-    if is_first:
-        print(table(figures))
+    figures = measure(config, report=partial(print, flush=True) if is_first else None)
     return 0 if any(row["step_s"] is not None for row in figures["rows"]) else 1
 
 
-def measure(config: BenchTrainConfig) -> dict[str, Any]:
+def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = None) -> dict[str, Any]:
     """All lengths, in order, on the processes that are there; the same figures on all.
+
+    report: is told of every length as it is measured, in a line of a table, and on a terminal of every step.
 
     Of several processes the slowest one's time and the largest memory count. Where one runs out of memory nobody
     knows what the others wait for: the run ends, and the rows so far are in the output.
@@ -134,11 +163,14 @@ def measure(config: BenchTrainConfig) -> dict[str, Any]:
     model, model_config = _built(config, training, world)
     step = _step(model, config.precision, world)
     figures = {**_conditions(config, model, world), "memory_bytes": memory_bytes, "rows": [], "kernels": None}
+    say = report or (lambda _: None)
+    say(heading(figures))
     for tokens in _lengths(config, figures):
         work = partial(step, _text(tokens, model_config.vocab_size, world))
         try:
-            with naming_lost_peers(world):
-                times = _slowest(world, _timed(work, config.steps, world.device))
+            with naming_lost_peers(world), refusing():
+                watched = _shown(work, tokens, config.steps + 1) if report is not None and sys.stdout.isatty() else work
+                times = _slowest(world, _timed(watched, config.steps, world.device))
         except torch.OutOfMemoryError as error:
             if world.size > 1:
                 _end_at_once(f"out of memory on rank {world.rank}, {tokens:,} tokens a sequence: {error}")
@@ -149,8 +181,11 @@ def measure(config: BenchTrainConfig) -> dict[str, Any]:
             figures["rows"].append(_row(tokens, times, flops_per_token(model_config, tokens).step, figures))
             if config.profile and figures["kernels"] is None:
                 figures["kernels"] = _kernels(work, world.device)
+        say(line(figures["rows"][-1]))
         if config.output is not None and world.is_first:
             config.output.write_text(json.dumps(figures, indent=1) + "\n")
+    if figures["kernels"]:
+        say(kernels(figures))
     leave(world)
     return figures
 
@@ -236,13 +271,10 @@ def _built(config: BenchTrainConfig, training: TrainConfig, world: World) -> tup
     """The model, spread over the processes. Raises ConfigError."""
     import torch
 
-    from lasp.models import CausalLM, preset
+    from lasp.models import CausalLM
     from lasp.train.loop import spread
 
-    try:
-        model_config = preset(config.model.family, config.model.size, **config.model.overrides)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    model_config = config.model.build()
     with torch.device("meta"):
         module = CausalLM(model_config)
     module.to_empty(device=world.device)
@@ -333,8 +365,23 @@ def _kernels(step: Callable[[], None], device: Any, count: int = 25) -> list[dic
     return [{**row, "share": row["s"] / total} for row in rows[:count]]
 
 
-def table(figures: dict[str, Any]) -> str:
-    """What is printed."""
+def _shown(step: Callable[[], None], tokens: int, count: int) -> Callable[[], None]:
+    """`step`, which says on the terminal which of `count` it is, where the next line takes its place."""
+    number = 0
+
+    def shown() -> None:
+        nonlocal number
+        number += 1
+        print(f"{tokens:>9,}   step {number} of {count} ", end="\r", flush=True)
+        step()
+        if number == count:
+            print(" " * 40, end="\r", flush=True)
+
+    return shown
+
+
+def heading(figures: dict[str, Any]) -> str:
+    """What is measured, and the names of the columns."""
     ways = [figures["precision"], "compiled" if figures["compile"] else "eager"]
     ways.append(f"recomputation {figures['recomputation']}")
     if figures["dp"] * figures["sp"] > 1:
@@ -342,24 +389,29 @@ def table(figures: dict[str, Any]) -> str:
     if figures["ffn_piece_tokens"]:
         ways.append(f"feed-forward in pieces of {figures['ffn_piece_tokens']}")
     sequences = "one sequence" if figures["dp"] == 1 else f"{figures['dp']} sequences"
-    lines = [
+    return (
         f"{figures['model']}, {figures['num_parameters']:,} parameters, {', '.join(ways)}; {figures['device']}, "
-        f"torch {figures['torch']}; median of {figures['steps']} steps of {sequences}",
-        f"{'tokens':>9}{'step':>11}{'tokens/s':>12}{'utilisation':>13}{'peak memory':>14}",
+        f"torch {figures['torch']}; median of {figures['steps']} steps of {sequences}\n"
+        f"{'tokens':>9}{'step':>11}{'tokens/s':>12}{'utilisation':>13}{'peak memory':>14}"
+    )
+
+
+def line(row: dict[str, Any]) -> str:
+    """One length."""
+    if row["step_s"] is None:
+        return f"{row['tokens']:>9,}   out of memory"
+    share = "-" if row["utilisation"] is None else f"{row['utilisation']:.1%}"
+    return (
+        f"{row['tokens']:>9,}{row['step_s']:>9.3f} s{row['tokens_per_s']:>12,.0f}{share:>13}"
+        f"{row['peak_memory_bytes'] / 2**30:>10.2f} GiB"
+    )
+
+
+def kernels(figures: dict[str, Any]) -> str:
+    """What one step spent its time on."""
+    lines = ["", f"one step of {figures['rows'][0]['tokens']:,} tokens, the kernels that took longest:"]
+    lines += [
+        f"{row['share']:>7.1%}{row['s'] * 1e3:>10.2f} ms{row['calls']:>7} x  {row['name'][:100]}"
+        for row in figures["kernels"]
     ]
-    for row in figures["rows"]:
-        if row["step_s"] is None:
-            lines.append(f"{row['tokens']:>9,}   out of memory")
-            continue
-        share = "-" if row["utilisation"] is None else f"{row['utilisation']:.1%}"
-        lines.append(
-            f"{row['tokens']:>9,}{row['step_s']:>9.3f} s{row['tokens_per_s']:>12,.0f}{share:>13}"
-            f"{row['peak_memory_bytes'] / 2**30:>10.2f} GiB"
-        )
-    if figures["kernels"]:
-        lines += ["", f"one step of {figures['rows'][0]['tokens']:,} tokens, the kernels that took longest:"]
-        lines += [
-            f"{row['share']:>7.1%}{row['s'] * 1e3:>10.2f} ms{row['calls']:>7} x  {row['name'][:100]}"
-            for row in figures["kernels"]
-        ]
     return "\n".join(lines)

@@ -11,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from lasp.train.config import ModelOptions, load_toml
-from lasp.train.errors import ConfigError
+from lasp.cli.checks import check_gpus
+from lasp.train.config import ModelOptions, check_seed, load_toml
+from lasp.train.errors import ConfigError, refusing
+from lasp.train.sizes import Tokens
 
 # Not in --help: makes every exchange forget the state it carries, to show that the check can fail.
 BREAK = "--break-exchange"
@@ -38,7 +40,7 @@ class CheckConfig:
     """Processes that share the sequence."""
     exchange: str = "all"
     """How states travel between processes; "all" for every way there is."""
-    seq_len: int = 200
+    seq_len: Tokens = 200
     """Tokens of the sequence."""
     batch: int = 2
     """Sequences."""
@@ -61,6 +63,9 @@ class CheckConfig:
 
         if self.exchange not in ("all", *EXCHANGES):
             raise ConfigError(f"--exchange must be all or one of {', '.join(EXCHANGES)}, got {self.exchange!r}")
+        self.checked_model.build()
+        check_seed("--seed", self.seed)
+        check_gpus(self.device, 1)
         for name, count, least in (
             ("--sp", self.sp, 1),
             ("--seq-len", self.seq_len, 2 * self.sp),
@@ -143,12 +148,14 @@ def _compare(config: CheckConfig, broken: bool) -> list[Row]:
     rows = []
     for decay, factor in (("own", 1.0), ("slow", 1.0 / SLOWER)):
         _scale_decays(model, factor)
-        expected = _measure(model, tokens, labels, config.new_tokens, None)
+        with refusing():
+            expected = _measure(model, tokens, labels, config.new_tokens, None)
         for name in names:
             exchange: Any = _Forgetful(EXCHANGES[name]()) if broken else name
             base = SequenceParallel(dist.group.WORLD, exchange=exchange)  # type: ignore[arg-type]
             for shards, lengths in (("equal", _lengths(config, 0)), ("unequal", _lengths(config, 1))):
-                got = _measure(model, tokens, labels, config.new_tokens, base.with_lengths(lengths))
+                with refusing():
+                    got = _measure(model, tokens, labels, config.new_tokens, base.with_lengths(lengths))
                 errors = {key: _error(got[2][key], expected[2][key]) for key in expected[2]}
                 worst = max(errors, key=lambda key: errors[key])
                 local = torch.tensor(
@@ -168,18 +175,19 @@ def _problem(config: CheckConfig) -> tuple[Any, Any, Any]:
     """Tokens, labels and model, the same on every rank."""
     import torch
 
-    from lasp.models import CausalLM, preset
+    from lasp.models import CausalLM
+    from lasp.models.presets import BYTE_VOCABULARY
 
     options = config.checked_model
     device = torch.device("cpu")
     if config.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    model = CausalLM(preset(options.family, options.size, vocab_size=257, **options.overrides))  # type: ignore[arg-type]
+    model = CausalLM(options.build(vocab_size=BYTE_VOCABULARY))
     generator = torch.Generator().manual_seed(config.seed)
     model.init_weights(generator)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    text = torch.randint(257, (config.batch, config.seq_len + 1), generator=generator)
+    text = torch.randint(model.config.vocab_size, (config.batch, config.seq_len + 1), generator=generator)
     return text[:, :-1].to(device), text[:, 1:].to(device), model.to(device, dtype)
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,8 @@ from lasp.data.tokenizer import load_tokenizer
 from lasp.train.config import DataOptions
 from lasp.train.errors import ConfigError
 from lasp.train.output import bytes_text, duration
+from lasp.train.program import lasp_command
+from lasp.train.sizes import Tokens
 
 _DEFAULTS = DataOptions()
 # Seconds between two reports of progress: on a terminal, where one takes the other's place, and elsewhere.
@@ -40,11 +42,15 @@ class BuildOptions:
     tokenizer: str = "bytes"
     """"bytes", or the path of a `tokenizers` JSON file (extra `hf`)."""
     validation_fraction: float = _DEFAULTS.validation_fraction
-    """Share of documents held out for validation."""
+    """Share of documents held out for validation; of too few for that, the last part of every document."""
+    validation_path: Path | None = None
+    """Folder or file of text to validate on; nothing of SOURCES is held out then."""
+    on_bad_record: Literal["stop", "skip"] = _DEFAULTS.on_bad_record
+    """A JSONL or parquet record without text: end and name it, or leave it out and count it."""
     seed: int = _DEFAULTS.seed
     """Order of the files of a folder."""
-    shard_tokens: int = SHARD_TOKENS
-    """Tokens of a shard file."""
+    shard_tokens: Tokens = SHARD_TOKENS
+    """Tokens of a shard file; 1M is 1048576."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,7 +91,10 @@ def main(arguments: Sequence[str]) -> int:
             seed=options.seed,
             shard_tokens=options.shard_tokens,
             progress=progress,
+            validation_path=options.validation_path,
+            on_bad_record=options.on_bad_record,
         )
+    console.print(built.reading.summary(), markup=False)
     for split, stream in (("train", built.train), ("validation", built.validation)):
         console.print(
             f"{split}: {len(stream):,} tokens of {built.num_documents[split]:,} documents "
@@ -95,5 +104,5 @@ def main(arguments: Sequence[str]) -> int:
     if len(built.validation) == 0:
         console.print("nothing is held out, and `lasp train` will ask for it: raise --validation-fraction, or add text")
     took = duration(time.monotonic() - began)
-    console.print(f"{took}; train on it: lasp train --data.path {options.out}", markup=False)
+    console.print(f"{took}; train on it: {lasp_command('train', '--data.path', options.out)}", markup=False)
     return 0

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from lasp.train.outlet import printable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -26,5 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Arguments, args=list(arguments), prog="lasp export")
     from lasp.train.export import export
 
-    print(export(options.path, options.out, report=lambda text: print(text, file=sys.stderr)))
+    print(
+        printable(str(export(options.path, options.out, report=lambda text: print(printable(text), file=sys.stderr))))
+    )
     return 0

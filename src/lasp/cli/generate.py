@@ -1,5 +1,6 @@
 """`lasp generate`: continue a prompt with a trained model, printed as it is made."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from lasp.train.config import SampleOptions
+from lasp.train.config import SampleOptions, check_seed, check_text
 from lasp.train.errors import ConfigError
+from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +20,8 @@ class Arguments:
 
     path: Annotated[Path, tyro.conf.Positional]
     """Run folder of `lasp train` (its newest good checkpoint is used), one checkpoint, or folder of `lasp export`."""
-    prompt: str = "def "
-    """Text to continue; empty starts a new document."""
+    prompt: str | None = None
+    """Text to continue; empty starts a new document; default: what the run's own sample began with."""
     num_tokens: int = 400
     """Tokens to generate."""
     temperature: float = 0.8
@@ -33,21 +35,28 @@ class Arguments:
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp generate ARGUMENTS`."""
     options = tyro.cli(Arguments, args=list(arguments), prog="lasp generate")
-    if options.num_tokens < 0 or options.temperature < 0 or (options.top_k is not None and options.top_k < 1):
+    check_seed("--seed", options.seed)
+    check_text("--prompt", options.prompt)
+    if (
+        options.num_tokens < 0
+        or not 0 <= options.temperature < math.inf
+        or (options.top_k is not None and options.top_k < 1)
+    ):
         raise ConfigError(
-            "--num-tokens and --temperature must not be negative and --top-k must be at least 1, got "
+            "--num-tokens and --temperature must not be negative, nor infinite, and --top-k must be at least 1, got "
             f"{options.num_tokens}, {options.temperature} and {options.top_k}"
         )
     from lasp.train.sample import load, stream_text
 
-    loaded = load(options.path, report=lambda text: print(text, file=sys.stderr))
+    loaded = load(options.path, report=lambda text: print(printable(text), file=sys.stderr))
     sample = SampleOptions(
-        prompt=options.prompt,
+        prompt=loaded.prompt if options.prompt is None else options.prompt,
         num_tokens=options.num_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
     )
-    for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed):
-        print(piece, end="", flush=True)
+    device = next(loaded.model.parameters()).device
+    for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed, device=device):
+        print(printable(piece), end="", flush=True)
     print()
     return 0

@@ -15,52 +15,75 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, NamedTuple
 
-from lasp.train.errors import PeerLostError
+from lasp.train.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, PeerLostError
 from lasp.train.loopback import stay_on_loopback
+from lasp.train.outlet import printable
+from lasp.train.stopping import IMPATIENT, end_with_parent, stop_signals
 
 # How long the others may take to notice a dead process and end by themselves, and to obey SIGTERM.
 _GRACE_S = 10.0
 _LIFELINE = "LASP_LIFELINE"
+_MOST_ERROR_BYTES = 1 << 20
 _PEER_LOST = PeerLostError.exit_code
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
     """Run `lasp ARGUMENTS` in `num_processes` processes; return the exit code of the first that failed, or 0.
 
-    The processes find the variables that torchrun sets. They meet through a file, so no port can be taken or
-    reached from outside.
+    The processes find the variables that torchrun sets. They meet through a file in memory, so no port can be taken or
+    reached from outside, no full disk is in the way, and nothing is left wherever this process is killed.
     """
-    folder = Path(tempfile.mkdtemp(prefix="lasp-"))
+    meeting = _meeting_place()
+    errors: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(num_processes)]  # noqa: SIM115 - until the end
     # The write end is held here alone. When this process dies, by whatever means, the others read the end of it.
     read_end, write_end = os.pipe()
     workers: list[subprocess.Popen[bytes]] = []
     try:
         with _passing_on_signals(workers) as signals:
             for rank in range(num_processes):
-                with open(folder / f"rank{rank}.err", "wb") as errors:
-                    workers.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", "lasp.cli.launch", *arguments],
-                            env=_environment(rank, num_processes, folder, read_end),
-                            stdin=subprocess.DEVNULL,
-                            stderr=errors,
-                            pass_fds=[read_end],
-                            start_new_session=True,  # the terminal's Ctrl-C reaches only this process
-                        )
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "lasp.cli.launch", *arguments],
+                        env=_environment(rank, num_processes, meeting, read_end),
+                        stdin=subprocess.DEVNULL,
+                        stderr=errors[rank],
+                        pass_fds=[read_end, *meeting.descriptors],
+                        start_new_session=True,  # the terminal's Ctrl-C reaches only this process
                     )
+                )
             failed = _wait(workers, signals)
         first = _cause(failed, workers)
-        _show_errors(folder, first, [worker.returncode for worker in workers])
+        _show_errors(errors, first, [worker.returncode for worker in workers])
         return 0 if first is None else _exit_code(workers[first].returncode)
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
                 worker.wait()
-        os.close(read_end)
-        os.close(write_end)
-        shutil.rmtree(folder, ignore_errors=True)
+        for descriptor in (read_end, write_end, *meeting.descriptors):
+            os.close(descriptor)
+        for file in errors:
+            file.close()
+        if meeting.folder is not None:
+            shutil.rmtree(meeting.folder, ignore_errors=True)
+
+
+class _Meeting(NamedTuple):
+    """The file through which the processes find each other: its path there, what they inherit, what to remove."""
+
+    path: Path
+    descriptors: list[int]
+    folder: Path | None
+
+
+def _meeting_place() -> _Meeting:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("lasp-meeting")
+        return _Meeting(Path(f"/proc/self/fd/{descriptor}"), [descriptor], None)
+    folder = Path(tempfile.mkdtemp(prefix="lasp-"))
+    return _Meeting(folder / "meet", [], folder)
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], signals: list[int]) -> list[int]:
@@ -96,27 +119,21 @@ def _cause(failed: list[int], workers: list[subprocess.Popen[bytes]]) -> int | N
 
 @contextlib.contextmanager
 def _passing_on_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Hand SIGINT and SIGTERM to the workers; the list yielded grows by each."""
+    """Hand what asks to stop to the workers; the list yielded grows by each that is IMPATIENT."""
     signals: list[int] = []
 
-    def pass_on(number: int, _frame: object) -> None:
-        signals.append(number)
+    def pass_on(number: int) -> None:
+        if number in IMPATIENT:
+            signals.append(number)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with stop_signals(pass_on, once=False):
         yield signals
-        return
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def _environment(rank: int, num_processes: int, folder: Path, lifeline: int) -> dict[str, str]:
+def _environment(rank: int, num_processes: int, meeting: _Meeting, lifeline: int) -> dict[str, str]:
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = dict(os.environ)
     # More threads than cores make processes that wait for each other many times slower.
@@ -127,18 +144,21 @@ def _environment(rank: int, num_processes: int, folder: Path, lifeline: int) -> 
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
-        "LASP_RENDEZVOUS": (folder / "meet").as_uri(),
+        "LASP_RENDEZVOUS": meeting.path.as_uri(),
         _LIFELINE: str(lifeline),
     }
 
 
-def _show_errors(folder: Path, first: int | None, codes: list[int]) -> None:
+def _show_errors(errors: list[IO[bytes]], first: int | None, codes: list[int]) -> None:
     """The error text of the process that failed first; of a run without failure, the first process's warnings."""
     rank = first if first is not None else 0
-    text = (folder / f"rank{rank}.err").read_text(errors="replace").strip()
+    errors[rank].seek(0)
+    text = printable(errors[rank].read(_MOST_ERROR_BYTES).decode(errors="replace").strip())
     if text:
         print(text, file=sys.stderr)
-    if first is None or (text and all(code == codes[first] for code in codes)):
+    if first is None or codes[first] in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE):
+        return  # as the user wished, and the run has said so
+    if text and all(code == codes[first] for code in codes):
         return  # all ended alike, and the text says why
     code = codes[first]
     how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -151,6 +171,7 @@ def _exit_code(code: int) -> int:
 
 def _end_with_parent() -> None:
     """Leave at once when the launcher is gone."""
+    end_with_parent()
     lifeline = int(os.environ.pop(_LIFELINE))
 
     def watch() -> None:

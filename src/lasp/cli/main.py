@@ -1,8 +1,21 @@
-"""The `lasp` command: picks the subcommand and turns errors meant for the user into one message and a code."""
+"""The `lasp` command: picks the subcommand and turns errors meant for the user into one message and a code.
 
+Nothing slow is imported before the guard stands: Ctrl-C while PyTorch is loaded is an interruption like any other.
+"""
+
+import contextlib
 import importlib
+import io
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+
+from lasp.data.errors import DataError
+from lasp.train.errors import DATA_EXIT_CODE, FILES_EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, RunError
+
+# With this variable set, the errors that are one message come with their traceback too.
+_TRACEBACK = "LASP_TRACEBACK"
 
 # Subcommand -> what it does. Each has a module of that name with `main(arguments) -> exit code`; modules are
 # imported when asked for, so that help and usage errors do not wait for PyTorch.
@@ -21,38 +34,78 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `lasp ARGUMENTS` and return the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _run(given))
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
-        return 0 if arguments else 64
+        return 0 if arguments else ConfigError.exit_code
     if arguments[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(version("lasp-torch"))
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"lasp: no command {arguments[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 64
+        raise ConfigError(f"no command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
     command: Callable[[list[str]], int] = importlib.import_module(f"lasp.cli.{arguments[0]}").main
-    return guarded(lambda: command(arguments[1:]))
+    return command(arguments[1:])
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command; print errors that are meant for the user without a traceback, and return their code."""
-    from lasp.data.errors import DataError
-    from lasp.train.errors import DATA_EXIT_CODE, RunError
+    """Run a command and return its exit code: whatever a user can cause is one message, without a traceback.
 
+    Anything else is a fault of the program: its traceback is printed, and it is called that.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal cannot show is shown by its number
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return command()
-    except RunError as error:
-        print(f"lasp: {error}", file=sys.stderr)
-        return error.exit_code
-    except DataError as error:
-        print(f"lasp: {error}", file=sys.stderr)
-        return DATA_EXIT_CODE
-    except KeyboardInterrupt:
-        print("lasp: interrupted", file=sys.stderr)
-        return 130
+        code = command()
+        sys.stdout.flush()
+        return code
+    except SystemExit as end:  # of the parser of options, which has said why: 2 for what it did not understand
+        return ConfigError.exit_code if end.code == 2 else int(end.code or 0)
+    except BrokenPipeError as error:  # whoever read the output is gone, as in `lasp verify RUN | head -1`
+        with contextlib.suppress(OSError):  # or Python would write the rest at its end, and fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _say("nobody reads the output any more", FILES_EXIT_CODE, error)
+    except (Exception, KeyboardInterrupt) as error:
+        known = _for_users(error)
+        if known is not None:
+            return _say(*known, error)
+        traceback.print_exc()
+        return _say("this is a fault of lasp, not of how it was called: please report it with the lines above", 1)
+
+
+def _for_users(error: BaseException) -> tuple[str, int] | None:
+    """What to say of an error that a user can cause or mend, and the exit code; None for faults of the program."""
+    if isinstance(error, RunError):
+        return str(error), error.exit_code
+    if isinstance(error, DataError):
+        return str(error), DATA_EXIT_CODE
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED_EXIT_CODE
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lasp"):
+        return f"the Python package {error.name} is not installed: README.md says what needs it", ConfigError.exit_code
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([" -> ".join(named) or "a file", error.strerror or str(error)]), FILES_EXIT_CODE
+    # PyTorch has a class for a GPU's memory, and for the host's a sentence only.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return f"out of memory: {error}", 1
+    return None
+
+
+def _say(message: str, code: int, error: BaseException | None = None) -> int:
+    from lasp.train.outlet import printable
+
+    if error is not None and os.environ.get(_TRACEBACK):
+        traceback.print_exception(error)
+    with contextlib.suppress(OSError):
+        print(printable(f"lasp: {message}"), file=sys.stderr, flush=True)
+    return code
 
 
 def _usage() -> str:

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from lasp.train.config import ModelOptions, load_toml
+from lasp.cli.checks import check_picture
+from lasp.train.config import ModelOptions, TrainConfig, load_toml, read_toml
 from lasp.train.errors import ConfigError
+from lasp.train.program import lasp_command
+from lasp.train.sizes import tokens
 
-_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_LARGEST = 1 << 40
 _TIES_SHOWN = 6
 
 
@@ -27,33 +28,37 @@ class PlanConfig:
     """
 
     config: Path | None = None
-    """TOML file of a training run: its model, sequence length and batch."""
+    """TOML file of a training run: its model, sequence length, batch and precision."""
     model: ModelOptions = field(default_factory=lambda: ModelOptions(family="transnormer", size="1b"))
     """The model, where no --config is given."""
     gpu: str = "a100-80g"
-    """Kind of device: a100-80g, h100, h200, or cpu (a process of one thread)."""
+    """Kind of device: a100-80g, h100, h200, cpu (a process of one thread), or a TOML file that describes another: see
+    docs/analysis.md."""
     gpus: int = 8
     """How many."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of training; default: that of --config, else bf16 on a GPU and fp32 on a CPU."""
     seq_len: str = "64K"
     """Tokens of a sequence; 64K is 65536, 1M 1048576."""
-    batch: int = 1
+    global_batch: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 1
     """Sequences per step, over all devices."""
     json: bool = False
     """Print everything as JSON instead of the table."""
     plot: Path | None = None
-    """PNG file: volume against length, longest sequence and throughput against devices."""
+    """Picture (.png, .pdf, .svg): volume against length, longest sequence and throughput against devices."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp plan ARGUMENTS`."""
     config = tyro.cli(PlanConfig, args=list(arguments), prog="lasp plan")
-    job, name = _job(config)
+    run = None if config.config is None else load_toml(config.config)
+    job, name = _job(config, run)
+    check_picture("--plot", config.plot)
     from lasp.analysis.report import curves, plan
 
     found = {"model": name, **plan(job)}
+    found["command"] = _command(config, run, found)
     if config.plot is not None:
-        if not config.plot.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {config.plot} does not exist")
         _plot(found, curves(job), config.plot)
     if config.json:
         print(json.dumps(found, indent=1))
@@ -62,37 +67,71 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def tokens(text: str) -> int:
-    """A number of tokens such as 4096, 64K or 1M. Raises ConfigError."""
-    digits, unit = text.strip(), 1
-    if digits and digits[-1].lower() in _UNITS:
-        digits, unit = digits[:-1], _UNITS[digits[-1].lower()]
-    if not digits.isdecimal() or not 0 < int(digits) * unit <= _LARGEST:
-        raise ConfigError(
-            f"--seq-len must be a number of tokens from 1 to 1024G, such as 4096, 64K or 1M; got {text!r}"
-        )
-    return int(digits) * unit
-
-
-def _job(config: PlanConfig) -> tuple[Any, str]:
-    from lasp.analysis.devices import device
+def _job(config: PlanConfig, run: TrainConfig | None) -> tuple[Any, str]:
+    """The job and its model's name. run: the settings of --config, which win over those of `config`."""
+    from lasp.analysis.devices import described, device
     from lasp.analysis.planner import Job
-    from lasp.models.presets import preset
 
-    options, seq_len, batch = config.model, tokens(config.seq_len), config.batch
-    if config.config is not None:
-        run = load_toml(config.config)
-        options, seq_len, batch = run.model, run.seq_len, run.global_batch
+    options, seq_len, batch, precision = (
+        config.model,
+        tokens(config.seq_len, "--seq-len"),
+        config.global_batch,
+        config.precision,
+    )
+    if run is not None:
+        options, seq_len, batch, precision = run.model, run.seq_len, run.global_batch, precision or run.precision
     if not 1 <= config.gpus <= 1 << 16:
         raise ConfigError(f"--gpus must be from 1 to {1 << 16}, got {config.gpus}")
     if batch < 1:
-        raise ConfigError(f"--batch must be at least 1, got {batch}")
+        raise ConfigError(f"--global-batch must be at least 1, got {batch}")
+    model = options.build()
+    is_file = config.gpu.endswith(".toml")
     try:
-        model = preset(options.family, options.size, **options.overrides)  # type: ignore[arg-type]
-        job = Job(config=model, device=device(config.gpu), devices=config.gpus, seq_len=seq_len, batch=batch)
+        kind = described(read_toml(Path(config.gpu), "description of a GPU")) if is_file else device(config.gpu)
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"--gpu {config.gpu}: {error}" if is_file else f"--gpu: {error}") from error
+    kind = kind.training_in(precision or kind.precision)
+    job = Job(config=model, device=kind, devices=config.gpus, seq_len=seq_len, batch=batch)
     return job, f"{options.family}-{options.size}"
+
+
+def _command(config: PlanConfig, run: TrainConfig | None, found: dict[str, Any]) -> str | None:
+    """The command line of the fastest layout that `lasp train` has; None if none fits."""
+    entry = found["recommended_of_lasp_train"]
+    if entry is None:
+        return None
+    words: list[object] = ["train"]
+    if run is not None:
+        words += ["--config", config.config]
+    else:
+        words += ["--model.family", config.model.family, "--model.size", config.model.size]
+        words += ["--seq-len", found["seq_len"], "--global-batch", found["batch"]]
+    words += ["--precision", found["precision"], "--device", "cpu" if found["device"] == "cpu" else "cuda"]
+    words += [word for option in _options(entry) for word in option.split()]
+    # What the file says of how to run is not what was planned.
+    if run is not None and run.accumulation > 1:
+        words += ["--accumulation", 1]
+    if run is not None and run.parallel.dp_replicate > 1:
+        words += ["--dp-replicate", 1]
+    if run is not None and run.parallel.cpu_offload:
+        words += ["--no-cpu-offload"]
+    if run is None and config.model.overrides:
+        words += ["--model.overrides", *(word for change in config.model.overrides.items() for word in change)]
+    return lasp_command(*words)
+
+
+def _options(entry: dict[str, Any]) -> list[str]:
+    """A layout in the words of `lasp train`."""
+    exchange = [f"--exchange {entry['schedule']}"] if entry["method"] == "lasp" and entry["schedule"] != "none" else []
+    return [
+        f"--dp {entry['dp']}",
+        f"--sp {entry['sp']}",
+        f"--data-parallel {entry['sharding']}",
+        f"--recomputation {entry['recomputation']}",
+        *exchange,
+    ]
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -101,11 +140,12 @@ def _print(found: dict[str, Any]) -> None:
 
     table = Table(
         title=f"{found['model']} ({found['model_parameters'] / 1e6:,.0f}M parameters), {found['batch']} x "
-        f"{_length(found['seq_len'])} tokens on {found['devices']} x {found['device']}"
+        f"{_length(found['seq_len'])} tokens on {found['devices']} x {found['device']}, "
+        f"{found['precision']}"
     )
-    columns = ("method", "fits", "GB each", "tokens/s", "step", "waits", "received", "dp x sp", "weights", "runs again")
-    for column in (*columns, "schedule", "longest"):
-        table.add_column(column, justify="left" if column in ("method", "fits", "schedule") else "right")
+    columns = ("method", "fits", "GB each", "tokens/s", "step", "waits", "received", "dp x sp", "data-parallel")
+    for column in (*columns, "recomputation", "exchange", "longest"):
+        table.add_column(column, justify="left" if column in ("method", "fits", "exchange") else "right")
     for entry in found["methods"]:
         limit = _length(entry["longest_tokens"]) if entry["longest_tokens"] else "-"
         if "reason" in entry:
@@ -125,7 +165,7 @@ def _print(found: dict[str, Any]) -> None:
             entry["schedule"],
             limit,
         )
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 132)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for entry in found["methods"]:
         if "reason" in entry:
@@ -137,16 +177,27 @@ def _print(found: dict[str, Any]) -> None:
         if best is None:
             continue
         console.print(
-            f"{title}: {'; '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s, "
+            f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s, "
             f"{best['memory_bytes'] / 1e9:.1f} GB.",
             highlight=False,
         )
         if ties:
-            others = [", ".join(part for part in _parts(each) if part not in _parts(best)) for each in ties]
+            others = [" ".join(part for part in _parts(each) if part not in _parts(best)) for each in ties]
             more = f"; and {len(others) - _TIES_SHOWN} more" if len(others) > _TIES_SHOWN else ""
             console.print(
                 f"  By prediction within {found['tie']:.0%} of it, so as good: "
                 f"{'; '.join(others[:_TIES_SHOWN])}{more}.",
+                highlight=False,
+            )
+    if found["command"] is not None:
+        best = found["recommended_of_lasp_train"]
+        rate = f"{best['tokens_per_s']:,.0f} tokens/s, {best['memory_bytes'] / 1e9:.1f} GB"
+        console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:", highlight=False)
+        console.print(f"  {found['command']}", highlight=False, soft_wrap=True, markup=False)
+        if found["hosts"] > 1:
+            console.print(
+                f"  It starts all its processes on one machine: for {found['hosts']} hosts give these options to "
+                "examples/slurm/train.sbatch or to torchrun (docs/training.md).",
                 highlight=False,
             )
     console.print(
@@ -160,14 +211,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _parts(entry: dict[str, Any]) -> list[str]:
-    schedule = [f"schedule {entry['schedule']}"] if entry["method"] == "lasp" and entry["sp"] > 1 else []
-    return [
-        entry["method"],
-        f"dp={entry['dp']} x sp={entry['sp']}",
-        *schedule,
-        f"weights {entry['sharding']}",
-        f"running again: {entry['recomputation']}",
-    ]
+    return [f"method {entry['method']}", *_options(entry)]
 
 
 def _plot(found: dict[str, Any], curves: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import tyro
 
+from lasp import files
+from lasp.cli.checks import check_target
 from lasp.train.errors import ConfigError
+from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,18 @@ def main(arguments: Sequence[str]) -> int:
     """Run `lasp report ARGUMENTS`."""
     options = tyro.cli(Arguments, args=list(arguments), prog="lasp report")
     out = options.out or options.run / "report.html"
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {out} does not exist")
     from lasp.train.report import load, render
 
-    out.write_text(render(load(options.run)), encoding="utf-8")
-    print(out)
+    try:
+        run = load(options.run)
+        check_target("--out", out)
+        page = render(run)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{options.run} holds files that are damaged, or of another version of lasp train: {error!r}"
+        ) from error
+    files.write(out, page)
+    print(printable(str(out)))
     return 0

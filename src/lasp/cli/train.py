@@ -1,6 +1,7 @@
 """`lasp train`: configuration from a TOML file and options, then train here or in processes of its own."""
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.train.config import AUTO, TrainConfig, from_dict, load_toml
+from lasp.train.config import AUTO, ModelOptions, TrainConfig, from_dict, load_toml
 from lasp.train.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 
 
@@ -38,10 +39,11 @@ def parse(arguments: Sequence[str]) -> Arguments:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
+    early.add_argument("--init-from", type=Path)
     try:
         known, _ = early.parse_known_args(list(arguments))
     except SystemExit:  # an option without its value: the full parser says it better
-        known = argparse.Namespace(config=None, resume=None)
+        known = argparse.Namespace(config=None, resume=None, init_from=None)
     resume_auto = known.resume == AUTO
     if known.config is not None and known.resume is not None and not resume_auto:
         raise ConfigError("--config and --resume both bring settings: give one of them, and options for changes")
@@ -50,6 +52,11 @@ def parse(arguments: Sequence[str]) -> Arguments:
         base = load_toml(known.config)
     elif known.resume is not None and not resume_auto:
         base = _settings_of(known.resume)
+    init_from = known.init_from or base.init_from
+    if init_from is not None and base.model == ModelOptions():  # the model is the one whose weights are taken
+        from lasp.train.export import model_options
+
+        base = dataclasses.replace(base, model=model_options(init_from))
     options = tyro.cli(
         Arguments, args=list(arguments), default=Arguments(settings=base), prog="lasp train", console_outputs=_speaks()
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from lasp.train.errors import CheckpointError
+from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,9 @@ def main(arguments: Sequence[str]) -> int:
         try:
             found = checkpoint.verify(folder)
         except CheckpointError as error:
-            print(f"damaged  {error}")
+            print(printable(f"damaged  {error}"))
             continue
         good += 1
         layout = ", ".join(f"{name} {value}" for name, value in found.state["layout"].items())
-        print(f"good     {folder}: {found.state['step']} steps, written by {layout}")
+        print(printable(f"good     {folder}: {found.state['step']} steps, written by {layout}"))
     return 0 if good else CheckpointError.exit_code

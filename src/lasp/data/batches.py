@@ -4,10 +4,12 @@ A sequence is a slice of T consecutive tokens of the stream; its labels are the 
 taken from the stream *before* sharding, so the last token of a shard is trained to predict the first token of the
 next shard. Sequence b of step s is number s * global_batch + b of an endless list: all sequences in a shuffled
 order, then all of them in another one, and so on. Nothing is remembered between steps, so to resume is to ask for
-the next step.
+the next step; where batches have another size from some step on, they go on in that list from where it was then.
 
-Packed, the rows of a batch are one sequence after another, cut where documents start and where rows do: nothing crosses
-a cut, neither state nor label. A document that starts before its row begins anew there.
+Packed, the rows of a batch are one sequence after another, cut where documents start and where rows do: no state
+crosses a cut. A document starts at the separator before it, from which its first token is predicted: so the labels are
+those of any other batch, and a separator's is the only one that no text of its own came before. A document that starts
+before its row begins anew there.
 
 Consecutive, row b of a step goes on where row b of the step before ended: the stream is cut into as many parts as the
 global batch has rows, and each row reads its part in order, again and again. So a model may carry its state along.
@@ -15,13 +17,15 @@ global batch has rows, and each row reads its part in order, again and again. So
 Letters: B rows, T tokens of a whole sequence, N tokens in the stream.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from lasp.data.errors import DataError
-from lasp.data.stream import Tokens
+from lasp.data.stream import Bounds, Tokens
 
 _MASK = (1 << 64) - 1
 
@@ -34,7 +38,8 @@ class Batch(NamedTuple):
     labels: np.ndarray
     """Of the same shape, int64, the tokens one place on; -100 where there is nothing to predict."""
     cu_seqlens: tuple[int, ...] | None = None
-    """Packed: where documents start in the rows [rows T] of all ranks of the sequence, and their end."""
+    """Packed: where documents start (at the separator before) in the rows [rows T] of all ranks of the sequence, and
+    their end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +76,9 @@ class Sequences:
         *,
         seq_len: int,
         seed: int,
-        bounds: np.ndarray | None = None,
+        bounds: Bounds | None = None,
         consecutive: bool = False,
+        origin: tuple[int, int] = (0, 0),
     ) -> None:
         """
         Args:
@@ -80,12 +86,13 @@ class Sequences:
             bounds: int64 [documents + 1], where documents start and the last one ends, for packed batches; None
                 makes rows of whatever tokens follow one another.
             consecutive: every row goes on where it was in the step before, and nothing is shuffled.
+            origin: a step and the place in the endless list of its first sequence; not of consecutive ones.
 
         Raises:
             DataError: the stream holds no whole sequence.
         """
         self.stream, self.seq_len, self.seed, self.bounds = stream, seq_len, seed, bounds
-        self.consecutive = consecutive
+        self.consecutive, self.origin = consecutive, origin
         self.count = num_sequences(stream, seq_len)
         if self.count == 0:
             raise DataError(
@@ -106,18 +113,15 @@ class Sequences:
         rows = [part * rows_per_part + row for row in shard.rows(rows_per_part)]
         return [self.number(step, row, global_batch) for row in rows]
 
-    def num_targets(self, step: int, global_batch: int) -> int:
-        """Labels to predict in the whole batch of `step`, over all ranks and parts: all tokens, or packed those that
-        another of their document follows."""
-        if self.bounds is None:
-            return global_batch * self.seq_len
-        numbers = (self.number(step, row, global_batch) for row in range(global_batch))
-        return sum(self.seq_len - len(_ends(self.bounds, number * self.seq_len, self.seq_len)) for number in numbers)
+    def num_targets(self, global_batch: int) -> int:
+        """Labels to predict in the batch of a step, over all ranks and parts: every token has one."""
+        return global_batch * self.seq_len
 
     def number(self, step: int, row: int, global_batch: int) -> int:
         """Which sequence of the stream is row `row` of the batch of `step`."""
         if not self.consecutive:
-            return self.shuffled(step * global_batch + row)
+            origin, first = self.origin
+            return self.shuffled(first + (step - origin) * global_batch + row)
         length = self._part_length(global_batch)
         return row * length + step % length
 
@@ -140,51 +144,66 @@ class Sequences:
         return permute(place, self.count, self.seed * 0x9E3779B97F4A7C15 + epoch)
 
 
-def validation_batch(stream: Tokens, first: int, num_rows: int, end: int, seq_len: int, shard: Shard) -> Batch:
-    """This rank's share of sequences first .. first + num_rows, in the stream's own order.
+def validation_batch(
+    stream: Tokens,
+    first: int,
+    num_rows: int,
+    end: int,
+    seq_len: int,
+    shard: Shard,
+    bounds: Bounds | None = None,
+) -> Batch:
+    """This rank's share of sequences first .. first + num_rows, in the stream's own order; with `bounds` packed.
 
-    Rows at or past `end` are there to make the shapes equal on all ranks; their labels are -100.
+    Rows at or past `end` are there to make the shapes equal on all ranks, and the stream may end within a row: labels
+    where there is nothing to score are -100.
     """
-    rows = [first + row for row in shard.rows(num_rows)]
-    batch = read(stream, [row if row < end else 0 for row in rows], seq_len, shard)
-    batch.labels[[row >= end for row in rows]] = -100
-    return batch
+    numbers = [first + row if first + row < end else None for row in shard.rows(num_rows)]
+    return (
+        read(stream, numbers, seq_len, shard)
+        if bounds is None
+        else read_packed(stream, bounds, numbers, seq_len, shard)
+    )
 
 
-def read(stream: Tokens, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
-    """The shard's tokens and labels of the given sequences; reads nothing else from the file."""
+def read(stream: Tokens, numbers: Sequence[int | None], seq_len: int, shard: Shard) -> Batch:
+    """The shard's tokens and labels of the given sequences (None: an empty row); reads nothing else from the file."""
     run = shard.tokens(seq_len)
-    pieces = [stream[number * seq_len + run.start : number * seq_len + run.stop + 1] for number in numbers]
-    window = np.stack(pieces).astype(np.int64)
-    return Batch(window[:, :-1].copy(), window[:, 1:].copy())
+    tokens, labels = zip(*(_window(stream, number, run, seq_len) for number in numbers), strict=True)
+    return Batch(np.stack(tokens), np.stack(labels))
 
 
-def read_packed(stream: Tokens, bounds: np.ndarray, numbers: list[int], seq_len: int, shard: Shard) -> Batch:
-    """The shard's tokens and labels of the given sequences, one after another; reads nothing else from the file."""
+def read_packed(stream: Tokens, bounds: Bounds, numbers: Sequence[int | None], seq_len: int, shard: Shard) -> Batch:
+    """As `read`, one sequence after another, cut where documents start; `bounds` as `Sequences` takes them."""
     run = shard.tokens(len(numbers) * seq_len)
-    cuts = [0]
-    tokens, labels = [], []
+    cuts, rows = [0], []
     for row, number in enumerate(numbers):
-        start, before = number * seq_len, row * seq_len
-        ends = _ends(bounds, start, seq_len) - start
-        cuts += [before + int(end) for end in ends if end < seq_len]
+        before = row * seq_len
+        if number is not None:
+            cuts += [before + cut for cut in _starts(bounds, number * seq_len, seq_len)]
         cuts.append(before + seq_len)
-        first, last = max(run.start - before, 0), min(run.stop - before, seq_len)
-        if first >= last:
-            continue
-        window = stream[start + first : start + last + 1].astype(np.int64)
-        following = window[1:].copy()
-        here = ends[(ends > first) & (ends <= last)]
-        following[here - 1 - first] = -100
-        tokens.append(window[:-1])
-        labels.append(following)
-    return Batch(np.concatenate(tokens)[None], np.concatenate(labels)[None], tuple(cuts))
+        here = range(max(run.start - before, 0), min(run.stop - before, seq_len))
+        if here:
+            rows.append(_window(stream, number, here, seq_len))
+    tokens, labels = (np.concatenate(part)[None] for part in zip(*rows, strict=True))
+    return Batch(tokens, labels, tuple(cuts))
 
 
-def _ends(bounds: np.ndarray, start: int, seq_len: int) -> np.ndarray:
-    """The ends of documents, among `bounds`, that lie in a sequence: in start + 1 .. start + seq_len."""
-    low, high = np.searchsorted(bounds, [start, start + seq_len], side="right")
-    return np.asarray(bounds[low:high])
+def _window(stream: Tokens, number: int | None, run: range, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `run` of a sequence and their labels, both int64 [len(run)]; where the stream has ended 0 and -100."""
+    tokens, labels = np.zeros(len(run), np.int64), np.full(len(run), -100, np.int64)
+    if number is not None:
+        start = number * seq_len + run.start
+        read = stream[start : start + len(run) + 1].astype(np.int64)
+        tokens[: len(read)] = read[: len(run)]
+        labels[: max(len(read) - 1, 0)] = read[1:]
+    return tokens, labels
+
+
+def _starts(bounds: Bounds, start: int, seq_len: int) -> list[int]:
+    """Where documents start within a sequence, from 1: at separators, each the last token of the document before."""
+    low, high = bisect_left(bounds, start + 2), bisect_left(bounds, start + seq_len + 1)
+    return [int(bound) - 1 - start for bound in bounds[low:high]]
 
 
 def permute(place: int, size: int, seed: int) -> int:

@@ -4,10 +4,12 @@ train-00000.bin, ..     token ids, little endian, each document followed by the 
                         `shard_tokens`, wherever a document is
 train.bounds.bin        where each document starts, and the end of the last: int64, little endian
 validation...           likewise
+*.bin.sums              digests of the blocks of each of these (lasp.data.blocks)
 tokenizer.json          the tokenizer, where it is a file
 index.json              written last: sizes and SHA-256 of all these, itself under a SHA-256
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from lasp.data.documents import Document
+from lasp.data.blocks import BlockSums, sums_path
+from lasp.data.documents import SPLITS, Document, Reading
 from lasp.data.errors import DataError
 from lasp.data.stream import check_ids
-from lasp.data.tokenizer import Tokenizer
+from lasp.data.tokenizer import Tokenizer, files_of
 
-FORMAT = 3
-SPLITS = ("train", "validation")
+FORMAT = 4
 SHARD_TOKENS = 1 << 28
 BOUNDS = np.dtype("<i8")
 
@@ -40,8 +42,11 @@ def write_store(
     *,
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress = lambda _bytes, _tokens: None,
+    reading: Reading | None = None,
 ) -> None:
     """Tokenise `documents` into a new store at `target`; it is there whole or not at all.
+
+    reading: what is counted while they are read; the index keeps it.
 
     Raises DataError if a document cannot be read, an id is outside the vocabulary, there is no text at all, or the
     files cannot be written.
@@ -49,20 +54,25 @@ def write_store(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     temporary = target.parent / f".building-{target.name}-{uuid.uuid4().hex[:8]}"
     splits: dict[str, _SplitWriter] = {}
+    reading = Reading() if reading is None else reading
     try:
         temporary.mkdir(parents=True)
         splits = {split: _SplitWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
         for document in documents:
-            splits[document.split].add(document, tokenizer)
+            altered = tokenizer.num_altered
+            found = splits[document.split].add(document, tokenizer)
+            reading.altered += document.altered or tokenizer.num_altered > altered
+            if not document.is_rest:
+                reading.read += found
+                reading.empty += not found
             progress(
                 sum(split.num_bytes for split in splits.values()), sum(split.num_tokens for split in splits.values())
             )
         entries = {name: split.close() for name, split in splits.items()}
         if not any(split.num_documents for split in splits.values()):
-            raise DataError("there is no text to train on: all documents are empty")
-        content = getattr(tokenizer, "content", None)
-        if content is not None:
-            (temporary / "tokenizer.json").write_bytes(content)
+            raise DataError(f"there is no text to train on: all documents are empty ({reading.summary()})")
+        for name, content in files_of(tokenizer).items():
+            (temporary / name).write_bytes(content)
         seal = {
             "format": FORMAT,
             "tokenizer": tokenizer.name,
@@ -70,6 +80,7 @@ def write_store(
             "separator": tokenizer.separator,
             "dtype": dtype.str,
             "splits": entries,
+            "reading": dataclasses.asdict(reading),
         }
         index = {"sealed": seal, "sha256": seal_digest(seal)}
         with open(temporary / "index.json", "w") as stream:
@@ -100,19 +111,27 @@ class _HashedFile:
     """A file written from front to back."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.num_bytes, self._digest = path, 0, hashlib.sha256()
+        self.path, self.num_bytes, self._digest, self._sums = path, 0, hashlib.sha256(), BlockSums()
         self.stream = open(path, "wb")  # noqa: SIM115 - closed by close()
 
     def write(self, data: bytes) -> None:
         self.stream.write(data)
         self._digest.update(data)
+        self._sums.add(data)
         self.num_bytes += len(data)
 
-    def close(self) -> str:
+    def close(self) -> dict[str, str]:
+        """What the index says of the file, besides its length."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
-        return self._digest.hexdigest()
+        sums = self._sums.close()
+        with open(sums_path(self.path), "wb") as stream:
+            stream.write(sums)
+            stream.flush()
+            os.fsync(stream.fileno())
+        digests = {"sha256": self._digest.hexdigest(), "sums": hashlib.sha256(sums).hexdigest()}
+        return {"file": self.path.name, **digests}
 
 
 class _SplitWriter:
@@ -126,16 +145,18 @@ class _SplitWriter:
         self.num_tokens = self.num_bytes = self.num_documents = 0
         self._write_bound()
 
-    def add(self, document: Document, tokenizer: Tokenizer) -> None:
+    def add(self, document: Document, tokenizer: Tokenizer) -> bool:
+        """Whether there was any text in the document."""
         before = self.num_tokens
         for ids in tokenizer.encode_blocks(self._counted(document.blocks)):
             check_ids(ids, tokenizer.vocab_size, Path(document.name), self.num_tokens - before)
             self._write(ids)
         if self.num_tokens == before:  # an empty document contributes no token, not a lone separator
-            return
+            return False
         self._write(np.asarray([tokenizer.separator]))
         self._write_bound()
         self.num_documents += 1
+        return True
 
     def _write_bound(self) -> None:
         self._bounds.write(np.asarray([self.num_tokens], dtype=BOUNDS).tobytes())
@@ -158,8 +179,8 @@ class _SplitWriter:
 
     def _end_shard(self) -> None:
         assert self._shard is not None
-        digest, size = self._shard.close(), self._shard.num_bytes // self._dtype.itemsize
-        self._shards.append({"file": self._shard.path.name, "num_tokens": size, "sha256": digest})
+        size = self._shard.num_bytes // self._dtype.itemsize
+        self._shards.append({"num_tokens": size, **self._shard.close()})
         self._shard = None
 
     def close(self) -> dict[str, Any]:
@@ -171,7 +192,7 @@ class _SplitWriter:
             "num_bytes": self.num_bytes,
             "num_documents": self.num_documents,
             "shards": self._shards,
-            "bounds": {"file": self._bounds.path.name, "sha256": self._bounds.close()},
+            "bounds": self._bounds.close(),
         }
 
     def abandon(self) -> None:

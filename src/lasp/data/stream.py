@@ -1,4 +1,4 @@
-"""The tokens of one split: shard files end to end, memory-mapped when first read, checked as they are read."""
+"""The tokens of one split: shard files end to end, opened when first read, checked as they are read."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -9,15 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lasp.data.blocks import CheckedFile
 from lasp.data.errors import DataError
 
-# Maps kept open: each holds a file descriptor, of which a process may have few.
-_OPEN_MAPS = 64
+# Files kept open: each holds a file descriptor, of which a process may have few.
+_OPEN_FILES = 64
 
 
 class ShardFile(NamedTuple):
     path: Path
     num_tokens: int
+    sums: str
+    """SHA-256 of the digests of its blocks, see lasp.data.blocks."""
 
 
 class TokenStream:
@@ -32,7 +35,7 @@ class TokenStream:
     def __init__(self, files: Sequence[ShardFile], dtype: np.dtype, vocab_size: int) -> None:
         self.files, self.dtype, self.vocab_size = tuple(files), dtype, vocab_size
         self._starts = (0, *accumulate(file.num_tokens for file in files))
-        self._map = lru_cache(maxsize=_OPEN_MAPS)(self._open)
+        self._file = lru_cache(maxsize=_OPEN_FILES)(self._open)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -44,23 +47,23 @@ class TokenStream:
         filled, index = 0, bisect_right(self._starts, start) - 1
         while filled < len(tokens):
             first = start + filled - self._starts[index]
-            piece = self._map(index)[first : first + len(tokens) - filled]
+            piece = self._file(index)[first : first + len(tokens) - filled]
             tokens[filled : filled + len(piece)] = piece
             if len(piece):
                 check_ids(tokens[filled : filled + len(piece)], self.vocab_size, self.files[index].path, first)
             filled, index = filled + len(piece), index + 1
         return tokens
 
-    def _open(self, index: int) -> np.ndarray:
-        path, num_tokens = self.files[index]
+    def _open(self, index: int) -> CheckedFile:
+        path, num_tokens, sums = self.files[index]
         check_length(path, num_tokens, self.dtype)
-        if num_tokens == 0:  # an empty file cannot be mapped
-            return np.zeros(0, self.dtype)
-        return np.memmap(path, dtype=self.dtype, mode="r")
+        return CheckedFile(path, self.dtype, num_tokens, sums)
 
 
 Tokens = np.ndarray | TokenStream
 """Token ids that slices are taken of."""
+Bounds = np.ndarray | CheckedFile
+"""int64 [documents + 1], where the documents of a stream start, and its end."""
 
 
 def check_length(path: Path, num_items: int, dtype: np.dtype) -> None:

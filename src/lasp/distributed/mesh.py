@@ -102,10 +102,10 @@ def _mesh(ranks: torch.Tensor, names: tuple[str, ...], device_type: str, backend
 
 def _own_group(partition: list[list[int]], backend: str, timeout_s: float) -> dist.ProcessGroup:
     """Make the groups of a partition of the world, in the same order everywhere; return this process's own."""
-    own = None
+    own: dist.ProcessGroup | None = None
     for ranks in partition:
         group = dist.new_group(ranks, backend=backend, timeout=timedelta(seconds=timeout_s))
-        if dist.get_rank() in ranks:
+        if isinstance(group, dist.ProcessGroup):  # what others are returned is a number
             own = group
     assert own is not None
     return own

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.norms import RMSNorm
+from lasp.layers.parameters import ExactParameters, exact_parameter
 from lasp.recurrence.decay import state_dtype
 from lasp.sequence.arguments import number
 
@@ -21,7 +22,7 @@ RATES = (1.0, 16.0)
 STEPS = (1e-3, 1e-1)
 
 
-class SteppedDecay(nn.Module):
+class SteppedDecay(ExactParameters):
     """dt = softplus(x + bias), log-decay -A dt, A = exp(log_rate) > 0: of Mamba-2, Gated DeltaNet and KDA.
 
     Args:
@@ -29,12 +30,14 @@ class SteppedDecay(nn.Module):
         channels: K decays a head, each with a bias of its own; 1 for a single one.
     """
 
+    exact = ("log_rate", "bias")
+
     def __init__(self, num_heads: int, channels: int = 1) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.channels = channels
-        self.log_rate = nn.Parameter(torch.empty(num_heads))
-        self.bias = nn.Parameter(torch.empty(num_heads * channels))
+        self.log_rate = exact_parameter(num_heads)
+        self.bias = exact_parameter(num_heads * channels)
         if not self.bias.is_meta:
             self.reset_parameters()
 

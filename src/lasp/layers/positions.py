@@ -8,11 +8,11 @@ T = tokens here, H = heads, K = head dim, s = global position of the first token
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from lasp.layers.parameters import ExactParameters, exact_parameter
 
 
 def global_positions(start: int, length: int, device: torch.device) -> Tensor:
@@ -63,34 +63,28 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).to(x.dtype)
 
 
-class LRPE(nn.Module):
+class LRPE(ExactParameters):
     """Linearized relative position encoding: x -> [x cos(theta s), x sin(theta s)], which doubles the head dim.
 
     theta is learned. A query and a key then score sum_i q_i k_i cos(theta_i (s - t)). theta starts at
-    base^(-2 j / (H K)), where j counts the channels of all heads, as in TransNormerLLM's released code. It stays
-    fp32 when the model is cast to a 16-bit type.
+    base^(-2 j / (H K)), where j counts the channels of all heads, as in TransNormerLLM's released code. Eight bits of
+    it would turn a query at position 2^20 by thousands of radians.
     Source: Qin et al., "Linearized relative positional encoding" (2023); TransNormerLLM, section 3.1.1.
     """
+
+    exact = ("theta",)
 
     def __init__(self, num_heads: int, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
         self.dim_out = 2 * head_dim
         self.base = base
-        self.theta = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.theta = exact_parameter(num_heads, head_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         channels = torch.arange(self.theta.numel(), dtype=torch.float64, device=self.theta.device)
         with torch.no_grad():
             self.theta.copy_((self.base ** (-2 * channels / self.theta.numel())).view_as(self.theta))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LRPE:
-        before = self.theta.detach()
-        super()._apply(fn, recurse)
-        if self.theta.dtype in (torch.bfloat16, torch.float16):
-            # Eight bits of theta would turn a query at position 2^20 by thousands of radians.
-            self.theta.data = before.to(self.theta.device, torch.float32)
-        return self
 
     def forward(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """q, k [B, T, H, K] whose first token is at global position `start` -> [B, T, H, 2K]."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from types import NoneType
+from typing import Any
 
+from lasp.halo.functions import MAX_WIDTH
+from lasp.kernels.select import BACKENDS
 from lasp.layers.attention import GATES, NORMALIZATIONS, check_denominator
 from lasp.layers.decay import DECAYS
 from lasp.layers.feature_maps import FEATURE_MAPS
@@ -14,6 +19,14 @@ from lasp.softmax import METHODS as SOFTMAX_METHODS
 POSITIONS = ("none", "sinusoidal", "rotary", "lrpe")
 INITS = ("normal", "xavier")
 MIXERS = ("linear-attention", "gla", "deltanet", "gated-deltanet", "kda", "mamba2")
+# A field's annotation -> what its values are, for Python and for people.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "int | None": ((int, NoneType), "a whole number or None"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a word"),
+}
 # What the mixer "linear-attention" leaves open and the others settle themselves.
 _OPEN = ("feature_map", "positions", "positions_in", "decay", "normalization", "gate", "scale_scores")
 
@@ -88,10 +101,12 @@ class ModelConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            check_kind(name, getattr(self, name))
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "key_dim", "value_dim", "ffn_dim"):
             value = getattr(self, name)
             least = 0 if name == "ffn_dim" and self.ffn == "none" else 1
-            if not isinstance(value, int) or value < least:
+            if value < least:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
         for name, known in (
             ("mixer", MIXERS),
@@ -105,14 +120,17 @@ class ModelConfig:
             ("norm", NORMS),
             ("init", INITS),
             ("softmax_method", SOFTMAX_METHODS),
+            ("backend", BACKENDS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
         self._check_mixer()
         self._check_pattern()
         for name in ("norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        if not 1 <= self.conv_width <= MAX_WIDTH:
+            raise ValueError(f"conv_width must be from 1 to {MAX_WIDTH}, got {self.conv_width}")
         if self.positions == "rotary" and self.key_dim % 2:
             raise ValueError(f"rotary positions need an even key_dim, got {self.key_dim}")
         if self.positions == "sinusoidal" and self.d_model % 2:
@@ -167,3 +185,10 @@ class ModelConfig:
         """The natural-log decays of layer `layer` (from 0), one per head; None for no decay."""
         schedule = DECAYS[self.decay]
         return None if schedule is None else schedule(self.num_heads, layer, self.num_layers)
+
+
+def check_kind(name: str, value: Any) -> None:
+    """Raises ValueError if `value` is not of the kind that the field `name` of ModelConfig has."""
+    types, expected = _KINDS[str(ModelConfig.__dataclass_fields__[name].type)]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -2,18 +2,24 @@
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from lasp import files
 from lasp.exchange import NAMES
 from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
 from lasp.train.sinks import missing
+from lasp.train.sizes import Tokens, tokens
+
+if TYPE_CHECKING:
+    from lasp.models import ModelConfig
 
 C = TypeVar("C")
 
@@ -31,8 +37,25 @@ class ModelOptions:
     """Kind of model."""
     size: Literal["tiny", "0.4b", "1b", "7b"] = "tiny"
     """Size of the preset."""
-    overrides: dict[str, int] = field(default_factory=dict)
-    """Integer fields of the preset to change, such as `num_layers 2`."""
+    overrides: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    """Fields of the preset to change, such as `num_layers 2 layer_pattern LLLN negative_eigenvalues True`."""
+
+    def build(self, **defaults: Any) -> "ModelConfig":
+        """The model's own configuration. defaults: fields, such as the vocabulary, that an override wins over.
+
+        Raises ConfigError for a model that does not exist, an override that it does not have, or a wrong value.
+        """
+        from lasp.models import ModelConfig, preset
+
+        known = list(ModelConfig.__dataclass_fields__)
+        for name in self.overrides:
+            if name not in known:
+                raise ConfigError(f"--model.overrides: no field {name!r}; known: {', '.join(known)}")
+        try:
+            changes = {name: _read(name, value) for name, value in self.overrides.items()}
+            return preset(self.family, self.size, **{**defaults, **changes})
+        except ValueError as error:
+            raise ConfigError(f"--model: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +71,13 @@ class DataOptions:
     tokenizer: str | None = None
     """"bytes", or the path of a `tokenizers` JSON file; default: bytes, or what the data was built with."""
     validation_fraction: float = 0.05
-    """Share of documents held out for validation."""
+    """Share of documents held out for validation; of too few for that, the last part of every document."""
+    validation_path: Path | None = None
+    """Folder or file of text to validate on; nothing of `path` is held out then."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A JSONL or parquet record without text: end and name it, or leave it out and count it."""
+    verify: Literal["changed", "full"] = "changed"
+    """At a start, check the SHA-256 of files that have changed since they were checked, or of all."""
     packed: bool = False
     """Keep documents apart: no state, position or label crosses from one into the next."""
     carry: bool = False
@@ -61,19 +90,27 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW with linear warm-up and cosine decay; weight decay on matrices only."""
+    """AdamW with linear warm-up and cosine decay; weight decay on weight matrices only."""
 
     lr: float = 4e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.05
     """Final learning rate as a share of the peak."""
-    warmup_steps: int = 50
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; default: a fourteenth of the schedule, at most 2,000."""
+    schedule_steps: int | None = None
+    """Steps until the final learning rate, which then stays; default: --steps when the run begins. A resumed run
+    keeps both."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+
+    def warmup(self, num_steps: int) -> int:
+        """Steps of warm-up in a schedule of `num_steps`."""
+        return min(max(1, num_steps // 14), 2000) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +131,7 @@ class ParallelOptions:
     recomputation: Literal["none", "selective", "full"] = "none"
     """Run blocks again in the backward pass instead of keeping their activations: all of it, or all but the exchange
     of states."""
-    ffn_piece_tokens: int | None = None
+    ffn_piece_tokens: Tokens | None = None
     """Run feed-forward layers on so many tokens at a time, and again in the backward pass; default: on all at once."""
     compile: bool = False
     """torch.compile each block, the exchange of states inside."""
@@ -108,7 +145,8 @@ class ParallelOptions:
 class SampleOptions:
     """The text generated at the end."""
 
-    prompt: str = "def "
+    prompt: str | None = None
+    """Text to continue; empty begins a document; default: the first words of the held-out text."""
     num_tokens: int = 400
     temperature: float = 0.8
     top_k: int | None = 50
@@ -125,8 +163,8 @@ class TrainConfig:
     sample: SampleOptions = SampleOptions()
     steps: int = 700
     """Optimizer steps in all."""
-    seq_len: int = 512
-    """Tokens per sequence, over all its processes."""
+    seq_len: Tokens = 512
+    """Tokens per sequence, over all its processes; 64K is 65536."""
     global_batch: int = 4
     """Sequences per step, over all processes."""
     accumulation: int = 1
@@ -151,13 +189,18 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     init_from: Path | None = None
-    """Folder of `lasp export` whose weights a new run starts with."""
+    """Folder of `lasp export` whose weights a new run starts with; its model is the run's, unless options name one."""
     run_dir: Path | None = None
     """Folder for everything this run writes; default: a new one under runs/."""
 
     def validate(self, num_processes: int | None = None) -> None:
         """Check every field and, where the number of processes is known, the layout. Raises ConfigError."""
         optimizer, parallel, sample = self.optimizer, self.parallel, self.sample
+        self.model.build()
+        check_seed("--seed", self.seed)
+        check_text("--sample.prompt", sample.prompt)
+        check_folder("--run-dir", self.run_dir)
+        check_folder("--data.cache", self.data.cache)
         at_least_one = {
             "--steps": self.steps,
             "--seq-len": self.seq_len,
@@ -168,9 +211,11 @@ class TrainConfig:
             "--eval-sequences": self.eval_sequences,
             "--save-every": self.save_every,
             "--keep-checkpoints": self.keep_checkpoints,
+            "--optimizer.schedule-steps": self.steps if optimizer.schedule_steps is None else optimizer.schedule_steps,
             "--sp": parallel.sp,
             "--dp": parallel.dp if parallel.dp is not None else 1,
             "--dp-replicate": parallel.dp_replicate,
+            "--sample.top-k": sample.top_k if sample.top_k is not None else 1,
             "--ffn-piece-tokens": parallel.ffn_piece_tokens if parallel.ffn_piece_tokens is not None else 1,
         }
         for name, count in at_least_one.items():
@@ -194,11 +239,17 @@ class TrainConfig:
             if not 0.0 <= value <= 1.0 or (value == 1.0 and "beta" in name):
                 raise ConfigError(f"{name} must be in [0, 1], betas below 1, got {value}")
         for name, count in (
-            ("--optimizer.warmup-steps", optimizer.warmup_steps),
+            ("--optimizer.warmup-steps", optimizer.warmup(self.steps)),
             ("--sample.num-tokens", sample.num_tokens),
         ):
             if count < 0:
                 raise ConfigError(f"{name} must not be negative, got {count}")
+        schedule = self.steps if optimizer.schedule_steps is None else optimizer.schedule_steps
+        if optimizer.warmup(schedule) > schedule:
+            raise ConfigError(
+                f"--optimizer.warmup-steps must be at most the {schedule} steps of the schedule, got "
+                f"{optimizer.warmup_steps}: the learning rate would never reach --optimizer.lr"
+            )
         if (not_installed := missing(self.track)) is not None:
             raise ConfigError(not_installed)
         if self.profile_steps is not None and parse_range(self.profile_steps)[0] > self.steps:
@@ -261,6 +312,41 @@ class TrainConfig:
         return num_processes // sp
 
 
+def _read(name: str, value: Any) -> Any:
+    """A word of the command line as the field `name` of ModelConfig takes it; any other value as it is."""
+    from lasp.models import ModelConfig
+
+    words: dict[str, dict[str, bool | None]] = {
+        "bool": {"true": True, "false": False},
+        "int | None": {"none": None},
+    }
+    kind = str(ModelConfig.__dataclass_fields__[name].type)
+    return words.get(kind, {}).get(value.lower(), value) if isinstance(value, str) else value
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raises ConfigError for a seed that PyTorch's generators do not take."""
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"{name} must be a number of at most 64 bits, got {seed}")
+
+
+def check_folder(name: str, path: Path | None) -> None:
+    """Raises ConfigError for a path at which no folder can be, because it or what it is in is a file."""
+    if path is None:
+        return
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if there is not None and not there.is_dir():
+        raise ConfigError(f"{name} must be a folder, and {there} is none")
+
+
+def check_text(name: str, text: str | None) -> None:
+    """Raises ConfigError for bytes of the command line that are no text."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} must be text in UTF-8, got {text!r}") from None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A JSON-able dictionary of a config dataclass."""
 
@@ -279,7 +365,7 @@ def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
 
     Raises ConfigError naming the key for unknown keys and wrong types.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = [item.name for item in dataclasses.fields(typing.cast(Any, cls))]
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -291,19 +377,23 @@ def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
 
 def load_toml(path: Path) -> TrainConfig:
     """The TrainConfig in a TOML file. Raises ConfigError if it cannot be read."""
+    values = read_toml(path, "config file")
+    try:
+        return from_dict(TrainConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values in a TOML file, which is the `what` of the user's. Raises ConfigError if it cannot be read."""
     try:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
-        with open(path, "rb") as stream:
-            values = tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from error
-    try:
-        return from_dict(TrainConfig, values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        return tomllib.loads(files.read(path, follow=True).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read the {what} {path}: {error}") from error
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -319,14 +409,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
+    if hint == Tokens and isinstance(value, str):
+        return tokens(value, name)
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type[Any], hint), value, where=name)
     if origin is Literal and value in arguments:
         return value
     if origin in (UnionType, typing.Union):
-        if value is None:
-            return None
+        if value is None or type(value) in arguments:
+            return value
         return _convert(next(item for item in arguments if item is not type(None)), value, name)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(arguments[0], item, name) for item in value)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lasp import files
 from lasp.analysis.model import layers
 from lasp.data.store import TokenStore
 from lasp.exchange import Auto, Exchange
@@ -62,7 +63,7 @@ def describe(
 
 
 def write(run_dir: Path, description: dict[str, Any]) -> None:
-    (run_dir / "run.json").write_text(json.dumps(description, indent=1) + "\n")
+    files.write(run_dir / "run.json", json.dumps(description, indent=1) + "\n")
 
 
 def _exchange(config: TrainConfig, model_config: ModelConfig, model: ParallelModel, world: World) -> str | None:

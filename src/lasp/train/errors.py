@@ -1,5 +1,10 @@
 """Reasons a run ends, each with the exit code that tells a launcher what to do next."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lasp.data.errors import DataError
+
 
 class RunError(Exception):
     """A run that cannot go on; the message is for the user and needs no traceback."""
@@ -37,7 +42,22 @@ class ReplicaError(RunError):
     exit_code = 72
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around the first use of a model as configured: what its parts refuse, by ValueError, is a ConfigError."""
+    try:
+        yield
+    except (RunError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"the model, as configured, does not run here: {error}") from error
+
+
 DATA_EXIT_CODE = 65
 """lasp.data.errors.DataError: the text or the token file cannot be used."""
+FILES_EXIT_CODE = 74
+"""OSError: the system does not let a file or folder be read or written."""
+INTERRUPTED_EXIT_CODE = 130
+"""Ctrl-C where nothing was to be saved."""
 STOPPED_EXIT_CODE = 75
 """Interrupted by a signal, with a checkpoint saved: start again with --resume."""

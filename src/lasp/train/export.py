@@ -1,8 +1,11 @@
 """A trained model for others: one safetensors file, and what it takes to build the model and its tokenizer.
 
 model.safetensors   weights by parameter name, as `CausalLM(ModelConfig(**model_config))` names them
-config.json         "model_config"; "tokenizer", as --data.tokenizer takes it, and "tokenizer_id", which names the
-                    mapping itself; "step", finished steps of the run
+tokenizer.json      the tokenizer, where it is a file
+config.json         "model_config"; "model", the options of `lasp train` that give it; "tokenizer", "bytes" or the name
+                    of that file, and "tokenizer_id", which names the mapping itself by the file's SHA-256; "step",
+                    finished steps of the run; "prompt", its sample's; "files", size and SHA-256 of every other file;
+                    "sha256", of all the rest of this one
 """
 
 import json
@@ -18,12 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lasp.data.tokenizer import load_tokenizer
+from lasp import files
+from lasp.data.tokenizer import files_of, read_tokenizer
 from lasp.models import CausalLM, ModelConfig
 from lasp.train import checkpoint, shards
+from lasp.train.config import ModelOptions, from_dict
 from lasp.train.errors import CheckpointError, ConfigError
 
-FORMAT = 1
+FORMAT = 2
 _WEIGHTS, _ABOUT = "model.safetensors", "config.json"
 
 
@@ -37,11 +42,15 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     found = checkpoint.find(source, report=report)
     model = CausalLM(ModelConfig(**found.state["model_config"]))
     shards.load(found, model, found.state["model_config"])
+    tokenizer = read_tokenizer(found.folder, found.state["tokenizer"])
+    beside = files_of(tokenizer)
     about = {
         "format": FORMAT,
         "step": found.state["step"],
-        "tokenizer": found.state["tokenizer"],
-        "tokenizer_id": load_tokenizer(found.state["tokenizer"]).name,
+        "tokenizer": next(iter(beside), tokenizer.name),
+        "tokenizer_id": tokenizer.name,
+        "prompt": found.state.get("sample_prompt", ""),
+        "model": found.state["config"]["model"],
         "model_config": found.state["model_config"],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +59,29 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     try:
         tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
-        (temporary / _ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        for name, content in beside.items():
+            files.write(temporary / name, content)
+        seal(temporary, about)
         os.rename(temporary, out)
+        files.sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def seal(folder: Path, about: dict[str, Any]) -> None:
+    """Write config.json, `about` and the digests of all other files of `folder`, and wait until all is on disk."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        files.sync(path)
+        digests[path.name] = {"bytes": files.num_bytes(path), "sha256": files.sha256(path)}
+    about = {**about, "files": digests}
+    files.write(folder / _ABOUT, json.dumps({**about, "sha256": files.json_sha256(about)}, indent=1) + "\n")
+    for path in folder.iterdir():
+        # As new files are here: safetensors makes its own for nobody else to read.
+        os.chmod(path, (folder / _ABOUT).stat().st_mode)
+    files.sync(folder / _ABOUT)
+    files.sync(folder)
 
 
 def is_export(folder: Path) -> bool:
@@ -63,15 +90,40 @@ def is_export(folder: Path) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The content of config.json. Raises CheckpointError if it is not of `export`."""
+    """The content of config.json. Raises CheckpointError if it is not of `export`, or damaged."""
     try:
-        about: dict[str, Any] = json.loads((folder / _ABOUT).read_text())
+        about: dict[str, Any] = files.read_json(folder / _ABOUT)
         if about["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has export format {about['format']}, this version reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder} has export format {about['format']}, this version reads {FORMAT}: export the run again"
+            )
+        if about.pop("sha256") != files.json_sha256(about):
+            raise CheckpointError(f"{folder / _ABOUT} does not match its own SHA-256")
         ModelConfig(**about["model_config"])
         return about
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is not a folder of `lasp export` ({error!r})") from error
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The content of config.json, after every file was found as it says. Raises CheckpointError naming the first."""
+    about = read(folder)
+    for name, expected in about["files"].items():
+        path = folder / Path(name).name
+        try:
+            if files.num_bytes(path) != expected["bytes"] or files.sha256(path) != expected["sha256"]:
+                raise CheckpointError(f"{path} does not match its SHA-256 in {_ABOUT}: export the run again")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+    return about
+
+
+def model_options(folder: Path) -> ModelOptions:
+    """The options of `lasp train` that give the exported model. Raises CheckpointError."""
+    try:
+        return from_dict(ModelOptions, read(folder)["model"])
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} is of another version: {error}") from error
 
 
 def check(folder: Path, model_config: dict[str, Any], tokenizer_id: str) -> None:
@@ -83,7 +135,9 @@ def check(folder: Path, model_config: dict[str, Any], tokenizer_id: str) -> None
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Copy the exported weights into `model`, whole in this process. Raises CheckpointError if they do not fit."""
+    """Copy the exported weights into `model`, whole in this process. Raises CheckpointError if they are damaged or do
+    not fit."""
+    verify(folder)
     try:
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
 
-# A rank is called slow when its own work takes so many times the median of the others', and when it is the slowest in
-# this share of the steps: where processes share too few cores, now one is late and now another.
-SLOW, SHARE = 1.25, 0.75
+# A rank is called slow when its own work takes so many times the median of the others', and so many seconds more,
+# and when it is the slowest in this share of the steps: where processes share too few cores, now one is late and now
+# another.
+SLOW, SLOW_S, SHARE = 1.25, 0.02, 0.75
 
 
 class StepFigures(NamedTuple):
@@ -62,8 +63,10 @@ class Machine(NamedTuple):
     peak_flops: float | None
 
 
-def figures_of(step: int, result: StepResult, *, seconds: float, tokens_per_step: int, machine: Machine) -> StepFigures:
-    """The figures of finished step `step` (from 1) that took `seconds`."""
+def figures_of(
+    step: int, result: StepResult, *, seconds: float, tokens_per_step: int, tokens: int, machine: Machine
+) -> StepFigures:
+    """The figures of finished step `step` (from 1) that took `seconds`. tokens: trained on with it."""
     ranks, tokens_per_s = result.ranks, tokens_per_step / seconds
     mfu = None
     if machine.peak_flops is not None:
@@ -74,7 +77,7 @@ def figures_of(step: int, result: StepResult, *, seconds: float, tokens_per_step
         loss=result.loss,
         lr=result.lr,
         grad_norm=result.grad_norm,
-        tokens=step * tokens_per_step,
+        tokens=tokens,
         tokens_per_s=tokens_per_s,
         mfu=mfu,
         step_s=seconds,
@@ -97,17 +100,32 @@ def typical(steps: Sequence[Sequence[RankStep]]) -> list[RankStep]:
     ]
 
 
-def slow_rank(steps: Sequence[Sequence[RankStep]]) -> str | None:
-    """One line about the rank whose own work takes much longer than the others' over these steps, or None."""
+class SlowRank(NamedTuple):
+    """A rank that the others wait for: seconds of its own work in a step, and the median of theirs."""
+
+    rank: int
+    own_s: float
+    others_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} is slow: its own work takes {1e3 * self.own_s:.0f} ms a step, that of the others "
+            f"{1e3 * self.others_s:.0f} ms, and they wait for it"
+        )
+
+    def is_news_after(self, said: SlowRank | None) -> bool:
+        """Whether it is another rank than was said last, or the others wait twice as long for it."""
+        return said is None or self.rank != said.rank or self.own_s - self.others_s > 2 * (said.own_s - said.others_s)
+
+
+def slow_rank(steps: Sequence[Sequence[RankStep]]) -> SlowRank | None:
+    """The rank whose own work takes much longer than the others' over these steps, or None."""
     own = [rank.own_s for rank in typical(steps)]
     if len(own) < 2:
         return None
     slowest = own.index(max(own))
     others = statistics.median(own[:slowest] + own[slowest + 1 :])
     often = sum(max(range(len(own)), key=lambda rank: ranks[rank].own_s) == slowest for ranks in steps)
-    if own[slowest] < SLOW * others or often < SHARE * len(steps):
+    if own[slowest] < max(SLOW * others, others + SLOW_S) or often < SHARE * len(steps):
         return None
-    return (
-        f"rank {slowest} is slow: its own work takes {1e3 * own[slowest]:.0f} ms a step, that of the others "
-        f"{1e3 * others:.0f} ms, and they wait for it"
-    )
+    return SlowRank(slowest, own[slowest], others)

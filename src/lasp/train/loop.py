@@ -2,43 +2,46 @@
 
 import dataclasses
 import json
-import signal
+import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
+from lasp import files
 from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.data import store as token_store
 from lasp.data import trigram
-from lasp.data.batches import Sequences, num_sequences
+from lasp.data.batches import Sequences
 from lasp.data.errors import DataError
-from lasp.data.tokenizer import Tokenizer, load_tokenizer
-from lasp.models import CausalLM, ModelConfig, preset
+from lasp.data.tokenizer import files_of
+from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
-from lasp.train.config import AUTO, TrainConfig, differences, to_dict
+from lasp.train.config import AUTO, TrainConfig
 from lasp.train.describe import describe
-from lasp.train.errors import CheckpointError, ConfigError
+from lasp.train.errors import CheckpointError, ConfigError, refusing
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.figures import Machine
-from lasp.train.lock import lock
+from lasp.train.lock import LOCK, lock
 from lasp.train.metrics import draw_curve
 from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
+from lasp.train.position import Position, changes, position_of, record, settle, tokenizer_of_run
 from lasp.train.profile import Profiler
+from lasp.train.program import lasp_command
 from lasp.train.replicas import check_replicas
-from lasp.train.sample import stream_text
+from lasp.train.sample import first_words, stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
+from lasp.train.stopping import stop_signals
 from lasp.train.world import World, join, leave, naming_lost_peers
 
 
@@ -67,16 +70,8 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
-    """The model's own configuration. Raises ConfigError for an override that the model does not have."""
-    options = config.model
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(options.overrides) - known)
-    if unknown:
-        raise ConfigError(f"--model.overrides: no field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    try:
-        model = preset(options.family, options.size, **{"vocab_size": vocab_size, **options.overrides})
-    except ValueError as error:
-        raise ConfigError(f"--model: {error}") from error
+    """The model's own configuration. Raises ConfigError for one that does not exist, or cannot carry its state."""
+    model = config.model.build(vocab_size=vocab_size)
     if config.data.carry and any(model.is_softmax(layer) for layer in range(model.num_layers)):
         raise ConfigError("--data.carry needs layers whose memory does not grow: this model has softmax attention")
     return model
@@ -105,22 +100,47 @@ def spread(config: TrainConfig, module: CausalLM, world: World) -> ParallelModel
 
 class _Run:
     def __init__(self, config: TrainConfig, world: World, resume: Path | None) -> None:
-        self.config, self.world = config, world
+        self.world = world
         self.watch = Stopwatch()
         self.output = Output(enabled=world.is_first, log_every=config.log_every)
-        self.tokenizer_name = config.data.tokenizer or token_store.tokenizer_of(config.data.path)
-        self.tokenizer: Tokenizer = load_tokenizer(self.tokenizer_name)
+        self._made: Path | None = None
+        self.config = config
+        self.lock: IO[bytes] | None = None
+        try:
+            # Whoever looks before the folder is its own may go on from what another run is about to replace.
+            world.first_does(lambda: self._claim(resume))
+            self.resumed = self._find_checkpoint(config, resume)
+            state = self.resumed.state if self.resumed is not None else None
+            self.config = settle(config, state)
+            self.start = Position() if state is None else position_of(state, config)
+            self._set_up(resume)
+        except BaseException:
+            self._leave_nothing()
+            raise
+
+    def _set_up(self, resume: Path | None) -> None:
+        """Everything but the first step. On an error `_leave_nothing` undoes it."""
+        config, world = self.config, self.world
+        self.tokenizer = tokenizer_of_run(config, self.resumed)
         self.model_config = model_config(config, self.tokenizer.vocab_size)
-        self.resumed = self._find_checkpoint(resume)
         start = world.first_does(lambda: self._prepare(resume))
         self.run_dir = Path(start["run_dir"])
-        self._name_changes()
+        if self.resumed is not None:
+            for line in changes(config, self.resumed.state):
+                self.output.line(line)
         self.store = token_store.open_store(Path(start["store"]), verify=False)
         self._check_data()
         world.compare({"data key": self.store.key})
+        given = config.sample.prompt
+        self.sample_prompt: str = first_words(self.store, self.tokenizer) if given is None else given
         bounds = self.store.train_bounds if config.data.packed else None
         self.sequences = Sequences(
-            self.store.train, seq_len=config.seq_len, seed=config.seed, bounds=bounds, consecutive=config.data.carry
+            self.store.train,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            bounds=bounds,
+            consecutive=config.data.carry,
+            origin=self.start[:2],
         )
         torch.manual_seed(config.seed)
         self.module = CausalLM(self.model_config).to(world.device)
@@ -131,28 +151,34 @@ class _Run:
         if self.resumed is not None:
             shards.load(self.resumed, self.module, self._model_dict(), optimizer=self.optimizer, world=world)
         self.stepper = Stepper(config, self.model, self.optimizer, self.sequences, world)
-        self.finished = int(self.resumed.state["step"]) if self.resumed is not None else 0
-        self.saver = Saver(self.run_dir / "checkpoints", world, keep=config.keep_checkpoints)
+        self.finished = self.start.step
+        self.saver = Saver(
+            self.run_dir / "checkpoints", world, keep=config.keep_checkpoints, beside=files_of(self.tokenizer)
+        )
         self.saved_at = self.finished if self.resumed is not None else -1
         self.observer: Observer | None = None
-        self.profiler = Profiler(config.profile_steps, self.run_dir / "profile", rank=world.rank, device=world.device)
+        self.profiler = Profiler(
+            config.profile_steps,
+            self.run_dir / "profile",
+            rank=world.rank,
+            device=world.device,
+            attempt=self.output.attempt,
+        )
 
     def train(self) -> TrainResult:
         config = self.config
-        machine = self._machine()
-        description = describe(config, self.model_config, self.model, self.world, self.store, machine)
-        if self.world.is_first:
-            self.observer = Observer(
-                config, self.run_dir, self.output, machine, description=description, finished=self.finished
-            )
-        self._introduce(self._measure_step())
-        self._resume_carried()
+        try:
+            self._begin()
+        except BaseException:
+            self._leave_nothing()
+            raise
         stopped = False
-        with _stop_signals() as stop_requested:
+        signals: list[int] = []
+        with stop_signals(signals.append, once=True):
             self.output.start(self.finished, config.steps)
             try:
                 while self.finished < config.steps and not stopped:
-                    stopped = self._step(stop_requested)
+                    stopped = self._step(lambda: bool(signals))
                     self._report(self.saver.poll())
                     last = self.finished == config.steps
                     if stopped or last or self.finished % config.save_every == 0:
@@ -164,20 +190,43 @@ class _Run:
                 self.profiler.close()
                 # However the steps end, what was copied to be written is written, in the time that others have.
                 failed = sys.exc_info()[1] is not None
-                unsaved = self.saver.finish(config.parallel.timeout_s if failed else None)
+                unsaved = self.saver.leave(config.parallel.timeout_s) if failed else self.saver.finish()
                 if failed and unsaved is not None:
                     self.output.line(unsaved)
         if unsaved is not None:
             raise CheckpointError(f"{unsaved}; older checkpoints are as they were, in {self.saver.root}")
         trained_s = self.watch.seconds()
         score = None if stopped else self._evaluate(config.eval_sequences)
+        if score is not None and config.sample.num_tokens > 0:
+            self._sample()
+        self.world.place.text = "at the end"
         # The others wait, so that no launcher takes the run for finished before everything is written.
         end = self.world.first_does(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
         return TrainResult(self.run_dir, self.finished, stopped, bits, end["trigram"])
 
+    def _begin(self) -> None:
+        machine = self._machine()
+        description = describe(self.config, self.model_config, self.model, self.world, self.store, machine)
+        description["sample_prompt"] = self.sample_prompt
+        if self.world.is_first:
+            settings = json.dumps(record(self.config), indent=1) + "\n"
+            for name, content in {"config.json": settings.encode(), **files_of(self.tokenizer)}.items():
+                self.output.attempt(name, partial(files.write, self.run_dir / name, content))
+            self.observer = Observer(
+                self.config, self.run_dir, self.output, machine, description=description, start=self.start
+            )
+        self._introduce(self._measure_step())
+        self._resume_carried()
+
+    def _leave_nothing(self) -> None:
+        """A start that failed before its first step leaves no folder, and so no run to continue."""
+        if self._made is not None:
+            shutil.rmtree(self._made, ignore_errors=True)
+
     def _step(self, stop_requested: Callable[[], bool]) -> bool:
         began = time.monotonic()
+        self.world.place.text = f"in step {self.finished + 1}"
         with self.profiler.step(self.finished + 1):
             result = self.stepper.step(self.finished, stop_requested=stop_requested)
         self.finished += 1
@@ -193,6 +242,7 @@ class _Run:
         return Machine(flops_per_token(self.model_config, self.config.seq_len).step, peak)
 
     def _evaluate(self, max_sequences: int) -> Score:
+        self.world.place.text = f"validating after step {self.finished}"
         score = evaluate(
             self.model,
             self.store,
@@ -200,6 +250,7 @@ class _Run:
             seq_len=self.config.seq_len,
             num_rows=self.config.global_batch // self.config.accumulation,
             max_sequences=max_sequences,
+            packed=self.config.data.packed,
             autocast_dtype=self.stepper.autocast_dtype,
         )
         if self.observer is not None:
@@ -212,21 +263,23 @@ class _Run:
         if self.saved_at == self.finished:
             return
         check_replicas(self.finished, self.module, self.optimizer, self.world)
-        config = self.config
+        here = self.start.at(self.finished, self.config)
         state = {
             "step": self.finished,
             "data": {
                 "key": self.store.key,
-                "next_sequence": self.finished * config.global_batch,
+                "next_sequence": here.sequence,
+                "tokens": here.tokens,
             },
             "layout": {
                 "dp": self.world.shard.dp_size,
                 "sp": self.world.shard.sp_size,
                 "data_parallel": self.model.data_parallel,
             },
-            "tokenizer": self.tokenizer_name,
+            "tokenizer": self.tokenizer.name,
             "model_config": self._model_dict(),
-            "config": to_dict(config),
+            "sample_prompt": self.sample_prompt,
+            "config": record(self.config),
         }
         self._report(self.saver.start(self.module, self.optimizer, state, self.stepper.carried_tensors(self.finished)))
         self.saved_at = self.finished
@@ -235,14 +288,28 @@ class _Run:
         if unsaved is not None:
             self.output.line(f"{unsaved}; older checkpoints are as they were, and training goes on")
 
-    def _find_checkpoint(self, resume: Path | None) -> Checkpoint | None:
+    def _find_checkpoint(self, config: TrainConfig, resume: Path | None) -> Checkpoint | None:
         if resume == AUTO:
-            run_dir = self.config.run_dir
+            run_dir = config.run_dir
             begun = self.world.first_does(lambda: {"yes": run_dir is not None and checkpoint.exists(run_dir)})["yes"]
             resume = run_dir if begun else None
         if resume is None:
             return None
         return checkpoint.find(resume, report=self.output.line, world=self.world)
+
+    def _claim(self, resume: Path | None) -> dict[str, Any]:
+        """On the first process: take the run folder, where there is one."""
+        home = None
+        if resume is not None and resume != AUTO:
+            checkpoint.candidates(resume)
+            home = checkpoint.run_folder(resume)
+        run_dir = self.config.run_dir or home
+        if run_dir is not None and run_dir.exists():
+            if resume != AUTO and (home is None or run_dir.resolve() != home.resolve()):
+                _refuse_full(run_dir)  # before a lock is put there
+            self.lock = lock(run_dir)
+            checkpoint.restore(run_dir / "checkpoints")
+        return {}
 
     def _prepare(self, resume: Path | None) -> dict[str, Any]:
         """On the first process: tokenise the text, make the run folder."""
@@ -257,11 +324,18 @@ class _Run:
             validation_fraction=config.data.validation_fraction,
             seed=config.data.seed,
             cache=config.data.cache,
+            validation_path=config.data.validation_path,
+            on_bad_record=config.data.on_bad_record,
+            verify=config.data.verify,
         )
         run_dir = self._choose_folder(resume)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(run_dir)
-        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        if self.lock is None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            is_new = not any(run_dir.iterdir())
+            self.lock = lock(run_dir)
+            _refuse_full(run_dir)  # another run may have begun there while the text was prepared
+            if is_new:
+                self._made = run_dir
         return {"run_dir": str(run_dir), "store": str(store.folder)}
 
     def _choose_folder(self, resume: Path | None) -> Path:
@@ -270,7 +344,7 @@ class _Run:
         With AUTO, what is in it may be of an earlier try that ended before its first checkpoint.
         """
         found = self.resumed
-        home = found.folder.parent.parent if found is not None else None
+        home = checkpoint.run_folder(found.folder) if found is not None else None
         run_dir = self.config.run_dir or home
         if run_dir is None:
             return _new_folder(Path("runs"), f"{self.config.model.family}-{self.config.model.size}")
@@ -282,40 +356,7 @@ class _Run:
                     f"{found.folder} is not the newest checkpoint of its run ({newest.name} is), and going on "
                     "from it would write over what followed: name a new folder with --run-dir"
                 )
-        elif resume != AUTO and run_dir.exists() and any(run_dir.iterdir()):
-            raise ConfigError(f"{run_dir} is not empty: continue it with --resume {run_dir}, or name another")
         return run_dir
-
-    def _name_changes(self) -> None:
-        """Settings that differ from those of the checkpoint, where they change the losses. Raises ConfigError for one
-        that a checkpoint must have been written with."""
-        if self.resumed is None:
-            return
-        ignored = (
-            "parallel",
-            "steps",
-            "run_dir",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
-            "track",
-            "profile_steps",
-            "init_from",
-        )
-        before, now = dict(self.resumed.state["config"]), to_dict(self.config)
-        for name in ("packed", "carry"):
-            before[name], now[name] = before["data"].get(name, False), now["data"][name]
-        if now["carry"] and not before["carry"]:
-            raise ConfigError(
-                f"--data.carry goes on from what the steps before left behind, and {self.resumed.folder} was written "
-                "without it: resume without --data.carry, or take the weights into a new run (--init-from)"
-            )
-        for name in (*ignored, "model", "sample", "data", "eval_sequences", "device"):
-            before.pop(name, None)
-            now.pop(name, None)
-        for line in differences(before, now):
-            self.output.line(f"changed since the checkpoint, so the losses will differ: {line}")
 
     def _check_data(self) -> None:
         if self.store.vocab_size > self.model_config.vocab_size:
@@ -328,19 +369,21 @@ class _Run:
                 f"the text has changed since {self.resumed.folder} was written, so its run cannot be continued "
                 "on the same data: restore the text and --data options, or start a new run"
             )
-        if num_sequences(self.store.validation, self.config.seq_len) == 0:
+        if len(self.store.validation) < 2:
             raise DataError(
-                f"the validation text has {len(self.store.validation):,} tokens, too few for one sequence of "
-                f"{self.config.seq_len:,}: add files, raise --data.validation-fraction or lower --seq-len"
+                "no text is held out to validate on: raise --data.validation-fraction, or name some with "
+                "--data.validation-path"
             )
 
     def _measure_step(self) -> float:
         """Seconds of one step: the better of two rehearsals, after one in which everything is new."""
+        self.world.place.text = "rehearsing a step"
         random_state = torch.get_rng_state()
         seconds = []
         for _ in range(3):
             began = time.monotonic()
-            self.stepper.rehearse()
+            with refusing():
+                self.stepper.rehearse()
             seconds.append(time.monotonic() - began)
         torch.set_rng_state(random_state)
         return min(seconds[1:])
@@ -354,10 +397,14 @@ class _Run:
 
     def _introduce(self, step_seconds: float) -> None:
         config, shard, world, store = self.config, self.world.shard, self.world, self.store
+        optimizer = config.optimizer
         tokens = config.global_batch * config.seq_len
         source = config.data.path or "the Python standard library of this machine"
         layout = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}: "
-        layout += f"dp {shard.dp_size} x sp {shard.sp_size}, {self.model.data_parallel}"
+        layout += f"dp {shard.dp_size} x sp {shard.sp_size}, "
+        layout += self.model.data_parallel if world.size > 1 else "all weights in it"
+        if world.size == 1 and config.parallel.data_parallel != "ddp":
+            layout += f" (--data-parallel {config.parallel.data_parallel} needs several processes: start more)"
         if config.parallel.dp_replicate > 1:
             layout += f" in {config.parallel.dp_replicate} copies"
         if self.model.sp is not None:
@@ -370,10 +417,15 @@ class _Run:
                 "model": f"{num_parameters:,} parameters, {config.precision}",
                 "text": f"{source}: {bytes_text(store.num_bytes['train'])} in {store.num_documents['train']} "
                 f"documents to train on, {bytes_text(store.num_bytes['validation'])} in "
-                f"{store.num_documents['validation']} held out; tokenizer {self.tokenizer_name}",
+                f"{store.num_documents['validation']} held out; tokenizer {config.data.tokenizer or store.tokenizer}",
+                "documents": store.reading.summary(),
                 "layout": layout,
                 "work": f"{config.steps - self.finished} steps of {config.global_batch} x {config.seq_len} = "
-                f"{tokens:,} tokens, about {duration((config.steps - self.finished) * step_seconds)}",
+                f"{tokens:,} tokens, about {duration((config.steps - self.finished) * step_seconds)}"
+                if self.finished < config.steps
+                else f"nothing is left: all {config.steps} steps are finished",
+                "schedule": f"{optimizer.warmup_steps} steps of warm-up, then cosine until step "
+                f"{optimizer.schedule_steps}",
                 "run folder": str(self.run_dir),
                 **(
                     {"resumed": f"{self.resumed.folder}, after step {self.finished}"}
@@ -387,72 +439,78 @@ class _Run:
     def _conclude(self, score: Score | None, seconds: float) -> dict[str, Any]:
         """On the first process: the score to beat, the sample, the curve, and where everything is."""
         config, run_dir = self.config, self.run_dir
-        baseline = None
-        if score is not None and self.store.tokenizer == "bytes":
+        baseline, by_byte = None, self.store.tokenizer == "bytes"
+        if score is not None and by_byte:
             baseline = trigram.bits_per_byte(self.store.train, self.store.validation, score.num_tokens)
         if self.observer is not None:
             self.observer.close(self.finished, baseline)
         rows = {}
         if score is not None:
-            self._write_sample()
             rows["validation"] = f"{score.bits_per_byte:.4f} bits per byte on {score.num_tokens:,} tokens"
             if baseline is not None:
                 better = 1 - score.bits_per_byte / baseline
                 rows["byte 3-gram"] = f"{baseline:.4f} bits per byte on the same tokens; the model needs " + (
                     f"{better:.1%} fewer" if better >= 0 else f"{-better:.1%} more"
                 )
-        problem = draw_curve(run_dir / "metrics.jsonl", run_dir / "curve.png", trigram=baseline)
+        picture = run_dir / "curve.png"
+        problems: list[str | None] = []
+        drawn = self.output.attempt(
+            "curve.png",
+            lambda: problems.append(draw_curve(run_dir / "metrics.jsonl", picture, by_byte=by_byte, trigram=baseline)),
+        )
         rows |= {
             "time": f"{duration(seconds)} for {self.finished} of {config.steps} steps and start-up",
             "run folder": str(run_dir),
             "checkpoint": str(run_dir / "checkpoints" / f"step-{self.finished:08d}"),
             "metrics": str(run_dir / "metrics.jsonl"),
-            "report": f"lasp report {run_dir}",
-            "loss curve": problem or str(run_dir / "curve.png"),
-            "more text": f"lasp generate {run_dir} --prompt 'import '",
+            "report": lasp_command("report", run_dir),
+            "loss curve": (problems[0] or str(picture)) if drawn else "none",
+            "more text": lasp_command("generate", run_dir, "--prompt", self.sample_prompt),
         }
         if self.finished < config.steps:
-            rows["continue"] = f"lasp train --resume {run_dir}"
+            rows["continue"] = lasp_command("train", "--resume", run_dir)
         self.output.table("Finished" if score is not None else "Stopped; saved", rows)
+        self.output.close(config.parallel.timeout_s)
         return {"trigram": baseline}
 
-    def _write_sample(self) -> None:
-        options = self.config.sample
-        if options.num_tokens == 0:
-            return
-        self.output.console.print("\n[bold]Generated text[/bold]")
+    def _sample(self) -> None:
+        """Generate text, print it as it comes and keep it in the run folder."""
+        self.world.place.text = "generating text"
+        # Of sharded weights no process has enough to run the model alone; else the others need not.
+        if self.model.is_sharded:
+            self._generate()
+        else:
+            self.world.first_does(self._generate)
+
+    def _generate(self) -> dict[str, Any]:
+        """The text, of which only the first process prints and keeps anything."""
+        self.output.heading("Generated text")
+        options = dataclasses.replace(self.config.sample, prompt=self.sample_prompt)
+        chosen = "given" if self.config.sample.prompt is not None else "the first words of the held-out text"
+        self.output.line(f"(after {self.sample_prompt!r}, {chosen})")
         pieces = []
-        for piece in stream_text(self.module, self.tokenizer, options, seed=self.config.seed):
-            pieces.append(piece)
-            self.output.console.print(piece, end="", markup=False)
+        autocast_dtype = self.stepper.autocast_dtype
+        with torch.autocast(self.world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            for piece in stream_text(
+                self.module, self.tokenizer, options, seed=self.config.seed, device=self.world.device
+            ):
+                pieces.append(piece)
+                self.output.piece(piece)
+        self.model.release()
         self.output.line("")
-        (self.run_dir / "sample.txt").write_text("".join(pieces), encoding="utf-8")
+        if self.world.is_first:
+            self.output.attempt("sample.txt", lambda: files.write(self.run_dir / "sample.txt", "".join(pieces)))
+        return {}
 
     def _model_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.model_config)
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one acts as usual, at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    requested = False
-    before: dict[int, Any] = {}
-
-    def request(number: int, _frame: object) -> None:
-        nonlocal requested
-        requested = True
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request)
-    try:
-        yield lambda: requested
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _refuse_full(run_dir: Path) -> None:
+    """Raise ConfigError unless there is nothing in a run folder but its lock."""
+    if any(item.name != LOCK for item in run_dir.iterdir()):
+        advice = f"continue it with --resume {run_dir}, or name" if checkpoint.exists(run_dir) else "name"
+        raise ConfigError(f"{run_dir} is not empty: {advice} another")
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -10,15 +10,17 @@ Lines of metrics.jsonl, all with "step", the number of finished optimizer steps:
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lasp.train import describe
 from lasp.train.config import TrainConfig, to_dict
 from lasp.train.evaluate import Score
-from lasp.train.figures import Machine, StepFigures, figures_of, slow_rank, typical
+from lasp.train.figures import Machine, SlowRank, StepFigures, figures_of, slow_rank, typical
 from lasp.train.metrics import MetricsFile
 from lasp.train.output import Output
+from lasp.train.position import Position
 from lasp.train.sinks import open_sinks
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
@@ -35,13 +37,19 @@ class Observer:
         machine: Machine,
         *,
         description: dict[str, Any],
-        finished: int,
+        start: Position,
     ) -> None:
-        self._config, self._output, self._machine = config, output, machine
-        describe.write(run_dir, description)
+        finished = start.step
+        self._config, self._output, self._machine, self._start = config, output, machine, start
+        output.attempt("run.json", lambda: describe.write(run_dir, description))
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
+        if self._metrics.num_damaged:
+            output.line(
+                f"metrics.jsonl: {self._metrics.num_damaged} damaged lines left out; metrics.jsonl.damaged has all"
+            )
         self._sinks = open_sinks(config.track, run_dir, to_dict(config) | description, finished=finished)
         self._window: list[tuple[RankStep, ...]] = []
+        self._said: SlowRank | None = None
 
     def step(self, number: int, result: StepResult, seconds: float) -> None:
         """Step `number` (from 1) has ended after `seconds`."""
@@ -51,6 +59,7 @@ class Observer:
             result,
             seconds=seconds,
             tokens_per_step=config.global_batch * config.seq_len,
+            tokens=self._start.at(number, config).tokens,
             machine=self._machine,
         )
         self._write(number, **_rounded(figures))
@@ -67,26 +76,30 @@ class Observer:
         """The run has ended after step `number`."""
         if trigram is not None:
             self._write(number, trigram_bits_per_byte=trigram)
-        self._metrics.close()
+        self._output.attempt("metrics.jsonl", self._metrics.close)
         for sink in self._sinks:
-            sink.close()
+            self._output.attempt(f"--track {sink.name}", sink.close)
 
     def _write(self, number: int, **values: float) -> None:
-        self._metrics.write(step=number, **values)
+        self._write_line(step=number, **values)
         for sink in self._sinks:
-            sink.scalars(number, values)
+            self._output.attempt(f"--track {sink.name}", partial(sink.scalars, number, values))
+
+    def _write_line(self, **values: Any) -> None:
+        self._output.attempt("metrics.jsonl", lambda: self._metrics.write(**values))
 
     def _compare_ranks(self, number: int) -> None:
         ranks = typical(self._window)
-        line = slow_rank(self._window)
-        self._metrics.write(
+        slow = slow_rank(self._window)
+        self._write_line(
             step=number,
             steps=len(self._window),
             ranks={name: [_short(getattr(rank, name)) for rank in ranks] for name in RankStep._fields},
-            slow=line,
+            slow=None if slow is None else str(slow),
         )
-        if line is not None:
-            self._output.line(line)
+        if slow is not None and slow.is_news_after(self._said):
+            self._said = slow
+            self._output.line(str(slow))
         self._window.clear()
 
 

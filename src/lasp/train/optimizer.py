@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, and its learning rate: warm-up, then cosine."""
+"""AdamW with weight decay on weight matrices only, and its learning rate: warm-up, then cosine."""
 
 import math
 from typing import Any
@@ -6,18 +6,20 @@ from typing import Any
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from lasp.layers.parameters import decaying_parameters
 from lasp.parallelize import ParallelModel
 from lasp.train.config import OptimizerOptions
 
 
 def build_optimizer(model: ParallelModel, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of `model`; vectors and scalars (norms, biases) do not decay.
+    """AdamW over the trainable parameters of `model`; those decay that lasp.layers.parameters says so of.
 
     With zero1, a ZeroRedundancyOptimizer over it: each process steps a share of the parameters and sends them round.
     """
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    decaying = {parameter for _, parameter in decaying_parameters(model.module)}
+    matrices = [parameter for parameter in parameters if parameter in decaying]
+    others = [parameter for parameter in parameters if parameter not in decaying]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
@@ -33,10 +35,12 @@ def build_optimizer(model: ParallelModel, options: OptimizerOptions) -> torch.op
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizerOptions) -> float:
-    """The rate of optimizer step `step` (from 0): linear from 0 to lr, then cosine down to lr * min_lr_ratio."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    span = max(1, num_steps - options.warmup_steps)
-    progress = min(1.0, (step - options.warmup_steps + 1) / span)
+    """The rate of optimizer step `step` (from 0) in a schedule of `num_steps`: linear from 0 to lr, then cosine down to
+    lr * min_lr_ratio, where it stays."""
+    warmup = options.warmup(num_steps)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    span = max(1, num_steps - warmup)
+    progress = min(1.0, (step - warmup + 1) / span)
     low = options.min_lr_ratio
     return options.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))

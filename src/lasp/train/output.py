@@ -1,21 +1,29 @@
 """What a run prints: once, on the first process. A moving bar on a terminal, a line every N steps elsewhere."""
 
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lasp.train.figures import StepFigures
+from lasp.train.outlet import Outlet, printable
+
+_LAST_WAIT_S = 10.0
+
+# Columns of a terminal from which on the bar is drawn at full length.
+_WIDE = 120
 
 
 class Output:
-    """Prints on the first process, and nowhere else."""
+    """Prints on the first process, and nowhere else; never waits, and never fails."""
 
     def __init__(self, *, enabled: bool, log_every: int) -> None:
         self.enabled, self.log_every = enabled, log_every
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=not enabled)
+        self._outlet = Outlet()
+        self._refused: set[str] = set()
+        self.console = Console(file=cast(IO[str], self._outlet), highlight=False, soft_wrap=True, quiet=not enabled)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._step_seconds: float | None = None
@@ -23,19 +31,41 @@ class Output:
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """A heading and aligned lines."""
         width = max(len(name) for name in rows) + 2
-        self.console.print(f"\n[bold]{title}[/bold]")
+        self.heading(title)
         for name, text in rows.items():
-            self.console.print(f"  {name:<{width}}{text}", markup=False)
+            self.line(f"  {name:<{width}}{text}")
+
+    def heading(self, text: str) -> None:
+        self.console.print(f"\n{printable(text)}", style="bold", markup=False)
+
+    def piece(self, text: str) -> None:
+        """Part of a line."""
+        self.console.print(printable(text), end="", markup=False)
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
+
+    def attempt(self, what: str, work: Callable[[], object]) -> bool:
+        """Do `work`, which writes something down; whether it could. Of a `what` that could not, one line is printed."""
+        try:
+            work()
+        except Exception as error:  # whatever is wrong with a log, the run is worth more
+            if what not in self._refused:
+                self._refused.add(what)
+                self.line(f"{what} could not be written, and the run goes on: {error}")
+            return False
+        return True
+
+    def close(self, timeout_s: float) -> None:
+        """At the end: wait so long, and not long, for a slow reader."""
+        self._outlet.settle(min(timeout_s, _LAST_WAIT_S))
 
     def start(self, finished: int, total: int) -> None:
         """Begin showing progress."""
         if not (self.enabled and self.console.is_terminal):
             return
         self._progress = Progress(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self.console.width >= _WIDE else 8),
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[text]}"),
             console=self.console,
@@ -49,22 +79,33 @@ class Output:
         self._step_seconds = seconds if before is None else 0.95 * before + 0.05 * seconds
         left = (total - finished) * self._step_seconds
         tokens_per_s = figures.tokens_per_s * seconds / self._step_seconds
-        utilisation = "" if figures.mfu is None else f"  {figures.mfu:.1%} of peak"
-        text = (
-            f"loss {figures.loss:.4f}  grad {figures.grad_norm:.2f}  {tokens_per_s:,.0f} tokens/s{utilisation}  "
-            f"exchanged {bytes_text(figures.exchanged_bytes)}/step, {figures.exposed_s / seconds:.0%} waiting  "
-            f"peak {bytes_text(figures.peak_memory_bytes)}  {duration(left)} left"
-        )
+        parts = [
+            f"{duration(left)} left",
+            f"loss {figures.loss:.4f}",
+            f"{tokens_per_s:,.0f} tokens/s",
+            *([] if figures.mfu is None else [f"{figures.mfu:.1%} of peak"]),
+            f"grad {figures.grad_norm:.2f}",
+            f"exchanged {bytes_text(figures.exchanged_bytes)}/step, {figures.exposed_s / seconds:.0%} waiting",
+            f"peak {bytes_text(figures.peak_memory_bytes)}",
+        ]
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=finished, text=text)
+            taken = (24 if self.console.width >= _WIDE else 8) + 2 * len(str(total)) + len("/   ")
+            self._progress.update(self._task, completed=finished, text=_fitting(parts, self.console.width - taken))
         elif finished % self.log_every == 0 or finished == total:
-            self.line(f"step {finished:>{len(str(total))}}/{total}  {text}")
+            self.line(f"step {finished:>{len(str(total))}}/{total}  {'  '.join(parts)}")
 
     def stop(self) -> None:
         """End the progress bar; harmless if there is none."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _fitting(parts: list[str], width: int) -> str:
+    """As many of `parts`, the first first, as a line has room for."""
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts = parts[:-1]
+    return "  ".join(parts)
 
 
 class Stopwatch:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import os
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lasp import files
 from lasp.train.errors import ConfigError
 
 
@@ -24,11 +28,21 @@ def parse_range(text: str) -> tuple[int, int]:
 class Profiler:
     """Traces steps first to last into `folder`/rank-N.json.gz; without a range it does nothing."""
 
-    def __init__(self, steps: str | None, folder: Path, *, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        steps: str | None,
+        folder: Path,
+        *,
+        rank: int,
+        device: torch.device,
+        attempt: Callable[[str, Callable[[], object]], bool],
+    ) -> None:
+        """attempt: does what writes a file, and reports it if that fails (lasp.train.output)."""
         self._range = None if steps is None else parse_range(steps)
         self._file = folder / f"rank-{rank}.json.gz"
         self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._running: profile | None = None
+        self._attempt = attempt
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -52,10 +66,17 @@ class Profiler:
         """Write what was traced, if a trace is running."""
         if self._running is None:
             return
-        self._running.stop()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._running.export_chrome_trace(str(self._file))
-        self._running = None
+        running, self._running = self._running, None
+        running.stop()
+        self._attempt("the trace", partial(self._write, running))
+        del running
         # What PyTorch's profiler recorded sits in a cycle, and freeing it later, from another thread or at the end of
         # the program, crashes (2.13).
         gc.collect()
+
+    def _write(self, trace: profile) -> None:
+        files.make_folder(self._file.parent)
+        # PyTorch compresses what ends in .gz.
+        temporary = self._file.with_name(f".{uuid.uuid4().hex[:8]}-{self._file.name}")
+        trace.export_chrome_trace(str(temporary))
+        os.replace(temporary, self._file)

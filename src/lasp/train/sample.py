@@ -1,13 +1,15 @@
 """Text from a trained model, piece by piece."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lasp.data.tokenizer import Tokenizer, load_tokenizer
+from lasp.data.store import TokenStore
+from lasp.data.tokenizer import Tokenizer, read_tokenizer
 from lasp.generate import stream
 from lasp.models import CausalLM, ModelConfig
 from lasp.train import checkpoint, export, shards
@@ -20,6 +22,8 @@ class Loaded(NamedTuple):
     model: CausalLM
     tokenizer: Tokenizer
     folder: Path
+    prompt: str
+    """What its run's sample began with, of its own text."""
 
 
 def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
@@ -32,27 +36,31 @@ def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
         about = export.read(path)
         model = CausalLM(ModelConfig(**about["model_config"]))
         export.load_weights(path, model)
-        folder, tokenizer = path, about["tokenizer"]
+        folder, tokenizer, prompt = path, about["tokenizer_id"], about.get("prompt")
     else:
         found = checkpoint.find(path, report=report)
         model = CausalLM(ModelConfig(**found.state["model_config"]))
         shards.load(found, model, found.state["model_config"])
         folder, tokenizer = found.folder, found.state["tokenizer"]
+        prompt = found.state.get("sample_prompt")
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Loaded(model, load_tokenizer(tokenizer), folder)
+    return Loaded(model, read_tokenizer(folder, tokenizer), folder, prompt or "")
 
 
-def stream_text(model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, *, seed: int) -> Iterator[str]:
+def stream_text(
+    model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, *, seed: int, device: torch.device
+) -> Iterator[str]:
     """The prompt, then the text the model continues it with, as it becomes certain.
 
-    An empty prompt starts a new document.
+    An empty prompt, or none, starts a new document. device: that the model runs on, which is not always where its
+    weights lie. Collective where weights are sharded: every process gets the same text.
     """
-    device = next(model.parameters()).device
+    text = options.prompt or ""
     generator = torch.Generator(device).manual_seed(seed)
-    ids = tokenizer.encode(options.prompt.encode()).tolist() or [tokenizer.separator]
+    ids = tokenizer.encode(text.encode()).tolist() or [tokenizer.separator]
     prompt = torch.tensor([ids], dtype=torch.int64, device=device)
-    decode = tokenizer.decode_stream()
-    yield options.prompt
+    decode = tokenizer.decode_stream(ids)
+    yield text
     for tokens in stream(
         model,  # type: ignore[arg-type]
         prompt,
@@ -62,3 +70,21 @@ def stream_text(model: nn.Module, tokenizer: Tokenizer, options: SampleOptions, 
         generator=generator,
     ):
         yield decode(int(tokens[0]))
+    yield decode(None)
+
+
+def first_words(store: TokenStore, tokenizer: Tokenizer, num_chars: int = 24) -> str:
+    """A prompt that fits the text: how the first held-out document with words begins, a part of its first line."""
+    for start, end in pairwise(store.validation_bounds[:_DOCUMENTS_TRIED].tolist()):
+        decode = tokenizer.decode_stream()
+        ids = store.validation[start : min(end - 1, start + 4 * num_chars)]
+        text = "".join([decode(int(token)) for token in ids]).replace("\ufffd", "").strip()
+        shown = text[: min(num_chars, len(text) // 2)].split("\n")[0]
+        words = shown[: shown.rfind(" ")] if " " in shown else shown
+        if len(words) > 2:
+            return words.rstrip()
+    return ""
+
+
+# A text whose first documents have no words has none that fit.
+_DOCUMENTS_TRIED = 64

@@ -11,9 +11,12 @@ Names in the files:
     carried.<row>.<number>          what a row of the batch carries into the next step (--data.carry)
 """
 
+import io
+import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +26,38 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.futures import Future
 
+from lasp import files
 from lasp.train import checkpoint
 from lasp.train.checkpoint import Checkpoint, FileSeal
 from lasp.train.config import differences
 from lasp.train.errors import CheckpointError
+from lasp.train.progress import PHASES, Progress
 from lasp.train.world import World
 
 _RANDOM_STATE = "random_state.cpu"
+# Bytes handed to the system at once, and how many at most it has not put on disk: so a slow disk is seen to move.
+_PIECE_BYTES, _UNSYNCED_BYTES = 16 << 20, 64 << 20
 
 
 class Saver:
     """Writes checkpoints while training goes on, one at a time. All processes of a run call alike."""
 
-    def __init__(self, root: Path, world: World, *, keep: int) -> None:
-        """root: folder of the run's checkpoints; keep: how many stay."""
-        self.root, self.keep = root, keep
+    def __init__(self, root: Path, world: World, *, keep: int, beside: Mapping[str, bytes] | None = None) -> None:
+        """root: folder of the run's checkpoints; keep: how many stay; beside: files to put into each, by name."""
+        self.root, self.keep, self.beside = root, keep, beside or {}
         self._world = world
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
+        self._progress = Progress()
+        self._step = 0
 
     def start(
         self,
@@ -59,7 +69,7 @@ class Saver:
         """Copy weights and optimizer state to host memory, and go on writing them in the background.
 
         state: JSON-able; must hold "step". others: more tensors by name, equal where processes share a name. Waits for
-        the write before, and returns its problem if it had one.
+        the write before, and returns its problem if it had one. Raises PeerLostError if that stands still.
         """
         before = self.finish()
         place = self._world.first_does(lambda: _begin(self.root, state["step"]))
@@ -68,34 +78,48 @@ class Saver:
         tensors = _model_tensors(module) | _optimizer_tensors(module, optimizer) | dict(others or {})
         # Copies: on a GPU's host or not, training changes the weights while the files are written.
         staged = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+        self._progress, self._step = Progress(), state["step"]
         self._thread = threading.Thread(target=self._write, args=(Path(place["folder"]), staged, state), daemon=True)
         self._thread.start()
         return before
 
     def poll(self) -> str | None:
-        """The problem of a write that has ended since; None if there was none or it goes on."""
-        return None if self._thread is None or self._thread.is_alive() else self.finish()
+        """The problem of this process's write, if it has ended since; None if there was none or it goes on."""
+        return None if self._thread is None or self._thread.is_alive() else self._ended()
 
-    def finish(self, timeout_s: float | None = None) -> str | None:
-        """Wait for the write under way; what kept it from becoming a checkpoint, None if nothing did."""
-        if self._thread is None:
-            return None
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            return f"a checkpoint was still being written after {timeout_s:g} s"
+    def finish(self) -> str | None:
+        """Wait for the write under way on any process; what kept it from becoming a checkpoint, None if nothing did.
+
+        Collective. It may take any time, as long as bytes are written: raises PeerLostError if a process stands still.
+        """
+        self._world.settle(self._thread, self._progress, f"writing the checkpoint of step {self._step}")
+        return self._ended()
+
+    def leave(self, timeout_s: float) -> str | None:
+        """As `finish`, where the others may be gone: wait for this process's write, not longer than that."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return f"the checkpoint of step {self._step} was still being written after {timeout_s:g} s"
+        return self._ended()
+
+    def _ended(self) -> str | None:
         self._thread = None
         problem, self._problem = self._problem, None
         return problem
 
     def _write(self, folder: Path, tensors: Any, state: dict[str, Any]) -> None:
-        def commit(files: list[FileSeal]) -> None:
-            checkpoint.commit(folder, state, files, keep=self.keep)
+        def commit(written: list[FileSeal]) -> None:
+            for name, content in self.beside.items():
+                files.write(folder / name, content)
+            more = [checkpoint.seal_file(folder / name, self._progress) for name in self.beside]
+            checkpoint.commit(folder, state, written + more, keep=self.keep)
 
         try:
             _quiet_about_one_process()
             dcp.save(
                 tensors,
-                storage_writer=_SealingWriter(folder, commit),
+                storage_writer=_SealingWriter(folder, commit, self._progress),
                 planner=DefaultSavePlanner(flatten_state_dict=False),
                 process_group=self._world.files,
                 no_dist=self._world.files is None,
@@ -112,21 +136,69 @@ class _SealingWriter(HuggingFaceStorageWriter):
     Both steps are within DCP's own: a failure of any process is a failure of all.
     """
 
-    def __init__(self, folder: Path, commit: Callable[[list[FileSeal]], None]) -> None:
+    def __init__(self, folder: Path, commit: Callable[[list[FileSeal]], None], progress: Progress) -> None:
         super().__init__(str(folder), save_distributed=True)
         self.sync_files = False  # it syncs before the last bytes have left its buffer; seal_file does it after
-        self._folder, self._commit = folder, commit
+        self.fs = _SteadyFiles(progress)
+        self._folder, self._commit, self._progress = folder, commit, progress
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
+        self._progress.enter("writing")
         written = super().write_data(plan, planner)
         written.wait()
         names = {result.storage_data.relative_path for result in written.value()}
         sealed: Future[Any] = Future()
-        sealed.set_result([checkpoint.seal_file(self._folder / name) for name in sorted(names)])
+        sealed.set_result([checkpoint.seal_file(self._folder / name, self._progress) for name in sorted(names)])
+        self._progress.enter(PHASES[0])
         return sealed
 
     def finish(self, metadata: Metadata, results: Any) -> None:
-        self._commit([file for files in results for file in files])
+        self._progress.enter("sealing")
+        self._commit([seal for written in results for seal in written])
+
+
+class _SteadyFiles(FileSystem):
+    """Files that are new, and go to disk in pieces that are noted."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        with _SteadyFile(path, self._progress) as stream:
+            yield stream
+
+
+class _SteadyFile(io.FileIO):
+    def __init__(self, path: str | os.PathLike[str], progress: Progress) -> None:
+        super().__init__(path, "x")
+        self._progress, self._unsynced = progress, 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        while len(view):
+            written = super().write(view[:_PIECE_BYTES])
+            view = view[written:]
+            self._unsynced += written
+            if self._unsynced >= _UNSYNCED_BYTES:
+                os.fsync(self)
+                self._unsynced = 0
+            self._progress.note()
+        return len(data)
+
+
+class _NotedLoading(DefaultLoadPlanner):
+    """Notes every tensor read."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._progress = progress
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        self._progress.note()
 
 
 def load(
@@ -171,17 +243,35 @@ def _saved(found: Checkpoint) -> dict[str, Any]:
 def _read(found: Checkpoint, saved: Mapping[str, Any], tensors: dict[str, Tensor], world: World | None) -> None:
     _check_fit(found, saved, tensors)
     group = world.files if world is not None else None
-    try:
-        _quiet_about_one_process()
-        dcp.load(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(found.folder)),
-            planner=DefaultLoadPlanner(flatten_state_dict=False),
-            process_group=group,
-            no_dist=group is None,
-        )
-    except CheckpointException as error:
-        raise CheckpointError(f"{found.folder} could not be loaded: {_cause(error)}") from error
+    progress, failures = Progress(), list[BaseException]()
+
+    def read() -> None:
+        try:
+            if world is not None and world.device.type == "cuda":
+                torch.cuda.set_device(world.device)
+            progress.enter("reading")
+            _quiet_about_one_process()
+            dcp.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(found.folder)),
+                planner=_NotedLoading(progress),
+                process_group=group,
+                no_dist=group is None,
+            )
+        except BaseException as error:
+            failures.append(error)
+
+    # Apart, so that this thread can see whether all processes get on.
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    if world is None:
+        thread.join()
+    else:
+        world.settle(thread, progress, f"loading {found.folder}")
+    if failures and isinstance(failures[0], CheckpointException):
+        raise CheckpointError(f"{found.folder} could not be loaded: {_cause(failures[0])}") from failures[0]
+    if failures:
+        raise failures[0]
 
 
 def refuse_other_model(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

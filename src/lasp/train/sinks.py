@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lasp import files
+
 # Figure -> the group under which trackers show it; others go under the last.
 _GROUPS = {
     "train": ("loss", "lr", "grad_norm", "tokens"),
@@ -23,6 +25,8 @@ _GROUPS = {
 class Sink(Protocol):
     """One tracker."""
 
+    name: str
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
@@ -32,7 +36,7 @@ def missing(names: Sequence[str]) -> str | None:
     """What to say if a tracker among `names` is not installed; None if all are."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            return f"--track {name}: {name} is not installed; pip install 'lasp-torch[track]', or leave it out"
+            return f"--track {name}: {name} is not installed; pip install {name}, or leave it out"
     return None
 
 
@@ -49,6 +53,8 @@ def grouped(values: Mapping[str, float]) -> dict[str, float]:
 
 class _TensorBoard:
     """Event files below `run_dir`/tensorboard; `tensorboard --logdir` on the folder of runs shows them."""
+
+    name = "tensorboard"
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], finished: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -67,19 +73,21 @@ class _TensorBoard:
 class _WandB:
     """A run that stays on this machine unless WANDB_MODE says "online"; `wandb sync` sends it later."""
 
+    name = "wandb"
+
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], finished: int) -> None:
         import wandb
 
         name = run_dir.resolve().name
         identity = run_dir / "wandb-id"
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex)
+            files.write(identity, uuid.uuid4().hex)
         # Neither the program's output nor its source nor the repository: only what it is given.
         quiet = wandb.Settings(console="off", disable_code=True, disable_git=True, silent=True)
         self._run = wandb.init(
             project="lasp",
             name=name,
-            id=identity.read_text().strip(),
+            id=files.read(identity, 200).decode(errors="replace").strip(),
             resume="allow",
             dir=str(run_dir),
             config=dict(settings),

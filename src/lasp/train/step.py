@@ -57,7 +57,7 @@ class Stepper:
     def step(self, number: int, *, stop_requested: Callable[[], bool]) -> StepResult:
         """Optimizer step `number` (from 0). Raises NumericsError, on all processes, and changes no weight."""
         self.watch.start()
-        targets = self.sequences.num_targets(number, self.config.global_batch)
+        targets = self.sequences.num_targets(self.config.global_batch)
         loss_sum = self.gradients(number, targets)
         bad = self.model.bad_gradients()
         first_bad = self.names.index(bad[0]) if bad else -1
@@ -71,7 +71,8 @@ class Stepper:
                 f"step {number + 1}: the global gradient norm is {grad_norm} although every process's gradients "
                 "are finite: their sum overflows. No weight was changed; lower --optimizer.lr or raise warm-up"
             )
-        lr = learning_rate(number, self.config.steps, self.config.optimizer)
+        options = self.config.optimizer
+        lr = learning_rate(number, options.schedule_steps or self.config.steps, options)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -111,7 +112,7 @@ class Stepper:
         DDP settles the order in which it sums gradients after its first backward pass. With that pass out of the
         way a resumed run sums in the order of the uninterrupted one, and so gets the same bits.
         """
-        self.gradients(0, self.sequences.num_targets(0, self.config.global_batch))
+        self.gradients(0, self.sequences.num_targets(self.config.global_batch))
         self.optimizer.zero_grad(set_to_none=True)
 
     def carried_tensors(self, finished: int) -> dict[str, Tensor]:

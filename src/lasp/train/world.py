@@ -4,9 +4,10 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,27 @@ from torch.distributed.rendezvous import rendezvous
 from lasp.data.batches import Shard
 from lasp.data.errors import DataError
 from lasp.distributed.comm import Comm, ExchangeError
+from lasp.distributed.groups import new_group
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
 from lasp.train.config import TrainConfig
 from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
 from lasp.train.handshake import compare, description
 from lasp.train.loopback import stay_on_loopback
+from lasp.train.progress import PHASES, Progress
+from lasp.train.stopping import end_with_parent
 
-_RECORD_BYTES = 8192
-# Processes that write a checkpoint wait for the slowest disk. One that died is noticed at once; this is for one that
-# stands still.
-_FILES_TIMEOUT = timedelta(hours=1)
+# Processes that read or write a checkpoint wait for the slowest disk. That all get on is seen to elsewhere
+# (`World.settle`): this deadline only has to be longer than a file may take.
+_FILES_TIMEOUT = timedelta(days=1)
+# Between two looks at whether the others get on, and how long a process that lost another waits for the rest to say so.
+_LOOK_S, _ROLL_CALL_S = 1.0, 3.0
+
+
+@dataclass
+class Place:
+    """Where in a run this process is, for messages."""
+
+    text: str = "starting"
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,9 @@ class World:
     """For torch.distributed.checkpoint's plans of who writes and reads what, on the host."""
     owns_group: bool = False
     """The process group was made by `join`, and `leave` ends it."""
+    timeout_s: float = 120.0
+    """Deadline of a wait for the others, and of work in the background that stands still."""
+    place: Place = field(default_factory=Place)
 
     @property
     def is_first(self) -> bool:
@@ -64,6 +79,27 @@ class World:
         if self.control is not None:
             timeout_s = self.control.timeout_s
             compare(own, rank=self.rank, size=self.size, store=_get_default_store(), timeout_s=timeout_s)
+
+    def settle(self, thread: threading.Thread | None, progress: Progress, what: str) -> None:
+        """Wait until the work that processes do in the background has ended on all; collective.
+
+        It may take longer than the deadline, as long as something is done within it. thread: of this process's work,
+        None if it has none. what: it is, for messages. Raises PeerLostError, on all processes, if one stands still.
+        """
+        self.place.text = what
+        while True:
+            if thread is not None:
+                thread.join(min(_LOOK_S, self.timeout_s / 4))
+            works = thread is not None and thread.is_alive()
+            rows = self.gather([float(works), progress.idle_s, float(PHASES.index(progress.phase))])
+            working = [rank for rank, row in enumerate(rows) if row[0]]
+            if not working:
+                return
+            late = [rank for rank in working if rows[rank][1] > self.timeout_s]
+            to_blame = [rank for rank in late if rows[rank][2] > 0] or (late if len(late) == len(rows) else [])
+            if to_blame:
+                rank, (_, idle_s, phase) = to_blame[0], rows[to_blame[0]]
+                raise PeerLostError(f"{what}: rank {rank} has stood still for {idle_s:.0f} s, {PHASES[int(phase)]}")
 
     def first_does(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run `work` on the first process and return its (JSON-able) result on all.
@@ -104,13 +140,10 @@ class World:
 
     def _from_first(self, record: dict[str, Any]) -> dict[str, Any]:
         assert self.control is not None
-        buffer = torch.zeros(_RECORD_BYTES, dtype=torch.uint8)
-        text = json.dumps(record).encode()
-        if len(text) > _RECORD_BYTES:
-            text = json.dumps({**record, "error": record.get("error", "")[:1000]}).encode()
-        buffer[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        received = self.control.broadcast(buffer, 0)
-        return dict(json.loads(bytes(received.tolist()).rstrip(b"\0")))
+        text = bytearray(json.dumps(record).encode())
+        length = int(self.control.broadcast(torch.tensor([len(text)]), 0))
+        buffer = torch.frombuffer(text, dtype=torch.uint8) if self.is_first else torch.zeros(length, dtype=torch.uint8)
+        return dict(json.loads(bytes(self.control.broadcast(buffer, 0).tolist())))
 
 
 def join(config: TrainConfig, resume: Path | None = None) -> World:
@@ -126,6 +159,8 @@ def join(config: TrainConfig, resume: Path | None = None) -> World:
     problem, device = None, torch.device("cpu")
     try:
         config.validate(size)  # before anything is connected
+        if "RANK" in os.environ:
+            end_with_parent()  # whatever the launcher is: a rank that outlives it would hold the run's lock
         device = _device(config.device)
     except ConfigError as error:
         if size == 1:
@@ -144,7 +179,7 @@ def join(config: TrainConfig, resume: Path | None = None) -> World:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if not dist.is_initialized():
-        return World(0, 1, device, Shard())
+        return World(0, 1, device, Shard(), timeout_s=timeout_s)
     mesh = build_mesh(
         sp=config.parallel.sp,
         dp=config.parallel.dp,
@@ -161,10 +196,13 @@ def join(config: TrainConfig, resume: Path | None = None) -> World:
     )
     control = files = None
     if dist.get_world_size() > 1:
-        files = dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT)
-        hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        files = new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        # Only what the group does takes long, not meeting in it.
+        dist.distributed_c10d._set_pg_timeout(_FILES_TIMEOUT, files)
+        hosts = new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
-    return World(dist.get_rank(), dist.get_world_size(), device, shard, mesh, control, files, owns_group)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, device, shard, mesh, control, files, owns_group, timeout_s)
 
 
 @contextmanager
@@ -175,20 +213,49 @@ def naming_lost_peers(world: World) -> Iterator[None]:
     except RuntimeError as error:
         # The exchange says so itself; DDP's sums and NCCL fail with errors of their own.
         if world.size > 1 and (isinstance(error, ExchangeError | dist.DistError) or "gloo/" in str(error)):
-            raise PeerLostError(f"rank {world.rank} lost another process: {error}") from error
+            silent = ", ".join(map(str, _silent(world)))
+            who = f"rank {silent} does not answer" if silent else "it has ended, or came too late"
+            raise PeerLostError(
+                f"rank {world.rank} lost another process, {world.place.text}: {who}: {error}"
+            ) from error
         raise
+
+
+def _silent(world: World) -> list[int]:
+    """The processes that do not say, while others do, that they lost another; none if that cannot be found out."""
+    absent: list[int] = []
+
+    def call() -> None:
+        store = dist.PrefixStore("roll-call", dist.distributed_c10d._get_default_store())
+        store.set(str(world.rank), world.place.text)
+        end = time.monotonic() + _ROLL_CALL_S
+        while time.monotonic() < end:
+            absent[:] = [rank for rank in range(world.size) if not store.check([str(rank)])]
+            time.sleep(0.1)
+
+    def quietly() -> None:
+        with suppress(RuntimeError):  # the store is gone too
+            call()
+
+    # Apart: whoever keeps the store may be the one that does not answer.
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(2 * _ROLL_CALL_S)
+    return [] if len(absent) == world.size else list(absent)
 
 
 def _meeting_place(size: int, timeout: timedelta, one_machine: bool) -> dist.Store:
     """Where the processes tell each other their addresses.
 
-    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. On one machine the
-    number of the try tells them apart; over several the agents count differently, and torchrun needs
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to be restarted over gloo.
+    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. The number of the
+    try tells them apart: on one machine, and over several with the static rendezvous, where every agent starts again
+    when a process is lost anywhere. With c10d's the agents count differently, and each try needs a store of its own
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
     """
     where = os.environ.get("LASP_RENDEZVOUS", "env://")
     store, _, _ = next(rendezvous(where, int(os.environ["RANK"]), size, timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    counted = one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if counted else "0"
     return dist.PrefixStore(f"lasp-{attempt}", store)
 
 

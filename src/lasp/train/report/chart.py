@@ -13,6 +13,8 @@ from lasp.train.report.text import escape, number
 Scale = Callable[[float], float]
 _MOST_POINTS = 600
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 30
+# Drawn twice, at about the size at which it is seen: scaled to a telephone, the text of a wide drawing is 3 px high.
+_WIDE, _HALF, _NARROW = (1040, 300), (510, 230), (360, 220)
 
 
 class Series(NamedTuple):
@@ -50,7 +52,6 @@ def chart(
         note: text below.
     """
     series = [one for one in series if len(one.y) > 0]
-    width, height = (1040, 300) if wide else (510, 230)
     values = [value for one in series for value in one.y if math.isfinite(value)]
     if not values:
         return ""
@@ -61,22 +62,42 @@ def chart(
     xs = [x for one in series for x in one.x]
     first, last = (min(xs), max(xs)) if xs else (0.0, 1.0)
     last = last if last > first else first + 1
-    across = partial(_between, first, last, _LEFT, width - _RIGHT)
-    down = partial(_between, high, low, _TOP, height - _BOTTOM)
-    parts = [_grid(width, height, low, high, down), _x_axis(width, height, first, last, across, x_name)]
-    parts += [_line(one, width, height, across, down) for one in series]
-    parts.append(f'<line class="pointer" y1="{_TOP}" y2="{height - _BOTTOM}" hidden=""/>')
+    drawings = "".join(
+        _drawing(title, series, name, *size, (first, last), (low, high), x_name)
+        for name, size in (("broad", _WIDE if wide else _HALF), ("narrow", _NARROW))
+    )
     legend = "".join(
         f'<span class="key c{one.colour} {one.style}"><i></i>{escape(one.name)}<b></b></span>' for one in series
     )
     data = json.dumps([{"n": one.name, "x": _shorter(one)[0], "y": _shorter(one)[1]} for one in series])
-    scale = json.dumps([first, last, _LEFT, width - _RIGHT, width])
     return (
-        f'<figure class="chart{" wide" if wide else ""}" data-series="{escape(data)}" data-scale="{escape(scale)}">'
+        f'<figure class="chart{" wide" if wide else ""}" data-series="{escape(data)}">'
         f'<figcaption><h3>{escape(title)}</h3><div class="legend">{legend}</div></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        + drawings
         + (f'<p class="note">{escape(note)}</p>' if note else "")
         + "</figure>"
+    )
+
+
+def _drawing(
+    title: str,
+    series: Sequence[Series],
+    name: str,
+    width: int,
+    height: int,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    x_name: str,
+) -> str:
+    across = partial(_between, *x_range, _LEFT, width - _RIGHT)
+    down = partial(_between, y_range[1], y_range[0], _TOP, height - _BOTTOM)
+    parts = [_grid(width, height, *y_range, down), _x_axis(width, height, *x_range, across, x_name)]
+    parts += [_line(one, width, height, across, down) for one in series]
+    parts.append(f'<line class="pointer" y1="{_TOP}" y2="{height - _BOTTOM}" hidden=""/>')
+    scale = json.dumps([*x_range, _LEFT, width - _RIGHT, width])
+    return (
+        f'<svg class="{name}" data-scale="{escape(scale)}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
     )
 
 
@@ -106,11 +127,11 @@ def _grid(width: float, height: float, low: float, high: float, down: Scale) -> 
 def _x_axis(width: float, height: float, first: float, last: float, across: Scale, name: str) -> str:
     base = height - _BOTTOM
     marks = [f'<line class="axis" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{base}" y2="{base}"/>']
-    for value in ticks(first, last, 6):
+    for value in ticks(first, last, 6 if width > _NARROW[0] else 4):
         marks.append(
             f'<text class="tick" x="{across(value):.1f}" y="{base + 17}" text-anchor="middle">{number(value)}</text>'
         )
-    marks.append(f'<text class="tick" x="{_LEFT - 8}" y="{base + 17}" text-anchor="end">{escape(name)}</text>')
+    marks.append(f'<text class="tick" x="{_LEFT - 22}" y="{base + 17}" text-anchor="end">{escape(name)}</text>')
     return "".join(marks)
 
 

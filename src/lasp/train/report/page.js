@@ -2,9 +2,13 @@
 // Values under the pointer, beside their names in the legend.
 for (const figure of document.querySelectorAll(".chart")) {
   const series = JSON.parse(figure.dataset.series);
-  const [first, last, left, right, width] = JSON.parse(figure.dataset.scale);
-  const svg = figure.querySelector("svg"), line = figure.querySelector(".pointer");
   const values = figure.querySelectorAll(".key b");
+  for (const svg of figure.querySelectorAll("svg")) watch(svg, series, values);
+}
+
+function watch(svg, series, values) {
+  const [first, last, left, right, width] = JSON.parse(svg.dataset.scale);
+  const line = svg.querySelector(".pointer");
   const show = (event) => {
     const box = svg.getBoundingClientRect();
     const at = (event.clientX - box.left) / box.width * width;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import math
 import statistics
@@ -10,7 +11,9 @@ from importlib.resources import files
 from typing import Any
 
 from lasp.train.config import TrainConfig, to_dict
+from lasp.train.figures import SLOW, SLOW_S
 from lasp.train.metrics import smoothed
+from lasp.train.position import settle
 from lasp.train.report import breakdown
 from lasp.train.report.chart import Series, chart
 from lasp.train.report.layout import drawing
@@ -30,7 +33,7 @@ def render(run: Run) -> str:
     ranks = breakdown.typical_ranks(run)
     sections = {
         "curves": _curves(run),
-        "layout": drawing(run, ranks),
+        "layout": f'<div class="scrolled">{drawing(run, ranks)}</div>',
         "time": breakdown.times(run, ranks) + _skew(run) if ranks else "",
         "memory": breakdown.memory(run),
         "exchange": breakdown.exchanged(run, ranks) if ranks else "",
@@ -120,22 +123,21 @@ def _cards(run: Run, last: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _curves(run: Run) -> str:
     steps = [line["step"] for line in run.steps]
     bits = [line["loss"] / math.log(2) for line in run.steps]
-    by_byte = run.about["text"]["tokenizer"] == "bytes"
-    unit = "byte" if by_byte else "token"
-    loss = [
+    training = [
         Series("every step", steps, bits, "faint", 1),
         Series("training, smoothed", steps, smoothed(bits), "line", 1),
-        Series(
-            "held-out text" + ("" if by_byte else ", per byte"),
-            [line["step"] for line in run.validations],
-            [line["validation_bits_per_byte"] for line in run.validations],
-            "dots",
-            2,
-        ),
+    ]
+    scored = [line["step"] for line in run.validations]
+    held_out = [
+        Series("held-out text", scored, [line["validation_bits_per_byte"] for line in run.validations], "dots", 2)
     ]
     if run.trigram is not None:
-        loss.append(Series("byte 3-gram, held-out text", [], [run.trigram], "level", 0))
-    figures = [chart(f"Bits per {unit}", loss, wide=True)]
+        held_out.append(Series("byte 3-gram, held-out text", [], [run.trigram], "level", 0))
+    # A token of a vocabulary is several bytes: its bits and a byte's have no axis in common.
+    if run.about["text"]["tokenizer"] == "bytes":
+        figures = [chart("Bits per byte", training + held_out, wide=True)]
+    else:
+        figures = [chart("Bits per token", training, wide=True), chart("Bits per byte", held_out, wide=True)]
     norms = [line["grad_norm"] for line in run.steps]
     clip = run.config["optimizer"]["clip_norm"]
     figures.append(chart("Learning rate", [Series("learning rate", steps, _of(run, "lr"), "line", 3)], zero=True))
@@ -190,7 +192,10 @@ def _skew(run: Run) -> str:
             Series("fastest rank", at, [min(row) for row in own], "line", 4),
         ]
     said = [f"step {line['step']}: {line['slow']}" for line in run.ranks if line.get("slow")]
-    note = "No rank was slow: none had 1.25 times the work of the others, and the most in most steps of a window."
+    note = (
+        f"No rank was slow: none had {SLOW} times the work of the others, and {1e3 * SLOW_S:.0f} ms more, in most "
+        "steps of a window."
+    )
     if said:
         note = f"In {len(said)} of {len(run.ranks)} windows one rank was slow; last at {said[-1]}."
     return '<div class="charts">' + chart("Own work, ms a step", series, wide=True, zero=True, note=note) + "</div>"
@@ -199,15 +204,20 @@ def _skew(run: Run) -> str:
 def _sample(run: Run) -> str:
     if not run.sample:
         return '<p class="muted">None was generated.</p>'
-    prompt = run.config["sample"]["prompt"]
+    prompt = run.about.get("sample_prompt") or run.config["sample"]["prompt"] or ""
     head, rest = ("", run.sample)
     if run.sample.startswith(prompt):
         head, rest = prompt, run.sample[len(prompt) :]
     return f'<pre class="sample"><b>{escape(head)}</b>{escape(rest)}</pre>'
 
 
+def _is_usual(value: Any, default: Any) -> bool:
+    """Whether a setting is the default; of a path, which is recorded in full, its end."""
+    return value == default or (isinstance(value, str) and default and value.endswith(f"/{default}"))
+
+
 def _settings(run: Run) -> str:
-    default = to_dict(TrainConfig())
+    default = to_dict(settle(dataclasses.replace(TrainConfig(), steps=run.config["steps"]), None))
     groups: dict[str, dict[str, Any]] = {"run": {}}
     for name, value in run.config.items():
         if isinstance(value, dict):
@@ -218,7 +228,7 @@ def _settings(run: Run) -> str:
     for group, values in groups.items():
         usual = default if group == "run" else default.get(group, {})
         rows = "".join(
-            f"<tr{'' if usual.get(name) == value else ' class=changed'}>"
+            f"<tr{'' if _is_usual(value, usual.get(name)) else ' class=changed'}>"
             f"<th>{escape(name)}</th><td>{escape('default' if value is None else value)}</td></tr>"
             for name, value in values.items()
         )

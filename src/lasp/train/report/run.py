@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lasp.files import read, read_json
 from lasp.train.errors import ConfigError
 from lasp.train.metrics import read_metrics
 
@@ -41,19 +41,20 @@ class Run(NamedTuple):
 
 def load(folder: Path) -> Run:
     """Read a run's folder; the run may be going on. Raises ConfigError if it holds no run with a finished step."""
-    files = {name: folder / name for name in ("config.json", "run.json", "metrics.jsonl")}
-    missing = [name for name, path in files.items() if not path.is_file()]
+    paths = {name: folder / name for name in ("config.json", "run.json", "metrics.jsonl")}
+    missing = [name for name, path in paths.items() if not path.is_file()]
     if missing:
         raise ConfigError(f"{folder} is not a run folder of this version of lasp train: it has no {missing[0]}")
     try:
-        config, about = (json.loads(files[name].read_text(encoding="utf-8")) for name in ("config.json", "run.json"))
-        lines = read_metrics(files["metrics.jsonl"])
+        config, about = (read_json(paths[name]) for name in ("config.json", "run.json"))
+        lines = read_metrics(paths["metrics.jsonl"])
+        sample = folder / "sample.txt"
+        text = read(sample) if sample.exists() else b""
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be read: {error}") from error
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise ConfigError(f"{folder}: no step has finished yet")
-    sample = folder / "sample.txt"
     return Run(
         folder=folder,
         config=config,
@@ -62,5 +63,5 @@ def load(folder: Path) -> Run:
         ranks=[line for line in lines if "ranks" in line],
         validations=[line for line in lines if "validation_bits_per_byte" in line],
         trigram=next((line["trigram_bits_per_byte"] for line in lines if "trigram_bits_per_byte" in line), None),
-        sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
+        sample=text.decode(errors="replace"),
     )

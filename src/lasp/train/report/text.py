@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-import re
 
-# Control characters but for line ends and tabs, and those that turn the direction of text or hide in it.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
+from lasp.train.outlet import printable
 
 
 def escape(value: object) -> str:
     """`value` as HTML text or attribute; what cannot be seen is shown as a symbol."""
-    return html.escape(_UNSEEN.sub(_shown, str(value)), quote=True)
-
-
-def _shown(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"
+    return html.escape(printable(str(value)), quote=True)
 
 
 def number(value: float) -> str:
