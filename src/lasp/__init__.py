@@ -1,10 +1,12 @@
 """LASP: linear attention sequence parallelism for PyTorch.
 
-Importing it loads nothing, PyTorch neither: each name is loaded when it is first asked for.
+The program `lasp` loads nothing with this package, PyTorch neither: its guard must stand before the seconds that takes.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,3 +52,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _is_program() -> bool:
+    """Whether the package is loaded to run the program `lasp`; `python -m` puts the module's path there later."""
+    return bool(sys.argv) and (sys.argv[0] == "-m" or Path(sys.argv[0]).stem == "lasp")
+
+
+# Others load everything at once, before process groups exist: see lasp.distributed.
+if not _is_program():
+    for _name in _HOMES:
+        __getattr__(_name)
