@@ -106,8 +106,8 @@ def _gradients(
 ) -> dict[str, Tensor]:
     outputs = [(o, d_o)] + ([] if final is None else [(final, d_final)])
     outputs = [(value, d.to(value.dtype)) for value, d in outputs if value.requires_grad]
-    if not outputs or not leaves:
-        return {}
+    if not outputs or not leaves:  # without tokens nothing may depend on them
+        return {f"d_{name}": torch.zeros_like(t) for name, t in leaves.items()}
     values, ds = zip(*outputs, strict=True)
     found = torch.autograd.grad(values, list(leaves.values()), ds, allow_unused=True)
     return {
