@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -37,6 +38,8 @@ from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay import work
 from lasp.kernels.triton.peer.kernels import collect_kernel, fold_kernel, push_kernel
 from lasp.kernels.triton.peer.memory import BLOCK, WARPS
+from lasp.ops import checks
+from lasp.sequence import arguments
 
 TYPES_OF_INPUTS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TYPES = TYPES_OF_INPUTS | {torch.int32: "*i32"}
@@ -93,9 +96,16 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
         kernel = Compilable(launch.kernel, signature, constants, launch.options)
         found[f"{launch.kernel.__name__} {kernel[1:]}"] = kernel
 
+    def check_tensor(name: str, value: object, form: str) -> None:
+        """Public functions refuse tensors without numbers, and launches recorded need none."""
+
     work._work.cache_clear()
     device = (132, LIMITS[target], target == "cuda:90")
-    with patch.object(Launch, "__call__", record), patch.dict(work._devices, {META: device}):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Launch, "__call__", record))
+        stack.enter_context(patch.dict(work._devices, {META: device}))
+        for module in (arguments, checks):
+            stack.enter_context(patch.object(module, "check_tensor", check_tensor))
         for call in calls:
             make(call)
     return list(found.values())
@@ -136,7 +146,10 @@ def needs(kernel: Compilable, target: GPUTarget) -> dict[str, Any]:
     wide = " of wide heads" if kernel.constants.get("K", 0) > 128 else ""
     report = {"kernel": kernel.kernel.__name__ + wide, **kernel.options, "shared": compiled.metadata.shared}
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    report["products"] = "tt.dot" in compiled.asm["ttir"]
+    products = [line for line in compiled.asm["ttir"].splitlines() if "tt.dot" in line]
+    if target.backend == "cuda":  # whose matrix units take no fp32 as it is
+        products = [line for line in products if not re.search(r"xf32> \*", line) or re.search("tf32|bf16x", line)]
+    report["products"] = bool(products)
     report["matrix_instructions"] = len(re.findall(r"wgmma|mma\.sync|tcgen05\.mma|mfma", text))
     report["ordered"] = bool(re.search(r"sys\.(acquire|release)|buffer_inv sc0 sc1|buffer_wbl2", text))
     report["trap"] = bool(re.search(r"^\s*(trap|s_trap)", text, re.MULTILINE))
@@ -161,7 +174,8 @@ COMPILED = {
     Call("scalar", learned=True, H=8): "key_gradient",  # fp32
     Call("scalar", learned=True, T=512): "output|key_gradient",
     Call("constant", D=256): "output",
-    Call("constant", D=256, dtype=torch.float32): "value_gradient",
+    Call("constant", D=256, dtype=torch.float32): "key_value_gradient",
+    Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk
     Call("channel", learned=True): "channel_(mild_)?(prepare|within)|channel_(summary|output|key_reads)",
 }
 

@@ -18,7 +18,9 @@ import triton
 
 SCRIPT = Path(__file__).parent / "compile_ahead.py"
 # Bytes that a thread may spill, by the compiler that the tests install; what is not named here spills nothing.
-# Hopper is what the configurations are made for.
+# Hopper is what the configurations are made for. What key gradients spill most is the short runs' sweep, which gathers
+# the states before its segment: sums of two parts, so that heads that forget keep their gradient, take four registers
+# more. collect_kernel, of peer exchanges of matrix transitions alone, reads what all ranks wrote at once.
 COMPILER = "3.7"
 SPILLS = {
     "cuda:90": {
@@ -26,7 +28,8 @@ SPILLS = {
         "channel_within_kernel": 640,
         "channel_prepare_kernel": 128,
         "query_gradient_kernel": 64,
-        "key_gradient_kernel": 128,
+        "key_gradient_kernel": 136,
+        "collect_kernel": 80,
         "output_kernel": 256,
         "output_kernel of wide heads": 336,
     },
@@ -47,7 +50,7 @@ SPILLS = {
         "output_kernel of wide heads": 32,
         "channel_output_kernel": 16,
         "channel_key_reads_kernel": 48,
-        "query_gradient_kernel": 32,
+        "query_gradient_kernel": 56,
         "key_gradient_kernel": 128,
     },
     "hip:gfx942": {
@@ -55,10 +58,12 @@ SPILLS = {
         "output_kernel": 224,
         "output_kernel of wide heads": 400,
         "channel_key_reads_kernel": 128,
-        "key_gradient_kernel": 32,
+        "query_gradient_kernel": 8,  # outside of its loop over chunks
+        "key_gradient_kernel": 48,
+        "value_gradient_kernel of wide heads": 804,  # in fp32, by vector instructions
+        "key_value_gradient_kernel of wide heads": 804,
     },
 }
-
 
 PEERS = ("push_kernel", "fold_kernel", "collect_kernel")
 
@@ -74,7 +79,7 @@ def compile_ahead(*arguments: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_compiles_within_the_device(target: str) -> None:
     reports = compile_ahead(target)
-    assert len(reports) == 21
+    assert len(reports) == 22
     for report in reports:
         assert "error" not in report, report
         assert report["shared"] <= report["limit"], report

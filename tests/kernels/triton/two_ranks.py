@@ -47,31 +47,41 @@ def leaves_of(problem: Problem, sp: lasp.SequenceParallel) -> dict[str, Tensor]:
 
 
 def solved(
-    problem: Problem, leaves: dict[str, Tensor], sp: lasp.SequenceParallel, *, compiled: bool = False
+    problem: Problem,
+    leaves: dict[str, Tensor],
+    sp: lasp.SequenceParallel,
+    *,
+    compiled: bool = False,
+    final: bool = True,
 ) -> dict[str, Tensor]:
-    """Outputs, final state and gradients of this rank; queries are called while the exchange is under way."""
+    """Outputs, final state and gradients of this rank; queries are called while the exchange is under way.
+
+    final: with the final state, around which a compiled graph breaks; without, it is one graph.
+    """
     called_after = []
     before = sp.counters.messages
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor | None]:
         def queries() -> Tensor:
             if not torch.compiler.is_compiling():
                 called_after.append(sp.counters.messages - before)
             return 1.0 * q
 
         return lasp.linear_attention(
-            queries, k, v, g, initial_state=initial, output_final_state=True, cu_seqlens=problem.cu_seqlens, sp=sp,
+            queries, k, v, g, initial_state=initial, output_final_state=final, cu_seqlens=problem.cu_seqlens, sp=sp,
             backend="triton",
         )  # fmt: skip
 
-    run_it = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
-    o, final = run_it(*(leaves.get(name) for name in ("q", "k", "v", "g", "initial_state")))
+    run_it = torch.compile(attend, fullgraph=not final, backend="aot_eager") if compiled else attend
+    o, final_state = run_it(*(leaves.get(name) for name in ("q", "k", "v", "g", "initial_state")))
     assert compiled or called_after == [1], "queries are computed while the exchange is under way"
     share = (1 + 2 * sp.rank) / sp.size**2  # of the final states' gradient, the sum over ranks of which is 1
-    d_outputs = (sp.shard(problem.d_o).to(o), share * problem.d_final.to(final))
-    gradients = torch.autograd.grad((o, final), list(leaves.values()), d_outputs)
-    found = {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {"o": o, "final_state": final, **found}
+    outputs, d_outputs = {"o": o}, [sp.shard(problem.d_o).to(o)]
+    if final:
+        outputs["final_state"] = final_state
+        d_outputs.append(share * problem.d_final.to(final_state))
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), d_outputs)
+    return outputs | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
 def main() -> None:
@@ -87,8 +97,11 @@ def main() -> None:
             leaves = leaves_of(problem, sp)
             results = solved(problem, leaves, sp)
             # Packed documents break a graph, and are computed eagerly then.
-            compiled = solved(problem, leaves, sp, compiled=True) if problem.cu_seqlens is None else {}
-            errors |= {f"{gate} {name}, compiled": relative_error(compiled[name], results[name]) for name in compiled}
+            for final in (True, False) if problem.cu_seqlens is None else ():
+                plain = results if final else solved(problem, leaves, sp, final=False)
+                compiled = solved(problem, leaves, sp, compiled=True, final=final)
+                way = f"compiled{'' if final else ' whole'}"
+                errors |= {f"{gate} {name}, {way}": relative_error(compiled[name], plain[name]) for name in plain}
             for name, result in results.items():
                 value, reference = result.detach().cpu(), expected[gate][name]
                 if name == "d_initial_state" and rank > 0:
