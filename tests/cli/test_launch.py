@@ -5,6 +5,7 @@ Each test starts Python and PyTorch anew, several times over; a behaviour that n
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -165,7 +166,9 @@ def whole_end(run: Path, said: str) -> str:
     said = said[said.index("Generated text") :]
     assert "bits per byte on 128 tokens" in said and "byte 3-gram" in said and "Finished" in said
     sample = (run / "sample.txt").read_text()
-    assert sample.startswith("def ") and len(sample) > 4 and (run / "curve.png").stat().st_size > 1000
+    (prompt,) = re.findall(r"\(after '(.+)', the first words of the held-out text\)", said)
+    assert any(path.read_text().startswith(prompt) for path in (run.parent / "text").rglob("*.txt"))
+    assert sample.startswith(prompt) and len(sample) > len(prompt) and (run / "curve.png").stat().st_size > 1000
     return sample
 
 

@@ -245,7 +245,7 @@ def test_what_cannot_be_compiled_is_refused_with_its_name(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"recomputation": "some"}, "none, selective, full"), ({"ffn_piece_tokens": 0}, "at least 1")],
+    [({"recomputation": "some"}, "none, selective, full"), ({"ffn_piece_tokens": 0}, "ffn_piece_tokens must be >= 1")],
 )
 def test_unknown_ways_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

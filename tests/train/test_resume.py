@@ -166,6 +166,7 @@ def test_forgetting_the_optimizer_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert again[-1]["loss"] != pytest.approx(whole[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
 def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path, number: signal.Signals) -> None:
     config = small_config(tmp_path, sp=2, steps=1000)
