@@ -22,7 +22,7 @@ train: $(VENV)/.installed  ## train transnormer-tiny, its sequences split over t
 test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-exhaustive: $(VENV)/.installed-dev  ## every set of document boundaries, where `make test` takes a sample
+exhaustive: $(VENV)/.installed-dev  ## every case where `make test` takes a sample of them
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exhaustive $(ARGS)
 
 fuzz: $(VENV)/.installed-dev  ## random calls of every operator against loops in fp64 (ARGS="--seconds 600 --seed 1")

@@ -58,6 +58,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error: Exception, capsys: py
     assert "Traceback" in text and "in command" in text and "this is a fault of lasp" in text
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_ctrl_c_while_pytorch_is_loaded() -> None:
     """Sent when the first of PyTorch's modules has been loaded, as the interpreter itself reports."""
     process = subprocess.Popen(

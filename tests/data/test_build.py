@@ -116,7 +116,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         parquet.write_table(pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS}), path, row_group_size=7)
         assert documents(built(tmp_path / "rows", tmp_path / "built")) == EXPECTED
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install 'lasp-torch\[parquet\]'"):
+    with pytest.raises(DataError, match=r"a\.parquet needs the `pyarrow` package: pip install pyarrow"):
         prepare_folder(tmp_path / "rows", tmp_path / "cache")
 
 

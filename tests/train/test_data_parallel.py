@@ -19,7 +19,7 @@ from lasp.train.config import OptimizerOptions
 from lasp.train.optimizer import build_optimizer
 
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "key_dim": 8, "value_dim": 8, "ffn_dim": 48, "vocab_size": 50}
-SEQUENCES, TOKENS, STEPS = 4, 32, 20
+SEQUENCES, TOKENS = 4, 32
 MESHES = ((1, 4), (2, 2), (4, 1))
 
 
@@ -45,7 +45,7 @@ def gradients(model: ParallelModel, step: int, dp: tuple[int, int] = (0, 1), par
             model.mean_loss(loss_sum, SEQUENCES * TOKENS).backward()
 
 
-def trained(model: ParallelModel, dp: tuple[int, int] = (0, 1), *, steps: int = STEPS) -> dict[str, Tensor]:
+def trained(model: ParallelModel, dp: tuple[int, int] = (0, 1), *, steps: int) -> dict[str, Tensor]:
     """The whole parameters after so many steps."""
     optimizer = build_optimizer(model, OptimizerOptions(lr=2e-3))
     for step in range(steps):
@@ -68,28 +68,27 @@ def spread(mesh: Any, data_parallel: str, **options: Any) -> ParallelModel:
     return parallelize(new_model(), mesh, data_parallel=data_parallel, timeout_s=30, **options)
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict[str, Tensor]:
-    return trained(parallelize(new_model(), None))
+@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_steps_equal_one_process(steps: int) -> None:
+    reference = trained(parallelize(new_model(), None), steps=steps)
 
-
-def test_twenty_steps_equal_one_process(reference: dict[str, Tensor]) -> None:
     def errors(rank: int) -> dict[tuple[object, ...], tuple[str, float]]:
         found: dict[tuple[object, ...], tuple[str, float]] = {}
         for dp, sp in MESHES:
             group = (rank // sp, dp)
             full = build_mesh(sp=sp, timeout_s=30)
             for kind in ("ddp", "zero1", "zero2", "zero3"):
-                found[kind, dp, sp] = worst(trained(spread(full, kind), group), reference)
+                found[kind, dp, sp] = worst(trained(spread(full, kind), group, steps=steps), reference)
             if dp > 1:  # with one sequence group there is nothing to copy
                 hybrid = build_mesh(sp=sp, dp_replicate=2, timeout_s=30)
                 for kind in ("zero2", "zero3"):
-                    found[f"{kind}, two copies", dp, sp] = worst(trained(spread(hybrid, kind), group), reference)
+                    copied = trained(spread(hybrid, kind), group, steps=steps)
+                    found[f"{kind}, two copies", dp, sp] = worst(copied, reference)
             if (dp, sp) == (2, 2):
                 for kind in ("ddp", "zero3"):
                     damaged = spread(full, kind)
                     damaged.num_processes = 1  # gradients averaged, not summed
-                    found[f"{kind}, damaged", dp, sp] = worst(trained(damaged, group), reference)
+                    found[f"{kind}, damaged", dp, sp] = worst(trained(damaged, group, steps=steps), reference)
         return found
 
     for found in world.run(4, errors):

@@ -35,7 +35,16 @@ def furthest(curve: list[float], reference: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(curve, reference, strict=True))
 
 
-STEPS = 50
+def whole_end(run_dir: Path) -> None:
+    """Check that a run has left its scores, sample, curve and checkpoint."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert any("validation_bits_per_byte" in line for line in lines)
+    assert any("trigram_bits_per_byte" in line for line in lines)
+    assert len((run_dir / "sample.txt").read_text()) > 4 and (run_dir / "curve.png").stat().st_size > 1000
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
+
+
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,7 @@ def test_every_layout_has_the_same_loss_curve(
     assert furthest(losses(config, dp * sp), curve) < 1e-5
     sent = {line["exchanged_bytes"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line}
     assert len(sent) == 1 and sent.pop() > 0  # the same every step
+    whole_end(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +82,7 @@ def test_what_processes_keep_does_not_change_the_loss_curve(
     parallel = ParallelOptions(sp=2, dp=2, timeout_s=30, **options)
     config = small_config(folder, parallel=parallel, steps=STEPS, run_dir=tmp_path / "run")
     assert furthest(losses(config, 4), curve) < 1e-5
+    whole_end(tmp_path / "run")
 
 
 def no_exchange() -> None:

@@ -18,6 +18,7 @@ from lasp.train.figures import Machine, figures_of, slow_rank
 from lasp.train.metrics import read_metrics
 from lasp.train.observe import Observer
 from lasp.train.output import Output
+from lasp.train.position import Position
 from lasp.train.step import StepResult
 from lasp.train.watch import RankStep
 
@@ -95,7 +96,7 @@ def test_a_slow_rank_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "run").mkdir()
     output = Output(enabled=True, log_every=config.log_every)
     machine = Machine(flops_per_token=1.0, peak_flops=None)
-    observer = Observer(config, tmp_path / "run", output, machine, description={}, finished=0)
+    observer = Observer(config, tmp_path / "run", output, machine, description={}, start=Position())
     windows = [(0.1, 0.2), (0.1, 0.2), (0.1, 0.1), (0.1, 0.2), (0.1, 0.5), (0.2, 0.1)]
     for number in range(1, 2 * len(windows) + 1):
         ranks = tuple(rank(own_s) for own_s in windows[(number - 1) // 2])
@@ -114,7 +115,7 @@ def test_a_terminal_of_80_columns_shows_step_and_time_left() -> None:
     output = Output(enabled=True, log_every=1)
     output.console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False, color_system=None)
     result = StepResult(2.0, 1.0, 0.1, (rank(0.4, sent=1 << 20, memory=1 << 30),), stop=False)
-    figures = figures_of(7, result, seconds=0.5, tokens_per_step=1 << 20, machine=Machine(6e9, 1e15))
+    figures = figures_of(7, result, seconds=0.5, tokens_per_step=1 << 20, tokens=7 << 20, machine=Machine(6e9, 1e15))
     output.start(6, 100_000)
     output.step(7, 100_000, seconds=0.5, figures=figures)
     output.stop()

@@ -15,7 +15,7 @@ from tolerances import worst
 from torch import Tensor
 
 from lasp.distributed.mesh import build_mesh
-from lasp.models import NAMES, CausalLM, preset
+from lasp.models import NAMES, CausalLM, memory, preset
 from lasp.ops.scan import TRACEABLE
 from lasp.parallelize import ParallelModel, parallelize
 
@@ -121,7 +121,8 @@ def test_every_model_is_copied_and_pickled(family: str) -> None:
         assert torch.equal(model(tokens).logits, expected)
 
 
-def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_layers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_compiled_blocks_exchange_inside_the_graph(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """fullgraph=True refuses graph breaks; the same gradients and bytes, recomputed or not, sharded or not."""
     original = torch.compile
     # The compiler's front, which finds graph breaks and traces gradients; it needs no C++ compiler.
@@ -137,7 +138,9 @@ def test_compiled_blocks_exchange_inside_the_graph(monkeypatch: pytest.MonkeyPat
         reference: dict[str, Tensor] = {}
         for name, options in kinds.items():
             torch._dynamo.reset()
-            model = parallelize(new_model(), mesh, **{"compile": True, "exchange": "all_gather", **options})
+            module = CausalLM(preset("transnormer", "tiny", **{**SMALL, "num_layers": num_layers}))
+            module.init_weights(torch.Generator().manual_seed(1))
+            model = parallelize(module, mesh, **{"compile": True, "exchange": "all_gather", **options})
             gradients(model, 0)
             reference = reference or whole_gradients(model.module)
             found[name] = worst(whole_gradients(model.module), reference)[1], sent(model)
@@ -191,9 +194,12 @@ def test_every_family_compiles_on_one_process(
     assert worst(whole_gradients(compiled.module), whole_gradients(plain.module))[1] < 2e-6
 
 
+@pytest.mark.parametrize("most", [3, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_any_number_of_lengths_trains_and_those_that_are_not_compiled_are_told_of(
-    monkeypatch: pytest.MonkeyPatch,
+    most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if most != 8:  # as it is, and a compilation takes seconds
+        monkeypatch.setattr(memory, "_MAX_SHAPES", most)
     compiled, plain = compiled_and_not("linear-transformer", monkeypatch, **{**SMALL, "num_layers": 1})
     counts: list[int] = []
 
@@ -204,10 +210,10 @@ def test_any_number_of_lengths_trains_and_those_that_are_not_compiled_are_told_o
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
             assert abs(first - second) < 1e-5 * abs(second)
 
-    with pytest.warns(UserWarning, match="compiled for 8 shapes") as warned:
-        train_on(range(4, 15))
+    with pytest.warns(UserWarning, match=f"compiled for {most} shapes") as warned:
+        train_on(range(4, 4 + most + 3))
     assert len([each for each in warned if "compiled for" in str(each.message)]) == 1
-    assert counts[7] > counts[6] > 0 and counts[8:] == counts[7:8] * 3
+    assert counts[most - 1] > counts[most - 2] > 0 and counts[most:] == counts[most - 1 : most] * 3
 
 
 def test_a_compiled_block_is_one_graph_under_ddp() -> None:
@@ -245,7 +251,7 @@ def test_what_cannot_be_compiled_is_refused_with_its_name(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"recomputation": "some"}, "none, selective, full"), ({"ffn_piece_tokens": 0}, "at least 1")],
+    [({"recomputation": "some"}, "none, selective, full"), ({"ffn_piece_tokens": 0}, "ffn_piece_tokens must be >= 1")],
 )
 def test_unknown_ways_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

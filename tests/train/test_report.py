@@ -183,15 +183,17 @@ def test_the_command_writes_the_page(copied: Path, tmp_path: Path, capsys: pytes
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "there.html")]) == 64
     assert cli.main(["report", str(tmp_path)]) == 64
     assert "is not a run folder" in capsys.readouterr().err
-    for name, damage in (
-        ("run.json", "[" * 100_000),
-        ("config.json", "[]"),
-        ("metrics.jsonl", '{"step": 1, "loss": "a"}'),
+    damaged = "holds files that are damaged, or of another version"
+    for name, damage, said in (
+        ("run.json", "[" * 100_000, "cannot be read: JSON nested too deeply"),
+        ("config.json", "[]", damaged),
+        ("metrics.jsonl", '{"step": 1, "loss": "a"}\n', damaged),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}', "no step has finished yet"),  # a crash cut the line short
     ):
         kept = (copied / name).read_text()
         (copied / name).write_text(damage)
         assert cli.main(["report", str(copied)]) == 64
-        assert "holds files that are damaged, or of another version" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
         (copied / name).write_text(kept)
     (copied / "run.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):

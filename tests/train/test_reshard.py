@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,27 +72,44 @@ def run_of(model: ParallelModel, world: World, dp: tuple[int, int] = (0, 1)) -> 
     return Run(model, build_optimizer(model, OptimizerOptions(lr=2e-2)), world, dp)
 
 
-def layouts(rank: int) -> dict[str, Run]:
-    """One on every mesh with every way of keeping the weights, on four processes; collective."""
+SAMPLE = (
+    "zero3 x 1, dp 1, sp 4",
+    "ddp x 1, dp 2, sp 2",
+    "zero2 x 1, dp 2, sp 2",
+    "zero3 x 2, dp 2, sp 2",
+    "zero1 x 1, dp 4, sp 1",
+    "zero3 x 1, dp 4, sp 1",
+)
+
+
+def layouts(rank: int, names: Collection[str]) -> dict[str, Run]:
+    """Those of `names`, or one on every mesh with every way of keeping the weights, on four processes; collective."""
     control = Comm(dist.new_group(backend="gloo"), 30)
     everyone = World(rank, 4, CPU, Shard(), control=control, files=dist.new_group(backend="gloo"))
     found = {}
     for dp, sp in MESHES:
         for copies, kind in [(1, "ddp"), (1, "zero1"), (1, "zero2"), (1, "zero3"), (2, "zero3")]:
             if dp % copies == 0:
-                mesh = build_mesh(sp=sp, dp_replicate=copies, timeout_s=30)
                 name = f"{kind} x {copies}, dp {dp}, sp {sp}"
-                found[name] = run_of(spread(mesh, kind), everyone, (rank // sp, dp))
+                if name in names or not names:
+                    mesh = build_mesh(sp=sp, dp_replicate=copies, timeout_s=30)
+                    found[name] = run_of(spread(mesh, kind), everyone, (rank // sp, dp))
     return found
 
 
-def test_every_layout_goes_on_from_the_others_checkpoints(tmp_path: Path) -> None:
-    """One process reads every layout's, every layout reads one process's and an eighth of the others'; and its own,
+@pytest.mark.parametrize(
+    ("names", "fraction", "num_layouts", "num_resumed"),
+    [(SAMPLE, 4, 7, 25), pytest.param((), 8, 15, 60, marks=pytest.mark.exhaustive)],
+)
+def test_every_layout_goes_on_from_the_others_checkpoints(
+    tmp_path: Path, names: tuple[str, ...], fraction: int, num_layouts: int, num_resumed: int
+) -> None:
+    """One process reads every layout's, every layout reads one process's and a fraction of the others'; and its own,
     with the same bits.
     """
 
     def losses(rank: int) -> tuple[dict[str, list[float]], dict[tuple[str, str], list[float]]]:
-        runs, went_on, resumed = layouts(rank), {}, {}
+        runs, went_on, resumed = layouts(rank, names), {}, {}
         for name, run in runs.items():
             run.steps(0, BEFORE)
             went_on[name] = run.save(tmp_path / name, BEFORE)
@@ -106,14 +124,14 @@ def test_every_layout_goes_on_from_the_others_checkpoints(tmp_path: Path) -> Non
                 resumed[source, "one process"] = single.steps(BEFORE, AFTER)
         dist.barrier()
         for (i, source), (j, name) in itertools.product(enumerate(["one process", *runs]), enumerate(runs)):
-            if i == 0 or (i + j) % 8 == 0:
+            if i == 0 or (i + j) % fraction == 0:
                 runs[name].load(tmp_path / source)
                 resumed[source, name] = runs[name].steps(BEFORE, AFTER)
         return went_on, resumed
 
     uninterrupted = run_of(parallelize(new_model(), None), ALONE).steps(0, BEFORE + AFTER)[BEFORE:]
     went_on, resumed = world.run(4, losses)[0]
-    assert len(went_on) == 15 and len(resumed) > 60
+    assert len(went_on) == num_layouts and len(resumed) > num_resumed
     for case, found in resumed.items():
         assert found == pytest.approx(uninterrupted, rel=1e-5), case
     for name, losses_then in went_on.items():

@@ -29,7 +29,14 @@ def key(lines: list[dict]) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
 
 
-@pytest.mark.parametrize(("dp", "sp"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("dp", "sp"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.exhaustive),
+        pytest.param(1, 2, marks=pytest.mark.exhaustive),
+        (2, 2),
+    ],
+)
 def test_resumed_equals_uninterrupted(tmp_path: Path, dp: int, sp: int) -> None:
     config = small_config(tmp_path, dp=dp, sp=sp, accumulation=2)
     whole = train(config, dp * sp)
@@ -166,7 +173,16 @@ def test_forgetting_the_optimizer_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert again[-1]["loss"] != pytest.approx(whole[-1]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+@pytest.mark.usefixtures("usual_signals")
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGHUP,
+        pytest.param(signal.SIGQUIT, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path, number: signal.Signals) -> None:
     config = small_config(tmp_path, sp=2, steps=1000)
 
