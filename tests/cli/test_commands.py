@@ -23,7 +23,8 @@ def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFix
     assert all(name in said for name in ("train", "generate", "check"))
     # Nor PyTorch: whatever takes long to load is loaded behind the guard, where Ctrl-C is no fault.
     names = ("tyro", "matplotlib", "torch", "torch._dynamo", "lasp")
-    script = f"import sys, lasp.cli.main; print([name for name in {names} if name in sys.modules])"
+    script = "import sys; sys.argv[0] = '/bin/lasp'; import lasp.cli.main; "
+    script += f"print([name for name in {names} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout == "['lasp']\n"
 

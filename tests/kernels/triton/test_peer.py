@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "peer_memory.py"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_every_rank_gets_what_those_before_it_send(ranks: int) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), str(ranks)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
