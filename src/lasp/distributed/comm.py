@@ -26,7 +26,7 @@ from torch import Tensor
 from lasp.distributed.call import Call, Posted
 from lasp.distributed.clock import ExchangeClock
 from lasp.distributed.ending import before_exit
-from lasp.distributed.group import gloo_group
+from lasp.distributed.groups import gloo_group
 from lasp.distributed.record import Description, ExchangeError, Record, Step, compare, failures, number_given
 
 if TYPE_CHECKING:
