@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.channel_bounded_intra_chunk import channel_bounded_intra_chunk_kernel
 from lasp.kernels.triton.decay.channel_bounded_prepare import channel_bounded_prepare_kernel
@@ -40,7 +40,7 @@ from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.sweep import GATHERED, PART_ROWS, ZERO
 from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.documents import Documents
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs
 
 GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
