@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.kernels.triton.common.packing import chunks_of, given, places_of
 from lasp.kernels.triton.decay.launches import BASE_LEVELS, Launches
-from lasp.kernels.triton.decay.layout import chunks_of, given, places_of
 from lasp.kernels.triton.decay.plan import LaunchPlan
 from lasp.recurrence.stages import DecayInputs
 
