@@ -16,11 +16,13 @@ from torch import Tensor
 
 from lasp import linear_attention
 from lasp.kernels.torch.decay import STAGES as exact
-from lasp.kernels.triton.decay import channel_inter_chunk, channel_stages, sweep
-from lasp.kernels.triton.decay import intervals as legs
 from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import sweep_row_major as rows_module
+from lasp.kernels.triton.decay.channel import inter_chunk as channel_inter_chunk
+from lasp.kernels.triton.decay.channel import stages as channel_stages
+from lasp.kernels.triton.decay.scalar import intervals as legs
+from lasp.kernels.triton.decay.scalar import sweep
+from lasp.kernels.triton.decay.scalar import sweep_row_major as rows_module
 from lasp.kernels.triton.decay.stages import STAGES as fused
 from lasp.recurrence.inputs import DecayInputs
 from lasp.recurrence.stages import AnyStages

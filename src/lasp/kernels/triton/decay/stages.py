@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
+from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.launch import use_scratch
-from lasp.kernels.triton.decay import channel_stages as channel
-from lasp.kernels.triton.decay.gates import TOKEN
+from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
+from lasp.kernels.triton.decay.channel import stages as channel
 from lasp.kernels.triton.decay.inputs import DecayRun, prepare
 from lasp.kernels.triton.decay.launches import Launches, keeps_states, kind_of, per_channel, plan_of
-from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, given, places_of
 from lasp.recurrence.inputs import DecayInputs
 from lasp.recurrence.stages import Gradients, Saved, Stages, Unsummarized
 

@@ -10,10 +10,10 @@ operand. A program has 64 columns of out. It takes bf16, and nothing is gathered
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import NONE, TOKEN, chunk_decays, head_rate, pair_decay
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.decay.intervals import leave, legs_in, next_leg
-from lasp.kernels.triton.decay.sweep import add_chunk
+from lasp.kernels.triton.decay.scalar.intervals import leave, legs_in, next_leg
+from lasp.kernels.triton.decay.scalar.sweep import add_chunk
 
 
 @triton.jit

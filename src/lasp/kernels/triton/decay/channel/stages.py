@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.kernels.triton.common.packing import chunks_of, given, places_of
 from lasp.kernels.triton.decay.inputs import DecayRun
 from lasp.kernels.triton.decay.launches import BASE_LEVELS
-from lasp.kernels.triton.decay.layout import chunks_of, given, places_of
 from lasp.kernels.triton.decay.plan import LaunchPlan
 
 

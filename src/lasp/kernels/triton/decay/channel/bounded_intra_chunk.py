@@ -16,15 +16,15 @@ gates are strong, dg is next to nothing a few tokens before a large `leaving`.
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
-from lasp.kernels.triton.decay.channel_gates import (
+from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
     gate_operand,
     load_channel_gates,
     sums_to_end,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.program import begins_run, chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.decay.gates import log2_gate
-from lasp.kernels.triton.decay.program import chunk_place
+from lasp.kernels.triton.common.decays import log2_gate
+from lasp.kernels.triton.common.program import chunk_place
 
 
 @triton.jit(do_not_specialize=["T", "H_v", "chunks"])

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import head_gates
+from lasp.kernels.triton.common.program import place
 from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.gates import head_gates
-from lasp.kernels.triton.decay.program import place
-from lasp.kernels.triton.decay.sweep import GATHERED, decay_to_segment, gather, segment_state, sweep
+from lasp.kernels.triton.decay.scalar.sweep import GATHERED, decay_to_segment, gather, segment_state, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

@@ -7,9 +7,9 @@ dv_j =       (k_j 2^suffix_j) D + scale sum_{i >= j} scores_ij do_i
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import place
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import segment_border
-from lasp.kernels.triton.decay.program import place
+from lasp.kernels.triton.decay.channel.decays import segment_border
 
 
 @triton.jit

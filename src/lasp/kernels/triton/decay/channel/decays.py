@@ -9,9 +9,9 @@ inputs the gates enter in fp16, exact to 2^-12 of each: a decay 2^-x is then wro
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import floored_log2
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile
-from lasp.kernels.triton.decay.gates import floored_log2
-from lasp.kernels.triton.decay.sweep import segment_state
+from lasp.kernels.triton.decay.scalar.sweep import segment_state
 
 # Of kernels that have a program a chunk: it would spend longer on making descriptors than on its chunk.
 DESCRIPTORS = tl.constexpr(False)

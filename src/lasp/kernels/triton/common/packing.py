@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.kernels.triton.common.program import CHUNK_PLACE, PLACE
 from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, LaunchPlan
-from lasp.kernels.triton.decay.program import CHUNK_PLACE, PLACE
 from lasp.recurrence.documents import Documents
 
 

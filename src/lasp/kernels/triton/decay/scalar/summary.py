@@ -8,9 +8,9 @@ One program walks one segment of one head, for BV columns of the state, which st
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import chunk_decays, head_gates, head_rate
+from lasp.kernels.triton.common.program import needed_chunks, place
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
-from lasp.kernels.triton.decay.gates import chunk_decays, head_gates, head_rate
-from lasp.kernels.triton.decay.program import needed_chunks, place
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

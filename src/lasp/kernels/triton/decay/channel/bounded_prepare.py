@@ -11,8 +11,9 @@ registers would halve the speed of this kernel if they were one.
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import chunk_place, chunk_rows
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
-from lasp.kernels.triton.decay.channel_gates import (
+from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
     MAX_TO_MIDDLE_LOG2,
     gate_operand,
@@ -21,7 +22,6 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.program import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])

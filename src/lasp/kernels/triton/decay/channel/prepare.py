@@ -21,8 +21,9 @@ This takes any gates. In bf16 it is left the chunks that `channel_bounded_prepar
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import chunk_place, chunk_rows
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
-from lasp.kernels.triton.decay.channel_gates import (
+from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
     base_operand,
     gate_operand,
@@ -36,7 +37,6 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sum_over,
 )
-from lasp.kernels.triton.decay.program import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])

@@ -18,11 +18,11 @@ the end. States and outputs are transposed as in `sweep`, so these sums run alon
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import place, run_bounds
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import segment_border
-from lasp.kernels.triton.decay.intervals import as_swept
-from lasp.kernels.triton.decay.program import place, run_bounds
-from lasp.kernels.triton.decay.sweep import segment_state
+from lasp.kernels.triton.decay.channel.decays import segment_border
+from lasp.kernels.triton.decay.scalar.intervals import as_swept
+from lasp.kernels.triton.decay.scalar.sweep import segment_state
 
 TIED = tl.constexpr(16)  # chunks at a time
 

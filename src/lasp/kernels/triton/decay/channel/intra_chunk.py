@@ -13,8 +13,9 @@ and in bf16 what `channel_bounded_intra_chunk` cannot do.
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
-from lasp.kernels.triton.decay.channel_gates import (
+from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
     base_operand,
     gate_operand,
@@ -29,7 +30,6 @@ from lasp.kernels.triton.decay.channel_gates import (
     sum_over,
     sums_to_end,
 )
-from lasp.kernels.triton.decay.program import begins_run, chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
