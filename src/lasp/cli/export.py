@@ -13,7 +13,7 @@ from lasp.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class ExportArguments:
     """Write a trained model's weights and configuration to a folder, for `lasp train --init-from`, `lasp generate`
     and other programs.
     """
@@ -26,7 +26,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp export ARGUMENTS`."""
-    options = parse(Arguments, arguments, "lasp export")
+    options = parse(ExportArguments, arguments, "lasp export")
     from lasp.train.export import export
 
     say(export(options.path, options.out, report=partial(say, error=True)))

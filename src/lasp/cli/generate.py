@@ -16,7 +16,7 @@ from lasp.train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class GenerateArguments:
     """Continue a prompt with a trained model. Memory and time per token do not grow with the text."""
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -35,7 +35,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp generate ARGUMENTS`."""
-    options = parse(Arguments, arguments, "lasp generate")
+    options = parse(GenerateArguments, arguments, "lasp generate")
     check_seed("--seed", options.seed)
     check_text("--prompt", options.prompt)
     if (

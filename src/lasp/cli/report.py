@@ -15,7 +15,7 @@ from lasp.train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class ReportArguments:
     """Write one HTML page about a run, finished or going on: curves, layout, time, memory, bytes, text, settings.
 
     The page refers to nothing outside itself: it can be mailed, and read offline.
@@ -29,7 +29,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp report ARGUMENTS`."""
-    options = parse(Arguments, arguments, "lasp report")
+    options = parse(ReportArguments, arguments, "lasp report")
     out = options.out or options.run / "report.html"
     from lasp.train.report import load, render
 

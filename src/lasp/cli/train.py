@@ -16,7 +16,7 @@ from lasp.train.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class TrainArguments:
     """Train a linear-attention language model with its sequences split over processes.
 
     Without options: transnormer-tiny on the Python standard library's source, two processes on this machine.
@@ -35,7 +35,7 @@ class Arguments:
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
-def arguments_of(arguments: Sequence[str]) -> Arguments:
+def arguments_of(arguments: Sequence[str]) -> TrainArguments:
     """The arguments of one run. Raises ConfigError or CheckpointError; SystemExit on --help and misspellings."""
     file, resume, weights = early(arguments, "--config", "--resume", "--init-from")
     resumes = resume is not None and resume != AUTO
@@ -53,7 +53,7 @@ def arguments_of(arguments: Sequence[str]) -> Arguments:
         from lasp.train.export import model_options
 
         base = dataclasses.replace(base, model=model_options(init_from))
-    options = parse(Arguments, arguments, "lasp train", Arguments(settings=base))
+    options = parse(TrainArguments, arguments, "lasp train", TrainArguments(settings=base))
     if options.resume == AUTO and options.settings.run_dir is None:
         raise ConfigError("--resume auto goes on in the run folder if it can: name it with --run-dir")
     return options

@@ -13,7 +13,7 @@ from lasp.train.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class VerifyArguments:
     """Read every checkpoint of a run and say which are good. Exit code 66 if none is."""
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -22,7 +22,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp verify ARGUMENTS`."""
-    options = parse(Arguments, arguments, "lasp verify")
+    options = parse(VerifyArguments, arguments, "lasp verify")
     from lasp.train import checkpoint
 
     good = 0
