@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import world
-from test_launch import command, linux, torchrun, wait_until, whole_end
+from test_launch import command, linux, wait_until, whole_end
+from world import torchrun
 
 from lasp.cli import train as train_command
 from lasp.train import loop

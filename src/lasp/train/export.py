@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from lasp import files
@@ -27,6 +26,7 @@ from lasp.models import CausalLM, ModelConfig
 from lasp.train import checkpoint, shards
 from lasp.train.config import ModelOptions, from_dict
 from lasp.train.errors import CheckpointError, ConfigError
+from lasp.train.tensor_file import TensorFile
 
 FORMAT = 2
 _WEIGHTS, _ABOUT = "model.safetensors", "config.json"
@@ -141,8 +141,9 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     not fit."""
     verify(folder)
     try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
+        with TensorFile(folder / _WEIGHTS) as file:
+            tensors = {name: file.read(name) for name in file.tensors}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {folder / _WEIGHTS}: {error}") from error
     targets = dict(model.named_parameters())
     if targets.keys() != tensors.keys():
