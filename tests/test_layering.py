@@ -9,8 +9,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "lasp"
 
 # A package may import those of lower levels, and itself.
 ORDER = """
-errors, files < algebra, distributed < recurrence < kernels < exchange < sequence < ops, halo, softmax < layers
-    < models < parallelize, generate, data, analysis < train < cli < __main__
+errors, files, terminal < algebra, distributed < recurrence < kernels < exchange < sequence < ops, halo, softmax
+    < layers < models < parallelize, generate, data, analysis < train < cli < __main__
 """
 LEVELS = {name.strip(): level for level, names in enumerate(ORDER.split("<")) for name in names.split(",")}
 # The only importers of triton.
