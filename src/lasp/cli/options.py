@@ -45,7 +45,7 @@ class Option(NamedTuple):
     def choices(self) -> tuple[str, ...]:
         """The words that may follow it, where they are few."""
         found = re.search(r"\{([^{}|]+)\}", self.values)
-        return tuple(found[1].split(",")) if found and found[1] != "None" else ()
+        return tuple(word for word in found[1].split(",") if word != "None") if found else ()
 
 
 class Help(NamedTuple):
