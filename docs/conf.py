@@ -1,6 +1,7 @@
 """How Sphinx builds this site: `make docs`."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -11,6 +12,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "src"), os.environ
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lasp  # noqa: E402
+
+# The notebook's torchruns meet at a port that is free.
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ["PET_MASTER_PORT"] = str(free.getsockname()[1])
 
 project = "LASP"
 author = "the LASP contributors"
@@ -27,10 +33,11 @@ exclude_patterns = ["_build", "_ext"]
 root_doc = "index"
 
 # -- pages in Markdown, notebooks ------------------------------------------------------------------------------------
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_timeout = 170
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
