@@ -18,7 +18,7 @@ from lasp.recurrence.stages import Stages
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
-# What the fused kernels take, and where they have been run (docs/kernels.md).
+# What the fused kernels take, and where they have been run (docs/design/kernels.md).
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FUSED_MAX_DIM = 256
 FUSED_CAPABILITY = 8
