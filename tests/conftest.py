@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 def _poisoned_memory() -> None:
     # On a GPU a few of the reference's operations have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.manual_seed(0)
 
 
@@ -31,7 +31,7 @@ def _poisoned_memory() -> None:
 def usual_signals() -> Iterator[None]:
     """Ctrl-C and SIGHUP as a terminal's programs have them: one that nohup or a script's `&` starts ignores them."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # type: ignore[arg-type]
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

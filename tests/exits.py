@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,7 +103,8 @@ class Run:
 
     def __init__(self, name: str, size: int, destroys: bool, fresh: bool, folder: Path) -> None:
         self.what = f"{name} over {size}, {'with' if destroys else 'without'} destroy_process_group"
-        self.began, self.folder, self.codes = time.monotonic(), folder, {}
+        self.began, self.folder = time.monotonic(), folder
+        self.codes: dict[Any, Any] = {}
         folder.mkdir()
         start = self._start if fresh else self._fork
         self.pids = {start(name, rank, size, destroys): rank for rank in range(size)}

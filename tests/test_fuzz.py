@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "16 cases" in told and "real ranks" in told, told
 
 
-def _without_first_state(self: chunks.Chunking, runs: object, initial: Tensor, **options: bool) -> object:
+def _without_first_state(self: chunks.Chunking, runs: Any, initial: Tensor, **options: bool) -> object:
     return _scan(self, runs, torch.zeros_like(initial), **options)
 
 

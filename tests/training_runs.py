@@ -42,7 +42,7 @@ def small_config(folder: Path, *, sp: int = 1, dp: int | None = None, **changes:
     if not text.exists():
         write_text(text)
     config = TrainConfig(
-        model=ModelOptions(overrides=SMALL),
+        model=ModelOptions(overrides=SMALL),  # type: ignore[arg-type]
         data=DataOptions(path=text, validation_fraction=0.2, cache=folder / "cache"),
         optimizer=OptimizerOptions(lr=3e-3, warmup_steps=min(5, changes.get("steps", 12))),
         parallel=ParallelOptions(sp=sp, dp=dp, timeout_s=30),

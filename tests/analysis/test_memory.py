@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -68,8 +70,14 @@ def test_saved_activations_are_those_listed(name, precision):
 def test_recomputation_and_sharding_save_memory():
     config = preset("transnormer", "1b")
 
-    def total(**changes: object) -> float:
-        base = {"precision": "bf16", "recomputation": "none", "sharding": "ddp", "ranks": 8, "processors": 108}
+    def total(**changes: Any) -> float:
+        base: dict[str, Any] = {
+            "precision": "bf16",
+            "recomputation": "none",
+            "sharding": "ddp",
+            "ranks": 8,
+            "processors": 108,
+        }
         return memory.training_memory(config, batch=1, tokens=16384, **{**base, **changes}).total
 
     assert total() > total(recomputation="selective") > total(recomputation="full")

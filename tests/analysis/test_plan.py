@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_runs import write_text
@@ -28,7 +29,7 @@ CONFIG = preset("transnormer", "1b")
 LASP = ParallelLayout("lasp", 1, 8, "zero3", "none", "all_gather")
 
 
-def job(**changes: object) -> Job:
+def job(**changes: Any) -> Job:
     return Job(**{"config": CONFIG, "device": device("h100"), "devices": 8, "seq_len": 1 << 17, "batch": 1, **changes})
 
 

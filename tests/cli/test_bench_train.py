@@ -67,7 +67,7 @@ def test_what_is_not_given_is_chosen_for_the_device(capsys: pytest.CaptureFixtur
     assert heading.startswith("transnormer-tiny") and [row.split()[0] for row in rows] == ["64", "128"]
     shown: list[str] = []
     config = BenchTrainConfig(model=ModelOptions(overrides={"num_layers": 1}), tokens=(64,), steps=1, device="cpu")
-    figures = measure(config, report=lambda text: shown.append(text) or shown.append(str(len(shown))))
+    figures = measure(config, report=lambda text: shown.append(text) or shown.append(str(len(shown))))  # type: ignore[func-returns-value]
     assert len(figures["rows"]) == 1 and shown[2].split()[0] == "64"
 
 

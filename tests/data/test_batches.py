@@ -1,5 +1,7 @@
 """Which tokens a rank sees: whatever the layout, together the same batch; and labels cross shard borders."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ STREAM = np.arange(1000, dtype=np.uint16)
 
 def assembled(sequences: Sequences, step: int, dp: int, sp: int, parts: int) -> dict[int, Batch]:
     """Row by first token -> the whole row, put together from every rank's share."""
-    rows = {}
+    rows: dict[Any, Any] = {}
     for part in range(parts):
         for dp_rank in range(dp):
             shares = [

@@ -129,7 +129,7 @@ def main() -> None:
     sps = {name: lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths) for name in names}
     # What schedules carry does not tell of documents: one that folds in order, one that composes, one of its own.
     few = {name: sps[name] for name in ("ring", "doubling", "peer") if name in sps}
-    found = recurrences(sps, backends, device) | packed_documents(few, backends, device)
+    found = recurrences(sps, backends, device) | packed_documents(few, backends, device)  # type: ignore[arg-type]
     found |= other_layers(sps["ring"], device)
     found["control: nothing exchanged"] = nothing_exchanged(rank, lengths)
     everywhere: list = [None] * size

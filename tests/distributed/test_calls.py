@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -60,7 +62,7 @@ def checkpointed_steps(rank: int, operator: str, use: bool) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
     whole = torch.randn(3, 1, sum(LENGTHS), 4, 4, generator=random, dtype=torch.float64)
     weight = torch.randn(1, 1, 4, 4, generator=random, dtype=torch.float64).requires_grad_()
-    options = {"cu_seqlens": BORDERS, "sp": sp}
+    options: dict[str, Any] = {"cu_seqlens": BORDERS, "sp": sp}
 
     def region(x: Tensor) -> Tensor:
         x = x * weight
@@ -146,8 +148,8 @@ def test_sealed_messages_bring_the_same(schedule):
 
     def work(rank: int) -> bool:
         plain, sealed = (sealed_steps(rank, sealing, schedule, False) for sealing in (False, True))
-        assert plain[-1][2] == 0 < sealed[-1][2]
-        return torch.equal(plain[-1][:2], sealed[-1][:2]) and all(map(torch.equal, plain[:-1], sealed[:-1]))
+        assert plain[-1][2] == 0 < sealed[-1][2]  # type: ignore[operator]
+        return torch.equal(plain[-1][:2], sealed[-1][:2]) and all(map(torch.equal, plain[:-1], sealed[:-1]))  # type: ignore[arg-type]
 
     assert run(2, work) == [True] * 2
 

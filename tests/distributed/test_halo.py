@@ -156,7 +156,7 @@ def test_all_document_boundaries(lengths, every):
         same = (document[:, None] == document).double()
         x, weight = (given[name].clone().requires_grad_() for name in ("x", "weight"))
         y = torch.einsum("jts,bsc,cj->btc", taps * same, x, weight.flip(1))
-        return y.detach(), *torch.autograd.grad(y, (x, weight), given["d_y"])
+        return y.detach(), *torch.autograd.grad(y, (x, weight), given["d_y"])  # type: ignore[return-value]
 
     subsets = [(0, *(cut for cut in range(1, 12) if mask >> (cut - 1) & 1), 12) for mask in range(0, 2**11, every)]
     expected = [by_matrix(bounds) for bounds in subsets]
@@ -382,7 +382,7 @@ def test_ranks_that_differ_and_wrong_arguments():
         ):
             sp = lasp.SequenceParallel(dist.group.WORLD, timeout_s=20)
             try:
-                lasp.short_convolution(**{"x": x, "weight": weight, "sp": sp, **arguments})
+                lasp.short_convolution(**{"x": x, "weight": weight, "sp": sp, **arguments})  # type: ignore[arg-type]
             except (lasp.ExchangeError, ValueError) as error:
                 messages.append(str(error))
         return messages

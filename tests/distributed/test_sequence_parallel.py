@@ -85,7 +85,7 @@ def test_equals_one_device(size):
         failures = []
         for exchange in EXCHANGES:
             base = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange)
-            for (name, problem, expected), share in itertools.product(cases, SHARES[size]):
+            for (name, problem, expected), share in itertools.product(cases, SHARES[size]):  # type: ignore[call-overload]
                 sp = base.with_lengths(lengths_of(share, problem.d_o.shape[1]))
                 for tensor, error in errors(sp, problem, expected).items():
                     if not error < BOUNDS[torch.float64]:

@@ -452,7 +452,7 @@ def test_ranks_that_differ_and_wrong_arguments():
             sp = lasp.SequenceParallel(dist.group.WORLD, timeout_s=20)
             tensors = {name: torch.zeros(1, 4, 2, 3) for name in "qkv"}
             try:
-                lasp.softmax_attention(**{**tensors, "sp": sp, **arguments})
+                lasp.softmax_attention(**{**tensors, "sp": sp, **arguments})  # type: ignore[arg-type]
             except (lasp.ExchangeError, ValueError) as error:
                 messages.append(str(error))
         return messages

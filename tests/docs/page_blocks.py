@@ -59,7 +59,7 @@ def blocks(page: Path) -> list[Block]:
         text = "\n".join(line.removeprefix(fence[1]) for line in lines[first:number]) + "\n"
         reason = _NOT_RUN.search(above)
         found.append(
-            Block(page, first, fence[3].strip(), _substituted(text, above, f"{page}:{first}"), reason and reason[1])
+            Block(page, first, fence[3].strip(), _substituted(text, above, f"{page}:{first}"), reason and reason[1])  # type: ignore[arg-type]
         )
         number += 1
     return found

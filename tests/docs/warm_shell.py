@@ -213,6 +213,6 @@ def _lasp(arguments: list[str]) -> int:
     from lasp.cli import launch, main
 
     # `lasp` starts processes of its own; here they are forks, which meet as torchrun's do.
-    launch.launch = lambda words, count: _torchrun(["--nproc-per-node", str(count), "-m", "lasp", *words])
+    launch.launch = lambda words, count: _torchrun(["--nproc-per-node", str(count), "-m", "lasp", *words])  # type: ignore[assignment]
     sys.argv = ["lasp", *arguments]
     return main.main(shortened(arguments))

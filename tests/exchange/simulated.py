@@ -218,6 +218,10 @@ def run(
 
 def sequence_parallel(comm: SimulatedComm, exchange: Any, lengths: tuple[int, ...]) -> lasp.SequenceParallel:
     """A SequenceParallel over simulated ranks."""
-    same = {"Comm": lambda group, timeout_s: group, "Calls": lambda comm: comm, "_process_group": lambda group: group}
+    same: dict[str, Any] = {
+        "Comm": lambda group, timeout_s: group,
+        "Calls": lambda comm: comm,
+        "_process_group": lambda group: group,
+    }
     with mock.patch.multiple(module, **same):
-        return lasp.SequenceParallel(comm, lengths=lengths, exchange=exchange)
+        return lasp.SequenceParallel(comm, lengths=lengths, exchange=exchange)  # type: ignore[arg-type]

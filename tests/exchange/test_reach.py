@@ -32,7 +32,7 @@ def runs_of(kind: str, size: int, dtype: torch.dtype, seed: int, cuts: float = 0
         # Channels of a head decay alike but for one, so that some heads forget in part only.
         slow = torch.randn(size, BATCH, HEADS, K, generator=random) > 0.8
         diagonal = torch.where(slow & ~cut[..., None], -0.1, decay[..., None]).to(dtype)
-        transition = Scalar(decay) if kind == "scalar" else Diagonal(diagonal)
+        transition = Scalar(decay) if kind == "scalar" else Diagonal(diagonal)  # type: ignore[assignment]
     return Summary(transition, torch.randn(size, BATCH, HEADS, K, V, generator=random, dtype=dtype))
 
 

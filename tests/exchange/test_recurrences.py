@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,12 @@ def compute(name: str, sp: lasp.SequenceParallel | None, backend: str = "auto") 
             leaves[key] = (tensor if whole else sp.shard(tensor)).clone().requires_grad_()
     if sp is not None:  # every rank has a share of its own of the final state's gradient
         d_o, d_final = sp.shard(d_o), d_final * (2.0 * sp.rank + 1.0) / sp.size**2
-    keywords = {"initial_state": leaves["initial_state"], "output_final_state": True, "sp": sp, "backend": backend}
+    keywords: dict[str, Any] = {
+        "initial_state": leaves["initial_state"],
+        "output_final_state": True,
+        "sp": sp,
+        "backend": backend,
+    }
     if "beta" in leaves:
         o, final = lasp.delta_rule(*(leaves.get(key) for key in ("q", "k", "v", "beta", "g")), **keywords)
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,11 +62,8 @@ def carry(exchange, runs: Summary, initial, *, reverse: bool, want_total: bool, 
 
 
 def nodes_of(exchange, size: int) -> tuple[int, ...]:
-    class Flat:
-        nodes = (size,)
-
-    Flat.size = size
-    return exchange.nodes(Flat) if isinstance(exchange, Hierarchical) else (size,)
+    flat: Any = SimpleNamespace(nodes=(size,), size=size)
+    return exchange.nodes(flat) if isinstance(exchange, Hierarchical) else (size,)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -37,7 +37,7 @@ class Draw(NamedTuple):
     """What a case is drawn from."""
 
     seed: int
-    index: int
+    index: int  # type: ignore[assignment]
     device: str
     family: str
 
@@ -142,7 +142,7 @@ def _serve(rank: int, device: str, pipe: Any) -> None:
     warnings.simplefilter("ignore")
     # Memory nobody wrote is NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     ranks = None
     while True:
         message = pipe.recv()
@@ -197,7 +197,7 @@ class Crew:
     def _add(self) -> None:
         ours, theirs = self._context.Pipe()
         arguments = (len(self._processes), self._device, theirs)
-        process = self._context.Process(target=_work, args=arguments, daemon=True)
+        process = self._context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
         process.start()
         theirs.close()
         self._pipes.append(ours)

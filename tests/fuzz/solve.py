@@ -43,8 +43,8 @@ def library(case: Case, problem: Problem, sp: Any = None) -> Results:
     o, final = getattr(lasp, OPERATORS[case.op])(**leaves, **keywords)
     leaves["initial_state"] = start
     results = {"o": o.detach()} | ({} if final is None else {"final": final.detach()})
-    wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
-    return results | _gradients(o, final, d_o, d_final, wanted)
+    wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}  # type: ignore[assignment]
+    return results | _gradients(o, final, d_o, d_final, wanted)  # type: ignore[arg-type]
 
 
 def exact(case: Case, problem: Problem, *, through_denominators: bool = True) -> Results:
@@ -179,7 +179,7 @@ def _softmax(case: Case, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, 
     starts = list(start.tensor_split(parts, 1))
 
     def function(state: Tensor, *x: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.softmax(*x, state, case.causal, scale)
+        return reference.softmax(*x, state, case.causal, scale)  # type: ignore[arg-type, call-arg]
 
     o, finals = reference.packed(bounds, function, starts, q, k, v)
     return o, torch.cat(finals, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ import lasp
 from lasp.layers import DeltaNet, GatedLinearAttention, SteppedDecay
 
 T, D = 11, 12
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "deltanet": {},
     "negative": {"negative_eigenvalues": True},
     "gated-deltanet": {"decay": "head", "output_gate": "silu", "num_key_heads": 2},
@@ -23,7 +25,7 @@ KINDS = {
 
 def layer_and_input(kind: str):
     torch.manual_seed(0)
-    sizes = {"d_model": D, "num_heads": 4, "key_dim": 3, "value_dim": 5}
+    sizes: dict[str, Any] = {"d_model": D, "num_heads": 4, "key_dim": 3, "value_dim": 5}
     layer = (GatedLinearAttention(**sizes) if kind == "gla" else DeltaNet(**sizes, **KINDS[kind])).double()
     with torch.no_grad():
         layer.norm.norm.weight.normal_()
@@ -158,7 +160,7 @@ def test_the_generator_decides():
 
 
 def test_messages():
-    sizes = {"d_model": D, "num_heads": 4, "key_dim": 3, "value_dim": 5}
+    sizes: dict[str, Any] = {"d_model": D, "num_heads": 4, "key_dim": 3, "value_dim": 5}
     with pytest.raises(ValueError, match="num_heads 4 must be a multiple of num_key_heads 3"):
         DeltaNet(**sizes, num_key_heads=3)
     with pytest.raises(ValueError, match="unknown decay 'scalar'; known: none, head, channel"):

@@ -23,7 +23,8 @@ def problem(dtype: torch.dtype = torch.float64, tokens: int = N) -> tuple[Tensor
     hidden, weight = (torch.randn(rows, D, generator=generator, dtype=torch.float64) for rows in (tokens, VOCAB))
     labels = torch.randint(VOCAB, (tokens,), generator=generator)
     labels[[0, 12, 13, tokens - 1]] = -100
-    return *(t.to(DEVICE, dtype).requires_grad_() for t in (hidden, weight)), labels.to(DEVICE)
+    hidden, weight = (t.to(DEVICE, dtype).requires_grad_() for t in (hidden, weight))
+    return hidden, weight, labels.to(DEVICE)
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def results(loss: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 def test_chunks_are_the_whole(dtype: torch.dtype) -> None:
     hidden, weight, labels = problem(dtype)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    expected = results(plain(*wide, labels), *wide)
+    expected = results(plain(*wide, labels), *wide)  # type: ignore[call-arg]
     for chunk_tokens in (1, 13, 1000):
         found = results(cross_entropy_sum(hidden, weight, labels, chunk_tokens=chunk_tokens), hidden, weight)
         assert {t.dtype for t in found} == {dtype}
@@ -59,7 +60,7 @@ def test_in_16_bits_it_errs_no_more_than_all_logits_at_once(case: str) -> None:
         with torch.no_grad():
             hidden.copy_(F.normalize(weight[labels.clamp(min=0)], dim=-1) * 3)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    expected = results(plain(*wide, labels), *wide)
+    expected = results(plain(*wide, labels), *wide)  # type: ignore[call-arg]
     with torch.autocast(DEVICE, torch.bfloat16, enabled=case != "16-bit weights"):
         losses = cross_entropy_sum(hidden, weight, labels, chunk_tokens=1), plain(hidden, weight, labels)
     chunks, whole = (list(map(relative_error, results(loss, hidden, weight), expected)) for loss in losses)

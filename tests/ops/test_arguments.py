@@ -144,13 +144,13 @@ def test_sequence_parallel_names_bad_values() -> None:
         }  # fmt: skip
         sp = lasp.SequenceParallel(group, timeout_s=10, lengths=[8])
         calls: list[tuple[str, Any, Callable[[], Any]]] = [
-            (name, value, lambda name=name, value=value: lasp.SequenceParallel(**{"group": group, name: value}))
+            (name, value, lambda name=name, value=value: lasp.SequenceParallel(**{"group": group, name: value}))  # type: ignore[misc]
             for name, values in bad.items()
             for value in values
         ]
-        calls += [("lengths", 8, lambda: sp.with_lengths(8)), ("tensor", None, lambda: sp.shard(None))]
-        calls += [("dim", dim, lambda dim=dim: sp.shard(torch.zeros(1, 8), dim)) for dim in (2, -3, 1.0, None)]
-        calls += [("copied", how, lambda how=how: how(sp)) for how in (copy.copy, copy.deepcopy, pickle.dumps)]
+        calls += [("lengths", 8, lambda: sp.with_lengths(8)), ("tensor", None, lambda: sp.shard(None))]  # type: ignore[arg-type]
+        calls += [("dim", dim, lambda dim=dim: sp.shard(torch.zeros(1, 8), dim)) for dim in (2, -3, 1.0, None)]  # type: ignore[misc]
+        calls += [("copied", how, lambda how=how: how(sp)) for how in (copy.copy, copy.deepcopy, pickle.dumps)]  # type: ignore[misc]
         for name, value, call in calls:
             try:
                 call()

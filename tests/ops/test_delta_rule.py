@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -64,7 +66,7 @@ def solve(
     dtype: torch.dtype = torch.float64,
     sp: lasp.SequenceParallel | None = None,
     device: torch.device | None = None,
-    **options: bool,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Outputs, final state and all gradients; of this rank's shard where there are ranks."""
     whole = ("initial_state", "d_final")

@@ -49,7 +49,7 @@ RIGHT = {"softmax_attention, reference", "short_convolution", "token_shift"}
 
 def _leaves() -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(0)
-    return tuple(
+    return tuple(  # type: ignore[return-value]
         torch.randn(shape, generator=random, dtype=torch.float64, requires_grad=True)
         for shape in ((1, 6, 2, 3), (3, 3))
     )

@@ -44,4 +44,4 @@ else:
         return map(_Index, builtins.range(*(int(bound) for bound in bounds)))
 
     for _name in ("common.chunk_delta_h", "kda.chunk_bwd", "gla.chunk"):
-        importlib.import_module(f"fla.ops.{_name}").range = _range
+        importlib.import_module(f"fla.ops.{_name}").range = _range  # type: ignore[attr-defined]

@@ -138,4 +138,4 @@ def test_an_extra_is_enough_alone(extra: str, base: Environment, archives: dict[
         rows = "pyarrow.table({'text': ['a word'] * 99})"
         write = f"import pyarrow.parquet; pyarrow.parquet.write_table({rows}, 'rows.parquet')"
         environment.run(f'python -c "{write}"', tmp_path)
-    environment.run(command, tmp_path, **variables)
+    environment.run(command, tmp_path, **variables)  # type: ignore[arg-type]

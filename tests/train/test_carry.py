@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_steps_are_pieces_of_one_long_sequence(folder: Path) -> None:
     config = carry_config(folder, run_dir=folder / "still", optimizer=still)
     curve = losses(config, 1)
     tokenizer = ByteTokenizer()
-    options = {"folder": config.data.path, "suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0}
+    options: dict[str, Any] = {"folder": config.data.path, "suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0}
     stream = token_store.prepare(tokenizer=tokenizer, cache=config.data.cache, **options).train
     torch.manual_seed(0)
     model = CausalLM(loop.model_config(config, tokenizer.vocab_size))

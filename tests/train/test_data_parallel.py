@@ -175,7 +175,7 @@ def test_gathered_in_bf16_is_autocast_to_bf16() -> None:
             results = []
             for dtype in (None, torch.bfloat16):
                 model = parallelize(new_model(family), mesh, data_parallel="zero3", gather_dtype=dtype)
-                for block in model.module.blocks:
+                for block in model.module.blocks:  # type: ignore[union-attr]
                     block.register_forward_pre_hook(lambda block, _: seen.append(next(block.parameters()).dtype))
                 with torch.autocast("cpu", torch.bfloat16):
                     gradients(model, 0)

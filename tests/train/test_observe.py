@@ -113,7 +113,7 @@ def test_a_slow_rank_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_terminal_of_80_columns_shows_step_and_time_left() -> None:
     output = Output(enabled=True, log_every=1)
-    output.console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False, color_system=None)
+    output.console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False, color_system=None)  # type: ignore[assignment]
     result = StepResult(2.0, 1.0, 0.1, (rank(0.4, sent=1 << 20, memory=1 << 30),), stop=False)
     figures = figures_of(7, result, seconds=0.5, tokens_per_step=1 << 20, tokens=7 << 20, machine=Machine(6e9, 1e15))
     output.start(6, 100_000)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_loss_is_that_of_every_document_by_itself(folder: Path, reference: list[
     before it if that lies there too."""
     config = packed_config(folder)
     tokenizer = ByteTokenizer()
-    options = {"folder": config.data.path, "suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0}
+    options: dict[str, Any] = {"folder": config.data.path, "suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0}
     stream = token_store.prepare(tokenizer=tokenizer, cache=config.data.cache, **options).train
     sequences = Sequences(stream, seq_len=64, seed=0)
     torch.manual_seed(0)

@@ -34,7 +34,11 @@ def test_recomputed_blocks_have_the_same_gradients_and_keep_what_was_exchanged()
         for data_parallel in ("ddp", "zero3"):
             runs = {}
             for recomputation in ("none", "selective", "full"):
-                options = {"data_parallel": data_parallel, "recomputation": recomputation, "exchange": "all_gather"}
+                options: dict[str, Any] = {
+                    "data_parallel": data_parallel,
+                    "recomputation": recomputation,
+                    "exchange": "all_gather",
+                }
                 model = parallelize(new_model(), mesh, **options)
                 gradients(model, 0)
                 runs[recomputation] = whole_gradients(model.module), sent(model)
@@ -98,7 +102,7 @@ def test_a_copy_has_weights_and_gradients_of_its_own(
     copy = pickle.loads(pickle.dumps(model.module)) if through_pickle else deepcopy(model.module)
     assert all(
         type(block.forward) is type(other.forward)
-        for block, other in zip(copy.blocks, model.module.blocks, strict=True)
+        for block, other in zip(copy.blocks, model.module.blocks, strict=True)  # type: ignore[arg-type]
     )
     with torch.no_grad():
         for parameter in model.module.parameters():

@@ -51,7 +51,7 @@ def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
         original, hashing = checkpoint.seal_file, files.sha256
         if rank == 1:
             slow = slowly(original, 6)
-            checkpoint.seal_file = lambda path, progress: slow(path, progress=progress)  # type: ignore[assignment]
+            checkpoint.seal_file = lambda path, progress: slow(path, progress=progress)  # type: ignore[assignment, return-value]
         problem = try_to_write(tmp_path, 2, *model, among=everyone)
         checkpoint.seal_file = original
         if rank == 1:

@@ -122,7 +122,12 @@ def make(call: Call) -> None:
     g = None if gates is None else empty(*gates, wanted=call.learned)
     state = empty(runs, H_v, D, D) if call.initial else None
     documents = (0, T // 3, T) if call.packed else None
-    ways = {"initial_state": state, "output_final_state": call.final, "cu_seqlens": documents, "backend": "triton"}
+    ways: dict[str, Any] = {
+        "initial_state": state,
+        "output_final_state": call.final,
+        "cu_seqlens": documents,
+        "backend": "triton",
+    }
     o, final = lasp.linear_attention(q, k, v, g, **ways)
     (o.sum() + final.sum() if call.final else o.sum()).backward()
 

@@ -93,7 +93,7 @@ def of_another_call(memory: PeerMemory, rank: int, state: Tensor) -> list[object
 def by_schedule(rank: int, size: int, memories: Callable[[int, str], list[Tensor]]) -> dict[str, float]:
     """What `Peer` carries against what `AllGather` does."""
     peer._is_gpu = lambda device: True
-    peer._Shared.follow = lambda self, device: None  # there are no streams
+    peer._Shared.follow = lambda self, device: None  # type: ignore[method-assign]  # there are no streams
     peer.symmetric_memory = lambda comm, nbytes, device: memories(nbytes, f"schedule {nbytes}")
     comm, found = Comm(dist.group.WORLD, 10.0), {}
     for kind in ("none", "scalar", "channel", "dense"):

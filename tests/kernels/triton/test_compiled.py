@@ -77,9 +77,9 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
         pending = lasp.linear_attention_begin(k, v, g, cu_seqlens=(0, 30, 70), backend="triton")
         return 2.0 * pending.finish(doubled + q)[0]
 
-    eager = packed(*leaves)
+    eager = packed(*leaves)  # type: ignore[arg-type]
     torch._dynamo.reset()
-    compiled = torch.compile(packed, backend="aot_eager")(*leaves)
+    compiled = torch.compile(packed, backend="aot_eager")(*leaves)  # type: ignore[arg-type]
     assert torch.equal(compiled, eager)
     for got, reference in zip(gradients(compiled, leaves, d_o), gradients(eager, leaves, d_o), strict=True):
         assert torch.equal(got, reference)

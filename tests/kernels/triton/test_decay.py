@@ -108,7 +108,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def short(*arguments: object) -> plans.LaunchPlan:
         p = plans.plan(*arguments)
-        p = p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))))
+        p = p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))))  # type: ignore[operator]
         return p._replace(descriptors=True, rows=True, scalar_keys=plans.Tiles(64, 4, 1))
 
     monkeypatch.setattr(work, "plan", short)

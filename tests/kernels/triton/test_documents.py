@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import triton.language as tl
@@ -53,10 +55,10 @@ def solve(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    **options: object,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Outputs, final states where they have a gradient, and gradients."""
-    leaves = {name: tensor.to(device, dtype, copy=True).requires_grad_() for name, tensor in x.items()}
+    leaves: dict[str, Any] = {name: tensor.to(device, dtype, copy=True).requires_grad_() for name, tensor in x.items()}
     o, final = lasp.linear_attention(**leaves, output_final_state=d_final is not None, **options)
     if d_final is None:
         o.backward(d_o.to(o))
@@ -68,7 +70,7 @@ def solve(
 
 
 def expected(x: dict[str, Tensor], d_o: Tensor, d_final: Tensor | None) -> dict[str, Tensor]:
-    cpu = {"device": torch.device("cpu"), "dtype": torch.float64}
+    cpu: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float64}
     return solve(x, d_o, d_final, cu_seqlens=BOUNDS, backend="torch", **cpu)
 
 
@@ -76,7 +78,7 @@ def expected(x: dict[str, Tensor], d_o: Tensor, d_final: Tensor | None) -> dict[
 def test_one_device(gate: str, device: torch.device) -> None:
     x, d_o, d_final = problem(gate)
     references = expected(x, d_o, d_final)
-    fused = {"device": device, "dtype": torch.float32, "backend": "triton"}
+    fused: dict[str, Any] = {"device": device, "dtype": torch.float32, "backend": "triton"}
     values = solve(x, d_o, d_final, cu_seqlens=BOUNDS, **fused)
     errors = {name: relative_error(values[name], references[name]) for name in references}
     assert max(errors.values()) <= BOUND, errors
@@ -152,7 +154,7 @@ def check_ranks(
 def test_nan_stays_in_its_document(gate: str, device: torch.device) -> None:
     """The bits of all other documents' outputs, states and gradients are those of the clean run."""
     x, d_o, d_final = problem(gate, H_v=1)
-    fused = {"device": device, "dtype": torch.float32, "backend": "triton", "cu_seqlens": BOUNDS}
+    fused: dict[str, Any] = {"device": device, "dtype": torch.float32, "backend": "triton", "cu_seqlens": BOUNDS}
     clean = solve(x, d_o, d_final, **fused)
     for name in ("q", "k", "v"):
         x[name] = x[name].clone()

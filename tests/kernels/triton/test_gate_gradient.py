@@ -41,7 +41,7 @@ def problem(kind: str, dtype: torch.dtype, tokens: int = TOKENS, batch: int = 2)
 
 
 def gate_gradient(x: dict[str, Tensor], d_o: Tensor, backend: str, **options: Any) -> Tensor:
-    leaves = {name: tensor.detach().requires_grad_(name == "g") for name, tensor in x.items()}
+    leaves: dict[str, Any] = {name: tensor.detach().requires_grad_(name == "g") for name, tensor in x.items()}
     o, _ = lasp.linear_attention(**leaves, backend=backend, **options)
     return torch.autograd.grad(o, leaves["g"], d_o.to(o))[0].cpu()
 

@@ -57,7 +57,7 @@ def solve(
     kind: str, x: dict[str, Tensor], d_o: Tensor, d_final: Tensor | None, packed: bool, backend: str
 ) -> dict[str, Tensor]:
     """Without a gradient of the final state if d_final is None."""
-    leaves = {name: tensor.clone() for name, tensor in x.items()}
+    leaves: dict[str, Any] = {name: tensor.clone() for name, tensor in x.items()}
     wanted = {n: leaf.requires_grad_() for n, leaf in leaves.items() if n != "g" or kind != "constant"}
     cu_seqlens = PACKED if packed else None
     o, final = lasp.linear_attention(**leaves, output_final_state=True, cu_seqlens=cu_seqlens, backend=backend)
@@ -146,5 +146,5 @@ def test_where_states_are_gathered() -> None:
 
 def test_an_initial_state_is_no_start_from_zero(device: torch.device) -> None:
     x, _, _ = problem("constant", FP32, 1, False)
-    run = DecayInputs(*(tensor.to(device) for tensor in x.values()), 1.0)
+    run = DecayInputs(*(tensor.to(device) for tensor in x.values()), 1.0)  # type: ignore[arg-type, call-arg]
     assert work.work_of(run, True).plan.gathers and not work.work_of(run).plan.gathers

@@ -68,13 +68,13 @@ class Case(NamedTuple):
 
 
 # On the device's own processors.
-WHOLE = {"T": 4133, "H": 16, "H_v": 32, "processors": None}
-SHORT = {"T": 333, "B": 2, "processors": None}
+WHOLE: dict[str, Any] = {"T": 4133, "H": 16, "H_v": 32, "processors": None}
+SHORT: dict[str, Any] = {"T": 333, "B": 2, "processors": None}
 # Without an initial state: sweeps gather the states of segments; of gates per channel there is one segment.
-GATHERED = {"T": 473, "H": 4, "B": 2, "processors": None, "initial": False}
+GATHERED: dict[str, Any] = {"T": 473, "H": 4, "B": 2, "processors": None, "initial": False}
 # Packed: documents of several segments, one of a single token, an empty one; short ones, many a segment's length.
-LONG_DOCUMENTS = {"T": 3003, "documents": (0, 1500, 1500, 3002, 3003)}
-SHORT_DOCUMENTS = {"T": 333, "documents": (0, 1, 1, 70, 199, 333), "processors": None}
+LONG_DOCUMENTS: dict[str, Any] = {"T": 3003, "documents": (0, 1500, 1500, 3002, 3003)}
+SHORT_DOCUMENTS: dict[str, Any] = {"T": 333, "documents": (0, 1, 1, 70, 199, 333), "processors": None}
 CASES = [
     # 16 bits, chunks by descriptors and by pointers; every class of dims that the plan tells apart.
     *(Case(kind, BF16, D, D) for kind in KINDS for D in (64, 128, 256)),
@@ -123,7 +123,7 @@ def gate(case: Case, random: torch.Generator) -> Tensor | None:
     return -{"strongest": 20.0, "weak": 0.05, "zero": 0.0, "weakest": 1e-6}[case.gates] * size
 
 
-def inputs(case: Case) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def inputs(case: Case) -> tuple[dict[str, Any], Tensor, Tensor]:
     """q, k, v, g and the initial state, and the gradients of the outputs and the final state."""
     random = torch.Generator("cuda").manual_seed(0)
 
@@ -148,7 +148,9 @@ def solve(
     dtype: torch.dtype | None,
     documents: tuple[int, ...] | None = None,
 ) -> dict[str, Tensor]:
-    leaves = {name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in x.items()}
+    leaves: dict[str, Any] = {
+        name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in x.items()
+    }
     o, final = lasp.linear_attention(**leaves, output_final_state=True, cu_seqlens=documents, backend=backend)
     gradients = torch.autograd.grad((o, final), list(leaves.values()), (d_o.to(o.dtype), d_final.to(final.dtype)))
     return {"o": o.detach(), "final_state": final.detach()} | {
@@ -159,7 +161,7 @@ def solve(
 def limits(case: Case) -> tuple[int, int, bool]:
     """What the case is planned for: processors, and otherwise the device."""
     processors, *others = device_limits(DEVICE)
-    return (case.processors or processors, *others)
+    return (case.processors or processors, *others)  # type: ignore[return-value]
 
 
 def check(case: Case, record: Callable[[str, object], None]) -> None:
@@ -206,7 +208,7 @@ def test_more_elements_than_32_bits_count(kind: str) -> None:
     x = {"q": normal(K), "k": normal(K), "v": normal(V)}
     x["g"] = torch.full((1, T, H, K) if kind == "channel" else (1, T, H), -0.2, device="cuda")
     d_o = normal(V)
-    exact = {name: tensor[:, -tail:].double().requires_grad_() for name, tensor in x.items()}
+    exact: dict[str, Any] = {name: tensor[:, -tail:].double().requires_grad_() for name, tensor in x.items()}
     leaves = [tensor.requires_grad_() for tensor in x.values()]
     o, _ = lasp.linear_attention(*leaves, backend="triton")
     values = (o, *torch.autograd.grad(o, leaves, d_o))

@@ -90,7 +90,7 @@ def main() -> None:
         # Here and not before the fork: autograd's engine looks for GPUs, and then no child can use one.
         expected = {gate: solve(problem, "torch") for gate, problem in problems.items()}
         sp = lasp.SequenceParallel(dist.group.WORLD, lengths=LENGTHS, exchange="all_gather")
-        errors = {}
+        errors: dict[str, float] = {}
         for gate, problem in problems.items():
             leaves = leaves_of(problem, sp)
             results = solved(problem, leaves, sp)
