@@ -7,7 +7,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from lasp.cli.options import help_of
+from lasp.cli.help_text import help_of
 
 
 class Command(SphinxDirective):

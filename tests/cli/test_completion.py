@@ -10,8 +10,8 @@ import pytest
 
 import lasp
 from lasp.cli import main as cli
+from lasp.cli.help_text import COMMAND_LINES, help_of
 from lasp.cli.main import COMMANDS
-from lasp.cli.options import COMMAND_LINES, help_of
 
 
 def offered(script: str, *words: str) -> set[str]:

@@ -121,7 +121,7 @@ class WarmShell:
 
 def _serve(door: socket.socket) -> None:
     """Fork a child for everyone who comes; the child answers with its exit code."""
-    import torch._dynamo  # as every optimizer does when it is made; here once
+    import torch._dynamo  # noqa: F401 - as every optimizer does when it is made; here once
 
     while True:
         caller, _ = door.accept()

@@ -17,12 +17,12 @@ from torch import Tensor
 from lasp import linear_attention
 from lasp.kernels.torch import decay as exact
 from lasp.kernels.triton import decay as fused
-from lasp.kernels.triton.decay import channel_inter_chunk as channel_inter_chunk
-from lasp.kernels.triton.decay import intervals as legs
 from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import sweep
-from lasp.kernels.triton.decay import sweep_row_major as rows_module
+from lasp.kernels.triton.decay.channel import inter_chunk as channel_inter_chunk
+from lasp.kernels.triton.decay.scalar import intervals as legs
+from lasp.kernels.triton.decay.scalar import sweep
+from lasp.kernels.triton.decay.scalar import sweep_row_major as rows_module
 from lasp.recurrence.stages import DecayInputs
 
 KINDS = ("none", "constant", "scalar", "channel")

@@ -13,9 +13,9 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
+from lasp.kernels.triton.common.decays import CHANNEL, HEAD, TOKEN
 from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, TOKEN
 from lasp.recurrence.stages import DecayInputs
 
 FP32, BF16 = torch.float32, torch.bfloat16

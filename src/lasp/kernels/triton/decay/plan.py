@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lasp.kernels.triton.decay import gates
+from lasp.kernels.triton.common import decays
 
-NONE, HEAD, TOKEN, CHANNEL = gates.NONE.value, gates.HEAD.value, gates.TOKEN.value, gates.CHANNEL.value
+NONE, HEAD, TOKEN, CHANNEL = decays.NONE.value, decays.HEAD.value, decays.TOKEN.value, decays.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
 CHUNK_SMALLEST = 16

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import use_scratch
-from lasp.kernels.triton.decay import channel_stages as channel
+from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
+from lasp.kernels.triton.decay.channel import stages as channel
 from lasp.kernels.triton.decay.launches import Launches, work_of
-from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, given, places_of
 from lasp.recurrence.stages import DecayInputs
 
 GROUPED_HEADS = True
