@@ -12,17 +12,12 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.call import Messages
 from lasp.exchange.base import Exchange, PendingExchange, Traffic
-from lasp.exchange.cost import GLOO, NCCL, Constants, Model
+from lasp.exchange.cost import GLOO, NCCL, Constants, Model, defaults
 from lasp.exchange.payload import Payload
 from lasp.exchange.peer.exchange import Peer
 from lasp.exchange.peer.exchange import is_possible as peers_are_possible
-from lasp.exchange.schedules.all_gather import AllGather
-from lasp.exchange.schedules.all_to_all import AllToAll
-from lasp.exchange.schedules.doubling import Doubling
-from lasp.exchange.schedules.hierarchical import Hierarchical
+from lasp.exchange.registry import ALL, NAMES
 from lasp.exchange.schedules.local import Local
-from lasp.exchange.schedules.pipelined import Pipelined
-from lasp.exchange.schedules.ring import Ring
 
 logger = logging.getLogger("lasp.exchange")
 
@@ -43,11 +38,8 @@ def rank_schedules(
     peers: the ranks can write into each other's memory.
     """
     model = Model(load, nodes, constants)
-    schedules: list[Exchange] = [AllGather(), Ring(), Doubling(), AllToAll(), Pipelined(constants=constants)]
-    if len(nodes) > 1:
-        schedules.append(Hierarchical())
-    if peers and constants.peer is not None and len(nodes) == 1:
-        schedules.insert(0, Peer())
+    peers = peers and constants.peer is not None
+    schedules = [kind.made_for(constants) for kind in ALL.values() if kind.is_selectable(nodes, peers=peers)]
     candidates = [Candidate(schedule, schedule.seconds(model, want_total=want_total)) for schedule in schedules]
     ranked = tuple(sorted(candidates, key=lambda candidate: candidate.seconds))
     if logger.isEnabledFor(logging.DEBUG):
@@ -119,3 +111,23 @@ class Auto(Exchange):
     def seconds(self, model: Model, *, want_total: bool) -> float:
         chosen = self.choose(model.load, model.nodes, want_total=want_total)
         return chosen.seconds(model, want_total=want_total)
+
+
+def resolve(exchange: str | Exchange, size: int, backend: str = "gloo") -> Exchange:
+    """The exchange named, or given, for a group of `size` ranks over a backend of torch.distributed.
+
+    "auto" chooses for every exchange by the cost model with the backend's default constants; for measured ones pass
+    `Auto(Constants.load(path))`. "peer" takes GPUs of one host.
+
+    Raises:
+        ValueError: the name is unknown, or nothing for this backend.
+    """
+    if exchange not in NAMES if isinstance(exchange, str) else not isinstance(exchange, Exchange):
+        raise ValueError(f"exchange must be an Exchange or one of {', '.join(NAMES)}; got {exchange!r}")
+    if size == 1:
+        return Local()
+    if not isinstance(exchange, str):
+        return exchange
+    if exchange == Peer.name and backend != "nccl":
+        raise ValueError(f'exchange "peer" takes GPUs of one host, over NCCL; this group is over {backend}')
+    return Auto(defaults(backend)) if exchange == "auto" else ALL[exchange]()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp.algebra import Summary
 from lasp.distributed.call import Messages
-from lasp.exchange.cost import Model
+from lasp.exchange.cost import Constants, Model
 from lasp.exchange.payload import Payload
 
 
@@ -88,12 +88,12 @@ class Exchange(ABC):
 
     Attributes:
         wants_own_stream: it computes between its messages, which must not wait behind local work.
-        takes_no_state: `initial` may be None for zero.
+        accepts_zero_initial: `initial` may be None for zero.
         selects: it is a choice among others, made by `selected` once for what is carried.
     """
 
     wants_own_stream: ClassVar[bool] = True
-    takes_no_state: ClassVar[bool] = False
+    accepts_zero_initial: ClassVar[bool] = False
     selects: ClassVar[bool] = False
 
     @property
@@ -106,6 +106,16 @@ class Exchange(ABC):
     def begin(
         self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange: ...
+
+    @classmethod
+    def is_selectable(cls, nodes: tuple[int, ...], *, peers: bool) -> bool:
+        """Whether "auto" may select it. peers: the ranks can write into each other's memory."""
+        return True
+
+    @classmethod
+    def made_for(cls, constants: Constants) -> Exchange:
+        """The schedule as ranks run it whose messages take what these constants say."""
+        return cls()
 
     def selected(self, comm: Messages, summary: Summary, *, want_total: bool) -> Exchange:
         """The schedule that carries such summaries: this one, unless it chooses. Collective when first asked."""

@@ -107,7 +107,7 @@ def start(
     schedule = _selected(ranks, summary, want_total)
     if decays is not None:
         schedule = schedule.informed(decays)
-    state = cast(Tensor, initial) if schedule.takes_no_state else _state(summary, initial)
+    state = cast(Tensor, initial) if schedule.accepts_zero_initial else _state(summary, initial)
     side = SideStream(summary.state.device, ranks.comm) if schedule.wants_own_stream else None
     options = {"reverse": reverse, "want_total": want_total}
     if side is None:

@@ -121,7 +121,11 @@ class Peer(Exchange):
 
     name = "peer"
     wants_own_stream = False
-    takes_no_state = True
+    accepts_zero_initial = True
+
+    @classmethod
+    def is_selectable(cls, nodes: tuple[int, ...], *, peers: bool) -> bool:
+        return peers and len(nodes) == 1
 
     def begin(
         self, messages: Messages, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool

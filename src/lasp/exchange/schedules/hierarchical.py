@@ -126,6 +126,10 @@ class Hierarchical(Exchange):
     ranks_per_node: int | None = None
     across: Exchange = field(default_factory=Doubling)
 
+    @classmethod
+    def is_selectable(cls, nodes: tuple[int, ...], *, peers: bool) -> bool:
+        return len(nodes) > 1
+
     @property
     def name(self) -> str:
         nodes = "" if self.ranks_per_node is None else f" with {self.ranks_per_node} ranks a node"

@@ -75,6 +75,10 @@ class Pipelined(Exchange):
     blocks: int | None = None
     constants: Constants | None = None
 
+    @classmethod
+    def made_for(cls, constants: Constants) -> Pipelined:
+        return cls(constants=constants)
+
     @property
     def name(self) -> str:
         if self.blocks is not None:

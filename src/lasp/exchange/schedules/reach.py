@@ -182,6 +182,10 @@ class Reach(Exchange):
     max_hops: int = 2
     decays: ConstantDecays | None = field(default=None, compare=False, repr=False)
 
+    @classmethod
+    def is_selectable(cls, nodes: tuple[int, ...], *, peers: bool) -> bool:
+        return False  # what it sends depends on the decays
+
     @property
     def name(self) -> str:
         return f"reach of {self.max_hops} hops, {self.base.name} beyond"
