@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import lasp.layers.attention
-import lasp.layers.deltanet
-import lasp.layers.gla
-import lasp.layers.mamba2
-import lasp.layers.short_convolution
-import lasp.layers.softmax_attention
+import lasp.layers
 from lasp.analysis.devices import peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.models import NAMES, CausalLM, preset
@@ -62,19 +57,19 @@ def half_seen(q, k, v, **options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_are_those_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("attention", "gla", "mamba2"):
-        monkeypatch.setattr(getattr(lasp.layers, module), "linear_attention", recurrence)
-    monkeypatch.setattr(lasp.layers.deltanet, "delta_rule", corrected)
-    monkeypatch.setattr(lasp.layers.softmax_attention, "softmax_attention", half_seen)
+    operators = {"linear_attention": recurrence, "delta_rule": corrected, "softmax_attention": half_seen}
+    for module in filter(inspect.ismodule, vars(lasp.layers).values()):
+        for operator in operators.keys() & vars(module).keys():
+            monkeypatch.setattr(module, operator, operators[operator])
     # PyTorch counts a depthwise convolution's backward pass as a dense one's; ours is elementwise work.
     monkeypatch.setattr(
         lasp.layers.short_convolution,
         "short_convolution",
         lambda x, weight, bias=None, **_: (x * weight.sum(1) + (0 if bias is None else bias), None),
     )
-    config = preset(name, "tiny", num_layers=len(preset(name, "tiny").layer_pattern))
-    if config.normalization == "denominator":  # its extra column of values lives inside the operator
-        config = dataclasses.replace(config, normalization="head")
+    config = preset(name, "tiny", num_layers=len(preset(name, "tiny").mixers))
+    if name == "linear-transformer":  # its denominator is one more column of values inside the operator
+        config = preset(name, "tiny", num_layers=1, normalization="head")
     model, tokens = CausalLM(config), torch.zeros(2, TOKENS, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(tokens, labels=tokens).loss_sum.backward()

@@ -167,7 +167,7 @@ def test_the_printed_command_is_one_that_train_takes(
         parallel.data_parallel,
         parallel.recomputation,
     ]
-    assert config.model.build(vocab_size=257).layer_pattern[0] == "L" and config.accumulation == 1
+    assert config.model.build(vocab_size=257).mixer_of(0).kind == "linear-attention" and config.accumulation == 1
 
 
 def test_the_printed_command_trains(

@@ -172,6 +172,8 @@ def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out.split() == [str(out)]
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in (*out.iterdir(), config.run_dir / "config.json")}) == 1
+    about = export.read(out)
+    assert (about["format"], about["model_config"]["mixer"]["kind"]) == (export.FORMAT, "linear-attention")
     # Nothing has to be said again about the model, and what is said wins, to be refused where it does not fit.
     assert train_command.parse(["--init-from", str(out)]).settings.model == config.model
     assert train_command.parse(["--init-from", str(out), "--model.family", "gla"]).settings.model.family == "gla"

@@ -7,19 +7,25 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import tyro
 
 from lasp import files
 from lasp.exchange import NAMES
+from lasp.models import NAMES as FAMILIES
+from lasp.models import SIZES, ModelConfig, preset
+from lasp.models.config import setting_kind, setting_names
 from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
 from lasp.train.sizes import Tokens, tokens
 from lasp.train.trackers import missing
 
 if TYPE_CHECKING:
-    from lasp.models import ModelConfig
+    Family: TypeAlias = str
+    Size: TypeAlias = str
+else:  # as the files of lasp.layers register them
+    Family, Size = Literal[FAMILIES], Literal[SIZES]
 
 C = TypeVar("C")
 
@@ -31,23 +37,19 @@ AUTO = Path("auto")
 class ModelOptions:
     """The model: a named preset."""
 
-    family: Literal[
-        "linear-transformer", "transnormer", "retnet", "gla", "deltanet", "gated-deltanet", "kda", "mamba2", "hybrid"
-    ] = "transnormer"
+    family: Family = "transnormer"
     """Kind of model."""
-    size: Literal["tiny", "0.4b", "1b", "7b"] = "tiny"
+    size: Size = "tiny"
     """Size of the preset."""
     overrides: dict[str, int | float | bool | str | None] = field(default_factory=dict)
-    """Fields of the preset to change, such as `num_layers 2 layer_pattern LLLN negative_eigenvalues True`."""
+    """Fields of the preset and its mixers to change, such as `num_layers 2 layer_pattern LLLN conv_width 3`."""
 
-    def build(self, **defaults: Any) -> "ModelConfig":
+    def build(self, **defaults: Any) -> ModelConfig:
         """The model's own configuration. defaults: fields, such as the vocabulary, that an override wins over.
 
         Raises ConfigError for a model that does not exist, an override that it does not have, or a wrong value.
         """
-        from lasp.models import ModelConfig, preset
-
-        known = list(ModelConfig.__dataclass_fields__)
+        known = setting_names()
         for name in self.overrides:
             if name not in known:
                 raise ConfigError(f"--model.overrides: no field {name!r}; known: {', '.join(known)}")
@@ -313,15 +315,12 @@ class TrainConfig:
 
 
 def _read(name: str, value: Any) -> Any:
-    """A word of the command line as the field `name` of ModelConfig takes it; any other value as it is."""
-    from lasp.models import ModelConfig
-
+    """A word of the command line as the setting `name` takes it; any other value as it is."""
     words: dict[str, dict[str, bool | None]] = {
         "bool": {"true": True, "false": False},
         "int | None": {"none": None},
     }
-    kind = str(ModelConfig.__dataclass_fields__[name].type)
-    return words.get(kind, {}).get(value.lower(), value) if isinstance(value, str) else value
+    return words.get(setting_kind(name), {}).get(value.lower(), value) if isinstance(value, str) else value
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -1,6 +1,6 @@
 """A trained model for others: one safetensors file, and what it takes to build the model and its tokenizer.
 
-model.safetensors   weights by parameter name, as `CausalLM(ModelConfig(**model_config))` names them
+model.safetensors   weights by parameter name, as `CausalLM(ModelConfig.from_dict(model_config))` names them
 tokenizer.json      the tokenizer, where it is a file
 config.json         "model_config"; "model", the options of `lasp train` that give it; "tokenizer", "bytes" or the name
                     of that file, and "tokenizer_id", which names the mapping itself by the file's SHA-256; "step",
@@ -28,7 +28,9 @@ from lasp.train import checkpoint, shards
 from lasp.train.config import ModelOptions, from_dict
 from lasp.train.errors import CheckpointError, ConfigError
 
-FORMAT = 2
+FORMAT = 3
+# That of models without a configuration of the mixer, which `ModelConfig.from_dict` reads too.
+_OLDER = 2
 _WEIGHTS, _ABOUT = "model.safetensors", "config.json"
 
 
@@ -40,8 +42,9 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     if out.exists():
         raise ConfigError(f"--out must name a new folder, {out} exists")
     found = checkpoint.find(source, report=report)
-    model = CausalLM(ModelConfig(**found.state["model_config"]))
-    shards.load(found, model, found.state["model_config"])
+    model_config = ModelConfig.from_dict(found.state["model_config"])
+    model = CausalLM(model_config)
+    shards.load(found, model, model_config.to_dict())
     tokenizer = read_tokenizer(found.folder, found.state["tokenizer"])
     beside = files_of(tokenizer)
     about = {
@@ -51,7 +54,7 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
         "tokenizer_id": tokenizer.name,
         "prompt": found.state.get("sample_prompt", ""),
         "model": found.state["config"]["model"],
-        "model_config": found.state["model_config"],
+        "model_config": model_config.to_dict(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".writing-{out.name}-{uuid.uuid4().hex[:8]}"
@@ -93,13 +96,13 @@ def read(folder: Path) -> dict[str, Any]:
     """The content of config.json. Raises CheckpointError if it is not of `export`, or damaged."""
     try:
         about: dict[str, Any] = files.read_json(folder / _ABOUT)
-        if about["format"] != FORMAT:
+        if about["format"] not in (_OLDER, FORMAT):
             raise CheckpointError(
                 f"{folder} has export format {about['format']}, this version reads {FORMAT}: export the run again"
             )
         if about.pop("sha256") != files.json_sha256(about):
             raise CheckpointError(f"{folder / _ABOUT} does not match its own SHA-256")
-        ModelConfig(**about["model_config"])
+        ModelConfig.from_dict(about["model_config"])
         return about
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is not a folder of `lasp export` ({error!r})") from error

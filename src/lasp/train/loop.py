@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
 def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
     """The model's own configuration. Raises ConfigError for one that does not exist, or cannot carry its state."""
     model = config.model.build(vocab_size=vocab_size)
-    if config.data.carry and any(model.is_softmax(layer) for layer in range(model.num_layers)):
+    if config.data.carry and any(mixer.rule == "softmax" for mixer in model.mixers):
         raise ConfigError("--data.carry needs layers whose memory does not grow: this model has softmax attention")
     return model
 
@@ -503,7 +503,7 @@ class _Run:
         return {}
 
     def _model_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.model_config)
+        return self.model_config.to_dict()
 
 
 def _refuse_full(run_dir: Path) -> None:

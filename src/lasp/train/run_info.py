@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -38,7 +37,7 @@ def describe(
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{os.cpu_count()} cores"
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "model": dataclasses.asdict(model_config),
+        "model": model_config.to_dict(),
         "num_parameters": num_parameters(model_config),
         "flops_per_token": machine.flops_per_token,
         "peak_flops": machine.peak_flops,

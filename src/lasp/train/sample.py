@@ -34,12 +34,12 @@ def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
     """
     if export.is_export(path):
         about = export.read(path)
-        model = CausalLM(ModelConfig(**about["model_config"]))
+        model = CausalLM(ModelConfig.from_dict(about["model_config"]))
         export.load_weights(path, model)
         folder, tokenizer, prompt = path, about["tokenizer_id"], about.get("prompt")
     else:
         found = checkpoint.find(path, report=report)
-        model = CausalLM(ModelConfig(**found.state["model_config"]))
+        model = CausalLM(ModelConfig.from_dict(found.state["model_config"]))
         shards.load(found, model, found.state["model_config"])
         folder, tokenizer = found.folder, found.state["tokenizer"]
         prompt = found.state.get("sample_prompt")

@@ -35,6 +35,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.futures import Future
 
 from lasp import files
+from lasp.models.config import current_form
 from lasp.train import checkpoint
 from lasp.train.checkpoint import Checkpoint, FileSeal
 from lasp.train.config import differences
@@ -276,7 +277,7 @@ def _read(found: Checkpoint, saved: Mapping[str, Any], tensors: dict[str, Tensor
 
 def refuse_other_model(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise CheckpointError, with what differs, unless both configurations are of one model."""
-    changes = differences(before, _plain(now))
+    changes = differences(_plain(current_form(before)), _plain(current_form(now)))
     if changes:
         raise CheckpointError(f"{folder} was written by another model; checkpoint -> now:\n  " + "\n  ".join(changes))
 
