@@ -10,6 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lasp"
 # A package may import those of lower levels, and itself.
 LEVELS = {
     "files": 0,
+    "terminal": 0,
     "algebra": 0,
     "distributed": 0,
     "recurrence": 1,
