@@ -36,7 +36,7 @@ def example(path: str) -> str:
 
 def test_a_mixer_is_one_file_and_its_test(tmp_path: Path) -> None:
     assert "simple-gla" not in NAMES, "the control: it is not here yet"
-    leave_out = shutil.ignore_patterns("__pycache__", "earlier_exports", "results")
+    leave_out = shutil.ignore_patterns("__pycache__", "before", "earlier_exports", "results")
     for folder in ("src", "tests", "benchmarks", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=leave_out)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
