@@ -164,3 +164,8 @@ def test_messages():
         DeltaNet.Config(**sizes, num_key_heads=3)
     with pytest.raises(ValueError, match="unknown learned_decay 'scalar'; known: none, head, channel"):
         DeltaNet.Config(**sizes, learned_decay="scalar")
+    (layer, x), (other, _) = layer_and_input("deltanet"), layer_and_input("gla")
+    with pytest.raises(ValueError, match="state must be one that a DeltaNet gave, got Tensor"):
+        layer(x, state=other(x, output_state=True)[1])
+    with pytest.raises(ValueError, match="a GatedLinearAttention gave, got RecurrentState"):
+        other(x, state=layer(x, output_state=True)[1])

@@ -237,7 +237,12 @@ class Mixer(nn.Module):
 
         Returns:
             y [B, T, D] and the state, or None unless asked for.
+
+        Raises:
+            ValueError: the state is of another kind of layer; else as the operator.
         """
+        if state is not None and isinstance(state, RecurrentState) == (self.convolution is None):
+            raise ValueError(f"state must be one that a {type(self).__name__} gave, got {type(state).__name__}")
         memory, window = state if isinstance(state, RecurrentState) else (state, None)
         parts = self.project(x)
         if self.convolution is not None:
