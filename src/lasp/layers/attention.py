@@ -20,8 +20,9 @@ from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, Mixer
 from lasp.layers.norms import SimpleRMSNorm
 from lasp.layers.positions import LRPE, Rotary
 from lasp.layers.registry import family, mixer, shape
-from lasp.ops import linear_attention, normalized_linear_attention
-from lasp.recurrence.decay import state_dtype
+from lasp.ops import linear_attention_begin, normalized_linear_attention_begin
+from lasp.ops.pending import PendingOutputs
+from lasp.recurrence.inputs import state_dtype
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -157,9 +158,9 @@ class LinearAttention(Mixer):
         gate = () if self.gate is None or self.gate_proj is None else (self.gate(self.gate_proj(x)),)
         return self.q_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim))), gate
 
-    def operator(self, q: Callable[[], Tensor], inputs: MixerInputs, **sequence: Any) -> tuple[Tensor, Tensor | None]:
-        op = normalized_linear_attention if self.normalization == "denominator" else linear_attention
-        return op(q, inputs.k, inputs.v, inputs.log_decay, scale=self.scale, backend=self.backend, **sequence)
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
+        begin = normalized_linear_attention_begin if self.normalization == "denominator" else linear_attention_begin
+        return begin(inputs.k, inputs.v, inputs.log_decay, scale=self.scale, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         if self.norm is not None and self.normalization == "head":
@@ -170,6 +171,10 @@ class LinearAttention(Mixer):
         for gate in kept:
             o = gate * o
         return self.out_proj(o)
+
+    def _gate_and_queries(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        gate = None if self.gate is None or self.gate_proj is None else self.gate(self.gate_proj(x))
+        return gate, self.q_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
 
 
 def _check_denominator(config: LinearAttention.Config) -> None:

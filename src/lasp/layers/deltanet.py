@@ -13,7 +13,6 @@ per head. Twice the sigmoid gives beta in (0, 2) and the state negative eigenval
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +25,8 @@ from lasp.layers.gates import GatedHeadNorm, LowRank, SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
-from lasp.ops import delta_rule
+from lasp.ops import delta_rule_begin
+from lasp.ops.pending import PendingOutputs
 
 DECAYS = ("none", "head", "channel")
 OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
@@ -149,10 +149,10 @@ class DeltaNet(Mixer):
         assert inputs.q is not None
         return inputs.q, () if self.gate_proj is None else (self.gate_proj(x),)
 
-    def operator(self, q: Callable[[], Tensor], inputs: MixerInputs, **sequence: Any) -> tuple[Tensor, Tensor | None]:
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
         assert inputs.beta is not None
-        return delta_rule(
-            q(), inputs.k, inputs.v, inputs.beta, inputs.log_decay, normalize_qk=True, backend=self.backend, **sequence
+        return delta_rule_begin(
+            inputs.k, inputs.v, inputs.beta, inputs.log_decay, normalize_qk=True, backend=self.backend, **sequence
         )
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from lasp.layers.gates import GatedHeadNorm, LowRank
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.registry import family, mixer, shape
-from lasp.ops import linear_attention
-from lasp.recurrence.decay import state_dtype
+from lasp.ops import linear_attention_begin
+from lasp.ops.pending import PendingOutputs
+from lasp.recurrence.inputs import state_dtype
 
 # The paper's temperature: decays are the 16th root of a sigmoid, so that they start slow.
 GATE_TEMPERATURE = 16.0
@@ -69,8 +69,8 @@ class GatedLinearAttention(Mixer):
         gate = self.gate_proj(x)
         return self.q_proj(x).unflatten(-1, self.keys), (gate,)
 
-    def operator(self, q: Callable[[], Tensor], inputs: MixerInputs, **sequence: Any) -> tuple[Tensor, Tensor | None]:
-        return linear_attention(q, inputs.k, inputs.v, inputs.log_decay, backend=self.backend, **sequence)
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
+        return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         return self.out_proj(self.norm(o, *kept))

@@ -10,7 +10,6 @@ is N, its value_dim P and its num_key_heads G.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,8 @@ from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, Mixer
 from lasp.layers.norms import SimpleRMSNorm
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
-from lasp.ops import linear_attention
+from lasp.ops import linear_attention_begin
+from lasp.ops.pending import PendingOutputs
 
 
 @mixer("mamba2")
@@ -106,8 +106,8 @@ class Mamba2(Mixer):
         dt, log_decay = self.decay(dt)
         return MixerInputs(keys, (dt[..., None] * values).to(values.dtype), log_decay, q=queries, kept=(z, values))
 
-    def operator(self, q: Callable[[], Tensor], inputs: MixerInputs, **sequence: Any) -> tuple[Tensor, Tensor | None]:
-        return linear_attention(q(), inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
+        return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         z, values = kept

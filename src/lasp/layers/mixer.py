@@ -9,7 +9,7 @@ of other tokens and other ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lasp.layers.fields import check_fields
 from lasp.layers.short_convolution import ShortConvolution
 from lasp.layers.state import RecurrentState
+from lasp.ops.pending import PendingOutputs
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -184,7 +185,7 @@ class MixerInputs(NamedTuple):
 class Mixer(nn.Module):
     """The base of mixers: x [B, T, D] -> y [B, T, D] and a state.
 
-    A mixer gives `before`, `operator` and `after`, and `queries` where something needs no other rank, so that it hides
+    A mixer gives `before`, `begin` and `after`, and `queries` where something needs no other rank, so that it hides
     the exchange; with a short convolution also `project`. `forward` runs them, for all mixers alike.
     """
 
@@ -206,8 +207,8 @@ class Mixer(nn.Module):
         assert inputs.q is not None
         return inputs.q, inputs.kept
 
-    def operator(self, q: Callable[[], Tensor], inputs: MixerInputs, **sequence: Any) -> tuple[Tensor, Tensor | None]:
-        """The outputs [B, T, H_v, V] and the state after the sequence. sequence: the operator's common keywords."""
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
+        """The operator, begun: what it needs of other ranks is under way. sequence: its common keywords."""
         raise NotImplementedError
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
@@ -251,16 +252,11 @@ class Mixer(nn.Module):
             )
             parts = (mixed, *parts[1:])
         inputs = self.before(parts, start)
-        kept: tuple[Tensor, ...] = ()
-
-        def queries() -> Tensor:
-            nonlocal kept
-            q, kept = self.queries(x, inputs)
-            return q
-
-        o, memory = self.operator(
-            queries, inputs, initial_state=memory, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp
+        pending = self.begin(
+            inputs, initial_state=memory, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp
         )
+        q, kept = self.queries(x, inputs)
+        o, memory = pending.finish(q)
         y = self.after(o, kept)
         if self.convolution is None or memory is None or window is None:
             return y, memory

@@ -7,8 +7,8 @@ Its state is not a recurrence's: it is the keys and values of all tokens so far,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lasp.layers.fields import check_choice, check_divisor
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.positions import Rotary
 from lasp.layers.registry import family, mixer, shape
+from lasp.ops.pending import PendingOutputs
 from lasp.softmax import METHODS, softmax_attention
 
 
@@ -87,8 +88,10 @@ class SoftmaxAttention(Mixer):
             q, k = self.positions(q, k, start)
         return MixerInputs(k, v, q=q)
 
-    def operator(self, q: Callable[[], Tensor], inputs: MixerInputs, **sequence: Any) -> tuple[Tensor, Tensor | None]:
-        return softmax_attention(q(), inputs.k, inputs.v, method=self.method, backend=self.backend, **sequence)
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
+        # Its keys and values start on their way with the queries.
+        attend = partial(softmax_attention, k=inputs.k, v=inputs.v, method=self.method, backend=self.backend)
+        return PendingOutputs(partial(attend, **sequence))
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         return self.out_proj(o.flatten(-2))
