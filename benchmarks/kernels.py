@@ -5,7 +5,7 @@
 
 flash-linear-attention refuses gated kernels on Hopper with Triton before 3.7.1.
 
-Every figure goes into one JSON file; `benchmarks/kernels_report.py` makes the tables and plots of docs/kernels.md.
+Every figure goes into one JSON file; `benchmarks/kernels_report.py` makes tables and plots of docs/results/kernels.md.
 Times are medians over repetitions of calls queued without waiting (so that the host hides behind the GPU, where it
 can), fresh gradients each time. "graph" times replay a CUDA graph: kernels alone. Peak memory is what a call needs
 beyond its inputs, its outputs and gradients included.

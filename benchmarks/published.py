@@ -1,6 +1,6 @@
-"""Published tables beside the predictions of lasp.analysis, with relative errors: the tables of docs/analysis.md.
+"""Published tables beside the predictions of lasp.analysis, with errors: the tables of docs/results/predictions.md.
 
-    python -m benchmarks.published            (seconds; writes docs/analysis-published.md and a JSON file)
+    python -m benchmarks.published            (seconds; writes docs/results/published.md and a JSON file)
 
 Published values are inputs, from LASP (arXiv 2404.02882; read off its figures to about 1 %, memory by eye), LASP-2
 (2502.07563, table 6) and ZeCO (2507.01004, by way of a secondary source). Two predictions stand beside a throughput:
@@ -143,7 +143,7 @@ def throughput_table(title: str, source: str, lines: Sequence[Line]) -> tuple[li
     known = [[abs(row["errors"][index]) for row in values if row["errors"][index] is not None] for index in (0, 1)]
     medians = [statistics.median(each) for each in known]
     text = [
-        f"### {title}",
+        f"## {title}",
         "",
         f"Published: {source}. Model: derived. As they ran: overhead fitted to this table, {overhead:.2f} s a step. "
         f"Median error: {medians[0]:.0%} of the model, {medians[1]:.0%} as they ran.",
@@ -165,7 +165,7 @@ def memory_table(
     ]
     errors = [abs(ours / 1e9 / published - 1) for _, published, ours in lines]
     text = [
-        f"### {title}",
+        f"## {title}",
         "",
         f"Published: {source}. Model: derived. Median error {statistics.median(errors):.0%}.",
         "",
@@ -258,7 +258,7 @@ def exchanges() -> tuple[list[str], dict[str, Any]]:
             f"{ours['all_gather']:.3f} | {_error(errors[-1])} | {others} {ours[others]:.3f} |"
         )
     text = [
-        "### ZeCO: one exchange, 32 states of 128 x 128, ms on H100s", "",
+        "## ZeCO: one exchange, 32 states of 128 x 128, ms on H100s", "",
         f"Published: {SECONDARY}. Model: the schedules' cost model with assumed constants. Median error "
         f"{statistics.median(map(abs, errors)):.0%}. The last column is the fastest of this library's other schedules.",
         "",
@@ -312,7 +312,7 @@ def longest_sequences() -> list[str]:
             cells = [_length(tokens) if tokens else "-" for tokens in (published, max(fitting, default=0), most)]
             rows.append(f"| {size}, {method} | {' | '.join(cells)} |")
     return [
-        "### Longest sequence on 64 A100",
+        "## Longest sequence on 64 A100",
         "",
         f"Published: the longest that the figures above show, {FIGURE}. Model: derived.",
         "",
@@ -365,11 +365,11 @@ def main() -> None:
     for name, make in (("exchanges", exchanges), ("gla", gla)):
         part, record[name] = make()
         text += part
-    page = ROOT / "docs" / "analysis-published.md"
+    page = ROOT / "docs" / "results" / "published.md"
     head = [
         "# Published tables beside the predictions",
         "",
-        "Written by `python -m benchmarks.published`; see [analysis.md](analysis.md) for what they mean.",
+        "Written by `python -m benchmarks.published`; see [predictions](predictions.md) for what they mean.",
         "",
     ]
     page.write_text("\n".join([*head, *text]).rstrip() + "\n")

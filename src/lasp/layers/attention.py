@@ -199,7 +199,7 @@ def _positions(name: str, num_heads: int, head_dim: int) -> Rotary | LRPE | None
     return Rotary(head_dim) if name == "rotary" else LRPE(num_heads, head_dim)
 
 
-# Published models. Where each number comes from stands in docs/models.md.
+# Published models. Where each number comes from stands in docs/design/models.md.
 family(
     "linear-transformer",
     mixer="linear-attention",

@@ -159,7 +159,7 @@ class DeltaNet(Mixer):
         return self.out_proj(self.norm(o, *kept))
 
 
-# Published models. Where each number comes from stands in docs/models.md.
+# Published models. Where each number comes from stands in docs/design/models.md.
 family(
     "deltanet",
     mixer="deltanet",

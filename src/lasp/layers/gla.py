@@ -76,7 +76,7 @@ class GatedLinearAttention(Mixer):
         return self.out_proj(self.norm(o, *kept))
 
 
-# The models of 340M and 1.3B parameters that the authors trained: docs/models.md.
+# The models of 340M and 1.3B parameters that the authors trained: docs/design/models.md.
 family(
     "gla",
     mixer="gla",

@@ -116,7 +116,7 @@ class Mamba2(Mixer):
         return self.out_proj(y)
 
 
-# The authors' models of 370M and 1.3B parameters: docs/models.md.
+# The authors' models of 370M and 1.3B parameters: docs/design/models.md.
 family(
     "mamba2",
     mixer="mamba2",

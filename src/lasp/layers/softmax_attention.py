@@ -97,7 +97,7 @@ class SoftmaxAttention(Mixer):
         return self.out_proj(o.flatten(-2))
 
 
-# Three linear layers with RetNet's decays and norms, then a softmax layer, as LASP-2's models: docs/models.md.
+# Three linear layers with RetNet's decays and norms, then a softmax layer, as LASP-2's models: docs/design/models.md.
 family(
     "hybrid",
     mixer="linear-attention",

@@ -1,5 +1,5 @@
 """Published models by name and size, as the files of lasp.layers register them. Where each number comes from stands in
-docs/models.md."""
+docs/design/models.md."""
 
 from __future__ import annotations
 
