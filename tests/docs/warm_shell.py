@@ -55,7 +55,7 @@ def shortened(arguments: list[str]) -> list[str]:
     if "--steps" in changed:
         where = changed.index("--steps") + 1
         changed[where] = str(max(2, int(changed[where]) // _SHORTER))
-    elif "--config" not in changed and "--resume" not in changed:
+    elif "--resume" not in changed:
         changed += ["--steps", "4"]
     if "--save-every" in changed:
         where = changed.index("--save-every") + 1
@@ -121,9 +121,13 @@ class WarmShell:
 
 def _serve(door: socket.socket) -> None:
     """Fork a child for everyone who comes; the child answers with its exit code."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    import torch._dynamo  # noqa: F401 - as every optimizer does when it is made; here once
+
     while True:
         caller, _ = door.accept()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         if os.fork() == 0:
             door.close()
             code = 1
@@ -135,7 +139,6 @@ def _serve(door: socket.socket) -> None:
 
 
 def _answer(caller: socket.socket) -> int:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, rights, *_ = caller.recvmsg(8, socket.CMSG_SPACE(12))
     streams = array.array("i", rights[0][2])
     told = b""

@@ -133,6 +133,7 @@ def test_an_extra_is_enough_alone(extra: str, base: Environment, archives: dict[
     variables = {"TRITON_INTERPRET": "1", "WANDB_MODE": "offline"}
     assert message in base.run(command, tmp_path, code=code, **variables)
     environment = Environment(tmp_path / "environment", below=base)
+    environment.install("--no-deps", "--ignore-installed", str(archives["wheel"]))
     environment.install(f"'lasp-torch[{extra}] @ file://{archives['wheel']}'", TORCH)
     if extra == "parquet":
         rows = "pyarrow.table({'text': ['a word'] * 99})"

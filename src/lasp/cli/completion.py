@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 
 from lasp.cli.help_text import COMMAND_LINES, Option, help_of
+from lasp.terminal import say
 from lasp.train.errors import ConfigError
 
 _USAGE = """usage: lasp completion bash|zsh|fish
@@ -20,11 +21,11 @@ Print a script that completes lasp's commands, options and their choices in that
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp completion SHELL`."""
     if list(arguments) in (["-h"], ["--help"]):
-        print(_USAGE)
+        say(_USAGE)
         return 0
     if len(arguments) != 1 or arguments[0] not in _SHELLS:
         raise ConfigError(f"lasp completion needs the name of a shell, one of {', '.join(_SHELLS)}")
-    print(_SHELLS[arguments[0]]({line: help_of(line).options for line in COMMAND_LINES}))
+    say(_SHELLS[arguments[0]]({line: help_of(line).options for line in COMMAND_LINES}))
     return 0
 
 
@@ -66,7 +67,7 @@ _lasp() {{
   esac
   if [ -z "$words" ]; then
     if [ "$COMP_CWORD" -eq 1 ]; then line=''; fi
-    case "$COMP_CWORD $line" in [12]\ *) ;; *\ data|*\ bench) line="$line ${{COMP_WORDS[2]}}" ;; esac
+    case "$COMP_CWORD-$line" in [12]-*) ;; *-data|*-bench) line="$line ${{COMP_WORDS[2]}}" ;; esac
     case "$line" in
 {cases(_words(lines))}
     esac

@@ -136,8 +136,8 @@ class Launches:
         p, (_, T, H, H_v, K, V), total = self.plan, self._dims, not self.from_zero
         if self.per_channel:
             tiles = p.prepared_channels if prepared else p.channels
-            constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, reverse, total, prepared)
-            return self._by_segment(channel_summary_kernel, K, tiles, (self.scale, T, H, H_v), constants)
+            of_channels = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, reverse, total, prepared)
+            return self._by_segment(channel_summary_kernel, K, tiles, (self.scale, T, H, H_v), of_channels)
         # From the end, where it can: the output's sweep starts at the other, and finds in L2 what was read last. A
         # weight then covers the rest of the segment, for which fp16 has no range; and a decay's gradient wants states
         # rounded as the sweeps round theirs.

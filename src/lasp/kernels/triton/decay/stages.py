@@ -33,38 +33,16 @@ class ScalarSegments(NamedTuple):
     gates: tuple[Tensor, ...]
 
 
-class ScalarSaved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], or None where they will be gathered again; the one leaving
-    the run [B, H_v, K, V]; gates."""
-
-    entering: Tensor | None
-    leaving: Tensor
-    gates: tuple[Tensor, ...]
-
-
 Segments = ScalarSegments | channel.ChannelSegments
-
-
-def _saved(saved: ScalarSaved | channel.ChannelSaved) -> Saved:
-    """The tensors of it: first the state leaving the run."""
-    others = saved.prepared if isinstance(saved, channel.ChannelSaved) else saved.gates
-    return (saved.leaving, *(() if saved.entering is None else (saved.entering,)), *others)
-
-
-def _scalar_saved(x: DecayRun, saved: Saved) -> ScalarSaved:
-    if x.work.keeps_states:
-        return ScalarSaved(saved[1], saved[0], saved[2:])
-    return ScalarSaved(None, saved[0], saved[1:])
-
-
-def _channel_saved(x: DecayRun, saved: Saved) -> channel.ChannelSaved:
-    if x.work.keeps_states:
-        return channel.ChannelSaved(saved[1], saved[0], channel.Prepared(*saved[2:]))
-    return channel.ChannelSaved(None, saved[0], channel.Prepared(*saved[1:]))
 
 
 def _leaving(saved: Saved) -> Tensor:
     return saved[0]
+
+
+def _entering(x: DecayRun, saved: Saved) -> Tensor | None:
+    """States entering each segment [B, H_v, segments, K, V]; None where they will be gathered again."""
+    return saved[1] if x.work.keeps_states else None
 
 
 class QueryGradient(NamedTuple):
@@ -105,10 +83,10 @@ def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, S
 
 def _totals_adjoint_of(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Segments]:
     use_scratch()  # backward passes have threads of their own
+    others = saved[2:] if x.work.keeps_states else saved[1:]
     if x.work.per_channel:
-        prepared = _channel_saved(x, saved).prepared
-        return _totals_of(x, x.q, d_o, prepared, (), reverse=True, summarized=summarized)
-    return _totals_of(x, x.q, d_o, None, _scalar_saved(x, saved).gates, reverse=True, summarized=summarized)
+        return _totals_of(x, x.q, d_o, channel.Prepared(*others), (), reverse=True, summarized=summarized)
+    return _totals_of(x, x.q, d_o, None, others, reverse=True, summarized=summarized)
 
 
 def _totals_of(
@@ -175,41 +153,41 @@ def local_outputs(x: DecayRun, totals: Segments) -> channel.Prepared | None:
 def outputs(
     x: DecayRun, totals: Segments, partial: channel.Prepared | None, state_in: Tensor | None
 ) -> tuple[Tensor, Saved]:
-    """state_in is zero if None."""
+    """state_in is zero if None. saved: the state leaving the run [B, H_v, K, V]; `_entering`, if it is kept; gates, or
+    what was prepared per chunk."""
     work = x.work
     state_in = None if state_in is None else state_in.contiguous()
     o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
     places = places_of(work.plan, leaving)
     if isinstance(totals, channel.ChannelSegments):
         assert partial is not None
-        saved = _saved(channel.outputs(x, totals, partial, o, leaving, state_in))
+        channel.outputs(x, totals, partial, o, leaving, state_in)
+        states, others = totals.states, tuple(partial)
     else:
-        states, decays, gates = totals
+        states, decays, others = totals
         if states is None and work.keeps_states:
             states = leaving.new_empty(work.states)
         g, unread = x.q if x.g is None else x.g, leaving
         work.output(
-            x.q, x.k, x.v, g, *_two(gates, unread), o, given(states, unread), given(decays, unread), leaving, places,
+            x.q, x.k, x.v, g, *_two(others, unread), o, given(states, unread), given(decays, unread), leaving, places,
             state_in,
         )  # fmt: skip
-        saved = _saved(ScalarSaved(states, leaving, gates))
     if x.v.numel() == 0:  # no kernel ran
         leaving.zero_() if state_in is None else leaving.copy_(state_in)
-    return o, saved
+    return o, (leaving, *others) if states is None else (leaving, states, *others)
 
 
 def local_gradients(x: DecayRun, saved: Saved, totals_adjoint: Segments, d_o: Tensor) -> Local:
-    work = x.work
-    if work.per_channel:
-        return channel.local_gradients(x, _channel_saved(x, saved), d_o)
-    kept = _scalar_saved(x, saved)
+    work, unread, entering = x.work, saved[0], _entering(x, saved)
+    if isinstance(totals_adjoint, channel.ChannelSegments):
+        assert totals_adjoint.prepared is not None
+        return channel.local_gradients(x, totals_adjoint.prepared, given(entering, unread), d_o)
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    unread = kept.leaving
     sums = unread.new_empty(work.sums) if work.with_decay else unread
     inner = _inner_states(work, unread)
     g = x.q if x.g is None else x.g
-    gates, entering = _two(kept.gates, unread), given(kept.entering, unread)
-    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, inner, entering, places_of(work.plan, dq))
+    gates, states = _two(totals_adjoint.gates, unread), given(entering, unread)
+    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, inner, states, places_of(work.plan, dq))
     return QueryGradient(dq, sums, inner)
 
 
@@ -220,24 +198,24 @@ def gradients(
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
     if isinstance(totals_adjoint, channel.ChannelSegments):
         assert isinstance(local, channel.QueryReads)
-        kept = _channel_saved(x, saved)
-        dq, dk, dv, d_gate = channel.gradients(x, kept, totals_adjoint, local, d_o, d_state_out)
+        entering, leaving = given(_entering(x, saved), saved[0]), saved[0]
+        dq, dk, dv, d_gate = channel.gradients(x, entering, leaving, totals_adjoint, local, d_o, d_state_out)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
     assert isinstance(local, QueryGradient)
-    return _scalar_gradients(x, _scalar_saved(x, saved), totals_adjoint, local, d_o, d_state_out)
+    return _scalar_gradients(x, saved, totals_adjoint, local, d_o, d_state_out)
 
 
 def _scalar_gradients(
     x: DecayRun,
-    saved: ScalarSaved,
+    saved: Saved,
     totals_adjoint: ScalarSegments,
     local: QueryGradient,
     d_o: Tensor,
     d_state_out: Tensor | None,
 ) -> Gradients:
     work = x.work
-    unread = saved.leaving
-    g, gates = x.q if x.g is None else x.g, _two(saved.gates, unread)
+    leaving = unread = saved[0]
+    g, gates = x.q if x.g is None else x.g, _two(totals_adjoint.gates, unread)
     d_states, after = given(totals_adjoint.states, unread), given(totals_adjoint.decays, unread)
     places = places_of(work.plan, d_states)
 
@@ -259,8 +237,8 @@ def _scalar_gradients(
     if work.with_decay:
         d_gate = unread.new_empty(x.v.shape[:3])
         work.gate_gradient(
-            x.q, x.k, x.v, d_o, g, gates[0], local.sums, sums, given(saved.entering, unread), local.inner,
-            saved.leaving, d_states, inner, d_state_in, d_gate, places, d_state_out,
+            x.q, x.k, x.v, d_o, g, gates[0], local.sums, sums, given(_entering(x, saved), unread), local.inner,
+            leaving, d_states, inner, d_state_in, d_gate, places, d_state_out,
         )  # fmt: skip
         if g.dim() == 1:
             d_gate = d_gate.sum((0, 1))

@@ -34,15 +34,6 @@ class Prepared(NamedTuple):
     unbounded: Tensor
 
 
-class ChannelSaved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], or None where a segment is a whole run; the state leaving
-    the run [B, H_v, K, V]; what was prepared per chunk."""
-
-    entering: Tensor | None
-    leaving: Tensor
-    prepared: Prepared
-
-
 class QueryReads(NamedTuple):
     """What do reads from the states [B, T, H_v, K], and what that adds to dg, per chunk [B, H_v, chunks, K]."""
 
@@ -86,44 +77,43 @@ def local_outputs(x: DecayRun) -> Prepared:
 
 def outputs(
     x: DecayRun, totals: ChannelSegments, ready: Prepared, o: Tensor, leaving: Tensor, state_in: Tensor | None
-) -> ChannelSaved:
+) -> None:
     work, states, before = x.work, given(totals.states, leaving), given(totals.decays, leaving)
     work.channel_output(
         ready.from_start, ready.to_end, x.v, ready.totals, ready.scores, o, states, before, leaving,
         places_of(work.plan, leaving), state_in,
     )  # fmt: skip
-    return ChannelSaved(totals.states, leaving, ready)
 
 
-def local_gradients(x: DecayRun, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
-    work, ready = x.work, saved.prepared
+def local_gradients(x: DecayRun, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
+    work = x.work
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
     work.channel_query_inter_chunk(
         ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums,
-        given(saved.entering, saved.leaving), places_of(work.plan, sums),
+        entering, places_of(work.plan, sums),
     )  # fmt: skip
     return QueryReads(read_q, sums)
 
 
 def gradients(
     x: DecayRun,
-    saved: ChannelSaved,
+    entering: Tensor,
+    leaving: Tensor,
     adjoint: ChannelSegments,
     local: QueryReads,
     d_o: Tensor,
     d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
-    work, p, ready = x.work, x.work.plan, saved.prepared
-    assert x.g is not None
-    tensors = (saved.entering, adjoint.states, adjoint.decays)
-    entering, d_states, after = (given(tensor, saved.leaving) for tensor in tensors)
+    work, p, ready = x.work, x.work.plan, adjoint.prepared
+    assert x.g is not None and ready is not None
+    d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)
     places = places_of(p, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     work.channel_key_inter_chunk(
         ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, through,
-        entering, saved.leaving, d_states, after, places, d_state_out,
+        entering, leaving, d_states, after, places, d_state_out,
     )  # fmt: skip
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     dk, dg = torch.empty_like(dq), through.new_empty(work.gradient)
