@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lasp"
 
 # A package may import those of lower levels, and itself.
 LEVELS = {
+    "errors": 0,
     "files": 0,
     "terminal": 0,
     "algebra": 0,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from lasp.cli import main as cli
+from lasp.errors import ConfigError
 from lasp.models import preset
 from lasp.train.config import ModelOptions, TrainConfig, from_dict
-from lasp.train.errors import ConfigError
 from lasp.train.metrics import read_metrics
 
 BEFORE = Path(__file__).parents[1] / "before"

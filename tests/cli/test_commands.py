@@ -11,9 +11,9 @@ from training_runs import small_config, write_text
 
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
+from lasp.errors import CheckpointError, ConfigError
 from lasp.train import export, loop, sample
 from lasp.train.config import TrainConfig
-from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
 
 

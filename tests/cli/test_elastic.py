@@ -14,9 +14,9 @@ from test_launch import command, linux, wait_until, whole_end
 from world import torchrun
 
 from lasp.cli import train as train_command
+from lasp.errors import CheckpointError, ConfigError
 from lasp.train import loop
 from lasp.train.config import AUTO
-from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
 
 STEPS = 60

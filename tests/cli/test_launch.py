@@ -17,8 +17,8 @@ import pytest
 from training_runs import SMALL, write_text
 from world import torchrun
 
+from lasp.errors import ConfigError
 from lasp.train import checkpoint
-from lasp.train.errors import ConfigError
 from lasp.train.lock import lock
 from lasp.train.metrics import read_metrics
 

@@ -20,9 +20,9 @@ from training_runs import small_config, write_text
 from lasp.cli.main import main
 from lasp.data.build import seal_digest, write_store
 from lasp.data.documents import Document
-from lasp.data.errors import DataError
 from lasp.data.store import open_store, prepare
 from lasp.data.tokenizer import ByteTokenizer
+from lasp.errors import DataError
 from lasp.train import loop
 
 TEXTS = ["first document", "", "naïve — 漢字", "x", "a\nb"] + [f"number {i} " * (i % 7) for i in range(60)]

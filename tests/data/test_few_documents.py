@@ -11,9 +11,9 @@ from training_runs import small_config, write_text
 from lasp.cli.main import main
 from lasp.data.corpus import TextFile, unit_interval
 from lasp.data.documents import documents_of
-from lasp.data.errors import DataError
 from lasp.data.store import TokenStore, prepare
 from lasp.data.tokenizer import ByteTokenizer
+from lasp.errors import DataError
 from lasp.train import loop
 
 

@@ -12,10 +12,10 @@ from training_runs import small_config
 
 from lasp.data import store as token_store
 from lasp.data.tokenizer import ByteTokenizer
+from lasp.errors import ConfigError
 from lasp.models import CausalLM
 from lasp.train import loop, step
 from lasp.train.config import OptimizerOptions, TrainConfig
-from lasp.train.errors import ConfigError
 from lasp.train.metrics import read_metrics
 
 STEPS = 6

@@ -22,8 +22,8 @@ from lasp import files
 from lasp.cli import main as cli
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
+from lasp.errors import CheckpointError
 from lasp.train import checkpoint, loop, shards
-from lasp.train.errors import CheckpointError
 from lasp.train.progress import Progress
 from lasp.train.world import World
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from training_runs import small_config
 
+from lasp.errors import ConfigError
 from lasp.train.config import ParallelOptions, TrainConfig, differences, from_dict, load_toml, to_dict
-from lasp.train.errors import ConfigError
 
 
 def test_a_config_survives_json() -> None:

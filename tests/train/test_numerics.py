@@ -7,9 +7,9 @@ import torch
 import world
 from training_runs import small_config
 
+from lasp.errors import NumericsError
 from lasp.parallelize import parallelize
 from lasp.train import loop, step
-from lasp.train.errors import NumericsError
 from lasp.train.optimizer import build_optimizer, learning_rate
 
 VICTIM = "blocks.1.attention_norm"

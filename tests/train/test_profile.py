@@ -11,8 +11,8 @@ import pytest
 import world
 from training_runs import small_config
 
+from lasp.errors import ConfigError
 from lasp.train import loop
-from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
 
 

@@ -10,9 +10,9 @@ import pytest
 import world
 from training_runs import small_config
 
+from lasp.errors import CheckpointError, ConfigError
 from lasp.train import checkpoint, loop, shards, step
 from lasp.train.config import OptimizerOptions, TrainConfig
-from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.metrics import read_metrics
 from lasp.train.optimizer import learning_rate
 

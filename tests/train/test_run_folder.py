@@ -15,8 +15,8 @@ import world
 from training_runs import small_config
 
 from lasp import files
+from lasp.errors import ConfigError
 from lasp.train import loop
-from lasp.train.errors import ConfigError
 from lasp.train.lock import lock
 from lasp.train.metrics import MetricsFile, read_metrics
 

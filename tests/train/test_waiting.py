@@ -17,8 +17,8 @@ from test_checkpoint import toy, try_to_write
 from lasp import files
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
+from lasp.errors import CheckpointError, PeerLostError
 from lasp.train import checkpoint
-from lasp.train.errors import CheckpointError, PeerLostError
 from lasp.train.progress import Progress
 from lasp.train.world import World, naming_lost_peers
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from lasp import files
 from lasp.cli.checks import check_gpus, check_target
 from lasp.cli.options import parse
+from lasp.errors import ConfigError
 from lasp.terminal import say
-from lasp.train.errors import ConfigError
 
 # Heads, K, V and numbers of transition a head: 16 KiB to 4 MiB of scalar-decay state, and a delta rule.
 LOADS = ((4, 32, 32, 1), (16, 64, 64, 1), (16, 128, 128, 1), (64, 128, 128, 1), (16, 64, 64, 64 * 64))

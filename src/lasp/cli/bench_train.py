@@ -18,9 +18,9 @@ import tyro
 from lasp import files
 from lasp.cli.checks import check_target
 from lasp.cli.options import early, parse
+from lasp.errors import ConfigError, refusing
 from lasp.terminal import say
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
-from lasp.train.errors import ConfigError, refusing
 from lasp.train.sizes import Tokens
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from lasp.cli.checks import check_gpus
 from lasp.cli.options import parse
+from lasp.errors import ConfigError, refusing
 from lasp.terminal import Terminal
 from lasp.train.config import ModelOptions, check_seed, load_toml
-from lasp.train.errors import ConfigError, refusing
 from lasp.train.sizes import Tokens
 
 # Not in --help: makes every exchange forget the state it carries, to show that the check can fail.

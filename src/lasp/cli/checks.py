@@ -4,7 +4,7 @@ import importlib
 import os
 from pathlib import Path
 
-from lasp.train.errors import ConfigError
+from lasp.errors import ConfigError
 
 
 def check_target(option: str, path: Path | None) -> None:

@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 
 from lasp.cli.options import parse
+from lasp.errors import ConfigError
 from lasp.terminal import say
 from lasp.train.config import SampleOptions, check_seed, check_text
-from lasp.train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

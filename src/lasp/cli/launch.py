@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from lasp.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, PeerLostError
 from lasp.terminal import say
-from lasp.train.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, PeerLostError
 from lasp.train.loopback import stay_on_loopback
 from lasp.train.stopping import IMPATIENT, end_with_parent, stop_signals
 

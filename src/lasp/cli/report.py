@@ -10,8 +10,8 @@ import tyro
 from lasp import files
 from lasp.cli.checks import check_target
 from lasp.cli.options import parse
+from lasp.errors import ConfigError
 from lasp.terminal import say
-from lasp.train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 
 from lasp.cli.options import early, parse
+from lasp.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 from lasp.train.config import AUTO, ModelOptions, TrainConfig, from_dict, load_toml
-from lasp.train.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

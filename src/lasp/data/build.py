@@ -23,9 +23,9 @@ import numpy as np
 
 from lasp.data.blocks import BlockSums, sums_path
 from lasp.data.documents import SPLITS, Document, Reading
-from lasp.data.errors import DataError
 from lasp.data.stream import check_ids
 from lasp.data.tokenizer import Tokenizer, files_of
+from lasp.errors import DataError
 
 FORMAT = 4
 SHARD_TOKENS = 1 << 28

@@ -18,11 +18,11 @@ from lasp import files
 from lasp.data.blocks import CheckedFile, read_sums
 from lasp.data.build import BOUNDS, FORMAT, SPLITS, Progress, seal_digest, write_store
 from lasp.data.documents import Reading
-from lasp.data.errors import DataError
 from lasp.data.sources import Sources
 from lasp.data.stream import Bounds, ShardFile, TokenStream, check_ids, check_length
 from lasp.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from lasp.data.verified import Verified
+from lasp.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lasp import files
-from lasp.train.errors import CheckpointError
+from lasp.errors import CheckpointError
 from lasp.train.progress import Progress
 from lasp.train.world import World
 

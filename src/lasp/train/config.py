@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from lasp import files
+from lasp.errors import ConfigError
 from lasp.exchange import NAMES
-from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
 from lasp.train.sizes import Tokens, tokens
 from lasp.train.trackers import missing

@@ -22,10 +22,10 @@ from torch import nn
 
 from lasp import files
 from lasp.data.tokenizer import Tokenizer, files_of, read_tokenizer
+from lasp.errors import CheckpointError, ConfigError
 from lasp.models import CausalLM, ModelConfig
 from lasp.train import checkpoint, shards
 from lasp.train.config import ModelOptions, from_dict
-from lasp.train.errors import CheckpointError, ConfigError
 from lasp.train.tensor_file import TensorFile
 
 FORMAT = 2

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lasp.errors import ConfigError, PeerLostError
 from lasp.train.config import TrainConfig, to_dict
-from lasp.train.errors import ConfigError, PeerLostError
 from lasp.train.versions import versions
 
 # What a process may have for itself: where its machine keeps token files, and how it found its device.

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import IO
 
-from lasp.train.errors import ConfigError
+from lasp.errors import ConfigError
 
 LOCK = "lock"
 

@@ -18,14 +18,13 @@ from lasp.analysis.flops import flops_per_token
 from lasp.data import store as token_store
 from lasp.data import trigram
 from lasp.data.batches import Sequences
-from lasp.data.errors import DataError
 from lasp.data.tokenizer import files_of
+from lasp.errors import CheckpointError, ConfigError, DataError, refusing
 from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import AUTO, TrainConfig
-from lasp.train.errors import CheckpointError, ConfigError, refusing
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.lock import LOCK, lock
 from lasp.train.metrics import draw_curve

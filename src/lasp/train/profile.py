@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lasp import files
-from lasp.train.errors import ConfigError
+from lasp.errors import ConfigError
 
 
 def parse_range(text: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from lasp.train.errors import ReplicaError
+from lasp.errors import ReplicaError
 from lasp.train.shards import optimizer_state
 from lasp.train.world import World
 

@@ -41,10 +41,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.futures import Future
 
 from lasp import files
+from lasp.errors import CheckpointError
 from lasp.train import checkpoint
 from lasp.train.checkpoint import Checkpoint, FileSeal
 from lasp.train.config import differences
-from lasp.train.errors import CheckpointError
 from lasp.train.progress import PHASES, Progress
 from lasp.train.tensor_file import SUFFIX, TensorFile
 from lasp.train.world import World

@@ -19,12 +19,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from lasp.data.batches import Shard
-from lasp.data.errors import DataError
 from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.groups import new_group
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
+from lasp.errors import CheckpointError, ConfigError, DataError, PeerLostError, RunError
 from lasp.train.config import TrainConfig
-from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
 from lasp.train.handshake import compare, description
 from lasp.train.loopback import stay_on_loopback
 from lasp.train.progress import PHASES, Progress
@@ -119,8 +118,7 @@ class World:
                 record = {"state": "done", "result": work()}
             except BaseException as error:
                 failure.append(error)
-                code = DATA_EXIT_CODE if isinstance(error, DataError) else getattr(error, "exit_code", 1)
-                record = {"state": "failed", "error": f"{error}", "code": code}
+                record = {"state": "failed", "error": f"{error}", "code": getattr(error, "exit_code", 1)}
             done.set()
 
         if self.is_first:
@@ -133,9 +131,7 @@ class World:
             if record["state"] == "failed":
                 if failure:
                     raise failure[0]
-                kinds = {cls.exit_code: cls for cls in (ConfigError, CheckpointError)}
-                if record["code"] == DATA_EXIT_CODE:
-                    raise DataError(record["error"])
+                kinds = {cls.exit_code: cls for cls in (ConfigError, CheckpointError, DataError)}
                 raise kinds.get(record["code"], RunError)(f"the first process failed: {record['error']}")
 
     def _from_first(self, record: dict[str, Any]) -> dict[str, Any]:

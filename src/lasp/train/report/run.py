@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lasp.errors import ConfigError
 from lasp.files import read, read_json
-from lasp.train.errors import ConfigError
 from lasp.train.metrics import read_metrics
 
 
