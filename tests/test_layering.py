@@ -9,9 +9,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "lasp"
 
 # A package may import those of lower levels, and itself.
 LEVELS = {
-    "errors": 0,
-    "files": 0,
-    "terminal": 0,
+    "errors": -1,
+    "files": -1,
+    "terminal": -1,
     "algebra": 0,
     "distributed": 0,
     "recurrence": 1,
@@ -28,8 +28,10 @@ LEVELS = {
     "data": 8,
     "analysis": 8,
     "train": 9,
-    "cli": 10,
-    "__main__": 11,
+    "check": 10,
+    "bench": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 COLLECTIVES = {
     "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_reduce", "all_to_all",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
 from lasp.data import store
 from lasp.data.build import SHARD_TOKENS
 from lasp.data.tokenizer import load_tokenizer

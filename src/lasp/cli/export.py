@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
 from lasp.terminal import say
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
 from lasp.errors import ConfigError
 from lasp.terminal import say
 from lasp.train.config import SampleOptions, check_seed, check_text

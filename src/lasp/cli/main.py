@@ -48,6 +48,10 @@ def _run(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         raise ConfigError(f"no command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
+    if "LASP_LIFELINE" in os.environ:  # `lasp` has started this process
+        from lasp.distributed.launcher import follow
+
+        follow()
     command: Callable[[list[str]], int] = importlib.import_module(f"lasp.cli.{arguments[0]}").main
     return command(arguments[1:])
 

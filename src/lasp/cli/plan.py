@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lasp.cli.checks import check_picture
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
 from lasp.errors import ConfigError
 from lasp.terminal import Terminal, say
 from lasp.train.config import ModelOptions, TrainConfig, load_toml, read_toml
+from lasp.train.preflight import check_picture
 from lasp.train.program import lasp_command
 from lasp.train.sizes import tokens
 

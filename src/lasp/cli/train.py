@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import early, parse
+from lasp.cli.arguments import early, parse
 from lasp.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 from lasp.train.config import AUTO, ModelOptions, TrainConfig, from_dict, load_toml
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     config.validate(num_processes)
     if num_processes == 1:
         return _train(config, options.resume)
-    from lasp.cli.launch import launch
+    from lasp.distributed.launcher import launch
 
     return launch(["train", *_without_nproc(arguments)], num_processes)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
 from lasp.errors import CheckpointError
 from lasp.terminal import say
 

@@ -19,6 +19,7 @@ from lasp.data import store as token_store
 from lasp.data import trigram
 from lasp.data.batches import Sequences
 from lasp.data.tokenizer import files_of
+from lasp.distributed.signals import stop_signals
 from lasp.errors import CheckpointError, ConfigError, DataError, refusing
 from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel, parallelize
@@ -40,7 +41,6 @@ from lasp.train.sample import first_words, stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
 from lasp.train.step_metrics import Machine
-from lasp.train.stopping import stop_signals
 from lasp.train.world import World, join, leave, naming_lost_peers
 
 
