@@ -56,7 +56,7 @@ def train(family: str, settings: dict[str, Any], accumulation: int, sp: int, see
         SampleOptions,
         TrainConfig,
     )
-    from lasp.train.metrics import read_metrics
+    from lasp.train.logging.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(

@@ -13,7 +13,7 @@ import pytest
 
 from lasp.cli import main as cli
 from lasp.terminal import Outlet, printable
-from lasp.train.output import Output
+from lasp.train.logging.output import Output
 
 SOURCE = Path(cli.__file__).parents[1]
 

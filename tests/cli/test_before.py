@@ -16,7 +16,7 @@ from lasp.cli import main as cli
 from lasp.errors import ConfigError
 from lasp.models import preset
 from lasp.train.config import ModelOptions, TrainConfig, from_dict
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 BEFORE = Path(__file__).parents[1] / "before"
 

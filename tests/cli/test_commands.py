@@ -14,7 +14,7 @@ from lasp.cli import train as train_command
 from lasp.errors import CheckpointError, ConfigError
 from lasp.train import export, loop, sample
 from lasp.train.config import TrainConfig
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 
 def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from lasp.cli import train as train_command
 from lasp.errors import CheckpointError, ConfigError
 from lasp.train import loop
 from lasp.train.config import AUTO
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 STEPS = 60
 

@@ -12,7 +12,7 @@ import pytest
 
 from lasp.cli.main import guarded
 from lasp.errors import DataError, PeerLostError
-from lasp.train.program import lasp_command
+from lasp.train.logging.program import lasp_command
 
 LASP = [sys.executable, "-m", "lasp"]
 

@@ -20,7 +20,7 @@ from world import torchrun
 from lasp.errors import ConfigError
 from lasp.train import checkpoint
 from lasp.train.lock import lock
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 LASP = [sys.executable, "-m", "lasp"]
 FOREVER = ["--steps", "1000000"]

@@ -16,7 +16,7 @@ from training_runs import SMALL, small_config
 
 from lasp.cli import main as cli
 from lasp.train import loop
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 Command = Callable[[str, str], str]
 """Runs `lasp ARGUMENTS` in the folder named and returns what it printed."""

@@ -14,7 +14,7 @@ from training_runs import small_config
 from wandb.proto import wandb_internal_pb2
 
 from lasp.train import loop
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 
 def records(content: bytes) -> Iterator[bytes]:

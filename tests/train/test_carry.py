@@ -16,7 +16,7 @@ from lasp.errors import ConfigError
 from lasp.models import CausalLM
 from lasp.train import loop, step
 from lasp.train.config import OptimizerOptions, TrainConfig
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 STEPS = 6
 

@@ -14,7 +14,7 @@ from lasp.data.tokenizer import ByteTokenizer
 from lasp.distributed.mesh import build_mesh, data_rank, weights_mesh
 from lasp.train import loop, step
 from lasp.train.config import ParallelOptions, TrainConfig
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 
 def losses(config: TrainConfig, num_processes: int, before: Callable[[], object] = lambda: None) -> list[float]:

@@ -13,7 +13,7 @@ from training_runs import small_config
 
 from lasp.errors import ConfigError
 from lasp.train import loop
-from lasp.train.profile import parse_range
+from lasp.train.logging.profile import parse_range
 
 
 def test_the_steps_asked_for_are_traced_on_every_rank(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from training_runs import small_config
 
 from lasp.cli import main as cli
 from lasp.train import loop
-from lasp.train.metrics import curve_of, read_metrics
+from lasp.train.logging.metrics import curve_of, read_metrics
 from lasp.train.report import load, page, render
 from lasp.train.report.chart import ticks
 

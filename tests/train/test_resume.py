@@ -13,7 +13,7 @@ from training_runs import small_config
 from lasp.errors import CheckpointError, ConfigError
 from lasp.train import checkpoint, loop, shards, step
 from lasp.train.config import OptimizerOptions, TrainConfig
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 from lasp.train.optimizer import learning_rate
 
 

@@ -18,7 +18,7 @@ from lasp import files
 from lasp.errors import ConfigError
 from lasp.train import loop
 from lasp.train.lock import lock
-from lasp.train.metrics import MetricsFile, read_metrics
+from lasp.train.logging.metrics import MetricsFile, read_metrics
 
 
 @pytest.fixture(scope="module")

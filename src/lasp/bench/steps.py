@@ -26,11 +26,11 @@ from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel
 from lasp.terminal import say
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
+from lasp.train.logging.step_timer import peak_memory
 from lasp.train.loop import spread
 from lasp.train.optimizer import build_optimizer
 from lasp.train.preflight import check_target
 from lasp.train.sizes import Tokens
-from lasp.train.step_timer import peak_memory
 from lasp.train.world import World, join, leave, naming_lost_peers
 
 # Tokens of a rank: what lengths that nobody asked for are multiples of.

@@ -15,8 +15,8 @@ from lasp.cli.arguments import parse
 from lasp.errors import ConfigError
 from lasp.terminal import Terminal, say
 from lasp.train.config import ModelOptions, TrainConfig, load_toml, read_toml
+from lasp.train.logging.program import lasp_command
 from lasp.train.preflight import check_picture
-from lasp.train.program import lasp_command
 from lasp.train.sizes import tokens
 
 _TIES_SHOWN = 6

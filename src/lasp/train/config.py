@@ -14,9 +14,9 @@ import tyro
 from lasp import files
 from lasp.errors import ConfigError
 from lasp.exchange import NAMES
-from lasp.train.profile import parse_range
+from lasp.train.logging.profile import parse_range
+from lasp.train.logging.trackers import missing
 from lasp.train.sizes import Tokens, tokens
-from lasp.train.trackers import missing
 
 if TYPE_CHECKING:
     from lasp.models import ModelConfig

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from lasp.errors import ConfigError, PeerLostError
 from lasp.train.config import TrainConfig, to_dict
-from lasp.train.versions import versions
+from lasp.train.logging.versions import versions
 
 # What a process may have for itself: where its machine keeps token files, and how it found its device.
 _OWN = ("data.cache", "device")

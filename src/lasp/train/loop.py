@@ -28,19 +28,19 @@ from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import AUTO, TrainConfig
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.lock import LOCK, lock
-from lasp.train.metrics import draw_curve
+from lasp.train.logging.metrics import draw_curve
+from lasp.train.logging.output import Output, Stopwatch, bytes_text, duration
+from lasp.train.logging.profile import Profiler
+from lasp.train.logging.program import lasp_command
+from lasp.train.logging.run_info import describe
+from lasp.train.logging.run_logger import Observer
+from lasp.train.logging.step_metrics import Machine
 from lasp.train.optimizer import build_optimizer
-from lasp.train.output import Output, Stopwatch, bytes_text, duration
 from lasp.train.position import Position, changes, position_of, record, settle, tokenizer_of_run
-from lasp.train.profile import Profiler
-from lasp.train.program import lasp_command
 from lasp.train.replicas import check_replicas
-from lasp.train.run_info import describe
-from lasp.train.run_logger import Observer
 from lasp.train.sample import first_words, stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
-from lasp.train.step_metrics import Machine
 from lasp.train.world import World, join, leave, naming_lost_peers
 
 
