@@ -12,7 +12,8 @@ from training_runs import small_config, write_text
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
 from lasp.errors import CheckpointError, ConfigError
-from lasp.train import export, loop, sample
+from lasp.train import loop, sample
+from lasp.train.checkpoint import export
 from lasp.train.config import TrainConfig
 from lasp.train.logging.metrics import read_metrics
 

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from training_runs import small_config
 
 from lasp.errors import ConfigError, PeerLostError, ReplicaError
+from lasp.train.checkpoint.replicas import digest
 from lasp.train.config import TrainConfig
 from lasp.train.handshake import compare, description
 from lasp.train.loop import train
-from lasp.train.replicas import digest
 from lasp.train.step import Stepper
 
 

@@ -11,7 +11,8 @@ import world
 from training_runs import small_config
 
 from lasp.errors import CheckpointError, ConfigError
-from lasp.train import checkpoint, loop, shards, step
+from lasp.train import checkpoint, loop, step
+from lasp.train.checkpoint import shards
 from lasp.train.config import OptimizerOptions, TrainConfig
 from lasp.train.logging.metrics import read_metrics
 from lasp.train.optimizer import learning_rate

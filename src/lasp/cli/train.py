@@ -50,7 +50,7 @@ def arguments_of(arguments: Sequence[str]) -> TrainArguments:
         base = _settings_of(resume)
     init_from = weights or base.init_from
     if init_from is not None and not resumes and base.model == ModelOptions():  # the model whose weights are taken
-        from lasp.train.export import model_options
+        from lasp.train.checkpoint.export import model_options
 
         base = dataclasses.replace(base, model=model_options(init_from))
     options = parse(TrainArguments, arguments, "lasp train", TrainArguments(settings=base))

@@ -23,8 +23,10 @@ from lasp.distributed.signals import stop_signals
 from lasp.errors import CheckpointError, ConfigError, DataError, refusing
 from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel, parallelize
-from lasp.train import checkpoint, export, shards
-from lasp.train.checkpoint import Checkpoint
+from lasp.train import checkpoint
+from lasp.train.checkpoint import Checkpoint, export, shards
+from lasp.train.checkpoint.replicas import check_replicas
+from lasp.train.checkpoint.shards import Saver
 from lasp.train.config import AUTO, TrainConfig
 from lasp.train.evaluate import Score, evaluate
 from lasp.train.lock import LOCK, lock
@@ -37,9 +39,7 @@ from lasp.train.logging.run_logger import Observer
 from lasp.train.logging.step_metrics import Machine
 from lasp.train.optimizer import build_optimizer
 from lasp.train.position import Position, changes, position_of, record, settle, tokenizer_of_run
-from lasp.train.replicas import check_replicas
 from lasp.train.sample import first_words, stream_text
-from lasp.train.shards import Saver
 from lasp.train.step import Stepper
 from lasp.train.world import World, join, leave, naming_lost_peers
 

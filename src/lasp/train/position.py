@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from lasp.data.store import is_store, tokenizer_of
 from lasp.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from lasp.errors import CheckpointError, ConfigError
-from lasp.train import export
-from lasp.train.checkpoint import Checkpoint
+from lasp.train.checkpoint import Checkpoint, export
 from lasp.train.config import TrainConfig, differences, to_dict
 
 # What changes no loss, or is named by itself.

@@ -12,7 +12,8 @@ from lasp.data.store import TokenStore
 from lasp.data.tokenizer import Tokenizer, read_tokenizer
 from lasp.generate import stream
 from lasp.models import CausalLM, ModelConfig
-from lasp.train import checkpoint, export, shards
+from lasp.train import checkpoint
+from lasp.train.checkpoint import export, shards
 from lasp.train.config import SampleOptions
 
 

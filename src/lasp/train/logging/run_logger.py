@@ -2,8 +2,8 @@
 
 Lines of metrics.jsonl, all with "step", the number of finished optimizer steps:
     every step          the fields of lasp.train.logging.step_metrics.StepFigures
-    every --log-every   "ranks": for each figure of lasp.train.logging.step_timer.RankStep a list by global rank, the median
-                        the "steps" since the last such line; "slow": a sentence, if one rank is slow
+    every --log-every   "ranks": for each figure of lasp.train.logging.step_timer.RankStep a list by global rank, the
+                        median of the "steps" since the last such line; "slow": a sentence, if one rank is slow
     every validation    "validation_bits_per_byte", "validation_tokens"
     the end             "trigram_bits_per_byte": of the byte 3-gram model on the text of the last validation
 """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lasp.errors import ReplicaError
-from lasp.train.shards import optimizer_state
+from lasp.train.checkpoint.shards import optimizer_state
 from lasp.train.world import World
 
 _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")

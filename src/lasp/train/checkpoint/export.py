@@ -24,9 +24,9 @@ from lasp import files
 from lasp.data.tokenizer import Tokenizer, files_of, read_tokenizer
 from lasp.errors import CheckpointError, ConfigError
 from lasp.models import CausalLM, ModelConfig
-from lasp.train import checkpoint, shards
+from lasp.train.checkpoint import sealed, shards
+from lasp.train.checkpoint.tensor_file import TensorFile
 from lasp.train.config import ModelOptions, from_dict
-from lasp.train.tensor_file import TensorFile
 
 FORMAT = 2
 _WEIGHTS, _ABOUT = "model.safetensors", "config.json"
@@ -39,7 +39,7 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     """
     if out.exists():
         raise ConfigError(f"--out must name a new folder, {out} exists")
-    found = checkpoint.find(source, report=report)
+    found = sealed.find(source, report=report)
     model = CausalLM(ModelConfig(**found.state["model_config"]))
     shards.load(found, model, found.state["model_config"])
     own = read_tokenizer(found.folder, found.state["tokenizer"])
