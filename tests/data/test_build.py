@@ -23,7 +23,7 @@ from lasp.data.documents import Document
 from lasp.data.store import open_store, prepare
 from lasp.data.tokenizer import ByteTokenizer
 from lasp.errors import DataError
-from lasp.train import loop
+from lasp.train import trainer
 
 TEXTS = ["first document", "", "naïve — 漢字", "x", "a\nb"] + [f"number {i} " * (i % 7) for i in range(60)]
 
@@ -219,7 +219,7 @@ def test_training_on_built_data_is_training_on_its_text(tmp_path: Path) -> None:
     moved = dataclasses.replace(
         config, run_dir=tmp_path / "other", data=dataclasses.replace(config.data, path=tmp_path / "built")
     )
-    assert loop.train(config).bits_per_byte == loop.train(moved).bits_per_byte
+    assert trainer.train(config).bits_per_byte == trainer.train(moved).bits_per_byte
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_loads(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lasp.cli import main as cli
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
 from lasp.errors import CheckpointError
-from lasp.train import checkpoint, loop
+from lasp.train import checkpoint, trainer
 from lasp.train.checkpoint import shards
 from lasp.train.progress import Progress
 from lasp.train.world import World
@@ -230,7 +230,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
         return original(path, progress)
 
     monkeypatch.setattr(checkpoint.sealed, "seal_file", at_step_four)
-    assert loop.train(config).finished_steps == 12
+    assert trainer.train(config).finished_steps == 12
     assert config.run_dir is not None
     assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == [
         "step-00000008",
@@ -242,7 +242,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
         checkpoint.sealed, "seal_file", lambda _path, progress: at_step_four(Path("step-00000004"), progress)
     )
     with pytest.raises(CheckpointError, match=r"step 12 could not be written.*No space left"):
-        loop.train(dataclasses.replace(config, run_dir=tmp_path / "other"))
+        trainer.train(dataclasses.replace(config, run_dir=tmp_path / "other"))
 
 
 class Canary:

@@ -27,7 +27,7 @@ from lasp.parallelize import ParallelModel
 from lasp.terminal import say
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
 from lasp.train.logging.step_timer import peak_memory
-from lasp.train.loop import spread
+from lasp.train.model import spread
 from lasp.train.optimizer import build_optimizer
 from lasp.train.preflight import check_target
 from lasp.train.sizes import Tokens

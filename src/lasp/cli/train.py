@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _train(config: TrainConfig, resume: Path | None) -> int:
-    from lasp.train.loop import train
+    from lasp.train.trainer import train
 
     return STOPPED_EXIT_CODE if train(config, resume=resume).stopped else 0
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lasp.train.config import TrainConfig, to_dict
 from lasp.train.evaluate import Score
-from lasp.train.logging import run_info as describe
+from lasp.train.logging import run_info
 from lasp.train.logging.metrics import MetricsFile
 from lasp.train.logging.output import Output
 from lasp.train.logging.step_metrics import Machine, SlowRank, StepFigures, figures_of, slow_rank, typical
@@ -26,7 +26,7 @@ from lasp.train.position import Position
 from lasp.train.step import StepResult
 
 
-class Observer:
+class RunLogger:
     """On the first process; the others have none."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Observer:
     ) -> None:
         finished = start.step
         self._config, self._output, self._machine, self._start = config, output, machine, start
-        output.attempt("run.json", lambda: describe.write(run_dir, description))
+        output.attempt("run.json", lambda: run_info.write(run_dir, description))
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", finished_steps=finished)
         if self._metrics.num_damaged:
             output.line(
