@@ -21,7 +21,7 @@ from lasp.exchange.schedules.all_to_all import AllToAll
 from lasp.exchange.schedules.doubling import Doubling
 from lasp.exchange.schedules.hierarchical import Hierarchical
 from lasp.models import preset
-from lasp.train.config import read_toml
+from lasp.train.settings_file import read_toml
 from lasp.train.sizes import tokens
 
 CONFIG = preset("transnormer", "1b")

@@ -15,8 +15,9 @@ import pytest
 from lasp.cli import main as cli
 from lasp.errors import ConfigError
 from lasp.models import preset
-from lasp.train.config import ModelOptions, TrainConfig, from_dict
+from lasp.train.config import ModelOptions, TrainConfig
 from lasp.train.logging.metrics import read_metrics
+from lasp.train.settings_file import from_dict
 
 BEFORE = Path(__file__).parents[1] / "before"
 

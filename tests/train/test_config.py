@@ -7,7 +7,8 @@ import pytest
 from training_runs import small_config
 
 from lasp.errors import ConfigError
-from lasp.train.config import ParallelOptions, TrainConfig, differences, from_dict, load_toml, to_dict
+from lasp.train.config import ParallelOptions, TrainConfig
+from lasp.train.settings_file import differences, from_dict, load_toml, to_dict
 
 
 def test_a_config_survives_json() -> None:

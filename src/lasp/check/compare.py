@@ -19,8 +19,9 @@ from lasp.layers import ConstantDecay, SteppedDecay
 from lasp.models import CausalLM
 from lasp.models.presets import BYTE_VOCABULARY
 from lasp.sequence.sequence_parallel import balanced_lengths
-from lasp.train.config import ModelOptions, check_seed, load_toml
-from lasp.train.preflight import check_gpus
+from lasp.train.config import ModelOptions
+from lasp.train.preflight import check_gpus, check_seed
+from lasp.train.settings_file import load_toml
 from lasp.train.sizes import Tokens
 
 # Relative errors that rounding alone does not reach; a lost state is off by far more.

@@ -12,7 +12,8 @@ import tyro
 from lasp.cli.arguments import parse
 from lasp.errors import ConfigError
 from lasp.terminal import say
-from lasp.train.config import SampleOptions, check_seed, check_text
+from lasp.train.config import SampleOptions
+from lasp.train.preflight import check_seed, check_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,10 @@ import tyro
 from lasp.cli.arguments import parse
 from lasp.errors import ConfigError
 from lasp.terminal import Terminal, say
-from lasp.train.config import ModelOptions, TrainConfig, load_toml, read_toml
+from lasp.train.config import ModelOptions, TrainConfig
 from lasp.train.logging.program import lasp_command
 from lasp.train.preflight import check_picture
+from lasp.train.settings_file import load_toml, read_toml
 from lasp.train.sizes import tokens
 
 _TIES_SHOWN = 6

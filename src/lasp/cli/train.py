@@ -12,7 +12,8 @@ import tyro
 
 from lasp.cli.arguments import early, parse
 from lasp.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
-from lasp.train.config import AUTO, ModelOptions, TrainConfig, from_dict, load_toml
+from lasp.train.config import AUTO, ModelOptions, TrainConfig
+from lasp.train.settings_file import from_dict, load_toml
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from lasp.data.store import is_store, tokenizer_of
 from lasp.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from lasp.errors import CheckpointError, ConfigError
 from lasp.train.checkpoint import Checkpoint, export
-from lasp.train.config import TrainConfig, differences, to_dict
+from lasp.train.config import TrainConfig
+from lasp.train.settings_file import differences, to_dict
 
 # What changes no loss, or is named by itself.
 _UNNAMED = (

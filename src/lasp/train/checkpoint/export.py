@@ -26,7 +26,8 @@ from lasp.errors import CheckpointError, ConfigError
 from lasp.models import CausalLM, ModelConfig
 from lasp.train.checkpoint import sealed, shards
 from lasp.train.checkpoint.tensor_file import TensorFile
-from lasp.train.config import ModelOptions, from_dict
+from lasp.train.config import ModelOptions
+from lasp.train.settings_file import from_dict
 
 FORMAT = 2
 _WEIGHTS, _ABOUT = "model.safetensors", "config.json"

@@ -45,8 +45,8 @@ from lasp.errors import CheckpointError
 from lasp.train.checkpoint import sealed
 from lasp.train.checkpoint.sealed import Checkpoint, FileSeal
 from lasp.train.checkpoint.tensor_file import SUFFIX, TensorFile
-from lasp.train.config import differences
 from lasp.train.progress import PHASES, Progress
+from lasp.train.settings_file import differences
 from lasp.train.world import World
 
 _RANDOM_STATE = "random_state.cpu"

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lasp.train.config import TrainConfig, to_dict
+from lasp.train.config import TrainConfig
 from lasp.train.evaluate import Score
 from lasp.train.logging import run_info
 from lasp.train.logging.metrics import MetricsFile
@@ -23,6 +23,7 @@ from lasp.train.logging.step_metrics import Machine, SlowRank, StepFigures, figu
 from lasp.train.logging.step_timer import RankStep
 from lasp.train.logging.trackers import open_sinks
 from lasp.train.position import Position
+from lasp.train.settings_file import to_dict
 from lasp.train.step import StepResult
 
 
