@@ -10,8 +10,6 @@ config.json         "model_config"; "model", the options of `lasp train` that gi
 
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,19 +52,12 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
         "model": found.state["config"]["model"],
         "model_config": found.state["model_config"],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".writing-{out.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
+    with files.whole_folder(out) as temporary:
         tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         for name, content in beside.items():
             files.write(temporary / name, content)
         seal(temporary, about)
-        os.rename(temporary, out)
-        files.sync(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
