@@ -81,7 +81,7 @@ def show(found: dict[str, Any], console: Terminal) -> None:
         if found["hosts"] > 1:
             console.print(
                 f"  It starts all its processes on one machine: for {found['hosts']} hosts give these options to "
-                "examples/slurm/train.sbatch or to torchrun (docs/training.md).",
+                "examples/slurm/train.sbatch or to torchrun (docs/guide/training.md).",
             )
     console.print(
         "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"

@@ -7,7 +7,7 @@ from lasp import files
 from lasp.bench.exchanges import BenchConfig, run, table
 from lasp.bench.steps import BenchTrainConfig, for_device, measure
 from lasp.cli.arguments import early, is_first, is_launched, parse
-from lasp.distributed.launcher import launch
+from lasp.distributed import launcher
 from lasp.errors import ConfigError
 from lasp.terminal import say
 
@@ -29,7 +29,7 @@ def _exchange(arguments: Sequence[str]) -> int:
     config = parse(BenchConfig, arguments, "lasp bench exchange")
     config.validate(writes=is_first())
     if not is_launched():
-        return launch(["bench", "exchange", *arguments], config.nproc)
+        return launcher.launch(["bench", "exchange", *arguments], config.nproc)
     figures = run(config)
     if is_first():
         say(table(figures))
@@ -45,6 +45,6 @@ def _train(arguments: Sequence[str]) -> int:
     if not is_launched():
         config.training(config.num_processes)  # a layout that does not fit is one message, before anything starts
         if config.num_processes > 1:
-            return launch(["bench", "train", *arguments], config.num_processes)
+            return launcher.launch(["bench", "train", *arguments], config.num_processes)
     figures = measure(config, report=say if is_first() else None)
     return 0 if any(row["step_s"] is not None for row in figures["rows"]) else 1

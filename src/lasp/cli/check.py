@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lasp.check.compare import BOUNDS, CheckConfig, run
 from lasp.check.table import table
 from lasp.cli.arguments import is_first, is_launched, parse
-from lasp.distributed.launcher import launch
+from lasp.distributed import launcher
 from lasp.terminal import Terminal
 
 # Not in --help: makes every exchange forget the state it carries, to show that the check can fail.
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(CheckConfig, [argument for argument in arguments if argument != BREAK], "lasp check")
     config.validate()
     if not is_launched():
-        return launch(["check", *arguments], config.sp)
+        return launcher.launch(["check", *arguments], config.sp)
     rows = run(config, broken=BREAK in arguments)
     good = all(row.passes(BOUNDS[config.precision]) for row in rows)
     if is_first():

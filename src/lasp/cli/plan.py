@@ -39,7 +39,7 @@ class PlanConfig:
     """The model, where no --config is given."""
     gpu: str = "a100-80g"
     """Kind of device: a100-80g, h100, h200, cpu (a process of one thread), or a TOML file that describes another: see
-    docs/analysis.md."""
+    docs/guide/planning.md."""
     gpus: int = 8
     """How many."""
     precision: Literal["fp32", "bf16"] | None = None

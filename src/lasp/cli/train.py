@@ -76,9 +76,9 @@ def main(arguments: Sequence[str]) -> int:
     config.validate(num_processes)
     if num_processes == 1:
         return _train(config, options.resume)
-    from lasp.distributed.launcher import launch
+    from lasp.distributed import launcher
 
-    return launch(["train", *_without_nproc(arguments)], num_processes)
+    return launcher.launch(["train", *_without_nproc(arguments)], num_processes)
 
 
 def _train(config: TrainConfig, resume: Path | None) -> int:
