@@ -16,12 +16,12 @@ from lasp.analysis.planner import METHODS, Job, ParallelLayout, best, estimate, 
 from lasp.analysis.report import alternatives, plan, row
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
+from lasp.errors import ConfigError
 from lasp.exchange.schedules.all_to_all import AllToAll
 from lasp.exchange.schedules.doubling import Doubling
 from lasp.exchange.schedules.hierarchical import Hierarchical
 from lasp.models import preset
-from lasp.train.config import read_toml
-from lasp.train.errors import ConfigError
+from lasp.train.settings_file import read_toml
 from lasp.train.sizes import tokens
 
 CONFIG = preset("transnormer", "1b")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lasp.errors import CheckpointError
 from lasp.models import CausalLM, ModelConfig, preset
-from lasp.train import export
-from lasp.train.errors import CheckpointError
-from lasp.train.shards import refuse_other_model
+from lasp.train.checkpoint import export
+from lasp.train.checkpoint.shards import refuse_other_model
 
 FOLDER = Path(__file__).parent / "earlier_exports"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())

@@ -10,15 +10,16 @@ import statistics
 from importlib.resources import files
 from typing import Any
 
-from lasp.train.config import TrainConfig, to_dict
-from lasp.train.metrics import smoothed
+from lasp.train.config import TrainConfig
+from lasp.train.logging.metrics import smoothed
+from lasp.train.logging.step_metrics import SLOW, SLOW_S
 from lasp.train.position import settle
 from lasp.train.report import breakdown
 from lasp.train.report.chart import Series, chart
 from lasp.train.report.layout import drawing
 from lasp.train.report.run import LoadedRun
 from lasp.train.report.text import escape, nbytes, number
-from lasp.train.step_metrics import SLOW, SLOW_S
+from lasp.train.settings_file import to_dict
 
 SECTIONS = ("curves", "layout", "time", "memory", "exchange", "text", "settings", "versions")
 _MOST_LINES = 8

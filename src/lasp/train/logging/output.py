@@ -7,7 +7,7 @@ from typing import IO, cast
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lasp.terminal import Outlet, Terminal
-from lasp.train.step_metrics import StepFigures
+from lasp.train.logging.step_metrics import StepFigures
 
 _LAST_WAIT_S = 10.0
 

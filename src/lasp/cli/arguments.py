@@ -13,12 +13,22 @@ from lasp.terminal import printable
 C = TypeVar("C")
 
 
+def is_launched() -> bool:
+    """Whether a launcher has started this process, which then joins the others."""
+    return "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks to the user: the first of those that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def parse(kind: type[C], arguments: Sequence[str], command: str, default: C | None = None) -> C:
     """The dataclass `kind` as the arguments of `command` say; what they leave out is as in `default`.
 
     Raises SystemExit on --help (0) and for what cannot be understood (2), which has then been printed.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
+    speaks = is_first()
     given, shown = list(arguments), [printable(argument) for argument in arguments]
     more: dict[str, Any] = {} if default is None else {"default": default}
     try:

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lasp import files
-from lasp.train.errors import ConfigError
+from lasp.errors import ConfigError
 
 
 def parse_range(text: str) -> tuple[int, int]:
@@ -37,7 +37,7 @@ class Profiler:
         device: torch.device,
         attempt: Callable[[str, Callable[[], object]], bool],
     ) -> None:
-        """attempt: does what writes a file, and reports it if that fails (lasp.train.output)."""
+        """attempt: does what writes a file, and reports it if that fails (lasp.train.logging.output)."""
         self._range = None if steps is None else parse_range(steps)
         self._file = folder / f"rank-{rank}.json.gz"
         self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")

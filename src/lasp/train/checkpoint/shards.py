@@ -41,13 +41,13 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.futures import Future
 
 from lasp import files
+from lasp.errors import CheckpointError
 from lasp.models.config import current_form
-from lasp.train import checkpoint
-from lasp.train.checkpoint import Checkpoint, FileSeal
-from lasp.train.config import differences
-from lasp.train.errors import CheckpointError
+from lasp.train.checkpoint import sealed
+from lasp.train.checkpoint.sealed import Checkpoint, FileSeal
+from lasp.train.checkpoint.tensor_file import SUFFIX, TensorFile
 from lasp.train.progress import PHASES, Progress
-from lasp.train.tensor_file import SUFFIX, TensorFile
+from lasp.train.settings_file import differences
 from lasp.train.world import World
 
 _RANDOM_STATE = "random_state.cpu"
@@ -122,8 +122,8 @@ class Saver:
         def commit(written: list[FileSeal]) -> None:
             for name, content in self.beside.items():
                 files.write(folder / name, content)
-            more = [checkpoint.seal_file(folder / name, self._progress) for name in self.beside]
-            checkpoint.commit(folder, state, written + more, keep=self.keep)
+            more = [sealed.seal_file(folder / name, self._progress) for name in self.beside]
+            sealed.commit(folder, state, written + more, keep=self.keep)
 
         try:
             _quiet_about_one_process()
@@ -137,7 +137,7 @@ class Saver:
         except BaseException as error:
             self._problem = f"the checkpoint of step {state['step']} could not be written: {_cause(error)}"
             if self._world.is_first:
-                checkpoint.abandon(folder)
+                sealed.abandon(folder)
 
 
 class _SealingWriter(HuggingFaceStorageWriter):
@@ -157,10 +157,10 @@ class _SealingWriter(HuggingFaceStorageWriter):
         written = super().write_data(plan, planner)
         written.wait()
         names = {result.storage_data.relative_path for result in written.value()}
-        sealed: Future[Any] = Future()
-        sealed.set_result([checkpoint.seal_file(self._folder / name, self._progress) for name in sorted(names)])
+        seals: Future[Any] = Future()
+        seals.set_result([sealed.seal_file(self._folder / name, self._progress) for name in sorted(names)])
         self._progress.enter(PHASES[0])
-        return sealed
+        return seals
 
     def finish(self, metadata: Metadata, results: Any) -> None:
         self._progress.enter("sealing")
@@ -212,7 +212,7 @@ class _NotedLoading(DefaultLoadPlanner):
 
 
 class _CarefulReader(HuggingFaceStorageReader):
-    """Reads the files as PyTorch's own does, which maps them (lasp.train.tensor_file says why not)."""
+    """Reads the files as PyTorch's own does, which maps them (lasp.train.checkpoint.tensor_file says why not)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
@@ -396,7 +396,7 @@ def _names(module: nn.Module) -> dict[Tensor, str]:
 
 def _begin(root: Path, step: int) -> dict[str, Any]:
     try:
-        return {"folder": str(checkpoint.begin(root, step))}
+        return {"folder": str(sealed.begin(root, step))}
     except OSError as error:
         return {"problem": f"the checkpoint of step {step} could not be begun: {error}"}
 

@@ -4,7 +4,7 @@ import importlib
 import os
 from pathlib import Path
 
-from lasp.train.errors import ConfigError
+from lasp.errors import ConfigError
 
 
 def check_target(option: str, path: Path | None) -> None:
@@ -49,3 +49,26 @@ def check_gpus(device: str, least: int) -> None:
         raise ConfigError(
             f"--device cuda needs {least} GPU{'s' * (least > 1)} on this machine, found {torch.cuda.device_count()}"
         )
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raises ConfigError for a seed that PyTorch's generators do not take."""
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"{name} must be a number of at most 64 bits, got {seed}")
+
+
+def check_folder(name: str, path: Path | None) -> None:
+    """Raises ConfigError for a path at which no folder can be, because it or what it is in is a file."""
+    if path is None:
+        return
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if there is not None and not there.is_dir():
+        raise ConfigError(f"{name} must be a folder, and {there} is none")
+
+
+def check_text(name: str, text: str | None) -> None:
+    """Raises ConfigError for bytes of the command line that are no text."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} must be text in UTF-8, got {text!r}") from None

@@ -19,8 +19,8 @@ from lasp.exchange.peer.exchange import is_possible
 from lasp.models import ModelConfig, num_parameters
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
-from lasp.train.step_metrics import Machine
-from lasp.train.versions import versions
+from lasp.train.logging.step_metrics import Machine
+from lasp.train.logging.versions import versions
 from lasp.train.world import World
 
 

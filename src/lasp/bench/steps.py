@@ -1,4 +1,4 @@
-"""`lasp bench train`: tokens per second, model FLOP utilisation and memory of training steps, on any layout."""
+"""Tokens per second, model FLOP utilisation and memory of training steps, on any layout."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
+import torch
+import torch.distributed as dist
 import tyro
+from torch.profiler import ProfilerActivity, profile
 
 from lasp import files
-from lasp.cli.checks import check_target
-from lasp.cli.options import early, parse
+from lasp.analysis.devices import peak_flops
+from lasp.analysis.flops import flops_per_token
+from lasp.errors import ConfigError, refusing
+from lasp.models import CausalLM, ModelConfig
+from lasp.parallelize import ParallelModel
 from lasp.terminal import say
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
-from lasp.train.errors import ConfigError, refusing
+from lasp.train.logging.step_timer import peak_memory
+from lasp.train.model import spread
+from lasp.train.optimizer import build_optimizer
+from lasp.train.preflight import check_target
 from lasp.train.sizes import Tokens
-
-if TYPE_CHECKING:
-    import torch
-
-    from lasp.models import ModelConfig
-    from lasp.parallelize import ParallelModel
-    from lasp.train.world import World
+from lasp.train.world import World, join, leave, naming_lost_peers
 
 # Tokens of a rank: what lengths that nobody asked for are multiples of.
 LENGTH_UNIT = 64
@@ -72,8 +75,8 @@ class BenchTrainConfig:
         """To start, where no launcher has."""
         return (self.parallel.dp or 1) * self.parallel.sp if self.nproc is None else self.nproc
 
-    def validate(self) -> None:
-        """Raises ConfigError if a value means nothing."""
+    def validate(self, *, writes: bool = True) -> None:
+        """Raises ConfigError if a value means nothing. writes: this process is the one that writes the file."""
         if not self.tokens or min(self.tokens) < 1 or self.steps < 1 or self.num_processes < 1:
             raise ConfigError(
                 f"--tokens, --steps and --nproc must be at least 1, got {self.tokens}, {self.steps}, {self.nproc}"
@@ -84,7 +87,7 @@ class BenchTrainConfig:
             raise ConfigError(f"--longest goes on from the last two of --tokens, rising, got {self.tokens}")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ConfigError(f"--memory-gib must be above 0, got {self.memory_gib}")
-        if os.environ.get("RANK", "0") == "0":
+        if writes:
             check_target("--output", self.output)
 
     def training(self, num_processes: int) -> TrainConfig:
@@ -103,28 +106,11 @@ class BenchTrainConfig:
 
 def for_device(name: str) -> BenchTrainConfig:
     """What is measured unless told otherwise, with --device `name`."""
-    import torch
-
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return BenchTrainConfig()
     return BenchTrainConfig(
         model=ModelOptions(family="transnormer", size="tiny"), tokens=(512, 1024, 2048, 4096), precision="fp32"
     )
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run `lasp bench train ARGUMENTS`."""
-    (device,) = early(arguments, "--device")
-    config = parse(BenchTrainConfig, arguments, "lasp bench train", for_device(str(device or "auto")))
-    config.validate()
-    if "RANK" not in os.environ:
-        config.training(config.num_processes)  # a layout that does not fit is one message, before anything starts
-        if config.num_processes > 1:
-            from lasp.cli.launch import launch
-
-            return launch(["bench", "train", *arguments], config.num_processes)
-    figures = measure(config, report=say if os.environ.get("RANK", "0") == "0" else None)
-    return 0 if any(row["step_s"] is not None for row in figures["rows"]) else 1
 
 
 def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = None) -> dict[str, Any]:
@@ -137,12 +123,6 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
     Raises ConfigError for a model that does not exist, a layout that does not fit, or a device that is not there, and
     PeerLostError.
     """
-    import torch
-    import torch.distributed as dist
-
-    from lasp.analysis.flops import flops_per_token
-    from lasp.train.world import join, leave, naming_lost_peers
-
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     training = config.training(size)
     world = join(training)
@@ -200,10 +180,6 @@ def _end_at_once(message: str) -> NoReturn:
 
 def _conditions(config: BenchTrainConfig, model: ParallelModel, world: World) -> dict[str, Any]:
     """All figures but what is measured."""
-    import torch
-
-    from lasp.analysis.devices import peak_flops
-
     parallel, on_gpu = config.parallel, world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
     return {
@@ -244,8 +220,6 @@ def _row(tokens: int, times: _Times, flops: float, figures: dict[str, Any]) -> d
 
 def _limited_memory(gib: float | None, device: torch.device) -> float | None:
     """Bytes of a GPU that PyTorch can have from now on; None for a CPU."""
-    import torch
-
     if device.type != "cuda":
         if gib is not None:
             raise ConfigError("--memory-gib limits a GPU's memory, and this runs on the CPU")
@@ -258,11 +232,6 @@ def _limited_memory(gib: float | None, device: torch.device) -> float | None:
 
 def _built(config: BenchTrainConfig, training: TrainConfig, world: World) -> tuple[ParallelModel, ModelConfig]:
     """The model, spread over the processes. Raises ConfigError."""
-    import torch
-
-    from lasp.models import CausalLM
-    from lasp.train.loop import spread
-
     model_config = config.model.build()
     with torch.device("meta"):
         module = CausalLM(model_config)
@@ -273,8 +242,6 @@ def _built(config: BenchTrainConfig, training: TrainConfig, world: World) -> tup
 
 def _text(tokens: int, vocab_size: int, world: World) -> torch.Tensor:
     """This process's share [1, n + 1] of its group's sequence, the token after it too."""
-    import torch
-
     random = torch.Generator(world.device).manual_seed(world.shard.dp_rank)
     text = torch.randint(vocab_size, (1, tokens + 1), device=world.device, generator=random)
     share = tokens // world.shard.sp_size
@@ -283,10 +250,6 @@ def _text(tokens: int, vocab_size: int, world: World) -> torch.Tensor:
 
 def _step(model: ParallelModel, precision: str, world: World) -> Callable[[torch.Tensor], None]:
     """A training step on this process's share of a sequence."""
-    import torch
-
-    from lasp.train.optimizer import build_optimizer
-
     optimizer = build_optimizer(model, OptimizerOptions())
 
     def step(text: torch.Tensor) -> None:
@@ -309,10 +272,6 @@ class _Times(NamedTuple):
 
 
 def _timed(step: Callable[[], None], steps: int, device: torch.device) -> _Times:
-    import torch
-
-    from lasp.train.step_timer import peak_memory
-
     seconds = []
     for number in range(steps + 1):
         if number == 1 and device.type == "cuda":
@@ -334,8 +293,6 @@ def _slowest(world: World, times: _Times) -> _Times:
 
 def _kernels(step: Callable[[], None], device: Any, count: int = 25) -> list[dict[str, Any]]:
     """The kernels (on a CPU, the operators) that a step spends most of its own time in."""
-    from torch.profiler import ProfilerActivity, profile
-
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiled:
         step()

@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from lasp.distributed.process_group import RENDEZVOUS, stay_on_loopback
+from lasp.distributed.signals import IMPATIENT, end_with_parent, stop_signals
+from lasp.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, PeerLostError
 from lasp.terminal import say
-from lasp.train.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, PeerLostError
-from lasp.train.loopback import stay_on_loopback
-from lasp.train.stopping import IMPATIENT, end_with_parent, stop_signals
 
 # How long the others may take to notice a dead process and end by themselves, and to obey SIGTERM.
 _GRACE_S = 10.0
-_LIFELINE = "LASP_LIFELINE"
+LIFELINE = "LASP_LIFELINE"
 _MOST_ERROR_BYTES = 1 << 20
 _PEER_LOST = PeerLostError.exit_code
 
@@ -45,7 +45,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             for rank in range(num_processes):
                 workers.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "lasp.cli.launch", *arguments],
+                        [sys.executable, "-m", "lasp", *arguments],
                         env=_environment(rank, num_processes, meeting, read_end),
                         stdin=subprocess.DEVNULL,
                         stderr=errors[rank],
@@ -144,8 +144,8 @@ def _environment(rank: int, num_processes: int, meeting: _Meeting, lifeline: int
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
-        "LASP_RENDEZVOUS": meeting.path.as_uri(),
-        _LIFELINE: str(lifeline),
+        RENDEZVOUS: meeting.path.as_uri(),
+        LIFELINE: str(lifeline),
     }
 
 
@@ -169,20 +169,13 @@ def _exit_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _end_with_parent() -> None:
-    """Leave at once when the launcher is gone."""
+def follow() -> None:
+    """In a process that `launch` started: leave at once when the launcher is gone."""
     end_with_parent()
-    lifeline = int(os.environ.pop(_LIFELINE))
+    lifeline = int(os.environ.pop(LIFELINE))
 
     def watch() -> None:
         os.read(lifeline, 1)  # returns when the last write end is closed
         os._exit(_PEER_LOST)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    from lasp.cli.main import main
-
-    _end_with_parent()
-    sys.exit(main())

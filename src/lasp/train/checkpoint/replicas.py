@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from lasp.train.errors import ReplicaError
-from lasp.train.shards import optimizer_state
+from lasp.errors import ReplicaError
+from lasp.train.checkpoint.shards import optimizer_state
 from lasp.train.world import World
 
 _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")

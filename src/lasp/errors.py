@@ -1,9 +1,7 @@
-"""Reasons a run ends, each with the exit code that tells a launcher what to do next."""
+"""Reasons a command ends, each with the exit code that tells a launcher what to do next."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from lasp.data.errors import DataError
 
 
 class RunError(Exception):
@@ -16,6 +14,12 @@ class ConfigError(RunError, ValueError):
     """The configuration, or the layout asked for, cannot be run."""
 
     exit_code = 64
+
+
+class DataError(RunError, ValueError):
+    """The text, the tokenizer or the token file cannot be used; the message says what to do."""
+
+    exit_code = 65
 
 
 class CheckpointError(RunError):
@@ -47,14 +51,12 @@ def refusing() -> Iterator[None]:
     """Around the first use of a model as configured: what its parts refuse, by ValueError, is a ConfigError."""
     try:
         yield
-    except (RunError, DataError):
+    except RunError:
         raise
     except ValueError as error:
         raise ConfigError(f"the model, as configured, does not run here: {error}") from error
 
 
-DATA_EXIT_CODE = 65
-"""lasp.data.errors.DataError: the text or the token file cannot be used."""
 FILES_EXIT_CODE = 74
 """OSError: the system does not let a file or folder be read or written."""
 INTERRUPTED_EXIT_CODE = 130

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: one folder a step, sealed by a manifest, moved into place by one rename.
 
     step-00000200/
-        shard-*.safetensors     one or more a process: its part of weights and optimizer (lasp.train.shards)
+        shard-*.safetensors     one or more a process: its part of weights and optimizer (lasp.train.checkpoint.shards)
         tokenizer.json          the tokenizer, where it is a file
         state.json              step, data position, layout, configuration
         manifest.json           written last: size and SHA-256 of every other file, itself under a SHA-256
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lasp import files
-from lasp.train.errors import CheckpointError
+from lasp.errors import CheckpointError
 from lasp.train.progress import Progress
 from lasp.train.world import World
 

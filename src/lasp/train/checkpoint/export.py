@@ -10,8 +10,6 @@ config.json         "model_config"; "model", the options of `lasp train` that gi
 
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,12 @@ from torch import nn
 
 from lasp import files
 from lasp.data.tokenizer import Tokenizer, files_of, read_tokenizer
+from lasp.errors import CheckpointError, ConfigError
 from lasp.models import CausalLM, ModelConfig
-from lasp.train import checkpoint, shards
-from lasp.train.config import ModelOptions, from_dict
-from lasp.train.errors import CheckpointError, ConfigError
-from lasp.train.tensor_file import TensorFile
+from lasp.train.checkpoint import sealed, shards
+from lasp.train.checkpoint.tensor_file import TensorFile
+from lasp.train.config import ModelOptions
+from lasp.train.settings_file import from_dict
 
 FORMAT = 3
 # That of models without a configuration of the mixer, which `ModelConfig.from_dict` reads too.
@@ -41,7 +40,7 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     """
     if out.exists():
         raise ConfigError(f"--out must name a new folder, {out} exists")
-    found = checkpoint.find(source, report=report)
+    found = sealed.find(source, report=report)
     model_config = ModelConfig.from_dict(found.state["model_config"])
     model = CausalLM(model_config)
     shards.load(found, model, model_config.to_dict())
@@ -56,19 +55,12 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
         "model": found.state["config"]["model"],
         "model_config": model_config.to_dict(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".writing-{out.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
+    with files.whole_folder(out) as temporary:
         tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         for name, content in beside.items():
             files.write(temporary / name, content)
         seal(temporary, about)
-        os.rename(temporary, out)
-        files.sync(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
