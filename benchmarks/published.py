@@ -181,7 +181,7 @@ def memory_table(
 def comparison(size: str) -> tuple[list[str], dict[str, Any]]:
     """Section 2.2: three methods on 64 GPUs. The heads are made 64 where a method must divide them."""
     config = preset("transnormer", size)
-    width = config.num_heads * config.key_dim
+    width = config.mixer_of(0).num_heads * config.mixer_of(0).key_dim
     divisible = preset("transnormer", size, num_heads=64, key_dim=width // 64, value_dim=width // 64)
     if divisible.ffn_dim % 64:
         divisible = preset(
@@ -294,7 +294,7 @@ def longest_sequences() -> list[str]:
             published = max(tokens for tokens, value in values.items() if value)
             config = preset("transnormer", size)
             if method != "lasp":
-                width = config.num_heads * config.key_dim
+                width = config.mixer_of(0).num_heads * config.mixer_of(0).key_dim
                 config = preset(
                     "transnormer",
                     size,

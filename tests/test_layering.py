@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lasp"
 # A package may import those of lower levels, and itself.
 ORDER = """
 errors, files, terminal < algebra, distributed < recurrence < kernels < exchange < sequence < ops, halo, softmax
-    < layers < models < parallelize, generate, data, analysis < train < cli < __main__
+    < layers < models < parallelize, generate, data, analysis < train < check, bench < cli < __main__
 """
 LEVELS = {name.strip(): level for level, names in enumerate(ORDER.split("<")) for name in names.split(",")}
 # The only importers of triton.
@@ -213,6 +213,6 @@ def test_an_exchange_has_one_door():
     """Forward and backward start an exchange in ops/scan.py, once each; schedules are begun within exchange only."""
     ends = ("ops/scan.py", "ops/scan.py")
     # `lasp check` begins one itself: its control carries nothing.
-    assert [place for place in doors(sources()) if place != "cli/check.py"] == list(ends)
+    assert [place for place in doors(sources()) if place != "check/compare.py"] == list(ends)
     opened = {SOURCE / "halo" / "x.py": ast.parse("schedule.begin(comm, summary, initial)")}
     assert doors(opened) == ["halo/x.py"]

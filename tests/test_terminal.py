@@ -13,7 +13,7 @@ import pytest
 
 from lasp.cli import main as cli
 from lasp.terminal import Outlet, printable
-from lasp.train.output import Output
+from lasp.train.logging.output import Output
 
 SOURCE = Path(cli.__file__).parents[1]
 
@@ -44,7 +44,7 @@ def test_nothing_is_printed_past_the_escape() -> None:
     for path in SOURCE.rglob("*.py"):
         if path != SOURCE / "terminal.py":
             assert not unescaped(path.read_text()), path
-            assert "tyro.cli(" not in path.read_text() or path == SOURCE / "cli" / "options.py"
+            assert "tyro.cli(" not in path.read_text() or path == SOURCE / "cli" / "arguments.py"
     assert unescaped("print(x)\nrich.console.Console()\nsys.stderr.write(x)\nconsole.print(x)") == [
         "print",
         "rich.console.Console",

@@ -9,9 +9,11 @@ place of whatever had the name.
 import hashlib
 import json
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,6 +102,22 @@ def make_folder(path: Path) -> Path:
     if path.is_symlink():
         raise OSError(f"{path} is a link: nothing is written through it; put the folder itself there")
     return path
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` to write into; it becomes `target` if nothing is raised, else nothing of it stays.
+
+    Raises OSError, also where something is at `target` by then.
+    """
+    temporary = target.parent / f".writing-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -17,12 +17,12 @@ from lasp.analysis.planner import METHODS, Job, ParallelLayout, best, estimate, 
 from lasp.analysis.report import alternatives, plan, row
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
+from lasp.errors import ConfigError
 from lasp.exchange.schedules.all_to_all import AllToAll
 from lasp.exchange.schedules.doubling import Doubling
 from lasp.exchange.schedules.hierarchical import Hierarchical
 from lasp.models import preset
-from lasp.train.config import read_toml
-from lasp.train.errors import ConfigError
+from lasp.train.settings_file import read_toml
 from lasp.train.sizes import tokens
 
 CONFIG = preset("transnormer", "1b")
@@ -168,7 +168,7 @@ def test_the_printed_command_is_one_that_train_takes(
         parallel.data_parallel,
         parallel.recomputation,
     ]
-    assert config.model.build(vocab_size=257).layer_pattern[0] == "L" and config.accumulation == 1
+    assert config.model.build(vocab_size=257).mixer_of(0).kind == "linear-attention" and config.accumulation == 1
 
 
 def test_the_printed_command_trains(

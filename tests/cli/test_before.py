@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from lasp.cli import main as cli
+from lasp.errors import ConfigError
 from lasp.models import preset
-from lasp.train.config import ModelOptions, TrainConfig, from_dict
-from lasp.train.errors import ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.config import ModelOptions, TrainConfig
+from lasp.train.logging.metrics import read_metrics
+from lasp.train.settings_file import from_dict
 
 BEFORE = Path(__file__).parents[1] / "before"
 

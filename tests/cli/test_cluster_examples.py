@@ -14,7 +14,7 @@ from test_launch import command
 from torch.distributed.run import get_args_parser as torchrun_arguments
 
 from lasp.cli import train as train_command
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Each task gets its number as Slurm's would; the code is the highest of all tasks', as srun's is.

@@ -14,10 +14,10 @@ from test_launch import command, linux, wait_until, whole_end
 from world import torchrun
 
 from lasp.cli import train as train_command
-from lasp.train import loop
+from lasp.errors import CheckpointError, ConfigError
+from lasp.train import trainer
 from lasp.train.config import AUTO
-from lasp.train.errors import CheckpointError, ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 STEPS = 60
 
@@ -63,7 +63,7 @@ def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
 
     whole = train_command.arguments_of(arguments[1:]).settings
     whole = dataclasses.replace(whole, run_dir=tmp_path / "whole")
-    world.run(2, lambda _rank: loop.train(whole) and None)
+    world.run(2, lambda _rank: trainer.train(whole) and None)
     assert len(losses(tmp_path / "whole")) == STEPS
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
@@ -75,11 +75,11 @@ def test_auto_begins_where_there_is_nothing_good_to_go_on_from(tmp_path: Path) -
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')  # of a try that saved nothing
-    loop.train(config, resume=AUTO)
+    trainer.train(config, resume=AUTO)
     assert [step for step, _ in losses(run_dir)] == [1, 2] and losses(run_dir)[0][1] != 9.0
     # Damage is not taken for a beginning.
     (run_dir / "checkpoints" / "step-00000002" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is usable"):
-        loop.train(config, resume=AUTO)
+        trainer.train(config, resume=AUTO)
     with pytest.raises(ConfigError, match="name it with --run-dir"):
         train_command.arguments_of(["--resume", "auto"])

@@ -17,10 +17,10 @@ import pytest
 from training_runs import SMALL, write_text
 from world import torchrun
 
+from lasp.errors import ConfigError
 from lasp.train import checkpoint
-from lasp.train.errors import ConfigError
-from lasp.train.lock import lock
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
+from lasp.train.run_folder import lock
 
 LASP = [sys.executable, "-m", "lasp"]
 FOREVER = ["--steps", "1000000"]

@@ -15,8 +15,9 @@ import tokenizer_files
 from training_runs import SMALL, small_config
 
 from lasp.cli import main as cli
-from lasp.train import loop
-from lasp.train.metrics import read_metrics
+from lasp.errors import ConfigError, DataError
+from lasp.train import trainer
+from lasp.train.logging.metrics import read_metrics
 
 Command = Callable[[str, str], str]
 """Runs `lasp ARGUMENTS` in the folder named and returns what it printed."""
@@ -176,8 +177,8 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     start."""
     monkeypatch.chdir(tmp_path)
     config = small_config(tmp_path, steps=2, seq_len=1_000_000, run_dir=None)
-    with pytest.raises(loop.DataError, match="too few for one sequence"):
-        loop.train(config)
+    with pytest.raises(DataError, match="too few for one sequence"):
+        trainer.train(config)
     assert not list(tmp_path.glob("runs/*"))
     late = small_config(tmp_path, steps=2)
 
@@ -185,19 +186,19 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Stepper, "rehearse", broken)
+        patch.setattr(trainer.Stepper, "rehearse", broken)
         with pytest.raises(MemoryError):
-            loop.train(late)
+            trainer.train(late)
     assert late.run_dir is not None and not late.run_dir.exists()
     done = small_config(tmp_path, steps=1, run_dir=tmp_path / "done")
-    loop.train(done)
+    trainer.train(done)
     before = (tmp_path / "done" / "config.json").read_text()
-    with pytest.raises(loop.DataError, match="too few for one sequence"):
-        loop.train(dataclasses.replace(done, steps=2, seq_len=1_000_000), resume=done.run_dir)
+    with pytest.raises(DataError, match="too few for one sequence"):
+        trainer.train(dataclasses.replace(done, steps=2, seq_len=1_000_000), resume=done.run_dir)
     assert (tmp_path / "done" / "config.json").read_text() == before  # a run that cannot go on is as it was
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Stepper, "step", broken)
+        patch.setattr(trainer.Stepper, "step", broken)
         with pytest.raises(MemoryError):
-            loop.train(late)
-    with pytest.raises(loop.ConfigError, match="is not empty: name another"):  # no checkpoint: nothing to --resume
-        loop.train(late)
+            trainer.train(late)
+    with pytest.raises(ConfigError, match="is not empty: name another"):  # no checkpoint: nothing to --resume
+        trainer.train(late)

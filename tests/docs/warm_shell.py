@@ -30,7 +30,7 @@ import lasp.cli.generate
 import lasp.cli.plan
 import lasp.cli.train
 import lasp.parallelize
-import lasp.train.loop  # noqa: F401
+import lasp.train.trainer  # noqa: F401
 
 _CLIENT = """#!{python} -SE
 import array, json, os, socket, sys
@@ -213,9 +213,10 @@ def _program(name: str, arguments: list[str]) -> int:
 
 
 def _lasp(arguments: list[str]) -> int:
-    from lasp.cli import launch, main
+    from lasp.cli import main
+    from lasp.distributed import launcher
 
     # `lasp` starts processes of its own; here they are forks, which meet as torchrun's do.
-    launch.launch = lambda words, count: _torchrun(["--nproc-per-node", str(count), "-m", "lasp", *words])  # type: ignore[assignment]
+    launcher.launch = lambda words, count: _torchrun(["--nproc-per-node", str(count), "-m", "lasp", *words])  # type: ignore[assignment]
     sys.argv = ["lasp", *arguments]
     return main.main(shortened(arguments))

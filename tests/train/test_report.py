@@ -18,8 +18,8 @@ import world
 from training_runs import small_config
 
 from lasp.cli import main as cli
-from lasp.train import loop
-from lasp.train.metrics import curve_of, read_metrics
+from lasp.train import trainer
+from lasp.train.logging.metrics import curve_of, read_metrics
 from lasp.train.report import load, page, render
 from lasp.train.report.chart import ticks
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two by two processes."""
     place = tmp_path_factory.mktemp("report")
     config = small_config(place, dp=2, sp=2, steps=6, log_every=3, eval_every=3)
-    world.run(4, lambda _rank: loop.train(config) and None)
+    world.run(4, lambda _rank: trainer.train(config) and None)
     (place / "run" / "sample.txt").write_text("def f(x)")
     return place / "run"
 

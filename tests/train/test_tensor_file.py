@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lasp.train.tensor_file import TensorFile
+from lasp.train.checkpoint.tensor_file import TensorFile
 
 
 def write(path: Path) -> Path:

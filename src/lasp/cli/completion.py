@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Callable, Sequence
 
 from lasp.cli.help_text import COMMAND_LINES, Option, help_of
+from lasp.errors import ConfigError
 from lasp.terminal import say
-from lasp.train.errors import ConfigError
 
 _USAGE = """usage: lasp completion bash|zsh|fish
 

@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
 from lasp.data import store
 from lasp.data.build import SHARD_TOKENS
 from lasp.data.tokenizer import load_tokenizer
+from lasp.errors import ConfigError
 from lasp.terminal import Terminal
 from lasp.train.config import DataOptions
-from lasp.train.errors import ConfigError
-from lasp.train.output import bytes_text, duration
-from lasp.train.program import lasp_command
+from lasp.train.logging.output import bytes_text, duration
+from lasp.train.logging.program import lasp_command
 from lasp.train.sizes import Tokens
 
 _DEFAULTS = DataOptions()

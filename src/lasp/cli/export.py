@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
 from lasp.terminal import say
 
 
@@ -27,7 +27,7 @@ class ExportArguments:
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp export ARGUMENTS`."""
     options = parse(ExportArguments, arguments, "lasp export")
-    from lasp.train.export import export
+    from lasp.train.checkpoint.export import export
 
     say(export(options.path, options.out, report=partial(say, error=True)))
     return 0

@@ -9,10 +9,11 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
+from lasp.errors import ConfigError
 from lasp.terminal import say
-from lasp.train.config import SampleOptions, check_seed, check_text
-from lasp.train.errors import ConfigError
+from lasp.train.config import SampleOptions
+from lasp.train.preflight import check_seed, check_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from lasp.data.errors import DataError
-from lasp.train.errors import DATA_EXIT_CODE, FILES_EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, RunError
+from lasp.errors import FILES_EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, RunError
 
 # With this variable set, the errors that are one message come with their traceback too.
 _TRACEBACK = "LASP_TRACEBACK"
@@ -50,6 +49,10 @@ def _run(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         raise ConfigError(f"no command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
+    if "LASP_LIFELINE" in os.environ:  # `lasp` has started this process
+        from lasp.distributed.launcher import follow
+
+        follow()
     command: Callable[[list[str]], int] = importlib.import_module(f"lasp.cli.{arguments[0]}").main
     return command(arguments[1:])
 
@@ -84,8 +87,6 @@ def _for_users(error: BaseException) -> tuple[str, int] | None:
     """What to say of an error that a user can cause or mend, and the exit code; None for faults of the program."""
     if isinstance(error, RunError):
         return str(error), error.exit_code
-    if isinstance(error, DataError):
-        return str(error), DATA_EXIT_CODE
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED_EXIT_CODE
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lasp"):

@@ -8,10 +8,10 @@ from typing import Annotated
 import tyro
 
 from lasp import files
-from lasp.cli.checks import check_target
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
+from lasp.errors import ConfigError
 from lasp.terminal import say
-from lasp.train.errors import ConfigError
+from lasp.train.preflight import check_target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import early, parse
-from lasp.train.config import AUTO, ModelOptions, TrainConfig, from_dict, load_toml
-from lasp.train.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
+from lasp.cli.arguments import early, parse
+from lasp.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
+from lasp.train.config import AUTO, ModelOptions, TrainConfig
+from lasp.train.settings_file import from_dict, load_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def arguments_of(arguments: Sequence[str]) -> TrainArguments:
         base = _settings_of(resume)
     init_from = weights or base.init_from
     if init_from is not None and not resumes and base.model == ModelOptions():  # the model whose weights are taken
-        from lasp.train.export import model_options
+        from lasp.train.checkpoint.export import model_options
 
         base = dataclasses.replace(base, model=model_options(init_from))
     options = parse(TrainArguments, arguments, "lasp train", TrainArguments(settings=base))
@@ -75,13 +76,13 @@ def main(arguments: Sequence[str]) -> int:
     config.validate(num_processes)
     if num_processes == 1:
         return _train(config, options.resume)
-    from lasp.cli.launch import launch
+    from lasp.distributed import launcher
 
-    return launch(["train", *_without_nproc(arguments)], num_processes)
+    return launcher.launch(["train", *_without_nproc(arguments)], num_processes)
 
 
 def _train(config: TrainConfig, resume: Path | None) -> int:
-    from lasp.train.loop import train
+    from lasp.train.trainer import train
 
     return STOPPED_EXIT_CODE if train(config, resume=resume).stopped else 0
 

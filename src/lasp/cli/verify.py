@@ -7,9 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from lasp.cli.options import parse
+from lasp.cli.arguments import parse
+from lasp.errors import CheckpointError
 from lasp.terminal import say
-from lasp.train.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from lasp.data.store import is_store, tokenizer_of
 from lasp.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
-from lasp.train import export
-from lasp.train.checkpoint import Checkpoint
-from lasp.train.config import TrainConfig, differences, to_dict
-from lasp.train.errors import CheckpointError, ConfigError
+from lasp.errors import CheckpointError, ConfigError
+from lasp.train.checkpoint import Checkpoint, export
+from lasp.train.config import TrainConfig
+from lasp.train.settings_file import differences, to_dict
 
 # What changes no loss, or is named by itself.
 _UNNAMED = (
