@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,8 @@ def crossover() -> list[dict[str, Any]]:
         row: dict[str, Any] = {"tokens": tokens}
         for name, call in (("lasp", ours), ("softmax", softmax)):
             row[name] = {
-                "forward": graph_milliseconds(lambda call=call, x=x: call(x)),
-                "both": graph_milliseconds(lambda call=call, x=x: step(call, x)),
+                "forward": graph_milliseconds(partial(call, x)),
+                "both": graph_milliseconds(partial(step, call, x)),
             }
         rows.append(row)
     return rows

@@ -146,7 +146,7 @@ def _compare(config: CheckConfig, broken: bool) -> list[Row]:
         with refusing():
             expected = _measure(model, tokens, labels, config.new_tokens, None)
         for name in names:
-            exchange: Any = _Forgetful(EXCHANGES[name]()) if broken else name
+            exchange: Any = _forgetful(EXCHANGES[name]()) if broken else name
             base = SequenceParallel(dist.group.WORLD, exchange=exchange)  # type: ignore[arg-type]
             for shards, lengths in (("equal", _lengths(config, 0)), ("unequal", _lengths(config, 1))):
                 with refusing():
@@ -241,22 +241,26 @@ def _error(value: Any, reference: Any) -> float:
     return float("inf") if error != error else float(error)
 
 
-class _Forgetful:
+def _forgetful(exchange: Any) -> Any:
     """An exchange that carries nothing, for the control."""
+    from lasp.exchange import ExchangeResult
 
-    def __init__(self, exchange: Any) -> None:
-        self._exchange, self.name = exchange, exchange.name
+    class Forgetful(type(exchange)):  # type: ignore[misc]
+        name = exchange.name
 
-    def begin(self, comm: Any, summary: Any, initial: Any, *, reverse: bool, want_total: bool) -> Any:
-        from lasp.exchange import ExchangeResult
+        def __init__(self) -> None:
+            pass
 
-        pending = self._exchange.begin(comm, summary, initial, reverse=reverse, want_total=want_total)
+        def begin(self, comm: Any, summary: Any, initial: Any, **options: Any) -> Any:
+            pending = exchange.begin(comm, summary, initial, **options)
 
-        class Forgotten:
-            def wait(self) -> ExchangeResult:
-                return ExchangeResult(initial, pending.wait().total)
+            class Forgotten:
+                def wait(self) -> ExchangeResult:
+                    return ExchangeResult(initial, pending.wait().total)
 
-        return Forgotten()
+            return Forgotten()
+
+    return Forgetful()
 
 
 def _print(config: CheckConfig, rows: list[Row], good: bool) -> None:

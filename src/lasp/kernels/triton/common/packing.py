@@ -54,8 +54,8 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     assert len(columns) == PLACE.value and len(chunk_columns) == CHUNK_PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
     tables = (torch.stack([column.long() for column in each], 1) for each in (columns, chunk_columns))
-    whole = bool((ends - starts <= segment).all())
-    return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)), whole)
+    segments, chunks, firsts = (table.to(device, torch.int32) for table in (*tables, first_segment))
+    return Tables(segments, chunks, firsts, bool((ends - starts <= segment).all()))
 
 
 def packed_plan(p: LaunchPlan, documents: Documents, device: torch.device) -> LaunchPlan:
