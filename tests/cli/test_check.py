@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
+import sys
 
-from lasp.cli.main import main
+import forked
+import pytest
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from lasp.cli.main import main
         (["--exchange", "rings"], 64, "--exchange must be all or one of"),
     ],
 )
-def test_check(arguments, code, text, capfd):
-    assert main(["check", "--seq-len", "70", "--new-tokens", "3", *arguments]) == code
-    out, err = capfd.readouterr()
-    assert text in out + err
+def test_check(arguments: list[str], code: int, text: str) -> None:
+    command = [sys.executable, "-m", "lasp", "check", "--seq-len", "70", "--new-tokens", "3", *arguments]
+    done = forked.run(command)
+    assert done.returncode == code and text in done.stdout + done.stderr
