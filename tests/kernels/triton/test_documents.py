@@ -12,7 +12,8 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
-from lasp.kernels.triton.decay import legs, work
+from lasp.kernels.triton.decay import intervals as legs
+from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
 
 BOUND = 4e-6

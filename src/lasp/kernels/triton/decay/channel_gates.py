@@ -107,10 +107,10 @@ def in_base_block(BASE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def is_done(steep_ptr, chunk, STEEP: tl.constexpr):
-    """Whether a kernel for mild chunks has done a chunk: if STEEP, where it did not mark it."""
-    if STEEP:
-        return tl.load(steep_ptr + chunk) == 0
+def is_done(unbounded_ptr, chunk, UNBOUNDED: tl.constexpr):
+    """Whether a kernel for bounded chunks has done a chunk: if UNBOUNDED, where it did not mark it."""
+    if UNBOUNDED:
+        return tl.load(unbounded_ptr + chunk) == 0
     else:
         return False
 

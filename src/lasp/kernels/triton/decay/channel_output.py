@@ -9,7 +9,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import segment_border
-from lasp.kernels.triton.decay.place import place
+from lasp.kernels.triton.decay.program import place
 
 
 @triton.jit

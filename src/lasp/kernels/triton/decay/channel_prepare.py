@@ -15,7 +15,7 @@ block's middle: of two tokens on one side of it one is then divided by a decay, 
 tokens (others take single tokens: the diagonal). Chunks are independent: nothing here needs a state or another rank, so
 it runs while the exchange is under way.
 
-This takes any gates. In bf16 it is left the chunks that `channel_mild_prepare` cannot do.
+This takes any gates. In bf16 it is left the chunks that `channel_bounded_prepare` cannot do.
 """
 
 import triton
@@ -36,7 +36,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sum_over,
 )
-from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
+from lasp.kernels.triton.decay.program import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -49,7 +49,7 @@ def channel_prepare_kernel(
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
     totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
-    steep_ptr,  # int32 [B, H_v, chunks] if STEEP
+    unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
@@ -63,10 +63,10 @@ def channel_prepare_kernel(
     PRECISION: tl.constexpr,
     BASE: tl.constexpr,  # 2^BASE tokens a base block
     LEVELS: tl.constexpr,  # log2(C)
-    STEEP: tl.constexpr,  # only the chunks that channel_mild_prepare has marked
+    UNBOUNDED: tl.constexpr,  # only the chunks that channel_bounded_prepare has marked
 ):
     _, run, chunk, qk_row, row = chunk_rows(1, chunks, T, H, H_v)
-    if is_done(steep_ptr, chunk, STEEP):
+    if is_done(unbounded_ptr, chunk, UNBOUNDED):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.kernels.triton.decay.launches import BASE_LEVELS, Launches
 from lasp.kernels.triton.decay.layout import chunks_of, given, places_of
-from lasp.kernels.triton.decay.plan import Plan
-from lasp.kernels.triton.decay.work import BASE_LEVELS, Work
-from lasp.recurrence.contract import Run
+from lasp.kernels.triton.decay.plan import LaunchPlan
+from lasp.recurrence.stages import DecayInputs
 
 
-class Segments(NamedTuple):
+class ChannelSegments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments, K] (base 2) from the
     run's end on that side to them; None where a segment is a whole run."""
 
@@ -24,16 +24,16 @@ class Segments(NamedTuple):
 
 class Prepared(NamedTuple):
     """Per chunk: scores [B, H_v, T, C], scale q 2^prefix and k 2^suffix [B, T, H_v, K], the chunks' log-decays
-    [B, H_v, chunks, K] (base 2), and int32 [B, H_v, chunks], which of them `channel_mild_prepare` has marked."""
+    [B, H_v, chunks, K] (base 2), and int32 [B, H_v, chunks], which of them `channel_bounded_prepare` has marked."""
 
     scores: Tensor
     from_start: Tensor
     to_end: Tensor
     totals: Tensor
-    steep: Tensor
+    unbounded: Tensor
 
 
-class Saved(NamedTuple):
+class ChannelSaved(NamedTuple):
     """States entering each segment [B, H_v, segments, K, V], or None where a segment is a whole run; the state leaving
     the run [B, H_v, K, V]; what was prepared per chunk."""
 
@@ -64,7 +64,7 @@ def stretch_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
     return torch.stack([*signed, *matrices]).to(device, torch.float32 if exact else torch.float16)
 
 
-def empty_prepared(q: Tensor, v: Tensor, p: Plan) -> Prepared:
+def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
     (B, T, H_v, _), K = v.shape, q.shape[3]
     scores = q.new_empty(B, H_v, T, p.chunk)
     from_start, to_end = (q.new_empty(B, T, H_v, K) for _ in range(2))
@@ -72,33 +72,39 @@ def empty_prepared(q: Tensor, v: Tensor, p: Plan) -> Prepared:
     return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
 
 
-def local_outputs(x: Run, work: Work) -> Prepared:
+def local_outputs(x: DecayInputs, work: Launches) -> Prepared:
     p = work.plan
     ready = empty_prepared(x.q, x.v, p)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
     places = chunks_of(p, ready.totals)
-    if work.mild:
-        work.channel_mild_prepare(x.q, x.k, x.g, stretches, *ready, places)
+    if work.bounded:
+        work.channel_bounded_prepare(x.q, x.k, x.g, stretches, *ready, places)
     work.channel_prepare(x.q, x.k, x.g, stretches, *ready, places)
     return ready
 
 
 def outputs(
-    x: Run, work: Work, totals: Segments, ready: Prepared, o: Tensor, leaving: Tensor, state_in: Tensor | None
-) -> tuple[Tensor, Saved]:
+    x: DecayInputs,
+    work: Launches,
+    totals: ChannelSegments,
+    ready: Prepared,
+    o: Tensor,
+    leaving: Tensor,
+    state_in: Tensor | None,
+) -> tuple[Tensor, ChannelSaved]:
     states, before = given(totals.states, leaving), given(totals.decays, leaving)
     work.channel_output(
         ready.from_start, ready.to_end, x.v, ready.totals, ready.scores, o, states, before, leaving,
         places_of(work.plan, leaving), state_in,
     )  # fmt: skip
-    return o, Saved(totals.states, leaving, ready)
+    return o, ChannelSaved(totals.states, leaving, ready)
 
 
-def local_gradients(x: Run, work: Work, saved: Saved, d_o: Tensor) -> QueryReads:
+def local_gradients(x: DecayInputs, work: Launches, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
     ready = saved.prepared
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
-    work.channel_query_reads(
+    work.channel_query_inter_chunk(
         ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums,
         given(saved.entering, saved.leaving), places_of(work.plan, sums),
     )  # fmt: skip
@@ -106,24 +112,30 @@ def local_gradients(x: Run, work: Work, saved: Saved, d_o: Tensor) -> QueryReads
 
 
 def gradients(
-    x: Run, work: Work, saved: Saved, adjoint: Segments, local: QueryReads, d_o: Tensor, d_state_out: Tensor | None
+    x: DecayInputs,
+    work: Launches,
+    saved: ChannelSaved,
+    adjoint: ChannelSegments,
+    local: QueryReads,
+    d_o: Tensor,
+    d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
     p, ready = work.plan, saved.prepared
     entering, d_states, after = (given(tensor, saved.leaving) for tensor in (saved.entering, *adjoint))
     places = places_of(p, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
-    work.channel_key_reads(
+    work.channel_key_inter_chunk(
         ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, through,
         entering, saved.leaving, d_states, after, places, d_state_out,
     )  # fmt: skip
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     dk, dg = torch.empty_like(dq), through.new_empty(work.gradient)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    operands = (x.q, x.k, x.v, d_o, x.g, stretches, ready.steep, local.read_q, read_k, through, dq, dk, dg)
-    if work.mild:
-        work.channel_mild_within(*operands, chunks_of(p, through))
-    work.channel_within(*operands, chunks_of(p, through))
+    operands = (x.q, x.k, x.v, d_o, x.g, stretches, ready.unbounded, local.read_q, read_k, through, dq, dk, dg)
+    if work.bounded:
+        work.channel_bounded_intra_chunk(*operands, chunks_of(p, through))
+    work.channel_intra_chunk(*operands, chunks_of(p, through))
     dv = torch.empty_like(x.v)
     work.channel_value_gradient(
         ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv, d_states, after, places, d_state_out

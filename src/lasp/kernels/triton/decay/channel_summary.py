@@ -5,7 +5,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 from lasp.kernels.triton.decay.channel_gates import gate_operand, load_channel_gates, prefix_sums, suffix_sums
-from lasp.kernels.triton.decay.place import needed_chunks, place
+from lasp.kernels.triton.decay.program import needed_chunks, place
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

@@ -26,8 +26,8 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk
 from lasp.kernels.triton.decay.channel_gates import DESCRIPTORS
 from lasp.kernels.triton.decay.gates import TOKEN, head_gates, head_rate, pair_decay
-from lasp.kernels.triton.decay.legs import as_swept, inner_borders, legs_in
-from lasp.kernels.triton.decay.place import place, run_bounds
+from lasp.kernels.triton.decay.intervals import as_swept, inner_borders, legs_in
+from lasp.kernels.triton.decay.program import place, run_bounds
 
 
 @triton.jit(do_not_specialize=["scale", "T", "rows", "H", "H_v", "segments", "segment_chunks", "chunks"])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import log2_gate
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.decay.program import chunk_place
 
 
 @triton.jit(do_not_specialize=["T", "H_v", "chunks"])

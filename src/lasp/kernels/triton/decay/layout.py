@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.decay.place import CHUNK_PLACE, PLACE
-from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, Plan
+from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, LaunchPlan
+from lasp.kernels.triton.decay.program import CHUNK_PLACE, PLACE
 from lasp.recurrence.documents import Documents
 
 
@@ -58,7 +58,7 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)), whole)
 
 
-def packed_plan(p: Plan, documents: Documents, device: torch.device) -> Plan:
+def packed_plan(p: LaunchPlan, documents: Documents, device: torch.device) -> LaunchPlan:
     """`p`, which was made for the tokens in one run, for `documents`."""
     key = (p.chunk, p.segment_chunks, device)
     tables = documents.layouts.get(key)
@@ -74,17 +74,17 @@ def packed_plan(p: Plan, documents: Documents, device: torch.device) -> Plan:
     )
 
 
-def places_of(p: Plan, otherwise: Tensor) -> Tensor:
+def places_of(p: LaunchPlan, otherwise: Tensor) -> Tensor:
     """The table of segments; without documents a kernel reads none, and any tensor will do."""
     return otherwise if p.tables is None else p.tables.segments
 
 
-def chunks_of(p: Plan, otherwise: Tensor) -> Tensor:
+def chunks_of(p: LaunchPlan, otherwise: Tensor) -> Tensor:
     """The table of chunks, likewise."""
     return otherwise if p.tables is None else p.tables.chunks
 
 
-def bounds_of(p: Plan, otherwise: Tensor) -> Tensor:
+def bounds_of(p: LaunchPlan, otherwise: Tensor) -> Tensor:
     """The documents' segments, likewise."""
     return otherwise if p.tables is None else p.tables.bounds
 

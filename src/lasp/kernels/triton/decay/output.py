@@ -5,7 +5,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import state_tile
 from lasp.kernels.triton.decay.gates import head_gates
-from lasp.kernels.triton.decay.place import place
+from lasp.kernels.triton.decay.program import place
 from lasp.kernels.triton.decay.sweep import GATHERED, gather, segment_state, sweep
 
 

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.decay.gates import head_gates
-from lasp.kernels.triton.decay.legs import inner_borders, key_tile
-from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.decay.rows import sweep_rows
+from lasp.kernels.triton.decay.intervals import inner_borders, key_tile
+from lasp.kernels.triton.decay.program import place
 from lasp.kernels.triton.decay.sweep import GATHERED, PART_ROWS, gather, segment_state, sweep
+from lasp.kernels.triton.decay.sweep_row_major import sweep_rows
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 from lasp.kernels.triton.decay.gates import chunk_decays, head_gates, head_rate
-from lasp.kernels.triton.decay.place import needed_chunks, place
+from lasp.kernels.triton.decay.program import needed_chunks, place
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

@@ -24,8 +24,8 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.decay.legs import leave, legs_in, next_leg
-from lasp.kernels.triton.decay.place import run_bounds
+from lasp.kernels.triton.decay.intervals import leave, legs_in, next_leg
+from lasp.kernels.triton.decay.program import run_bounds
 
 PART_ROWS = tl.constexpr(16)
 MIN_ROUNDED = tl.constexpr(2.0**-12)  # fp16's precision ends at 2^-14

@@ -13,17 +13,17 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Collective
-from lasp.exchange.base import Carried, Line, Traffic
+from lasp.exchange.base import ExchangeResult, Line, Traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load, flat, flatten
+from lasp.exchange.payload import Payload, flat, flatten
 
 
-class _Pending:
+class PendingAllToAll:
     """Slices are numbered by the position of the rank that scans them."""
 
     def __init__(self, line: Line, summary: Summary, initial: Tensor, want_total: bool) -> None:
         self._line, self._initial, self._want_total = line, initial, want_total
-        self._summary, self._cut = flatten(summary), Load.of(summary).cut(line.size)
+        self._summary, self._cut = flatten(summary), Payload.of(summary).cut(line.size)
         self._own = self._cut.of_summary(self._summary, line.position)
         last = line.size - 1
         # Nobody needs the last rank's summary but for the total.
@@ -45,7 +45,7 @@ class _Pending:
     def _received(self, collective: Collective[list[Tensor]]) -> list[Tensor]:
         return collective.wait()[:: -1 if self._line.reverse else 1]
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         line, cut, initial = self._line, self._cut, flat(self._initial)
         slices = self._received(self._slices)
         state = cut.of_state(initial, line.position)
@@ -64,10 +64,12 @@ class _Pending:
         shapes = [cut.of_state(initial, slice_).shape for slice_ in range(line.size)]
         received = self._received(self._all_to_all(sends, [count * shape.numel() for shape in shapes]))
         if count == 0:
-            return Carried(self._initial, None)
+            return ExchangeResult(self._initial, None)
         parts = [part.view(count, *shape) for part, shape in zip(received, shapes, strict=True)]
         states = torch.cat(parts, 1 if cut.along_heads else -1).view(count, *self._initial.shape)
-        return Carried(states[0] if line.position > 0 else self._initial, states[-1] if self._want_total else None)
+        return ExchangeResult(
+            states[0] if line.position > 0 else self._initial, states[-1] if self._want_total else None
+        )
 
 
 def _pack(summary: Summary, wanted: bool) -> Tensor:
@@ -79,10 +81,12 @@ class AllToAll:
 
     name = "all_to_all"
 
-    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
-        return _Pending(Line(comm, reverse), summary, initial, want_total)
+    def begin(
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+    ) -> PendingAllToAll:
+        return PendingAllToAll(Line(comm, reverse), summary, initial, want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         size = sum(nodes)
         last, own = size - 1, load.part(load.cut(size), position)
         # The slices together are the load, but for transitions, which every slice along V has.

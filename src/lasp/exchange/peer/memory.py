@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from lasp.exchange.peer.kernels import FLAG_BYTES, WORDS, collect_kernel, fold_kernel, push_kernel
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.peer.kernels import FLAG_BYTES, WORDS, collect_kernel, fold_kernel, push_kernel
 
 # A summary is cut into so many programs at most: all run at once, beside whatever else a GPU does.
 BLOCK, WARPS = 4096, 4

@@ -3,8 +3,8 @@
     read_q_i = S do_i        S: the state entering i's chunk, of the decayed past
     read_k_j = D v_j         D: the gradient of the state leaving j's chunk, of the decayed future
 
-Decays within the chunk are left to channel_within, which completes dq, dk and dg. Here each sweep also sums, per chunk
-and channel, what its reads add to dg,
+Decays within the chunk are left to channel_intra_chunk, which completes dq, dk and dg. Here each sweep also sums, per
+chunk and channel, what its reads add to dg,
 
     sums = sum_i (scale q_i 2^prefix_i) read_q_i,        and        sum_j (k_j 2^suffix_j) read_k_j,
 
@@ -20,8 +20,8 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.decay.channel_gates import segment_border
-from lasp.kernels.triton.decay.legs import as_swept
-from lasp.kernels.triton.decay.place import place, run_bounds
+from lasp.kernels.triton.decay.intervals import as_swept
+from lasp.kernels.triton.decay.program import place, run_bounds
 from lasp.kernels.triton.decay.sweep import segment_state
 
 TIED = tl.constexpr(16)  # chunks at a time
@@ -124,7 +124,7 @@ def _tie(through_ptr, drift, walked, first, last, k_first, K: tl.constexpr, BK: 
 
 
 @triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
-def channel_query_reads_kernel(
+def channel_query_inter_chunk_kernel(
     from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
     to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
     v_ptr,  # [B, T, H_v, V]
@@ -168,7 +168,7 @@ def channel_query_reads_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
-def channel_key_reads_kernel(
+def channel_key_inter_chunk_kernel(
     from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
     to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
     v_ptr,  # [B, T, H_v, V]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lasp.train.step import StepResult
-from lasp.train.watch import RankStep
+from lasp.train.step_timer import RankStep
 
 # A rank is called slow when its own work takes so many times the median of the others', and so many seconds more,
 # and when it is the slowest in this share of the steps: where processes share too few cores, now one is late and now

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import NONE, TOKEN, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.decay.legs import leave, legs_in, next_leg
+from lasp.kernels.triton.decay.intervals import leave, legs_in, next_leg
 from lasp.kernels.triton.decay.sweep import add_chunk
 
 

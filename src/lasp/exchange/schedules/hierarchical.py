@@ -20,10 +20,10 @@ from torch import Tensor
 from lasp.algebra import Summary, compose
 from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Carried, Exchange, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.doubling import Doubling
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
+from lasp.exchange.schedules.doubling import Doubling
 
 
 class _Place(NamedTuple):
@@ -61,16 +61,16 @@ class _Leaders:
     def receive(self, like: Tensor, source: int) -> Message[Tensor]:
         return self._comm.receive(like, self._ranks[source])
 
-    def trade(
+    def batch_send_recv(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
     ) -> list[Message[Tensor]]:
-        return self._comm.trade(
+        return self._comm.batch_send_recv(
             [(tensor, self._ranks[to]) for tensor, to in sends],
             [(like, self._ranks[source]) for like, source in receives],
         )
 
 
-class _Pending:
+class PendingHierarchical:
     def __init__(
         self, line: Line, nodes: Sequence[int], across: Exchange, summary: Summary, initial: Tensor, want_total: bool
     ) -> None:
@@ -80,12 +80,12 @@ class _Pending:
         lasts = [_Place.of(sum(nodes[:node]), nodes).positions[-1] for node in range(len(nodes))]
         self._leaders = sorted(line.rank(position) for position in lasts)
         packed = summary.pack()
-        self._messages = line.comm.trade(
+        self._messages = line.comm.batch_send_recv(
             [(packed, line.rank(position)) for position in place.positions[place.order + 1 :]],
             [(packed, line.rank(position)) for position in place.positions[: place.order]],
         )
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         line, place, own = self._line, self._place, self._own
         earlier = [own.unpack_like(message.wait()) for message in self._messages]
         before = reduce(lambda early, late: compose(late, early), earlier) if earlier else None
@@ -99,18 +99,18 @@ class _Pending:
             entering_node = self._hand_out(entering_node)
         entering = entering_node if before is None else before.apply(entering_node)
         if not self._want_total:
-            return Carried(entering, None)
+            return ExchangeResult(entering, None)
         last = line.size - 1
         leaving = own.apply(entering) if line.position == last else entering
-        return Carried(entering, line.comm.broadcast(leaving, line.rank(last)))
+        return ExchangeResult(entering, line.comm.broadcast(leaving, line.rank(last)))
 
     def _hand_out(self, state: Tensor) -> Tensor:
         """The state that enters the node, from its leader to its other ranks."""
         line, positions = self._line, self._place.positions
         if self._place.is_leader:
-            line.comm.trade([(state, line.rank(position)) for position in positions[:-1]], [])
+            line.comm.batch_send_recv([(state, line.rank(position)) for position in positions[:-1]], [])
             return state
-        return line.comm.trade([], [(state, line.rank(positions[-1]))])[0].wait()
+        return line.comm.batch_send_recv([], [(state, line.rank(positions[-1]))])[0].wait()
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,13 @@ class Hierarchical:
         whole, rest = divmod(comm.size, self.ranks_per_node)
         return (self.ranks_per_node,) * whole + (rest,) * (rest > 0)
 
-    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+    ) -> PendingHierarchical:
         nodes = self.nodes(comm)[:: -1 if reverse else 1]
-        return _Pending(Line(comm, reverse), nodes, self.across, summary, initial, want_total)
+        return PendingHierarchical(Line(comm, reverse), nodes, self.across, summary, initial, want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         place = _Place.of(position, nodes)
         members = len(place.positions)
         inside = Traffic(load.summary_bytes * (members - 1 - place.order), load.summary_bytes * place.order)

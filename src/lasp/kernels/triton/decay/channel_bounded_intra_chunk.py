@@ -1,6 +1,6 @@
-"""What `channel_within` makes, for chunks whose gates are mild: all their tokens meet in the chunk's middle.
+"""What `channel_intra_chunk` makes, for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
 
-With near_q = q 2^to and near_k = k 2^-to as in channel_mild_prepare, 2^prefix = 2^(to + early) and 2^suffix =
+With near_q = q 2^to and near_k = k 2^-to as in channel_bounded_prepare, 2^prefix = 2^(to + early) and 2^suffix =
 2^(late - to), early and late being the sums of gates of the chunk's halves:
 
     d_q_i = sum_{j <= i} d_scores_ij near_k_j + scale 2^early read_q_i        dq = 2^to d_q
@@ -24,18 +24,18 @@ from lasp.kernels.triton.decay.channel_gates import (
     sums_to_end,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.place import begins_run, chunk_place, chunk_rows
+from lasp.kernels.triton.decay.program import begins_run, chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
-def channel_mild_within_kernel(
+def channel_bounded_intra_chunk_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
     stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
-    steep_ptr,  # int32 [B, H_v, chunks]: the chunks left to channel_within
+    unbounded_ptr,  # int32 [B, H_v, chunks]: the chunks left to channel_intra_chunk
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
     through_ptr,  # fp32 [B, H_v, chunks, K]: what passes from before each chunk to after it adds to dg
@@ -78,7 +78,7 @@ def channel_mild_within_kernel(
     v = load_chunk(v_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
     do = load_chunk(do_at, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
     # After those loads, so that it waits with them.
-    if tl.load(steep_ptr + chunk) != 0:
+    if tl.load(unbounded_ptr + chunk) != 0:
         return
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]

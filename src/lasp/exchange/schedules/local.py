@@ -6,18 +6,18 @@ from torch import Tensor
 
 from lasp.algebra import Summary
 from lasp.distributed.comm import Messages
-from lasp.exchange.base import Carried, Traffic
+from lasp.exchange.base import ExchangeResult, Traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 
 class Ready:
     """An exchange that has ended."""
 
-    def __init__(self, carried: Carried) -> None:
+    def __init__(self, carried: ExchangeResult) -> None:
         self._carried = carried
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         return self._carried
 
 
@@ -29,9 +29,9 @@ class Local:
     def begin(
         self, comm: Messages | None, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> Ready:
-        return Ready(Carried(initial, summary.apply(initial) if want_total else None))
+        return Ready(ExchangeResult(initial, summary.apply(initial) if want_total else None))
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         return Traffic(0, 0)
 
     def seconds(self, model: Model, *, want_total: bool) -> float:

@@ -28,11 +28,11 @@ from torch import Tensor
 from lasp.algebra import Summary, Transition
 from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.all_gather import AllGather
-from lasp.exchange.base import Carried, Exchange, Line, PendingExchange, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Line, PendingExchange, Traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load, flat, flatten, select_heads
-from lasp.exchange.ring import Ring
+from lasp.exchange.payload import Payload, flat, flatten, select_heads
+from lasp.exchange.schedules.all_gather import AllGather
+from lasp.exchange.schedules.ring import Ring
 
 # exp of less is zero, whatever the machine does with subnormal numbers: log(2^-150) and log(2^-1075), and a bit.
 ZERO_BELOW = {torch.float32: -104.0, torch.float64: -746.0}
@@ -106,7 +106,7 @@ class _Route(NamedTuple):
         return _Route(*(mask.nonzero().flatten() for mask in masks))
 
 
-class _Pending:
+class PendingReach:
     def __init__(
         self,
         line: Line,
@@ -142,7 +142,7 @@ class _Pending:
     def _send(self, state: Tensor) -> None:
         self._line.comm.send(state, self._line.rank(self._line.position + 1))
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         line, route = self._line, self._route
         entering = flat(self._initial).clone()
         total = torch.empty_like(entering) if self._want_total else None
@@ -162,7 +162,7 @@ class _Pending:
             leaving = select_heads(self._summary, route.near).apply(entering[route.near])
             total[route.near] = line.comm.broadcast(leaving, line.rank(line.size - 1))
         shape = self._initial.shape
-        return Carried(entering.view(shape), None if total is None else total.view(shape))
+        return ExchangeResult(entering.view(shape), None if total is None else total.view(shape))
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ class Reach:
         reverse: bool,
         want_total: bool,
         known: Tensor | None = None,
-    ) -> _Pending:
+    ) -> PendingReach:
         """Start; `known` is bool [ranks, heads] on the host, the same everywhere: which heads surely forget where."""
         line = Line(comm, reverse)
         if known is None and comm.size == 2:  # the first rank knows what enters it, and the second sends nothing
-            known = torch.zeros(2, Load.of(summary).heads, dtype=torch.bool)
+            known = torch.zeros(2, Payload.of(summary).heads, dtype=torch.bool)
         elif known is None:
             whole = flatten(summary)
             own = forgets(whole.transition, whole.state).to(torch.uint8)
@@ -205,10 +205,10 @@ class Reach:
         if reverse:
             known = known.flip(0)
         route = _Route.of(known, line.position, self.max_hops)
-        return _Pending(line, self.base, summary, initial, want_total, route)
+        return PendingReach(line, self.base, summary, initial, want_total, route)
 
     def traffic(
-        self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool, known: Tensor | None = None
+        self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool, known: Tensor | None = None
     ) -> Traffic:
         """As for every exchange, where no head forgets. With `known`, as in `begin`, in the exchange's direction."""
         size = sum(nodes)
@@ -218,7 +218,7 @@ class Reach:
         return Traffic(mask_bytes, mask_bytes) + self.routed_traffic(load, position, nodes, known, want_total)
 
     def routed_traffic(
-        self, load: Load, position: int, nodes: tuple[int, ...], forgets: Tensor, want_total: bool
+        self, load: Payload, position: int, nodes: tuple[int, ...], forgets: Tensor, want_total: bool
     ) -> Traffic:
         """The payload of states and summaries where `forgets` [positions, heads] is so."""
         size, route = sum(nodes), _Route.of(forgets, position, self.max_hops)

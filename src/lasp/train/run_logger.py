@@ -1,9 +1,9 @@
 """Whatever is written down while a run trains: one observer, told of every step and every validation.
 
 Lines of metrics.jsonl, all with "step", the number of finished optimizer steps:
-    every step          the fields of lasp.train.figures.StepFigures
-    every --log-every   "ranks": for each figure of lasp.train.watch.RankStep a list by global rank, the median of the
-                        "steps" since the last such line; "slow": a sentence, if one rank is slow
+    every step          the fields of lasp.train.step_metrics.StepFigures
+    every --log-every   "ranks": for each figure of lasp.train.step_timer.RankStep a list by global rank, the median of
+                        the "steps" since the last such line; "slow": a sentence, if one rank is slow
     every validation    "validation_bits_per_byte", "validation_tokens"
     the end             "trigram_bits_per_byte": of the byte 3-gram model on the text of the last validation
 """
@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lasp.train import describe
+from lasp.train import run_info as describe
 from lasp.train.config import TrainConfig, to_dict
 from lasp.train.evaluate import Score
-from lasp.train.figures import Machine, SlowRank, StepFigures, figures_of, slow_rank, typical
 from lasp.train.metrics import MetricsFile
 from lasp.train.output import Output
 from lasp.train.position import Position
-from lasp.train.sinks import open_sinks
 from lasp.train.step import StepResult
-from lasp.train.watch import RankStep
+from lasp.train.step_metrics import Machine, SlowRank, StepFigures, figures_of, slow_rank, typical
+from lasp.train.step_timer import RankStep
+from lasp.train.trackers import open_sinks
 
 
 class Observer:

@@ -2,7 +2,7 @@
 
 A rank's kernel writes its summary into every other rank's memory and raises a flag there; another kernel, queued when
 the state is needed, waits for the flags and folds. That is two launches a rank, and no message waits for the host or
-for another stream. Kernels: `lasp.kernels.triton.peer`.
+for another stream. Kernels: `lasp.exchange.peer.kernels`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from lasp.algebra import Dense, Summary, Transition
 from lasp.distributed.comm import Comm, ExchangeError, Messages
-from lasp.distributed.symmetric import symmetric_memory
-from lasp.exchange.all_gather import AllGather, fold
-from lasp.exchange.base import Carried, Line, PendingExchange, Traffic
+from lasp.distributed.symmetric_memory import symmetric_memory
+from lasp.exchange.base import ExchangeResult, Line, PendingExchange, Traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
+from lasp.exchange.schedules.all_gather import AllGather, fold
 
 if TYPE_CHECKING:
-    from lasp.kernels.triton.peer.memory import PeerMemory
+    from lasp.exchange.peer.memory import PeerMemory
 
 SMALLEST_SLOT = 2 << 20
 
@@ -42,7 +42,7 @@ class _Shared:
         if not _is_gpu(device):
             return None
         if self.is_possible and (self.memory is None or self.largest < nbytes):
-            from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed, slot_needed
+            from lasp.exchange.peer.memory import PeerMemory, bytes_needed, slot_needed
 
             slot = max(SMALLEST_SLOT, 1 << (slot_needed(nbytes) - 1).bit_length())
             buffers = symmetric_memory(comm, bytes_needed(comm.size, slot), device)
@@ -80,7 +80,7 @@ def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class _Pending:
+class PendingPeer:
     def __init__(
         self,
         shared: _Shared,
@@ -101,7 +101,7 @@ class _Pending:
         self._transition, self._state, self._stored = transition, state, stored
         self._initial, self._want_total = initial, want_total
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         memory, initial, state = self._memory, self._initial, self._state
         self._shared.in_use = False
         stored = 0 if self._stored is None else self._stored.numel()
@@ -112,7 +112,7 @@ class _Pending:
             return fold(line, own, initial, memory.collect(state, stored, self._seal), self._want_total)
         initial = None if initial is None else initial.contiguous()
         options = {"reverse": self._reverse, "want_total": self._want_total}
-        return Carried(*memory.fold(initial, state, stored, self._seal, **options))
+        return ExchangeResult(*memory.fold(initial, state, stored, self._seal, **options))
 
 
 class Peer:
@@ -148,9 +148,9 @@ class Peer:
         seal = messages.seal
         memory.push(stored, state, None if seal is None else seal[0])
         comm.count(sent=nbytes * (comm.size - 1), received=nbytes * (comm.size - 1))
-        return _Pending(shared, memory, comm, seal, reverse, summary.transition, state, stored, initial, want_total)
+        return PendingPeer(shared, memory, comm, seal, reverse, summary.transition, state, stored, initial, want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         return AllGather().traffic(load, position, nodes, want_total=want_total)
 
     def seconds(self, model: Model, *, want_total: bool) -> float:

@@ -16,12 +16,12 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Carried, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import ExchangeResult, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Constants, Model, defaults
-from lasp.exchange.load import Cut, Load, flat, flatten
+from lasp.exchange.payload import Cut, Payload, flat, flatten
 
 
-class _Pending:
+class PendingPipelined:
     def __init__(self, line: Line, summary: Summary, initial: Tensor, cut: Cut, want_total: bool) -> None:
         self._line, self._summary, self._shape = line, flatten(summary), summary.state.shape
         self._initial, self._cut, self._want_total = initial, cut, want_total
@@ -35,7 +35,7 @@ class _Pending:
         like = self._cut.of_state(self._summary.state, self._blocks[index])
         return line.comm.receive(like, line.rank(line.position - 1))
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         line, cut, last = self._line, self._cut, self._line.size - 1
         initial = flat(self._initial)
         entering, leaving = [], []
@@ -52,9 +52,9 @@ class _Pending:
                 line.comm.send(after, line.rank(line.position + 1))
         whole = self._join(entering) if line.position > 0 else self._initial
         if not self._want_total:
-            return Carried(whole, None)
+            return ExchangeResult(whole, None)
         total = self._join(leaving) if line.position == last else whole
-        return Carried(whole, line.comm.broadcast(total, line.rank(last)))
+        return ExchangeResult(whole, line.comm.broadcast(total, line.rank(last)))
 
     def _join(self, blocks: list[Tensor]) -> Tensor:
         if not blocks:
@@ -81,13 +81,15 @@ class Pipelined:
             return f"pipelined in {self.blocks} blocks"
         return "pipelined" if self.constants is None else f"pipelined by constants {self.constants.fingerprint}"
 
-    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
-        load, blocks = Load.of(summary), self.blocks
+    def begin(
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+    ) -> PendingPipelined:
+        load, blocks = Payload.of(summary), self.blocks
         if blocks is None:
             blocks = Model(load, comm.nodes, self.constants or defaults(comm.backend)).best_blocks()
-        return _Pending(Line(comm, reverse), summary, initial, load.cut(blocks), want_total)
+        return PendingPipelined(Line(comm, reverse), summary, initial, load.cut(blocks), want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         size, state = sum(nodes), load.state_bytes
         chain = Traffic(state * (position < size - 1), state * (position > 0))
         return chain + broadcast_traffic(load, position, size) if want_total else chain

@@ -11,19 +11,19 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Carried, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import ExchangeResult, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 
-class _Pending:
+class PendingRing:
     def __init__(
         self, line: Line, summary: Summary, initial: Tensor, message: Message[Tensor] | None, want_total: bool
     ) -> None:
         self._line, self._summary, self._initial = line, summary, initial
         self._message, self._want_total = message, want_total
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         line, last = self._line, self._line.size - 1
         entering = self._initial if self._message is None else self._message.wait()
         leaving = entering
@@ -31,7 +31,7 @@ class _Pending:
             leaving = self._summary.apply(entering)
         if line.position < last:
             line.comm.send(leaving, line.rank(line.position + 1))
-        return Carried(entering, line.comm.broadcast(leaving, line.rank(last)) if self._want_total else None)
+        return ExchangeResult(entering, line.comm.broadcast(leaving, line.rank(last)) if self._want_total else None)
 
 
 class Ring:
@@ -39,14 +39,16 @@ class Ring:
 
     name = "ring"
 
-    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
+    def begin(
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+    ) -> PendingRing:
         line = Line(comm, reverse)
         message = None
         if line.position > 0:
             message = comm.receive(summary.state, line.rank(line.position - 1))
-        return _Pending(line, summary, initial, message, want_total)
+        return PendingRing(line, summary, initial, message, want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         size, state = sum(nodes), load.state_bytes
         chain = Traffic(state * (position < size - 1), state * (position > 0))
         return chain + broadcast_traffic(load, position, size) if want_total else chain

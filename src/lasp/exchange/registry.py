@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lasp.exchange.all_gather import AllGather
-from lasp.exchange.all_to_all import AllToAll
 from lasp.exchange.auto import Auto
 from lasp.exchange.base import Exchange
 from lasp.exchange.cost import defaults
-from lasp.exchange.doubling import Doubling
-from lasp.exchange.hierarchical import Hierarchical
-from lasp.exchange.local import Local
-from lasp.exchange.peer import Peer
-from lasp.exchange.pipelined import Pipelined
-from lasp.exchange.reach import Reach
-from lasp.exchange.ring import Ring
+from lasp.exchange.peer.exchange import Peer
+from lasp.exchange.schedules.all_gather import AllGather
+from lasp.exchange.schedules.all_to_all import AllToAll
+from lasp.exchange.schedules.doubling import Doubling
+from lasp.exchange.schedules.hierarchical import Hierarchical
+from lasp.exchange.schedules.local import Local
+from lasp.exchange.schedules.pipelined import Pipelined
+from lasp.exchange.schedules.reach import Reach
+from lasp.exchange.schedules.ring import Ring
 
 # Those that run anywhere.
 EXCHANGES: dict[str, Callable[[], Exchange]] = {

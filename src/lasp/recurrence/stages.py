@@ -23,8 +23,8 @@ A backend may also have
         All stages at once, differentiable, for less of the host's time and as one operator of a compiled graph; initial
         is None for zero, across (`lasp.recurrence.across`) None on one device. With packed documents, which it need
         take outside compiled graphs only, initial and final states are those of every document of the whole sequence
-        (`lasp.recurrence.crossing`). Operators then go this way alone: a backend that has it keeps its stages, which
-        need not be fit for tracing, for tests and benchmarks, which run them one by one and play ranks with them.
+        (`lasp.recurrence.packed_documents`). Operators then go this way alone: a backend that has it keeps its stages,
+        which need not be fit for tracing, for tests and benchmarks, which run them one by one and play ranks with them.
     start(x, initial, want_final, across) -> started
         What `fused` does before it reads queries: it begins the exchange, during which these can be computed. Opaque.
     BAD_GATES_GIVE_NAN = True
@@ -59,7 +59,7 @@ class Stages(Protocol):
     ) -> tuple[Tensor | None, ...]: ...
 
 
-class Run(NamedTuple):
+class DecayInputs(NamedTuple):
     """The inputs of the decay family, S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, on one rank.
 
     Attributes:

@@ -18,7 +18,7 @@ from lasp.distributed.comm import Comm
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-class Beside:
+class SideStream:
     """Orders the streams around one exchange: `begun` around its start, `ended` around the wait for it.
 
     Work queued in between runs beside it. Everything an exchange reads must stay referenced until it has ended.
@@ -51,7 +51,7 @@ class Beside:
             return
         with torch.cuda.stream(self._stream):
             yield
-            self._comm.settle()
+            self._comm.wait_for_sends()
         if self._clock is not None:
             self._clock.wait_begins()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

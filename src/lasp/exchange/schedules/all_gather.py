@@ -12,23 +12,23 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Gathering
-from lasp.exchange.base import Carried, Line, Traffic
+from lasp.exchange.base import ExchangeResult, Line, Traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 
-class _Pending:
+class PendingAllGather:
     def __init__(
         self, line: Line, summary: Summary, initial: Tensor, gathering: Gathering[Tensor], want_total: bool
     ) -> None:
         self._line, self._summary, self._initial = line, summary, initial
         self._gathering, self._want_total = gathering, want_total
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         return fold(self._line, self._summary, self._initial, self._gathering.wait(), self._want_total)
 
 
-def fold(line: Line, own: Summary, initial: Tensor, gathered: Tensor, want_total: bool) -> Carried:
+def fold(line: Line, own: Summary, initial: Tensor, gathered: Tensor, want_total: bool) -> ExchangeResult:
     """All ranks' packed summaries [size, n], like this rank's `own`, applied to `initial` in the line's order."""
     state, entering = initial, initial
     for position in range(line.size):
@@ -37,7 +37,7 @@ def fold(line: Line, own: Summary, initial: Tensor, gathered: Tensor, want_total
             if not want_total:
                 break
         state = own.unpack_like(gathered[line.rank(position)]).apply(state)
-    return Carried(entering, state if want_total else None)
+    return ExchangeResult(entering, state if want_total else None)
 
 
 class AllGather:
@@ -45,10 +45,12 @@ class AllGather:
 
     name = "all_gather"
 
-    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
-        return _Pending(Line(comm, reverse), summary, initial, comm.all_gather(summary.pack()), want_total)
+    def begin(
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+    ) -> PendingAllGather:
+        return PendingAllGather(Line(comm, reverse), summary, initial, comm.all_gather(summary.pack()), want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         others = sum(nodes) - 1
         return Traffic(load.summary_bytes * others, load.summary_bytes * others)
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from lasp.algebra import Summary, compose
 from lasp.distributed.comm import Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Carried, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import ExchangeResult, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 
-class _Pending:
+class PendingDoubling:
     def __init__(self, line: Line, summary: Summary, initial: Tensor, want_total: bool) -> None:
         self._line, self._summary, self._want_total = line, summary, want_total
         # The ranks before this one as far as heard of: either the state they leave, or their summary.
@@ -39,9 +39,9 @@ class _Pending:
         if position >= distance:
             like = own.state if _is_state(position - distance, distance) else own.pack()
             receives = [(like, line.rank(position - distance))]
-        return line.comm.trade(sends, receives)
+        return line.comm.batch_send_recv(sends, receives)
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         line, own, distance = self._line, self._summary, 1
         while distance < line.size:
             for message in self._messages:
@@ -57,9 +57,9 @@ class _Pending:
         entering, last = self._entering, line.size - 1
         assert entering is not None
         if not self._want_total:
-            return Carried(entering, None)
+            return ExchangeResult(entering, None)
         leaving = own.apply(entering) if line.position == last else entering
-        return Carried(entering, line.comm.broadcast(leaving, line.rank(last)))
+        return ExchangeResult(entering, line.comm.broadcast(leaving, line.rank(last)))
 
 
 def _is_state(sender: int, distance: int) -> bool:
@@ -72,10 +72,12 @@ class Doubling:
 
     name = "doubling"
 
-    def begin(self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> _Pending:
-        return _Pending(Line(comm, reverse), summary, initial, want_total)
+    def begin(
+        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+    ) -> PendingDoubling:
+        return PendingDoubling(Line(comm, reverse), summary, initial, want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         size, total, distance = sum(nodes), Traffic(0, 0), 1
         while distance < size:
             sent = load.state_bytes if _is_state(position, distance) else load.summary_bytes

@@ -9,7 +9,7 @@ from lasp.sequence.sequence_parallel import SequenceParallel
 
 
 @contextmanager
-def refusing(sp: SequenceParallel | None) -> Iterator[None]:
+def broadcast_errors(sp: SequenceParallel | None) -> Iterator[None]:
     """Tell the other ranks of a ValueError raised inside, so that they do not wait for this one.
 
     Raises:

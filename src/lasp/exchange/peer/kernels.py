@@ -1,6 +1,6 @@
 """Kernels that write into the memory of other ranks and wait for what those wrote here.
 
-Every rank owns a piece of memory that all can write (`lasp.kernels.triton.peer.memory`): a flag for every rank, then,
+Every rank owns a piece of memory that all can write (`lasp.exchange.peer.memory`): a flag for every rank, then,
 twice, a slot for every rank's summary, with a header of the call that it belongs to. An exchange is an epoch. In it a
 rank writes its summary into its slot on every rank and then raises its flag there to the epoch; and it waits until all
 flags have reached the epoch. So nobody can be two epochs ahead: who begins the next one but one has seen all others

@@ -1,13 +1,13 @@
 """The gradients of q, k and the gate for a gate per channel, put together chunk by chunk.
 
-    dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i      read_q = S do  (channel_reads)
-    dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j      read_k = D v
+    dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i  read_q = S do (channel_inter_chunk)
+    dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j  read_k = D v
     dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + leaving                      per channel, s within the chunk
     leaving = through + sum_s k_s 2^suffix_s read_k_s                        S D at the chunk's end
 
 Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
 pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent. As there, any gates,
-and in bf16 what `channel_mild_within` cannot do.
+and in bf16 what `channel_bounded_intra_chunk` cannot do.
 """
 
 import triton
@@ -29,18 +29,18 @@ from lasp.kernels.triton.decay.channel_gates import (
     sum_over,
     sums_to_end,
 )
-from lasp.kernels.triton.decay.place import begins_run, chunk_place, chunk_rows
+from lasp.kernels.triton.decay.program import begins_run, chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
-def channel_within_kernel(
+def channel_intra_chunk_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
     stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
-    steep_ptr,  # int32 [B, H_v, chunks] if STEEP
+    unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
     through_ptr,  # fp32 [B, H_v, chunks, K]: what passes from before each chunk to after it adds to dg
@@ -63,11 +63,11 @@ def channel_within_kernel(
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     BASE: tl.constexpr,
     LEVELS: tl.constexpr,
-    STEEP: tl.constexpr,  # as in channel_prepare
+    UNBOUNDED: tl.constexpr,  # as in channel_prepare
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
     part, _, chunk, qk_row, row = chunk_rows(slices, chunks, T, H, H_v)
-    if is_done(steep_ptr, chunk, STEEP):
+    if is_done(unbounded_ptr, chunk, UNBOUNDED):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     k_first = part * BK

@@ -1,11 +1,11 @@
-"""What `channel_prepare` makes, for chunks whose gates are mild: all their tokens meet in the chunk's middle.
+"""What `channel_prepare` makes, for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
 
     scores_ij = sum_K (q_i 2^to_i) (k_j 2^-to_j),     to: sums of gates from the middle, negative for tokens before it
 
-One operand is divided by a decay, by 2^100 at most where gates are mild, and bf16 has the range for that: so where
+One operand is divided by a decay, by 2^100 at most where gates are bounded, and bf16 has the range for that: so where
 bf16 is the dtype, one product does what takes one per level otherwise. That needs half a chunk to be forgotten to
-2^-100, so chunks that are not mild are rare. They are marked here and made again by `channel_prepare`, whose registers
-would halve the speed of this kernel if they were one.
+2^-100, so chunks that are not bounded are rare. They are marked here and made again by `channel_prepare`, whose
+registers would halve the speed of this kernel if they were one.
 """
 
 import triton
@@ -21,11 +21,11 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.place import chunk_place, chunk_rows
+from lasp.kernels.triton.decay.program import chunk_place, chunk_rows
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
-def channel_mild_prepare_kernel(
+def channel_bounded_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     g_ptr,  # [B, T, H_v, K]
@@ -34,7 +34,7 @@ def channel_mild_prepare_kernel(
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
     totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
-    steep_ptr,  # int32 [B, H_v, chunks], written: whether the chunk is not mild, and left to channel_prepare
+    unbounded_ptr,  # int32 [B, H_v, chunks], written: whether the chunk is not bounded, and left to channel_prepare
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
@@ -73,7 +73,7 @@ def channel_mild_prepare_kernel(
         near_k = (k * tl.exp2(-to_middle)).to(dtype)
         near_q = (q * tl.exp2(to_middle)).to(dtype)
         scores = tl.dot(near_q, tl.trans(near_k), scores, input_precision=PRECISION)
-    tl.store(steep_ptr + chunk, (longest > MAX_TO_MIDDLE_LOG2).to(tl.int32))
+    tl.store(unbounded_ptr + chunk, (longest > MAX_TO_MIDDLE_LOG2).to(tl.int32))
     # Scores of later keys may be anything, infinite and NaN too.
     past = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
     out = scores_ptr + run * T * C

@@ -48,7 +48,7 @@ def zero_finals(x: Any, summary: Summary) -> Tensor:
     return summary.state.new_zeros(count, *summary.state.shape[1:])
 
 
-class Packed:
+class PackedDocuments:
     """Documents one after another in a single sequence, on one device or over the ranks of `across`.
 
     N documents in the whole sequence, n on this rank. Initial states and gradients of final ones, [N, H, K, V], are

@@ -37,7 +37,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Load:
+class Payload:
     """Sizes of a summary.
 
     Attributes:
@@ -54,7 +54,7 @@ class Load:
     itemsize: int = 4
 
     @classmethod
-    def of(cls, summary: Summary) -> Load:
+    def of(cls, summary: Summary) -> Payload:
         state = summary.state
         keys, values = state.shape[-2:]
         heads = state.shape[:-2].numel()
@@ -79,7 +79,7 @@ class Load:
         whole = self.heads if along_heads else self.values
         return Cut(along_heads, _bounds(whole, count))
 
-    def part(self, cut: Cut, index: int) -> Load:
+    def part(self, cut: Cut, index: int) -> Payload:
         """The sizes of one part; of an empty one nothing is sent, its transition neither."""
         length = cut.bounds[index + 1] - cut.bounds[index]
         return replace(self, heads=length) if cut.along_heads or length == 0 else replace(self, values=length)

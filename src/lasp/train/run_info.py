@@ -16,11 +16,11 @@ from lasp import files
 from lasp.analysis.model import layers
 from lasp.data.store import TokenStore
 from lasp.exchange import Auto, Exchange
-from lasp.exchange.peer import is_possible
+from lasp.exchange.peer.exchange import is_possible
 from lasp.models import ModelConfig, num_parameters
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
-from lasp.train.figures import Machine
+from lasp.train.step_metrics import Machine
 from lasp.train.versions import versions
 from lasp.train.world import World
 

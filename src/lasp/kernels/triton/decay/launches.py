@@ -15,29 +15,32 @@ from torch import Tensor
 
 from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay.channel_mild_prepare import channel_mild_prepare_kernel
-from lasp.kernels.triton.decay.channel_mild_within import channel_mild_within_kernel
+from lasp.kernels.triton.decay.channel_bounded_intra_chunk import channel_bounded_intra_chunk_kernel
+from lasp.kernels.triton.decay.channel_bounded_prepare import channel_bounded_prepare_kernel
+from lasp.kernels.triton.decay.channel_inter_chunk import (
+    channel_key_inter_chunk_kernel,
+    channel_query_inter_chunk_kernel,
+)
+from lasp.kernels.triton.decay.channel_intra_chunk import channel_intra_chunk_kernel
 from lasp.kernels.triton.decay.channel_output import channel_output_kernel, channel_value_gradient_kernel
 from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
-from lasp.kernels.triton.decay.channel_reads import channel_key_reads_kernel, channel_query_reads_kernel
 from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
-from lasp.kernels.triton.decay.channel_within import channel_within_kernel
 from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
+from lasp.kernels.triton.decay.intervals import leg_chunks
 from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
 from lasp.kernels.triton.decay.layout import packed_plan
-from lasp.kernels.triton.decay.legs import leg_chunks
 from lasp.kernels.triton.decay.output import output_kernel
-from lasp.kernels.triton.decay.plan import Plan, Tiles, narrow, plan, tile
+from lasp.kernels.triton.decay.plan import LaunchPlan, Tiles, narrow, plan, tile
 from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
-from lasp.kernels.triton.decay.scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
+from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 from lasp.kernels.triton.decay.summary import summary_kernel
 from lasp.kernels.triton.decay.sweep import GATHERED, PART_ROWS, ZERO
 from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
-from lasp.recurrence.contract import Run
 from lasp.recurrence.documents import Documents
+from lasp.recurrence.stages import DecayInputs
 
 GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
@@ -53,14 +56,14 @@ FORGETS = {torch.bfloat16: -9.0, torch.float16: -12.0, torch.float32: -25.0}
 _devices: dict[torch.device, tuple[int, int, bool]] = {}
 
 
-class Work:
+class Launches:
     """What is done for runs of one shape.
 
     Attributes:
         plan: how they are cut.
         scale: of the outputs.
         per_token, per_channel: whether that is the kind of decay.
-        mild: whether chunks whose gates per channel are mild have kernels of their own.
+        bounded: whether chunks whose gates per channel are bounded have kernels of their own.
         with_decay: whether the decay's gradient is wanted: it needs other, slower sweeps.
         from_zero: whether runs are whole and start from no state.
         keeps_states: whether the states entering segments are kept for the backward pass.
@@ -80,7 +83,7 @@ class Work:
         v: tuple[int, ...],
         dtype: torch.dtype,
         kind: int,
-        p: Plan,
+        p: LaunchPlan,
         with_decay: bool,
         scale: float,
         from_zero: bool = False,
@@ -104,7 +107,7 @@ class Work:
         self.paired = alike and (p.segment_chunks >= PAIRED_CHUNKS or (p.gathers and not p.descriptors))
         self._gather = (ZERO.value if p.whole else GATHERED.value) if p.gathers else 0
         self.per_token, self.per_channel = kind == TOKEN.value, kind == CHANNEL.value
-        self.mild = self.per_channel and base_levels(dtype) > 0
+        self.bounded = self.per_channel and base_levels(dtype) > 0
         self._dims, self._dtype, self._kind, self.scale = (B, T, H, H_v, K, V), dtype, kind, scale
         runs = B if p.tables is None else len(p.tables.bounds) - 1
         each = (K,) if self.per_channel else ()
@@ -213,23 +216,23 @@ class Work:
         return self._by_segment(kernel, V, p.channel_values, (self.scale, T, H_v), constants)
 
     @cached_property
-    def channel_query_reads(self) -> Launch:
-        return self._channel_reads(channel_query_reads_kernel)
+    def channel_query_inter_chunk(self) -> Launch:
+        return self._channel_inter_chunk(channel_query_inter_chunk_kernel)
 
     @cached_property
-    def channel_key_reads(self) -> Launch:
-        return self._channel_reads(channel_key_reads_kernel, FORGETS[self._dtype], self.from_zero)
+    def channel_key_inter_chunk(self) -> Launch:
+        return self._channel_inter_chunk(channel_key_inter_chunk_kernel, FORGETS[self._dtype], self.from_zero)
 
-    def _channel_reads(self, kernel: Any, *others: Any) -> Launch:
+    def _channel_inter_chunk(self, kernel: Any, *others: Any) -> Launch:
         p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, p.channel_reads.columns, tile(V, self._dtype), p.chunk, p.gathers, *others)
-        return self._by_segment(kernel, K, p.channel_reads, (T, H_v), constants)
+        constants = (K, V, p.channel_inter_chunk.columns, tile(V, self._dtype), p.chunk, p.gathers, *others)
+        return self._by_segment(kernel, K, p.channel_inter_chunk, (T, H_v), constants)
 
     # Others: a program for each chunk; for each block of a state; for each segment of each head.
 
     @cached_property
-    def channel_mild_prepare(self) -> Launch:
-        return self._prepare(channel_mild_prepare_kernel)
+    def channel_bounded_prepare(self) -> Launch:
+        return self._prepare(channel_bounded_prepare_kernel)
 
     @cached_property
     def channel_prepare(self) -> Launch:
@@ -240,23 +243,23 @@ class Work:
         return self._by_chunk(kernel, 1, tiles, (K, tiles.columns), others)
 
     @cached_property
-    def channel_mild_within(self) -> Launch:
-        return self._within(channel_mild_within_kernel, tile(self._dims[5], self._dtype))
+    def channel_bounded_intra_chunk(self) -> Launch:
+        return self._intra_chunk(channel_bounded_intra_chunk_kernel, tile(self._dims[5], self._dtype))
 
     @cached_property
-    def channel_within(self) -> Launch:
+    def channel_intra_chunk(self) -> Launch:
         # Few values at a time where a thread holds what it contracts, see `plan._sweep_tiles`.
         values = (narrow if self.plan.exact else tile)(self._dims[5], self._dtype)
-        return self._within(channel_within_kernel, values, *self._levels)
+        return self._intra_chunk(channel_intra_chunk_kernel, values, *self._levels)
 
-    def _within(self, kernel: Any, values: int, *others: Any) -> Launch:
-        tiles, (K, V) = self.plan.channel_within, self._dims[4:]
+    def _intra_chunk(self, kernel: Any, values: int, *others: Any) -> Launch:
+        tiles, (K, V) = self.plan.channel_intra_chunk, self._dims[4:]
         constants = (K, V, tiles.columns, values)
         return self._by_chunk(kernel, -(-K // tiles.columns), tiles, constants, (self.from_zero, *others))
 
     @property
     def _levels(self) -> tuple[Any, ...]:
-        return base_levels(self._dtype), self.plan.chunk.bit_length() - 1, self.mild
+        return base_levels(self._dtype), self.plan.chunk.bit_length() - 1, self.bounded
 
     def _by_chunk(
         self, kernel: Any, slices: int, tiles: Tiles, constants: tuple[Any, ...], others: tuple[Any, ...]
@@ -292,7 +295,7 @@ class Work:
         return Launch(gate_gradient_kernel, grid, scalars, constants, GATE_WARPS, 1)
 
 
-def keeps_states(p: Plan, with_decay: bool) -> bool:
+def keeps_states(p: LaunchPlan, with_decay: bool) -> bool:
     """Whether the states entering segments are kept for the backward pass.
 
     Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Where runs are
@@ -345,14 +348,14 @@ def device_limits(device: torch.device) -> tuple[int, int, bool]:
     return _devices[device]
 
 
-def plan_of(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool) -> Plan:
+def plan_of(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool) -> LaunchPlan:
     """The launch configuration of one run of these tokens."""
     return _plan(q.shape, v.shape, q.dtype, kind_of(g), q.device, from_zero)
 
 
 def _plan(
     q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device, from_zero: bool
-) -> Plan:
+) -> LaunchPlan:
     B, T, H_v, V = v
     return plan(T, B * H_v, q[3], V, dtype, kind, *device_limits(device), from_zero)
 
@@ -365,7 +368,7 @@ def _packed_plan(
     device: torch.device,
     from_zero: bool,
     documents: Documents,
-) -> Plan:
+) -> LaunchPlan:
     """As for so many runs of the longest document's length if those gather; else as for one run."""
     tokens, longest = v[1], max((end - start for start, end in documents.spans), default=0)
     if from_zero and longest > 0:
@@ -386,12 +389,12 @@ def _work(
     with_decay: bool,
     scale: float,
     from_zero: bool,
-) -> Work:
+) -> Launches:
     p = _plan(q, v, dtype, kind, device, from_zero)
-    return Work(q, v, dtype, kind, p, with_decay, scale, from_zero)
+    return Launches(q, v, dtype, kind, p, with_decay, scale, from_zero)
 
 
-def work_of(x: Run, from_zero: bool = False) -> Work:
+def work_of(x: DecayInputs, from_zero: bool = False) -> Launches:
     """The work on x.
 
     from_zero: x is the whole sequence and starts from no state.
@@ -406,6 +409,6 @@ def work_of(x: Run, from_zero: bool = False) -> Work:
     works = x.documents.layouts
     if (shapes, others) not in works:
         p = packed_plan(_packed_plan(*shapes, from_zero, x.documents), x.documents, x.q.device)
-        works[shapes, others] = Work(*shapes[:4], p, *others)
-    found: Work = works[shapes, others]
+        works[shapes, others] = Launches(*shapes[:4], p, *others)
+    found: Launches = works[shapes, others]
     return found
