@@ -1,4 +1,4 @@
-"""`python -m MODULE` without the seconds in which a new interpreter loads PyTorch: this process, forked, runs MODULE.
+"""`python -m MODULE` and `python FILE` without the seconds in which a new interpreter loads PyTorch: by a fork of this.
 
 Arguments, environment, folder, files, session and signals are as a new interpreter has them, and what it starts in turn
 (the processes of `lasp train`, those of torchrun) is forked likewise. What only a new interpreter shows, as what is
@@ -31,27 +31,31 @@ _execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 def _fork_or_execute(self: subprocess.Popen[Any], args: Any, *given: Any) -> None:
     """What subprocess.Popen calls to start a child, once its pipes are made."""
-    command = [] if isinstance(args, str | bytes) else [os.fspath(word) for word in args]
-    if command[:1] != [sys.executable] or (command[1:2] != ["-m"] and command[1:3] != ["-u", "-m"]):
+    program, *words = [args] if isinstance(args, str | bytes) else [os.fspath(word) for word in args]
+    words = words[words[:1] == ["-u"] :]
+    if program != sys.executable or not (words[0] == "-m" or words[0].endswith(".py")):
         return _execute(self, args, *given)
     how = inspect.signature(_execute).bind(self, args, *given).arguments
     self.pid = os.fork()
     if self.pid == 0:
-        _become(command[command.index("-m") + 1 :], how)
+        _become(words, how)
     self._child_created = True  # type: ignore[attr-defined]
     pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
     self._close_pipe_fds(*(how[name] for name in pipes))  # type: ignore[attr-defined]
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
-    """subprocess.Popen that forks for `[sys.executable, "-m", MODULE, *ARGUMENTS]`."""
+    """subprocess.Popen that forks for `[sys.executable, "-m", MODULE, *ARGUMENTS]`, or a file in place of a module."""
 
     _execute_child = _fork_or_execute
 
 
-def run(command: Sequence[str], *, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-    """subprocess.run with such a process, its output captured as text."""
-    with Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+def run(
+    command: Sequence[str], *, new: bool = False, timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """subprocess.run of such a command, its output captured as text; `new`: by a new interpreter, as where GPUs are."""
+    start = subprocess.Popen if new else Popen
+    with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         try:
             out, error = process.communicate(timeout=timeout)
         except BaseException:
@@ -61,7 +65,7 @@ def run(command: Sequence[str], *, timeout: float = 120, **options: Any) -> subp
 
 
 def _become(words: Sequence[str], how: dict[str, Any]) -> NoReturn:
-    """Be a process that was started with this main module and its arguments, and end as it does."""
+    """Be an interpreter that was started with these words, and end as it does."""
     code: Any = 1
     try:
         gc.freeze()  # nothing of this process's past is ended here
@@ -84,9 +88,13 @@ def _become(words: Sequence[str], how: dict[str, Any]) -> NoReturn:
             warnings.simplefilter("ignore", kind)
         warnings.showwarning = lambda *warning: print(warnings.formatwarning(*warning[:4]), file=sys.stderr, end="")
         torch.use_deterministic_algorithms(False)
-        sys.argv[:] = words
-        sys.modules.pop(words[0], None)
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        is_module = words[0] == "-m"
+        sys.argv[:] = words[is_module:]
+        if is_module:
+            sys.modules.pop(sys.argv[0], None)
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code or 0
