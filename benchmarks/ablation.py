@@ -35,10 +35,11 @@ if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from benchmarks import unfused
-from lasp.kernels.torch import decay as torch_stages
-from lasp.kernels.triton.decay import stages as triton_stages
-from lasp.recurrence.decay import state_dtype, state_shape
-from lasp.recurrence.stages import DecayInputs
+from lasp.kernels.torch.decay import STAGES as torch_stages
+from lasp.kernels.triton.decay.stages import STAGES as triton_stages
+from lasp.kernels.triton.decay.stages import ScalarSegments
+from lasp.recurrence.inputs import DecayInputs, state_dtype, state_shape
+from lasp.recurrence.stages import AnyStages
 
 KINDS = ("constant", "scalar")
 SLOWEST_DECAY = 0.02
@@ -66,29 +67,32 @@ def _zero(x: DecayInputs) -> Tensor:
     return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))
 
 
-def _staged(stages: Any, states: Callable[[DecayInputs], Any]) -> Variant:
-    def forward(x: DecayInputs) -> tuple[Tensor, Any]:
+def _staged(stages: AnyStages, states: Callable[[DecayInputs], Any]) -> Variant:
+    def forward(given: DecayInputs) -> tuple[Tensor, Any]:
+        x = stages.prepare(given, False)
         _, totals = stages.summarize(x)
-        o, saved = stages.outputs(x, totals, stages.local_outputs(x, totals), _zero(x))
+        o, saved = stages.outputs(x, totals, stages.local_outputs(x, totals), _zero(given))
         return o, saved
 
-    def backward(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(given: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+        x = stages.prepare(given, False)
         _, totals = stages.summarize_adjoint(x, saved, d_o)
         local = stages.local_gradients(x, saved, totals, d_o)
-        return stages.gradients(x, saved, totals, local, d_o, _zero(x))
+        return stages.gradients(x, saved, totals, local, d_o, _zero(given))
 
     return Variant(forward, states, backward)
 
 
 def _triton_states(x: DecayInputs) -> Any:
     """Nothing enters the run, so what the scan over segments gives is what the sweeps of `outputs` would keep."""
-    summary, totals = triton_stages.summarize(x)
-    return triton_stages.ScalarSaved(totals.states, summary.state, totals.gates)
+    summary, totals = triton_stages.summarize(triton_stages.prepare(x, False))
+    assert isinstance(totals, ScalarSegments)
+    return (summary.state, totals.states, *totals.gates)
 
 
-def _torch_states(x: DecayInputs) -> Tensor:
+def _torch_states(x: DecayInputs) -> Any:
     _, (chunks, runs) = torch_stages.summarize(x)
-    return chunks.chunking.scan(runs, _zero(x))[0]
+    return (chunks.chunking.scan(runs, _zero(x))[0],)
 
 
 VARIANTS = {
@@ -125,12 +129,17 @@ def errors(variant: Variant, cached: bool, kind: str, options: argparse.Namespac
     """Relative, against the PyTorch backend in fp64, at a short length; a constant decay has no gradient."""
     x, d_o = problem(options.check_tokens, kind, options)
     wide = x._replace(**{name: getattr(x, name).detach().double() for name in "qkvg"})
+    assert wide.g is not None
     wide = wide._replace(g=wide.g.requires_grad_(kind == "scalar"))
     expected_o, expected = step(VARIANTS["PyTorch backend"], wide, d_o.double(), True)
     o, gradients = step(variant, x, d_o, cached)
     names = ("o", "d_q", "d_k", "d_v", "d_g")[: 5 if kind == "scalar" else 4]
     pairs = zip(names, (o, *gradients), (expected_o, *expected), strict=False)
-    return {name: ((got.double() - want).norm() / want.norm()).item() for name, got, want in pairs}
+    found = {}
+    for name, got, want in pairs:
+        assert got is not None and want is not None
+        found[name] = ((got.double() - want).norm() / want.norm()).item()
+    return found
 
 
 def _wait(device: str) -> None:

@@ -47,7 +47,7 @@ PROCESSES, SP, LAST = 4, 2, 20
 
 def train(family: str, settings: dict[str, Any], accumulation: int, sp: int, seed: int, steps: int) -> dict[str, Any]:
     """One run: its losses and its score on held-out text."""
-    from lasp.train import loop
+    from lasp.train import trainer
     from lasp.train.config import (
         DataOptions,
         ModelOptions,
@@ -56,7 +56,7 @@ def train(family: str, settings: dict[str, Any], accumulation: int, sp: int, see
         SampleOptions,
         TrainConfig,
     )
-    from lasp.train.metrics import read_metrics
+    from lasp.train.logging.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
@@ -79,7 +79,7 @@ def train(family: str, settings: dict[str, Any], accumulation: int, sp: int, see
 
         def process(_rank: int) -> float | None:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                return loop.train(config).bits_per_byte
+                return trainer.train(config).bits_per_byte
 
         bits = run(PROCESSES, process)[0]
         lines = read_metrics(Path(folder) / "run" / "metrics.jsonl")
@@ -142,7 +142,7 @@ def main() -> None:
     import matplotlib.figure  # noqa: F401 - inherited by the forked processes, which each draw a curve
     import torch
 
-    import lasp.train.loop  # noqa: F401 - inherited as well
+    import lasp.train.trainer  # noqa: F401 - inherited as well
 
     torch.set_num_threads(1)
     record = {

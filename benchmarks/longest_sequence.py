@@ -163,10 +163,11 @@ def on_gpu(sp: int, budget_s: float, size: str) -> dict[str, Any]:
     """Peak memory of one rank at doubling lengths, and once between the last that fits and the first that does not."""
     import torch
 
-    from lasp.cli.bench_train import BenchTrainConfig, measure
+    from lasp.bench.steps import BenchTrainConfig, measure
     from lasp.train.config import ModelOptions, ParallelOptions
 
-    began, measured = time.monotonic(), {}
+    began = time.monotonic()
+    measured: dict[str, dict[str, Any]] = {}
     for recomputation in ("none", "full"):
         points: list[dict[str, float]] = []
         deadline = began + budget_s * (0.35 if recomputation == "none" else 1.0)

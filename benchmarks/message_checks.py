@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,19 @@ from torch.profiler import ProfilerActivity, profile
 import lasp
 from benchmarks.processes import run
 from benchmarks.sequence_parallel import Shape, random_sample, step, whole_layer
-from lasp.distributed.call import Call
-from lasp.distributed.comm import Comm
+from lasp.distributed.call import Call, Calls
 from lasp.distributed.record import RECORD_BYTES, Description, Record
-from lasp.distributed.sealed import HEADER_BYTES, Sealing, TorchStamps
+from lasp.distributed.sealed import HEADER_BYTES, SealedCalls, TorchStamps
 
 ROUNDS, WARM_UP = 300, 30
 LAYER = Shape(16, 128, (8192,))
 
 
-class _Untold:
+class _Untold(Calls):
     """For comparison: calls of which nobody is told."""
 
-    def call(self, comm: Comm, record: Record, forward: Any) -> Call:
-        return Call(comm, record, None)
+    def begin(self, description: Description, documents: str | None = None, **others: Any) -> Call:
+        return Call(self, Record(0, description, documents), None)
 
 
 def quartiles(times: list[float]) -> dict[str, float]:
@@ -72,18 +72,18 @@ def told(rank: int, device: str, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     for turn in range(-WARM_UP, rounds):
         for kind in ("none", "the same", "new"):
-            for name, sealing in (("told", None), ("untold", _Untold())):
+            for name, calls in (("told", Calls(sp.comm)), ("untold", _Untold(sp.comm))):
                 dist.barrier()
-                sp.comm.sealing = sealing  # type: ignore[assignment]
+                sp.calls = calls
                 start = time.perf_counter()
                 call(kind)
                 if turn >= 0:
                     times.setdefault(f"documents {kind}, {name}", []).append(time.perf_counter() - start)
-    sp.comm.sealing = None
+    sp.calls = Calls(sp.comm)
     record = Description("nothing", {})
     for turn in range(-WARM_UP, rounds):
         start = time.perf_counter()
-        sp.comm.call(record).check()
+        sp.calls.begin(record).check()
         if turn >= 0:
             times.setdefault("a record alone", []).append(time.perf_counter() - start)
     return {name: quartiles(each) for name, each in times.items()}
@@ -135,18 +135,18 @@ def headers(rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"header_bytes": HEADER_BYTES, "payload_bytes": state.nbytes}
     description, comm = Description("linear_attention", {}), _Alone()
     for name, stamps in (("Triton", TritonStamps()), ("PyTorch", TorchStamps())):
-        sealing = Sealing(device, stamps)
+        calls = SealedCalls(comm, device, stamps)  # type: ignore[arg-type]
 
-        def begin(sealing: Sealing = sealing) -> Any:
-            return sealing.call(comm, Record(0, description), None)  # type: ignore[arg-type]
+        def begin(calls: SealedCalls = calls) -> Any:
+            return calls.begin(description)
 
         call = begin()
         message = call._sealed(state)
         two = torch.stack((message, message))
         works: dict[str, Callable[[], object]] = {
             "a call": begin,
-            "sealing a message": lambda call=call: call._sealed(state),
-            "opening two": lambda call=call, two=two: call._opened(two, state.numel()),
+            "sealing a message": partial(call._sealed, state),
+            "opening two": partial(call._opened, two, state.numel()),
         }
         for what, work in works.items():
             kernels, microseconds = gpu_work(work)
@@ -180,7 +180,7 @@ def main() -> None:
     on_gpu = torch.cuda.device_count() > 0
     found: dict[str, Any] = {"torch": torch.__version__, "record_bytes": RECORD_BYTES}
     for device in ("cpu", *(["cuda:0"] if on_gpu else [])):
-        found[f"gloo, two processes, {device}"] = run(2, lambda rank, d=device: told(rank, d, options.rounds))[0]
+        found[f"gloo, two processes, {device}"] = run(2, partial(told, device=device, rounds=options.rounds))[0]
     if on_gpu:
         found["device"] = torch.cuda.get_device_name(0)
         found["headers"] = headers(options.rounds)

@@ -50,7 +50,6 @@ from benchmarks.processes import run
 from benchmarks.sequence_parallel_report import goals, plot, table
 from lasp.exchange import EXCHANGES, Auto, Constants, Payload
 from lasp.exchange.measure import Timing, exchange_work, timings
-from lasp.models.mixers import mixer
 from lasp.models.presets import preset
 from lasp.train.config import ParallelOptions, TrainConfig
 from lasp.train.world import World, join, leave
@@ -150,7 +149,7 @@ def whole_layer(shape: Shape, device: torch.device) -> Kind:
     dims = {"num_heads": shape.heads, "key_dim": shape.head_dim, "value_dim": shape.head_dim}
     config = preset("transnormer", "1b", d_model=shape.d_model, **dims)
     torch.manual_seed(0)
-    layer = mixer(config, config.num_layers // 2)  # the first has positions, late ones hardly a decay
+    layer = config.build_mixer(config.num_layers // 2)  # the first has positions, late ones hardly a decay
     exactly = _in_fp64(layer).to(device)
     layer = layer.to(device)
 
@@ -166,7 +165,7 @@ def whole_layer(shape: Shape, device: torch.device) -> Kind:
 
 def _in_fp64(layer: nn.Module) -> nn.Module:
     layer = deepcopy(layer).double()
-    layer.backend = "torch"
+    vars(layer)["backend"] = "torch"
     return layer
 
 
@@ -301,9 +300,9 @@ class Bench:
             for name, capture in named.items()
             if isinstance(capture, Refused)
         ]
-        steps = {name: capture for name, capture in captures.items() if isinstance(capture, Captured)}
-        exchanges = {name: capture for name, capture in alone.items() if isinstance(capture, Captured)}
-        return rows + self.turns(label, steps, exchanges, repetitions) + refused
+        captured = {name: capture.__call__ for name, capture in captures.items() if isinstance(capture, Captured)}
+        captured_alone = {name: capture.__call__ for name, capture in alone.items() if isinstance(capture, Captured)}
+        return rows + self.turns(label, captured, captured_alone, repetitions) + refused
 
     def turns(
         self,

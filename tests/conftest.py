@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 # Forked ranks hang on OpenMP threads that their parent had; and tensors here are small.
 torch.set_num_threads(1)
 # Read when Triton is first imported, which any test may do: without a GPU its kernels are interpreted.

@@ -9,9 +9,11 @@ place of whatever had the name.
 import hashlib
 import json
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,8 +46,12 @@ def read(path: Path, most: int = MOST_JSON_BYTES, *, follow: bool = False) -> by
 
 
 def read_json(path: Path, *, follow: bool = False) -> Any:
-    """What a JSON file holds. Raises OSError, ValueError (whatever is wrong with the text)."""
-    return parse_json(read(path, follow=follow))
+    """What a JSON file holds. Raises OSError, ValueError (whatever is wrong with the text), which name the file."""
+    text = read(path, follow=follow)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_json(text: bytes) -> Any:
@@ -76,6 +82,15 @@ def write(path: Path, content: bytes | str) -> None:
         raise
 
 
+def write_output(path: Path, content: str) -> None:
+    """As `write`, where a user asked for it: into a pipe or a device, and through a link. Raises OSError."""
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as stream:
+            stream.write(content.encode())
+    else:
+        write(path.resolve(), content)
+
+
 def open_new(path: Path) -> BinaryIO:
     """A file that was not there, open for writing. Raises OSError (FileExistsError for anything there, a link too)."""
     return open(path, "xb")
@@ -87,6 +102,22 @@ def make_folder(path: Path) -> Path:
     if path.is_symlink():
         raise OSError(f"{path} is a link: nothing is written through it; put the folder itself there")
     return path
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` to write into; it becomes `target` if nothing is raised, else nothing of it stays.
+
+    Raises OSError, also where something is at `target` by then.
+    """
+    temporary = target.parent / f".writing-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

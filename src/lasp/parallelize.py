@@ -27,7 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lasp.distributed.mesh import SP_AXIS, weights_mesh
+from lasp.distributed.mesh import DATA_PARALLEL, SP_AXIS, weights_mesh
 from lasp.layers import RMSNorm, ShortConvolution
 from lasp.models.recomputation import (
     RECOMPUTATIONS,
@@ -39,8 +39,6 @@ from lasp.models.recomputation import (
 )
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, whole
-
-DATA_PARALLEL = ("ddp", "zero1", "zero2", "zero3")
 
 # Their weights may be rounded to 16 bits for a step: autocast rounds matrices itself, and a gain is a factor near 1.
 # Learned angles and decays must not be, and PyTorch's LayerNorm refuses weights of another dtype than its input's.

@@ -16,12 +16,12 @@ from lasp.analysis.planner import METHODS, Job, ParallelLayout, best, estimate, 
 from lasp.analysis.report import alternatives, plan, row
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
+from lasp.errors import ConfigError
 from lasp.exchange.schedules.all_to_all import AllToAll
 from lasp.exchange.schedules.doubling import Doubling
 from lasp.exchange.schedules.hierarchical import Hierarchical
 from lasp.models import preset
-from lasp.train.config import read_toml
-from lasp.train.errors import ConfigError
+from lasp.train.settings_file import read_toml
 from lasp.train.sizes import tokens
 
 CONFIG = preset("transnormer", "1b")
@@ -153,7 +153,7 @@ def test_the_printed_command_is_one_that_train_takes(
     assert cli.main(["plan", *arguments.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     options = printed_command(found["command"])
-    config, best = train_command.parse(options).settings, found["recommended_of_lasp_train"]
+    config, best = train_command.arguments_of(options).settings, found["recommended_of_lasp_train"]
     config.validate(found["devices"])
     assert (config.seq_len, config.global_batch, config.precision) == (
         found["seq_len"],
@@ -167,7 +167,7 @@ def test_the_printed_command_is_one_that_train_takes(
         parallel.data_parallel,
         parallel.recomputation,
     ]
-    assert config.model.build(vocab_size=257).layer_pattern[0] == "L" and config.accumulation == 1
+    assert config.model.build(vocab_size=257).mixer_of(0).kind == "linear-attention" and config.accumulation == 1
 
 
 def test_the_printed_command_trains(

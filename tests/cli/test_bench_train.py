@@ -10,7 +10,7 @@ import torch
 from world import run
 
 from lasp.analysis.flops import flops_per_token
-from lasp.cli.bench_train import BenchTrainConfig, for_device, measure
+from lasp.bench.steps import BenchTrainConfig, for_device, measure
 from lasp.cli.main import main
 from lasp.models import preset
 from lasp.train.config import ModelOptions, ParallelOptions

@@ -14,7 +14,7 @@ from test_launch import LASP, command
 from torch.distributed.run import get_args_parser as torchrun_arguments
 
 from lasp.cli import train as train_command
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Each task gets its number as Slurm's would; the code is the highest of all tasks', as srun's is.
@@ -104,7 +104,7 @@ def test_the_kubernetes_example_can_be_run() -> None:
         r'kind: NetworkPolicy.*podSelector: &pods.*policyTypes: \["Ingress"\].*podSelector: \*pods', text, re.S
     )
     assert options[-2:] == ["--resume", "auto"]
-    config = train_command.parse(options[:-2]).settings
+    config = train_command.arguments_of(options[:-2]).settings
     config.validate(pods * processes)
     assert config.num_dp(pods * processes) == 2
     mounts, volumes = (set(re.findall(rf"- name: (\w+)\n +{next_}", text)) for next_ in ("mountPath", "(?:pers|empty)"))

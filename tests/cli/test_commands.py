@@ -11,10 +11,11 @@ from training_runs import small_config, write_text
 
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
-from lasp.train import export, loop, sample
+from lasp.errors import CheckpointError, ConfigError
+from lasp.train import sample, trainer
+from lasp.train.checkpoint import export
 from lasp.train.config import TrainConfig
-from lasp.train.errors import CheckpointError, ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 
 def test_help_names_every_command_without_loading_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,22 +38,22 @@ def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("steps = 7\nseq_len = 32\n[parallel]\nsp = 4\n[optimizer]\nlr = 0.5\n")
-    options = train_command.parse(["--config", str(file), "--steps", "9", "--dp", "2", "--nproc", "8"])
+    options = train_command.arguments_of(["--config", str(file), "--steps", "9", "--dp", "2", "--nproc", "8"])
     config = options.settings
     assert (config.steps, config.seq_len, config.parallel.sp, config.parallel.dp) == (9, 32, 4, 2)
     assert config.optimizer.lr == 0.5 and options.nproc == 8
-    assert train_command.parse([]).settings == TrainConfig()
-    sizes = train_command.parse(["--seq-len", "64K", "--ffn-piece-tokens", "1m"]).settings
+    assert train_command.arguments_of([]).settings == TrainConfig()
+    sizes = train_command.arguments_of(["--seq-len", "64K", "--ffn-piece-tokens", "1m"]).settings
     assert (sizes.seq_len, sizes.parallel.ffn_piece_tokens) == (1 << 16, 1 << 20)
     file.write_text('seq_len = "64K"')
-    assert train_command.parse(["--config", str(file)]).settings.seq_len == 1 << 16
+    assert train_command.arguments_of(["--config", str(file)]).settings.seq_len == 1 << 16
 
 
 def test_the_shipped_configs_are_valid() -> None:
     files = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
     assert files
     for file in files:
-        settings = train_command.parse(["--config", str(file)]).settings
+        settings = train_command.arguments_of(["--config", str(file)]).settings
         settings.validate((settings.parallel.dp or 1) * settings.parallel.sp)
 
 
@@ -165,16 +166,18 @@ def test_train_then_generate_in_one_process(
 
 def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config(tmp_path, steps=3)
-    loop.train(config)
+    trainer.train(config)
     capsys.readouterr()
     out = tmp_path / "exported"
     assert cli.main(["export", str(config.run_dir), "--out", str(out)]) == 0
     assert capsys.readouterr().out.split() == [str(out)]
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in (*out.iterdir(), config.run_dir / "config.json")}) == 1
+    about = export.read(out)
+    assert (about["format"], about["model_config"]["mixer"]["kind"]) == (export.FORMAT, "linear-attention")
     # Nothing has to be said again about the model, and what is said wins, to be refused where it does not fit.
-    assert train_command.parse(["--init-from", str(out)]).settings.model == config.model
-    assert train_command.parse(["--init-from", str(out), "--model.family", "gla"]).settings.model.family == "gla"
+    assert train_command.arguments_of(["--init-from", str(out)]).settings.model == config.model
+    assert train_command.arguments_of(["--init-from", str(out), "--model.family", "gla"]).settings.model.family == "gla"
     texts = []
     for path in (config.run_dir, out):
         assert cli.main(["generate", str(path), "--prompt", "abc", "--num-tokens", "20"]) == 0
@@ -184,19 +187,19 @@ def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.
 
     # Weights only: the next run's first loss is that of the exported weights, and its step count starts anew.
     more = dataclasses.replace(config, init_from=out, run_dir=tmp_path / "more", seed=5)
-    loop.train(more)
+    trainer.train(more)
     fresh = dataclasses.replace(more, init_from=None, run_dir=tmp_path / "fresh")
-    loop.train(fresh)
+    trainer.train(fresh)
     losses = [read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (tmp_path / "more", tmp_path / "fresh")]
     assert losses[0] < losses[1] - 0.05
     other = dataclasses.replace(more, run_dir=tmp_path / "other", model=dataclasses.replace(more.model, overrides={}))
     with pytest.raises(CheckpointError, match=r"another model; checkpoint -> now:\n(.*\n)*  d_model: 32 -> 128"):
-        loop.train(other)
+        trainer.train(other)
 
 
 def test_no_flipped_bit_of_an_export_is_loaded(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=1)
-    loop.train(config)
+    trainer.train(config)
     assert config.run_dir is not None
     out = export.export(config.run_dir, tmp_path / "exported", report=pytest.fail)
     source, refused = random.Random(1), 0

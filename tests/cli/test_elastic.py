@@ -11,13 +11,14 @@ from pathlib import Path
 import forked
 import pytest
 import world
-from test_launch import command, linux, torchrun, wait_until, whole_end, workers
+from test_launch import command, linux, wait_until, whole_end, workers
+from world import torchrun
 
 from lasp.cli import train as train_command
-from lasp.train import loop
+from lasp.errors import CheckpointError, ConfigError
+from lasp.train import trainer
 from lasp.train.config import AUTO
-from lasp.train.errors import CheckpointError, ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 STEPS = 60
 
@@ -53,25 +54,25 @@ def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
     whole_end(tmp_path / "run", out)
     assert out.count("Training transnormer-tiny") == 2 and out.count("resumed") == 1 and "after step" in out
 
-    whole = train_command.parse(arguments[1:]).settings
+    whole = train_command.arguments_of(arguments[1:]).settings
     whole = dataclasses.replace(whole, run_dir=tmp_path / "whole")
-    world.run(2, lambda _rank: loop.train(whole) and None)
+    world.run(2, lambda _rank: trainer.train(whole) and None)
     assert len(losses(tmp_path / "whole")) == STEPS
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_auto_begins_where_there_is_nothing_good_to_go_on_from(tmp_path: Path) -> None:
     arguments = command(tmp_path, "--steps", "2", "--sp", "1", "--resume", "auto")[1:]
-    config = train_command.parse(arguments).settings
-    assert train_command.parse(arguments).resume == AUTO
+    config = train_command.arguments_of(arguments).settings
+    assert train_command.arguments_of(arguments).resume == AUTO
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')  # of a try that saved nothing
-    loop.train(config, resume=AUTO)
+    trainer.train(config, resume=AUTO)
     assert [step for step, _ in losses(run_dir)] == [1, 2] and losses(run_dir)[0][1] != 9.0
     # Damage is not taken for a beginning.
     (run_dir / "checkpoints" / "step-00000002" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is usable"):
-        loop.train(config, resume=AUTO)
+        trainer.train(config, resume=AUTO)
     with pytest.raises(ConfigError, match="name it with --run-dir"):
-        train_command.parse(["--resume", "auto"])
+        train_command.arguments_of(["--resume", "auto"])

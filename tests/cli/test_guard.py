@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from lasp.cli.main import guarded
-from lasp.data.errors import DataError
-from lasp.train.errors import PeerLostError
-from lasp.train.program import lasp_command
+from lasp.errors import DataError, PeerLostError
+from lasp.train.logging.program import lasp_command
 
 LASP = [sys.executable, "-m", "lasp"]
 

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,11 +16,12 @@ from pathlib import Path
 import forked
 import pytest
 from training_runs import SMALL, write_text
+from world import torchrun
 
+from lasp.errors import ConfigError
 from lasp.train import checkpoint
-from lasp.train.errors import ConfigError
-from lasp.train.lock import lock
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
+from lasp.train.run_folder import lock
 
 LASP = [sys.executable, "-m", "lasp"]
 FOREVER = ["--steps", "1000000"]
@@ -85,14 +85,6 @@ def listening(pid: int) -> set[str]:
             if state == "0A" and f"socket:[{inode}]" in sockets:
                 addresses.add(local.split(":")[0])
     return addresses
-
-
-def torchrun(processes: int = 2) -> list[str]:
-    """The start of processes with the static rendezvous, torchrun's default, at a port that is free now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")

@@ -15,8 +15,9 @@ import tokenizer_files
 from training_runs import SMALL, small_config
 
 from lasp.cli import main as cli
-from lasp.train import loop
-from lasp.train.metrics import read_metrics
+from lasp.errors import ConfigError, DataError
+from lasp.train import trainer
+from lasp.train.logging.metrics import read_metrics
 
 Command = Callable[[str, str], str]
 """Runs `lasp ARGUMENTS` in the folder named and returns what it printed."""
@@ -138,13 +139,46 @@ def test_a_resumed_run_keeps_its_tokenizer(
     assert "was trained with tokenizer file-" in capsys.readouterr().err
 
 
+def test_weights_bring_their_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new run from an export needs nothing told again; a tokenizer that is another one is refused, built data's too,
+    and a run that goes on no longer needs the export."""
+    (tmp_path / "text").mkdir()
+    records(tmp_path / "text", 8000)
+    lasp = in_this_process(tmp_path, monkeypatch, capsys)
+    small = "--model.overrides " + " ".join(f"{name} {value}" for name, value in SMALL.items())
+    brief = "--sp 1 --seq-len 32 --data.on-bad-record skip --sample.num-tokens 4 --eval-sequences 4"
+    options = f"{brief} --data.path ../text"
+    lasp("a", f"train {options} --steps 2 --run-dir run --data.tokenizer ../tokenizer.json {small}")
+    lasp("a", "export run --out model")
+    other = tokenizer_files.pieces(tmp_path / "other.json")
+    name = json.loads((tmp_path / "a" / "model" / "config.json").read_text())["tokenizer_id"]
+    assert f"tokenizer {name}, that of model" in lasp("a", f"train {options} --steps 2 --run-dir new --init-from model")
+    same = "--data.tokenizer ../tokenizer.json"
+    assert "that of model" in lasp("a", f"train {options} --steps 2 --run-dir same --init-from model {same}")
+    kept = [(tmp_path / "a" / run / "tokenizer.json").read_bytes() for run in ("new", "run")]
+    assert kept[0] == kept[1] == (tmp_path / "tokenizer.json").read_bytes()
+    lasp("a", "data build ../text --out built --on-bad-record skip")
+    for asked in (
+        f"{options} --data.tokenizer {other}",
+        f"{options} --data.tokenizer bytes",
+        f"{brief} --data.path built",
+    ):
+        assert cli.main(f"train {asked} --run-dir refused --init-from model".split()) == 66
+        assert f"model was trained with tokenizer {name}, not " in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "new", "--init-from", "model"]) == 64
+    shutil.rmtree("model")
+    assert "after step 2" in lasp("a", "train --resume new --steps 3")
+
+
 def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither before anything is built, nor after; a folder that was there stays, and a run with steps is no failed
     start."""
     monkeypatch.chdir(tmp_path)
     config = small_config(tmp_path, steps=2, seq_len=1_000_000, run_dir=None)
-    with pytest.raises(loop.DataError, match="too few for one sequence"):
-        loop.train(config)
+    with pytest.raises(DataError, match="too few for one sequence"):
+        trainer.train(config)
     assert not list(tmp_path.glob("runs/*"))
     late = small_config(tmp_path, steps=2)
 
@@ -152,19 +186,19 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Stepper, "rehearse", broken)
+        patch.setattr(trainer.Stepper, "rehearse", broken)
         with pytest.raises(MemoryError):
-            loop.train(late)
+            trainer.train(late)
     assert late.run_dir is not None and not late.run_dir.exists()
     done = small_config(tmp_path, steps=1, run_dir=tmp_path / "done")
-    loop.train(done)
+    trainer.train(done)
     before = (tmp_path / "done" / "config.json").read_text()
-    with pytest.raises(loop.DataError, match="too few for one sequence"):
-        loop.train(dataclasses.replace(done, steps=2, seq_len=1_000_000), resume=done.run_dir)
+    with pytest.raises(DataError, match="too few for one sequence"):
+        trainer.train(dataclasses.replace(done, steps=2, seq_len=1_000_000), resume=done.run_dir)
     assert (tmp_path / "done" / "config.json").read_text() == before  # a run that cannot go on is as it was
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Stepper, "step", broken)
+        patch.setattr(trainer.Stepper, "step", broken)
         with pytest.raises(MemoryError):
-            loop.train(late)
-    with pytest.raises(loop.ConfigError, match="is not empty: name another"):  # no checkpoint: nothing to --resume
-        loop.train(late)
+            trainer.train(late)
+    with pytest.raises(ConfigError, match="is not empty: name another"):  # no checkpoint: nothing to --resume
+        trainer.train(late)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lasp.data.batches import Batch, Sequences, Shard, permute, read, validation_batch
-from lasp.data.errors import DataError
+from lasp.errors import DataError
 
 STREAM = np.arange(1000, dtype=np.uint16)
 

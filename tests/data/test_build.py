@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from training_runs import small_config, write_text
 
+from lasp import files
 from lasp.cli.main import main
-from lasp.data.build import seal_digest, write_store
+from lasp.data.build import write_store
 from lasp.data.documents import Document
-from lasp.data.errors import DataError
 from lasp.data.store import open_store, prepare
 from lasp.data.tokenizer import ByteTokenizer
-from lasp.train import loop
+from lasp.errors import DataError
+from lasp.train import trainer
 
 TEXTS = ["first document", "", "naïve — 漢字", "x", "a\nb"] + [f"number {i} " * (i % 7) for i in range(60)]
 
@@ -203,7 +204,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     built(write_text(tmp_path / "text"), data)
     index = json.loads((data / "index.json").read_text())
     index["sealed"]["vocab_size"] = 120
-    index["sha256"] = seal_digest(index["sealed"])
+    index["sha256"] = files.json_sha256(index["sealed"])
     (data / "index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match=r"train-00000\.bin has at offset \d+ the token id \d+, outside .* of 120"):
         open_store(data, verify=True)
@@ -219,7 +220,7 @@ def test_training_on_built_data_is_training_on_its_text(tmp_path: Path) -> None:
     moved = dataclasses.replace(
         config, run_dir=tmp_path / "other", data=dataclasses.replace(config.data, path=tmp_path / "built")
     )
-    assert loop.train(config).bits_per_byte == loop.train(moved).bits_per_byte
+    assert trainer.train(config).bits_per_byte == trainer.train(moved).bits_per_byte
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_loads(tmp_path: Path) -> None:

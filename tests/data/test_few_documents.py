@@ -11,10 +11,10 @@ from training_runs import small_config, write_text
 from lasp.cli.main import main
 from lasp.data.corpus import TextFile, unit_interval
 from lasp.data.documents import documents_of
-from lasp.data.errors import DataError
 from lasp.data.store import TokenStore, prepare
 from lasp.data.tokenizer import ByteTokenizer
-from lasp.train import loop
+from lasp.errors import DataError
+from lasp.train import trainer
 
 
 def prepared(folder: Path, cache: Path, **options: object) -> TokenStore:
@@ -98,7 +98,7 @@ def test_one_short_file_is_trained_on(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("all of it is one line of text. " * 30)
     config = small_config(tmp_path, steps=1)
-    assert loop.train(config).bits_per_byte is not None
+    assert trainer.train(config).bits_per_byte is not None
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     held_out = prepared(tmp_path / "text", config.data.cache, validation_fraction=0.2).validation
     assert f'"validation_tokens": {len(held_out) - 1}' in lines

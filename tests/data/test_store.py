@@ -13,9 +13,9 @@ from lasp.data import build as building
 from lasp.data.blocks import BLOCK_BYTES
 from lasp.data.corpus import find_files
 from lasp.data.documents import Document, documents_of
-from lasp.data.errors import DataError
 from lasp.data.store import TokenStore, open_store, prepare
 from lasp.data.tokenizer import ByteTokenizer, load_tokenizer
+from lasp.errors import DataError
 
 
 def build(folder: Path, cache: Path, **changes: object) -> TokenStore:

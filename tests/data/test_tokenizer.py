@@ -8,8 +8,8 @@ import pytest
 import tokenizer_files
 import tokenizers
 
-from lasp.data.errors import DataError
 from lasp.data.tokenizer import FileTokenizer, Tokenizer, files_of, read_tokenizer
+from lasp.errors import DataError
 
 TEXT = "hello world. <|endoftext|> </s><pad> <user> <|im_start|>" + " hello red world end." * 9
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lasp.layers import LinearAttention
+from lasp.layers import LayerContext, LinearAttention
 from lasp.models import CausalLM, preset
 
 T = 29
@@ -77,27 +77,29 @@ def test_the_first_head_norms_its_own_channels_only():
 
 @pytest.mark.parametrize("positions", ["none", "lrpe"])
 def test_state_has_the_announced_size(positions):
-    layer = LinearAttention(d_model=8, num_heads=2, key_dim=4, value_dim=3, positions=positions)
-    _, state = layer(torch.randn(5, 7, 8), output_state=True)
-    assert state.shape == (5, *layer.state_dims) and state.dtype == torch.float32
+    config, context = LinearAttention.Config(num_heads=2, key_dim=4, value_dim=3, positions=positions), LayerContext(8)
+    _, state = config.build(context)(torch.randn(5, 7, 8), output_state=True)
+    operator = config.cost(context).operator
+    assert state.shape == (5, operator.num_heads, operator.key_dim, operator.value_dim) and state.dtype == torch.float32
+    assert state[0].numel() == operator.state_numbers
 
 
 def test_learned_features_train_through_the_denominator():
-    layer = LinearAttention(
-        d_model=8, num_heads=2, key_dim=4, value_dim=4, feature_map="hedgehog", normalization="denominator"
-    )
+    layer = LinearAttention.Config(
+        num_heads=2, key_dim=4, value_dim=4, feature_map="hedgehog", normalization="denominator"
+    ).build(LayerContext(8))
     y, _ = layer(torch.randn(2, 7, 8))
     y.square().sum().backward()
     assert layer.q_map.weight.grad.norm() > 0 and layer.k_map.weight.grad.norm() > 0
 
 
 def test_errors_say_what_to_do():
-    sizes = {"d_model": 8, "num_heads": 2, "key_dim": 4, "value_dim": 4}
+    sizes = {"num_heads": 2, "key_dim": 4, "value_dim": 4}
     with pytest.raises(ValueError, match="use one of elu\\+1, hedgehog, relu"):
-        LinearAttention(**sizes, feature_map="silu", normalization="denominator")
+        LinearAttention.Config(**sizes, feature_map="silu", normalization="denominator")
     with pytest.raises(ValueError, match="use positions 'none' here"):
-        LinearAttention(**sizes, feature_map="relu", positions="rotary", normalization="denominator")
+        LinearAttention.Config(**sizes, feature_map="relu", positions="rotary", normalization="denominator")
     with pytest.raises(ValueError, match="unknown gate 'tanh'; known: none, linear, silu, sigmoid"):
-        LinearAttention(**sizes, gate="tanh")
+        LinearAttention.Config(**sizes, gate="tanh")
     with pytest.raises(ValueError, match="one value for each of 2 heads, got 3"):
-        LinearAttention(**sizes, log_decay=[-1.0, -1.0, -1.0])
+        LinearAttention.Config(**sizes, decay=(-1.0, -1.0, -1.0))

@@ -10,21 +10,22 @@ from tolerances import relative_error
 from world import run
 
 import lasp
-from lasp.layers import DeltaNet, GatedLinearAttention, SteppedDecay
+from lasp.layers import DeltaNet, GatedLinearAttention, LayerContext, SteppedDecay
 
 T, D = 11, 12
 KINDS = {
     "deltanet": {},
     "negative": {"negative_eigenvalues": True},
-    "gated-deltanet": {"decay": "head", "output_gate": "silu", "num_key_heads": 2},
-    "kda": {"decay": "channel", "output_gate": "sigmoid", "gate_rank": 3},
+    "gated-deltanet": {"learned_decay": "head", "output_gate": "silu", "num_key_heads": 2},
+    "kda": {"learned_decay": "channel", "output_gate": "sigmoid", "gate_rank": 3},
 }
 
 
 def layer_and_input(kind: str):
     torch.manual_seed(0)
-    sizes = {"d_model": D, "num_heads": 4, "key_dim": 3, "value_dim": 5}
-    layer = (GatedLinearAttention(**sizes) if kind == "gla" else DeltaNet(**sizes, **KINDS[kind])).double()
+    sizes = {"num_heads": 4, "key_dim": 3, "value_dim": 5}
+    config = GatedLinearAttention.Config(**sizes) if kind == "gla" else DeltaNet.Config(**sizes, **KINDS[kind])
+    layer = config.build(LayerContext(D)).double()
     with torch.no_grad():
         layer.norm.norm.weight.normal_()
     return layer, torch.randn(2, T, D, dtype=torch.float64)
@@ -158,8 +159,13 @@ def test_the_generator_decides():
 
 
 def test_messages():
-    sizes = {"d_model": D, "num_heads": 4, "key_dim": 3, "value_dim": 5}
-    with pytest.raises(ValueError, match="num_heads 4 must be a multiple of num_key_heads 3"):
-        DeltaNet(**sizes, num_key_heads=3)
-    with pytest.raises(ValueError, match="unknown decay 'scalar'; known: none, head, channel"):
-        DeltaNet(**sizes, decay="scalar")
+    sizes = {"num_heads": 4, "key_dim": 3, "value_dim": 5}
+    with pytest.raises(ValueError, match="num_key_heads must divide num_heads 4, got 3"):
+        DeltaNet.Config(**sizes, num_key_heads=3)
+    with pytest.raises(ValueError, match="unknown learned_decay 'scalar'; known: none, head, channel"):
+        DeltaNet.Config(**sizes, learned_decay="scalar")
+    (layer, x), (other, _) = layer_and_input("deltanet"), layer_and_input("gla")
+    with pytest.raises(ValueError, match="state must be one that a DeltaNet gave, got Tensor"):
+        layer(x, state=other(x, output_state=True)[1])
+    with pytest.raises(ValueError, match="a GatedLinearAttention gave, got RecurrentState"):
+        other(x, state=layer(x, output_state=True)[1])

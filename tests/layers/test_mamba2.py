@@ -10,14 +10,15 @@ from tolerances import relative_error
 from world import run
 
 import lasp
-from lasp.layers import Mamba2
+from lasp.layers import LayerContext, Mamba2
 
 T = 23
 
 
 def layer_and_input(num_groups: int = 2):
     torch.manual_seed(0)
-    layer = Mamba2(d_model=12, num_heads=4, head_dim=5, state_dim=6, num_groups=num_groups, conv_width=4).double()
+    config = Mamba2.Config(num_heads=4, value_dim=5, key_dim=6, num_key_heads=num_groups, conv_width=4)
+    layer = config.build(LayerContext(12)).double()
     with torch.no_grad():
         for parameter in (layer.skip, layer.gain, layer.convolution.bias):
             parameter.normal_()
@@ -94,5 +95,5 @@ def test_crosses_ranks():
 
 
 def test_heads_and_groups_must_fit():
-    with pytest.raises(ValueError, match="num_heads 4 must be a multiple of num_groups 3"):
-        Mamba2(d_model=8, num_heads=4, head_dim=2, state_dim=4, num_groups=3)
+    with pytest.raises(ValueError, match="num_key_heads must divide num_heads 4, got 3"):
+        Mamba2.Config(num_heads=4, value_dim=2, key_dim=4, num_key_heads=3)

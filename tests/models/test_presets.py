@@ -1,6 +1,5 @@
 """Presets: published sizes, counted without allocating; the configuration's checks."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lasp.layers import LRPE, ShortConvolution
+from lasp.layers import LRPE, MIXERS, ShortConvolution
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.parameters import decaying_parameters
-from lasp.models import NAMES, CausalLM, ModelConfig, config, mixers, num_parameters, parameter_table, preset
+from lasp.models import NAMES, CausalLM, ModelConfig, mixer_table, num_parameters, parameter_table, preset
 from lasp.models.presets import sizes
 
 # Counted by hand from the papers' shapes: embedding + layers * (attention + feed-forward + norms) (+ LRPE's theta).
@@ -51,30 +50,36 @@ def test_parameter_counts(name, size):
     assert num_parameters(preset(name, size)) == EXPECTED[name, size]
 
 
-def test_the_documented_table_is_the_counted_one():
-    docs = Path(__file__).parents[2] / "docs" / "models.md"
-    assert parameter_table() in docs.read_text()
+@pytest.mark.parametrize("table", [parameter_table, mixer_table])
+def test_the_documented_tables_are_what_is_registered(table):
+    docs = Path(__file__).parents[2] / "docs"
+    assert any(table() in page.read_text() for page in docs.rglob("*.md")), "python docs/tables.py writes them"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tiny_models_are_tiny_and_configurations_are_json(name):
     config = preset(name, "tiny")
     assert 0.8e6 < num_parameters(config) < 1e6
-    assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     untied = preset(name, "tiny", tied_embeddings=False)
     assert num_parameters(untied) == num_parameters(config) + 257 * 128
 
 
 def test_every_mixer_can_be_made():
-    assert tuple(mixers.MIXERS) == config.MIXERS
-    assert {preset(name, "tiny").mixer for name in NAMES} == set(config.MIXERS)
+    """By a family each; every name of a mixer stands for a configuration of its own."""
+    assert {MIXERS[name].config.kind for name in MIXERS} == {
+        each.kind for name in NAMES for each in preset(name, "tiny").mixers
+    }
+    made = [preset("deltanet", "tiny", mixer=name).mixer for name in MIXERS if name != "linear-attention"]
+    assert len(set(made)) == len(made)
 
 
 def test_lrpe_is_in_the_first_layer_only_and_decay_slows_with_depth():
     config = preset("transnormer", "tiny")
-    assert [config.layer_positions(layer) for layer in range(4)] == ["lrpe", "none", "none", "none"]
-    assert [config.layer_log_decay(layer)[0] for layer in range(4)] == [-0.25, -0.1875, -0.125, -0.0625]
-    assert preset("linear-transformer", "tiny").layer_log_decay(0) is None
+    layers = [config.build_mixer(layer) for layer in range(4)]
+    assert [isinstance(layer.positions, LRPE) for layer in layers] == [True, False, False, False]
+    assert [layer.decay.values[0] for layer in layers] == [-0.25, -0.1875, -0.125, -0.0625]
+    assert preset("linear-transformer", "tiny").build_mixer(0).decay is None
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_lrpe_is_in_the_first_layer_only_and_decay_slows_with_depth():
         (lambda: preset("linear-transformer", "tiny", feature_map="silu"), "use one of elu\\+1, hedgehog, relu"),
         (lambda: preset("linear-transformer", "tiny", positions="rotary"), "use positions 'none' here"),
         (lambda: preset("kda", "7b"), "unknown size '7b' of kda; known: tiny"),
-        (lambda: preset("retnet", "tiny", mixer="rwkv"), "unknown mixer 'rwkv'; known: linear-attention, gla"),
+        (lambda: preset("retnet", "tiny", mixer="rwkv"), "unknown mixer 'rwkv'; known: linear-attention, deltanet"),
         (lambda: preset("gla", "tiny", decay="retnet"), "mixer 'gla' settles decay itself"),
         (lambda: preset("gla", "tiny", num_key_heads=2), "leave num_key_heads None"),
         (lambda: preset("kda", "tiny", num_key_heads=3), "num_key_heads must divide num_heads 4, got 3"),

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import small_config
 from wandb.proto import wandb_internal_pb2
 
-from lasp.train import loop
-from lasp.train.metrics import read_metrics
+from lasp.train import trainer
+from lasp.train.logging.metrics import read_metrics
 
 
 def records(content: bytes) -> Iterator[bytes]:
@@ -48,11 +48,11 @@ def wandb_history(folder: Path) -> list[dict[str, float]]:
 def test_trackers_have_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     config = small_config(tmp_path, sp=1, steps=4, save_every=2, track=("tensorboard", "wandb"))
-    loop.train(config)
+    trainer.train(config)
     run_dir = tmp_path / "run"
     longer = dataclasses.replace(config, steps=6)
     (run_dir / "checkpoints" / "step-00000004").rename(tmp_path / "aside")
-    loop.train(longer, resume=run_dir)  # from step 2: steps 3 and 4 are written anew
+    trainer.train(longer, resume=run_dir)  # from step 2: steps 3 and 4 are written anew
     steps = [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
 

@@ -18,12 +18,12 @@ import world
 from torch.distributed.tensor import DTensor
 from training_runs import small_config
 
+from lasp.errors import ConfigError, PeerLostError, ReplicaError
+from lasp.train.checkpoint.replicas import digest
 from lasp.train.config import TrainConfig
-from lasp.train.errors import ConfigError, PeerLostError, ReplicaError
 from lasp.train.handshake import compare, description
-from lasp.train.loop import train
-from lasp.train.replicas import digest
 from lasp.train.step import Stepper
+from lasp.train.trainer import train
 
 
 def test_processes_started_with_other_options_end_with_one_message(tmp_path: Path) -> None:

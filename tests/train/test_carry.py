@@ -12,11 +12,12 @@ from training_runs import small_config
 
 from lasp.data import store as token_store
 from lasp.data.tokenizer import ByteTokenizer
+from lasp.errors import ConfigError
 from lasp.models import CausalLM
-from lasp.train import loop, step
+from lasp.train import step, trainer
 from lasp.train.config import OptimizerOptions, TrainConfig
-from lasp.train.errors import ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
+from lasp.train.model import model_config
 
 STEPS = 6
 
@@ -57,7 +58,7 @@ def test_steps_are_pieces_of_one_long_sequence(folder: Path) -> None:
     options = {"folder": config.data.path, "suffixes": (".txt",), "validation_fraction": 0.2, "seed": 0}
     stream = token_store.prepare(tokenizer=tokenizer, cache=config.data.cache, **options).train
     torch.manual_seed(0)
-    model = CausalLM(loop.model_config(config, tokenizer.vocab_size))
+    model = CausalLM(model_config(config, tokenizer.vocab_size))
     part = (len(stream) - 1) // 64 // config.global_batch * 64
     nats = 0.0
     for row in range(config.global_batch):
@@ -77,7 +78,7 @@ def test_resumes_with_what_was_carried(
     again = carry_config(folder, run_dir=folder / f"again-{dp}-{sp}", dp=dp, sp=sp, accumulation=accumulation)
 
     def go_on(_rank: int) -> None:
-        loop.train(again, resume=half / "checkpoints" / "step-00000004")
+        trainer.train(again, resume=half / "checkpoints" / "step-00000004")
 
     world.run(dp * sp, go_on)
     curve = [line["loss"] for line in read_metrics(again.run_dir / "metrics.jsonl") if "loss" in line]
@@ -90,4 +91,4 @@ def test_refused(folder: Path) -> None:
         dataclasses.replace(config, data=dataclasses.replace(config.data, packed=True)).validate()
     hybrid = dataclasses.replace(config, model=dataclasses.replace(config.model, family="hybrid", overrides={}))
     with pytest.raises(ConfigError, match="memory does not grow"):
-        loop.model_config(hybrid, 257)
+        model_config(hybrid, 257)

@@ -22,8 +22,9 @@ from lasp import files
 from lasp.cli import main as cli
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
-from lasp.train import checkpoint, loop, shards
-from lasp.train.errors import CheckpointError
+from lasp.errors import CheckpointError
+from lasp.train import checkpoint, trainer
+from lasp.train.checkpoint import shards
 from lasp.train.progress import Progress
 from lasp.train.world import World
 
@@ -198,10 +199,10 @@ def test_one_process_that_cannot_write_is_told_by_all(tmp_path: Path) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
         if rank == 1:
-            checkpoint.seal_file = refuses
+            checkpoint.sealed.seal_file = refuses
         found = [try_to_write(tmp_path, 2, model, optimizer, among=everyone)]
         assert checkpoint.find(tmp_path, report=pytest.fail, world=everyone).state["step"] == 1
-        checkpoint.seal_file = original
+        checkpoint.sealed.seal_file = original
         found.append(try_to_write(tmp_path, 3, model, optimizer, among=everyone))
         damaged = max(tmp_path.glob("step-00000003/*.safetensors"), key=lambda path: path.name)
         dist.barrier()
@@ -228,8 +229,8 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(path, progress)
 
-    monkeypatch.setattr(checkpoint, "seal_file", at_step_four)
-    assert loop.train(config).finished_steps == 12
+    monkeypatch.setattr(checkpoint.sealed, "seal_file", at_step_four)
+    assert trainer.train(config).finished_steps == 12
     assert config.run_dir is not None
     assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == [
         "step-00000008",
@@ -237,9 +238,11 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(
     ]
     said = capfd.readouterr().out
     assert said.count("No space left on device") == 1 and "training goes on" in said
-    monkeypatch.setattr(checkpoint, "seal_file", lambda _path, progress: at_step_four(Path("step-00000004"), progress))
+    monkeypatch.setattr(
+        checkpoint.sealed, "seal_file", lambda _path, progress: at_step_four(Path("step-00000004"), progress)
+    )
     with pytest.raises(CheckpointError, match=r"step 12 could not be written.*No space left"):
-        loop.train(dataclasses.replace(config, run_dir=tmp_path / "other"))
+        trainer.train(dataclasses.replace(config, run_dir=tmp_path / "other"))
 
 
 class Canary:

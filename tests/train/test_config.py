@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from training_runs import small_config
 
-from lasp.train.config import ParallelOptions, TrainConfig, differences, from_dict, load_toml, to_dict
-from lasp.train.errors import ConfigError
+from lasp.errors import ConfigError
+from lasp.train.config import ParallelOptions, TrainConfig
+from lasp.train.settings_file import differences, from_dict, load_toml, to_dict
 
 
 def test_a_config_survives_json() -> None:

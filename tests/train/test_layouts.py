@@ -12,9 +12,10 @@ from training_runs import small_config
 from lasp.data import store as token_store
 from lasp.data.tokenizer import ByteTokenizer
 from lasp.distributed.mesh import build_mesh, data_rank, weights_mesh
-from lasp.train import loop, step
+from lasp.train import model as models
+from lasp.train import step, trainer
 from lasp.train.config import ParallelOptions, TrainConfig
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 
 def losses(config: TrainConfig, num_processes: int, before: Callable[[], object] = lambda: None) -> list[float]:
@@ -22,7 +23,7 @@ def losses(config: TrainConfig, num_processes: int, before: Callable[[], object]
 
     def train(_rank: int) -> None:
         before()
-        loop.train(config)
+        trainer.train(config)
 
     world.run(num_processes, train)
     assert config.run_dir is not None
@@ -87,19 +88,19 @@ def test_what_processes_keep_does_not_change_the_loss_curve(
 
 def no_exchange() -> None:
     """Each shard for itself, as if it were a sequence."""
-    spread = loop.parallelize
+    spread = models.parallelize
 
     def without(*arguments: object, **options: object) -> object:
         model = spread(*arguments, **options)  # type: ignore[arg-type]
         model.sp = None
         return model
 
-    loop.parallelize = without  # type: ignore[assignment]
+    models.parallelize = without  # type: ignore[assignment]
 
 
 def averaged_gradients() -> None:
     """The shares averaged, as DDP does by itself, and not summed."""
-    loop.ParallelModel.mean_loss = lambda _self, loss_sum, tokens: loss_sum / tokens  # type: ignore[method-assign]
+    models.ParallelModel.mean_loss = lambda _self, loss_sum, tokens: loss_sum / tokens  # type: ignore[method-assign]
 
 
 def labels_shifted_after_sharding() -> None:

@@ -7,9 +7,10 @@ import torch
 import world
 from training_runs import small_config
 
+from lasp.errors import NumericsError
 from lasp.parallelize import parallelize
-from lasp.train import loop, step
-from lasp.train.errors import NumericsError
+from lasp.train import step, trainer
+from lasp.train.config import TrainConfig
 from lasp.train.optimizer import build_optimizer, learning_rate
 
 VICTIM = "blocks.1.attention_norm"
@@ -34,7 +35,7 @@ def test_every_process_stops_and_names_the_culprit(tmp_path: Path, where: str) -
 
         step.Stepper.step = poisoned  # type: ignore[method-assign,assignment]
         with pytest.raises(NumericsError) as error:
-            loop.train(config)
+            trainer.train(config)
         after = dict(steppers[0].model.module.named_parameters())
         return str(error.value), all(torch.equal(after[name], value) for name, value in weights.items())
 
@@ -71,18 +72,18 @@ def test_a_single_process_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(step.Stepper, "gradients", poisoned)
     with pytest.raises(NumericsError, match="step 3: NaN or infinity on rank 0: its loss is inf"):
-        loop.train(config)
+        trainer.train(config)
 
 
 def test_only_matrices_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    matrices, others = build_optimizer(parallelize(model, None), loop.TrainConfig().optimizer).param_groups
+    matrices, others = build_optimizer(parallelize(model, None), TrainConfig().optimizer).param_groups
     assert [p.ndim for p in matrices["params"]] == [2] and {p.ndim for p in others["params"]} == {1}
     assert matrices["weight_decay"] > 0 and others["weight_decay"] == 0
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_floor() -> None:
-    options = loop.TrainConfig().optimizer
+    options = TrainConfig().optimizer
     warmup = options.warmup(500)
     assert (warmup, options.warmup(700), options.warmup(5), options.warmup(10**6)) == (35, 50, 1, 2000)
     rates = [learning_rate(number, 500, options) for number in range(500)]

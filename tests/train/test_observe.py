@@ -13,14 +13,14 @@ import world
 from rich.console import Console
 from training_runs import SMALL, small_config
 
-from lasp.train import loop, step
-from lasp.train.metrics import read_metrics
-from lasp.train.output import Output
+from lasp.train import step, trainer
+from lasp.train.logging.metrics import read_metrics
+from lasp.train.logging.output import Output
+from lasp.train.logging.run_logger import RunLogger
+from lasp.train.logging.step_metrics import Machine, figures_of, slow_rank
+from lasp.train.logging.step_timer import RankStep
 from lasp.train.position import Position
-from lasp.train.run_logger import Observer
 from lasp.train.step import StepResult
-from lasp.train.step_metrics import Machine, figures_of, slow_rank
-from lasp.train.step_timer import RankStep
 
 DP, SP = 2, 2
 PARTS = ("own_s", "exposed_s", "summing_s")
@@ -34,7 +34,7 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     config = dataclasses.replace(small_config(tmp_path, dp=DP, sp=SP, steps=4, log_every=1), accumulation=2)
 
     def work(_rank: int) -> int:
-        loop.train(config)
+        trainer.train(config)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     largest = max(world.run(DP * SP, work))
@@ -68,7 +68,7 @@ def test_a_slow_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str])
             return original(self, *arguments)
 
         step.Stepper._batch = late  # type: ignore[method-assign,assignment]
-        loop.train(config)
+        trainer.train(config)
 
     world.run(2, work)
     (compared,) = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "ranks" in line)
@@ -96,7 +96,7 @@ def test_a_slow_rank_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "run").mkdir()
     output = Output(enabled=True, log_every=config.log_every)
     machine = Machine(flops_per_token=1.0, peak_flops=None)
-    observer = Observer(config, tmp_path / "run", output, machine, description={}, start=Position())
+    observer = RunLogger(config, tmp_path / "run", output, machine, description={}, start=Position())
     windows = [(0.1, 0.2), (0.1, 0.2), (0.1, 0.1), (0.1, 0.2), (0.1, 0.5), (0.2, 0.1)]
     for number in range(1, 2 * len(windows) + 1):
         ranks = tuple(rank(own_s) for own_s in windows[(number - 1) // 2])

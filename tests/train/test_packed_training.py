@@ -18,9 +18,10 @@ from lasp.data.batches import Sequences, Shard
 from lasp.data.tokenizer import ByteTokenizer
 from lasp.models import CausalLM
 from lasp.parallelize import ParallelModel
-from lasp.train import loop, step
+from lasp.train import step, trainer
 from lasp.train.config import OptimizerOptions, TrainConfig
 from lasp.train.evaluate import Score, evaluate
+from lasp.train.model import model_config
 from lasp.train.sample import load
 from lasp.train.world import World
 
@@ -94,7 +95,7 @@ def test_loss_is_that_of_every_document_by_itself(folder: Path, reference: list[
     stream = token_store.prepare(tokenizer=tokenizer, cache=config.data.cache, **options).train
     sequences = Sequences(stream, seq_len=64, seed=0)
     torch.manual_seed(0)
-    model = CausalLM(loop.model_config(config, tokenizer.vocab_size))
+    model = CausalLM(model_config(config, tokenizer.vocab_size))
     nats, count = 0.0, 0
     for row in range(config.global_batch):
         start = sequences.shuffled(row) * 64
@@ -134,7 +135,7 @@ def test_validation_scores_what_is_trained(tmp_path: Path) -> None:
     (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": f"<{w}> {w} {w}."}) + "\n" for w in words))
     config = small_config(tmp_path, steps=40, optimizer=OptimizerOptions(lr=1e-2, warmup_steps=4), eval_sequences=1000)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packed=True, suffixes=(".jsonl",)))
-    score = loop.train(config).bits_per_byte
+    score = trainer.train(config).bits_per_byte
     model, tokenizer, *_ = load(config.run_dir, report=pytest.fail)  # type: ignore[arg-type]
     (key,) = (path for path in config.data.cache.iterdir() if path.is_dir())
     store = token_store.open_store(key, verify=True)

@@ -11,14 +11,14 @@ import pytest
 import world
 from training_runs import small_config
 
-from lasp.train import loop
-from lasp.train.errors import ConfigError
-from lasp.train.profile import parse_range
+from lasp.errors import ConfigError
+from lasp.train import trainer
+from lasp.train.logging.profile import parse_range
 
 
 def test_the_steps_asked_for_are_traced_on_every_rank(tmp_path: Path) -> None:
     config = small_config(tmp_path, sp=2, steps=4, profile_steps="2:3")
-    world.run(2, lambda _rank: loop.train(config) and None)
+    world.run(2, lambda _rank: trainer.train(config) and None)
     folder = tmp_path / "run" / "profile"
     assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json.gz", "rank-1.json.gz"]
     for path in folder.iterdir():

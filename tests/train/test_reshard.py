@@ -19,7 +19,8 @@ from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
 from lasp.distributed.mesh import build_mesh
 from lasp.parallelize import ParallelModel, parallelize
-from lasp.train import checkpoint, shards
+from lasp.train import checkpoint
+from lasp.train.checkpoint import shards
 from lasp.train.config import OptimizerOptions
 from lasp.train.optimizer import build_optimizer
 from lasp.train.world import World

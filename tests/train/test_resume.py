@@ -10,16 +10,17 @@ import pytest
 import world
 from training_runs import small_config
 
-from lasp.train import checkpoint, loop, shards, step
+from lasp.errors import CheckpointError, ConfigError, DataError
+from lasp.train import checkpoint, step, trainer
+from lasp.train.checkpoint import shards
 from lasp.train.config import OptimizerOptions, TrainConfig
-from lasp.train.errors import CheckpointError, ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 from lasp.train.optimizer import learning_rate
 
 
 def train(config: TrainConfig, num_processes: int = 1, resume: Path | None = None) -> list[dict]:
     """Run; the metrics of its steps."""
-    world.run(num_processes, lambda _rank: loop.train(config, resume=resume) and None)
+    world.run(num_processes, lambda _rank: trainer.train(config, resume=resume) and None)
     assert config.run_dir is not None
     return [line for line in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in line]
 
@@ -55,7 +56,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, dp: int, sp: int) -> None:
 
         step.Stepper.step = until_six  # type: ignore[method-assign,assignment]
         with pytest.raises(KeyError):
-            loop.train(halves)
+            trainer.train(halves)
 
     world.run(dp * sp, killed)
     assert halves.run_dir is not None
@@ -90,7 +91,7 @@ def places(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, resume: Path | 
 
     with monkeypatch.context() as patch:
         patch.setattr(step.Sequences, "batch", noting)
-        loop.train(config, resume=resume)
+        trainer.train(config, resume=resume)
     return seen
 
 
@@ -123,7 +124,7 @@ def test_the_schedule_is_that_of_the_checkpoint(tmp_path: Path, capfd: pytest.Ca
     config = small_config(tmp_path, steps=5, optimizer=options, save_every=2)
     train(config)
     with pytest.raises(ConfigError, match=r"nothing is left to train: .* 5 finished steps, and --steps.* is 4"):
-        loop.train(dataclasses.replace(config, steps=4), resume=config.run_dir)
+        trainer.train(dataclasses.replace(config, steps=4), resume=config.run_dir)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     capfd.readouterr()
     rates = [line["lr"] for line in train(dataclasses.replace(config, steps=8), resume=config.run_dir)]
@@ -143,7 +144,7 @@ def test_rows_that_carry_on_keep_their_batch(tmp_path: Path) -> None:
     train(config)
     for change in ({"global_batch": 2}, {"seq_len": 32}):
         with pytest.raises(ConfigError, match=r"every row goes on where it was: --[a-z-]+ must stay (4|64)"):
-            loop.train(dataclasses.replace(config, steps=4, **change), resume=config.run_dir)
+            trainer.train(dataclasses.replace(config, steps=4, **change), resume=config.run_dir)
 
 
 def test_a_run_continues_on_another_layout(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_a_signal_saves_and_stops_every_process_at_one_step(tmp_path: Path, numb
             return original(self, index, **options)  # type: ignore[arg-type]
 
         step.Stepper.step = with_signal  # type: ignore[method-assign,assignment]
-        result = loop.train(config)
+        result = trainer.train(config)
         return result.stopped, result.finished_steps
 
     assert world.run(2, interrupted) == [(True, 5), (True, 5)]
@@ -211,12 +212,12 @@ def test_another_model_or_another_text_is_refused(tmp_path: Path) -> None:
     assert config.run_dir is not None
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, overrides={"num_layers": 3}))
     with pytest.raises(CheckpointError, match=r"num_layers: 4 -> 3|num_layers: 2 -> 3"):
-        loop.train(wider, resume=config.run_dir)
+        trainer.train(wider, resume=config.run_dir)
     with pytest.raises(ConfigError, match=r"is not empty: continue it with --resume"):
-        loop.train(config)
+        trainer.train(config)
     (tmp_path / "text" / "part0" / "text0.txt").write_text("something else " * 100)
-    with pytest.raises(loop.DataError, match="the text has changed"):
-        loop.train(config, resume=config.run_dir)
+    with pytest.raises(DataError, match="the text has changed"):
+        trainer.train(config, resume=config.run_dir)
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +226,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path: Path, capfd:
     assert config.run_dir is not None
     older = config.run_dir / "checkpoints" / "step-00000006"
     with pytest.raises(ConfigError, match="is not the newest checkpoint of its run"):
-        loop.train(config, resume=older)
+        trainer.train(config, resume=older)
     (model,) = (config.run_dir / "checkpoints" / "step-00000012").glob("*.safetensors")
     model.write_bytes(model.read_bytes()[:-8])
     assert key(train(config, resume=config.run_dir)) == key(whole)

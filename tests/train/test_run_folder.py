@@ -15,17 +15,17 @@ import world
 from training_runs import small_config
 
 from lasp import files
-from lasp.train import loop
-from lasp.train.errors import ConfigError
-from lasp.train.lock import lock
-from lasp.train.metrics import MetricsFile, read_metrics
+from lasp.errors import ConfigError
+from lasp.train import run_folder, trainer
+from lasp.train.logging.metrics import MetricsFile, read_metrics
+from lasp.train.run_folder import lock
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that holds a run of four steps, with checkpoints of two and four, and its text."""
     place = tmp_path_factory.mktemp("ended")
-    loop.train(small_config(place, steps=4, save_every=2))
+    trainer.train(small_config(place, steps=4, save_every=2))
     return place
 
 
@@ -45,9 +45,9 @@ def test_the_folder_is_locked_before_it_is_looked_at(
         aside.rename(newest)
         return lock(run_dir)
 
-    monkeypatch.setattr(loop, "lock", comes_late)
+    monkeypatch.setattr(run_folder, "lock", comes_late)
     config = dataclasses.replace(small_config(ended, steps=4, save_every=2), run_dir=run)
-    assert loop.train(config, resume=run).finished_steps == 4
+    assert trainer.train(config, resume=run).finished_steps == 4
     assert content(newest) == before  # not trained and saved again
 
 
@@ -60,9 +60,9 @@ def test_a_folder_that_was_begun_meanwhile_is_refused(
         shutil.copytree(ended / "run", run_dir, dirs_exist_ok=True)
         return lock(run_dir)
 
-    monkeypatch.setattr(loop, "lock", meanwhile)
+    monkeypatch.setattr(run_folder, "lock", meanwhile)
     with pytest.raises(ConfigError, match="is not empty"):
-        loop.train(config, resume=loop.AUTO)
+        trainer.train(config, resume=run_folder.AUTO)
     assert content(tmp_path / "run" / "checkpoints") == content(ended / "run" / "checkpoints")
 
 
@@ -75,7 +75,7 @@ def test_links_in_a_run_folder_lead_nowhere(ended: Path, tmp_path: Path) -> None
         (run / name).symlink_to(outside / name)
         before = content(outside)
         with pytest.raises(ConfigError, match=f"{name} is a link"):
-            loop.train(dataclasses.replace(small_config(ended, steps=5), run_dir=run), resume=run)
+            trainer.train(dataclasses.replace(small_config(ended, steps=5), run_dir=run), resume=run)
         assert content(outside) == before
     assert len(content(outside)) > 8
     # A second name of one file is a link too, and an archive may hold one.
@@ -173,7 +173,7 @@ def test_a_run_does_not_depend_on_who_listens(tmp_path: Path, output: str) -> No
             original(self, **values)
 
         MetricsFile.write = refuses  # type: ignore[method-assign]
-        return loop.train(config).finished_steps
+        return trainer.train(config).finished_steps
 
     assert world.run(1, train, deadline_s=60) == [3]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").exists()

@@ -17,8 +17,8 @@ from test_checkpoint import toy, try_to_write
 from lasp import files
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
+from lasp.errors import CheckpointError, PeerLostError
 from lasp.train import checkpoint
-from lasp.train.errors import CheckpointError, PeerLostError
 from lasp.train.progress import Progress
 from lasp.train.world import World, naming_lost_peers
 
@@ -51,9 +51,9 @@ def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
         original, hashing = checkpoint.seal_file, files.sha256
         if rank == 1:
             slow = slowly(original, 6)
-            checkpoint.seal_file = lambda path, progress: slow(path, progress=progress)  # type: ignore[assignment]
+            checkpoint.sealed.seal_file = lambda path, progress: slow(path, progress=progress)  # type: ignore[assignment]
         problem = try_to_write(tmp_path, 2, *model, among=everyone)
-        checkpoint.seal_file = original
+        checkpoint.sealed.seal_file = original
         if rank == 1:
             files.sha256 = slowly(hashing, 3)  # type: ignore[assignment]
         return problem, checkpoint.find(tmp_path, report=pytest.fail, world=everyone).state["step"]
@@ -78,7 +78,7 @@ def test_whoever_does_not_get_on_ends_the_wait_by_name(tmp_path: Path, how: str)
             raise OSError("never reached before the others have ended")
 
         if rank == 1:
-            checkpoint.seal_file = hangs
+            checkpoint.sealed.seal_file = hangs
         with pytest.raises(PeerLostError) as error, naming_lost_peers(everyone):
             try_to_write(tmp_path / "checkpoints", 2, *model, among=everyone)
         if rank == 0 and how == "is stopped":

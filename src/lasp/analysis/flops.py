@@ -14,8 +14,6 @@ from typing import NamedTuple
 from lasp.analysis.model import layers
 from lasp.models.config import ModelConfig
 
-_DELTA_RULES = ("deltanet", "gated-deltanet", "kda")
-
 
 class Flops(NamedTuple):
     """Operations of one token's forward pass, a multiplication and an addition each counted.
@@ -44,9 +42,5 @@ def flops_per_token(config: ModelConfig, context: int) -> Flops:
     matrices = mixing = 0.0
     for each in layers(config):
         matrices += 2.0 * (each.mixer_matrices + each.ffn_matrices)
-        if each.transition is None:
-            mixing += each.heads * context * (each.keys + each.values)
-        else:
-            touched = 3 if config.mixer in _DELTA_RULES else 2
-            mixing += 2.0 * touched * each.heads * each.keys * each.values
+        mixing += each.operator.flops(context)
     return Flops(matrices, mixing, 2.0 * config.vocab_size * config.d_model)

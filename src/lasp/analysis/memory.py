@@ -1,134 +1,49 @@
 """Memory of one rank in training, in bytes: parameters, gradients, optimizer, activations, states, buffers.
 
-Activations are the tensors that autograd keeps between forward and backward, listed layer by layer from the code of
-lasp.layers; tests/analysis compares the lists with what PyTorch saves. Two widths occur: under autocast ("bf16")
-matrix products and the recurrence keep 2 bytes a number, norms, decays and the residual stream 4; in fp32 all keep 4.
-D width, H heads, G key heads, K and V channels of a head, F feed-forward width.
+Activations are the tensors that autograd keeps between forward and backward, as each part of lasp.layers lists its
+own; tests/analysis compares the lists with what PyTorch saves. Two widths occur: under autocast ("bf16") matrix
+products and the recurrence keep 2 bytes a number, norms, decays and the residual stream 4; in fp32 all keep 4.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from lasp.analysis.model import GLA_GATE_RANK, embedding_parameters, layer, layers, num_parameters
+from lasp.analysis.model import Layer, embedding_parameters, layers, num_parameters, saved_by_norm
+from lasp.kernels.torch import decay, delta
 from lasp.models.config import ModelConfig
 from lasp.models.loss import default_chunk_tokens
 
 PRECISIONS = ("fp32", "bf16")
-RECOMPUTATIONS = ("none", "selective", "full")
-# As in lasp.parallelize.
-SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
-# Tokens between two states that the backward pass keeps, of the PyTorch kernels; per channel: shorter chunks.
-CHUNK, CHUNK_PER_CHANNEL = 64, 16
 
 
-class SavedTensor(NamedTuple):
-    """What autograd keeps of a layer's part, for one token.
-
-    Attributes:
-        narrow: numbers in the dtype of matrix products.
-        wide: numbers in fp32.
-        inputs: projections that read one tensor of width D. In fp32 they keep it once, under autocast a 16-bit copy
-            each.
-    """
-
-    narrow: float
-    wide: float
-    inputs: int
-
-    def nbytes(self, width: int, precision: str) -> float:
-        if precision == "fp32":
-            return 4 * (self.narrow + self.wide + width * (self.inputs > 0))
-        return 2 * (self.narrow + width * self.inputs) + 4 * self.wide
+def chunks_of(each: Layer, tokens: int) -> int:
+    """How many chunks the PyTorch kernels of a layer cut `tokens` into; the backward pass keeps a state of each."""
+    if each.operator.rule == "delta":
+        chunk = delta.CHUNK
+    else:
+        chunk = decay.CHUNK_PER_CHANNEL if each.operator.decay == "channel" else decay.CHUNK
+    return -(-tokens // chunk)
 
 
-def saved_by_mixer(config: ModelConfig, index: int) -> SavedTensor:
-    """Of the mixer of layer `index` (from 0) and the norm before it, without states.
-
-    The short shards of gates and norm statistics count too; rows of padding do not.
-    """
-    each = layer(config, index)
-    heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
-    norm = _norm_wide(config)
-    if config.is_softmax(index):
-        pairs = each.key_heads * (config.key_dim + config.value_dim)
-        rotation = config.key_dim if config.softmax_rotary else 0
-        return SavedTensor(keys + pairs + 2 * values, norm + rotation + heads, each.inputs)
-    if config.mixer == "linear-attention":
-        return _linear(config, index, norm, each.inputs)
-    if config.mixer == "gla":
-        return SavedTensor(2 * keys + 5 * values + GLA_GATE_RANK, norm + 3 * keys + 2 * values + heads, each.inputs)
-    if config.mixer == "mamba2":
-        queries = 2 * heads * config.key_dim  # spread over the heads of their groups
-        projected = values + each.convolved + heads
-        narrow = 3 * each.convolved + queries + values + projected + 4 * values
-        return SavedTensor(narrow, norm + 3 * heads + values + each.key_heads, each.inputs)
-    # Delta rules: normalised queries and keys in fp32.
-    qk = 2 * each.key_heads * config.key_dim
-    narrow, wide = 3 * each.convolved + heads + values, norm + qk + 2 * each.key_heads + heads + 2 * values + heads
-    if config.mixer == "gated-deltanet":
-        narrow, wide = narrow + 3 * values, wide + 3 * heads
-    elif config.mixer == "kda":
-        narrow, wide = narrow + 2 * config.value_dim + 2 * values, wide + 3 * keys
-    return SavedTensor(narrow, wide, each.inputs)
-
-
-def _linear(config: ModelConfig, index: int, norm: float, inputs: int) -> SavedTensor:
-    heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
-    positions = config.layer_positions(index)
-    mapped = {"identity": 2, "relu": 2, "silu": 4, "elu+1": 4, "hedgehog": 6}[config.feature_map]
-    narrow, wide = float(mapped * keys + values), norm
-    if positions == "lrpe":
-        narrow += 4 * keys
-    elif positions == "rotary":
-        wide += config.key_dim
-    if config.normalization == "denominator":
-        return SavedTensor(narrow + heads + 2 * values + heads, wide + heads, inputs)
-    wide += values + (heads if config.normalization == "head" else 1)
-    gate = {"none": 1, "linear": 3}.get(config.gate, 4)
-    return SavedTensor(narrow + gate * values, wide, inputs)
-
-
-def _norm_wide(config: ModelConfig) -> float:
-    """The residual stream that a norm reads, its statistics, and where it has a gain the normalised stream."""
-    return {"simple_rmsnorm": config.d_model + 1, "rmsnorm": 2 * config.d_model + 1, "layernorm": config.d_model + 2}[
-        config.norm
-    ]
-
-
-def saved_by_ffn(config: ModelConfig) -> SavedTensor:
-    """Of the feed-forward layer and the norm before it."""
-    kept = {"sglu": (3, 2), "swiglu": (4, 2), "gelu": (2, 1), "relu": (1, 1), "none": (0, 0)}[config.ffn]
-    return SavedTensor(kept[0] * config.ffn_dim, _norm_wide(config) if kept[1] else 0.0, kept[1])
-
-
-def chunks_of(config: ModelConfig, index: int, tokens: int) -> int:
-    """How many chunks the PyTorch kernels of layer `index` cut `tokens` into."""
-    each = layer(config, index)
-    per_channel = each.transition == each.keys and config.mixer == "gla"
-    return -(-tokens // (CHUNK_PER_CHANNEL if per_channel else CHUNK))
-
-
-def state_cache_bytes(config: ModelConfig, index: int, batch: int, tokens: int, processors: int | None) -> float:
-    """fp32 states that the backward pass of layer `index` keeps (LASP's state cache, prefix of other ranks applied).
+def state_cache_bytes(each: Layer, batch: int, tokens: int, processors: int | None) -> float:
+    """fp32 states that the backward pass of a layer keeps (LASP's state cache, prefix of other ranks applied).
 
     PyTorch kernels keep one for every chunk. The GPU's (decays per head or channel) keep one for every segment, of
     which there are as many as fill `processors` about four times; `processors` None is a CPU.
     """
-    each = layer(config, index)
-    if each.transition is None:
+    operator = each.operator
+    if operator.rule == "softmax":
         return 0.0
-    chunks = chunks_of(config, index, tokens) * batch * each.heads
-    count = chunks
-    if processors is not None and each.transition <= each.keys:
-        count = min(chunks, max(batch * each.heads, 4 * processors))
-    return 4.0 * count * each.keys * each.values
+    count = chunks_of(each, tokens) * batch * operator.num_heads
+    if processors is not None and operator.rule == "linear":
+        count = min(count, max(batch * operator.num_heads, 4 * processors))
+    return 4.0 * count * operator.key_dim * operator.value_dim
 
 
-def entering_state_bytes(config: ModelConfig, index: int, batch: int) -> float:
-    """The fp32 states that enter this rank in layer `index`, one for each head, whatever the tokens."""
-    each = layer(config, index)
-    return 0.0 if each.transition is None else 4.0 * batch * each.heads * each.keys * each.values
+def entering_state_bytes(each: Layer, batch: int) -> float:
+    """The fp32 states that enter this rank in a layer, one for each head, whatever the tokens."""
+    return 4.0 * batch * each.operator.state_numbers
 
 
 def loss_bytes(config: ModelConfig, positions: int, precision: str, *, on_gpu: bool) -> float:
@@ -190,20 +105,20 @@ def training_memory(
     held = [4 * count * (1.0 if one else 1 / ranks) for one in whole]
 
     positions, d = batch * tokens, config.d_model
-    ffn = saved_by_ffn(config).nbytes(d, precision)
     activations = states = largest = 0.0
-    for index in range(config.num_layers):
-        mixer = saved_by_mixer(config, index).nbytes(d, precision) + extra_per_token
-        cache = state_cache_bytes(config, index, batch, tokens, processors)
+    for one in each:
+        ffn = one.saved_by_ffn.nbytes(d, precision)
+        mixer = one.saved_by_mixer.nbytes(d, precision) + extra_per_token
+        cache = state_cache_bytes(one, batch, tokens, processors)
         largest = max(largest, positions * (mixer + ffn) + cache)
         if recomputation != "none":
             activations += positions * 4 * d
-            states += entering_state_bytes(config, index, batch) if recomputation == "selective" else 0.0
+            states += entering_state_bytes(one, batch) if recomputation == "selective" else 0.0
             continue
         states += cache
         activations += positions * (mixer + ffn)
     # Final norm and the input of the loss; token ids and labels.
-    activations += positions * (_norm_wide(config) * 4 + d * (4 if precision == "fp32" else 2) + 16)
+    activations += positions * (saved_by_norm(config) * 4 + d * (4 if precision == "fp32" else 2) + 16)
     narrow = 4 if precision == "fp32" else 2
     # While one layer's gradients are taken, those of its largest part are there, beside what was recomputed. The loss's
     # logits are gone by then.

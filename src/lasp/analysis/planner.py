@@ -18,14 +18,16 @@ from typing import NamedTuple
 
 from lasp.analysis import volume
 from lasp.analysis.devices import Device
-from lasp.analysis.memory import RECOMPUTATIONS, SHARDINGS, Memory, training_memory
-from lasp.analysis.model import embedding_parameters, layer, num_parameters
+from lasp.analysis.memory import Memory, training_memory
+from lasp.analysis.model import embedding_parameters, layer, layers, num_parameters
 from lasp.analysis.timing import Compute, collective, compute
+from lasp.distributed.mesh import DATA_PARALLEL
 from lasp.exchange.auto import rank_schedules
 from lasp.exchange.cost import Constants, Model
 from lasp.exchange.payload import Payload
 from lasp.exchange.registry import EXCHANGES
 from lasp.models.config import ModelConfig
+from lasp.models.recomputation import RECOMPUTATIONS
 
 METHODS = ("lasp", "ulysses", "megatron", "ring", "data")
 
@@ -119,10 +121,10 @@ def problem(job: Job, method: str, sp: int) -> str | None:
         return "nothing to divide"
     if job.seq_len % sp:
         return f"{job.seq_len} tokens are no multiple of sp={sp}"
-    each = layer(config, 0)
-    if method in ("ulysses", "megatron") and config.num_heads % sp:
-        return f"sp={sp} does not divide the {config.num_heads} heads"
-    if method == "megatron" and (each.key_heads % sp or config.ffn_dim % sp):
+    operator = layer(config, 0).operator
+    if method in ("ulysses", "megatron") and operator.num_heads % sp:
+        return f"sp={sp} does not divide the {operator.num_heads} heads"
+    if method == "megatron" and (operator.num_key_heads % sp or config.ffn_dim % sp):
         return f"sp={sp} does not divide key heads or feed-forward channels"
     return None
 
@@ -186,8 +188,8 @@ def estimate(job: Job, layout: ParallelLayout) -> Estimate:
 
 
 def _kept(config: ModelConfig, narrow: int) -> float:
-    heads = config.num_heads
-    return narrow * heads * 2.0 * (config.key_dim + config.value_dim)
+    mixer = config.mixer_of(0)
+    return narrow * mixer.num_heads * 2.0 * (mixer.key_dim + mixer.value_dim)
 
 
 def _buffers(config: ModelConfig, layout: ParallelLayout, batch: int, tokens: int, narrow: int) -> float:
@@ -195,12 +197,14 @@ def _buffers(config: ModelConfig, layout: ParallelLayout, batch: int, tokens: in
     positions = float(batch * tokens * narrow)
     if layout.sp == 1:
         return 0.0
-    key_values = (config.num_kv_heads or config.num_heads) * (config.key_dim + config.value_dim)
+    softmax = [each for each in layers(config) if each.transition is None]
+    mixer = config.mixer_of(0)
+    key_heads = softmax[0].operator.num_key_heads if softmax else mixer.num_heads
+    key_values = key_heads * (mixer.key_dim + mixer.value_dim)
     if layout.method == "megatron":
         return positions * layout.sp * 2 * config.d_model
     if layout.method == "ring":
         return positions * key_values * 4
-    softmax = any(config.is_softmax(index) for index in range(config.num_layers))
     return positions * layout.sp * key_values * 2 if layout.method == "lasp" and softmax else 0.0
 
 
@@ -213,16 +217,16 @@ def _along_sequence(
         return 0.0, 0.0, 0.0
     nodes = nodes_of(device, sp)
     seconds = exposed = received = 0.0
-    for index in range(config.num_layers):
-        each = layer(config, index)
+    for each in layers(config):
+        cost = each.cost
         shard = volume.ShardShape(
             batch=batch,
             tokens=tokens,
             d_model=config.d_model,
-            heads=config.num_heads,
-            key_heads=each.key_heads,
-            key_dim=config.key_dim,
-            value_dim=config.value_dim,
+            heads=each.mixer.num_heads,
+            key_heads=cost.operator.num_key_heads,
+            key_dim=each.mixer.key_dim,
+            value_dim=each.mixer.value_dim,
             itemsize=narrow,
         )
         again = 1 if layout.recomputation == "full" else 0
@@ -230,8 +234,8 @@ def _along_sequence(
             load = each.load(batch)
             once, moved = _exchange(layout.schedule, load, nodes, device.constants)
             visible = (1 + again) * once + max(0.0, once - own.hidden_backward)
-            if each.convolved:
-                moved += volume.halo(each.convolved, batch, config.conv_width, narrow, sp - 1, sp)
+            if cost.convolved:
+                moved += volume.halo(cost.convolved, batch, cost.conv_width, narrow, sp - 1, sp)
                 convolution = 2 * device.constants.across.latency_s if len(nodes) > 1 else 2 * device.inside.latency_s
                 once, visible = once + convolution / 2, visible + convolution
         else:
@@ -244,7 +248,7 @@ def _along_sequence(
             moved = formulas[layout.method](shard, 0, sp)
             collectives = {"lasp": 2, "ulysses": 4, "megatron": 10, "ring": 2 * (sp - 1)}[layout.method]
             if layout.method == "ulysses" and each.transition is not None:
-                moved = volume.megatron_all_to_all(shard, 0, sp, gates=each.gates if each.convolved else 0)
+                moved = volume.megatron_all_to_all(shard, 0, sp, gates=cost.gates if cost.convolved else 0)
             there, back = (max(traffic) for traffic in moved)
             latency = collectives * collective(device, 1e-9, sp)
             once = (there + back) / _bandwidth(device, sp) + latency
@@ -290,8 +294,7 @@ def _exchange(name: str, load: Payload, nodes: tuple[int, ...], constants: Const
 
 def schedules_for(job: Job, dp: int, sp: int) -> tuple[str, ...]:
     """Names of the schedules for a job's states, fastest first; those of `auto`, which `reach` is not among."""
-    states = [layer(job.config, index) for index in range(job.config.num_layers)]
-    recurrent = [each for each in states if each.transition is not None]
+    recurrent = [each for each in layers(job.config) if each.transition is not None]
     if sp == 1 or not recurrent:
         return ("none",)
     ranked = rank_schedules(recurrent[-1].load(job.batch // dp), nodes_of(job.device, sp), job.device.constants)
@@ -315,7 +318,7 @@ def layouts(job: Job, method: str, *, every_schedule: bool = False) -> Iterator[
         # Only the state that entered a rank is worth keeping where all else runs again.
         kept = method == "lasp" and sp > 1
         recomputations = [each for each in RECOMPUTATIONS if kept or each != "selective"]
-        for sharding, recomputation, schedule in product(SHARDINGS, recomputations, schedules):
+        for sharding, recomputation, schedule in product(DATA_PARALLEL, recomputations, schedules):
             yield ParallelLayout(method, dp, sp, sharding, recomputation, schedule)
 
 

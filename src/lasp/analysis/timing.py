@@ -14,20 +14,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lasp.analysis.devices import Device
-from lasp.analysis.memory import chunks_of, saved_by_ffn, saved_by_mixer
+from lasp.analysis.memory import chunks_of
 from lasp.analysis.model import layers
+from lasp.kernels.torch.decay import CHUNK
 from lasp.models.config import ModelConfig
 
-CHUNK = 64
 # Time of other recurrences' kernels relative to scalar decay's, forward and backward: flash-linear-attention 0.6.0 on
-# one H100, B=1 T=65536 H=16 K=V=128, ms.
+# one H100, B=1 T=65536 H=16 K=V=128, ms. By rule and decay.
 _KERNEL_MS = {
-    "linear-attention": 4.63,
-    "mamba2": 5.69,
-    "gla": 14.3,
-    "deltanet": 8.51,
-    "gated-deltanet": 10.3,
-    "kda": 23.7,
+    ("linear", "none"): 4.63,
+    ("linear", "constant"): 4.63,
+    ("linear", "head"): 5.69,
+    ("linear", "channel"): 14.3,
+    ("delta", "none"): 8.51,
+    ("delta", "head"): 10.3,
+    ("delta", "channel"): 23.7,
 }
 
 
@@ -82,10 +83,10 @@ def compute(
     narrow = 2 if device.precision == "bf16" else 4
     positions = batch * tokens
     forward = backward = attention = hidden = again = 0.0
-    for index, each in enumerate(layers(config)):
+    for each in layers(config):
         for part, saved in (
-            (each.mixer_matrices, saved_by_mixer(config, index)),
-            (each.ffn_matrices, saved_by_ffn(config)),
+            (each.mixer_matrices, each.saved_by_mixer),
+            (each.ffn_matrices, each.saved_by_ffn),
         ):
             product = 2.0 * part * positions * share
             moved = saved.nbytes(config.d_model, device.precision) * positions * share
@@ -93,16 +94,17 @@ def compute(
             forward += once
             backward += kernel(device, 2 * product, 3 * narrow * part * share) + 3 * moved / device.bytes_per_s
             again += once * (recomputation != "none")
-        rows = positions * each.heads * share
-        if each.transition is None or softmax_everywhere:
-            work = rows * context * (config.key_dim + config.value_dim)
+        operator = each.operator
+        rows = positions * operator.num_heads * share
+        if operator.rule == "softmax" or softmax_everywhere:
+            work = rows * context * (each.mixer.key_dim + each.mixer.value_dim)
             speed = device.peak_flops * device.softmax_share
             there, back = work / speed, 2.5 * work / speed
         else:
-            k, v = each.keys, each.values
+            k, v = operator.key_dim, operator.value_dim
             work = rows * (2 * CHUNK * (k + v) + 4 * k * v)
-            slower = _KERNEL_MS[config.mixer] / _KERNEL_MS["linear-attention"]
-            walk = 2 * chunks_of(config, index, tokens) * device.host_s_per_chunk
+            slower = _KERNEL_MS[operator.rule, operator.decay] / _KERNEL_MS["linear", "constant"]
+            walk = 2 * chunks_of(each, tokens) * device.host_s_per_chunk
             there = slower * kernel(device, work, rows * narrow * (3 * k + 3 * v)) + walk
             sweep = slower * kernel(device, work, rows * narrow * (3 * k + 2 * v))
             rest = slower * kernel(device, 1.5 * work, rows * narrow * (4 * k + 4 * v))

@@ -11,8 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from lasp.data.errors import DataError
-from lasp.train.errors import DATA_EXIT_CODE, FILES_EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, RunError
+from lasp.errors import FILES_EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, RunError
 
 # With this variable set, the errors that are one message come with their traceback too.
 _TRACEBACK = "LASP_TRACEBACK"
@@ -29,6 +28,7 @@ COMMANDS = {
     "plan": "predict memory, speed and the longest sequence of a run, by method and layout",
     "report": "write one HTML page about a run",
     "bench": "time every way of carrying the state between processes, or training steps on any layout",
+    "completion": "print a script that completes all this in bash, zsh or fish",
 }
 
 
@@ -40,15 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
+        _print(_usage())
         return 0 if arguments else ConfigError.exit_code
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from lasp.cli.versions import versions
 
-        print(version("lasp-torch"))
+        _print(versions())
         return 0
     if arguments[0] not in COMMANDS:
         raise ConfigError(f"no command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
+    if "LASP_LIFELINE" in os.environ:  # `lasp` has started this process
+        from lasp.distributed.launcher import follow
+
+        follow()
     command: Callable[[list[str]], int] = importlib.import_module(f"lasp.cli.{arguments[0]}").main
     return command(arguments[1:])
 
@@ -75,7 +79,7 @@ def guarded(command: Callable[[], int]) -> int:
         known = _for_users(error)
         if known is not None:
             return _say(*known, error)
-        traceback.print_exc()
+        _print(traceback.format_exc(), error=True)
         return _say("this is a fault of lasp, not of how it was called: please report it with the lines above", 1)
 
 
@@ -83,8 +87,6 @@ def _for_users(error: BaseException) -> tuple[str, int] | None:
     """What to say of an error that a user can cause or mend, and the exit code; None for faults of the program."""
     if isinstance(error, RunError):
         return str(error), error.exit_code
-    if isinstance(error, DataError):
-        return str(error), DATA_EXIT_CODE
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED_EXIT_CODE
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lasp"):
@@ -99,13 +101,17 @@ def _for_users(error: BaseException) -> tuple[str, int] | None:
 
 
 def _say(message: str, code: int, error: BaseException | None = None) -> int:
-    from lasp.train.outlet import printable
-
-    if error is not None and os.environ.get(_TRACEBACK):
-        traceback.print_exception(error)
     with contextlib.suppress(OSError):
-        print(printable(f"lasp: {message}"), file=sys.stderr, flush=True)
+        if error is not None and os.environ.get(_TRACEBACK):
+            _print("".join(traceback.format_exception(error)), error=True)
+        _print(f"lasp: {message}", error=True)
     return code
+
+
+def _print(text: str, *, error: bool = False) -> None:
+    from lasp.terminal import say  # brings rich
+
+    say(text, error=error)
 
 
 def _usage() -> str:

@@ -11,13 +11,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lasp.cli.checks import check_picture
-from lasp.train.config import ModelOptions, TrainConfig, load_toml, read_toml
-from lasp.train.errors import ConfigError
-from lasp.train.program import lasp_command
+from lasp.analysis.devices import described, device
+from lasp.analysis.plan_plot import plot
+from lasp.analysis.plan_text import options, show
+from lasp.analysis.planner import Job
+from lasp.analysis.report import curves, plan
+from lasp.cli.arguments import parse
+from lasp.errors import ConfigError
+from lasp.terminal import Terminal, say
+from lasp.train.config import ModelOptions, TrainConfig
+from lasp.train.logging.program import lasp_command
+from lasp.train.preflight import check_picture
+from lasp.train.settings_file import load_toml, read_toml
 from lasp.train.sizes import tokens
-
-_TIES_SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,7 @@ class PlanConfig:
     """The model, where no --config is given."""
     gpu: str = "a100-80g"
     """Kind of device: a100-80g, h100, h200, cpu (a process of one thread), or a TOML file that describes another: see
-    docs/analysis.md."""
+    docs/guide/planning.md."""
     gpus: int = 8
     """How many."""
     precision: Literal["fp32", "bf16"] | None = None
@@ -50,28 +56,23 @@ class PlanConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp plan ARGUMENTS`."""
-    config = tyro.cli(PlanConfig, args=list(arguments), prog="lasp plan")
+    config = parse(PlanConfig, arguments, "lasp plan")
     run = None if config.config is None else load_toml(config.config)
     job, name = _job(config, run)
     check_picture("--plot", config.plot)
-    from lasp.analysis.report import curves, plan
-
     found = {"model": name, **plan(job)}
     found["command"] = _command(config, run, found)
     if config.plot is not None:
-        _plot(found, curves(job), config.plot)
+        plot(found, curves(job), config.plot)
     if config.json:
-        print(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
     else:
-        _print(found)
+        show(found, Terminal(file=sys.stdout, width=None if sys.stdout.isatty() else 160))
     return 0
 
 
-def _job(config: PlanConfig, run: TrainConfig | None) -> tuple[Any, str]:
+def _job(config: PlanConfig, run: TrainConfig | None) -> tuple[Job, str]:
     """The job and its model's name. run: the settings of --config, which win over those of `config`."""
-    from lasp.analysis.devices import described, device
-    from lasp.analysis.planner import Job
-
     options, seq_len, batch, precision = (
         config.model,
         tokens(config.seq_len, "--seq-len"),
@@ -109,7 +110,7 @@ def _command(config: PlanConfig, run: TrainConfig | None, found: dict[str, Any])
         words += ["--model.family", config.model.family, "--model.size", config.model.size]
         words += ["--seq-len", found["seq_len"], "--global-batch", found["batch"]]
     words += ["--precision", found["precision"], "--device", "cpu" if found["device"] == "cpu" else "cuda"]
-    words += [word for option in _options(entry) for word in option.split()]
+    words += [word for option in options(entry) for word in option.split()]
     # What the file says of how to run is not what was planned.
     if run is not None and run.accumulation > 1:
         words += ["--accumulation", 1]
@@ -120,134 +121,3 @@ def _command(config: PlanConfig, run: TrainConfig | None, found: dict[str, Any])
     if run is None and config.model.overrides:
         words += ["--model.overrides", *(word for change in config.model.overrides.items() for word in change)]
     return lasp_command(*words)
-
-
-def _options(entry: dict[str, Any]) -> list[str]:
-    """A layout in the words of `lasp train`."""
-    exchange = [f"--exchange {entry['schedule']}"] if entry["method"] == "lasp" and entry["schedule"] != "none" else []
-    return [
-        f"--dp {entry['dp']}",
-        f"--sp {entry['sp']}",
-        f"--data-parallel {entry['sharding']}",
-        f"--recomputation {entry['recomputation']}",
-        *exchange,
-    ]
-
-
-def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{found['model']} ({found['model_parameters'] / 1e6:,.0f}M parameters), {found['batch']} x "
-        f"{_length(found['seq_len'])} tokens on {found['devices']} x {found['device']}, "
-        f"{found['precision']}"
-    )
-    columns = ("method", "fits", "GB each", "tokens/s", "step", "waits", "received", "dp x sp", "data-parallel")
-    for column in (*columns, "recomputation", "exchange", "longest"):
-        table.add_column(column, justify="left" if column in ("method", "fits", "exchange") else "right")
-    for entry in found["methods"]:
-        limit = _length(entry["longest_tokens"]) if entry["longest_tokens"] else "-"
-        if "reason" in entry:
-            table.add_row(entry["method"], "no", *["-"] * 9, limit)
-            continue
-        table.add_row(
-            entry["method"],
-            "yes" if entry["fits"] else "no",
-            f"{entry['memory_bytes'] / 1e9:.1f}",
-            f"{entry['tokens_per_s']:,.0f}",
-            f"{entry['step_s']:.3g} s",
-            f"{entry['communication_share']:.0%}",
-            _bytes(entry["received_bytes"]),
-            f"{entry['dp']} x {entry['sp']}",
-            entry["sharding"],
-            entry["recomputation"],
-            entry["schedule"],
-            limit,
-        )
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    for entry in found["methods"]:
-        if "reason" in entry:
-            console.print(f"{entry['method']}: {entry['reason']}", highlight=False)
-    if found["recommended"] is None:
-        console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.", highlight=False)
-    for title, which in (("Recommended", ""), ("With lasp train's defaults", "_for_lasp_train")):
-        best, ties = found[f"recommended{which}"], found[f"ties{which}"]
-        if best is None:
-            continue
-        console.print(
-            f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s, "
-            f"{best['memory_bytes'] / 1e9:.1f} GB.",
-            highlight=False,
-        )
-        if ties:
-            others = [" ".join(part for part in _parts(each) if part not in _parts(best)) for each in ties]
-            more = f"; and {len(others) - _TIES_SHOWN} more" if len(others) > _TIES_SHOWN else ""
-            console.print(
-                f"  By prediction within {found['tie']:.0%} of it, so as good: "
-                f"{'; '.join(others[:_TIES_SHOWN])}{more}.",
-                highlight=False,
-            )
-    if found["command"] is not None:
-        best = found["recommended_of_lasp_train"]
-        rate = f"{best['tokens_per_s']:,.0f} tokens/s, {best['memory_bytes'] / 1e9:.1f} GB"
-        console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:", highlight=False)
-        console.print(f"  {found['command']}", highlight=False, soft_wrap=True, markup=False)
-        if found["hosts"] > 1:
-            console.print(
-                f"  It starts all its processes on one machine: for {found['hosts']} hosts give these options to "
-                "examples/slurm/train.sbatch or to torchrun (docs/training.md).",
-                highlight=False,
-            )
-    console.print(
-        "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"
-        "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, by the layout\n"
-        "that saves most memory.\n\nWhat the numbers rest on:",
-        highlight=False,
-    )
-    for name, basis in found["rests_on"].items():
-        console.print(f"  {name}: {basis}", highlight=False)
-
-
-def _parts(entry: dict[str, Any]) -> list[str]:
-    return [f"method {entry['method']}", *_options(entry)]
-
-
-def _plot(found: dict[str, Any], curves: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
-    parts = (
-        ("volume", "lengths", "tokens of the sequence", "bytes received by a rank, a step"),
-        ("longest", "devices", "devices", "longest sequence, tokens"),
-        ("throughput", "devices", "devices", f"tokens/s at {_length(found['seq_len'])}"),
-    )
-    for axes, (name, along, x_label, y_label) in zip(panels, parts, strict=True):
-        for method, values in curves[name].items():
-            points = [(x, y) for x, y in zip(curves[along], values, strict=True) if y is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", label=method, markersize=3)
-        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(f"{found['model']} on {found['device']}, predicted", fontsize=11)
-    figure.savefig(path, dpi=110)
-
-
-def _length(count: int) -> str:
-    for unit, size in (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
-        if count % size == 0:
-            return f"{count // size}{unit}"
-    return f"{count:,}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lasp.data.errors import DataError
 from lasp.data.stream import Bounds, Tokens
+from lasp.errors import DataError
 
 _MASK = (1 << 64) - 1
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lasp import files
-from lasp.data.errors import DataError
+from lasp.errors import DataError
 
 BLOCK_BYTES, _SUM_BYTES = 1 << 14, 16
 # Blocks kept, found good, of one file: neighbours of a window, or the middles of a search.

@@ -13,19 +13,18 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lasp import files
 from lasp.data.blocks import BlockSums, sums_path
 from lasp.data.documents import SPLITS, Document, Reading
-from lasp.data.errors import DataError
 from lasp.data.stream import check_ids
 from lasp.data.tokenizer import Tokenizer, files_of
+from lasp.errors import DataError
 
 FORMAT = 4
 SHARD_TOKENS = 1 << 28
@@ -52,59 +51,54 @@ def write_store(
     files cannot be written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    temporary = target.parent / f".building-{target.name}-{uuid.uuid4().hex[:8]}"
     splits: dict[str, _SplitWriter] = {}
     reading = Reading() if reading is None else reading
+    index: dict[str, Any] = {}
     try:
-        temporary.mkdir(parents=True)
-        splits = {split: _SplitWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
-        for document in documents:
-            altered = tokenizer.num_altered
-            found = splits[document.split].add(document, tokenizer)
-            reading.altered += document.altered or tokenizer.num_altered > altered
-            if not document.is_rest:
-                reading.read += found
-                reading.empty += not found
-            progress(
-                sum(split.num_bytes for split in splits.values()), sum(split.num_tokens for split in splits.values())
-            )
-        entries = {name: split.close() for name, split in splits.items()}
-        if not any(split.num_documents for split in splits.values()):
-            raise DataError(f"there is no text to train on: all documents are empty ({reading.summary()})")
-        for name, content in files_of(tokenizer).items():
-            (temporary / name).write_bytes(content)
-        seal = {
-            "format": FORMAT,
-            "tokenizer": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "separator": tokenizer.separator,
-            "dtype": dtype.str,
-            "splits": entries,
-            "reading": dataclasses.asdict(reading),
-        }
-        index = {"sealed": seal, "sha256": seal_digest(seal)}
-        with open(temporary / "index.json", "w") as stream:
-            json.dump(index, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            # Another run built the same content first: its store is as good as ours.
-            there = target / "index.json"
-            if not there.is_file() or there.read_text() != json.dumps(index):
-                raise
+        with files.whole_folder(target) as temporary:
+            splits = {split: _SplitWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
+            for document in documents:
+                altered = tokenizer.num_altered
+                found = splits[document.split].add(document, tokenizer)
+                reading.altered += document.altered or tokenizer.num_altered > altered
+                if not document.is_rest:
+                    reading.read += found
+                    reading.empty += not found
+                progress(
+                    sum(split.num_bytes for split in splits.values()),
+                    sum(split.num_tokens for split in splits.values()),
+                )
+            entries = {name: split.close() for name, split in splits.items()}
+            if not any(split.num_documents for split in splits.values()):
+                raise DataError(f"there is no text to train on: all documents are empty ({reading.summary()})")
+            for name, content in files_of(tokenizer).items():
+                files.write(temporary / name, content)
+            seal = {
+                "format": FORMAT,
+                "tokenizer": tokenizer.name,
+                "vocab_size": tokenizer.vocab_size,
+                "separator": tokenizer.separator,
+                "dtype": dtype.str,
+                "splits": entries,
+                "reading": dataclasses.asdict(reading),
+            }
+            index = {"sealed": seal, "sha256": files.json_sha256(seal)}
+            files.write(temporary / "index.json", json.dumps(index))
+            files.sync(temporary / "index.json")
     except OSError as error:
-        raise DataError(f"cannot build {target}: {error}") from error
+        # Another run may have built the same content first: its store is as good as ours.
+        if not (index and _holds(target, index)):
+            raise DataError(f"cannot build {target}: {error}") from error
     finally:
         for split in splits.values():
             split.abandon()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def seal_digest(seal: dict[str, Any]) -> str:
-    """SHA-256 of an index; it covers every file's, and so names the tokens."""
-    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+def _holds(target: Path, index: dict[str, Any]) -> bool:
+    try:
+        return bool(files.read_json(target / "index.json") == index)
+    except (OSError, ValueError):
+        return False
 
 
 class _HashedFile:

@@ -16,7 +16,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from lasp import files
 from lasp.data.corpus import TextFile, unit_interval
-from lasp.data.errors import DataError
+from lasp.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
 # A file is cut at the end of a line, if one ends so soon.

@@ -9,9 +9,9 @@ from pathlib import Path
 from lasp.data.build import FORMAT
 from lasp.data.corpus import TextFile, search
 from lasp.data.documents import Document, Reading, Split, choose_split, documents_of, is_records
-from lasp.data.errors import DataError
 from lasp.data.tokenizer import Tokenizer
 from lasp.data.verified import Verified
+from lasp.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

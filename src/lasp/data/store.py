@@ -16,13 +16,13 @@ import numpy as np
 
 from lasp import files
 from lasp.data.blocks import CheckedFile, read_sums
-from lasp.data.build import BOUNDS, FORMAT, SPLITS, Progress, seal_digest, write_store
+from lasp.data.build import BOUNDS, FORMAT, SPLITS, Progress, write_store
 from lasp.data.documents import Reading
-from lasp.data.errors import DataError
 from lasp.data.sources import Sources
 from lasp.data.stream import Bounds, ShardFile, TokenStream, check_ids, check_length
 from lasp.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from lasp.data.verified import Verified
+from lasp.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -154,7 +154,7 @@ def open_store(folder: Path, *, verify: bool, verified: Verified | None = None) 
         seal = _seal(folder)
         streams = {split: _open_split(folder, split, seal, verify, verified) for split in SPLITS}
         return TokenStore(
-            key=seal_digest(seal),
+            key=files.json_sha256(seal),
             folder=folder,
             tokenizer=seal["tokenizer"],
             vocab_size=seal["vocab_size"],
@@ -174,7 +174,7 @@ def _seal(folder: Path) -> dict[str, Any]:
     seal: dict[str, Any] = index["sealed"]
     if seal["format"] != FORMAT:
         raise DataError(f"{folder} has token file format {seal['format']}, this version reads {FORMAT}: build it again")
-    if seal_digest(seal) != index["sha256"]:
+    if files.json_sha256(seal) != index["sha256"]:
         raise DataError(f"{folder / 'index.json'} does not match its own SHA-256: build the data again")
     return seal
 

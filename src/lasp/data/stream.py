@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lasp.data.blocks import CheckedFile
-from lasp.data.errors import DataError
+from lasp.errors import DataError
 
 # Files kept open: each holds a file descriptor, of which a process may have few.
 _OPEN_FILES = 64

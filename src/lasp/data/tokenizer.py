@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lasp import files
-from lasp.data.errors import DataError
+from lasp.errors import DataError
 
 # A vocabulary of millions is tens of MB.
 _MOST_BYTES = 1 << 30

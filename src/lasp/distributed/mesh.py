@@ -19,6 +19,8 @@ REPLICATE_AXIS = "dp_replicate"
 SHARD_AXIS = "dp_shard"
 SP_AXIS = "sp"
 WEIGHTS_AXIS = "dp_shard_sp"
+# How weights are spread over (dp_shard, sp): see lasp.parallelize.
+DATA_PARALLEL = ("ddp", "zero1", "zero2", "zero3")
 
 
 def build_mesh(

@@ -6,6 +6,7 @@ To add one, derive from FeatureMap, with parameters or without, and enter it in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,20 +62,38 @@ def _elu_plus_one(x: Tensor) -> Tensor:
     return (F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1).to(x.dtype)
 
 
-FEATURE_MAPS: dict[str, Callable[[int, int], FeatureMap]] = {
-    "identity": lambda num_heads, head_dim: Elementwise(head_dim, _identity),
-    "elu+1": lambda num_heads, head_dim: Elementwise(head_dim, _elu_plus_one),
-    "relu": lambda num_heads, head_dim: Elementwise(head_dim, torch.relu),
-    "silu": lambda num_heads, head_dim: Elementwise(head_dim, F.silu),
-    "hedgehog": Hedgehog,
-}
+class FeatureMapKind(NamedTuple):
+    """A map by name.
 
-# Maps whose scores cannot be negative: only these may be divided by the sum of their scores.
-NON_NEGATIVE = frozenset({"elu+1", "relu", "hedgehog"})
+    Attributes:
+        build: takes the number of heads and the head dim.
+        saved: numbers that autograd keeps for each channel of a query or key, in the dtype of matrix products.
+        widening: dim_out over the head dim.
+        is_non_negative: scores cannot be negative: only such maps may be divided by the sum of their scores.
+    """
+
+    build: Callable[[int, int], FeatureMap]
+    saved: int = 1
+    widening: int = 1
+    is_non_negative: bool = False
+
+
+def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[int, int], FeatureMap]:
+    return lambda num_heads, head_dim: Elementwise(head_dim, function)
+
+
+FEATURE_MAPS = {
+    "identity": FeatureMapKind(_elementwise(_identity)),
+    "elu+1": FeatureMapKind(_elementwise(_elu_plus_one), saved=2, is_non_negative=True),
+    "relu": FeatureMapKind(_elementwise(torch.relu), is_non_negative=True),
+    "silu": FeatureMapKind(_elementwise(F.silu), saved=2),
+    "hedgehog": FeatureMapKind(Hedgehog, saved=3, widening=2, is_non_negative=True),
+}
+NON_NEGATIVE = frozenset(name for name, kind in FEATURE_MAPS.items() if kind.is_non_negative)
 
 
 def feature_map(name: str, num_heads: int, head_dim: int) -> FeatureMap:
     """A new feature map for `num_heads` heads of `head_dim` channels; ValueError for an unknown name."""
     if name not in FEATURE_MAPS:
         raise ValueError(f"unknown feature map {name!r}; known: {', '.join(FEATURE_MAPS)}")
-    return FEATURE_MAPS[name](num_heads, head_dim)
+    return FEATURE_MAPS[name].build(num_heads, head_dim)

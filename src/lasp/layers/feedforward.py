@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +40,33 @@ class TwoLayer(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
-FEEDFORWARDS: dict[str, Callable[[int, int], nn.Module]] = {
-    "sglu": lambda d_model, ffn_dim: GatedLinearUnit(d_model, ffn_dim, None),
-    "swiglu": lambda d_model, ffn_dim: GatedLinearUnit(d_model, ffn_dim, F.silu),
-    "gelu": lambda d_model, ffn_dim: TwoLayer(d_model, ffn_dim, F.gelu),
-    "relu": lambda d_model, ffn_dim: TwoLayer(d_model, ffn_dim, torch.relu),
+class FeedForwardKind(NamedTuple):
+    """A channel mixer by name.
+
+    Attributes:
+        build: takes d_model and ffn_dim.
+        inputs: projections that read its input.
+        saved: numbers that autograd keeps for each hidden channel, in the dtype of matrix products.
+    """
+
+    build: Callable[[int, int], nn.Module]
+    inputs: int
+    saved: int
+
+
+def _gated(activation: Callable[[Tensor], Tensor] | None) -> Callable[[int, int], nn.Module]:
+    return lambda d_model, ffn_dim: GatedLinearUnit(d_model, ffn_dim, activation)
+
+
+def _two_layer(activation: Callable[[Tensor], Tensor]) -> Callable[[int, int], nn.Module]:
+    return lambda d_model, ffn_dim: TwoLayer(d_model, ffn_dim, activation)
+
+
+FEEDFORWARDS = {
+    "sglu": FeedForwardKind(_gated(None), inputs=2, saved=3),
+    "swiglu": FeedForwardKind(_gated(F.silu), inputs=2, saved=4),
+    "gelu": FeedForwardKind(_two_layer(F.gelu), inputs=1, saved=2),
+    "relu": FeedForwardKind(_two_layer(torch.relu), inputs=1, saved=1),
 }
 
 
@@ -51,4 +74,4 @@ def feedforward(name: str, d_model: int, ffn_dim: int) -> nn.Module:
     """A new channel mixer [..., d_model] -> [..., d_model]; ValueError for an unknown name."""
     if name not in FEEDFORWARDS:
         raise ValueError(f"unknown ffn {name!r}; known: {', '.join(FEEDFORWARDS)}")
-    return FEEDFORWARDS[name](d_model, ffn_dim)
+    return FEEDFORWARDS[name].build(d_model, ffn_dim)

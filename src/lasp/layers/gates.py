@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
-from lasp.recurrence.decay import state_dtype
+from lasp.recurrence.inputs import state_dtype
 from lasp.sequence.arguments import number
 
 # Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.
@@ -96,7 +96,7 @@ class GatedHeadNorm(nn.Module):
         self.norm = RMSNorm(value_dim, eps)
         self.activation = activation
 
-    def forward(self, o: Tensor, gate: Tensor | None) -> Tensor:
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """o [B, T, H, V], gate [B, T, H * V] or None -> [B, T, H * V]."""
         o = self.norm(o).flatten(-2)
         return o if gate is None or self.activation is None else o * self.activation(gate)

@@ -3,112 +3,129 @@
 The recurrence h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t^T, y_t = C_t h_t + D x_t (Dao & Gu, arXiv 2405.21060) is
 linear attention with queries C, keys B, values dt x and log-decays A dt.
 
-H = heads, P = channels of one head, G = groups of heads that share B and C, N = state dimension.
+H = heads, P = channels of one head, G = groups of heads that share B and C, N = state dimension. As a mixer's key_dim
+is N, its value_dim P and its num_key_heads G.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fields import check_divisor
 from lasp.layers.gates import SteppedDecay
+from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.norms import SimpleRMSNorm
-from lasp.layers.short_convolution import ShortConvolution
-from lasp.layers.state import RecurrentState
-from lasp.ops import linear_attention
-
-if TYPE_CHECKING:
-    from lasp.sequence import SequenceParallel
+from lasp.layers.registry import family, mixer, shape
+from lasp.layers.short_convolution import ShortConvolution, check_width
+from lasp.ops import linear_attention_begin
+from lasp.ops.pending import PendingOutputs
 
 
-class Mamba2(nn.Module):
-    """Causal SSD over [B, T, D].
+@mixer("mamba2")
+class Mamba2(Mixer):
+    """Causal SSD over [B, T, D]; see `Config`."""
 
-    Args:
-        d_model: D.
-        num_heads: H.
-        head_dim: P; the inner width is H * P, usually 2 D.
-        state_dim: N.
-        num_groups: G, a divisor of H.
-        conv_width: of the short convolution over x, B and C.
-        norm_eps: added to the mean square in the gated norm.
-        backend: the op's.
-    """
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MixerConfig):
+        """Mamba-2.
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        num_heads: int,
-        head_dim: int,
-        state_dim: int,
-        num_groups: int = 1,
-        conv_width: int = 4,
-        norm_eps: float = 1e-5,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        if num_heads % num_groups:
-            raise ValueError(f"num_heads {num_heads} must be a multiple of num_groups {num_groups}")
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.num_groups, self.state_dim = num_groups, state_dim
-        self.backend = backend
-        inner, shared = num_heads * head_dim, num_groups * state_dim
-        self.widths = [inner, inner + 2 * shared, num_heads]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.convolution = ShortConvolution(inner + 2 * shared, conv_width, bias=True)
-        self.decay = SteppedDecay(num_heads)
-        self.skip = nn.Parameter(torch.ones(num_heads))
+        Attributes:
+            num_heads: H.
+            key_dim: N.
+            value_dim: P; the inner width is H * P, usually 2 D.
+            num_key_heads: G, a divisor of H; H if None.
+            conv_width: of the short convolution over x, B and C.
+        """
+
+        num_key_heads: int | None = None
+        conv_width: int = 4
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_divisor("num_key_heads", self.num_key_heads, "num_heads", self.num_heads)
+            check_width(self.conv_width)
+
+        @property
+        def groups(self) -> int:
+            return self.num_key_heads or self.num_heads
+
+        @property
+        def convolved(self) -> int:
+            """Channels of the convolution: x, B and C."""
+            return self.num_heads * self.value_dim + 2 * self.groups * self.key_dim
+
+        def cost(self, context: LayerContext) -> MixerCost:
+            heads, values = self.num_heads, self.num_heads * self.value_dim
+            queries = 2 * heads * self.key_dim  # spread over the heads of their groups
+            projected = values + self.convolved + heads
+            narrow = 3 * self.convolved + queries + projected + 5 * values
+            return MixerCost(
+                Operator(self.rule, heads, self.groups, self.key_dim, self.value_dim, "head"),
+                SavedActivations(narrow, 3 * heads + values + self.groups, 1),
+                gates=values + heads,
+                convolved=self.convolved,
+                conv_width=self.conv_width,
+            )
+
+    def __init__(self, config: Config, context: LayerContext) -> None:
+        super().__init__(config, context)
+        self.num_heads, self.head_dim = config.num_heads, config.value_dim
+        self.num_groups, self.state_dim = config.groups, config.key_dim
+        inner = self.num_heads * self.head_dim
+        self.widths = [inner, config.convolved, self.num_heads]
+        self.in_proj = nn.Linear(context.d_model, sum(self.widths), bias=False)
+        self.convolution = ShortConvolution(config.convolved, config.conv_width, bias=True)
+        self.decay = SteppedDecay(self.num_heads)
+        self.skip = nn.Parameter(torch.ones(self.num_heads))
         # Statistics over each group's channels, a gain for every channel.
-        self.norm = SimpleRMSNorm(inner // num_groups, norm_eps)
+        self.norm = SimpleRMSNorm(inner // self.num_groups, context.norm_eps)
         self.gain = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        self.out_proj = nn.Linear(inner, context.d_model, bias=False)
 
     def reset_parameters(self) -> None:
         """Those of the layer itself; its modules have their own."""
         nn.init.ones_(self.skip)
         nn.init.ones_(self.gain)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        start: int = 0,
-        state: RecurrentState | None = None,
-        output_state: bool = False,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
-        sp: SequenceParallel | None = None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """As `LinearAttention.forward`; the state's memory is [B, H, N, P]. It has no use for `start`."""
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
         z, mixed, dt = self.in_proj(x).split(self.widths, -1)
-        mixed, window = self.convolution(
-            mixed,
-            state=None if state is None else state.window,
-            output_state=output_state,
-            cu_seqlens=cu_seqlens,
-            sp=sp,
-        )
-        inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_dim
-        values, keys, queries = mixed.split([inner, shared, shared], -1)
-        values = values.unflatten(-1, (self.num_heads, self.head_dim))
-        keys, queries = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (keys, queries))
+        return mixed, z, dt
+
+    def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
+        mixed, z, dt = parts
+        heads, groups = (self.num_heads, self.head_dim), (self.num_groups, self.state_dim)
+        values, keys, queries = mixed.split([math.prod(heads), math.prod(groups), math.prod(groups)], -1)
+        values = values.unflatten(-1, heads)
+        keys, queries = (t.unflatten(-1, groups) for t in (keys, queries))
         dt, log_decay = self.decay(dt)
-        y, memory = linear_attention(
-            queries,
-            keys,
-            (dt[..., None] * values).to(values.dtype),
-            log_decay,
-            scale=1.0,
-            initial_state=None if state is None else state.memory,
-            output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
-            sp=sp,
-            backend=self.backend,
-        )
-        y = (y + self.skip.to(y.dtype)[:, None] * values).flatten(-2) * F.silu(z)
+        return MixerInputs(keys, (dt[..., None] * values).to(values.dtype), log_decay, q=queries, kept=(z, values))
+
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
+        return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
+
+    def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        z, values = kept
+        y = (o + self.skip.to(o.dtype)[:, None] * values).flatten(-2) * F.silu(z)
         y = self.norm(y.unflatten(-1, (self.num_groups, -1))).flatten(-2) * self.gain.to(y.dtype)
-        return self.out_proj(y), None if memory is None or window is None else RecurrentState(memory, window)
+        return self.out_proj(y)
+
+
+# The authors' models of 370M and 1.3B parameters: docs/design/models.md.
+family(
+    "mamba2",
+    mixer="mamba2",
+    num_key_heads=1,
+    ffn="none",
+    norm_eps=1e-5,
+    sizes={
+        "tiny": shape(128, 8, 8, 32, 32, 0),
+        "0.4b": shape(1024, 48, 32, 128, 64, 0, vocab_size=50288),
+        "1b": shape(2048, 48, 64, 128, 64, 0, vocab_size=50288),
+    },
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps)
 
 
-NORMS: dict[str, Callable[[int, float], nn.Module]] = {
-    "rmsnorm": RMSNorm,
-    "simple_rmsnorm": SimpleRMSNorm,
-    "layernorm": lambda dim, eps: nn.LayerNorm(dim, eps),
+class NormKind(NamedTuple):
+    """A normalisation by name.
+
+    Attributes:
+        build: takes the number of channels and epsilon.
+        saved: fp32 numbers that autograd keeps for each channel of a token: the input and, where there is a gain, the
+            normalised input.
+        statistics: fp32 numbers that it keeps for each token.
+    """
+
+    build: Callable[[int, float], nn.Module]
+    saved: int
+    statistics: int
+
+
+NORMS = {
+    "rmsnorm": NormKind(RMSNorm, saved=2, statistics=1),
+    "simple_rmsnorm": NormKind(SimpleRMSNorm, saved=1, statistics=1),
+    "layernorm": NormKind(lambda dim, eps: nn.LayerNorm(dim, eps), saved=1, statistics=2),
 }
 
 
@@ -48,4 +64,4 @@ def norm(name: str, dim: int, eps: float) -> nn.Module:
     """A new normalisation of `dim` channels; ValueError for an unknown name."""
     if name not in NORMS:
         raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
-    return NORMS[name](dim, eps)
+    return NORMS[name].build(dim, eps)

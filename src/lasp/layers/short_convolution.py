@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp.halo import short_convolution
+from lasp.halo.functions import MAX_WIDTH
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -77,3 +78,9 @@ class ShortConvolution(nn.Module):
             cu_seqlens=cu_seqlens,
             sp=sp,
         )
+
+
+def check_width(conv_width: int) -> None:
+    """Raise ValueError for a width that no convolution has."""
+    if not 1 <= conv_width <= MAX_WIDTH:
+        raise ValueError(f"conv_width must be from 1 to {MAX_WIDTH}, got {conv_width}")

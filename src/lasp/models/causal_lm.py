@@ -13,20 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lasp.layers import RecurrentState, feedforward, norm, sinusoids
+from lasp.layers import LayerState, feedforward, norm, sinusoids
 from lasp.layers.positions import global_positions
 from lasp.models.config import ModelConfig
 from lasp.models.initialize import initialize
 from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
-from lasp.models.mixers import mixer
 from lasp.sequence.arguments import check_flags, check_ids, whole
 from lasp.sequence.shards import document_bounds
 from lasp.sequence.validation import broadcast_errors
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
-
-LayerState = Tensor | RecurrentState
 
 
 class Cache(NamedTuple):
@@ -68,7 +65,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = norm(config.norm, config.d_model, config.norm_eps)
-        self.attention = mixer(config, layer)
+        self.attention = config.build_mixer(layer)
         self.ffn_norm: nn.Module | None = None
         self.ffn: nn.Module | None = None
         if config.ffn != "none":

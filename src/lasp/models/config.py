@@ -2,70 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
-from lasp.halo.functions import MAX_WIDTH
 from lasp.kernels.select import BACKENDS
-from lasp.layers.attention import GATES, NORMALIZATIONS, check_denominator
-from lasp.layers.decay import DECAYS
-from lasp.layers.feature_maps import FEATURE_MAPS
-from lasp.layers.feedforward import FEEDFORWARDS
-from lasp.layers.norms import NORMS
-from lasp.softmax import METHODS as SOFTMAX_METHODS
+from lasp.layers import FEEDFORWARDS, MIXERS, NORMS, LayerContext, Mixer, MixerConfig
+from lasp.layers.fields import check_choice, check_fields, check_kind, kind_of
 
-POSITIONS = ("none", "sinusoidal", "rotary", "lrpe")
+POSITIONS = ("none", "sinusoidal")
 INITS = ("normal", "xavier")
-MIXERS = ("linear-attention", "gla", "deltanet", "gated-deltanet", "kda", "mamba2")
-# A field's annotation -> what its values are, for Python and for people.
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "int | None": ((int, NoneType), "a whole number or None"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
-    "str": ((str,), "a word"),
-}
-# What the mixer "linear-attention" leaves open and the others settle themselves.
-_OPEN = ("feature_map", "positions", "positions_in", "decay", "normalization", "gate", "scale_scores")
+# Settings that no mixer need have: they did nothing where the mixer has no such field, and still do.
+_IDLE = ("conv_width", "negative_eigenvalues", "softmax_method")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder of `num_layers` pre-norm blocks, each a sequence mixer then a feed-forward layer.
 
-    All fields are plain values: `dataclasses.asdict` gives JSON and `ModelConfig(**values)` takes it back.
+    All fields are plain values but the mixer: `to_dict` gives JSON and `from_dict` takes it back.
 
     Attributes:
         vocab_size: number of token ids.
         d_model: width of the residual stream.
         num_layers: blocks.
-        num_heads: heads of each mixer.
-        key_dim, value_dim: query/key and value channels of one head; of mamba2, state dimension and head dimension.
         ffn_dim: hidden width of the feed-forward layer.
-        mixer: linear-attention (which the fields from feature_map to scale_scores describe), gla, deltanet,
-            gated-deltanet, kda, mamba2.
-        num_key_heads: heads of queries and keys where fewer than those of values, a divisor of num_heads (delta
-            rules); groups of mamba2. num_heads if None.
-        conv_width: of the short convolution of delta rules and mamba2.
-        negative_eigenvalues: beta of delta rules up to 2.
-        layer_pattern: repeated over the layers: L is a layer of `mixer`, N one of softmax attention, as in "LLLN".
-        num_kv_heads: key and value heads of softmax layers, a divisor of num_heads; num_heads if None.
-        softmax_method: how keys and values of softmax layers cross ranks, "all_gather" or "ulysses".
-        feature_map: of queries and keys: identity, elu+1, relu, silu, hedgehog.
-        positions: "none", "sinusoidal" (added to embeddings), "rotary" or "lrpe" (on queries and keys).
-        positions_in: "all" layers or the "first" only; for rotary and lrpe.
-        decay: "none", "transnormer" (per head and layer) or "retnet" (per head).
-        normalization: of the attention output: "head", "hidden" or "denominator".
-        gate: activation of the attention's output gate: none, linear, silu, sigmoid.
-        scale_scores: multiply scores by key_dim ** -0.5.
+        mixer: of every layer, or a pattern of them that is repeated over the layers.
+        positions: "none", or "sinusoidal" ones added to embeddings. Others are the mixer's.
         ffn: sglu, swiglu, gelu, relu, none.
         norm: before each layer and at the end: rmsnorm, simple_rmsnorm, layernorm.
-        norm_eps: added to the mean square.
+        norm_eps: added to the mean square, in mixers too.
         scale_embeddings: multiply embeddings by d_model ** 0.5.
         tied_embeddings: the output projection is the embedding matrix.
-        init: "normal": every matrix with standard deviation `init_std`. "xavier": RetNet's, see docs/models.md.
+        init: "normal": every matrix with standard deviation `init_std`. "xavier": RetNet's, see docs/design/models.md.
         init_std: for "normal".
         backend: of lasp.linear_attention.
     """
@@ -73,24 +44,9 @@ class ModelConfig:
     vocab_size: int
     d_model: int
     num_layers: int
-    num_heads: int
-    key_dim: int
-    value_dim: int
     ffn_dim: int
-    mixer: str = "linear-attention"
-    num_key_heads: int | None = None
-    conv_width: int = 4
-    negative_eigenvalues: bool = False
-    layer_pattern: str = "L"
-    num_kv_heads: int | None = None
-    softmax_method: str = "all_gather"
-    feature_map: str = "identity"
+    mixer: MixerConfig | tuple[MixerConfig, ...]
     positions: str = "none"
-    positions_in: str = "all"
-    decay: str = "none"
-    normalization: str = "hidden"
-    gate: str = "none"
-    scale_scores: bool = True
     ffn: str = "swiglu"
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
@@ -101,94 +57,155 @@ class ModelConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            check_kind(name, getattr(self, name))
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "key_dim", "value_dim", "ffn_dim"):
+        check_fields(self)
+        if not self.mixers or not all(isinstance(each, MixerConfig) for each in self.mixers):
+            raise ValueError(f"mixer must be a configuration of one of {', '.join(MIXERS)}, or several of them")
+        for name in ("vocab_size", "d_model", "num_layers", "ffn_dim"):
             value = getattr(self, name)
             least = 0 if name == "ffn_dim" and self.ffn == "none" else 1
             if value < least:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-        for name, known in (
-            ("mixer", MIXERS),
-            ("feature_map", FEATURE_MAPS),
-            ("positions", POSITIONS),
-            ("positions_in", ("all", "first")),
-            ("decay", DECAYS),
-            ("normalization", NORMALIZATIONS),
-            ("gate", GATES),
-            ("ffn", (*FEEDFORWARDS, "none")),
-            ("norm", NORMS),
-            ("init", INITS),
-            ("softmax_method", SOFTMAX_METHODS),
-            ("backend", BACKENDS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        self._check_mixer()
-        self._check_pattern()
+        check_choice("positions", self.positions, POSITIONS)
+        check_choice("ffn", self.ffn, (*FEEDFORWARDS, "none"))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("init", self.init, INITS)
+        check_choice("backend", self.backend, BACKENDS)
         for name in ("norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
-        if not 1 <= self.conv_width <= MAX_WIDTH:
-            raise ValueError(f"conv_width must be from 1 to {MAX_WIDTH}, got {self.conv_width}")
-        if self.positions == "rotary" and self.key_dim % 2:
-            raise ValueError(f"rotary positions need an even key_dim, got {self.key_dim}")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
-        per_head = "none" if self.positions == "sinusoidal" else self.positions
-        check_denominator(self.normalization, self.feature_map, per_head)
-
-    def _check_mixer(self) -> None:
-        fields = type(self).__dataclass_fields__
-        if self.mixer != "linear-attention":
-            changed = [name for name in _OPEN if getattr(self, name) != fields[name].default]
-            if changed:
-                raise ValueError(f"mixer {self.mixer!r} settles {', '.join(changed)} itself: leave them as they are")
-        if self.num_key_heads is None:
-            return
-        if self.mixer in ("linear-attention", "gla"):
-            raise ValueError(f"mixer {self.mixer!r} has as many key heads as heads: leave num_key_heads None")
-        if self.num_key_heads < 1 or self.num_heads % self.num_key_heads:
-            raise ValueError(f"num_key_heads must divide num_heads {self.num_heads}, got {self.num_key_heads}")
-
-    def _check_pattern(self) -> None:
-        if not self.layer_pattern or set(self.layer_pattern) - set("LN"):
-            raise ValueError(
-                f"layer_pattern must be of the letters L ({self.mixer}) and N (softmax attention), for example 'LLLN'; "
-                f"got {self.layer_pattern!r}"
-            )
-        if "N" not in self.layer_pattern:
-            if self.num_kv_heads is not None:
-                raise ValueError(f"no softmax layer in layer_pattern {self.layer_pattern!r}: leave num_kv_heads None")
-            return
-        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
-            raise ValueError(f"num_kv_heads must divide num_heads {self.num_heads}, got {self.num_kv_heads}")
-        if self.softmax_rotary and self.key_dim % 2:
-            raise ValueError(f"rotary positions need an even key_dim, got {self.key_dim}")
-
-    def is_softmax(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) is one of softmax attention."""
-        return self.layer_pattern[layer % len(self.layer_pattern)] == "N"
 
     @property
-    def softmax_rotary(self) -> bool:
-        """Whether softmax layers rotate queries and keys: where linear layers know positions by themselves."""
-        return self.mixer != "linear-attention" or self.positions in ("rotary", "lrpe")
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The pattern that is repeated over the layers."""
+        return (self.mixer,) if isinstance(self.mixer, MixerConfig) else tuple(self.mixer)
 
-    def layer_positions(self, layer: int) -> str:
-        """What layer `layer` (from 0) does to its queries and keys: "none", "rotary" or "lrpe"."""
-        if self.positions == "sinusoidal" or (self.positions_in == "first" and layer > 0):
-            return "none"
-        return self.positions
+    def mixer_of(self, layer: int) -> MixerConfig:
+        """The mixer of layer `layer` (from 0)."""
+        return self.mixers[layer % len(self.mixers)]
 
-    def layer_log_decay(self, layer: int) -> list[float] | None:
-        """The natural-log decays of layer `layer` (from 0), one per head; None for no decay."""
-        schedule = DECAYS[self.decay]
-        return None if schedule is None else schedule(self.num_heads, layer, self.num_layers)
+    def context(self, layer: int) -> LayerContext:
+        """What layer `layer` (from 0) knows of the model around it."""
+        return LayerContext(self.d_model, layer, self.num_layers, self.norm_eps, self.backend)
+
+    def build_mixer(self, layer: int) -> Mixer:
+        """A new mixer for layer `layer` (from 0): x [B, T, D] -> y [B, T, D] and its state."""
+        return self.mixer_of(layer).build(self.context(layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        mixers = [each.to_dict() for each in self.mixers]
+        return {**values, "mixer": mixers[0] if isinstance(self.mixer, MixerConfig) else mixers}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The configuration that `to_dict` gave, or that an earlier version wrote, as settings.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is none.
+        """
+        mixer = values["mixer"]
+        if isinstance(mixer, str):
+            return from_settings(values)
+        return cls(**{**values, "mixer": _read(mixer) if isinstance(mixer, Mapping) else tuple(map(_read, mixer))})
 
 
-def check_kind(name: str, value: Any) -> None:
-    """Raises ValueError if `value` is not of the kind that the field `name` of ModelConfig has."""
-    types, expected = _KINDS[str(ModelConfig.__dataclass_fields__[name].type)]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+def current_form(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration as `to_dict` writes it today; anything that is none as it is."""
+    return ModelConfig.from_dict(values).to_dict() if isinstance(values.get("mixer"), str) else values
+
+
+def setting_names() -> list[str]:
+    """The names that `from_settings` takes."""
+    return list(dict.fromkeys([*_fields(ModelConfig), "layer_pattern", *_mixer_fields()]))
+
+
+def setting_kind(name: str) -> str:
+    """The annotation of the field that a setting sets."""
+    field = _field(name)
+    return "str" if field is None else kind_of(field)
+
+
+def from_settings(settings: Mapping[str, Any]) -> ModelConfig:
+    """A configuration from fields of ModelConfig and of its mixers, all by name.
+
+    A field of several mixers is set in each that has it. Besides there are
+        mixer: a name in MIXERS; linear-attention by default.
+        layer_pattern: repeated over the layers: L is a layer of `mixer`, N one of softmax attention, as in "LLLN".
+        positions: "sinusoidal" is the model's, others the mixer's.
+
+    Raises:
+        ValueError: an unknown name, a value that its field refuses, or a field that the mixers do not have.
+    """
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    if unknown := sorted(given.keys() - set(setting_names())):
+        raise ValueError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(setting_names())}")
+    for name, value in given.items():
+        if (field := _field(name)) is not None:
+            check_kind(field, value)
+    kind, pattern = given.pop("mixer", "linear-attention"), given.pop("layer_pattern", "L")
+    check_choice("mixer", kind, MIXERS)
+    if not isinstance(pattern, str) or not pattern or set(pattern) - set("LN"):
+        raise ValueError(
+            f"layer_pattern must be of the letters L ({kind}) and N (softmax attention), for example 'LLLN'; "
+            f"got {pattern!r}"
+        )
+    own = {name: given.pop(name) for name in _fields(ModelConfig) if name in given and name != "positions"}
+    if given.get("positions") == "sinusoidal":
+        own["positions"] = given.pop("positions")
+    mixers = {"L": _of_kind(kind, given)}
+    if "N" in pattern:
+        mixers["N"] = _of_kind("softmax", {"rotary": mixers["L"].knows_positions, **given})
+    _check_used(given, kind, pattern, set[str]().union(*(_fields(type(each)) for each in mixers.values())))
+    one = mixers[pattern[0]]
+    return ModelConfig(**own, mixer=one if len(set(pattern)) == 1 else tuple(mixers[each] for each in pattern))
+
+
+def _fields(config: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(config)}
+
+
+def _mixer_fields() -> dict[str, dataclasses.Field[Any]]:
+    """Fields of all mixers; those of one name are of one kind."""
+    return {name: field for each in MIXERS.values() for name, field in _fields(each.config).items()}
+
+
+def _field(name: str) -> dataclasses.Field[Any] | None:
+    """The field that a setting sets; None of `mixer` and `layer_pattern`."""
+    return None if name == "mixer" else (_fields(ModelConfig) | _mixer_fields()).get(name)
+
+
+def _of_kind(kind: str, given: Mapping[str, Any]) -> MixerConfig:
+    """The mixer of that name, of what is given the fields that it has."""
+    config, settled = MIXERS[kind]
+    return config(**{**settled, **{name: given[name] for name in _fields(config) if name in given}})
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _read(values: Mapping[str, Any]) -> MixerConfig:
+    """The mixer that `MixerConfig.to_dict` gave."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    kind = fields.pop("kind")
+    check_choice("mixer", kind, MIXERS)
+    return MIXERS[kind].config(**fields)
+
+
+def _check_used(given: Mapping[str, Any], kind: str, pattern: str, used: set[str]) -> None:
+    """Raise ValueError for a field of other mixers that is given and is not as it is by default."""
+    for name in given.keys() - used - set(_IDLE):
+        default = _mixer_fields()[name].default
+        if given[name] == default:
+            continue
+        if name in _fields(MIXERS["softmax"].config):
+            raise ValueError(f"no softmax layer in layer_pattern {pattern!r}: leave {name} {default}")
+        raise ValueError(f"mixer {kind!r} settles {name} itself: leave {name} {default}")

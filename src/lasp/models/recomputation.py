@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lasp.exchange.replay import keeping_exchanges
-from lasp.layers import DeltaNet, ShortConvolution, SoftmaxAttention
-from lasp.ops.scan import TRACEABLE
+from lasp.layers import Mixer, ShortConvolution
+from lasp.ops.autograd import TRACEABLE
 
 # As many as PyTorch's compiler by itself makes of a function, and more than what follows from them.
 _MAX_SHAPES, _MAX_GRAPHS = 8, 256
@@ -124,7 +124,8 @@ class _Compiled:
             result: tuple[Tensor, Any] = run(*arguments)
             return result
         if self._compiled is None:
-            breaks = not TRACEABLE or any(isinstance(module, DeltaNet) for module in self._block.modules())
+            mixers = [module for module in self._block.modules() if isinstance(module, Mixer)]
+            breaks = not TRACEABLE or any(mixer.config.rule == "delta" for mixer in mixers)
             self._compiled = torch.compile(run, fullgraph=not breaks, dynamic=False)
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
         # pieces, and keep all that crosses a cut. Blocks are pieces enough.
@@ -137,7 +138,7 @@ class _Compiled:
 def check_compilable(model: nn.Module) -> None:
     """Raise ValueError where blocks exchange something that the compiler cannot follow."""
     for name, module in model.named_modules():
-        if isinstance(module, (ShortConvolution, SoftmaxAttention)):
+        if isinstance(module, ShortConvolution) or (isinstance(module, Mixer) and module.config.rule == "softmax"):
             raise ValueError(
                 f"compile under sequence parallelism takes blocks whose only exchange is a recurrence's, and {name} is "
                 f"a {type(module).__name__}, which has its own: leave one of the two out"

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lasp.distributed.call import Call
+from lasp.distributed.call import Call, Calls
 from lasp.distributed.comm import Comm, Counters
 from lasp.distributed.record import Description, ExchangeError, RecordedStep, digest_of, source_of
-from lasp.distributed.sealed import Sealing, Stamps, TorchStamps
+from lasp.distributed.sealed import SealedCalls, Stamps, TorchStamps
 from lasp.exchange import Exchange, resolve
 from lasp.exchange.replay import is_replaying
-from lasp.recurrence.across import register
+from lasp.exchange.start import register
 from lasp.sequence.arguments import check_tensor, number, wholes
 from lasp.sequence.call import SequenceCall
 
@@ -35,7 +35,8 @@ class SequenceParallel:
     exist side by side; each rank passes its own.
 
     Args:
-        group: a process group, or a one-dimensional DeviceMesh.
+        group: a process group (its type allows None, which `torch.distributed.group.WORLD` is before there is one), or
+            a one-dimensional DeviceMesh.
         lengths: tokens of every rank, in order, of any size, zero too; None where all ranks hold equally many.
         exchange: how the state crosses ranks: "ring" (LASP, arXiv 2404.02882), "all_gather" (LASP-2,
             arXiv 2502.07563), "auto", or an `Exchange`.
@@ -50,7 +51,7 @@ class SequenceParallel:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh,
+        group: dist.ProcessGroup | DeviceMesh | None,
         *,
         lengths: Sequence[int] | None = None,
         exchange: str | Exchange = "auto",
@@ -59,8 +60,9 @@ class SequenceParallel:
         timeout_s = number("timeout_s", timeout_s, "a number of seconds > 0", lambda seconds: 0 < seconds < inf)
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
+        self.calls = Calls(comm)
         if comm.backend == "nccl" and comm.size > 1:
-            comm.sealing = Sealing(torch.device("cuda", torch.cuda.current_device()), _stamps())
+            self.calls = SealedCalls(comm, torch.device("cuda", torch.cuda.current_device()), _stamps())
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
         self._described: dict[Hashable, Description] = {}
@@ -71,7 +73,8 @@ class SequenceParallel:
     def with_lengths(self, lengths: Sequence[int] | None) -> SequenceParallel:
         """The same ranks and groups, with other shard lengths. Not collective."""
         other = object.__new__(SequenceParallel)
-        other.comm, other.exchange, other.choices, other._described = self.comm, self.exchange, self.choices, {}
+        other.comm, other.calls, other.exchange, other.choices = self.comm, self.calls, self.exchange, self.choices
+        other._described = {}
         other.lengths = _checked_lengths(lengths, self.size)
         other.key = register(other)
         return other
@@ -113,10 +116,10 @@ class SequenceParallel:
         if self.size == 1:
             return None
         if replays and is_replaying():
-            return SequenceCall(self, None, is_forward=True)
+            return SequenceCall(self.rank, None, is_forward=True)
         description = self._written(operator, key, fields)
         sources = [getattr(tensor, _SOURCE, 0) for tensor in inputs]
-        return SequenceCall(self, self.comm.call(description, documents, sources=sources), is_forward=True)
+        return SequenceCall(self.rank, self.calls.begin(description, documents, sources=sources), is_forward=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, added in their order. All of them must call, with tensors of one shape and dtype."""
@@ -126,7 +129,7 @@ class SequenceParallel:
         """The call of a single message."""
         shape, dtype = tuple(tensor.shape), str(tensor.dtype)
         key = (shape, dtype, *fields.values())
-        return self.comm.call(self._written(operator, key, lambda: {"shape": shape, "dtype": dtype, **fields}))
+        return self.calls.begin(self._written(operator, key, lambda: {"shape": shape, "dtype": dtype, **fields}))
 
     @property
     def rank(self) -> int:
@@ -242,7 +245,7 @@ def _checked_lengths(lengths: Sequence[int] | None, size: int) -> tuple[int, ...
     return lengths
 
 
-def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
+def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(f"SequenceParallel needs a process group, and none exists: {_START}")
     if isinstance(group, DeviceMesh):

@@ -61,7 +61,7 @@ def softmax_attention(
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
         method: "all_gather": each rank gets the keys and values of all (LASP-2H, arXiv 2502.07563); any heads.
             "ulysses": each rank computes all tokens of some heads (arXiv 2309.14509); H must be a multiple of the
-            number of ranks. docs/hybrids.md says when to choose which.
+            number of ranks. docs/guide/hybrids.md says when to choose which.
         backend: "auto" or "torch" (PyTorch's kernels) or "reference" (query by query, slow).
 
     Returns:
@@ -114,7 +114,7 @@ def _across_ranks(
     rank = 0 if call is None else call.rank
     state = None if initial_state is None else replicated(initial_state, call)
     if method == "ulysses" and call is not None and starts[-1] > 0:
-        of = heads_of(call.sp.size, q.shape[2], k.shape[2])
+        of = heads_of(call.messages.size, q.shape[2], k.shape[2])
         blocks = blocks_of(bounds, before, 0, starts[-1], causal)
         if output_final_state:
             # The state takes all heads to all ranks; and o must depend on that exchange, because its backward pass

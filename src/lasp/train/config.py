@@ -1,27 +1,27 @@
-"""Every setting of a training run: frozen dataclasses, a TOML file, and checks made before anything starts."""
+"""Every setting of a training run: frozen dataclasses, and checks made before anything starts."""
 
-import dataclasses
 import math
-import os
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from lasp import files
+from lasp.errors import ConfigError
 from lasp.exchange import NAMES
-from lasp.train.errors import ConfigError
-from lasp.train.profile import parse_range
-from lasp.train.sizes import Tokens, tokens
-from lasp.train.trackers import missing
+from lasp.models import NAMES as FAMILIES
+from lasp.models import SIZES, ModelConfig, preset
+from lasp.models.config import setting_kind, setting_names
+from lasp.train.logging.profile import parse_range
+from lasp.train.logging.trackers import missing
+from lasp.train.preflight import check_folder, check_seed, check_text
+from lasp.train.sizes import Tokens
 
 if TYPE_CHECKING:
-    from lasp.models import ModelConfig
-
-C = TypeVar("C")
+    Family: TypeAlias = str
+    Size: TypeAlias = str
+else:  # as the files of lasp.layers register them
+    Family, Size = Literal[FAMILIES], Literal[SIZES]
 
 # Instead of a checkpoint to resume from: the newest good one of the run folder, or none if it has none yet.
 AUTO = Path("auto")
@@ -31,23 +31,19 @@ AUTO = Path("auto")
 class ModelOptions:
     """The model: a named preset."""
 
-    family: Literal[
-        "linear-transformer", "transnormer", "retnet", "gla", "deltanet", "gated-deltanet", "kda", "mamba2", "hybrid"
-    ] = "transnormer"
+    family: Family = "transnormer"
     """Kind of model."""
-    size: Literal["tiny", "0.4b", "1b", "7b"] = "tiny"
+    size: Size = "tiny"
     """Size of the preset."""
     overrides: dict[str, int | float | bool | str | None] = field(default_factory=dict)
-    """Fields of the preset to change, such as `num_layers 2 layer_pattern LLLN negative_eigenvalues True`."""
+    """Fields of the preset and its mixers to change, such as `num_layers 2 layer_pattern LLLN conv_width 3`."""
 
-    def build(self, **defaults: Any) -> "ModelConfig":
+    def build(self, **defaults: Any) -> ModelConfig:
         """The model's own configuration. defaults: fields, such as the vocabulary, that an override wins over.
 
         Raises ConfigError for a model that does not exist, an override that it does not have, or a wrong value.
         """
-        from lasp.models import ModelConfig, preset
-
-        known = list(ModelConfig.__dataclass_fields__)
+        known = setting_names()
         for name in self.overrides:
             if name not in known:
                 raise ConfigError(f"--model.overrides: no field {name!r}; known: {', '.join(known)}")
@@ -136,7 +132,7 @@ class ParallelOptions:
     compile: bool = False
     """torch.compile each block, the exchange of states inside."""
     exchange: str = "auto"
-    """How states travel between the processes of a sequence: see docs/exchange.md."""
+    """How states travel between the processes of a sequence: see docs/guide/exchanges.md."""
     timeout_s: float = 120.0
     """Seconds after which a process that waits for another gives up."""
 
@@ -313,125 +309,9 @@ class TrainConfig:
 
 
 def _read(name: str, value: Any) -> Any:
-    """A word of the command line as the field `name` of ModelConfig takes it; any other value as it is."""
-    from lasp.models import ModelConfig
-
+    """A word of the command line as the setting `name` takes it; any other value as it is."""
     words: dict[str, dict[str, bool | None]] = {
         "bool": {"true": True, "false": False},
         "int | None": {"none": None},
     }
-    kind = str(ModelConfig.__dataclass_fields__[name].type)
-    return words.get(kind, {}).get(value.lower(), value) if isinstance(value, str) else value
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Raises ConfigError for a seed that PyTorch's generators do not take."""
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise ConfigError(f"{name} must be a number of at most 64 bits, got {seed}")
-
-
-def check_folder(name: str, path: Path | None) -> None:
-    """Raises ConfigError for a path at which no folder can be, because it or what it is in is a file."""
-    if path is None:
-        return
-    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
-    if there is not None and not there.is_dir():
-        raise ConfigError(f"{name} must be a folder, and {there} is none")
-
-
-def check_text(name: str, text: str | None) -> None:
-    """Raises ConfigError for bytes of the command line that are no text."""
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{name} must be text in UTF-8, got {text!r}") from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A JSON-able dictionary of a config dataclass."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
-    """The config dataclass `cls` from a dictionary as TOML or JSON give it; missing keys take their defaults.
-
-    Raises ConfigError naming the key for unknown keys and wrong types.
-    """
-    hints = typing.get_type_hints(cls, include_extras=True)
-    known = [item.name for item in dataclasses.fields(typing.cast(Any, cls))]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        place = f" in [{where}]" if where else ""
-        raise ConfigError(f"unknown setting {unknown[0]!r}{place}; known: {', '.join(known)}")
-    converted = {key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in values.items()}
-    return cls(**converted)
-
-
-def load_toml(path: Path) -> TrainConfig:
-    """The TrainConfig in a TOML file. Raises ConfigError if it cannot be read."""
-    values = read_toml(path, "config file")
-    try:
-        return from_dict(TrainConfig, values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The values in a TOML file, which is the `what` of the user's. Raises ConfigError if it cannot be read."""
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
-    try:
-        return tomllib.loads(files.read(path, follow=True).decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read the {what} {path}: {error}") from error
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line `key: old -> new` for every leaf in which two dictionaries differ."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before} -> {after}")
-    return lines
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if hint == Tokens and isinstance(value, str):
-        return tokens(value, name)
-    if typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type[Any], hint), value, where=name)
-    if origin is Literal and value in arguments:
-        return value
-    if origin in (UnionType, typing.Union):
-        if value is None or type(value) in arguments:
-            return value
-        return _convert(next(item for item in arguments if item is not type(None)), value, name)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(arguments[0], item, name) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    if origin is Literal:
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
-    raise ConfigError(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    return words.get(setting_kind(name), {}).get(value.lower(), value) if isinstance(value, str) else value

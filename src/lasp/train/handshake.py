@@ -15,9 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lasp.train.config import TrainConfig, to_dict
-from lasp.train.errors import ConfigError, PeerLostError
-from lasp.train.versions import versions
+from lasp.errors import ConfigError, PeerLostError
+from lasp.train.config import TrainConfig
+from lasp.train.logging.versions import versions
+from lasp.train.settings_file import to_dict
 
 # What a process may have for itself: where its machine keeps token files, and how it found its device.
 _OWN = ("data.cache", "device")

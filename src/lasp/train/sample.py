@@ -1,19 +1,25 @@
 """Text from a trained model, piece by piece."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lasp import files
 from lasp.data.store import TokenStore
 from lasp.data.tokenizer import Tokenizer, read_tokenizer
 from lasp.generate import stream
 from lasp.models import CausalLM, ModelConfig
-from lasp.train import checkpoint, export, shards
-from lasp.train.config import SampleOptions
+from lasp.parallelize import ParallelModel
+from lasp.train import checkpoint
+from lasp.train.checkpoint import export, shards
+from lasp.train.config import SampleOptions, TrainConfig
+from lasp.train.logging.output import Output
+from lasp.train.world import World
 
 
 class Loaded(NamedTuple):
@@ -34,12 +40,12 @@ def load(path: Path, *, report: Callable[[str], None]) -> Loaded:
     """
     if export.is_export(path):
         about = export.read(path)
-        model = CausalLM(ModelConfig(**about["model_config"]))
+        model = CausalLM(ModelConfig.from_dict(about["model_config"]))
         export.load_weights(path, model)
         folder, tokenizer, prompt = path, about["tokenizer_id"], about.get("prompt")
     else:
         found = checkpoint.find(path, report=report)
-        model = CausalLM(ModelConfig(**found.state["model_config"]))
+        model = CausalLM(ModelConfig.from_dict(found.state["model_config"]))
         shards.load(found, model, found.state["model_config"])
         folder, tokenizer = found.folder, found.state["tokenizer"]
         prompt = found.state.get("sample_prompt")
@@ -71,6 +77,43 @@ def stream_text(
     ):
         yield decode(int(tokens[0]))
     yield decode(None)
+
+
+def sample_text(
+    config: TrainConfig,
+    world: World,
+    model: ParallelModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    output: Output,
+    run_dir: Path,
+    *,
+    autocast_dtype: torch.dtype | None,
+) -> None:
+    """Generate a run's sample, print it as it comes and keep it in the run folder; collective."""
+
+    def generate() -> dict[str, Any]:
+        """The text, of which only the first process prints and keeps anything."""
+        output.heading("Generated text")
+        options = dataclasses.replace(config.sample, prompt=prompt)
+        chosen = "given" if config.sample.prompt is not None else "the first words of the held-out text"
+        output.line(f"(after {prompt!r}, {chosen})")
+        pieces = []
+        with torch.autocast(world.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            for piece in stream_text(model.module, tokenizer, options, seed=config.seed, device=world.device):
+                pieces.append(piece)
+                output.piece(piece)
+        model.release()
+        output.line("")
+        if world.is_first:
+            output.attempt("sample.txt", lambda: files.write(run_dir / "sample.txt", "".join(pieces)))
+        return {}
+
+    # Of sharded weights no process has enough to run the model alone; else the others need not.
+    if model.is_sharded:
+        generate()
+    else:
+        world.run_on_first(generate)
 
 
 def first_words(store: TokenStore, tokenizer: Tokenizer, num_chars: int = 24) -> str:

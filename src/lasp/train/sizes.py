@@ -4,7 +4,7 @@ from typing import Annotated
 
 import tyro
 
-from lasp.train.errors import ConfigError
+from lasp.errors import ConfigError
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LARGEST = 1 << 40

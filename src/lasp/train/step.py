@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lasp.data.batches import Sequences
+from lasp.errors import NumericsError
 from lasp.models.causal_lm import Cache
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
-from lasp.train.errors import NumericsError
+from lasp.train.logging.step_timer import RankStep, StepWatch
 from lasp.train.optimizer import learning_rate
-from lasp.train.step_timer import RankStep, StepWatch
 from lasp.train.world import World
 
 

@@ -16,19 +16,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
 
 from lasp.data.batches import Shard
-from lasp.data.errors import DataError
+from lasp.distributed import process_group
 from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.groups import new_group
 from lasp.distributed.mesh import SP_AXIS, build_mesh, data_rank
+from lasp.distributed.signals import end_with_parent
+from lasp.errors import CheckpointError, ConfigError, DataError, PeerLostError, RunError
 from lasp.train.config import TrainConfig
-from lasp.train.errors import DATA_EXIT_CODE, CheckpointError, ConfigError, PeerLostError, RunError
 from lasp.train.handshake import compare, description
-from lasp.train.loopback import stay_on_loopback
 from lasp.train.progress import PHASES, Progress
-from lasp.train.stopping import end_with_parent
 
 # Processes that read or write a checkpoint wait for the slowest disk. That all get on is seen to elsewhere
 # (`World.settle`): this deadline only has to be longer than a file may take.
@@ -119,8 +117,7 @@ class World:
                 record = {"state": "done", "result": work()}
             except BaseException as error:
                 failure.append(error)
-                code = DATA_EXIT_CODE if isinstance(error, DataError) else getattr(error, "exit_code", 1)
-                record = {"state": "failed", "error": f"{error}", "code": code}
+                record = {"state": "failed", "error": f"{error}", "code": getattr(error, "exit_code", 1)}
             done.set()
 
         if self.is_first:
@@ -133,9 +130,7 @@ class World:
             if record["state"] == "failed":
                 if failure:
                     raise failure[0]
-                kinds = {cls.exit_code: cls for cls in (ConfigError, CheckpointError)}
-                if record["code"] == DATA_EXIT_CODE:
-                    raise DataError(record["error"])
+                kinds = {cls.exit_code: cls for cls in (ConfigError, CheckpointError, DataError)}
                 raise kinds.get(record["code"], RunError)(f"the first process failed: {record['error']}")
 
     def _from_first(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -155,29 +150,25 @@ def join(config: TrainConfig, resume: Path | None = None) -> World:
     owns_group = not dist.is_initialized()
     size = int(os.environ.get("WORLD_SIZE", "1")) if owns_group else dist.get_world_size()
     rank = dist.get_rank() if not owns_group else int(os.environ["RANK"]) if size > 1 else 0
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     problem, device = None, torch.device("cpu")
     try:
         config.validate(size)  # before anything is connected
         if "RANK" in os.environ:
-            end_with_parent()  # whatever the launcher is: a rank that outlives it would hold the run's lock
+            end_with_parent()  # as those of several do, when they meet
         device = _device(config.device)
     except ConfigError as error:
         if size == 1:
             raise
         problem = error
-    if owns_group and one_machine:
-        stay_on_loopback(os.environ)
     # What cannot be a deadline is a problem that all are told of.
     timeout_s = config.parallel.timeout_s if 0 < config.parallel.timeout_s < math.inf else 120.0
     timeout = timedelta(seconds=timeout_s)
     if size > 1:
-        store = _meeting_place(size, timeout, one_machine) if owns_group else _get_default_store()
+        store = process_group.meet(rank, size, timeout) if owns_group else _get_default_store()
         own = {"error": str(problem)} if problem is not None else description(config, resume, device.type)
         compare(own, rank=rank, size=size, store=store, timeout_s=timeout_s)
         if owns_group:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            process_group.make(device, store, rank, size, timeout)
     if not dist.is_initialized():
         return World(0, 1, device, Shard(), timeout_s=timeout_s)
     mesh = build_mesh(
@@ -242,21 +233,6 @@ def _silent(world: World) -> list[int]:
     thread.start()
     thread.join(2 * _ROLL_CALL_S)
     return [] if len(absent) == world.size else list(absent)
-
-
-def _meeting_place(size: int, timeout: timedelta, one_machine: bool) -> dist.Store:
-    """Where the processes tell each other their addresses.
-
-    torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. The number of the
-    try tells them apart: on one machine, and over several with the static rendezvous, where every agent starts again
-    when a process is lost anywhere. With c10d's the agents count differently, and each try needs a store of its own
-    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
-    """
-    where = os.environ.get("LASP_RENDEZVOUS", "env://")
-    store, _, _ = next(rendezvous(where, int(os.environ["RANK"]), size, timeout=timeout))
-    counted = one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if counted else "0"
-    return dist.PrefixStore(f"lasp-{attempt}", store)
 
 
 def leave(world: World) -> None:

@@ -66,7 +66,7 @@ def times(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
 def memory(run: LoadedRun) -> str:
     """The peak of the fullest process, and what of it the model's own numbers are."""
     config, about = run.config, run.about
-    model, layout = ModelConfig(**about["model"]), about["layout"]
+    model, layout = ModelConfig.from_dict(about["model"]), about["layout"]
     batch = config["global_batch"] // layout["dp"] // config["accumulation"]
     tokens = config["seq_len"] // layout["sp"]
     found = training_memory(
@@ -104,7 +104,7 @@ def memory(run: LoadedRun) -> str:
 def exchanged(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
     """Bytes that one process sends in a step: counted states, and others by formula."""
     config, about = run.config, run.about
-    model, layout = ModelConfig(**about["model"]), about["layout"]
+    model, layout = ModelConfig.from_dict(about["model"]), about["layout"]
     size, sp = layout["dp"] * layout["sp"], layout["sp"]
     parts = [Part("states, forward and backward", max(ranks["sent_bytes"]), 1, "counted")]
     if size > 1:
@@ -113,14 +113,15 @@ def exchanged(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
         name = "gradients of weights" if sharding == "ddp" else "weights and their gradients"
         parts.append(Part(name, moved.sent_bytes, 2, f"formula, {sharding}"))
     if sp > 1:
+        mixer = model.mixer_of(0)
         shard = volume.ShardShape(
             batch=config["global_batch"] // layout["dp"],
             tokens=config["seq_len"] // sp,
             d_model=model.d_model,
-            heads=model.num_heads,
-            key_heads=model.num_heads,
-            key_dim=model.key_dim,
-            value_dim=model.value_dim,
+            heads=mixer.num_heads,
+            key_heads=mixer.num_heads,
+            key_dim=mixer.key_dim,
+            value_dim=mixer.value_dim,
             itemsize=2 if config["precision"] == "bf16" else 4,
         )
         ring = len(layers(model)) * volume.ring_attention(shard, 0, sp).step.sent_bytes

@@ -18,7 +18,7 @@ _TO_ALL = ("all_gather", "all_to_all")
 def drawing(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
     """SVG of the ranks as boxes, a row for each group that shares sequences.
 
-    ranks: typical times by global rank, see lasp.train.step_timer.RankStep; empty if none were written yet.
+    ranks: typical times by global rank, see lasp.train.logging.step_timer.RankStep; empty if none were written yet.
     """
     layout = run.about["layout"]
     dp, sp = int(layout["dp"]), int(layout["sp"])

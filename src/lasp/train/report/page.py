@@ -10,15 +10,16 @@ import statistics
 from importlib.resources import files
 from typing import Any
 
-from lasp.train.config import TrainConfig, to_dict
-from lasp.train.metrics import smoothed
+from lasp.train.config import TrainConfig
+from lasp.train.logging.metrics import smoothed
+from lasp.train.logging.step_metrics import SLOW, SLOW_S
 from lasp.train.position import settle
 from lasp.train.report import breakdown
 from lasp.train.report.chart import Series, chart
 from lasp.train.report.layout import drawing
 from lasp.train.report.run import LoadedRun
 from lasp.train.report.text import escape, nbytes, number
-from lasp.train.step_metrics import SLOW, SLOW_S
+from lasp.train.settings_file import to_dict
 
 SECTIONS = ("curves", "layout", "time", "memory", "exchange", "text", "settings", "versions")
 _MOST_LINES = 8
@@ -235,13 +236,24 @@ def _settings(run: LoadedRun) -> str:
         parts.append(f"<div><h3>{escape(group)}</h3><table>{rows}</table></div>")
     fields = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape('none' if value is None else value)}</td></tr>"
-        for name, value in run.about["model"].items()
+        for name, value in _model_fields(run.about["model"])
     )
     parts.append(f"<div><h3>the model in full</h3><table>{fields}</table></div>")
     return (
         '<p class="muted">Settings that differ from the defaults stand out.</p>'
         f'<div class="columns">{"".join(parts)}</div>'
     )
+
+
+def _model_fields(model: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The model's fields, then those of each kind of mixer in it."""
+    mixers = model["mixer"]
+    if isinstance(mixers, str):  # written before mixers had configurations of their own
+        return list(model.items())
+    mixers = mixers if isinstance(mixers, list) else [mixers]
+    fields = {**model, "mixer": ", ".join(each["kind"] for each in mixers)}
+    fields |= {f"{each['kind']}: {name}": each[name] for each in mixers for name in each if name != "kind"}
+    return list(fields.items())
 
 
 def _pairs(values: dict[str, Any]) -> str:

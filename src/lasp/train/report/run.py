@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lasp.errors import ConfigError
 from lasp.files import read, read_json
-from lasp.train.errors import ConfigError
-from lasp.train.metrics import read_metrics
+from lasp.train.logging.metrics import read_metrics
 
 
 class LoadedRun(NamedTuple):
@@ -15,8 +15,8 @@ class LoadedRun(NamedTuple):
 
     Attributes:
         folder: of the run.
-        config: the settings, as config.json has them. about: run.json, see lasp.train.run_info.
-        steps, ranks, validations: lines of metrics.jsonl by kind, see lasp.train.run_logger.
+        config: the settings, as config.json has them. about: run.json, see lasp.train.logging.run_info.
+        steps, ranks, validations: lines of metrics.jsonl by kind, see lasp.train.logging.run_logger.
         trigram: bits per byte of the byte 3-gram model, if it was scored.
         sample: the text generated at the end, or "".
     """

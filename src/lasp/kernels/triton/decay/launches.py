@@ -13,34 +13,34 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.triton.common.decays import CHANNEL, HEAD, NONE, TOKEN
+from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay.channel_bounded_intra_chunk import channel_bounded_intra_chunk_kernel
-from lasp.kernels.triton.decay.channel_bounded_prepare import channel_bounded_prepare_kernel
-from lasp.kernels.triton.decay.channel_inter_chunk import (
+from lasp.kernels.triton.common.packing import packed_plan
+from lasp.kernels.triton.decay.channel.bounded_intra_chunk import channel_bounded_intra_chunk_kernel
+from lasp.kernels.triton.decay.channel.bounded_prepare import channel_bounded_prepare_kernel
+from lasp.kernels.triton.decay.channel.inter_chunk import (
     channel_key_inter_chunk_kernel,
     channel_query_inter_chunk_kernel,
 )
-from lasp.kernels.triton.decay.channel_intra_chunk import channel_intra_chunk_kernel
-from lasp.kernels.triton.decay.channel_output import channel_output_kernel, channel_value_gradient_kernel
-from lasp.kernels.triton.decay.channel_prepare import channel_prepare_kernel
-from lasp.kernels.triton.decay.channel_summary import channel_summary_kernel
-from lasp.kernels.triton.decay.gate_gradient import gate_gradient_kernel
-from lasp.kernels.triton.decay.gate_sums import gate_sums_kernel
-from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, NONE, TOKEN
-from lasp.kernels.triton.decay.intervals import leg_chunks
-from lasp.kernels.triton.decay.key_gradient import key_gradient_kernel
-from lasp.kernels.triton.decay.key_value_gradient import key_value_gradient_kernel
-from lasp.kernels.triton.decay.layout import packed_plan
-from lasp.kernels.triton.decay.output import output_kernel
+from lasp.kernels.triton.decay.channel.intra_chunk import channel_intra_chunk_kernel
+from lasp.kernels.triton.decay.channel.output import channel_output_kernel, channel_value_gradient_kernel
+from lasp.kernels.triton.decay.channel.prepare import channel_prepare_kernel
+from lasp.kernels.triton.decay.channel.summary import channel_summary_kernel
 from lasp.kernels.triton.decay.plan import LaunchPlan, Tiles, narrow, plan, tile
-from lasp.kernels.triton.decay.query_gradient import query_gradient_kernel
+from lasp.kernels.triton.decay.scalar.gate_gradient import gate_gradient_kernel
+from lasp.kernels.triton.decay.scalar.intervals import leg_chunks
+from lasp.kernels.triton.decay.scalar.key_gradient import key_gradient_kernel
+from lasp.kernels.triton.decay.scalar.key_value_gradient import key_value_gradient_kernel
+from lasp.kernels.triton.decay.scalar.output import output_kernel
+from lasp.kernels.triton.decay.scalar.query_gradient import query_gradient_kernel
+from lasp.kernels.triton.decay.scalar.summary import summary_kernel
+from lasp.kernels.triton.decay.scalar.sweep import GATHERED, PART_ROWS, ZERO
+from lasp.kernels.triton.decay.scalar.value_gradient import value_gradient_kernel
 from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
-from lasp.kernels.triton.decay.summary import summary_kernel
-from lasp.kernels.triton.decay.sweep import GATHERED, PART_ROWS, ZERO
-from lasp.kernels.triton.decay.value_gradient import value_gradient_kernel
 from lasp.recurrence.documents import Documents
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs
 
 GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
@@ -136,8 +136,8 @@ class Launches:
         p, (_, T, H, H_v, K, V), total = self.plan, self._dims, not self.from_zero
         if self.per_channel:
             tiles = p.prepared_channels if prepared else p.channels
-            constants = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, reverse, total, prepared)
-            return self._by_segment(channel_summary_kernel, K, tiles, (self.scale, T, H, H_v), constants)
+            of_channels = (K, V, tiles.columns, tile(V, self._dtype), p.chunk, reverse, total, prepared)
+            return self._by_segment(channel_summary_kernel, K, tiles, (self.scale, T, H, H_v), of_channels)
         # From the end, where it can: the output's sweep starts at the other, and finds in L2 what was read last. A
         # weight then covers the rest of the segment, for which fp16 has no range; and a decay's gradient wants states
         # rounded as the sweeps round theirs.

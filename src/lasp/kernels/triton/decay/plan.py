@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lasp.kernels.triton.decay import gates
+from lasp.kernels.triton.common import decays
 
-NONE, HEAD, TOKEN, CHANNEL = gates.NONE.value, gates.HEAD.value, gates.TOKEN.value, gates.CHANNEL.value
+NONE, HEAD, TOKEN, CHANNEL = decays.NONE.value, decays.HEAD.value, decays.TOKEN.value, decays.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
 CHUNK_SMALLEST = 16
@@ -24,8 +24,8 @@ STATE_COST = 0.017
 SUMMARIES_COST = 8.0
 # Chunks: the gradients of gates per channel gather rounding over a segment (channel_inter_chunk), however long the run.
 LONGEST_CHANNELS = 32
-# Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
-# what a program gathers. Sums of gates per token are loaded when they are wanted, so a chunk costs half as much again.
+# Up to here sweeps that gather states were faster than summaries on an H100 (docs/design/kernels.md): chunks of a
+# run, and of what a program gathers. Sums of gates per token are loaded when wanted: half as much again a chunk.
 LONGEST_GATHERED = 32
 MOST_GATHERED = {NONE: 24, HEAD: 24, TOKEN: 7}
 
@@ -112,7 +112,7 @@ def tile(dim: int, dtype: torch.dtype) -> int:
     """The power of two that holds `dim` columns.
 
     Never below 64 for 16-bit inputs: Hopper's matrix units work on 64 rows, and with tiles of 32 columns some of these
-    kernels gave wrong results there (see docs/kernels.md).
+    kernels gave wrong results there (see docs/design/kernels.md).
     """
     return max(16 if dtype == torch.float32 else 64, 1 << (dim - 1).bit_length())
 
@@ -259,7 +259,8 @@ def plan(
     few_values = 32 if most == 1 and dtype == torch.float16 and K > 128 else narrow(V, dtype)
 
     row_tiles = _row_tiles(K, V, dtype)
-    rows = row_tiles is not None and most == 3 and (cut is None or single)
+    if most < 3 or not (cut is None or single):
+        row_tiles = None
 
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
@@ -271,8 +272,8 @@ def plan(
         chunks=chunks,
         summary=fitting(_summary_tiles(K, V, dtype)),
         keys=fitting(_sweep_tiles(K, V, dtype, hopper, cut)),
-        scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype, hopper)),
-        rows=rows,
+        scalar_keys=row_tiles or fitting(_scalar_tiles(K, V, dtype, hopper)),
+        rows=row_tiles is not None,
         values=fitting(_sweep_tiles(V, K, dtype, hopper, cut)),
         channels=fitting(Tiles(narrow(K, dtype), 4, stages)),
         prepared_channels=fitting(Tiles(128 if wide else narrow(K, dtype), 4, stages)),

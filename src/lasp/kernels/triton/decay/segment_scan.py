@@ -8,7 +8,7 @@ order (REVERSE: from the last to the first, for gradients); every state element 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.decay.gates import LOG2_E
+from lasp.kernels.triton.common.decays import LOG2_E
 
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 UNROLL = tl.constexpr(4)  # loads in flight per thread; the body below is written out for it

@@ -1,0 +1,1 @@
+"""`lasp bench`: what exchanges and training steps take on the processes and devices that are there."""

@@ -1,0 +1,263 @@
+"""The base of every sequence mixer: a layer, its configuration, and what analysis asks of it.
+
+B = batch, T = tokens here, D = d_model, H = heads of queries and keys, H_v = of values, K, V = channels of a head.
+
+A mixer runs in three parts: `before` and `after` work token by token, and the operator between them is all that knows
+of other tokens and other ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from lasp.layers.fields import check_fields
+from lasp.layers.short_convolution import ShortConvolution
+from lasp.layers.state import RecurrentState
+from lasp.ops.pending import PendingOutputs
+
+if TYPE_CHECKING:
+    from lasp.sequence import SequenceParallel
+
+LayerState = Tensor | RecurrentState
+
+
+class LayerContext(NamedTuple):
+    """The model around a layer.
+
+    Attributes:
+        d_model: D.
+        layer, num_layers: which layer this is, from 0, and of how many.
+        norm_eps: added to the mean square in norms.
+        backend: of the operator.
+    """
+
+    d_model: int
+    layer: int = 0
+    num_layers: int = 1
+    norm_eps: float = 1e-5
+    backend: str = "auto"
+
+
+class Operator(NamedTuple):
+    """The shape of the operator that a mixer calls.
+
+    Attributes:
+        rule: "linear" (a state is decayed and added to), "delta" (and corrected) or "softmax" (no state).
+        num_heads, num_key_heads: H_v and H.
+        key_dim, value_dim: K and V as the operator sees them, after feature maps and positions.
+        decay: "none", "constant" (one number a head), "head" (a gate a head) or "channel" (a gate a key channel).
+    """
+
+    rule: str
+    num_heads: int
+    num_key_heads: int
+    key_dim: int
+    value_dim: int
+    decay: str = "none"
+
+    @property
+    def transition(self) -> int | None:
+        """Numbers of a head's transition: 0, 1, K or K * K; None of softmax attention."""
+        if self.rule != "linear":
+            return self.key_dim**2 if self.rule == "delta" else None
+        return {"none": 0, "constant": 1, "head": 1, "channel": self.key_dim}[self.decay]
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers of a sequence's state, of fixed size; 0 of softmax attention, whose memory grows."""
+        return 0 if self.rule == "softmax" else self.num_heads * self.key_dim * self.value_dim
+
+    def flops(self, context: int) -> float:
+        """Operations for a token in a sequence of `context` tokens: a state is added to and read, by delta rules read
+        once more; a token of softmax attention sees half of the context on average."""
+        if self.rule == "softmax":
+            return float(self.num_heads * context * (self.key_dim + self.value_dim))
+        return 2.0 * (3 if self.rule == "delta" else 2) * self.state_numbers
+
+
+class SavedActivations(NamedTuple):
+    """Numbers that autograd keeps of a part of a layer, for one token.
+
+    Attributes:
+        narrow: in the dtype of matrix products.
+        wide: in fp32.
+        inputs: projections that read one tensor of width D. In fp32 they keep it once, under autocast a 16-bit copy
+            each.
+    """
+
+    narrow: float
+    wide: float
+    inputs: int
+
+    def nbytes(self, width: int, precision: str) -> float:
+        if precision == "fp32":
+            return 4 * (self.narrow + self.wide + width * (self.inputs > 0))
+        return 2 * (self.narrow + width * self.inputs) + 4 * self.wide
+
+
+class MixerCost(NamedTuple):
+    """What a mixer needs beside its parameters, which are counted.
+
+    Attributes:
+        operator: all that is exchanged but the halo follows from it.
+        saved: short shards of gates and norm statistics count too; rows of padding and states do not.
+        gates: channels of output gates, decays and betas, which an all-to-all has to move as well.
+        convolved, conv_width: channels and width of the short convolution, whose halo is exchanged; 0 for none.
+    """
+
+    operator: Operator
+    saved: SavedActivations
+    gates: int = 0
+    convolved: int = 0
+    conv_width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """The base of mixers' configurations.
+
+    Fields are plain values. Fields of one meaning have one name in all mixers: by it the command line sets them.
+
+    Attributes:
+        num_heads: H_v.
+        key_dim, value_dim: K and V of one head, as projected.
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+    kind: ClassVar[str]
+    """Its name in MIXERS."""
+    layer: ClassVar[type[Mixer]]
+    """What it builds."""
+    rule: ClassVar[str] = "linear"
+    """That of its operator: "linear", "delta" or "softmax", whose memory grows with the tokens that it has seen."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("num_heads", "key_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
+
+    def build(self, context: LayerContext) -> Mixer:
+        """The layer, its weights from torch's default generator."""
+        return self.layer(self, context)
+
+    def cost(self, context: LayerContext) -> MixerCost:
+        """What the layer needs: for `lasp plan`, model FLOP utilisation and `lasp report`."""
+        raise NotImplementedError(f"mixer {self.kind!r} does not say what it costs")
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether the layer tells positions apart; softmax layers beside it then rotate queries and keys."""
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, `kind` among them."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+class MixerInputs(NamedTuple):
+    """What `Mixer.before` hands on.
+
+    Attributes:
+        k: [B, T, H, K]. v: [B, T, H_v, V].
+        log_decay: as the operator takes it.
+        beta: [B, T, H_v], of delta rules.
+        q: [B, T, H, K], where it is known already; else `Mixer.queries` makes it.
+        kept: what `Mixer.after` reads beside the operator's outputs.
+    """
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    beta: Tensor | None = None
+    q: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
+
+
+class Mixer(nn.Module):
+    """The base of mixers: x [B, T, D] -> y [B, T, D] and a state.
+
+    A mixer gives `before`, `begin` and `after`, and `queries` where something needs no other rank, so that it hides
+    the exchange; with a short convolution also `project`. `forward` runs them, for all mixers alike.
+    """
+
+    def __init__(self, config: MixerConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.config, self.backend = config, context.backend
+        self.convolution: ShortConvolution | None = None
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first."""
+        return (x,)
+
+    def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
+        """Token by token, from what `project` gave to what the operator takes: projections, maps, positions, gates."""
+        raise NotImplementedError
+
+    def queries(self, x: Tensor, inputs: MixerInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Token by token, q [B, T, H, K] and what `after` reads, computed while the state is under way."""
+        assert inputs.q is not None
+        return inputs.q, inputs.kept
+
+    def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
+        """The operator, begun: what it needs of other ranks is under way. sequence: its common keywords."""
+        raise NotImplementedError
+
+    def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """Token by token, from o [B, T, H_v, V] to y [B, T, D]: norm, gate, projection."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        start: int = 0,
+        state: LayerState | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        sp: SequenceParallel | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """Mix.
+
+        Args:
+            x: [B, T, D]. Under sequence parallelism T is this rank's share.
+            start: global position of x's first token.
+            state: what came before the whole sequence, as the layer gave it; nothing if None.
+            output_state: also return the state after the whole sequence: [B, H_v, K, V] in fp32 (fp64 for fp64 x), of
+                a layer with a short convolution that and the window; of softmax attention keys beside values.
+            cu_seqlens: of packed documents, global; see `lasp.linear_attention`.
+            sp: the ranks that share the sequence.
+
+        Returns:
+            y [B, T, D] and the state, or None unless asked for.
+
+        Raises:
+            ValueError: the state is of another kind of layer; else as the operator.
+        """
+        if state is not None and isinstance(state, RecurrentState) == (self.convolution is None):
+            raise ValueError(f"state must be one that a {type(self).__name__} gave, got {type(state).__name__}")
+        memory, window = state if isinstance(state, RecurrentState) else (state, None)
+        parts = self.project(x)
+        if self.convolution is not None:
+            mixed, window = self.convolution(
+                parts[0], state=window, output_state=output_state, cu_seqlens=cu_seqlens, sp=sp
+            )
+            parts = (mixed, *parts[1:])
+        inputs = self.before(parts, start)
+        pending = self.begin(
+            inputs, initial_state=memory, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp
+        )
+        q, kept = self.queries(x, inputs)
+        o, memory = pending.finish(q)
+        y = self.after(o, kept)
+        if self.convolution is None or memory is None or window is None:
+            return y, memory
+        return y, RecurrentState(memory, window)
