@@ -1,6 +1,6 @@
 """Compiles what calls launch for a device that need not be there, and reports what it needs.
 
-    python tests/kernels/triton/compile_ahead.py cuda:90 [--every]  # or cuda:80, cuda:100, hip:gfx942
+    python tests/kernels/triton/compile_ahead.py [--every] cuda:90 ...  # cuda:80, cuda:100, hip:gfx942
     python tests/kernels/triton/compile_ahead.py parse [--sample]
 
 Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
@@ -241,7 +241,9 @@ def parse(kernels: list[Compilable]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "parse":
         calls = every_call()
-        parse(launched(calls[::41] if "--sample" in sys.argv else calls, "cuda:90"))
+        parse(launched(calls[::61] if "--sample" in sys.argv else calls, "cuda:90"))
     else:
-        name = sys.argv[1]
-        compile_for(name, every_one(name) if "--every" in sys.argv else one_of_each(name))
+        kernels_of = every_one if "--every" in sys.argv else one_of_each
+        for name in LIMITS:
+            if name in sys.argv:
+                compile_for(name, kernels_of(name))
