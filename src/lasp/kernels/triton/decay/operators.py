@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.decay import stages
 from lasp.kernels.triton.decay.channel import stages as channel
-from lasp.kernels.triton.decay.launches import Launches, keeps_states, kind_of, per_channel, plan_of
+from lasp.kernels.triton.decay.plan import CHANNEL, TOKEN, keeps_states, kind_of
+from lasp.kernels.triton.decay.runs import Launches, plan_of
 from lasp.recurrence.across import Across, PendingState, of_key
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.documents import Documents
@@ -241,9 +241,9 @@ def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool, want
     results = [v.new_empty(v.shape), state(B, H_v, K, V)]
     if keeps_states(p, want_gate):
         results.append(state(B, H_v, p.segments, K, V))
-    if per_channel(g):
+    if kind_of(g) == CHANNEL:
         return [*results, *channel.empty_prepared(q, v, p)]
-    if kind_of(g) == TOKEN.value:
+    if kind_of(g) == TOKEN:
         return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
     return results
 

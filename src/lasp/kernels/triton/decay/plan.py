@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lasp.kernels.triton.common import decays
 
@@ -106,6 +107,22 @@ class LaunchPlan(NamedTuple):
     def num_gates(self) -> int:
         """Sums that a gate per token leaves for the sweeps: prefixes and, where `exact`, suffixes."""
         return 2 if self.exact else 1
+
+
+def kind_of(g: Tensor | None) -> int:
+    """The kind of decay, as in `decays`."""
+    if g is None:
+        return NONE
+    return HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL
+
+
+def keeps_states(p: LaunchPlan, with_decay: bool) -> bool:
+    """Whether the states entering segments are kept for the backward pass.
+
+    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Where runs are
+    single segments there is nothing to keep.
+    """
+    return not p.gathers or (with_decay and not p.whole)
 
 
 def tile(dim: int, dtype: torch.dtype) -> int:

@@ -20,7 +20,9 @@ from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
 from lasp.kernels.triton.decay.channel import stages as channel
-from lasp.kernels.triton.decay.launches import Launches, work_of
+from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
+from lasp.kernels.triton.decay.runs import Launches, launches_of
+from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
 from lasp.recurrence.stages import DecayInputs
 
 GROUPED_HEADS = True
@@ -56,7 +58,7 @@ def saved_of(work: Launches, tensors: list[Tensor]) -> Any:
     """The inverse of `saved_list`."""
     leaving, *others = tensors
     entering = others.pop(0) if work.keeps_states else None
-    if work.per_channel:
+    if isinstance(work, ChannelLaunches):
         return channel.ChannelSaved(entering, leaving, channel.Prepared(*others))
     return ScalarSaved(entering, leaving, tuple(others))
 
@@ -78,7 +80,7 @@ def prepare(x: DecayInputs, from_zero: bool = False) -> tuple[DecayInputs, Launc
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    work = work_of(x, from_zero)
+    work = launches_of(x, from_zero)
     use_scratch()
     if not (
         x.q.is_contiguous() and x.k.is_contiguous() and x.v.is_contiguous() and (x.g is None or x.g.is_contiguous())
@@ -101,7 +103,7 @@ def totals_adjoint_of(
     x: DecayInputs, work: Launches, saved: Any, d_o: Tensor, *, summarized: bool
 ) -> tuple[Summary | None, Any]:
     """Likewise of gradients."""
-    prepared, gates = (saved.prepared, ()) if work.per_channel else (None, saved.gates)
+    prepared, gates = (saved.prepared, ()) if isinstance(work, ChannelLaunches) else (None, saved.gates)
     return _totals_of(x, work, x.q, d_o, prepared, gates, reverse=True, summarized=summarized)
 
 
@@ -121,38 +123,56 @@ def _totals_of(
     places = places_of(work.plan, v)
     if work.plan.gathers:
         assert not summarized
-        if work.per_channel:
+        if isinstance(work, ChannelLaunches):
             return None, channel.ChannelSegments(None, None)
         return None, ScalarSegments(None, None, gates)
     states = torch.empty(work.states, dtype=torch.float32, device=k.device)
     decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
-    if prepared is not None:
+    written = {"totals_ptr": states, "decays_ptr": decays, "places_ptr": places}
+    if isinstance(work, ScalarLaunches):
+        launch = work.summary_adjoint if reverse else work.summary
+        launch(k_ptr=k, v_ptr=v, **_gates(x, gates, before), **written)
+    elif prepared is None:
+        work.summary(k_ptr=k, v_ptr=v, g_ptr=x.g, **written)
+    else:
         launch = work.summary_adjoint if reverse else work.prepared_summary
         operand = prepared.from_start if reverse else prepared.to_end
-        launch(operand, v, prepared.totals, states, decays, places)
-    elif work.per_channel:
-        work.summary(k, v, x.g, states, decays, places)
-    else:
-        launch = work.summary_adjoint if reverse else work.summary
-        launch(k, v, k if x.g is None else x.g, states, decays, *_two(gates, before), places)
+        launch(k_ptr=operand, v_ptr=v, g_ptr=prepared.totals, **written)
 
     total = total_decay = None
     if summarized:
         total, total_decay = states.new_empty(work.state), states.new_empty(work.total_decay)
     scan = work.scan_adjoint if reverse else work.scan
-    scan(states, decays, before, bounds_of(work.plan, states), total_decay, total)
-    totals = channel.ChannelSegments(states, before) if work.per_channel else ScalarSegments(states, before, gates)
+    scan(
+        states_ptr=states,
+        decays_ptr=decays,
+        before_ptr=before,
+        bounds_ptr=bounds_of(work.plan, states),
+        total_decay_ptr=total_decay,
+        total_ptr=total,
+    )
+    totals = (
+        channel.ChannelSegments(states, before)
+        if isinstance(work, ChannelLaunches)
+        else ScalarSegments(states, before, gates)
+    )
     if total is None or total_decay is None:
         return None, totals
-    transition = Identity() if x.g is None else Diagonal(total_decay) if work.per_channel else Scalar(total_decay)
+    transition = (
+        Identity()
+        if x.g is None
+        else Diagonal(total_decay)
+        if isinstance(work, ChannelLaunches)
+        else Scalar(total_decay)
+    )
     return Summary(transition, total), totals
 
 
 def _gate_sums(x: DecayInputs, work: Launches) -> tuple[Tensor, ...]:
-    if not work.per_token:
+    if isinstance(work, ChannelLaunches) or not work.per_token:
         return ()
     gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
-    work.gate_sums(x.g, *_two(gates, gates[0]), chunks_of(work.plan, gates[0]))
+    work.gate_sums(**_gates(x, gates, gates[0]), places_ptr=chunks_of(work.plan, gates[0]))
     return gates
 
 
@@ -171,7 +191,7 @@ def local_outputs(x: DecayInputs, totals: Any) -> Any:
 
 
 def local_outputs_of(x: DecayInputs, work: Launches) -> Any:
-    return channel.local_outputs(x, work) if work.per_channel else None
+    return channel.local_outputs(x, work) if isinstance(work, ChannelLaunches) else None
 
 
 def outputs(x: DecayInputs, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
@@ -184,16 +204,23 @@ def outputs_of(
     """state_in is zero if None."""
     o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
     places = places_of(work.plan, leaving)
-    if work.per_channel:
+    if isinstance(work, ChannelLaunches):
         return channel.outputs(x, work, totals, partial, o, leaving, state_in)
     states, decays, gates = totals
     if states is None and work.keeps_states:
         states = leaving.new_empty(work.states)
-    g, unread = x.q if x.g is None else x.g, leaving
     work.output(
-        x.q, x.k, x.v, g, *_two(gates, unread), o, given(states, unread), given(decays, unread), leaving, places,
-        state_in,
-    )  # fmt: skip
+        q_ptr=x.q,
+        k_ptr=x.k,
+        v_ptr=x.v,
+        **_gates(x, gates, leaving),
+        o_ptr=o,
+        states_ptr=given(states, leaving),
+        before_ptr=given(decays, leaving),
+        state_out_ptr=leaving,
+        places_ptr=places,
+        state_in_ptr=state_in,
+    )
     return o, ScalarSaved(states, leaving, gates)
 
 
@@ -207,15 +234,24 @@ def local_gradients(x: DecayInputs, saved: Any, totals_adjoint: Any, d_o: Tensor
 
 
 def local_gradients_of(x: DecayInputs, work: Launches, saved: Any, d_o: Tensor) -> Any:
-    if work.per_channel:
+    if isinstance(work, ChannelLaunches):
         return channel.local_gradients(x, work, saved, d_o)
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     unread = saved.leaving
     sums = unread.new_empty(work.sums) if work.with_decay else unread
     inner = _inner_states(work, unread)
-    g = x.q if x.g is None else x.g
-    gates, entering = _two(saved.gates, unread), given(saved.entering, unread)
-    work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, inner, entering, places_of(work.plan, dq))
+    work.query_gradient(
+        q_ptr=x.q,
+        k_ptr=x.k,
+        v_ptr=x.v,
+        do_ptr=d_o,
+        **_gates(x, saved.gates, unread),
+        dq_ptr=dq,
+        sums_ptr=sums,
+        inner_ptr=inner,
+        states_ptr=given(saved.entering, unread),
+        places_ptr=places_of(work.plan, dq),
+    )
     return QueryGradient(dq, sums, inner)
 
 
@@ -235,20 +271,22 @@ def gradients_of(
     d_state_out: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """d_state_out is zero if None."""
-    if work.per_channel:
+    if isinstance(work, ChannelLaunches):
         dq, dk, dv, d_gate = channel.gradients(x, work, saved, totals_adjoint, local, d_o, d_state_out)
         return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
     unread = saved.leaving
-    g, gates = x.q if x.g is None else x.g, _two(saved.gates, unread)
     d_states, after = given(totals_adjoint.states, unread), given(totals_adjoint.decays, unread)
-    places = places_of(work.plan, d_states)
+    operands = {"q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o}
+    gates = _gates(x, saved.gates, unread)
+    border = {"places_ptr": places_of(work.plan, d_states), "d_state_out_ptr": d_state_out}
+    states = {"d_states_ptr": d_states, "after_ptr": after, **border}
 
     dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
     if work.paired:
-        work.key_value_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, dv, d_states, after, places, d_state_out)
+        work.key_value_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, dv_ptr=dv, **states)
         return local.dq, dk, dv, None
     # First: the sweep of dk may add d_state_out to d_states.
-    work.value_gradient(x.q, x.k, d_o, g, *gates, dv, d_states, after, places, d_state_out)
+    work.value_gradient(**operands, **gates, dv_ptr=dv, **states)
     sums, inner, d_state_in = unread, _inner_states(work, unread), unread
     if work.with_decay:
         sums = unread.new_empty(work.sums)
@@ -256,27 +294,50 @@ def gradients_of(
             d_state_in = unread.new_empty(work.state)
         if totals_adjoint.states is None and work.keeps_states:
             d_states = unread.new_empty(work.states)
-    work.key_gradient(x.q, x.k, x.v, d_o, g, *gates, dk, sums, inner, d_state_in, d_states, after, places, d_state_out)
+    states["d_states_ptr"] = d_states
+    work.key_gradient(
+        **operands,
+        v_ptr=x.v,
+        **gates,
+        dk_ptr=dk,
+        sums_ptr=sums,
+        inner_ptr=inner,
+        d_state_in_ptr=d_state_in,
+        **states,
+    )
     d_gate = None
     if work.with_decay:
         d_gate = unread.new_empty(x.v.shape[:3])
         work.gate_gradient(
-            x.q, x.k, x.v, d_o, g, gates[0], local.sums, sums, given(saved.entering, unread), local.inner,
-            saved.leaving, d_states, inner, d_state_in, d_gate, places, d_state_out,
-        )  # fmt: skip
-        if g.dim() == 1:
+            **operands,
+            v_ptr=x.v,
+            g_ptr=gates["g_ptr"],
+            prefix_ptr=gates["prefix_ptr"],
+            q_sums_ptr=local.sums,
+            k_sums_ptr=sums,
+            states_ptr=given(saved.entering, unread),
+            inner_ptr=local.inner,
+            state_out_ptr=saved.leaving,
+            d_states_ptr=d_states,
+            d_inner_ptr=inner,
+            d_state_in_ptr=d_state_in,
+            dg_ptr=d_gate,
+            **border,
+        )
+        if x.g is not None and x.g.dim() == 1:
             d_gate = d_gate.sum((0, 1))
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
 
 
-def _inner_states(work: Launches, unread: Tensor) -> Tensor:
+def _inner_states(work: ScalarLaunches, unread: Tensor) -> Tensor:
     """For what the sweeps of dq and dk leave within segments, where they do."""
     return unread.new_empty(work.inner) if work.with_decay and work.inner is not None else unread
 
 
-def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:
-    """prefix and suffix; `unread` for what there is not."""
-    return (*gates, unread, unread)[:2]
+def _gates(x: DecayInputs, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
+    """The decay, and its prefix and suffix sums of a gate per token; `unread` for what there is not."""
+    prefix, suffix = (*sums, unread, unread)[:2]
+    return {"g_ptr": x.q if x.g is None else x.g, "prefix_ptr": prefix, "suffix_ptr": suffix}
 
 
 def _sum_groups(x: DecayInputs, gradient: Tensor) -> Tensor:

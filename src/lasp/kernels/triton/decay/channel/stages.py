@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common.packing import chunks_of, given, places_of
-from lasp.kernels.triton.decay.launches import BASE_LEVELS, Launches
+from lasp.kernels.triton.decay.channel.launches import BASE_LEVELS, ChannelLaunches
 from lasp.kernels.triton.decay.plan import LaunchPlan
 from lasp.recurrence.stages import DecayInputs
 
@@ -72,20 +72,25 @@ def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
     return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
 
 
-def local_outputs(x: DecayInputs, work: Launches) -> Prepared:
+def local_outputs(x: DecayInputs, work: ChannelLaunches) -> Prepared:
     p = work.plan
     ready = empty_prepared(x.q, x.v, p)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
     places = chunks_of(p, ready.totals)
+    tensors = {
+        "q_ptr": x.q, "k_ptr": x.k, "g_ptr": x.g, "stretches_ptr": stretches, "scores_ptr": ready.scores,
+        "from_start_ptr": ready.from_start, "to_end_ptr": ready.to_end, "totals_ptr": ready.totals,
+        "unbounded_ptr": ready.unbounded, "places_ptr": places,
+    }  # fmt: skip
     if work.bounded:
-        work.channel_bounded_prepare(x.q, x.k, x.g, stretches, *ready, places)
-    work.channel_prepare(x.q, x.k, x.g, stretches, *ready, places)
+        work.bounded_prepare(**tensors)
+    work.prepare(**tensors)
     return ready
 
 
 def outputs(
     x: DecayInputs,
-    work: Launches,
+    work: ChannelLaunches,
     totals: ChannelSegments,
     ready: Prepared,
     o: Tensor,
@@ -93,27 +98,43 @@ def outputs(
     state_in: Tensor | None,
 ) -> tuple[Tensor, ChannelSaved]:
     states, before = given(totals.states, leaving), given(totals.decays, leaving)
-    work.channel_output(
-        ready.from_start, ready.to_end, x.v, ready.totals, ready.scores, o, states, before, leaving,
-        places_of(work.plan, leaving), state_in,
-    )  # fmt: skip
+    work.output(
+        q_ptr=ready.from_start,
+        k_ptr=ready.to_end,
+        v_ptr=x.v,
+        totals_ptr=ready.totals,
+        scores_ptr=ready.scores,
+        o_ptr=o,
+        states_ptr=states,
+        before_ptr=before,
+        state_out_ptr=leaving,
+        places_ptr=places_of(work.plan, leaving),
+        state_in_ptr=state_in,
+    )
     return o, ChannelSaved(totals.states, leaving, ready)
 
 
-def local_gradients(x: DecayInputs, work: Launches, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
+def local_gradients(x: DecayInputs, work: ChannelLaunches, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
     ready = saved.prepared
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
-    work.channel_query_inter_chunk(
-        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums,
-        given(saved.entering, saved.leaving), places_of(work.plan, sums),
-    )  # fmt: skip
+    work.query_inter_chunk(
+        from_start_ptr=ready.from_start,
+        to_end_ptr=ready.to_end,
+        v_ptr=x.v,
+        do_ptr=d_o,
+        totals_ptr=ready.totals,
+        read_q_ptr=read_q,
+        sums_ptr=sums,
+        states_ptr=given(saved.entering, saved.leaving),
+        places_ptr=places_of(work.plan, sums),
+    )
     return QueryReads(read_q, sums)
 
 
 def gradients(
     x: DecayInputs,
-    work: Launches,
+    work: ChannelLaunches,
     saved: ChannelSaved,
     adjoint: ChannelSegments,
     local: QueryReads,
@@ -125,20 +146,45 @@ def gradients(
     entering, d_states, after = (given(tensor, saved.leaving) for tensor in (saved.entering, *adjoint))
     places = places_of(p, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
-    work.channel_key_inter_chunk(
-        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, through,
-        entering, saved.leaving, d_states, after, places, d_state_out,
-    )  # fmt: skip
+    work.key_inter_chunk(
+        from_start_ptr=ready.from_start,
+        to_end_ptr=ready.to_end,
+        v_ptr=x.v,
+        do_ptr=d_o,
+        totals_ptr=ready.totals,
+        read_k_ptr=read_k,
+        sums_ptr=local.sums,
+        through_ptr=through,
+        states_ptr=entering,
+        state_out_ptr=saved.leaving,
+        d_states_ptr=d_states,
+        after_ptr=after,
+        places_ptr=places,
+        d_state_out_ptr=d_state_out,
+    )
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     dk, dg = torch.empty_like(dq), through.new_empty(work.gradient)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    operands = (x.q, x.k, x.v, d_o, x.g, stretches, ready.unbounded, local.read_q, read_k, through, dq, dk, dg)
+    tensors = {
+        "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": d_o, "g_ptr": x.g, "stretches_ptr": stretches,
+        "unbounded_ptr": ready.unbounded, "read_q_ptr": local.read_q, "read_k_ptr": read_k, "through_ptr": through,
+        "dq_ptr": dq, "dk_ptr": dk, "dg_ptr": dg, "places_ptr": chunks_of(p, through),
+    }  # fmt: skip
     if work.bounded:
-        work.channel_bounded_intra_chunk(*operands, chunks_of(p, through))
-    work.channel_intra_chunk(*operands, chunks_of(p, through))
+        work.bounded_intra_chunk(**tensors)
+    work.intra_chunk(**tensors)
     dv = torch.empty_like(x.v)
-    work.channel_value_gradient(
-        ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv, d_states, after, places, d_state_out
+    work.value_gradient(
+        q_ptr=ready.from_start,
+        k_ptr=ready.to_end,
+        do_ptr=d_o,
+        totals_ptr=ready.totals,
+        scores_ptr=ready.scores,
+        dv_ptr=dv,
+        d_states_ptr=d_states,
+        after_ptr=after,
+        places_ptr=places,
+        d_state_out_ptr=d_state_out,
     )
     return dq, dk, dv, dg
 
