@@ -22,7 +22,7 @@ import lasp
 from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.plan import kind_of, plan
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, Tiles, keeps_states
 from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel

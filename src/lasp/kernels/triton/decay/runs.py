@@ -15,7 +15,7 @@ from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, kind_of, plan
 from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
 from lasp.recurrence.documents import Documents
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs
 
 Launches: TypeAlias = ScalarLaunches | ChannelLaunches
 

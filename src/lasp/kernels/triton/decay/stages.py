@@ -1,348 +1,223 @@
-"""The decay family's stages on a GPU (contract: `lasp.recurrence.stages`).
+"""The decay family's stages on a GPU (contract: `lasp.recurrence.stages`), of either kind of decay.
 
 summarize: summary of every segment, scan over segments.  outputs: sweep of o.
 summarize_adjoint: summary, reversed scan.  local_gradients: sweep of dq.  gradients: sweeps of dk (and dg), dv.
 What is kept for backward is one state per segment, not per chunk, with other ranks' part applied.
-
-Each stage prepares its inputs and calls the function of the same work on prepared ones (`*_of`). `operators` calls
-those directly, on one device and over ranks. The stages themselves are for tests and benchmarks, which run one at a
-time and put runs together as ranks would, without an exchange.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import use_scratch
-from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
 from lasp.kernels.triton.decay.channel import stages as channel
 from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
-from lasp.kernels.triton.decay.runs import Launches, launches_of
-from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
-from lasp.recurrence.stages import DecayInputs
+from lasp.kernels.triton.decay.inputs import DecayRun, prepare
+from lasp.kernels.triton.decay.plan import CHANNEL, TOKEN, keeps_states, kind_of
+from lasp.kernels.triton.decay.runs import plan_of
+from lasp.kernels.triton.decay.scalar import stages as scalar
+from lasp.kernels.triton.decay.segments import SegmentSums, scanned
+from lasp.recurrence.inputs import DecayInputs
+from lasp.recurrence.stages import Gradients, Saved, Stages, Unsummarized
 
-GROUPED_HEADS = True
-BAD_GATES_GIVE_NAN = True
-
-
-class ScalarSegments(NamedTuple):
-    """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the run's
-    end on that side to them; None where sweeps gather. gates: for a gate per token, prefix and, of fp32 inputs,
-    suffix, each [B, H_v, chunks C]."""
-
-    states: Tensor | None
-    decays: Tensor | None
-    gates: tuple[Tensor, ...]
+Segments: TypeAlias = scalar.ScalarSegments | channel.ChannelSegments
+Local: TypeAlias = scalar.QueryGradient | channel.QueryReads
 
 
-class ScalarSaved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], or None where they will be gathered again; the one leaving
-    the run [B, H_v, K, V]; gates."""
-
-    entering: Tensor | None
-    leaving: Tensor
-    gates: tuple[Tensor, ...]
-
-
-def saved_list(saved: Any) -> list[Tensor]:
-    """What an operator gives back of `saved`, or takes: first the state leaving the run."""
+def _saved(saved: scalar.ScalarSaved | channel.ChannelSaved) -> Saved:
+    """The tensors of it: first the state leaving the run."""
     others = saved.prepared if isinstance(saved, channel.ChannelSaved) else saved.gates
-    return [saved.leaving, *([] if saved.entering is None else [saved.entering]), *others]
+    return (saved.leaving, *(() if saved.entering is None else (saved.entering,)), *others)
 
 
-def saved_of(work: Launches, tensors: list[Tensor]) -> Any:
-    """The inverse of `saved_list`."""
-    leaving, *others = tensors
-    entering = others.pop(0) if work.keeps_states else None
+def _parts(x: DecayRun, saved: Saved) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
+    """The inverse of `_saved`: states entering segments, the one leaving the run, and the rest."""
+    if x.work.keeps_states:
+        return saved[1], saved[0], saved[2:]
+    return None, saved[0], saved[1:]
+
+
+def _scalar_saved(x: DecayRun, saved: Saved) -> scalar.ScalarSaved:
+    return scalar.ScalarSaved(*_parts(x, saved))
+
+
+def _channel_saved(x: DecayRun, saved: Saved) -> channel.ChannelSaved:
+    entering, leaving, prepared = _parts(x, saved)
+    return channel.ChannelSaved(entering, leaving, channel.Prepared(*prepared))
+
+
+def _leaving(saved: Saved) -> Tensor:
+    return saved[0]
+
+
+def summarize(x: DecayRun) -> tuple[Summary, Segments]:
+    return _summarized(*_totals(x, None, summarized=True))
+
+
+def totals(x: DecayRun) -> Segments:
+    """What is known of the run's segments; nothing where sweeps gather."""
+    work = x.work
+    prepared = channel.local_outputs(x, work) if isinstance(work, ChannelLaunches) else None
+    return _totals(x, prepared, summarized=False)[1]
+
+
+def _totals(x: DecayRun, prepared: channel.Prepared | None, *, summarized: bool) -> tuple[Summary | None, Segments]:
+    work, gathers = x.work, x.work.plan.gathers
+    assert x.g is None or x.g.dtype == torch.float32  # launches keep what was found for tensors of these dtypes
     if isinstance(work, ChannelLaunches):
-        return channel.ChannelSaved(entering, leaving, channel.Prepared(*others))
-    return ScalarSaved(entering, leaving, tuple(others))
+        if gathers:
+            return None, channel.ChannelSegments(None, None, prepared)
+        if prepared is None:
+            sums = channel.summaries(x, work)
+        else:
+            sums = channel.prepared_summaries(work, prepared, x.v, reverse=False)
+        summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
+        return summary, channel.ChannelSegments(sums.states, before, prepared)
+    gates = scalar.gate_sums(x, work)
+    if gathers:
+        return None, scalar.ScalarSegments(None, None, gates)
+    sums = scalar.summaries(x, work, x.k, x.v, gates, reverse=False)
+    summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
+    return summary, scalar.ScalarSegments(sums.states, before, gates)
 
 
-class QueryGradient(NamedTuple):
-    """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts
-    [parts, 2, B, H_v, chunks C] and the states at the inner borders of legs [B, H_v, legs, K, V]."""
-
-    dq: Tensor
-    sums: Tensor
-    inner: Tensor
+def summarize_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Segments]:
+    return _summarized(*_totals_adjoint(x, saved, d_o, summarized=True))
 
 
-def prepare(x: DecayInputs, from_zero: bool = False) -> tuple[DecayInputs, Launches]:
-    """x with dense tensors, and the work on it.
-
-    from_zero: x is the whole sequence and starts from no state.
-
-    Raises:
-        ValueError: the kernels do not take such tensors.
-    """
-    work = launches_of(x, from_zero)
-    use_scratch()
-    if not (
-        x.q.is_contiguous() and x.k.is_contiguous() and x.v.is_contiguous() and (x.g is None or x.g.is_contiguous())
-    ):
-        g = None if x.g is None else x.g.contiguous()
-        x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
-    return x, work
+def totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> Segments:
+    """As `totals`, of gradients."""
+    return _totals_adjoint(x, saved, d_o, summarized=False)[1]
 
 
-def totals_of(x: DecayInputs, work: Launches, prepared: Any = None, *, summarized: bool) -> tuple[Summary | None, Any]:
-    """What is known of the run's segments, and its summary if that is wanted; nothing where sweeps gather.
-
-    prepared: what `local_outputs_of` made, where it did so before.
-    """
-    gates = _gate_sums(x, work)
-    return _totals_of(x, work, x.k, x.v, prepared, gates, reverse=False, summarized=summarized)
-
-
-def totals_adjoint_of(
-    x: DecayInputs, work: Launches, saved: Any, d_o: Tensor, *, summarized: bool
-) -> tuple[Summary | None, Any]:
-    """Likewise of gradients."""
-    prepared, gates = (saved.prepared, ()) if isinstance(work, ChannelLaunches) else (None, saved.gates)
-    return _totals_of(x, work, x.q, d_o, prepared, gates, reverse=True, summarized=summarized)
-
-
-def _totals_of(
-    x: DecayInputs,
-    work: Launches,
-    k: Tensor,
-    v: Tensor,
-    prepared: channel.Prepared | None,
-    gates: tuple[Tensor, ...],
-    *,
-    reverse: bool,
-    summarized: bool,
-) -> tuple[Summary | None, Any]:
-    # `Launches` keeps what was found for tensors of these dtypes.
-    assert v.dtype == x.v.dtype and (x.g is None or x.g.dtype == torch.float32)
-    places = places_of(work.plan, v)
-    if work.plan.gathers:
-        assert not summarized
-        if isinstance(work, ChannelLaunches):
-            return None, channel.ChannelSegments(None, None)
-        return None, ScalarSegments(None, None, gates)
-    states = torch.empty(work.states, dtype=torch.float32, device=k.device)
-    decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
-    written = {"totals_ptr": states, "decays_ptr": decays, "places_ptr": places}
-    if isinstance(work, ScalarLaunches):
-        launch = work.summary_adjoint if reverse else work.summary
-        launch(k_ptr=k, v_ptr=v, **_gates(x, gates, before), **written)
-    elif prepared is None:
-        work.summary(k_ptr=k, v_ptr=v, g_ptr=x.g, **written)
-    else:
-        launch = work.summary_adjoint if reverse else work.prepared_summary
-        operand = prepared.from_start if reverse else prepared.to_end
-        launch(k_ptr=operand, v_ptr=v, g_ptr=prepared.totals, **written)
-
-    total = total_decay = None
-    if summarized:
-        total, total_decay = states.new_empty(work.state), states.new_empty(work.total_decay)
-    scan = work.scan_adjoint if reverse else work.scan
-    scan(
-        states_ptr=states,
-        decays_ptr=decays,
-        before_ptr=before,
-        bounds_ptr=bounds_of(work.plan, states),
-        total_decay_ptr=total_decay,
-        total_ptr=total,
-    )
-    totals = (
-        channel.ChannelSegments(states, before)
-        if isinstance(work, ChannelLaunches)
-        else ScalarSegments(states, before, gates)
-    )
-    if total is None or total_decay is None:
-        return None, totals
-    transition = (
-        Identity()
-        if x.g is None
-        else Diagonal(total_decay)
-        if isinstance(work, ChannelLaunches)
-        else Scalar(total_decay)
-    )
-    return Summary(transition, total), totals
+def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Segments]:
+    use_scratch()  # backward passes have threads of their own
+    assert d_o.dtype == x.v.dtype
+    work, gathers = x.work, x.work.plan.gathers
+    if isinstance(work, ChannelLaunches):
+        prepared = _channel_saved(x, saved).prepared
+        if gathers:
+            return None, channel.ChannelSegments(None, None, prepared)
+        sums = channel.prepared_summaries(work, prepared, d_o, reverse=True)
+        summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
+        return summary, channel.ChannelSegments(sums.states, after, prepared)
+    gates = _scalar_saved(x, saved).gates
+    if gathers:
+        return None, scalar.ScalarSegments(None, None, gates)
+    sums = scalar.summaries(x, work, x.q, d_o, gates, reverse=True)
+    summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
+    return summary, scalar.ScalarSegments(sums.states, after, gates)
 
 
-def _gate_sums(x: DecayInputs, work: Launches) -> tuple[Tensor, ...]:
-    if isinstance(work, ChannelLaunches) or not work.per_token:
-        return ()
-    gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
-    work.gate_sums(**_gates(x, gates, gates[0]), places_ptr=chunks_of(work.plan, gates[0]))
-    return gates
-
-
-def summarize(x: DecayInputs) -> tuple[Summary, Any]:
-    x, work = prepare(x)
-    return _summarized(*totals_of(x, work, summarized=True))
-
-
-def _summarized(summary: Summary | None, totals: Any) -> tuple[Summary, Any]:
+def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, Segments]:
     assert summary is not None
-    return summary, totals
+    return summary, segments
 
 
-def local_outputs(x: DecayInputs, totals: Any) -> Any:
-    return local_outputs_of(*prepare(x))
+def _scanned(x: DecayRun, sums: SegmentSums, *, reverse: bool, summarized: bool) -> tuple[Summary | None, Tensor]:
+    """The run's summary if it is wanted; the decays to the segments."""
+    decays, total_decay, total = scanned(x.work, sums, reverse=reverse, summarized=summarized)
+    if total is None or total_decay is None:
+        return None, decays
+    if x.g is None:
+        return Summary(Identity(), total), decays
+    per_channel = isinstance(x.work, ChannelLaunches)
+    return Summary(Diagonal(total_decay) if per_channel else Scalar(total_decay), total), decays
 
 
-def local_outputs_of(x: DecayInputs, work: Launches) -> Any:
-    return channel.local_outputs(x, work) if isinstance(work, ChannelLaunches) else None
+def local_outputs(x: DecayRun, totals: Segments) -> channel.Prepared | None:
+    work = x.work
+    if not isinstance(totals, channel.ChannelSegments):
+        return None
+    assert isinstance(work, ChannelLaunches)
+    return channel.local_outputs(x, work) if totals.prepared is None else totals.prepared
 
 
-def outputs(x: DecayInputs, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
-    return outputs_of(*prepare(x), totals, partial, state_in.contiguous())
-
-
-def outputs_of(
-    x: DecayInputs, work: Launches, totals: Any, partial: Any, state_in: Tensor | None
-) -> tuple[Tensor, Any]:
+def outputs(
+    x: DecayRun, totals: Segments, partial: channel.Prepared | None, state_in: Tensor | None
+) -> tuple[Tensor, Saved]:
     """state_in is zero if None."""
+    work = x.work
+    state_in = None if state_in is None else state_in.contiguous()
     o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
-    places = places_of(work.plan, leaving)
     if isinstance(work, ChannelLaunches):
-        return channel.outputs(x, work, totals, partial, o, leaving, state_in)
-    states, decays, gates = totals
-    if states is None and work.keeps_states:
-        states = leaving.new_empty(work.states)
-    work.output(
-        q_ptr=x.q,
-        k_ptr=x.k,
-        v_ptr=x.v,
-        **_gates(x, gates, leaving),
-        o_ptr=o,
-        states_ptr=given(states, leaving),
-        before_ptr=given(decays, leaving),
-        state_out_ptr=leaving,
-        places_ptr=places,
-        state_in_ptr=state_in,
-    )
-    return o, ScalarSaved(states, leaving, gates)
+        assert partial is not None and isinstance(totals, channel.ChannelSegments)
+        saved = _saved(channel.outputs(x, work, totals, partial, o, leaving, state_in))
+    else:
+        assert isinstance(totals, scalar.ScalarSegments)
+        saved = _saved(scalar.outputs(x, work, totals, o, leaving, state_in))
+    if x.v.numel() == 0:  # no kernel ran
+        leaving.zero_() if state_in is None else leaving.copy_(state_in)
+    return o, saved
 
 
-def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary, Any]:
-    x, work = prepare(x)
-    return _summarized(*totals_adjoint_of(x, work, saved, d_o.contiguous(), summarized=True))
-
-
-def local_gradients(x: DecayInputs, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
-    return local_gradients_of(*prepare(x), saved, d_o.contiguous())
-
-
-def local_gradients_of(x: DecayInputs, work: Launches, saved: Any, d_o: Tensor) -> Any:
+def local_gradients(x: DecayRun, saved: Saved, totals_adjoint: Segments, d_o: Tensor) -> Local:
+    work = x.work
     if isinstance(work, ChannelLaunches):
-        return channel.local_gradients(x, work, saved, d_o)
-    dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    unread = saved.leaving
-    sums = unread.new_empty(work.sums) if work.with_decay else unread
-    inner = _inner_states(work, unread)
-    work.query_gradient(
-        q_ptr=x.q,
-        k_ptr=x.k,
-        v_ptr=x.v,
-        do_ptr=d_o,
-        **_gates(x, saved.gates, unread),
-        dq_ptr=dq,
-        sums_ptr=sums,
-        inner_ptr=inner,
-        states_ptr=given(saved.entering, unread),
-        places_ptr=places_of(work.plan, dq),
-    )
-    return QueryGradient(dq, sums, inner)
+        return channel.local_gradients(x, work, _channel_saved(x, saved), d_o)
+    return scalar.local_gradients(x, work, _scalar_saved(x, saved), d_o)
 
 
 def gradients(
-    x: DecayInputs, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
-) -> tuple[Tensor | None, ...]:
-    return gradients_of(*prepare(x), saved, totals_adjoint, local, d_o.contiguous(), d_state_out.contiguous())
-
-
-def gradients_of(
-    x: DecayInputs,
-    work: Launches,
-    saved: Any,
-    totals_adjoint: Any,
-    local: Any,
-    d_o: Tensor,
-    d_state_out: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+    x: DecayRun, saved: Saved, totals_adjoint: Segments, local: Local, d_o: Tensor, d_state_out: Tensor | None
+) -> Gradients:
     """d_state_out is zero if None."""
+    work = x.work
+    d_state_out = None if d_state_out is None else d_state_out.contiguous()
+    dg: Tensor | None
     if isinstance(work, ChannelLaunches):
-        dq, dk, dv, d_gate = channel.gradients(x, work, saved, totals_adjoint, local, d_o, d_state_out)
-        return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
-    unread = saved.leaving
-    d_states, after = given(totals_adjoint.states, unread), given(totals_adjoint.decays, unread)
-    operands = {"q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o}
-    gates = _gates(x, saved.gates, unread)
-    border = {"places_ptr": places_of(work.plan, d_states), "d_state_out_ptr": d_state_out}
-    states = {"d_states_ptr": d_states, "after_ptr": after, **border}
-
-    dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
-    if work.paired:
-        work.key_value_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, dv_ptr=dv, **states)
-        return local.dq, dk, dv, None
-    # First: the sweep of dk may add d_state_out to d_states.
-    work.value_gradient(**operands, **gates, dv_ptr=dv, **states)
-    sums, inner, d_state_in = unread, _inner_states(work, unread), unread
-    if work.with_decay:
-        sums = unread.new_empty(work.sums)
-        if not work.from_zero:
-            d_state_in = unread.new_empty(work.state)
-        if totals_adjoint.states is None and work.keeps_states:
-            d_states = unread.new_empty(work.states)
-    states["d_states_ptr"] = d_states
-    work.key_gradient(
-        **operands,
-        v_ptr=x.v,
-        **gates,
-        dk_ptr=dk,
-        sums_ptr=sums,
-        inner_ptr=inner,
-        d_state_in_ptr=d_state_in,
-        **states,
-    )
-    d_gate = None
-    if work.with_decay:
-        d_gate = unread.new_empty(x.v.shape[:3])
-        work.gate_gradient(
-            **operands,
-            v_ptr=x.v,
-            g_ptr=gates["g_ptr"],
-            prefix_ptr=gates["prefix_ptr"],
-            q_sums_ptr=local.sums,
-            k_sums_ptr=sums,
-            states_ptr=given(saved.entering, unread),
-            inner_ptr=local.inner,
-            state_out_ptr=saved.leaving,
-            d_states_ptr=d_states,
-            d_inner_ptr=inner,
-            d_state_in_ptr=d_state_in,
-            dg_ptr=d_gate,
-            **border,
-        )
-        if x.g is not None and x.g.dim() == 1:
-            d_gate = d_gate.sum((0, 1))
-    return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
+        assert isinstance(local, channel.QueryReads) and isinstance(totals_adjoint, channel.ChannelSegments)
+        of_channels = _channel_saved(x, saved)
+        dq, dk, dv, dg = channel.gradients(x, work, of_channels, totals_adjoint, local, d_o, d_state_out)
+    else:
+        assert isinstance(local, scalar.QueryGradient) and isinstance(totals_adjoint, scalar.ScalarSegments)
+        of_heads = _scalar_saved(x, saved)
+        dq, dk, dv, dg = scalar.gradients(x, work, of_heads, totals_adjoint, local, d_o, d_state_out)
+    return _sum_groups(x, dq), _sum_groups(x, dk), dv, dg
 
 
-def _inner_states(work: ScalarLaunches, unread: Tensor) -> Tensor:
-    """For what the sweeps of dq and dk leave within segments, where they do."""
-    return unread.new_empty(work.inner) if work.with_decay and work.inner is not None else unread
-
-
-def _gates(x: DecayInputs, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
-    """The decay, and its prefix and suffix sums of a gate per token; `unread` for what there is not."""
-    prefix, suffix = (*sums, unread, unread)[:2]
-    return {"g_ptr": x.q if x.g is None else x.g, "prefix_ptr": prefix, "suffix_ptr": suffix}
-
-
-def _sum_groups(x: DecayInputs, gradient: Tensor) -> Tensor:
+def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
     """[B, T, H_v, K] -> [B, T, H, K]."""
     heads = x.q.shape[2]
     if gradient.shape[2] == heads:
         return gradient
     return gradient.unflatten(2, (heads, -1)).sum(3).to(x.q.dtype)
+
+
+def empty_saved(x: DecayInputs, alone: bool, want_gate: bool) -> list[Tensor]:
+    """Tensors of the shapes and dtypes that `outputs` saves; want_gate: the gradient of g will be wanted."""
+    q, v, g = x.q, x.v, x.g
+    (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g, alone)
+
+    def state(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    results = [state(B, H_v, K, V)]
+    if keeps_states(p, want_gate):
+        results.append(state(B, H_v, p.segments, K, V))
+    if kind_of(g) == CHANNEL:
+        return [*results, *channel.empty_prepared(q, v, p)]
+    if kind_of(g) == TOKEN:
+        return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
+    return results
+
+
+STAGES = Stages(
+    prepare=prepare,
+    summarize=summarize,
+    local_outputs=local_outputs,
+    outputs=outputs,
+    summarize_adjoint=summarize_adjoint,
+    local_gradients=local_gradients,
+    gradients=gradients,
+    unsummarized=Unsummarized(totals, totals_adjoint, _leaving),
+    empty_saved=empty_saved,
+    grouped_heads=True,
+    takes_no_state=True,
+    reads_queries_late=True,
+    bad_gates_give_nan=True,
+)

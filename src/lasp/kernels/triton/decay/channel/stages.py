@@ -10,16 +10,18 @@ from torch import Tensor
 
 from lasp.kernels.triton.common.packing import chunks_of, given, places_of
 from lasp.kernels.triton.decay.channel.launches import BASE_LEVELS, ChannelLaunches
+from lasp.kernels.triton.decay.inputs import DecayRun
 from lasp.kernels.triton.decay.plan import LaunchPlan
-from lasp.recurrence.stages import DecayInputs
+from lasp.kernels.triton.decay.segments import SegmentSums, segment_sums
 
 
 class ChannelSegments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments, K] (base 2) from the
-    run's end on that side to them; None where a segment is a whole run."""
+    run's end on that side to them; None where a segment is a whole run. prepared: where it was made before."""
 
     states: Tensor | None
     decays: Tensor | None
+    prepared: Prepared | None = None
 
 
 class Prepared(NamedTuple):
@@ -72,7 +74,23 @@ def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
     return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
 
 
-def local_outputs(x: DecayInputs, work: ChannelLaunches) -> Prepared:
+def summaries(x: DecayRun, work: ChannelLaunches) -> SegmentSums:
+    """Of every segment, from the inputs."""
+    found = segment_sums(work, x.q)
+    work.summary(k_ptr=x.k, v_ptr=x.v, g_ptr=x.g, **found.written(work))
+    return found
+
+
+def prepared_summaries(work: ChannelLaunches, ready: Prepared, v: Tensor, *, reverse: bool) -> SegmentSums:
+    """The same from what was prepared; reverse: of the gradient v of outputs."""
+    found = segment_sums(work, v)
+    launch = work.summary_adjoint if reverse else work.prepared_summary
+    operand = ready.from_start if reverse else ready.to_end
+    launch(k_ptr=operand, v_ptr=v, g_ptr=ready.totals, **found.written(work))
+    return found
+
+
+def local_outputs(x: DecayRun, work: ChannelLaunches) -> Prepared:
     p = work.plan
     ready = empty_prepared(x.q, x.v, p)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
@@ -89,14 +107,14 @@ def local_outputs(x: DecayInputs, work: ChannelLaunches) -> Prepared:
 
 
 def outputs(
-    x: DecayInputs,
+    x: DecayRun,
     work: ChannelLaunches,
     totals: ChannelSegments,
     ready: Prepared,
     o: Tensor,
     leaving: Tensor,
     state_in: Tensor | None,
-) -> tuple[Tensor, ChannelSaved]:
+) -> ChannelSaved:
     states, before = given(totals.states, leaving), given(totals.decays, leaving)
     work.output(
         q_ptr=ready.from_start,
@@ -111,10 +129,10 @@ def outputs(
         places_ptr=places_of(work.plan, leaving),
         state_in_ptr=state_in,
     )
-    return o, ChannelSaved(totals.states, leaving, ready)
+    return ChannelSaved(totals.states, leaving, ready)
 
 
-def local_gradients(x: DecayInputs, work: ChannelLaunches, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
+def local_gradients(x: DecayRun, work: ChannelLaunches, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
     ready = saved.prepared
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
@@ -133,7 +151,7 @@ def local_gradients(x: DecayInputs, work: ChannelLaunches, saved: ChannelSaved, 
 
 
 def gradients(
-    x: DecayInputs,
+    x: DecayRun,
     work: ChannelLaunches,
     saved: ChannelSaved,
     adjoint: ChannelSegments,
@@ -143,7 +161,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
     p, ready = work.plan, saved.prepared
-    entering, d_states, after = (given(tensor, saved.leaving) for tensor in (saved.entering, *adjoint))
+    tensors = (saved.entering, adjoint.states, adjoint.decays)
+    entering, d_states, after = (given(tensor, saved.leaving) for tensor in tensors)
     places = places_of(p, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     work.key_inter_chunk(
@@ -165,14 +184,14 @@ def gradients(
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     dk, dg = torch.empty_like(dq), through.new_empty(work.gradient)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    tensors = {
+    operands = {
         "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": d_o, "g_ptr": x.g, "stretches_ptr": stretches,
         "unbounded_ptr": ready.unbounded, "read_q_ptr": local.read_q, "read_k_ptr": read_k, "through_ptr": through,
         "dq_ptr": dq, "dk_ptr": dk, "dg_ptr": dg, "places_ptr": chunks_of(p, through),
     }  # fmt: skip
     if work.bounded:
-        work.bounded_intra_chunk(**tensors)
-    work.intra_chunk(**tensors)
+        work.bounded_intra_chunk(**operands)
+    work.intra_chunk(**operands)
     dv = torch.empty_like(x.v)
     work.value_gradient(
         q_ptr=ready.from_start,

@@ -1,0 +1,7 @@
+"""What the fused kernels take, and where they have been run (docs/kernels.md)."""
+
+import torch
+
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FUSED_MAX_DIM = 256
+FUSED_CAPABILITY = 8
