@@ -25,7 +25,7 @@ class DecayRun(NamedTuple):
         return self.q, self.k, self.v, self.g
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DecayRun:
-        return DecayRun(*tensors, self.work)  # type: ignore[arg-type]
+        return DecayRun(*tensors, self.work)  # type: ignore[arg-type, call-arg]
 
 
 def prepare(x: DecayInputs, alone: bool) -> DecayRun:

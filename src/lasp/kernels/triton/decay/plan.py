@@ -275,8 +275,7 @@ def plan(
     # fp16 reads states as fp32, of which 64 KB hold 32 columns of wide heads.
     few_values = 32 if most == 1 and dtype == torch.float16 and K > 128 else narrow(V, dtype)
 
-    row_tiles = _row_tiles(K, V, dtype)
-    rows = row_tiles is not None and most == 3 and (cut is None or single)
+    row_tiles = _row_tiles(K, V, dtype) if most == 3 and (cut is None or single) else None
 
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
@@ -288,8 +287,8 @@ def plan(
         chunks=chunks,
         summary=fitting(_summary_tiles(K, V, dtype)),
         keys=fitting(_sweep_tiles(K, V, dtype, hopper, cut)),
-        scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype, hopper)),
-        rows=rows,
+        scalar_keys=row_tiles or fitting(_scalar_tiles(K, V, dtype, hopper)),
+        rows=row_tiles is not None,
         values=fitting(_sweep_tiles(V, K, dtype, hopper, cut)),
         channels=fitting(Tiles(narrow(K, dtype), 4, stages)),
         prepared_channels=fitting(Tiles(128 if wide else narrow(K, dtype), 4, stages)),

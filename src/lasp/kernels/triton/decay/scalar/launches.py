@@ -18,8 +18,9 @@ from lasp.kernels.triton.decay.scalar.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.scalar.key_value_gradient import key_value_gradient_kernel
 from lasp.kernels.triton.decay.scalar.output import output_kernel
 from lasp.kernels.triton.decay.scalar.query_gradient import query_gradient_kernel
+from lasp.kernels.triton.decay.scalar.states import GATHERED, ZERO
 from lasp.kernels.triton.decay.scalar.summary import summary_kernel
-from lasp.kernels.triton.decay.scalar.sweep import GATHERED, PART_ROWS, ZERO
+from lasp.kernels.triton.decay.scalar.sweep import PART_ROWS
 from lasp.kernels.triton.decay.scalar.value_gradient import value_gradient_kernel
 
 GATE_BLOCK, GATE_WARPS = 8192, 8
