@@ -2,7 +2,7 @@
 
 Documents are cut into chunks and segments each from its own first token, so that no chunk holds tokens of two and a
 segment's state belongs to one: nothing can leak, not even a NaN. A document takes at least one segment, so very short
-ones cost a state each (docs/kernels.md).
+ones cost a state each (docs/design/kernels.md).
 """
 
 from __future__ import annotations

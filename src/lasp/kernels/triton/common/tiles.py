@@ -77,7 +77,7 @@ def state_tile(ptr, row_first, column_first, R, S, row, column, BR: tl.constexpr
     """Pointers and mask of a [BR, BS] tile of a state [R, S] with the given strides.
 
     Swapped strides read the transpose: it is never formed from an accumulator (a compiler trap, see
-    docs/kernels.md).
+    docs/design/kernels.md).
     """
     r = row_first + tl.arange(0, BR)[:, None]
     s = column_first + tl.arange(0, BS)[None, :]

@@ -25,8 +25,8 @@ STATE_COST = 0.017
 SUMMARIES_COST = 8.0
 # Chunks: the gradients of gates per channel gather rounding over a segment (channel_inter_chunk), however long the run.
 LONGEST_CHANNELS = 32
-# Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
-# what a program gathers. Sums of gates per token are loaded when they are wanted, so a chunk costs half as much again.
+# Up to here sweeps that gather states were faster than summaries on an H100 (docs/design/kernels.md): chunks of a
+# run, and of what a program gathers. Sums of gates per token are loaded when wanted: half as much again a chunk.
 LONGEST_GATHERED = 32
 MOST_GATHERED = {NONE: 24, HEAD: 24, TOKEN: 7}
 
@@ -129,7 +129,7 @@ def tile(dim: int, dtype: torch.dtype) -> int:
     """The power of two that holds `dim` columns.
 
     Never below 64 for 16-bit inputs: Hopper's matrix units work on 64 rows, and with tiles of 32 columns some of these
-    kernels gave wrong results there (see docs/kernels.md).
+    kernels gave wrong results there (see docs/design/kernels.md).
     """
     return max(16 if dtype == torch.float32 else 64, 1 << (dim - 1).bit_length())
 

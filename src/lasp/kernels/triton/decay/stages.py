@@ -28,30 +28,13 @@ Segments: TypeAlias = scalar.ScalarSegments | channel.ChannelSegments
 Local: TypeAlias = scalar.QueryGradient | channel.QueryReads
 
 
-def _saved(saved: scalar.ScalarSaved | channel.ChannelSaved) -> Saved:
-    """The tensors of it: first the state leaving the run."""
-    others = saved.prepared if isinstance(saved, channel.ChannelSaved) else saved.gates
-    return (saved.leaving, *(() if saved.entering is None else (saved.entering,)), *others)
-
-
-def _parts(x: DecayRun, saved: Saved) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
-    """The inverse of `_saved`: states entering segments, the one leaving the run, and the rest."""
-    if x.work.keeps_states:
-        return saved[1], saved[0], saved[2:]
-    return None, saved[0], saved[1:]
-
-
-def _scalar_saved(x: DecayRun, saved: Saved) -> scalar.ScalarSaved:
-    return scalar.ScalarSaved(*_parts(x, saved))
-
-
-def _channel_saved(x: DecayRun, saved: Saved) -> channel.ChannelSaved:
-    entering, leaving, prepared = _parts(x, saved)
-    return channel.ChannelSaved(entering, leaving, channel.Prepared(*prepared))
-
-
 def _leaving(saved: Saved) -> Tensor:
     return saved[0]
+
+
+def _entering(x: DecayRun, saved: Saved) -> Tensor:
+    """States entering each segment [B, H_v, segments, K, V], or any tensor where they will be gathered again."""
+    return saved[1] if x.work.keeps_states else saved[0]
 
 
 def summarize(x: DecayRun) -> tuple[Summary, Segments]:
@@ -98,19 +81,19 @@ def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool)
     use_scratch()  # backward passes have threads of their own
     assert d_o.dtype == x.v.dtype
     work, gathers = x.work, x.work.plan.gathers
+    others = saved[2:] if work.keeps_states else saved[1:]
     if isinstance(work, ChannelLaunches):
-        prepared = _channel_saved(x, saved).prepared
+        prepared = channel.Prepared(*others)
         if gathers:
             return None, channel.ChannelSegments(None, None, prepared)
         sums = channel.prepared_summaries(work, prepared, d_o, reverse=True)
         summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
         return summary, channel.ChannelSegments(sums.states, after, prepared)
-    gates = _scalar_saved(x, saved).gates
     if gathers:
-        return None, scalar.ScalarSegments(None, None, gates)
-    sums = scalar.summaries(x, work, x.q, d_o, gates, reverse=True)
+        return None, scalar.ScalarSegments(None, None, others)
+    sums = scalar.summaries(x, work, x.q, d_o, others, reverse=True)
     summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
-    return summary, scalar.ScalarSegments(sums.states, after, gates)
+    return summary, scalar.ScalarSegments(sums.states, after, others)
 
 
 def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, Segments]:
@@ -140,43 +123,45 @@ def local_outputs(x: DecayRun, totals: Segments) -> channel.Prepared | None:
 def outputs(
     x: DecayRun, totals: Segments, partial: channel.Prepared | None, state_in: Tensor | None
 ) -> tuple[Tensor, Saved]:
-    """state_in is zero if None."""
+    """state_in is zero if None. saved: the state leaving the run [B, H_v, K, V]; those entering segments, if they are
+    kept; gates, or what was prepared per chunk."""
     work = x.work
     state_in = None if state_in is None else state_in.contiguous()
     o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
     if isinstance(work, ChannelLaunches):
         assert partial is not None and isinstance(totals, channel.ChannelSegments)
-        saved = _saved(channel.outputs(x, work, totals, partial, o, leaving, state_in))
+        channel.outputs(x, work, totals, partial, o, leaving, state_in)
+        states, others = totals.states, tuple(partial)
     else:
         assert isinstance(totals, scalar.ScalarSegments)
-        saved = _saved(scalar.outputs(x, work, totals, o, leaving, state_in))
+        states, others = scalar.outputs(x, work, totals, o, leaving, state_in), totals.gates
     if x.v.numel() == 0:  # no kernel ran
         leaving.zero_() if state_in is None else leaving.copy_(state_in)
-    return o, saved
+    return o, (leaving, *others) if states is None else (leaving, states, *others)
 
 
 def local_gradients(x: DecayRun, saved: Saved, totals_adjoint: Segments, d_o: Tensor) -> Local:
-    work = x.work
+    work, entering = x.work, _entering(x, saved)
     if isinstance(work, ChannelLaunches):
-        return channel.local_gradients(x, work, _channel_saved(x, saved), d_o)
-    return scalar.local_gradients(x, work, _scalar_saved(x, saved), d_o)
+        assert isinstance(totals_adjoint, channel.ChannelSegments) and totals_adjoint.prepared is not None
+        return channel.local_gradients(x, work, totals_adjoint.prepared, entering, d_o)
+    assert isinstance(totals_adjoint, scalar.ScalarSegments)
+    return scalar.local_gradients(x, work, totals_adjoint.gates, entering, saved[0], d_o)
 
 
 def gradients(
     x: DecayRun, saved: Saved, totals_adjoint: Segments, local: Local, d_o: Tensor, d_state_out: Tensor | None
 ) -> Gradients:
     """d_state_out is zero if None."""
-    work = x.work
+    work, entering, leaving = x.work, _entering(x, saved), saved[0]
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
     dg: Tensor | None
     if isinstance(work, ChannelLaunches):
         assert isinstance(local, channel.QueryReads) and isinstance(totals_adjoint, channel.ChannelSegments)
-        of_channels = _channel_saved(x, saved)
-        dq, dk, dv, dg = channel.gradients(x, work, of_channels, totals_adjoint, local, d_o, d_state_out)
+        dq, dk, dv, dg = channel.gradients(x, work, entering, leaving, totals_adjoint, local, d_o, d_state_out)
     else:
         assert isinstance(local, scalar.QueryGradient) and isinstance(totals_adjoint, scalar.ScalarSegments)
-        of_heads = _scalar_saved(x, saved)
-        dq, dk, dv, dg = scalar.gradients(x, work, of_heads, totals_adjoint, local, d_o, d_state_out)
+        dq, dk, dv, dg = scalar.gradients(x, work, entering, leaving, totals_adjoint, local, d_o, d_state_out)
     return _sum_groups(x, dq), _sum_groups(x, dk), dv, dg
 
 

@@ -82,7 +82,7 @@ def channel_bounded_intra_chunk_kernel(
         return
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
+    # The transpose is a product of its own: see docs/design/kernels.md on transposed accumulators.
     d_scores = tl.where(i >= j, tl.dot(do, tl.trans(v), input_precision=PRECISION) * scale, 0.0).to(dtype)
     by_key = tl.where(i <= j, tl.dot(v, tl.trans(do), input_precision=PRECISION) * scale, 0.0).to(dtype)
     gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

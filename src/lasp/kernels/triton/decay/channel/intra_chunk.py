@@ -89,7 +89,7 @@ def channel_intra_chunk_kernel(
         v = load_chunk(v_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
         do = load_chunk(do_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
         d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
-        # A product of its own: see docs/kernels.md on transposed accumulators.
+        # A product of its own: see docs/design/kernels.md on transposed accumulators.
         transposed = tl.dot(v, tl.trans(do), transposed, input_precision=PRECISION)
     symmetric = tl.where(i >= j, d_scores, transposed) * scale
     diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]

@@ -35,15 +35,6 @@ class Prepared(NamedTuple):
     unbounded: Tensor
 
 
-class ChannelSaved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], or None where a segment is a whole run; the state leaving
-    the run [B, H_v, K, V]; what was prepared per chunk."""
-
-    entering: Tensor | None
-    leaving: Tensor
-    prepared: Prepared
-
-
 class QueryReads(NamedTuple):
     """What do reads from the states [B, T, H_v, K], and what that adds to dg, per chunk [B, H_v, chunks, K]."""
 
@@ -114,7 +105,7 @@ def outputs(
     o: Tensor,
     leaving: Tensor,
     state_in: Tensor | None,
-) -> ChannelSaved:
+) -> None:
     states, before = given(totals.states, leaving), given(totals.decays, leaving)
     work.output(
         q_ptr=ready.from_start,
@@ -129,11 +120,9 @@ def outputs(
         places_ptr=places_of(work.plan, leaving),
         state_in_ptr=state_in,
     )
-    return ChannelSaved(totals.states, leaving, ready)
 
 
-def local_gradients(x: DecayRun, work: ChannelLaunches, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
-    ready = saved.prepared
+def local_gradients(x: DecayRun, work: ChannelLaunches, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
     work.query_inter_chunk(
@@ -144,7 +133,7 @@ def local_gradients(x: DecayRun, work: ChannelLaunches, saved: ChannelSaved, d_o
         totals_ptr=ready.totals,
         read_q_ptr=read_q,
         sums_ptr=sums,
-        states_ptr=given(saved.entering, saved.leaving),
+        states_ptr=entering,
         places_ptr=places_of(work.plan, sums),
     )
     return QueryReads(read_q, sums)
@@ -153,16 +142,17 @@ def local_gradients(x: DecayRun, work: ChannelLaunches, saved: ChannelSaved, d_o
 def gradients(
     x: DecayRun,
     work: ChannelLaunches,
-    saved: ChannelSaved,
+    entering: Tensor,
+    leaving: Tensor,
     adjoint: ChannelSegments,
     local: QueryReads,
     d_o: Tensor,
     d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
-    p, ready = work.plan, saved.prepared
-    tensors = (saved.entering, adjoint.states, adjoint.decays)
-    entering, d_states, after = (given(tensor, saved.leaving) for tensor in tensors)
+    p, ready = work.plan, adjoint.prepared
+    assert ready is not None
+    d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)
     places = places_of(p, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     work.key_inter_chunk(
@@ -175,7 +165,7 @@ def gradients(
         sums_ptr=local.sums,
         through_ptr=through,
         states_ptr=entering,
-        state_out_ptr=saved.leaving,
+        state_out_ptr=leaving,
         d_states_ptr=d_states,
         after_ptr=after,
         places_ptr=places,

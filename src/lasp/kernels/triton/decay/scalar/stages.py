@@ -23,15 +23,6 @@ class ScalarSegments(NamedTuple):
     gates: tuple[Tensor, ...]
 
 
-class ScalarSaved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], or None where they will be gathered again; the one leaving
-    the run [B, H_v, K, V]; gates."""
-
-    entering: Tensor | None
-    leaving: Tensor
-    gates: tuple[Tensor, ...]
-
-
 class QueryGradient(NamedTuple):
     """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts
     [parts, 2, B, H_v, chunks C] and the states at the inner borders of legs [B, H_v, legs, K, V]."""
@@ -67,7 +58,8 @@ def summaries(
 
 def outputs(
     x: DecayRun, work: ScalarLaunches, totals: ScalarSegments, o: Tensor, leaving: Tensor, state_in: Tensor | None
-) -> ScalarSaved:
+) -> Tensor | None:
+    """The states entering segments, where they are kept."""
     states, decays, gates = totals
     if states is None and work.keeps_states:
         states = leaving.new_empty(work.states)
@@ -83,12 +75,13 @@ def outputs(
         places_ptr=places_of(work.plan, leaving),
         state_in_ptr=state_in,
     )
-    return ScalarSaved(states, leaving, gates)
+    return states
 
 
-def local_gradients(x: DecayRun, work: ScalarLaunches, saved: ScalarSaved, d_o: Tensor) -> QueryGradient:
+def local_gradients(
+    x: DecayRun, work: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
+) -> QueryGradient:
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    unread = saved.leaving
     sums = unread.new_empty(work.sums) if work.with_decay else unread
     inner = _inner_states(work, unread)
     work.query_gradient(
@@ -96,11 +89,11 @@ def local_gradients(x: DecayRun, work: ScalarLaunches, saved: ScalarSaved, d_o: 
         k_ptr=x.k,
         v_ptr=x.v,
         do_ptr=d_o,
-        **_gates(x, saved.gates, unread),
+        **_gates(x, gates, unread),
         dq_ptr=dq,
         sums_ptr=sums,
         inner_ptr=inner,
-        states_ptr=given(saved.entering, unread),
+        states_ptr=entering,
         places_ptr=places_of(work.plan, dq),
     )
     return QueryGradient(dq, sums, inner)
@@ -109,17 +102,18 @@ def local_gradients(x: DecayRun, work: ScalarLaunches, saved: ScalarSaved, d_o: 
 def gradients(
     x: DecayRun,
     work: ScalarLaunches,
-    saved: ScalarSaved,
+    entering: Tensor,
+    leaving: Tensor,
     adjoint: ScalarSegments,
     local: QueryGradient,
     d_o: Tensor,
     d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq and dk per value head; dv; dg."""
-    unread = saved.leaving
+    unread = leaving
     d_states, after = given(adjoint.states, unread), given(adjoint.decays, unread)
     operands = {"q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o}
-    gates = _gates(x, saved.gates, unread)
+    gates = _gates(x, adjoint.gates, unread)
     places = places_of(work.plan, d_states)
     states = {"d_states_ptr": d_states, "after_ptr": after, "places_ptr": places, "d_state_out_ptr": d_state_out}
 
@@ -148,9 +142,9 @@ def gradients(
         prefix_ptr=gates["prefix_ptr"],
         q_sums_ptr=local.sums,
         k_sums_ptr=sums,
-        states_ptr=given(saved.entering, unread),
+        states_ptr=entering,
         inner_ptr=local.inner,
-        state_out_ptr=saved.leaving,
+        state_out_ptr=leaving,
         d_states_ptr=states["d_states_ptr"],
         d_inner_ptr=inner,
         d_state_in_ptr=d_state_in,
