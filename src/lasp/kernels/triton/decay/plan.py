@@ -57,7 +57,7 @@ class LaunchPlan(NamedTuple):
         summary: of the summaries.
         keys: of the sweeps whose output has K columns (dq, dk).
         scalar_keys: of the same where the decay's gradient is wanted too.
-        rows: whether those are in rows (`rows.sweep_rows`).
+        rows: whether those are in rows (`sweep_rows`).
         values: of those whose output has V columns (o, dv).
         channels: for a gate per channel, of the summaries, which divide the channels among programs.
         prepared_channels: of the same from operands that have their decays.
@@ -70,7 +70,7 @@ class LaunchPlan(NamedTuple):
             none to gather, since runs are single segments that start from zero; of gates per channel only the latter.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
-        tables: where packed documents lie (`layout.Tables`), or None.
+        tables: where packed documents lie (`packing.Tables`), or None.
     """
 
     chunk: int
@@ -237,7 +237,7 @@ def plan(
 
     Args:
         dtype: bf16, fp16 or fp32, of q, k, v.
-        kind: of decay, as in `gates`.
+        kind: of decay, as in `decays`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
         hopper: whether it is of NVIDIA's Hopper generation.

@@ -17,7 +17,7 @@ so the state is the left operand of its product, taken from registers, and no ac
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
 gate_gradient), what comes of the state apart from what comes of the chunk, each in parts of PART_ROWS columns of out:
-so much a warp adds up by itself. They leave states within the segment (`legs`).
+so much a warp adds up by itself. They leave states within the segment (`intervals`).
 """
 
 import triton
