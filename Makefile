@@ -10,7 +10,7 @@ ORACLE := build/oracle
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test exhaustive fuzz lint docs packages oracle trackers clean FORCE
+.PHONY: train test exhaustive fuzz lint docs packages range oracle trackers clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ docs: $(VENV)/.installed-docs  ## build these pages into build/docs, run the tut
 
 packages: $(VENV)/.installed-dev  ## build wheel and source archive, install them and every extra by itself, and use them
 	$(BIN)/python -m pytest tests/packaging -m exhaustive $(ARGS)
+
+range:  ## the core of the tests on the oldest, usual and newest PyTorch and Triton, and on every Python that is here
+	$(PYTHON) -m tests.range $(ARGS)
 
 oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)

@@ -36,8 +36,8 @@ if "--tiny" in sys.argv:
 
 from benchmarks import unfused
 from lasp.kernels.torch.decay import STAGES as torch_stages
+from lasp.kernels.triton.decay.scalar.stages import ScalarSegments
 from lasp.kernels.triton.decay.stages import STAGES as triton_stages
-from lasp.kernels.triton.decay.stages import ScalarSegments
 from lasp.recurrence.inputs import DecayInputs, state_dtype, state_shape
 from lasp.recurrence.stages import AnyStages
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._dynamo  # optimizers, DDP and checkpoints load it when first used: here once, and not in every rank
 import torch.distributed as dist
 
 

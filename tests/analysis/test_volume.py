@@ -18,7 +18,7 @@ from lasp.analysis import volume
 from lasp.analysis.volume import ShardShape
 from lasp.exchange import EXCHANGES, Payload
 
-SIZES = [2, 3, 4, 8]
+SIZES = [2, 3, 4]
 HEADS, KEY_HEADS = 48, 24  # multiples of all sizes
 B, K, V = 2, 3, 2
 ERROR = 1e-12
@@ -172,7 +172,7 @@ def check_softmax_layers(rank: int, size: int) -> None:
     assert (forward, backward) == tuple(map(tuple, volume.halo(6, B, 4, 4, rank, size)))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_counted_bytes_are_the_derived_ones(size):
     def work(rank: int) -> None:
         check_state_exchanges(rank, size)
@@ -184,6 +184,11 @@ def test_counted_bytes_are_the_derived_ones(size):
         check_softmax_layers(rank, size)
 
     run(size, work)
+
+
+def test_states_of_many_ranks():
+    """Steps of a power of two, and hosts in hosts, are told apart by no fewer."""
+    run(8, lambda rank: check_state_exchanges(rank, 8))
 
 
 def test_a_shifted_ring_is_seen():

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+
+import forked
 import pytest
 
-from lasp.cli.main import main
+SMALL = ["--model.overrides", "num_layers", "2", "d_model", "32", "num_heads", "2", "ffn_dim", "32"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--sp", "3", "--model.family", "retnet", "--model.overrides", "num_layers", "2"], 0, "is the same model"),
+        (["--sp", "3", "--model.family", "retnet", *SMALL], 0, "is the same model"),
         pytest.param(
-            ["--model.family", "linear-transformer", "--model.overrides", "num_layers", "2"],
+            ["--model.family", "linear-transformer", *SMALL],
             0,
             "is the same model",
             marks=pytest.mark.exhaustive,
         ),
-        (["--break-exchange", "--exchange", "ring", "--model.overrides", "num_layers", "2"], 1, "is NOT the same"),
+        (["--break-exchange", "--exchange", "ring", *SMALL], 1, "is NOT the same"),
         (["--exchange", "rings"], 64, "--exchange must be all or one of"),
     ],
 )
-def test_check(arguments, code, text, capfd):
-    assert main(["check", "--seq-len", "70", "--new-tokens", "3", *arguments]) == code
-    out, err = capfd.readouterr()
-    assert text in out + err
+def test_check(arguments: list[str], code: int, text: str) -> None:
+    command = [sys.executable, "-m", "lasp", "check", "--seq-len", "70", "--new-tokens", "3", *arguments]
+    done = forked.run(command)
+    assert done.returncode == code and text in done.stdout + done.stderr

@@ -6,11 +6,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
-from test_launch import command
+from test_launch import LASP, command
 from torch.distributed.run import get_args_parser as torchrun_arguments
 
 from lasp.cli import train as train_command
@@ -54,10 +54,23 @@ def run_script(folder: Path, lasp: str, *arguments: str, **variables: str) -> su
 
 
 def test_the_slurm_script_trains(tmp_path: Path) -> None:
-    arguments = command(tmp_path, "--steps", "2")[1:]
-    done = run_script(tmp_path, f'exec {sys.executable} -m lasp.cli.main "$@"', *arguments)
+    """The tasks' commands and environments are those of the script; they run forked."""
+    records = """printf '%s\\0' "$@" > "$SAID.arguments.$RANK"; env -0 > "$SAID.environment.$RANK\""""
+    done = run_script(tmp_path, records, *command(tmp_path, "--steps", "2")[1:])
     assert done.returncode == 0, done.stderr
-    assert "2 processes on cpu: dp 1 x sp 2" in done.stdout
+    tasks = []
+    for rank in range(2):
+        arguments, environment = (
+            (tmp_path / f"said.{kind}.{rank}").read_text().split("\0")[:-1] for kind in ("arguments", "environment")
+        )
+        assert f"RANK={rank}" in environment and "WORLD_SIZE=2" in environment
+        variables = dict(item.split("=", 1) for item in environment)
+        tasks.append(
+            forked.Popen([*LASP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+        )
+    said = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert "2 processes on cpu: dp 1 x sp 2" in said[0][0]
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == [1, 2]
     assert not (tmp_path / "said").exists()
 

@@ -8,9 +8,10 @@ import signal
 import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import world
-from test_launch import command, linux, wait_until, whole_end
+from test_launch import command, linux, wait_until, whole_end, workers
 from world import torchrun
 
 from lasp.cli import train as train_command
@@ -26,14 +27,6 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
 
 
-def rank_one(parent: int) -> int:
-    """The process id of the second process that torchrun started."""
-    for child in map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()):
-        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
-            return child
-    raise AssertionError("torchrun has no process of rank 1")
-
-
 @linux
 @pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
@@ -41,7 +34,7 @@ def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
     arguments = command(tmp_path, "--steps", str(STEPS), "--save-every", "5", "--resume", "auto")
     start = [*torchrun(2 // hosts), "--master-addr", "127.0.0.1", "--nnodes", str(hosts), "--max-restarts", "2"]
     jobs = [
-        subprocess.Popen(
+        forked.Popen(
             [*start, "--node-rank", str(host), "-m", "lasp", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -52,7 +45,7 @@ def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
     job = jobs[0]
     try:
         wait_until(lambda: len(losses(tmp_path / "run")) >= 7, job)
-        os.kill(rank_one(jobs[-1].pid), signal.SIGKILL)
+        os.kill(workers(jobs[-1].pid)[2 // hosts - 1], signal.SIGKILL)  # of rank 1
         out, error = job.communicate(timeout=90)
         assert [each.wait(30) for each in jobs] == [0] * hosts, error
     finally:

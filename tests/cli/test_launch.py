@@ -1,6 +1,6 @@
 """`lasp train` with processes of its own, for real: they finish, fail, stop and die together.
 
-Each test starts Python and PyTorch anew, several times over; a behaviour that needs it has one test.
+Most are forked from this process. That new interpreters do the same is seen of one run, by `make exhaustive` of all.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from training_runs import SMALL, write_text
 from world import torchrun
@@ -40,7 +41,7 @@ def command(folder: Path, *options: str) -> list[str]:
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """An endless run over two processes that has made its first steps."""
-    process = subprocess.Popen(
+    process = forked.Popen(
         [*LASP, *command(tmp_path, *FOREVER)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -62,15 +63,8 @@ def wait_until(condition, process: subprocess.Popen[str] | None = None, deadline
 
 
 def workers(parent: int) -> dict[int, int]:
-    """Rank -> process id of the processes that `parent` started."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    ranks = {}
-    for child in map(int, children):
-        variables = dict(
-            item.split("=", 1) for item in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in item
-        )
-        ranks[int(variables["RANK"])] = child
-    return ranks
+    """Rank -> process id of the processes that `parent` has started, in this order."""
+    return dict(enumerate(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())))
 
 
 def alive(pid: int) -> bool:
@@ -148,7 +142,7 @@ def test_no_process_outlives_the_launcher(running: subprocess.Popen[str], tmp_pa
 def test_the_failing_process_says_why_once(tmp_path: Path) -> None:
     """Found out by the first process alone, after all have met."""
     arguments = command(tmp_path, "--steps", "2", "--data.suffixes", ".rst")
-    done = subprocess.run([*LASP, *arguments], capture_output=True, text=True, timeout=90)
+    done = forked.run([*LASP, *arguments])
     assert done.returncode == 65
     assert done.stderr.count("no file below") == 1 and "Traceback" not in done.stderr
 
@@ -173,21 +167,24 @@ LAYOUTS = {
     "hybrid": ["--dp", "4", "--sp", "1", "--data-parallel", "zero3", "--dp-replicate", "2"],
     "dp-sp": ["--dp", "2", "--sp", "2", "--data-parallel", "zero2"],
 }
-# The others' ways of keeping the weights run whole too, forked, in tests/train/test_layouts.py.
-SAMPLE = ("zero3", "sp", "dp-sp")
+# Under torchrun too, which must not matter.
+TORCHRUN = ("ddp", "zero1")
 
 
 @pytest.mark.parametrize(
-    "layout", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.exhaustive) for name in LAYOUTS]
+    ("layout", "new"),
+    [(layout, False) for layout in LAYOUTS]
+    + [
+        pytest.param(layout, True, marks=[pytest.mark.exhaustive] * (layout != "sp"))  # what `lasp train` is
+        for layout in LAYOUTS
+    ],
 )
-def test_every_layout_ends_with_score_sample_and_curve(tmp_path: Path, layout: str) -> None:
-    """Started as a user starts it; one by torchrun too, which must not matter (test_elastic has another)."""
-    starts = [LASP] + [[*torchrun(), "-m", "lasp"]] * (layout == "zero1")
+def test_every_layout_ends_with_score_sample_and_curve(tmp_path: Path, layout: str, new: bool) -> None:
     ends = []
-    for number, start in enumerate(starts):
+    for number, program in enumerate([LASP] + [[*torchrun(), "-m", "lasp"]] * (layout in TORCHRUN)):
         run = tmp_path / f"run{number}"
         arguments = command(tmp_path, "--steps", "2", *LAYOUTS[layout], "--run-dir", str(run))
-        done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=120)
+        done = forked.run([*program, *arguments], new=new)
         assert done.returncode == 0, done.stderr
         sample = whole_end(run, done.stdout)
         lines = read_metrics(run / "metrics.jsonl")

@@ -50,8 +50,8 @@ def ended(*options: str) -> str:
 
 
 def test_programs_end_with_exit_code_0() -> None:
-    said = ended("--runs", "2", "--fresh", "0", "--programs", "delta_rule", "softmax_ulysses")
-    assert said.count("1 of 1 ended with exit code 0") == 4
+    """Over two and over three processes, with and without destroy_process_group."""
+    assert ended("--runs", "2", "--fresh", "0", "--programs", "delta_rule").count("1 of 1 ended with exit code 0") == 2
 
 
 @pytest.mark.exhaustive

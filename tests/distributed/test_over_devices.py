@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import world
@@ -23,9 +23,8 @@ def bound(name: str) -> float:
 
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 2), *([("cuda", min(GPUS, 8))] if GPUS > 1 else [])])
 def test_every_exchange_equals_one_process(device: str, processes: int) -> None:
-    done = subprocess.run(
-        [*world.torchrun(processes), str(SCRIPT), device], capture_output=True, text=True, timeout=400
-    )
+    command = [*world.torchrun(processes), str(SCRIPT), device]
+    done = forked.run(command, new=device == "cuda", timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("control: nothing exchanged") > 0.1

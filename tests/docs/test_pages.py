@@ -7,6 +7,7 @@ import importlib
 import pydoc
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ from page_blocks import DOCS, ROOT, anchors, blocks, links, pages
 import lasp
 
 PAGES = pages()
+# What a page may name: files that git knows of, and those of a folder that a page has its readers make.
+FILES = [
+    f"/{name}"
+    for name in subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+]
 LONGEST = {"README.md": 150, "quickstart": 60, "guide": 150}
 
 
@@ -64,6 +72,9 @@ def problems(page: Path) -> list[str]:
             found.append(f"{target}: there is no such file")
         elif anchor and there.suffix == ".md" and anchor not in anchors(there):
             found.append(f"{target}: there is no such heading")
+    for name in re.findall(r"`([\w./]+\.(?:py|toml|sbatch|yaml))`", page.read_text()):
+        if not any(file.endswith(f"/{name}") for file in FILES):
+            found.append(f"{name}: there is no such file")
     for block in blocks(page):
         if block.language == "python":
             try:
@@ -99,13 +110,14 @@ def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
     assert problems(page) == []
     page.write_text(
         good
-        + "[d](no.md) [e](../other.md#no)\n```python\nlasp.nothing()\n```\n```bash\nlasp 'x\n```\n"
+        + "[d](no.md) [e](../other.md#no) `no/file.py` `test_pages.py`\n"
+        + "```python\nlasp.nothing()\n```\n```bash\nlasp 'x\n```\n"
         + "```{eval-rst}\n.. currentmodule:: lasp\n.. autofunction:: delta_rule\n.. autofunction:: no\n"
         + ".. autoclass:: SequenceParallel\n   :members: shard, nothing\n```\n"
         + "\n" * 150
     )
     assert [problem.split(":")[0] for problem in problems(page)] == [
-        "no.md", "../other.md#no", "line 6", "line 9", "line 12", "line 12", "168 lines, at most 150",
+        "no.md", "../other.md#no", "no/file.py", "line 6", "line 9", "line 12", "line 12", "168 lines, at most 150",
     ]  # fmt: skip
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 
+import forked
 import pytest
 
 from lasp.cli.main import main
 from lasp.exchange import EXCHANGES, Auto, Constants, Payload
 
 
-def test_measures_and_saves(tmp_path, capfd):
+def test_measures_and_saves(tmp_path):
     """Two processes: constants that the model loads, every schedule timed, one chosen for each load."""
     constants, output = tmp_path / "constants.json", tmp_path / "figures.json"
     arguments = ["--nproc", "2", "--repetitions", "1", "--save", str(constants), "--output", str(output)]
-    assert main(["bench", "exchange", *arguments]) == 0
-    printed = capfd.readouterr().out
+    done = forked.run([sys.executable, "-m", "lasp", "bench", "exchange", *arguments])
+    printed = done.stdout
+    assert done.returncode == 0, done.stderr
     assert "2 ranks over gloo" in printed and "chosen" in printed
     figures = json.loads(output.read_text())
     assert figures["ranks"] == 2 and figures["repetitions"] == 1

@@ -117,9 +117,9 @@ _PARQUET = "lasp data build rows.parquet --out built"
 EXTRAS = {
     "triton": (_TRITON, 1, "triton"),
     "fla": (_FLA, 1, "fla-core==0.6.0"),
-    "report": ("lasp plan --gpus 2 --plot plan.png", 64, "matplotlib is not installed"),
-    "hf": ("lasp data build text --tokenizer words.json --out built", 64, "tokenizers"),
-    "parquet": (_PARQUET, 64, "pyarrow"),
+    "report": ("lasp plan --gpus 2 --plot plan.png", 64, "matplotlib, which is not installed"),
+    "hf": ("lasp data build text --tokenizer words.json --out built", 65, "tokenizers"),
+    "parquet": (_PARQUET, 65, "pyarrow"),
     "track": (f"{TRAIN} --track tensorboard wandb", 64, "track"),
 }
 

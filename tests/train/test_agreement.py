@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def test_processes_started_with_other_options_end_with_one_message(tmp_path: Pat
     command = [sys.executable, "-m", "lasp.cli.main", "train", "--run-dir", str(tmp_path / "run")]
     others = ["--optimizer.lr", "1e-3", "--seed", "3", "--optimizer.clip-norm", "2", "--data-parallel", "zero3"]
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [*command, *options],
             env={**os.environ, **meeting, "RANK": str(rank)},
             cwd=tmp_path,

@@ -45,7 +45,7 @@ def whole_end(run_dir: Path) -> None:
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
 
 
-STEPS = 30
+STEPS = 20
 
 
 @pytest.fixture(scope="module")

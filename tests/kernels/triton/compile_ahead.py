@@ -1,6 +1,6 @@
 """Compiles what calls launch for a device that need not be there, and reports what it needs.
 
-    python tests/kernels/triton/compile_ahead.py cuda:90 [--every]  # or cuda:80, cuda:100, hip:gfx942
+    python tests/kernels/triton/compile_ahead.py [--every] cuda:90 ...  # cuda:80, cuda:100, hip:gfx942
     python tests/kernels/triton/compile_ahead.py parse [--sample]
 
 Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
@@ -36,8 +36,10 @@ from triton.compiler import ASTSource, make_backend
 import lasp
 from lasp.exchange.peer.kernels import collect_kernel, fold_kernel, push_kernel
 from lasp.exchange.peer.memory import BLOCK, WARPS
+from lasp.kernels.triton.common import device as devices
+from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay import launches as work
+from lasp.kernels.triton.decay import runs
 from lasp.ops import checks
 from lasp.sequence import arguments
 
@@ -84,9 +86,11 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
     """What calls, forward and backward, launch on such a device of 132 processors: each once."""
     found: dict[str, Compilable] = {}
 
-    def record(launch: Launch, *tensors: Tensor | None) -> None:
+    def record(launch: Launch, **tensors: Tensor | None) -> None:
         signature, constants = {}, {}
-        for parameter, value in zip(launch.kernel.params, (*tensors, *launch.others), strict=True):
+        assert set(tensors) == set(launch.tensors)
+        for parameter in launch.kernel.params:
+            value = {**tensors, **launch.fixed}[parameter.name]
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, Tensor):
@@ -99,11 +103,11 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
     def check_tensor(name: str, value: object, form: str) -> None:
         """Public functions refuse tensors without numbers, and launches recorded need none."""
 
-    work._work.cache_clear()
-    device = (132, LIMITS[target], target == "cuda:90")
+    runs._launches_of.cache_clear()
+    device = DeviceLimits(132, LIMITS[target], target == "cuda:90")
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", record))
-        stack.enter_context(patch.dict(work._devices, {META: device}))
+        stack.enter_context(patch.dict(devices._devices, {META: device}))
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
         for call in calls:
@@ -246,7 +250,9 @@ def parse(kernels: list[Compilable]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "parse":
         calls = every_call()
-        parse(launched(calls[::41] if "--sample" in sys.argv else calls, "cuda:90"))
+        parse(launched(calls[::61] if "--sample" in sys.argv else calls, "cuda:90"))
     else:
-        name = sys.argv[1]
-        compile_for(name, every_one(name) if "--every" in sys.argv else one_of_each(name))
+        kernels_of = every_one if "--every" in sys.argv else one_of_each
+        for name in LIMITS:
+            if name in sys.argv:
+                compile_for(name, kernels_of(name))

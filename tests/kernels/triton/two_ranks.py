@@ -1,8 +1,10 @@
 """Two processes, on one GPU where there is one, against one: outputs, final state, every gradient.
 
-    python tests/kernels/triton/two_ranks.py cpu|cuda
+    python tests/kernels/triton/two_ranks.py cpu|cuda [--every]
 
-Prints, as JSON, the relative errors on each rank. A script of its own: a process that has looked at a GPU cannot fork.
+Prints, as JSON, the relative errors on each rank. Compiled are a graph of a decay per head and of one per channel, and
+one around a final state; with --every those of every kind of decay. A script of its own: a process that has looked at a
+GPU cannot fork.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._inductor.pattern_matcher  # which compiling loads: here once, and not in every rank
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,6 +36,8 @@ import lasp  # noqa: E402
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
 LENGTHS = (41, 29)
+# Kinds of decay that are compiled, with and without a final state.
+COMPILED = {True: GATES, False: GATES} if "--every" in sys.argv else {True: ("scalar",), False: ("constant", "channel")}
 # Documents on the first rank, without tokens, over the border, and two on the last rank.
 BOUNDS = (0, 20, 20, 55, 60, 70)
 
@@ -96,6 +101,8 @@ def main() -> None:
             results = solved(problem, leaves, sp)
             # Packed documents break a graph, and are computed eagerly then.
             for final in (True, False) if problem.cu_seqlens is None else ():
+                if gate not in COMPILED[final]:
+                    continue
                 plain = results if final else solved(problem, leaves, sp, final=False)
                 compiled = solved(problem, leaves, sp, compiled=True, final=final)
                 way = f"compiled{'' if final else ' whole'}"

@@ -53,9 +53,16 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     chunk_columns = (chunk_first, chunk_last, chunk_first == starts[of_chunk])
     assert len(columns) == PLACE.value and len(chunk_columns) == CHUNK_PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
-    tables = (torch.stack([column.long() for column in each], 1) for each in (columns, chunk_columns))
-    segments, chunks, firsts = (table.to(device, torch.int32) for table in (*tables, first_segment))
-    return Tables(segments, chunks, firsts, bool((ends - starts <= segment).all()))
+
+    def table(*each: Tensor) -> Tensor:
+        return torch.stack([column.long() for column in each], 1).to(device, torch.int32)
+
+    return Tables(
+        segments=table(*columns),
+        chunks=table(*chunk_columns),
+        bounds=first_segment.to(device, torch.int32),
+        whole=bool((ends - starts <= segment).all()),
+    )
 
 
 def packed_plan(p: LaunchPlan, documents: Documents, device: torch.device) -> LaunchPlan:

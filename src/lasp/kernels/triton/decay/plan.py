@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lasp.kernels.triton.common import decays
 
@@ -56,7 +57,7 @@ class LaunchPlan(NamedTuple):
         summary: of the summaries.
         keys: of the sweeps whose output has K columns (dq, dk).
         scalar_keys: of the same where the decay's gradient is wanted too.
-        rows: whether those are in rows (`rows.sweep_rows`).
+        rows: whether those are in rows (`sweep_rows`).
         values: of those whose output has V columns (o, dv).
         channels: for a gate per channel, of the summaries, which divide the channels among programs.
         prepared_channels: of the same from operands that have their decays.
@@ -69,7 +70,7 @@ class LaunchPlan(NamedTuple):
             none to gather, since runs are single segments that start from zero; of gates per channel only the latter.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
-        tables: where packed documents lie (`layout.Tables`), or None.
+        tables: where packed documents lie (`packing.Tables`), or None.
     """
 
     chunk: int
@@ -106,6 +107,22 @@ class LaunchPlan(NamedTuple):
     def num_gates(self) -> int:
         """Sums that a gate per token leaves for the sweeps: prefixes and, where `exact`, suffixes."""
         return 2 if self.exact else 1
+
+
+def kind_of(g: Tensor | None) -> int:
+    """The kind of decay, as in `decays`."""
+    if g is None:
+        return NONE
+    return HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL
+
+
+def keeps_states(p: LaunchPlan, with_decay: bool) -> bool:
+    """Whether the states entering segments are kept for the backward pass.
+
+    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Where runs are
+    single segments there is nothing to keep.
+    """
+    return not p.gathers or (with_decay and not p.whole)
 
 
 def tile(dim: int, dtype: torch.dtype) -> int:
@@ -220,7 +237,7 @@ def plan(
 
     Args:
         dtype: bf16, fp16 or fp32, of q, k, v.
-        kind: of decay, as in `gates`.
+        kind: of decay, as in `decays`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
         hopper: whether it is of NVIDIA's Hopper generation.
@@ -258,9 +275,7 @@ def plan(
     # fp16 reads states as fp32, of which 64 KB hold 32 columns of wide heads.
     few_values = 32 if most == 1 and dtype == torch.float16 and K > 128 else narrow(V, dtype)
 
-    row_tiles = _row_tiles(K, V, dtype)
-    if most < 3 or not (cut is None or single):
-        row_tiles = None
+    row_tiles = _row_tiles(K, V, dtype) if most == 3 and (cut is None or single) else None
 
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The gradients of q, k and the gate for a gate per channel, put together chunk by chunk.
 
     dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i  read_q = S do (channel_inter_chunk)
@@ -14,9 +15,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
-    DESCRIPTORS,
     base_operand,
     gate_operand,
     in_base_block,

@@ -1,0 +1,128 @@
+"""The range of versions that is claimed, tried: `python -m tests.range` (`make range`).
+
+Each combination of Python, PyTorch and Triton gets an environment of its own, in which the core of the tests runs; then
+the environment is removed, since PyTorch for CUDA fills gigabytes. What cannot be had is listed as not run, with why.
+The exit code is 1 if a combination that ran failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+# The least and the usual PyTorch, with the Triton that each was released with; None is the newest that pip finds.
+OLDEST, USUAL = ("2.11.0", "3.6.0"), ("2.13.0", "3.7.1")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+CORE = ("laws", "ops", "exchange", "distributed", "kernels", "layers", "models", "generate")
+DEADLINE_S = 3600
+
+
+class Versions(NamedTuple):
+    """One combination. None: the newest."""
+
+    python: str
+    torch: str | None
+    triton: str | None
+
+    def __str__(self) -> str:
+        return f"Python {self.python}, PyTorch {self.torch or 'newest'}, Triton {self.triton or 'newest'}"
+
+
+class Outcome(NamedTuple):
+    """What came of it: "passed", "failed" or "not run", and the details."""
+
+    verdict: str
+    details: str
+
+
+def combinations() -> list[Versions]:
+    """This Python with the oldest, the usual and the newest; every other Python with the usual."""
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    others = [Versions(python, *USUAL) for python in PYTHONS if python != here]
+    return [Versions(here, *OLDEST), Versions(here, *USUAL), Versions(here, None, None), *others]
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of that version which starts, if there is one: on the PATH, or one of pyenv's."""
+    name = f"python{version}"
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which(name), *map(str, sorted(pyenv.glob(f"{version}.*/bin/{name}"), reverse=True))]
+    for path in filter(None, found):
+        if subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
+            return path
+    return None
+
+
+def run(versions: Versions, tests: list[str]) -> Outcome:
+    """Install and test one combination."""
+    python = interpreter(versions.python)
+    if python is None:
+        return Outcome("not run", f"there is no Python {versions.python}")
+    with tempfile.TemporaryDirectory(prefix="range-", dir=scratch()) as folder:
+        subprocess.run([python, "-m", "venv", folder], check=True)
+        inside = str(Path(folder) / "bin" / "python")
+        for wanted in wanted_packages(versions):
+            done = said([inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted])
+            if done.returncode:
+                return Outcome("not run", f"pip install {' '.join(wanted)}: {last_line(done.stdout)}")
+        began = time.monotonic()
+        done = said([inside, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "-p", "no:cacheprovider", *tests])
+        found = said([inside, "-m", "lasp", "--version"]).stdout.splitlines()
+        took = f"{last_line(done.stdout)} ({time.monotonic() - began:.0f} s; {', '.join(found[1:4])})"
+        if done.returncode:
+            sys.stdout.write(done.stdout[-6000:])
+        return Outcome("failed" if done.returncode else "passed", took)
+
+
+def wanted_packages(versions: Versions) -> Iterator[list[str]]:
+    """What pip installs, one call after another: PyTorch first, since it may ask for a Triton of its own."""
+    yield [f"torch=={versions.torch}" if versions.torch else "torch"]
+    yield ["--no-deps", f"triton=={versions.triton}" if versions.triton else "triton"]
+    yield ["-e", f"{ROOT}[report,dev]"]
+
+
+def scratch() -> Path:
+    """Where environments are made."""
+    folder = ROOT / "build" / "range"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def said(command: list[str]) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        command, cwd=ROOT, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S
+    )
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing was printed")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="of the combinations, those whose name has this pattern")
+    parser.add_argument("tests", nargs="*", default=[f"tests/{name}" for name in CORE], help="what pytest runs")
+    options = parser.parse_args()
+    outcomes = {}
+    for versions in combinations():
+        if re.search(options.only, str(versions)):
+            outcomes[versions] = run(versions, options.tests)
+        else:
+            outcomes[versions] = Outcome("not run", "left out with --only")
+        print(f"{versions}: {outcomes[versions].verdict}: {outcomes[versions].details}", flush=True)
+    return int(any(outcome.verdict == "failed" for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
