@@ -108,7 +108,8 @@ def start(
     if decays is not None:
         schedule = schedule.informed(decays)
     state = cast(Tensor, initial) if schedule.accepts_zero_initial else _state(summary, initial)
-    side = SideStream(summary.state.device, ranks.comm) if schedule.wants_own_stream else None
+    device = summary.state.device
+    side = SideStream(device, ranks.comm) if schedule.wants_own_stream and device.type == "cuda" else None
     options = {"reverse": reverse, "want_total": want_total}
     if side is None:
         return Started(schedule.begin(call.messages, summary, state, **options), None, place)

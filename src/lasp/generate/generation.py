@@ -15,7 +15,7 @@ from torch import Tensor
 from lasp.generate.sampling import check_sampling, sample
 from lasp.models import Cache, CausalLM
 from lasp.sequence.arguments import check_ids, whole
-from lasp.sequence.validation import broadcast_errors
+from lasp.sequence.sequence_parallel import broadcast_errors
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel

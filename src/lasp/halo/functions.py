@@ -14,8 +14,8 @@ from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
 from lasp.sequence.call import SequenceCall
+from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
-from lasp.sequence.validation import broadcast_errors, check_shard
 
 ACTIVATIONS = (None, "silu")
 MAX_WIDTH = 8

@@ -19,8 +19,8 @@ from lasp.models.config import ModelConfig
 from lasp.models.initialize import initialize
 from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
 from lasp.sequence.arguments import check_flags, check_ids, whole
+from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds
-from lasp.sequence.validation import broadcast_errors
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel

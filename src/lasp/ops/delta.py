@@ -9,14 +9,22 @@ from torch import Tensor
 
 from lasp.kernels.select import select
 from lasp.ops.autograd import scan
-from lasp.ops.call import check_initial, packed, scale_of
-from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs, check_queries
+from lasp.ops.checks import (
+    check_beta,
+    check_gate,
+    check_gate_values,
+    check_initial,
+    check_inputs,
+    check_queries,
+    packed,
+    scale_of,
+)
 from lasp.ops.pending import PendingOutputs
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.inputs import DeltaInputs, state_dtype
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags
-from lasp.sequence.validation import broadcast_errors, check_shard
+from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 
 # Added to the squared length of queries and keys, so that a zero vector stays zero.
 NORM_EPS = 1e-6

@@ -10,14 +10,21 @@ from torch.nn.functional import pad
 
 from lasp.kernels.select import select
 from lasp.ops.autograd import begin_early, break_graph_for_sums, scan
-from lasp.ops.call import check_initial, packed, scale_of
-from lasp.ops.checks import check_gate, check_gate_values, check_inputs, check_queries
+from lasp.ops.checks import (
+    check_gate,
+    check_gate_values,
+    check_initial,
+    check_inputs,
+    check_queries,
+    packed,
+    scale_of,
+)
 from lasp.ops.pending import PendingOutputs
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.inputs import DecayInputs, state_dtype
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, number
-from lasp.sequence.validation import broadcast_errors, check_shard
+from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 
 
 def linear_attention(

@@ -90,6 +90,11 @@ class DeltaInputs(NamedTuple):
         return DeltaInputs(*tensors, self.scale, self.documents)  # type: ignore[arg-type, call-arg]
 
 
+def as_given(x: _Self, alone: bool) -> _Self:
+    """Returns the inputs as they are: the `prepare` of stages that take any tensors."""
+    return x
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """States, decays and what crosses ranks are fp32, or fp64 for fp64 inputs: never 16 bits."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -102,10 +102,5 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     bad_gates_give_nan: bool = False
 
 
-def as_given(x: Given, alone: bool) -> Given:
-    """Returns the inputs as they are: the `prepare` of stages that take any tensors."""
-    return x
-
-
 # Those of any family: what they hand from one to the next is their own.
 AnyStages = Stages[Any, Any, Any, Any, Any, Any]

@@ -11,8 +11,8 @@ from torch import Tensor
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number
 from lasp.sequence.call import SequenceCall
+from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
-from lasp.sequence.validation import broadcast_errors, check_shard
 from lasp.softmax.blocks import blocks_of, keys_of
 from lasp.softmax.exchange import gather, heads_of, replicated, to_heads, to_tokens
 from lasp.softmax.local import attend

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from lasp.algebra import Dense, Summary
 from lasp.kernels.fla.library import Kernels, kernels, refuse
-from lasp.recurrence.inputs import DeltaInputs, num_states, state_shape
-from lasp.recurrence.stages import Saved, Stages, as_given
+from lasp.recurrence.inputs import DeltaInputs, as_given, num_states, state_shape
+from lasp.recurrence.stages import Saved, Stages
 
 CHUNK = 64
 # Its gates are logarithms to base 2.

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.algebra import Summary, Transition
-from lasp.recurrence.inputs import Inputs, num_states, state_dtype, state_shape
+from lasp.recurrence.inputs import Inputs, as_given, num_states, state_dtype, state_shape
 from lasp.recurrence.pullback import pull_back
-from lasp.recurrence.stages import Saved, Stages, as_given
+from lasp.recurrence.stages import Saved, Stages
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition
 from lasp.kernels.torch.chunks import Chunking, chunk_size
-from lasp.recurrence.inputs import DecayInputs, state_dtype, state_shape, transition
-from lasp.recurrence.stages import Saved, Stages, as_given
+from lasp.recurrence.inputs import DecayInputs, as_given, state_dtype, state_shape, transition
+from lasp.recurrence.stages import Saved, Stages
 
 CHUNK = 64
 # Per-channel scores cost C passes over [T, K], so that short chunks are faster.

@@ -31,9 +31,9 @@ from torch.nn.functional import pad
 
 from lasp.algebra import Dense, Summary, Transition
 from lasp.kernels.torch.chunks import Chunking, chunk_size
-from lasp.recurrence.inputs import DeltaInputs, state_dtype, state_shape
+from lasp.recurrence.inputs import DeltaInputs, as_given, state_dtype, state_shape
 from lasp.recurrence.pullback import pull_back
-from lasp.recurrence.stages import Saved, Stages, as_given
+from lasp.recurrence.stages import Saved, Stages
 
 CHUNK = 64
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Identity, Summary
-from lasp.recurrence.inputs import DecayInputs, state_dtype
-from lasp.recurrence.stages import Saved, Stages, as_given
+from lasp.recurrence.inputs import DecayInputs, as_given, state_dtype
+from lasp.recurrence.stages import Saved, Stages
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

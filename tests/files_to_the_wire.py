@@ -1,0 +1,101 @@
+"""Counts the files that a reader follows from an operator to the wire: `python tests/files_to_the_wire.py [BACKEND]`.
+
+Two ranks call `lasp.linear_attention`; printed are the files of the package in which one of them calls a function
+during a forward pass, other than the first. Of kernels, which Triton compiles, these are the files of those launched
+and the kernels' files that they import.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "lasp"
+
+
+def files_called(rank: int, backend: str, gate: str) -> list[str]:
+    """Those of the second forward pass on this rank, which is one of two in a process group."""
+    import torch
+    import torch.distributed as dist
+
+    import lasp
+
+    sp = lasp.SequenceParallel(dist.group.WORLD, exchange="ring")
+    q, k, v = (torch.randn(1, 16, 1, 16) for _ in range(3))
+    g = {"none": None, "scalar": -torch.rand(1, 16, 1), "channel": -torch.rand(1, 16, 1, 16)}[gate]
+    launched: set[str] = set()
+    if backend == "triton":
+        from lasp.kernels.triton.common.launch import Launch
+
+        run = Launch.__call__
+
+        def noted(self: Launch, **tensors: Any) -> None:
+            launched.add(self.kernel.fn.__module__)
+            sys.setprofile(None)  # what the interpreter calls of kernels is not the host's
+            run(self, **tensors)
+            sys.setprofile(profile)
+
+        Launch.__call__ = noted  # type: ignore[method-assign]
+    found: set[str] = set()
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(SOURCE) and frame.f_code.co_name != "<module>":
+            found.add(path.relative_to(SOURCE).as_posix())
+
+    lasp.linear_attention(q, k, v, g, sp=sp, backend=backend)
+    launched.clear()
+    sys.setprofile(profile)
+    lasp.linear_attention(q, k, v, g, sp=sp, backend=backend)
+    sys.setprofile(None)
+    return sorted(found | kernel_files(launched))
+
+
+def holds_kernels(path: Path) -> bool:
+    return "@triton.jit" in path.read_text()
+
+
+def kernel_files(modules: set[str]) -> set[str]:
+    """The files of these modules and those that hold kernels too which they import, and so on."""
+    found: set[str] = set()
+    left = sorted(modules)
+    while left:
+        path = Path(importlib.import_module(left.pop()).__file__ or "")
+        name = path.relative_to(SOURCE).as_posix()
+        if name not in found and holds_kernels(path):
+            found.add(name)
+            nodes = ast.walk(ast.parse(path.read_text()))
+            left += [
+                node.module for node in nodes
+                if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("lasp.")
+            ]  # fmt: skip
+    return found
+
+
+def files_to_the_wire(backend: str, gate: str = "scalar") -> list[str]:
+    """Files of either rank."""
+    from functools import partial
+
+    from benchmarks.processes import run
+
+    ranks = run(2, partial(files_called, backend=backend, gate=gate))
+    return sorted({name for names in ranks for name in names})
+
+
+def main() -> None:
+    sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    for backend in sys.argv[1:] or ("torch", "triton"):
+        for gate in ("none", "scalar", "channel"):
+            files = files_to_the_wire(backend, gate)
+            print(f"{backend}, gate {gate}: {len(files)} files", *files, sep="\n    ")
+
+
+if __name__ == "__main__":
+    main()
