@@ -1,0 +1,246 @@
+"""What the shapes of a run decide: its plan, and its kernels with everything but the tensors they work on.
+
+Made once for a shape, so that a call allocates and launches and does little else.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.decay.gate_sums import gate_sums_kernel
+from lasp.kernels.triton.decay.gates import CHANNEL, NONE, TOKEN
+from lasp.kernels.triton.decay.layout import packed_plan
+from lasp.kernels.triton.decay.work import (
+    GATE_SUMS_HEADS,
+    GATE_SUMS_WARPS,
+    MAX_GRID,
+    device_limits,
+    kind_of,
+    partial_dtype,
+)
+from lasp.kernels.triton.delta.keys import delta_keys_kernel
+from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
+from lasp.kernels.triton.delta.output import delta_output_kernel
+from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
+from lasp.kernels.triton.delta.reverse import delta_reverse_kernel
+from lasp.kernels.triton.delta.segment_scan import GIVEN, IDENTITY, ZERO, delta_scan_kernel
+from lasp.kernels.triton.delta.solve import solve_kernel
+from lasp.kernels.triton.delta.summary import delta_summary_kernel
+from lasp.recurrence.documents import Documents
+
+WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
+SCAN_STEP = 32
+
+
+class DeltaLaunches:
+    """What is done for runs of one shape.
+
+    Attributes:
+        plan: how they are cut.
+        scale: of the outputs.
+        operand: the dtype that the kernels take for inputs of `dtype`: that, or fp32 for fp16, which lacks the range.
+        kind: of decay, as in `gates`.
+        normalize: whether queries and keys are divided by their lengths.
+        with_gate: whether the gradient of the gate is wanted.
+        from_zero: whether runs are whole and start from no state.
+        state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
+        slots: of a number for each token of each chunk. norms: likewise for each head of keys.
+        tiles: of the matrices between the tokens of each chunk.
+        d_chunks: of D at the ends of chunks.
+        gates: of the parts of dg.
+        gradient, gradient_dtype: of dq and dk per value head.
+    """
+
+    def __init__(
+        self,
+        q: tuple[int, ...],
+        v: tuple[int, ...],
+        dtype: torch.dtype,
+        kind: int,
+        p: DeltaPlan,
+        with_gate: bool,
+        normalize: bool,
+        scale: float,
+        from_zero: bool,
+    ) -> None:
+        B, T, H, K = q
+        H_v, V = v[2:]
+        if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
+            raise ValueError(
+                f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {FUSED_MAX_DIM}, got {dtype} with "
+                f"K = {K}, V = {V}; use backend='torch'"
+            )
+        if max(p.segments, B * H_v) > MAX_GRID:
+            raise ValueError(
+                f"backend 'triton' takes up to {MAX_GRID} segments a rank (of {p.chunk} tokens or more, or of one "
+                f"document) and as many heads, got {p.segments} and {B * H_v}; split the sequence over more ranks or "
+                "use backend='torch'"
+            )
+        self.plan, self.scale, self.kind, self.normalize = p, scale, kind, normalize
+        self.with_gate, self.from_zero = with_gate, from_zero
+        self._dims, self.operand = (B, T, H, H_v, K, V), operand_dtype(dtype)
+        runs = B if p.tables is None else len(p.tables.bounds) - 1
+        self.state = (runs, H_v, K, V)
+        self.transition = (runs, H_v, K, K)
+        self.states, self.moves = (B, H_v, p.segments, K, V), (B, H_v, p.segments, K, K)
+        self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
+        self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
+        self.d_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
+        self.gates = (-(-K // p.keys.columns), B, T, H_v)
+        self.summed = H_v > H or normalize
+        self.gradient = (B, T, H_v, K)
+        self.gradient_dtype = torch.float32 if self.summed else self.operand
+
+    def _tile(self, dim: int) -> int:
+        return tile(dim, self.operand)
+
+    @property
+    def _key_heads(self) -> int:
+        """Heads of the keys that sweeps read: where they have decays, there are some for every value head."""
+        return self._dims[3] if self.kind == CHANNEL.value else self._dims[2]
+
+    @property
+    def _ways(self) -> tuple[Any, ...]:
+        return self.kind, self.plan.exact, self.normalize and self.kind != CHANNEL.value
+
+    def _by_segment(
+        self,
+        kernel: Any,
+        slices: int,
+        tiles: Tiles,
+        scalars: tuple[int | float, ...],
+        constants: tuple[Any, ...],
+    ) -> Launch:
+        p, (B, _, _, H_v, _, _) = self.plan, self._dims
+        scalars = (*scalars, p.segments, p.segment_chunks, p.chunks)
+        constants = (*constants, p.descriptors, p.packed, p.precision)
+        return Launch(kernel, (slices * H_v * B, p.segments), scalars, constants, tiles.warps, tiles.stages)
+
+    @cached_property
+    def gate_sums(self) -> Launch:
+        p, (B, T, _, H_v, _, _) = self.plan, self._dims
+        heads = min(GATE_SUMS_HEADS, triton.next_power_of_2(H_v))
+        constants = (p.chunk, heads, p.exact, p.packed)
+        return Launch(
+            gate_sums_kernel, (p.chunks, -(-H_v // heads) * B), (T, H_v, p.chunks), constants, GATE_SUMS_WARPS, 1
+        )
+
+    def norms_of(self, eps: float) -> Launch:
+        p, (B, T, H, _, K, _) = self.plan, self._dims
+        constants = (K, self._tile(K), p.chunk, p.packed)
+        return Launch(norms_kernel, (p.chunks, B * H), (eps, T, H, p.chunks), constants, 4, 1)
+
+    @cached_property
+    def key_gradient_sum(self) -> Launch:
+        p, (B, T, H, H_v, K, _) = self.plan, self._dims
+        constants = (K, self._tile(K), p.chunk, p.packed)
+        return Launch(key_gradient_sum_kernel, (p.chunks, B * H), (T, H, H_v, p.chunks), constants, WIDE_WARPS, 1)
+
+    @cached_property
+    def solve(self) -> Launch:
+        p, (B, T, H, H_v, K, _) = self.plan, self._dims
+        constants = (K, self._tile(K), p.chunk, *self._ways, p.packed, p.solve_precision)
+        return Launch(solve_kernel, (p.chunks, B * H_v), (T, H, H_v, p.chunks), constants, p.solve, 1)
+
+    @cached_property
+    def summary(self) -> Launch:
+        p, (_, T, _, H_v, K, V) = self.plan, self._dims
+        columns = p.summary.columns
+        constants = (K, V, self._tile(K), columns, p.chunk, *self._ways, not self.from_zero)
+        slices = -(-V // columns) + -(-K // columns)
+        return self._by_segment(delta_summary_kernel, slices, p.summary, (T, self._key_heads, H_v), constants)
+
+    @cached_property
+    def output(self) -> Launch:
+        p, (_, T, _, H_v, K, V) = self.plan, self._dims
+        constants = (K, V, self._tile(K), p.values.columns, p.chunk, *self._ways)
+        scalars = (self.scale, T, self._key_heads, H_v)
+        return self._by_segment(delta_output_kernel, -(-V // p.values.columns), p.values, scalars, constants)
+
+    @cached_property
+    def adjoint(self) -> Launch:
+        return self._reverse(total=False, values=False)
+
+    @cached_property
+    def whole_adjoint(self) -> Launch:
+        """Where what the whole run adds to the gradient is wanted."""
+        return self._reverse(total=True, values=False)
+
+    @cached_property
+    def values(self) -> Launch:
+        return self._reverse(total=True, values=True)
+
+    def _reverse(self, *, total: bool, values: bool) -> Launch:
+        p, (_, T, _, H_v, K, V) = self.plan, self._dims
+        rows, columns = self._tile(V), p.values.columns
+        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, total, values)
+        scalars = (self.scale, T, self._key_heads, H_v)
+        return self._by_segment(delta_reverse_kernel, rows // columns, p.values, scalars, constants)
+
+    @cached_property
+    def keys(self) -> Launch:
+        p, (B, T, H, H_v, K, V) = self.plan, self._dims
+        constants = (K, V, p.keys.columns, self._tile(V), p.chunk, *self._ways, self.with_gate, self._tile(K))
+        return self._by_segment(delta_keys_kernel, self.gates[0], p.keys, (self.scale, B, T, H, H_v), constants)
+
+    def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
+        """What enters segments; given: a state enters the run. leaves: what leaves it is wanted too."""
+        return self._scan(self._dims[5], (GIVEN if given else ZERO).value, leaves, reverse)
+
+    def transition_scan(self, *, reverse: bool) -> Launch:
+        """The run's transition, transposed if `reverse`."""
+        return self._scan(self._dims[4], IDENTITY.value, True, reverse)
+
+    @lru_cache(maxsize=16)  # noqa: B019: as long as the launches are kept
+    def _scan(self, columns: int, start: int, leaves: bool, reverse: bool) -> Launch:
+        p, (runs, H_v, K, _) = self.plan, self.state
+        step = min(SCAN_STEP, self._tile(K))
+        constants = (K, columns, self._tile(K), p.scan.columns, step, start, leaves, reverse, p.packed)
+        grid = (-(-columns // p.scan.columns) * runs * H_v, 1)
+        constants = (*constants, p.solve_precision)
+        return Launch(delta_scan_kernel, grid, (H_v, p.segments), constants, p.scan.warps, p.scan.stages)
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 has no range for u where beta is next to zero, nor for states."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@lru_cache(maxsize=256)
+def _launches(
+    q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device, *others: Any
+) -> DeltaLaunches:
+    return DeltaLaunches(q, v, dtype, kind, _plan(q, v, dtype, device), *others)
+
+
+def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> DeltaPlan:
+    B, T, H_v, V = v
+    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), *device_limits(device))
+
+
+def launches_of(
+    q: Tensor, v: Tensor, g: Tensor | None, *, normalize: bool, scale: float, from_zero: bool,
+    documents: Documents | None,
+) -> DeltaLaunches:  # fmt: skip
+    """The launches for such a run.
+
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    shapes = (q.shape, v.shape, q.dtype, kind_of(g), q.device)
+    others = (g is not None and g.requires_grad, normalize, scale, from_zero)
+    if documents is None:
+        return _launches(*shapes, *others)
+    kept = documents.layouts
+    if ("delta", shapes, others) not in kept:
+        p = packed_plan(_plan(q.shape, v.shape, q.dtype, q.device), documents, q.device)
+        kept["delta", shapes, others] = DeltaLaunches(*shapes[:4], p, *others)
+    found: DeltaLaunches = kept["delta", shapes, others]
+    return found
