@@ -15,23 +15,27 @@ from torch import Tensor
 from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.gate_sums import gate_sums_kernel
-from lasp.kernels.triton.decay.gates import CHANNEL, NONE, TOKEN
+from lasp.kernels.triton.decay.gates import CHANNEL
 from lasp.kernels.triton.decay.layout import packed_plan
 from lasp.kernels.triton.decay.work import (
     GATE_SUMS_HEADS,
     GATE_SUMS_WARPS,
     MAX_GRID,
+    base_levels,
     device_limits,
     kind_of,
-    partial_dtype,
 )
-from lasp.kernels.triton.delta.keys import delta_keys_kernel
+from lasp.kernels.triton.delta.channel_gradients import delta_channel_gradients_kernel
+from lasp.kernels.triton.delta.channel_operands import delta_channel_operands_kernel
+from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
+from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
 from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
 from lasp.kernels.triton.delta.output import delta_output_kernel
 from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
 from lasp.kernels.triton.delta.reverse import delta_reverse_kernel
 from lasp.kernels.triton.delta.segment_scan import GIVEN, IDENTITY, ZERO, delta_scan_kernel
 from lasp.kernels.triton.delta.solve import solve_kernel
+from lasp.kernels.triton.delta.states import delta_states_kernel
 from lasp.kernels.triton.delta.summary import delta_summary_kernel
 from lasp.recurrence.documents import Documents
 
@@ -46,15 +50,16 @@ class DeltaLaunches:
         plan: how they are cut.
         scale: of the outputs.
         operand: the dtype that the kernels take for inputs of `dtype`: that, or fp32 for fp16, which lacks the range.
-        kind: of decay, as in `gates`.
+        kind, per_channel: of decay, as in `gates`; whether that is a gate per channel.
+        mild: whether chunks whose gates per channel are mild have kernels of their own.
         normalize: whether queries and keys are divided by their lengths.
         with_gate: whether the gradient of the gate is wanted.
         from_zero: whether runs are whole and start from no state.
         state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
-        d_chunks: of D at the ends of chunks.
-        gates: of the parts of dg.
+        state_chunks: of S at the starts of chunks, or D at their ends.
+        gates: of the parts of dg. totals: of the decays of chunks. operands: of keys that have their decays.
         gradient, gradient_dtype: of dq and dk per value head.
     """
 
@@ -92,8 +97,11 @@ class DeltaLaunches:
         self.states, self.moves = (B, H_v, p.segments, K, V), (B, H_v, p.segments, K, K)
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
-        self.d_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
+        self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
         self.gates = (-(-K // p.keys.columns), B, T, H_v)
+        self.per_channel = kind == CHANNEL.value
+        self.mild = self.per_channel and base_levels(self.operand) > 0
+        self.totals, self.operands = (B, H_v, p.chunks, K), (B, T, H_v, K)
         self.summed = H_v > H or normalize
         self.gradient = (B, T, H_v, K)
         self.gradient_dtype = torch.float32 if self.summed else self.operand
@@ -104,11 +112,11 @@ class DeltaLaunches:
     @property
     def _key_heads(self) -> int:
         """Heads of the keys that sweeps read: where they have decays, there are some for every value head."""
-        return self._dims[3] if self.kind == CHANNEL.value else self._dims[2]
+        return self._dims[3] if self.per_channel else self._dims[2]
 
     @property
     def _ways(self) -> tuple[Any, ...]:
-        return self.kind, self.plan.exact, self.normalize and self.kind != CHANNEL.value
+        return self.kind, self.plan.exact, self.normalize and not self.per_channel
 
     def _by_segment(
         self,
@@ -184,11 +192,59 @@ class DeltaLaunches:
         scalars = (self.scale, T, self._key_heads, H_v)
         return self._by_segment(delta_reverse_kernel, rows // columns, p.values, scalars, constants)
 
+    # Of a gate per channel: a program for each chunk.
+
+    @lru_cache(maxsize=4)  # noqa: B019: as long as the launches are kept
+    def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
+        columns = self.plan.channel.columns
+        constants = (self._dims[4], columns, self.plan.chunk, self.normalize, queries, keys, self.mild)
+        return self._by_chunk(delta_channel_operands_kernel, 1, constants)
+
+    @lru_cache(maxsize=2)  # noqa: B019: likewise
+    def channel_scores(self, *, queries: bool) -> Launch:
+        columns = self.plan.channel.columns
+        constants = (self._dims[4], columns, self.plan.chunk, self.normalize, queries, *self._levels, self.mild)
+        return self._by_chunk(delta_channel_scores_kernel, 1, constants)
+
+    @lru_cache(maxsize=2)  # noqa: B019: likewise
+    def channel_gradients(self, *, mild: bool) -> Launch:
+        K, V = self._dims[4:]
+        rows, columns = self._tile(V), self.plan.channel.columns
+        # Few values at a time where a thread holds what it contracts.
+        values = min(rows, columns if self.plan.exact else 128)
+        constants = (
+            K, V, columns, values, self.plan.chunk, self.normalize, self.with_gate, rows, self._tile(K), mild,
+            self.mild, *self._levels, self.from_zero,
+        )  # fmt: skip
+        return self._by_chunk(delta_channel_gradients_kernel, -(-K // columns), constants)
+
+    @property
+    def _levels(self) -> tuple[int, int]:
+        return base_levels(self.operand), self.plan.chunk.bit_length() - 1
+
+    def _by_chunk(self, kernel: Any, slices: int, constants: tuple[Any, ...]) -> Launch:
+        p, (B, T, H, H_v, _, _) = self.plan, self._dims
+        scalars, constants = (self.scale, T, H, H_v, p.chunks), (*constants, p.packed, p.precision)
+        return Launch(kernel, (p.chunks, slices * B * H_v), scalars, constants, p.channel.warps, p.channel.stages)
+
     @cached_property
-    def keys(self) -> Launch:
+    def chunk_states(self) -> Launch:
+        p, (_, T, _, H_v, K, V) = self.plan, self._dims
+        rows, columns = self._tile(V), p.values.columns
+        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways)
+        return self._by_segment(delta_states_kernel, rows // columns, p.values, (T, self._key_heads, H_v), constants)
+
+    @cached_property
+    def gradients(self) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, p.keys.columns, self._tile(V), p.chunk, *self._ways, self.with_gate, self._tile(K))
-        return self._by_segment(delta_keys_kernel, self.gates[0], p.keys, (self.scale, B, T, H, H_v), constants)
+        columns, rows = p.keys.columns, self._tile(V)
+        values = min(rows, columns if p.exact else 128)
+        ways = (*self._ways, self.with_gate, rows, self._tile(K), p.packed, p.precision)
+        constants = (K, V, columns, values, p.chunk, *ways)
+        grid = (p.chunks, self.gates[0] * B * H_v)
+        return Launch(
+            delta_gradients_kernel, grid, (self.scale, B, T, H, H_v, p.chunks), constants, p.keys.warps, p.keys.stages
+        )
 
     def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
         """What enters segments; given: a state enters the run. leaves: what leaves it is wanted too."""
@@ -217,12 +273,12 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 def _launches(
     q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device, *others: Any
 ) -> DeltaLaunches:
-    return DeltaLaunches(q, v, dtype, kind, _plan(q, v, dtype, device), *others)
+    return DeltaLaunches(q, v, dtype, kind, _plan(q, v, dtype, kind, device), *others)
 
 
-def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> DeltaPlan:
+def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
     B, T, H_v, V = v
-    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), *device_limits(device))
+    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
 
 
 def launches_of(
@@ -240,7 +296,7 @@ def launches_of(
         return _launches(*shapes, *others)
     kept = documents.layouts
     if ("delta", shapes, others) not in kept:
-        p = packed_plan(_plan(q.shape, v.shape, q.dtype, q.device), documents, q.device)
+        p = packed_plan(_plan(*shapes), documents, q.device)
         kept["delta", shapes, others] = DeltaLaunches(*shapes[:4], p, *others)
     found: DeltaLaunches = kept["delta", shapes, others]
     return found

@@ -18,8 +18,9 @@ from lasp.kernels.triton.decay.plan import (
 )
 
 CHUNK = 64
-# fp32: products by vector instructions, and gates summed pair by pair.
-EXACT_CHUNK = 32
+# Of fp32: products by vector instructions, and gates summed pair by pair. And where gates per channel are fp32 tiles of
+# wide heads.
+SMALL_CHUNK = 32
 
 
 class DeltaPlan(NamedTuple):
@@ -34,6 +35,7 @@ class DeltaPlan(NamedTuple):
         summary, values: of the sweeps that hold states of few columns: summaries; o, and dv.
         keys: of the sweep of dq and dk.
         scan: of the scan over segments.
+        channel: of the kernels of gates per channel that have a program a chunk.
         exact: whether decays between tokens are summed pair by pair.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
@@ -50,6 +52,7 @@ class DeltaPlan(NamedTuple):
     values: Tiles
     keys: Tiles
     scan: Tiles
+    channel: Tiles
     exact: bool
     descriptors: bool
     precision: str
@@ -73,6 +76,7 @@ def delta_plan(
     K: int,
     V: int,
     dtype: torch.dtype,
+    per_channel: bool,
     processors: int,
     shared_bytes: int,
     hopper: bool,
@@ -81,16 +85,17 @@ def delta_plan(
 
     Args:
         dtype: bf16, or fp32 (also for fp16 inputs), of the kernels' operands.
+        per_channel: whether that is the kind of decay.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
         hopper: whether it is of NVIDIA's Hopper generation.
     """
     exact = dtype == torch.float32
-    chunk = EXACT_CHUNK if exact else CHUNK
+    wide = max(K, V) > 128
+    chunk = SMALL_CHUNK if exact or (per_channel and wide) else CHUNK
     chunks = max(1, -(-tokens // chunk))
     length = segment_chunks(chunks, heads, processors)
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
-    wide = max(K, V) > 128
     if exact:
         values = keys = Tiles(16, 8, 1) if wide else Tiles(32, 4, 1)
         summary = values
@@ -105,11 +110,12 @@ def delta_plan(
         segment_chunks=length,
         segments=-(-chunks // length),
         chunks=chunks,
-        solve=4 if exact else 1,
+        solve=1 if chunk == CHUNK else 4,
         summary=summary._replace(columns=min(summary.columns, tile(max(K, V), dtype))),
         values=values._replace(columns=min(values.columns, tile(V, dtype))),
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),
         scan=Tiles(16, 4, 2 if most > 1 else 1),
+        channel=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
         exact=exact,
         descriptors=aligned and not exact and length >= DESCRIPTOR_CHUNKS,
         precision="ieee",

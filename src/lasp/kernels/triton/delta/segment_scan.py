@@ -59,7 +59,7 @@ def delta_scan_kernel(
         if LEAVES or turn < segments - 1:
             state = tl.zeros((BK, BV), tl.float32)
             if START != IDENTITY:
-                added, mask = state_tile(added_ptr + at * K * V, 0, column, K, V, V, 1, BK, BV)
+                added, _ = state_tile(added_ptr + at * K * V, 0, column, K, V, V, 1, BK, BV)
                 state = tl.load(added, mask=mask, other=0.0)
             # Products take their operands from memory: what this program has just stored.
             tl.debug_barrier()
@@ -67,12 +67,12 @@ def delta_scan_kernel(
                 moves = moves_ptr + at * K * K
                 for first in range(0, K, STEP):
                     if REVERSE:
-                        pointers, mask = state_tile(moves, 0, first, K, K, 1, K, BK, STEP)
+                        rows, inside = state_tile(moves, 0, first, K, K, 1, K, BK, STEP)
                     else:
-                        pointers, mask = state_tile(moves, 0, first, K, K, K, 1, BK, STEP)
-                    move = tl.load(pointers, mask=mask, other=0.0)
-                    pointers, mask = state_tile(entering_ptr + at * K * V, first, column, K, V, V, 1, STEP, BV)
-                    before = tl.load(pointers, mask=mask, other=0.0)
+                        rows, inside = state_tile(moves, 0, first, K, K, K, 1, BK, STEP)
+                    move = tl.load(rows, mask=inside, other=0.0)
+                    before, within = state_tile(entering_ptr + at * K * V, first, column, K, V, V, 1, STEP, BV)
+                    before = tl.load(before, mask=within, other=0.0)
                     state = tl.dot(move, before, state, input_precision=PRECISION)
     if LEAVES:
         leaving, mask = state_tile(leaving_ptr + run * K * V, 0, column, K, V, V, 1, BK, BV)

@@ -59,8 +59,8 @@ def solve_kernel(
     beta = tl.load(beta_ptr + i * H_v, mask=i < length, other=0.0)
     tl.store(betas_ptr + slot + i, tl.where(beta < MIN_BETA, MIN_BETA, beta))
 
-    if EXACT:
-        # Small chunks: one block. Gates between tokens are summed pair by pair.
+    if C < 4 * BLOCK:
+        # Small chunks: one block, whose gates are summed between tokens.
         late = tl.arange(0, C)[None, :]
         overlaps = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, late, late, length, H * K, K, BK, C, NONE
                              if KIND == TOKEN else KIND, NORMALIZE, PRECISION)  # fmt: skip

@@ -1,8 +1,8 @@
 """The delta rule's stages on a GPU.
 
 summarize: A of every chunk, what every segment does to the state, scan over segments.  outputs: sweep of o and u.
-summarize_adjoint: sweep of D, reversed scan.  gradients: sweep of dv, which leaves D at every chunk's end; sweep of dq,
-dk and the rest.  Kept for backward: A, u and a state and a transition per segment, with other ranks' part applied.
+summarize_adjoint: sweep of D, reversed scan.  gradients: sweep of dv, which leaves D at every chunk's end; sweep of S,
+likewise; the rest chunk by chunk.  Kept for backward: A, u and a state and a transition per segment, with other ranks' part applied.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import use_scratch
+from lasp.kernels.triton.common.launch import Launch, use_scratch
+from lasp.kernels.triton.decay.channel_stages import stretch_matrices
 from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, given, places_of
 from lasp.kernels.triton.delta.launches import DeltaLaunches, launches_of
@@ -31,6 +32,30 @@ class DeltaTensors(NamedTuple):
     work: DeltaLaunches
 
 
+class Channels(NamedTuple):
+    """Keys with a gate per channel's decays, k 2^prefix and k 2^suffix [B, T, H_v, K]; the chunks' log-decays
+    [B, H_v, chunks, K] (base 2); int32 [B, H_v, chunks], which of them are not mild."""
+
+    reading: Tensor
+    storing: Tensor
+    totals: Tensor
+    steep: Tensor
+
+
+class Queries(NamedTuple):
+    """What queries have before the sweep of outputs.
+
+    Attributes:
+        q: as in `DeltaTensors`; of a gate per channel scale q 2^prefix [B, T, H_v, K].
+        norms: [B, H, chunks C], or None.
+        scores: of a gate per channel P [B, H_v, chunks, C, C], or None.
+    """
+
+    q: Tensor
+    norms: Tensor | None
+    scores: Tensor | None
+
+
 class Chunks(NamedTuple):
     """What is made of every chunk before any sweep.
 
@@ -39,12 +64,14 @@ class Chunks(NamedTuple):
         betas: [B, H_v, chunks C].
         gates: prefix and, where decays are exact, suffix, likewise; none without a gate per token.
         k_norms: [B, H, chunks C], or None.
+        channels: of a gate per channel, or None.
     """
 
     inverse: Tensor
     betas: Tensor
     gates: tuple[Tensor, ...]
     k_norms: Tensor | None
+    channels: Channels | None
 
 
 class DeltaSegments(NamedTuple):
@@ -63,7 +90,7 @@ class DeltaSaved(NamedTuple):
     entering: Tensor | None
     moves: Tensor | None
     chunks: Chunks
-    q_norms: Tensor | None
+    queries: Queries
 
 
 def tensors_of(
@@ -100,11 +127,57 @@ def chunks_made(x: DeltaTensors) -> Chunks:
         work.gate_sums(x.g, *_two(gates, gates[0]), places)
     norms = _norms(x, x.k)
     inverse, betas = x.v.new_empty(work.tiles), _fp32(x, work.slots)
-    g, unread = given(x.g, x.beta), betas
+    g, unread, channels, overlaps = given(x.g, x.beta), betas, None, betas
+    if work.per_channel:
+        channels, overlaps = _channels(x, norms)
     work.solve(
-        x.k, given(norms, unread), unread, x.beta, g, _two(gates, unread)[0], inverse, betas, places
+        x.k, given(norms, unread), overlaps, x.beta, g, _two(gates, unread)[0], inverse, betas, places
     )  # fmt: skip
-    return Chunks(inverse, betas, gates, norms)
+    return Chunks(inverse, betas, gates, norms, channels)
+
+
+def _stretches(x: DeltaTensors) -> Tensor:
+    return stretch_matrices(x.work.plan.chunk, x.work.plan.exact, x.v.device)
+
+
+def _channels(x: DeltaTensors, norms: Tensor | None) -> tuple[Channels, Tensor]:
+    """And L of every chunk."""
+    work, places = x.work, chunks_of(x.work.plan, x.beta)
+    reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
+    totals, overlaps = _fp32(x, work.totals), _fp32(x, work.tiles)
+    steep = torch.empty(work.totals[:3], dtype=torch.int32, device=x.v.device)
+    stretches, unread = _stretches(x), totals
+    assert x.g is not None
+    norms = given(norms, unread)
+    work.channel_operands(queries=False, keys=True)(
+        x.k, x.k, x.g, norms, norms, stretches, reading, reading, storing, totals, reading, overlaps, steep, places
+    )
+    work.channel_scores(queries=False)(
+        x.k, x.k, x.g, norms, norms, stretches, reading, overlaps, steep, places
+    )  # fmt: skip
+    return Channels(reading, storing, totals, steep), overlaps
+
+
+def queries_made(x: DeltaTensors, chunks: Chunks) -> Queries:
+    work, norms = x.work, _norms(x, x.q)
+    if chunks.channels is None:
+        return Queries(x.q, norms, None)
+    queries, scores, (_, _, totals, steep) = x.v.new_empty(work.operands), x.v.new_empty(work.tiles), chunks.channels
+    places, stretches = chunks_of(work.plan, totals), _stretches(x)
+    both = (given(norms, totals), given(chunks.k_norms, totals))
+    assert x.g is not None
+    work.channel_operands(queries=True, keys=False)(
+        x.q, x.k, x.g, *both, stretches, queries, queries, queries, totals, scores, totals, steep, places
+    )
+    work.channel_scores(queries=True)(x.q, x.k, x.g, *both, stretches, scores, totals, steep, places)
+    return Queries(queries, norms, scores)
+
+
+def _sweep_keys(x: DeltaTensors, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys that read, those that are written at, and by how much chunks decay."""
+    if chunks.channels is None:
+        return x.k, x.k, chunks.betas
+    return chunks.channels[:3]
 
 
 def totals(x: DeltaTensors, *, summarized: bool) -> DeltaSegments:
@@ -112,9 +185,10 @@ def totals(x: DeltaTensors, *, summarized: bool) -> DeltaSegments:
     if work.plan.whole and not summarized:
         return DeltaSegments(None, None, chunks)
     added, moves = _fp32(x, work.states), _fp32(x, work.moves)
+    reading, storing, decays = _sweep_keys(x, chunks)
     work.summary(
-        x.k, x.k, x.v, chunks.inverse, chunks.betas, given(chunks.k_norms, added), *_two(chunks.gates, added), added,
-        added, moves, places_of(work.plan, added),
+        reading, storing, x.v, chunks.inverse, chunks.betas, given(chunks.k_norms, added),
+        *_two(chunks.gates, added), decays, added, moves, places_of(work.plan, added),
     )  # fmt: skip
     return DeltaSegments(added, moves, chunks)
 
@@ -146,16 +220,16 @@ def outputs(x: DeltaTensors, segments: DeltaSegments, state_in: Tensor | None) -
         assert segments.moves is not None
         entering, _ = _scanned(x, segments.added, segments.moves, state_in, leaves=False, reverse=False)
     o, u, leaving = torch.empty_like(x.v), torch.empty_like(x.v), _fp32(x, work.state)
-    q_norms = _norms(x, x.q)
-    unread = leaving
+    queries, unread = queries_made(x, chunks), leaving
+    reading, storing, decays = _sweep_keys(x, chunks)
     work.output(
-        x.q, x.k, x.k, x.v, chunks.inverse, unread, chunks.betas, given(q_norms, unread),
-        given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread), unread, o, u, leaving,
-        places_of(work.plan, unread), entering,
+        queries.q, reading, storing, x.v, chunks.inverse, given(queries.scores, x.v), chunks.betas,
+        given(queries.norms, unread), given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread),
+        decays, o, u, leaving, places_of(work.plan, unread), entering,
     )  # fmt: skip
     if x.v.numel() == 0:  # no kernel ran
         leaving.zero_() if state_in is None else leaving.copy_(state_in)
-    return o, DeltaSaved(leaving, u, entering, segments.moves, chunks, q_norms)
+    return o, DeltaSaved(leaving, u, entering, segments.moves, chunks, queries)
 
 
 def totals_adjoint(x: DeltaTensors, saved: DeltaSaved, d_o: Tensor, *, summarized: bool) -> Tensor | None:
@@ -174,17 +248,18 @@ def _reverse(
     x: DeltaTensors,
     saved: DeltaSaved,
     d_o: Tensor,
-    launch: object,
+    launch: Launch,
     added: Tensor,
     dv: Tensor,
     d_chunks: Tensor,
     entering: Tensor | None,
 ) -> None:
-    chunks, unread = saved.chunks, saved.leaving
-    launch(  # type: ignore[operator]
-        x.q, x.k, x.k, d_o, chunks.inverse, unread, chunks.betas, given(saved.q_norms, unread),
-        given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread), unread, added, dv, d_chunks,
-        places_of(x.work.plan, unread), entering,
+    chunks, queries, unread = saved.chunks, saved.queries, saved.leaving
+    reading, storing, decays = _sweep_keys(x, chunks)
+    launch(
+        queries.q, reading, storing, d_o, chunks.inverse, given(queries.scores, d_o), chunks.betas,
+        given(queries.norms, unread), given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread),
+        decays, added, dv, d_chunks, places_of(x.work.plan, unread), entering,
     )  # fmt: skip
 
 
@@ -197,19 +272,36 @@ def gradients(
     if added is not None and not work.plan.whole:
         assert saved.moves is not None
         entering, _ = _scanned(x, added, saved.moves, d_state_out, leaves=False, reverse=True)
-    dv, d_chunks = torch.empty_like(x.v), x.v.new_empty(work.d_chunks)
+    dv = torch.empty_like(x.v)
+    s_chunks, d_chunks = (x.v.new_empty(work.state_chunks) for _ in range(2))
     _reverse(x, saved, d_o, work.values, unread, dv, d_chunks, entering)
-    dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
-    d_beta = _fp32(x, tuple(x.beta.shape))
-    dg = _fp32(x, work.gates) if work.with_gate else unread
-    work.keys(
-        x.q, x.k, d_o, saved.u, dv, chunks.betas, given(saved.q_norms, unread), given(chunks.k_norms, unread),
-        given(x.g, unread), *_two(chunks.gates, unread), d_chunks, dq, dk, d_beta, dg,
+    _, storing, decays = _sweep_keys(x, chunks)
+    work.chunk_states(
+        storing, saved.u, given(chunks.k_norms, unread), *_two(chunks.gates, unread), decays, s_chunks,
         places_of(work.plan, unread), saved.entering,
     )  # fmt: skip
+    dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
+    d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
+    places, norms = chunks_of(work.plan, unread), (given(q_norms, unread), given(chunks.k_norms, unread))
+    dg: Tensor | None = None
+    if chunks.channels is not None:
+        _, _, totals, steep = chunks.channels
+        dg = _fp32(x, work.operands) if work.with_gate else None
+        for mild in (True, False) if work.mild else (False,):
+            work.channel_gradients(mild=mild)(
+                x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, s_chunks, d_chunks,
+                totals, dq, dk, d_beta, given(dg, unread), places,
+            )  # fmt: skip
+    else:
+        parts = _fp32(x, work.gates) if work.with_gate else unread
+        work.gradients(
+            x.q, x.k, d_o, saved.u, dv, chunks.betas, *norms, given(x.g, unread), *_two(chunks.gates, unread),
+            s_chunks, d_chunks, dq, dk, d_beta, parts, places,
+        )  # fmt: skip
+        dg = parts.sum(0) if work.with_gate else None
     if work.summed:
-        dq, dk = _summed(x, x.q, dq, saved.q_norms), _summed(x, x.k, dk, chunks.k_norms)
-    return dq, dk, dv, d_beta, dg.sum(0) if work.with_gate else None
+        dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
+    return dq, dk, dv, d_beta, dg
 
 
 def _summed(x: DeltaTensors, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:

@@ -1,0 +1,201 @@
+"""The gradients of q, k, beta and the gate for a gate per channel, put together chunk by chunk.
+
+With z = scale tril(do u^T), m = -strict(dv u^T), both without decays:
+
+    dq_i = sum_{j <= i} z_ij 2^between(i, j) k_j + scale 2^prefix_i (do S^T)_i
+    dk_i = reads_i + writes_i
+    reads_i  = sum_{j < i} m_ij 2^between(i, j) k_j - 2^prefix_i (dv S^T)_i
+    writes_j = sum_{i >= j} 2^between(i, j) (z_ij q_i + m_ij k_i) + 2^suffix_j (u D^T)_j
+    dg_t = sum_{s >= t} (q_s dq_s + k_s reads_s - k_s writes_s) + leaving            per channel, s within the chunk
+    leaving = 2^total S D + sum_s k_s 2^suffix_s (u D^T)_s                           S D at the chunk's end
+
+What pairs within the chunk add to dg cancels where it should, to fp32, since both sides take the same rounded operands.
+Where gates are mild all tokens meet in the chunk's middle; other chunks go by levels, as in `decay.channel_within`.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.decay.channel_gates import (
+    DESCRIPTORS,
+    base_operand,
+    gate_operand,
+    in_base_block,
+    is_done,
+    is_late,
+    load_channel_gates,
+    load_stretches,
+    meets,
+    prefix_sums,
+    suffix_sums,
+    sum_over,
+    sums_to_end,
+    sums_to_middle,
+)
+from lasp.kernels.triton.decay.place import begins_run, chunk_place
+from lasp.kernels.triton.delta.chunk import lengths
+from lasp.kernels.triton.delta.within import products_over_values, store_d_beta
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
+def delta_channel_gradients_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    do_ptr,  # [B, T, H_v, V]
+    u_ptr,  # [B, T, H_v, V]
+    dv_ptr,  # [B, T, H_v, V]
+    g_ptr,  # fp32 [B, T, H_v, K]
+    q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
+    k_norms_ptr,  # likewise
+    beta_ptr,  # fp32 [B, H_v, chunks C]
+    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    steep_ptr,  # int32 [B, H_v, chunks] if MARKED
+    s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
+    d_chunks_ptr,  # likewise: D^T at the end of each chunk
+    totals_ptr,  # fp32 [B, H_v, chunks, K]
+    dq_ptr,  # [B, T, H_v, K], written
+    dk_ptr,  # likewise
+    d_beta_ptr,  # fp32 [B, T, H_v], written
+    dg_ptr,  # fp32 [B, T, H_v, K], written if GATE
+    places_ptr,  # int32 [chunks, 3] if PACKED
+    scale,
+    T,
+    H,
+    H_v,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,  # channels a program has
+    BV: tl.constexpr,  # columns of v, u, do at a time
+    C: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MILD: tl.constexpr,  # whether it does mild chunks; if not others
+    MARKED: tl.constexpr,  # whether chunks are either; if not, all are done
+    BASE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = (K + BK - 1) // BK
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    chunk = tl.program_id(0)
+    part = tl.program_id(1) % slices
+    head = tl.program_id(1) // slices % H_v
+    batch = tl.cast(tl.program_id(1) // slices // H_v, tl.int64)
+    at = (batch * H_v + head) * chunks + chunk
+    if MARKED:
+        if (tl.load(steep_ptr + at) == 0) != MILD:
+            return
+    column = part * BK
+    first, last = chunk_place(places_ptr, chunk, T, C, PACKED)
+    key_head = head // (H_v // H)
+    qk = (batch * T * H + key_head) * K
+    tokens = batch * T * H_v + head
+    out = tokens * K
+    vo = tokens * V
+    norms_at = ((batch * H + key_head) * chunks + chunk) * C
+    q_norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE)[:, None]
+    k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)[:, None]
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+
+    z, z_t, m, m_t, read_q, read_k, of_state, leaving = products_over_values(
+        do_ptr + vo, u_ptr + vo, dv_ptr + vo, s_chunks_ptr + at * (ROWS * COLUMNS),
+        d_chunks_ptr + at * (ROWS * COLUMNS), first, last, H_v * V, column, V, BK, BV, C, COLUMNS, PRECISION,
+    )  # fmt: skip
+    read_q *= scale
+    if part == 0:
+        store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, first, last, H_v, C)
+    gates = load_channel_gates(g_ptr + out, first, last, column, last, H_v * K, K, C, BK, DESCRIPTORS)
+    operand = gate_operand(gates, dtype)
+    q = load_chunk(q_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * q_norms
+    k = load_chunk(k_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * k_norms
+    d = column + tl.arange(0, BK)
+    leaving *= tl.exp2(tl.load(totals_ptr + at * K + d, mask=d < K, other=0.0))
+    if MILD:
+        to_middle = sums_to_middle(stretches_ptr, operand, C)
+        # Of gates as rounded, so that they and `to_middle` cancel.
+        rounded = operand.to(tl.float32)
+        early = tl.exp2(tl.sum(tl.where(i < C // 2, rounded, 0.0), 0))[None, :]
+        late = tl.exp2(tl.sum(tl.where(i < C // 2, 0.0, rounded), 0))[None, :]
+        to = tl.exp2(to_middle)
+        back = tl.exp2(-to_middle)
+        near_q = (q * to).to(dtype)
+        near_k = (k * to).to(dtype)
+        far_k = (k * back).to(dtype)
+        z = tl.where(i >= j, z * scale, 0.0).to(dtype)
+        m = tl.where(i > j, -m, 0.0).to(dtype)
+        d_q = tl.dot(z, far_k, read_q * early, input_precision=PRECISION)
+        dq = to * d_q
+        terms = near_q * d_q
+        d_reads = tl.dot(m, far_k, -(read_k * early), input_precision=PRECISION)
+        dk = to * d_reads
+        terms += near_k * d_reads
+        of_state *= late
+        leaving += tl.sum(far_k * of_state, 0)
+        z_t = tl.where(i <= j, z_t * scale, 0.0).to(dtype)
+        m_t = tl.where(i < j, -m_t, 0.0).to(dtype)
+        d_writes = tl.dot(z_t, near_q, of_state, input_precision=PRECISION)
+        d_writes = tl.dot(m_t, near_k, d_writes, input_precision=PRECISION)
+        dk += back * d_writes
+        terms -= far_k * d_writes
+    else:
+        diagonal = tl.sum(tl.where(i == j, z, 0.0), 1)[:, None] * scale
+        z = tl.where(i > j, z, tl.where(i < j, z_t, 0.0)) * scale
+        m = -tl.where(i > j, m, tl.where(i < j, m_t, 0.0))
+        z = z.to(dtype)
+        m = m.to(dtype)
+        from_start = tl.exp2(prefix_sums(operand, C))
+        dq = read_q * from_start
+        reads = -(read_k * from_start)
+        of_state *= tl.exp2(suffix_sums(operand, C))
+        leaving += tl.sum(k * of_state, 0)
+        terms = q * dq + k * reads - k * of_state
+        # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
+        dq += diagonal * k
+        dk = reads + of_state + diagonal * q
+        if BASE > 0:
+            to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+            to = tl.exp2(to_middle)
+            back = tl.exp2(-to_middle)
+            block = in_base_block(BASE, C)
+            near_q = (q * to).to(dtype)
+            near_k = (k * to).to(dtype)
+            far_k = (k * back).to(dtype)
+            d_q = tl.dot(tl.where(block & (i > j), z, 0.0), far_k, input_precision=PRECISION)
+            dq += to * d_q
+            d_reads = tl.dot(tl.where(block & (i > j), m, 0.0), far_k, input_precision=PRECISION)
+            d_writes = tl.dot(tl.where(block & (i < j), z, 0.0), near_q, input_precision=PRECISION)
+            d_writes = tl.dot(tl.where(block & (i < j), m, 0.0), near_k, d_writes, input_precision=PRECISION)
+            dk += to * d_reads + back * d_writes
+            terms += near_q * d_q + near_k * d_reads - far_k * d_writes
+        for level in range(BASE, LEVELS):
+            is_reading = is_late(level, C)
+            decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+            met = meets(level, C)
+            x = (tl.where(is_reading, q, k) * decay).to(dtype)
+            found = tl.dot(tl.where(met, z, 0.0), x, input_precision=PRECISION)
+            d_x = decay * found
+            dq += tl.where(is_reading, d_x, 0.0)
+            dk += tl.where(is_reading, 0.0, d_x)
+            own = x * found
+            x = (k * decay).to(dtype)
+            found = tl.dot(tl.where(met, m, 0.0), x, input_precision=PRECISION)
+            dk += decay * found
+            own += x * found
+            terms += tl.where(is_reading, own, -own)
+    store_chunk(dq_ptr + out, (dq * q_norms).to(dq_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK,
+                DESCRIPTORS)  # fmt: skip
+    store_chunk(dk_ptr + out, (dk * k_norms).to(dk_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK,
+                DESCRIPTORS)  # fmt: skip
+    if GATE:
+        dg = sums_to_end(terms, dtype, C) + leaving[None, :]
+        if FROM_ZERO:
+            # Nothing precedes a run's first token: exactly, not but for rounding.
+            dg = tl.where((i == 0) & begins_run(places_ptr, chunk, PACKED), 0.0, dg)
+        store_chunk(dg_ptr + out, dg, first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
