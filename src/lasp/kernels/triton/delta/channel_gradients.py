@@ -35,7 +35,15 @@ from lasp.kernels.triton.decay.channel_gates import (
 )
 from lasp.kernels.triton.decay.place import begins_run, chunk_place
 from lasp.kernels.triton.delta.chunk import lengths
-from lasp.kernels.triton.delta.within import products_over_values, store_d_beta
+from lasp.kernels.triton.delta.gradients import STEP
+from lasp.kernels.triton.delta.within import (
+    between_tokens,
+    from_state,
+    paired,
+    state_slice,
+    store_d_beta,
+    token_tile,
+)
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
@@ -53,7 +61,6 @@ def delta_channel_gradients_kernel(
     steep_ptr,  # int32 [B, H_v, chunks] if MARKED
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
-    totals_ptr,  # fp32 [B, H_v, chunks, K]
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     d_beta_ptr,  # fp32 [B, T, H_v], written
@@ -104,61 +111,88 @@ def delta_channel_gradients_kernel(
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
 
-    z, z_t, m, m_t, read_q, read_k, of_state, leaving = products_over_values(
-        do_ptr + vo, u_ptr + vo, dv_ptr + vo, s_chunks_ptr + at * (ROWS * COLUMNS),
-        d_chunks_ptr + at * (ROWS * COLUMNS), first, last, H_v * V, column, V, BK, BV, C, COLUMNS, PRECISION,
-    )  # fmt: skip
-    read_q *= scale
-    if part == 0:
-        store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, first, last, H_v, C)
+    do_ptr += vo
+    u_ptr += vo
+    dv_ptr += vo
+    s_chunks_ptr += at * (ROWS * COLUMNS)
+    d_chunks_ptr += at * (ROWS * COLUMNS)
+    row = H_v * V
+
+    u = token_tile(u_ptr, first, last, row, V, BV, C)
+    do = token_tile(do_ptr, first, last, row, V, BV, C)
+    dv = token_tile(dv_ptr, first, last, row, V, BV, C)
+    state = state_slice(s_chunks_ptr, column, V, BV, BK, COLUMNS)
+    d_state = state_slice(d_chunks_ptr, column, V, BV, BK, COLUMNS)
     gates = load_channel_gates(g_ptr + out, first, last, column, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     q = load_chunk(q_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * q_norms
     k = load_chunk(k_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * k_norms
-    d = column + tl.arange(0, BK)
-    leaving *= tl.exp2(tl.load(totals_ptr + at * K + d, mask=d < K, other=0.0))
     if MILD:
+        # In an order that holds few tiles at a time.
         to_middle = sums_to_middle(stretches_ptr, operand, C)
         # Of gates as rounded, so that they and `to_middle` cancel.
         rounded = operand.to(tl.float32)
         early = tl.exp2(tl.sum(tl.where(i < C // 2, rounded, 0.0), 0))[None, :]
         late = tl.exp2(tl.sum(tl.where(i < C // 2, 0.0, rounded), 0))[None, :]
         to = tl.exp2(to_middle)
-        back = tl.exp2(-to_middle)
         near_q = (q * to).to(dtype)
         near_k = (k * to).to(dtype)
-        far_k = (k * back).to(dtype)
+        far_k = (k * tl.exp2(-to_middle)).to(dtype)
+        read = from_state(do, state, do_ptr, s_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
+        z = between_tokens(do, u, do_ptr, u_ptr, first, last, row, V, BV, C, PRECISION)
         z = tl.where(i >= j, z * scale, 0.0).to(dtype)
-        m = tl.where(i > j, -m, 0.0).to(dtype)
-        d_q = tl.dot(z, far_k, read_q * early, input_precision=PRECISION)
-        dq = to * d_q
+        d_q = tl.dot(z, far_k, read * (early * scale), input_precision=PRECISION)
+        dq = to * d_q * q_norms
+        store_chunk(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
         terms = near_q * d_q
-        d_reads = tl.dot(m, far_k, -(read_k * early), input_precision=PRECISION)
-        dk = to * d_reads
+        read = from_state(dv, state, dv_ptr, s_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
+        m = between_tokens(dv, u, dv_ptr, u_ptr, first, last, row, V, BV, C, PRECISION)
+        if part == 0:
+            store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, first, last, H_v, C)
+        m = tl.where(i > j, -m, 0.0).to(dtype)
+        d_reads = tl.dot(m, far_k, -(read * early), input_precision=PRECISION)
         terms += near_k * d_reads
-        of_state *= late
-        leaving += tl.sum(far_k * of_state, 0)
-        z_t = tl.where(i <= j, z_t * scale, 0.0).to(dtype)
-        m_t = tl.where(i < j, -m_t, 0.0).to(dtype)
-        d_writes = tl.dot(z_t, near_q, of_state, input_precision=PRECISION)
-        d_writes = tl.dot(m_t, near_k, d_writes, input_precision=PRECISION)
-        dk += back * d_writes
-        terms -= far_k * d_writes
+        written = from_state(
+            u, d_state, u_ptr, d_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        ) * late  # fmt: skip
+        if GATE:
+            leaving = tl.sum(far_k * written, 0)
+        z = between_tokens(u, do, u_ptr, do_ptr, first, last, row, V, BV, C, PRECISION)
+        z = tl.where(i <= j, z * scale, 0.0).to(dtype)
+        written = tl.dot(z, near_q, written, input_precision=PRECISION)
+        m = between_tokens(u, dv, u_ptr, dv_ptr, first, last, row, V, BV, C, PRECISION)
+        m = tl.where(i < j, -m, 0.0).to(dtype)
+        written = tl.dot(m, near_k, written, input_precision=PRECISION)
+        dk = to * d_reads + tl.exp2(-to_middle) * written
+        terms -= far_k * written
     else:
-        diagonal = tl.sum(tl.where(i == j, z, 0.0), 1)[:, None] * scale
-        z = tl.where(i > j, z, tl.where(i < j, z_t, 0.0)) * scale
+        z = between_tokens(do, u, do_ptr, u_ptr, first, last, row, V, BV, C, PRECISION) * scale
+        m = between_tokens(dv, u, dv_ptr, u_ptr, first, last, row, V, BV, C, PRECISION)
+        if part == 0:
+            store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, first, last, H_v, C)
+        z_t = between_tokens(u, do, u_ptr, do_ptr, first, last, row, V, BV, C, PRECISION) * scale
+        m_t = between_tokens(u, dv, u_ptr, dv_ptr, first, last, row, V, BV, C, PRECISION)
+        dq = from_state(
+            do, state, do_ptr, s_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        ) * scale  # fmt: skip
+        dk = from_state(dv, state, dv_ptr, s_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
+        written = from_state(
+            u, d_state, u_ptr, d_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        )  # fmt: skip
+        diagonal = tl.sum(tl.where(i == j, z, 0.0), 1)[:, None]
+        z = tl.where(i > j, z, tl.where(i < j, z_t, 0.0)).to(dtype)
         m = -tl.where(i > j, m, tl.where(i < j, m_t, 0.0))
-        z = z.to(dtype)
         m = m.to(dtype)
         from_start = tl.exp2(prefix_sums(operand, C))
-        dq = read_q * from_start
-        reads = -(read_k * from_start)
-        of_state *= tl.exp2(suffix_sums(operand, C))
-        leaving += tl.sum(k * of_state, 0)
-        terms = q * dq + k * reads - k * of_state
+        dq *= from_start
+        dk *= -from_start
+        written *= tl.exp2(suffix_sums(operand, C))
+        if GATE:
+            leaving = tl.sum(k * written, 0)
+        terms = q * dq + k * dk - k * written
         # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
         dq += diagonal * k
-        dk = reads + of_state + diagonal * q
+        dk += written + diagonal * q
         if BASE > 0:
             to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
             to = tl.exp2(to_middle)
@@ -189,11 +223,12 @@ def delta_channel_gradients_kernel(
             dk += decay * found
             own += x * found
             terms += tl.where(is_reading, own, -own)
-    store_chunk(dq_ptr + out, (dq * q_norms).to(dq_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK,
-                DESCRIPTORS)  # fmt: skip
-    store_chunk(dk_ptr + out, (dk * k_norms).to(dk_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK,
-                DESCRIPTORS)  # fmt: skip
+        dq *= q_norms
+        store_chunk(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
+    dk *= k_norms
+    store_chunk(dk_ptr + out, dk.to(dk_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
     if GATE:
+        leaving += paired(s_chunks_ptr, d_chunks_ptr, column, V, STEP, BK, COLUMNS) * tl.exp2(tl.sum(gates, 0))
         dg = sums_to_end(terms, dtype, C) + leaving[None, :]
         if FROM_ZERO:
             # Nothing precedes a run's first token: exactly, not but for rounding.

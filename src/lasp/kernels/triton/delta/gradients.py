@@ -24,7 +24,16 @@ from lasp.kernels.triton.decay.channel_gates import DESCRIPTORS
 from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.place import chunk_place
 from lasp.kernels.triton.delta.chunk import between, lengths, token_sums
-from lasp.kernels.triton.delta.within import products_over_values, store_d_beta
+from lasp.kernels.triton.delta.within import (
+    between_tokens,
+    from_state,
+    paired,
+    state_slice,
+    store_d_beta,
+    token_tile,
+)
+
+STEP = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "chunks"])
@@ -85,53 +94,81 @@ def delta_gradients_kernel(
     if KIND == TOKEN:
         g_ptr += tokens
 
-    z, z_t, m, m_t, read_q, read_k, of_state, passed = products_over_values(
-        do_ptr + vo, u_ptr + vo, dv_ptr + vo, s_chunks_ptr + at * (ROWS * COLUMNS),
-        d_chunks_ptr + at * (ROWS * COLUMNS), first, last, H_v * V, column, V, BK, BV, C, COLUMNS, PRECISION,
-    )  # fmt: skip
-    if part == 0:
-        store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, first, last, H_v, C)
+    do_ptr += vo
+    u_ptr += vo
+    dv_ptr += vo
+    s_chunks_ptr += at * (ROWS * COLUMNS)
+    d_chunks_ptr += at * (ROWS * COLUMNS)
+    row = H_v * V
+
+    u = token_tile(u_ptr, first, last, row, V, BV, C)
+    do = token_tile(do_ptr, first, last, row, V, BV, C)
+    dv = token_tile(dv_ptr, first, last, row, V, BV, C)
     q = load_chunk(q_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS)
+    state = state_slice(s_chunks_ptr, column, V, BV, BK, COLUMNS)
+    d_state = state_slice(d_chunks_ptr, column, V, BV, BK, COLUMNS)
     prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, at * C, KIND, C, EXACT)
     q_norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE) * scale
     k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    # Rows are those that read, or with _t those that are read.
+    # Rows are those that read; with _t, those that are read. In an order that holds few tiles at a time.
     pairs = between(g_ptr, H_v, prefix, first, last, KIND, C, True, EXACT)
-    pairs_t = between(g_ptr, H_v, prefix, first, last, KIND, C, False, EXACT)
     if NORMALIZE:
         pairs *= k_norms[None, :]
-        pairs_t *= k_norms[:, None]
+    z = between_tokens(do, u, do_ptr, u_ptr, first, last, row, V, BV, C, PRECISION)
     z *= pairs * q_norms[:, None]
-    z_t *= pairs_t * q_norms[None, :]
-    m = tl.where(i > j, -m * pairs, 0.0)
-    m_t = tl.where(i < j, -m_t * pairs_t, 0.0)
-    if NORMALIZE:
-        m *= k_norms[:, None]
-        m_t *= k_norms[None, :]
     if GATE:
-        k_t = tl.trans(k)
-        crossing = tl.where(i > j, z * tl.dot(q, k_t, input_precision=PRECISION), 0.0)
-        crossing += m * tl.dot(k, k_t, input_precision=PRECISION)
         # [t, j]: what reads j from t on; of j before t.
+        crossing = tl.where(i > j, z * tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
         gained = tl.sum(crossing, 0)
         lost = tl.sum(crossing, 1)
-    read_q *= (tl.exp2(prefix) * q_norms)[:, None]
-    read_k *= -(tl.exp2(prefix) * k_norms)[:, None]
-    of_state *= (tl.exp2(suffix) * k_norms)[:, None]
+    read = from_state(
+        do, state, do_ptr, s_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+    ) * (tl.exp2(prefix) * q_norms)[:, None]  # fmt: skip
     if GATE:
-        reads = tl.sum(q.to(tl.float32) * read_q + k.to(tl.float32) * read_k, 1)
-        gained += tl.sum(k.to(tl.float32) * of_state, 1)
-        across = tl.sum(passed, 0) * tl.exp2(total)
+        reads = tl.sum(q.to(tl.float32) * read, 1)
+    dq = tl.dot(z.to(dtype), k, read, input_precision=PRECISION)
+    store_chunk(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
+
+    m = between_tokens(dv, u, dv_ptr, u_ptr, first, last, row, V, BV, C, PRECISION)
+    if part == 0:
+        store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, first, last, H_v, C)
+    m = tl.where(i > j, -m * pairs, 0.0)
+    if NORMALIZE:
+        m *= k_norms[:, None]
+    if GATE:
+        crossing = m * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        gained += tl.sum(crossing, 0)
+        lost += tl.sum(crossing, 1)
+    dk = from_state(
+        dv, state, dv_ptr, s_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+    ) * -(tl.exp2(prefix) * k_norms)[:, None]  # fmt: skip
+    if GATE:
+        reads += tl.sum(k.to(tl.float32) * dk, 1)
+    dk = tl.dot(m.to(dtype), k, dk, input_precision=PRECISION)
+
+    written = from_state(
+        u, d_state, u_ptr, d_chunks_ptr, first, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+    ) * (tl.exp2(suffix) * k_norms)[:, None]  # fmt: skip
+    dk += written
+    if GATE:
+        gained += tl.sum(k.to(tl.float32) * written, 1)
+        across = tl.sum(paired(s_chunks_ptr, d_chunks_ptr, column, V, STEP, BK, COLUMNS), 0) * tl.exp2(total)
         d_g = across + tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
         t = tl.arange(0, C)
         to = tl.cast(part, tl.int64) * B * T * H_v + tokens + tl.cast(first + t, tl.int64) * H_v
         tl.store(dg_ptr + to, d_g, mask=first + t < last)
-    dq = tl.dot(z.to(dtype), k, read_q, input_precision=PRECISION)
-    store_chunk(dq_ptr + out, dq.to(dq_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
-    dk = tl.dot(m.to(dtype), k, read_k + of_state, input_precision=PRECISION)
-    dk = tl.dot(z_t.to(dtype), q, dk, input_precision=PRECISION)
-    dk = tl.dot(m_t.to(dtype), k, dk, input_precision=PRECISION)
+    pairs = between(g_ptr, H_v, prefix, first, last, KIND, C, False, EXACT)
+    if NORMALIZE:
+        pairs *= k_norms[:, None]
+    z = between_tokens(u, do, u_ptr, do_ptr, first, last, row, V, BV, C, PRECISION)
+    z *= pairs * q_norms[None, :]
+    dk = tl.dot(z.to(dtype), q, dk, input_precision=PRECISION)
+    m = between_tokens(u, dv, u_ptr, dv_ptr, first, last, row, V, BV, C, PRECISION)
+    m = tl.where(i < j, -m * pairs, 0.0)
+    if NORMALIZE:
+        m *= k_norms[None, :]
+    dk = tl.dot(m.to(dtype), k, dk, input_precision=PRECISION)
     store_chunk(dk_ptr + out, dk.to(dk_ptr.dtype.element_ty), first, column, last, H_v * K, K, C, BK, DESCRIPTORS)

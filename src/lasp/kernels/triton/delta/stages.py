@@ -285,12 +285,12 @@ def gradients(
     places, norms = chunks_of(work.plan, unread), (given(q_norms, unread), given(chunks.k_norms, unread))
     dg: Tensor | None = None
     if chunks.channels is not None:
-        _, _, totals, steep = chunks.channels
+        steep = chunks.channels.steep
         dg = _fp32(x, work.operands) if work.with_gate else None
         for mild in (True, False) if work.mild else (False,):
             work.channel_gradients(mild=mild)(
                 x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, s_chunks, d_chunks,
-                totals, dq, dk, d_beta, given(dg, unread), places,
+                dq, dk, d_beta, given(dg, unread), places,
             )  # fmt: skip
     else:
         parts = _fp32(x, work.gates) if work.with_gate else unread

@@ -1,4 +1,8 @@
-"""What the gradients of a chunk have of products over V, whatever the gate."""
+"""What the gradients of a chunk have of products over V, whatever the gate.
+
+Where V fits they take tiles that were loaded once, else they load pieces of BV columns. Transposes are products of their
+own: see docs/kernels.md on transposed accumulators.
+"""
 
 import triton
 import triton.language as tl
@@ -8,50 +12,67 @@ from lasp.kernels.triton.decay.channel_gates import DESCRIPTORS
 
 
 @triton.jit
-def products_over_values(
-    do_ptr,  # these at [B, T, H_v, V] of the batch and head
-    u_ptr,
-    dv_ptr,
-    s_chunk_ptr,  # [rows, COLUMNS]: S^T at the chunk's start
-    d_chunk_ptr,  # likewise: D^T at its end
-    first,
-    last,
-    row,
-    column,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """do u^T, u do^T, dv u^T and u dv^T, [C, C]; do S^T, dv S^T and u D^T, [C, BK]; S * D summed over V, [BK].
+def token_tile(ptr, first, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr):
+    """[C, BV] of do, u or dv, at [B, T, H_v, V] of the batch and head; nothing if V does not fit."""
+    if V <= BV:
+        return load_chunk(ptr, first, 0, last, row, V, C, BV, DESCRIPTORS)
+    else:
+        return 0
 
-    BV columns at a time. Transposes are products of their own: see docs/kernels.md on transposed accumulators.
-    """
-    z = tl.zeros((C, C), tl.float32)
-    z_t = tl.zeros((C, C), tl.float32)
-    m = tl.zeros((C, C), tl.float32)
-    m_t = tl.zeros((C, C), tl.float32)
-    read_q = tl.zeros((C, BK), tl.float32)
-    read_k = tl.zeros((C, BK), tl.float32)
-    of_state = tl.zeros((C, BK), tl.float32)
-    passed = tl.zeros((BK,), tl.float32)
-    for v in range(0, V, BV):
-        u = load_chunk(u_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
-        do = load_chunk(do_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
-        dv = load_chunk(dv_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
-        state = load_chunk(s_chunk_ptr, v, column, V, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
-        d_state = load_chunk(d_chunk_ptr, v, column, V, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
-        passed += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
-        z = tl.dot(do, tl.trans(u), z, input_precision=PRECISION)
-        z_t = tl.dot(u, tl.trans(do), z_t, input_precision=PRECISION)
-        m = tl.dot(dv, tl.trans(u), m, input_precision=PRECISION)
-        m_t = tl.dot(u, tl.trans(dv), m_t, input_precision=PRECISION)
-        read_q = tl.dot(do, state, read_q, input_precision=PRECISION)
-        read_k = tl.dot(dv, state, read_k, input_precision=PRECISION)
-        of_state = tl.dot(u, d_state, of_state, input_precision=PRECISION)
-    return z, z_t, m, m_t, read_q, read_k, of_state, passed
+
+@triton.jit
+def state_slice(ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
+    """[BV, BK] of a chunk's S^T or D^T, [rows, COLUMNS]; nothing if V does not fit."""
+    if V <= BV:
+        return load_chunk(ptr, 0, column, V, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+    else:
+        return 0
+
+
+@triton.jit
+def between_tokens(
+    a, b, a_ptr, b_ptr, first, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
+):
+    """a b^T, [C, C]."""
+    if V <= BV:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        product = tl.zeros((C, C), tl.float32)
+        for v in range(0, V, BV):
+            a = load_chunk(a_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
+            b = load_chunk(b_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
+            product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+        return product
+
+
+@triton.jit
+def from_state(
+    a, state, a_ptr, state_ptr, first, last, row, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a S^T, [C, BK]."""
+    if V <= BV:
+        return tl.dot(a, state, input_precision=PRECISION)
+    else:
+        product = tl.zeros((C, BK), tl.float32)
+        for v in range(0, V, BV):
+            a = load_chunk(a_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
+            state = load_chunk(state_ptr, v, column, V, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+            product = tl.dot(a, state, product, input_precision=PRECISION)
+        return product
+
+
+@triton.jit
+def paired(
+    s_ptr, d_ptr, column, V: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """S * D summed over V, [BK]. Read again, few rows at a time: whole tiles would fill registers."""
+    total = tl.zeros((BK,), tl.float32)
+    for v in range(0, V, STEP):
+        s = load_chunk(s_ptr, v, column, V, COLUMNS, COLUMNS, STEP, BK, DESCRIPTORS).to(tl.float32)
+        d = load_chunk(d_ptr, v, column, V, COLUMNS, COLUMNS, STEP, BK, DESCRIPTORS).to(tl.float32)
+        total += tl.sum(s * d, 0)
+    return total
 
 
 @triton.jit
