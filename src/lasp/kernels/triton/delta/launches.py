@@ -168,7 +168,7 @@ class DeltaLaunches:
     @cached_property
     def output(self) -> Launch:
         p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, self._tile(K), p.values.columns, p.chunk, *self._ways)
+        constants = (K, V, self._tile(K), p.values.columns, p.chunk, *self._ways, p.whole)
         scalars = (self.scale, T, self._key_heads, H_v)
         return self._by_segment(delta_output_kernel, -(-V // p.values.columns), p.values, scalars, constants)
 
@@ -188,7 +188,7 @@ class DeltaLaunches:
     def _reverse(self, *, total: bool, values: bool) -> Launch:
         p, (_, T, _, H_v, K, V) = self.plan, self._dims
         rows, columns = self._tile(V), p.values.columns
-        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, total, values)
+        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, total, values, p.whole)
         scalars = (self.scale, T, self._key_heads, H_v)
         return self._by_segment(delta_reverse_kernel, rows // columns, p.values, scalars, constants)
 
@@ -231,7 +231,7 @@ class DeltaLaunches:
     def chunk_states(self) -> Launch:
         p, (_, T, _, H_v, K, V) = self.plan, self._dims
         rows, columns = self._tile(V), p.values.columns
-        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways)
+        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, p.whole)
         return self._by_segment(delta_states_kernel, rows // columns, p.values, (T, self._key_heads, H_v), constants)
 
     @cached_property

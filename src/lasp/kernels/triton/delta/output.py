@@ -44,6 +44,7 @@ def delta_output_kernel(
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -76,7 +77,8 @@ def delta_output_kernel(
 
     state = tl.zeros((BV, BK), tl.float32)
     if entering_ptr is not None:
-        entering, mask = state_tile(entering_ptr + (run * segments + segment) * K * V, column, 0, V, K, 1, V, BV, BK)
+        source = border if WHOLE else run * segments + segment
+        entering, mask = state_tile(entering_ptr + source * K * V, column, 0, V, K, 1, V, BV, BK)
         state = tl.load(entering, mask=mask, other=0.0)
     for c in range(count):
         start = first + c * C

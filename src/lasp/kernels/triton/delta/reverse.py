@@ -53,12 +53,13 @@ def delta_reverse_kernel(
     NORMALIZE: tl.constexpr,
     TOTAL: tl.constexpr,  # whether a run's whole is wanted
     VALUES: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = ROWS // BV
-    part, head, batch, segment, first, last, chunk, _, _ends = place(
+    part, head, batch, segment, first, last, chunk, border, _ends = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     if (VALUES == 0) and (TOTAL == 0):
@@ -92,7 +93,8 @@ def delta_reverse_kernel(
 
     state = tl.zeros((BV, BK), tl.float32)
     if entering_ptr is not None:
-        entering, mask = state_tile(entering_ptr + (run * segments + segment) * K * V, column, 0, V, K, 1, V, BV, BK)
+        source = border if WHOLE else run * segments + segment
+        entering, mask = state_tile(entering_ptr + source * K * V, column, 0, V, K, 1, V, BV, BK)
         state = tl.load(entering, mask=mask, other=0.0)
     for step in range(count):
         c = count - 1 - step
