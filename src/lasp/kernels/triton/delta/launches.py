@@ -208,15 +208,12 @@ class DeltaLaunches:
 
     @lru_cache(maxsize=2)  # noqa: B019: likewise
     def channel_gradients(self, *, mild: bool) -> Launch:
-        K, V = self._dims[4:]
-        rows, columns = self._tile(V), self.plan.channel.columns
-        # Few values at a time where a thread holds what it contracts.
-        values = min(rows, columns if self.plan.exact else 128)
-        constants = (
-            K, V, columns, values, self.plan.chunk, self.normalize, self.with_gate, rows, self._tile(K), mild,
-            self.mild, *self._levels, self.from_zero,
-        )  # fmt: skip
-        return self._by_chunk(delta_channel_gradients_kernel, -(-K // columns), constants)
+        p, (_, T, H, H_v, K, V) = self.plan, self._dims
+        columns = p.channel.columns
+        constants = (K, V, columns, self._values(columns), p.chunk, self.normalize, self.with_gate)
+        constants = (*constants, *self.state_chunks[3:], mild, self.mild, *self._levels, self.from_zero)
+        scalars = (self.scale, T, H, H_v)
+        return self._by_segment(delta_channel_gradients_kernel, -(-K // columns), p.channel, scalars, constants)
 
     @property
     def _levels(self) -> tuple[int, int]:
@@ -237,14 +234,13 @@ class DeltaLaunches:
     @cached_property
     def gradients(self) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
-        columns, rows = p.keys.columns, self._tile(V)
-        values = min(rows, columns if p.exact else 128)
-        ways = (*self._ways, self.with_gate, rows, self._tile(K), p.packed, p.precision)
-        constants = (K, V, columns, values, p.chunk, *ways)
-        grid = (p.chunks, self.gates[0] * B * H_v)
-        return Launch(
-            delta_gradients_kernel, grid, (self.scale, B, T, H, H_v, p.chunks), constants, p.keys.warps, p.keys.stages
-        )
+        constants = (K, V, p.keys.columns, self._values(p.keys.columns), p.chunk, *self._ways, self.with_gate)
+        constants = (*constants, *self.state_chunks[3:])
+        return self._by_segment(delta_gradients_kernel, self.gates[0], p.keys, (self.scale, B, T, H, H_v), constants)
+
+    def _values(self, columns: int) -> int:
+        """Columns of values at a time: few where a thread holds what it contracts, or where V is wide."""
+        return min(self.state_chunks[3], columns if self.plan.exact else 128)
 
     def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
         """What enters segments; given: a state enters the run. leaves: what leaves it is wanted too."""

@@ -110,7 +110,9 @@ def delta_output_kernel(
         out = tl.dot(u.to(dtype), scores_t, read, input_precision=PRECISION)
         decay = state_decay(totals_ptr, c, total, K, BK, KIND)
         state = after_chunk(state, u, keys, k_norms * tl.exp2(suffix), decay, PRECISION)
-        store_chunk(o_view, tl.trans(out).to(o_ptr.dtype.element_ty), start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+        store_chunk(
+            o_view, tl.trans(out).to(o_ptr.dtype.element_ty), start, column, last, H_v * V, V, C, BV, DESCRIPTORS
+        )
         store_chunk(u_view, tl.trans(u).to(dtype), start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
     if ends:
         leaving, mask = state_tile(state_out_ptr + border * K * V, column, 0, V, K, 1, V, BV, BK)

@@ -83,9 +83,7 @@ def delta_reverse_kernel(
     scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     if VALUES:
         dv_view = view(dv_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
-        d_chunks = view(
-            d_chunks_ptr + (run * chunks + chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS
-        )
+        d_chunks = view(d_chunks_ptr + (run * chunks + chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
     norms_at = ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
     totals_ptr += (run * chunks + chunk) * K
     if KIND == TOKEN:

@@ -1,6 +1,6 @@
 """The scan over a rank's segments: the state that enters each, and the one that leaves the last.
 
-    S' = M S + added;  of gradients, from the last segment to the first, D' = M^T D + added
+S' = M S + added;  of gradients, from the last segment to the first, D' = M^T D + added
 """
 
 import triton

@@ -124,12 +124,8 @@ def _overlaps(
         return tl.load(overlaps_ptr + late[:, :, None] * C + early[:, None, :])
     else:
         d = tl.arange(0, BK)[None, None, :]
-        k_late = tl.load(
-            k_ptr + late[:, :, None] * row + d, mask=(late[:, :, None] < length) & (d < K), other=0.0
-        )
-        k_early = tl.load(
-            k_ptr + early[:, :, None] * row + d, mask=(early[:, :, None] < length) & (d < K), other=0.0
-        )
+        k_late = tl.load(k_ptr + late[:, :, None] * row + d, mask=(late[:, :, None] < length) & (d < K), other=0.0)
+        k_early = tl.load(k_ptr + early[:, :, None] * row + d, mask=(early[:, :, None] < length) & (d < K), other=0.0)
         overlaps = _product(k_late, k_early, PRECISION)
         if NORMALIZE:
             overlaps *= tl.load(norms_ptr + late)[:, :, None] * tl.load(norms_ptr + early)[:, None, :]
@@ -147,9 +143,7 @@ def _product(a, b, PRECISION: tl.constexpr):
     S: tl.constexpr = a.shape[1]
     K: tl.constexpr = a.shape[2]
     if N == 1:
-        product = tl.dot(
-            tl.reshape(a, (S, K)), tl.trans(tl.reshape(b, (S, K))), input_precision=PRECISION
-        )
+        product = tl.dot(tl.reshape(a, (S, K)), tl.trans(tl.reshape(b, (S, K))), input_precision=PRECISION)
         return tl.reshape(product, (1, S, S))
     else:
         return tl.dot(a, tl.permute(b, (0, 2, 1)), input_precision=PRECISION)

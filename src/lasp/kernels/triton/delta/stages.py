@@ -93,9 +93,7 @@ class DeltaSaved(NamedTuple):
     queries: Queries
 
 
-def tensors_of(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, work: DeltaLaunches
-) -> DeltaTensors:
+def tensors_of(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, work: DeltaLaunches) -> DeltaTensors:
     use_scratch()
     q, k, v = (t.to(work.operand).contiguous() for t in (q, k, v))
     return DeltaTensors(q, k, v, beta.contiguous(), None if g is None else g.contiguous(), work)
@@ -282,7 +280,7 @@ def gradients(
     )  # fmt: skip
     dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
     d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
-    places, norms = chunks_of(work.plan, unread), (given(q_norms, unread), given(chunks.k_norms, unread))
+    places, norms = places_of(work.plan, unread), (given(q_norms, unread), given(chunks.k_norms, unread))
     dg: Tensor | None = None
     if chunks.channels is not None:
         steep = chunks.channels.steep

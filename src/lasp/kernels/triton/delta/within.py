@@ -8,47 +8,50 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk
-from lasp.kernels.triton.decay.channel_gates import DESCRIPTORS
 
 
 @triton.jit
-def token_tile(ptr, first, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr):
-    """[C, BV] of do, u or dv, at [B, T, H_v, V] of the batch and head; nothing if V does not fit."""
+def token_tile(source, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """[C, BV] of do, u or dv, a view of [T, V]; nothing if V does not fit."""
     if V <= BV:
-        return load_chunk(ptr, first, 0, last, row, V, C, BV, DESCRIPTORS)
+        return load_chunk(source, start, 0, last, row, V, C, BV, DESCRIPTORS)
     else:
         return 0
 
 
 @triton.jit
-def state_slice(ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
-    """[BV, BK] of a chunk's S^T or D^T, [rows, COLUMNS]; nothing if V does not fit."""
+def state_tile_of(
+    source, first, rows, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """[BV, BK] of a chunk's S^T or D^T, which begins at row `first` of a view of [rows, COLUMNS]; or nothing."""
     if V <= BV:
-        return load_chunk(ptr, 0, column, V, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+        return load_chunk(source, first, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
     else:
         return 0
 
 
 @triton.jit
 def between_tokens(
-    a, b, a_ptr, b_ptr, first, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
-):
+    a, b, a_view, b_view, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """a b^T, [C, C]."""
     if V <= BV:
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
     else:
         product = tl.zeros((C, C), tl.float32)
         for v in range(0, V, BV):
-            a = load_chunk(a_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
-            b = load_chunk(b_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
-            product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+            left = load_chunk(a_view, start, v, last, row, V, C, BV, DESCRIPTORS)
+            right = load_chunk(b_view, start, v, last, row, V, C, BV, DESCRIPTORS)
+            product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
         return product
 
 
 @triton.jit
 def from_state(
-    a, state, a_ptr, state_ptr, first, last, row, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    C: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    a, state, a_view, state_view, start, last, row, first, rows, column, V: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a S^T, [C, BK]."""
     if V <= BV:
@@ -56,29 +59,33 @@ def from_state(
     else:
         product = tl.zeros((C, BK), tl.float32)
         for v in range(0, V, BV):
-            a = load_chunk(a_ptr, first, v, last, row, V, C, BV, DESCRIPTORS)
-            state = load_chunk(state_ptr, v, column, V, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
-            product = tl.dot(a, state, product, input_precision=PRECISION)
+            left = load_chunk(a_view, start, v, last, row, V, C, BV, DESCRIPTORS)
+            right = load_chunk(state_view, first + v, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
         return product
 
 
 @triton.jit
 def paired(
-    s_ptr, d_ptr, column, V: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """S * D summed over V, [BK]. Read again, few rows at a time: whole tiles would fill registers."""
-    total = tl.zeros((BK,), tl.float32)
-    for v in range(0, V, STEP):
-        s = load_chunk(s_ptr, v, column, V, COLUMNS, COLUMNS, STEP, BK, DESCRIPTORS).to(tl.float32)
-        d = load_chunk(d_ptr, v, column, V, COLUMNS, COLUMNS, STEP, BK, DESCRIPTORS).to(tl.float32)
-        total += tl.sum(s * d, 0)
-    return total
+    s, d, s_view, d_view, first, rows, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """S * D summed over V, [BK]."""
+    if V <= BV:
+        return tl.sum(s.to(tl.float32) * d.to(tl.float32), 0)
+    else:
+        total = tl.zeros((BK,), tl.float32)
+        for v in range(0, V, BV):
+            left = load_chunk(s_view, first + v, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+            right = load_chunk(d_view, first + v, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+            total += tl.sum(left.to(tl.float32) * right.to(tl.float32), 0)
+        return total
 
 
 @triton.jit
-def store_d_beta(d_beta_ptr, beta_ptr, m, first, last, H_v, C: tl.constexpr):
+def store_d_beta(d_beta_ptr, beta_ptr, m, start, last, H_v, C: tl.constexpr):
     """From dv u^T: u is beta times what was missing, dv beta times its gradient."""
     t = tl.arange(0, C)
     beta = tl.load(beta_ptr + t)
     d_beta = tl.sum(tl.where(t[:, None] == t[None, :], m, 0.0), 1) / beta / beta
-    tl.store(d_beta_ptr + tl.cast(first + t, tl.int64) * H_v, d_beta, mask=first + t < last)
+    tl.store(d_beta_ptr + tl.cast(start + t, tl.int64) * H_v, d_beta, mask=start + t < last)
