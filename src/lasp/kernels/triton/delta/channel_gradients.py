@@ -36,14 +36,13 @@ from lasp.kernels.triton.delta.chunk import lengths
 from lasp.kernels.triton.delta.within import (
     between_tokens,
     from_state,
-    paired,
     state_tile_of,
     store_d_beta,
     token_tile,
 )
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def delta_channel_gradients_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -56,6 +55,7 @@ def delta_channel_gradients_kernel(
     beta_ptr,  # fp32 [B, H_v, chunks C]
     stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
     steep_ptr,  # int32 [B, H_v, chunks] if MARKED
+    passing_ptr,  # fp32 [PASSING, B, H_v, chunks, K], if GATE: in parts, what passes each chunk
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
     dq_ptr,  # [B, T, H_v, K], written
@@ -64,6 +64,7 @@ def delta_channel_gradients_kernel(
     dg_ptr,  # fp32 [B, T, H_v, K], written if GATE
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
+    B,
     T,
     H,
     H_v,
@@ -77,6 +78,7 @@ def delta_channel_gradients_kernel(
     C: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,
+    PASSING: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     MILD: tl.constexpr,  # whether it does mild chunks; if not others
@@ -294,8 +296,10 @@ def delta_channel_gradients_kernel(
             dk *= k_norms
             store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), start, column, last, H_v * K, K, C, BK, False)
             if GATE:
-                passed = paired(state, d_state, s_view, d_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
-                leaving += passed * tl.exp2(tl.sum(gates, 0))
+                d = column + tl.arange(0, BK)
+                for n in range(PASSING):
+                    passing = passing_ptr + (tl.cast(n, tl.int64) * B * H_v * chunks + at + c) * K + d
+                    leaving += tl.load(passing, mask=d < K, other=0.0)
                 dg = sums_to_end(terms, dtype, C) + leaving[None, :]
                 if FROM_ZERO:
                     # Nothing precedes a run's first token: exactly, not but for rounding.

@@ -58,7 +58,29 @@ def between(
     g_ptr, H_v, prefix, start, last, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
 ):
     """[C, C] factors between tokens, as in `pair_decay`; g_ptr: the head's gates."""
-    return pair_decay(g_ptr + tl.cast(start, tl.int64) * H_v, H_v, 0.0, prefix, last - start, KIND, C, REVERSE, EXACT)
+    if EXACT and KIND == TOKEN:
+        at = g_ptr + tl.cast(start, tl.int64) * H_v
+        return pair_decay(at, H_v, 0.0, prefix, last - start, KIND, C, REVERSE, EXACT)
+    else:
+        i, j = token_pairs(start, C)
+        reached = i >= j if REVERSE else i <= j
+        if KIND == TOKEN:
+            log2 = prefix[:, None] - prefix[None, :] if REVERSE else prefix[None, :] - prefix[:, None]
+            # Of unreached pairs it may be infinite: it is replaced, not multiplied.
+            return tl.where(reached, tl.exp2(log2), 0.0)
+        else:
+            return tl.where(reached, 1.0, 0.0)
+
+
+@triton.jit
+def token_pairs(start, C: tl.constexpr):
+    """Rows [C, 1] and columns [1, C] of a matrix between a chunk's tokens.
+
+    They begin at zero, but the compiler shall not know: it would keep matrices made of them, the same for all chunks, in
+    registers over the loop.
+    """
+    zero = tl.minimum(start, 0)
+    return zero + tl.arange(0, C)[:, None], zero + tl.arange(0, C)[None, :]
 
 
 @triton.jit

@@ -22,11 +22,10 @@ import triton.language as tl
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.gates import TOKEN
 from lasp.kernels.triton.decay.place import place
-from lasp.kernels.triton.delta.chunk import between, lengths, token_sums
+from lasp.kernels.triton.delta.chunk import between, lengths, token_pairs, token_sums
 from lasp.kernels.triton.delta.within import (
     between_tokens,
     from_state,
-    paired,
     state_tile_of,
     store_d_beta,
     token_tile,
@@ -46,6 +45,7 @@ def delta_gradients_kernel(
     g_ptr,  # fp32 [B, T, H_v] if TOKEN
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
     suffix_ptr,  # likewise, and EXACT
+    passing_ptr,  # fp32 [PASSING, B, H_v, chunks], if GATE: in parts, what passes each chunk
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
     dq_ptr,  # [B, T, H_v, K], written
@@ -70,6 +70,7 @@ def delta_gradients_kernel(
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,  # whether the gate's gradient is wanted
+    PASSING: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -88,7 +89,6 @@ def delta_gradients_kernel(
     tokens = token * H_v + head
     row = H_v * V
     q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
     do_view = view(do_ptr + tokens * V, last, row, V, C, BV, DESCRIPTORS)
     u_view = view(u_ptr + tokens * V, last, row, V, C, BV, DESCRIPTORS)
     dv_view = view(dv_ptr + tokens * V, last, row, V, C, BV, DESCRIPTORS)
@@ -106,16 +106,16 @@ def delta_gradients_kernel(
         g_ptr += tokens
     d_beta_ptr += tokens
     dg_ptr += tl.cast(part, tl.int64) * B * T * H_v + tokens
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
     for c in range(count):
         start = first + c * C
+        i, j = token_pairs(start, C)
         here = c * ROWS
         slot = at * C + c * C
         u = token_tile(u_view, start, last, row, V, BV, C, DESCRIPTORS)
         do = token_tile(do_view, start, last, row, V, BV, C, DESCRIPTORS)
         q = load_chunk(q_view, start, column, last, H * K, K, C, BK, DESCRIPTORS)
-        k = load_chunk(k_view, start, column, last, H * K, K, C, BK, DESCRIPTORS)
+        # Of the copy engine's tiles Triton 3.6 and 3.7 take none for both sides of a product.
+        k = load_chunk(k_ptr + qk, start, column, last, H * K, K, C, BK, False)
         state = state_tile_of(s_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
         dv = token_tile(dv_view, start, last, row, V, BV, C, DESCRIPTORS)
         d_state = state_tile_of(d_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
@@ -165,8 +165,10 @@ def delta_gradients_kernel(
         dk += written
         if GATE:
             gained += tl.sum(k.to(tl.float32) * written, 1)
-            passed = paired(state, d_state, s_view, d_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
-            across = tl.sum(passed, 0) * tl.exp2(total)
+            across = 0.0
+            if part == 0:
+                for n in range(PASSING):
+                    across += tl.load(passing_ptr + tl.cast(n, tl.int64) * B * H_v * chunks + at + c)
             d_g = across + tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
             t = start + tl.arange(0, C)
             tl.store(dg_ptr + tl.cast(t, tl.int64) * H_v, d_g, mask=t < last)

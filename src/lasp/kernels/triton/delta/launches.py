@@ -59,7 +59,7 @@ class DeltaLaunches:
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
         state_chunks: of S at the starts of chunks, or D at their ends.
-        gates: of the parts of dg. totals: of the decays of chunks. operands: of keys that have their decays.
+        passing: of the parts of what passes chunks. gates: of those of dg. totals: of the decays of chunks. operands: of keys that have their decays.
         gradient, gradient_dtype: of dq and dk per value head.
     """
 
@@ -98,6 +98,8 @@ class DeltaLaunches:
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
+        passing = (self.state_chunks[3] // p.values.columns, B, H_v, p.chunks)
+        self.passing = (*passing, K) if kind == CHANNEL.value else passing
         self.gates = (-(-K // p.keys.columns), B, T, H_v)
         self.per_channel = kind == CHANNEL.value
         self.mild = self.per_channel and base_levels(self.operand) > 0
@@ -208,11 +210,11 @@ class DeltaLaunches:
 
     @lru_cache(maxsize=2)  # noqa: B019: likewise
     def channel_gradients(self, *, mild: bool) -> Launch:
-        p, (_, T, H, H_v, K, V) = self.plan, self._dims
+        p, (B, T, H, H_v, K, V) = self.plan, self._dims
         columns = p.channel.columns
         constants = (K, V, columns, self._values(columns), p.chunk, self.normalize, self.with_gate)
-        constants = (*constants, *self.state_chunks[3:], mild, self.mild, *self._levels, self.from_zero)
-        scalars = (self.scale, T, H, H_v)
+        constants = (*constants, self.passing[0], *self.state_chunks[3:], mild, self.mild, *self._levels, self.from_zero)
+        scalars = (self.scale, B, T, H, H_v)
         return self._by_segment(delta_channel_gradients_kernel, -(-K // columns), p.channel, scalars, constants)
 
     @property
@@ -226,16 +228,17 @@ class DeltaLaunches:
 
     @cached_property
     def chunk_states(self) -> Launch:
-        p, (_, T, _, H_v, K, V) = self.plan, self._dims
+        p, (B, T, _, H_v, K, V) = self.plan, self._dims
         rows, columns = self._tile(V), p.values.columns
-        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, p.whole)
-        return self._by_segment(delta_states_kernel, rows // columns, p.values, (T, self._key_heads, H_v), constants)
+        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, self.with_gate, p.whole)
+        scalars = (B, T, self._key_heads, H_v)
+        return self._by_segment(delta_states_kernel, rows // columns, p.values, scalars, constants)
 
     @cached_property
     def gradients(self) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
         constants = (K, V, p.keys.columns, self._values(p.keys.columns), p.chunk, *self._ways, self.with_gate)
-        constants = (*constants, *self.state_chunks[3:])
+        constants = (*constants, self.passing[0], *self.state_chunks[3:])
         return self._by_segment(delta_gradients_kernel, self.gates[0], p.keys, (self.scale, B, T, H, H_v), constants)
 
     def _values(self, columns: int) -> int:

@@ -274,9 +274,10 @@ def gradients(
     s_chunks, d_chunks = (x.v.new_empty(work.state_chunks) for _ in range(2))
     _reverse(x, saved, d_o, work.values, unread, dv, d_chunks, entering)
     _, storing, decays = _sweep_keys(x, chunks)
+    passing = _fp32(x, work.passing) if work.with_gate else unread
     work.chunk_states(
         storing, saved.u, given(chunks.k_norms, unread), *_two(chunks.gates, unread), decays, s_chunks,
-        places_of(work.plan, unread), saved.entering,
+        d_chunks, passing, places_of(work.plan, unread), saved.entering,
     )  # fmt: skip
     dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
     d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
@@ -287,14 +288,14 @@ def gradients(
         dg = _fp32(x, work.operands) if work.with_gate else None
         for mild in (True, False) if work.mild else (False,):
             work.channel_gradients(mild=mild)(
-                x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, s_chunks, d_chunks,
+                x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, passing, s_chunks, d_chunks,
                 dq, dk, d_beta, given(dg, unread), places,
             )  # fmt: skip
     else:
         parts = _fp32(x, work.gates) if work.with_gate else unread
         work.gradients(
             x.q, x.k, d_o, saved.u, dv, chunks.betas, *norms, given(x.g, unread), *_two(chunks.gates, unread),
-            s_chunks, d_chunks, dq, dk, d_beta, parts, places,
+            passing, s_chunks, d_chunks, dq, dk, d_beta, parts, places,
         )  # fmt: skip
         dg = parts.sum(0) if work.with_gate else None
     if work.summed:

@@ -66,23 +66,6 @@ def from_state(
 
 
 @triton.jit
-def paired(
-    s, d, s_view, d_view, first, rows, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """S * D summed over V, [BK]."""
-    if V <= BV:
-        return tl.sum(s.to(tl.float32) * d.to(tl.float32), 0)
-    else:
-        total = tl.zeros((BK,), tl.float32)
-        for v in range(0, V, BV):
-            left = load_chunk(s_view, first + v, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
-            right = load_chunk(d_view, first + v, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
-            total += tl.sum(left.to(tl.float32) * right.to(tl.float32), 0)
-        return total
-
-
-@triton.jit
 def store_d_beta(d_beta_ptr, beta_ptr, m, start, last, H_v, C: tl.constexpr):
     """From dv u^T: u is beta times what was missing, dv beta times its gradient."""
     t = tl.arange(0, C)
