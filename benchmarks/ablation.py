@@ -37,8 +37,8 @@ if "--tiny" in sys.argv:
 from benchmarks import unfused
 from lasp.kernels.torch import decay as torch_stages
 from lasp.kernels.triton.decay import stages as triton_stages
-from lasp.recurrence.contract import Run
 from lasp.recurrence.decay import state_dtype, state_shape
+from lasp.recurrence.stages import DecayInputs
 
 KINDS = ("constant", "scalar")
 SLOWEST_DECAY = 0.02
@@ -57,22 +57,22 @@ class Variant(NamedTuple):
         backward: of a run, the states and d_o, the gradients.
     """
 
-    forward: Callable[[Run], tuple[Tensor, Any]]
-    states: Callable[[Run], Any]
-    backward: Callable[[Run, Any, Tensor], tuple[Tensor | None, ...]]
+    forward: Callable[[DecayInputs], tuple[Tensor, Any]]
+    states: Callable[[DecayInputs], Any]
+    backward: Callable[[DecayInputs, Any, Tensor], tuple[Tensor | None, ...]]
 
 
-def _zero(x: Run) -> Tensor:
+def _zero(x: DecayInputs) -> Tensor:
     return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))
 
 
-def _staged(stages: Any, states: Callable[[Run], Any]) -> Variant:
-    def forward(x: Run) -> tuple[Tensor, Any]:
+def _staged(stages: Any, states: Callable[[DecayInputs], Any]) -> Variant:
+    def forward(x: DecayInputs) -> tuple[Tensor, Any]:
         _, totals = stages.summarize(x)
         o, saved = stages.outputs(x, totals, stages.local_outputs(x, totals), _zero(x))
         return o, saved
 
-    def backward(x: Run, saved: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         _, totals = stages.summarize_adjoint(x, saved, d_o)
         local = stages.local_gradients(x, saved, totals, d_o)
         return stages.gradients(x, saved, totals, local, d_o, _zero(x))
@@ -80,13 +80,13 @@ def _staged(stages: Any, states: Callable[[Run], Any]) -> Variant:
     return Variant(forward, states, backward)
 
 
-def _triton_states(x: Run) -> Any:
+def _triton_states(x: DecayInputs) -> Any:
     """Nothing enters the run, so what the scan over segments gives is what the sweeps of `outputs` would keep."""
     summary, totals = triton_stages.summarize(x)
-    return triton_stages.Saved(totals.states, summary.state, totals.gates)
+    return triton_stages.ScalarSaved(totals.states, summary.state, totals.gates)
 
 
-def _torch_states(x: Run) -> Tensor:
+def _torch_states(x: DecayInputs) -> Tensor:
     _, (chunks, runs) = torch_stages.summarize(x)
     return chunks.chunking.scan(runs, _zero(x))[0]
 
@@ -98,7 +98,7 @@ VARIANTS = {
 }
 
 
-def problem(tokens: int, kind: str, options: argparse.Namespace) -> tuple[Run, Tensor]:
+def problem(tokens: int, kind: str, options: argparse.Namespace) -> tuple[DecayInputs, Tensor]:
     """A run, and the gradient of its outputs."""
     random = torch.Generator(options.device).manual_seed(0)
 
@@ -110,10 +110,10 @@ def problem(tokens: int, kind: str, options: argparse.Namespace) -> tuple[Run, T
     shape = (options.heads,) if kind == "constant" else (options.batch, tokens, options.heads)
     g = -SLOWEST_DECAY * torch.rand(shape, device=options.device, generator=random)
     # Whether the decay's gradient is wanted is read from the tensor.
-    return Run(q, k, v, g.requires_grad_(kind == "scalar"), options.dim**-0.5), d_o
+    return DecayInputs(q, k, v, g.requires_grad_(kind == "scalar"), options.dim**-0.5), d_o
 
 
-def step(variant: Variant, x: Run, d_o: Tensor, cached: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def step(variant: Variant, x: DecayInputs, d_o: Tensor, cached: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     o, saved = variant.forward(x)
     if not cached:
         del saved

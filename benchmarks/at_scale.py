@@ -19,7 +19,7 @@ from lasp.analysis import volume
 from lasp.analysis.devices import H100
 from lasp.analysis.model import embedding_parameters, layer, num_parameters
 from lasp.analysis.planner import nodes_of
-from lasp.analysis.simulator import Machine, simulate
+from lasp.analysis.simulator import SimulatedMachine, simulate
 from lasp.analysis.step import Pieces, Step, program
 from lasp.analysis.timing import collective, compute
 from lasp.exchange import EXCHANGES
@@ -70,7 +70,7 @@ def main() -> None:
         slow = tuple(SLOWER if rank == ranks // 2 else 1.0 for rank in range(ranks))
         for name, slowness in [*((name, ()) for name in SCHEDULES), ("hierarchical", slow)]:
             step = step_of(name, ranks, tokens)
-            machine = Machine(step.nodes, H100.constants.message, H100.constants.across, slowness=slowness)
+            machine = SimulatedMachine(step.nodes, H100.constants.message, H100.constants.across, slowness=slowness)
             start = time.perf_counter()
             seconds = max(simulate(machine, program(step)))
             rows.append(

@@ -93,9 +93,9 @@ class _Alone:
     """Stands for the communicator of a rank that has no other: what a header takes needs none."""
 
     def __init__(self, step_number: int = 0) -> None:
-        from lasp.distributed.record import Step
+        from lasp.distributed.record import RecordedStep
 
-        self.step, self.rank = Step(step_number), 0
+        self.step, self.rank = RecordedStep(step_number), 0
 
     def compare(self, description: Description) -> None:
         """Nobody to compare with."""

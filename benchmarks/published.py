@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lasp.analysis.devices import A100, H100, Device
-from lasp.analysis.planner import Estimate, Job, Layout, estimate, longest
+from lasp.analysis.planner import Estimate, Job, ParallelLayout, estimate, longest
 from lasp.models import ModelConfig, preset
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def laid_out(
 ) -> Estimate:
     """The published layout: one sequence over all GPUs, nothing computed again."""
     job = Job(config=config, device=device, devices=gpus, seq_len=tokens, batch=1)
-    return estimate(job, Layout(method, 1, gpus, sharding, "none", schedule))
+    return estimate(job, ParallelLayout(method, 1, gpus, sharding, "none", schedule))
 
 
 def throughput_table(title: str, source: str, lines: Sequence[Line]) -> tuple[list[str], dict[str, Any]]:
@@ -244,10 +244,10 @@ def lasp2() -> tuple[list[str], dict[str, Any], list[str], dict[str, Any]]:
 def exchanges() -> tuple[list[str], dict[str, Any]]:
     """Section 2.7: the exchange alone, by the schedules' own cost model."""
     from lasp.analysis.planner import nodes_of
-    from lasp.exchange import EXCHANGES, Load
+    from lasp.exchange import EXCHANGES, Payload
     from lasp.exchange.cost import Model
 
-    load, rows, errors = Load(32, 128, 128, 128), [], []
+    load, rows, errors = Payload(32, 128, 128, 128), [], []
     for gpus, (scan, gather) in ALL_SCAN.items():
         model = Model(load, nodes_of(H100, gpus), H100.constants)
         ours = {name: 1e3 * make().seconds(model, want_total=False) for name, make in EXCHANGES.items()}
@@ -279,7 +279,7 @@ def gla() -> tuple[list[str], dict[str, Any]]:
             lines.append(Line(f"{name}, {gpus} GPUs", None if value is None else value * gpus, found, name == "LASP-1"))
         single = estimate(
             Job(config=config, device=H100, devices=gpus, seq_len=32 * K, batch=gpus),
-            Layout("data", gpus, 1, "zero3", "none", "-"),
+            ParallelLayout("data", gpus, 1, "zero3", "none", "-"),
         )
         lines.append(Line(f"data parallel, {gpus} GPUs", published[3] * gpus, single))
     return throughput_table("ZeCO: 1B GLA, 32K tokens a GPU, H100s", SECONDARY, lines)

@@ -48,7 +48,7 @@ from benchmarks.baselines.ulysses import ulysses
 from benchmarks.graphs import Captured, Graphs, Refused, largest_error
 from benchmarks.processes import run
 from benchmarks.sequence_parallel_report import goals, plot, table
-from lasp.exchange import EXCHANGES, Auto, Constants, Load
+from lasp.exchange import EXCHANGES, Auto, Constants, Payload
 from lasp.exchange.measure import Timing, exchange_work, timings
 from lasp.models.mixers import mixer
 from lasp.models.presets import preset
@@ -281,7 +281,7 @@ class Bench:
         kind, device = self.kinds[of], self.world.device
         sample = random_sample(kind, tokens, device, seed=self.world.rank)
         groups = {name: self.groups[name] for name in names}
-        load = Load(self.shape.heads, self.shape.head_dim, self.shape.head_dim, 1)
+        load = Payload(self.shape.heads, self.shape.head_dim, self.shape.head_dim, 1)
         steps: dict[str, Callable[[], Any]] = {
             name: partial(step, kind.over(group), sample, kind.parameters)
             for name, group in {"one rank": None, **groups}.items()

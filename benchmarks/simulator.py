@@ -141,7 +141,7 @@ def interpolated(points: dict[int, float], at: int) -> float:
 def predicted(size: int, name: str, total: int, figures: dict[str, Any], cores: float) -> float:
     """Seconds of a step, from figures of one process and of the network."""
     from lasp.analysis import model as numbers
-    from lasp.analysis.simulator import Machine, simulate
+    from lasp.analysis.simulator import SimulatedMachine, simulate
     from lasp.analysis.step import Pieces, Step, program
     from lasp.exchange import EXCHANGES as SCHEDULES
     from lasp.exchange.cost import GLOO, Link
@@ -181,7 +181,7 @@ def predicted(size: int, name: str, total: int, figures: dict[str, Any], cores: 
         reduce_s=reduce_link.seconds,
         gradient_bytes=(4.0 * layers[-1].parameters, 4.0 * numbers.embedding_parameters(config)),
     )
-    machine = Machine((size,), constants.message, constants.across, cores=cores)
+    machine = SimulatedMachine((size,), constants.message, constants.across, cores=cores)
     return max(simulate(machine, program(step)))
 
 

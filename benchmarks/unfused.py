@@ -5,7 +5,7 @@ Legend: B batch, H heads, N chunks, C tokens a chunk, K and V head dims.
     across  [B, H, N, N]     decay from the end of chunk m to the start of chunk n > m, else zero
     starts  [B, H, N, K, V]  state at the start of each chunk; ends: gradient of the state at its end
 Products within a chunk and with states are in the inputs' dtype; decays, states and their scan are fp32. The scan over
-chunks is one product with `across`. The stages' contract is that of `lasp.recurrence.contract`, on one device.
+chunks is one product with `across`. The stages' contract is that of `lasp.recurrence.stages`, on one device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.recurrence.contract import Run
+from lasp.recurrence.stages import DecayInputs
 
 # Of the authors' kernels.
 CHUNK = 256
@@ -38,7 +38,7 @@ def _join(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, 3).flatten(1, 2)
 
 
-def _chunks(x: Run) -> Chunks:
+def _chunks(x: DecayInputs) -> Chunks:
     assert x.g is not None
     B, T, H, _ = x.q.shape
     size = min(CHUNK, T)
@@ -69,13 +69,13 @@ def _scan(across: Tensor, states: Tensor) -> Tensor:
     return (across @ states.float().flatten(3)).view(states.shape)
 
 
-def states(x: Run) -> Tensor:
+def states(x: DecayInputs) -> Tensor:
     """The state cache: `starts`."""
     c = _chunks(x)
     return _scan(c.across, _to_end(c, c.k).mT @ c.v)
 
 
-def forward(x: Run) -> tuple[Tensor, Tensor]:
+def forward(x: DecayInputs) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and `starts`."""
     c = _chunks(x)
     within = ((c.q @ c.k.mT) * _within(c)) @ c.v
@@ -83,7 +83,7 @@ def forward(x: Run) -> tuple[Tensor, Tensor]:
     return _join(x.scale * (within + _from_start(c, c.q) @ starts.to(c.q.dtype))), starts
 
 
-def backward(x: Run, starts: Tensor, d_o: Tensor) -> tuple[Tensor, ...]:
+def backward(x: DecayInputs, starts: Tensor, d_o: Tensor) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and, of a gate per token, g."""
     c = _chunks(x)
     d_out = x.scale * _cut(d_o, c.q.shape[3])

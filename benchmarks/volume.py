@@ -94,14 +94,14 @@ def counted(size: int) -> list[dict[str, Any]]:
 def derived(method: str, tokens: int, size: int, heads: int, head_dim: int, width: int, itemsize: int) -> int:
     """The same by the formulas of lasp.analysis.volume; `tokens` of the whole sequence."""
     from lasp.analysis import volume
-    from lasp.exchange import EXCHANGES, Load
+    from lasp.exchange import EXCHANGES, Payload
 
-    shard = volume.Shard(
+    shard = volume.ShardShape(
         batch=1, tokens=tokens // size, d_model=width, heads=heads, key_heads=heads, key_dim=head_dim,
         value_dim=head_dim, itemsize=itemsize,
     )  # fmt: skip
     if method in STATE_METHODS:
-        load = Load(heads, head_dim, head_dim, 0)
+        load = Payload(heads, head_dim, head_dim, 0)
         nodes = (size,) if size <= 8 else (8,) * (size // 8)
         return max(
             volume.state_exchange(EXCHANGES[method](), load, position, nodes).step.received_bytes

@@ -29,7 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lasp.distributed.mesh import SP_AXIS, weights_mesh
 from lasp.layers import RMSNorm, ShortConvolution
-from lasp.models.memory import RECOMPUTATIONS, CompiledShapes, check_compilable, compile_block, recompute, run_in_pieces
+from lasp.models.recomputation import (
+    RECOMPUTATIONS,
+    CompiledShapes,
+    check_compilable,
+    compile_block,
+    recompute,
+    run_in_pieces,
+)
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, whole
 
@@ -138,7 +145,7 @@ def parallelize(
     cpu_offload: of zero2 and zero3, shares of weights, gradients and optimizer state lie on the host.
     recomputation: what the backward pass computes again, block by block: "none", "selective" (all but what the
         exchange brought) or "full" (the exchange too). ffn_piece_tokens: run channel mixers on so many tokens at a
-        time. compile: torch.compile each block. See lasp.models.memory.
+        time. compile: torch.compile each block. See lasp.models.recomputation.
     exchange: see lasp.SequenceParallel.
 
     Raises ValueError for unknown names and for options that do not go together.

@@ -12,20 +12,20 @@ import pytest
 from training_runs import write_text
 
 from lasp.analysis.devices import DEVICES, described, device
-from lasp.analysis.planner import METHODS, Job, Layout, best, estimate, longest, nodes_of
+from lasp.analysis.planner import METHODS, Job, ParallelLayout, best, estimate, longest, nodes_of
 from lasp.analysis.report import alternatives, plan, row
 from lasp.cli import main as cli
 from lasp.cli import train as train_command
-from lasp.exchange.all_to_all import AllToAll
-from lasp.exchange.doubling import Doubling
-from lasp.exchange.hierarchical import Hierarchical
+from lasp.exchange.schedules.all_to_all import AllToAll
+from lasp.exchange.schedules.doubling import Doubling
+from lasp.exchange.schedules.hierarchical import Hierarchical
 from lasp.models import preset
 from lasp.train.config import read_toml
 from lasp.train.errors import ConfigError
 from lasp.train.sizes import tokens
 
 CONFIG = preset("transnormer", "1b")
-LASP = Layout("lasp", 1, 8, "zero3", "none", "all_gather")
+LASP = ParallelLayout("lasp", 1, 8, "zero3", "none", "all_gather")
 
 
 def job(**changes: object) -> Job:
@@ -200,7 +200,7 @@ def test_precision_and_a_described_gpu_change_the_plan() -> None:
     wide = small.training_in("fp32")
     assert (small.precision, small.peak_flops, wide.peak_flops) == ("bf16", 362e12, 91.6e12)
     assert wide.training_in("bf16") == small and "as described for L40S" in wide.sources["flops"]
-    layout = Layout("lasp", 1, 8, "zero3", "full", "all_gather")
+    layout = ParallelLayout("lasp", 1, 8, "zero3", "full", "all_gather")
     narrow, full = (estimate(job(device=kind), layout) for kind in (small, wide))
     assert full.compute_s > 2 * narrow.compute_s and full.memory.total > narrow.memory.total
     # An eighth of a device's memory is left to what is no tensor.

@@ -15,8 +15,8 @@ from benchmarks.baselines.megatron import attention_block, feedforward_block
 from benchmarks.baselines.ring import ring_attention
 from benchmarks.baselines.ulysses import ulysses
 from lasp.analysis import volume
-from lasp.analysis.volume import Shard
-from lasp.exchange import EXCHANGES, Load
+from lasp.analysis.volume import ShardShape
+from lasp.exchange import EXCHANGES, Payload
 
 SIZES = [2, 3, 4, 8]
 HEADS, KEY_HEADS = 48, 24  # multiples of all sizes
@@ -50,8 +50,8 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def describe(tokens: int, key_heads: int) -> Shard:
-    return Shard(
+def describe(tokens: int, key_heads: int) -> ShardShape:
+    return ShardShape(
         batch=B, tokens=tokens, d_model=1, heads=HEADS, key_heads=key_heads, key_dim=K, value_dim=V, itemsize=8,
         sum_itemsize=8,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def check_megatron(rank: int, size: int, tokens: int) -> tuple[int, int]:
     assert error(y, shard(expected)) < ERROR
     for part, leaf, dim in zip(parts, leaves, (1, 1, 1, 0, 1), strict=True):
         assert error(part.grad, shard(leaf.grad, dim)) < ERROR
-    description = Shard(
+    description = ShardShape(
         batch=B, tokens=tokens, d_model=width, heads=HEADS, key_heads=HEADS, key_dim=K, value_dim=K, itemsize=8
     )
     assert (forward, backward) == tuple(map(tuple, volume.megatron(description, rank, size)))
@@ -133,7 +133,7 @@ def check_state_exchanges(rank: int, size: int) -> None:
     for name in EXCHANGES:
         sp.exchange = EXCHANGES[name]()  # new process groups for each would take most of the test's time
         for transition, lengths in ((0, [SHORT]), (1, [SHORT, LONG]), (keys, [SHORT])):
-            load = Load(B * heads, keys, values, transition)
+            load = Payload(B * heads, keys, values, transition)
             derived = volume.state_exchange(EXCHANGES[name](), load, rank, (size,))
             for tokens in lengths:
                 q, k, v = (torch.randn(B, tokens, heads, d).requires_grad_() for d in (keys, keys, values))

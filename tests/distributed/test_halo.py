@@ -302,7 +302,7 @@ def test_inference_and_autocast_leave_no_trace():
 
 def mistaken(mistake: str, monkeypatch) -> None:
     """Make the exchange wrong."""
-    real = halo_exchange._trade
+    real = halo_exchange._batch_send_recv
 
     class Wrong:
         def __init__(self, pending):
@@ -314,13 +314,13 @@ def mistaken(mistake: str, monkeypatch) -> None:
 
     calls = []
 
-    def trade(sp, sends, receives):
+    def batch_send_recv(sp, sends, receives):
         calls.append(1)
         backward = len(calls) % 2 == 0
         pending = real(sp, sends, receives)
         return pending if (mistake == "dropped in backward") > backward else [Wrong(p) for p in pending]
 
-    monkeypatch.setattr(halo_exchange, "_trade", trade)
+    monkeypatch.setattr(halo_exchange, "_batch_send_recv", batch_send_recv)
 
 
 @pytest.mark.parametrize("mistake", ["none", "dropped", "dropped in backward", "off by one"])

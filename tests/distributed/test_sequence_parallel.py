@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from world import run
 
 import lasp
-from lasp.exchange import EXCHANGES, Carried
+from lasp.exchange import EXCHANGES, ExchangeResult
 from lasp.sequence.sequence_parallel import balanced_lengths
 
 # Equal shards where None; otherwise a share of the tokens for each rank: empty, single-token, and longer than a chunk.
@@ -131,7 +131,7 @@ class Broken:
                     entering = torch.zeros_like(entering)
                 if mistake == "off by one":
                     entering = summary.apply(entering)
-                return Carried(entering, total)
+                return ExchangeResult(entering, total)
 
         return Wrong()
 

@@ -10,7 +10,7 @@ from world import run
 
 import lasp
 from lasp.distributed import comm as comm_module
-from lasp.exchange import EXCHANGES, Load
+from lasp.exchange import EXCHANGES, Payload
 
 B, H, K, V = 2, 3, 5, 7
 STATE = B * H * K * V * 4
@@ -88,7 +88,7 @@ def test_bytes_equal_the_formula(size, monkeypatch):
                     counted.append(library)
                 assert counted[0] == counted[1], "a sequence 8 times longer sends what the short one does"
                 exchange = EXCHANGES[name]()
-                load = Load(B * H, K, V, transition)
+                load = Payload(B * H, K, V, transition)
                 assert load.state_bytes == STATE
                 # Constant decays are known to all ranks; none of these forgets over so short a shard.
                 knows = (name, gate) == ("reach", "constant")
@@ -105,7 +105,7 @@ def test_final_state_costs_one_broadcast_over_the_ring():
         sp = lasp.SequenceParallel(dist.group.WORLD, exchange="ring")
         q = torch.ones(1, 4, 1, 2)
         lasp.linear_attention(q, q, q, sp=sp, output_final_state=True)
-        expected = sp.exchange.traffic(Load(1, 2, 2, 0), rank, (3,), want_total=True)
+        expected = sp.exchange.traffic(Payload(1, 2, 2, 0), rank, (3,), want_total=True)
         assert (sp.counters.sent_bytes, sp.counters.received_bytes) == tuple(expected)
 
     run(3, work)
@@ -123,7 +123,8 @@ def test_unmasked_attention_is_one_exchange_each_way():
             o.sum().backward()
             both = sp.counters.sent_bytes, sp.counters.received_bytes
             expected = [
-                EXCHANGES[name]().traffic(Load(1, 2, 2, 0), place, (3,), want_total=True) for place in (rank, 2 - rank)
+                EXCHANGES[name]().traffic(Payload(1, 2, 2, 0), place, (3,), want_total=True)
+                for place in (rank, 2 - rank)
             ]
             assert forward == tuple(expected[0]) and both == tuple(expected[0] + expected[1]), name
 

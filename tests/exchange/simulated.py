@@ -92,7 +92,7 @@ class SimulatedComm:
         self._world.free[link] = start + (duration if self._world.timed else 0)
         self._put(link, tensor, start + duration)
 
-    def settle(self):
+    def wait_for_sends(self):
         """Of CUDA streams only."""
 
     def receive(self, like, source):
@@ -111,7 +111,7 @@ class SimulatedComm:
 
         return Pending(self._world, self.rank, lambda: len(queue) > index, result)
 
-    def trade(self, sends, receives):
+    def batch_send_recv(self, sends, receives):
         for tensor, to in sends:
             self.send(tensor, to)
         return [self.receive(like, source) for like, source in receives]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lasp.cli.main import main
-from lasp.exchange import EXCHANGES, Auto, Constants, Load
+from lasp.exchange import EXCHANGES, Auto, Constants, Payload
 
 
 def test_measures_and_saves(tmp_path, capfd):
@@ -23,7 +23,7 @@ def test_measures_and_saves(tmp_path, capfd):
     assert len(figures["rows"]) == len(loads) * len(EXCHANGES)
     assert sum(row["chosen"] for row in figures["rows"]) == len(loads)
     assert all(row["measured_s"] > 0 and row["predicted_s"] > 0 for row in figures["rows"])
-    text = Auto(Constants.load(constants)).explain(Load(4, 8, 8, 1), (2,))
+    text = Auto(Constants.load(constants)).explain(Payload(4, 8, 8, 1), (2,))
     assert "measured on 2 ranks over gloo on cpu" in text
 
 

@@ -12,11 +12,11 @@ from simulated import run as simulate
 from world import run
 
 import lasp
-from lasp.exchange import EXCHANGES, Auto, Constants, Hierarchical, Load, Pipelined
+from lasp.exchange import EXCHANGES, Auto, Constants, Hierarchical, Payload, Pipelined
 from lasp.exchange.cost import GLOO, LINKS, NCCL, Link, Model, defaults
 from lasp.exchange.measure import PROBES, fit, random_summary
 
-MIB = Load(heads=16, keys=128, values=128, transition=0)
+MIB = Payload(heads=16, keys=128, values=128, transition=0)
 
 
 def ideal(latency: float, bytes_per_s: float, **others) -> Constants:
@@ -26,7 +26,7 @@ def ideal(latency: float, bytes_per_s: float, **others) -> Constants:
     return Constants(**links, flops_per_s=1e30, source="ideal")
 
 
-def predicted(name: str, size: int, constants: Constants, load: Load = MIB) -> float:
+def predicted(name: str, size: int, constants: Constants, load: Payload = MIB) -> float:
     return EXCHANGES[name]().seconds(Model(load, (size,), constants), want_total=False)
 
 
@@ -51,7 +51,7 @@ def test_formulas_on_an_ideal_network(name, size):
     """The schedule run on simulated ranks takes what it declares, of states from small to large."""
     for latency, bytes_per_s in ((1e-6, 1e9), (1e-4, 1e9), (1e-5, 1e8)):
         constants = ideal(latency, bytes_per_s)
-        for load in (Load(13, 8, 8, 1), Load(26, 4, 8, 16)):
+        for load in (Payload(13, 8, 8, 1), Payload(26, 4, 8, 16)):
             exchange = Pipelined(constants=constants) if name == "pipelined" else EXCHANGES[name]()
 
             def work(comm, load=load, exchange=exchange):
@@ -73,7 +73,7 @@ def test_formulas_on_an_ideal_network(name, size):
 
 def test_rounds():
     """How long the chain of messages is: the papers' step counts, and the two levels."""
-    load = Load(8, 2, 2, 1)
+    load = Payload(8, 2, 2, 1)
 
     def rounds(exchange, size, nodes=None):
         def work(comm):

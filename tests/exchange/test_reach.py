@@ -10,9 +10,9 @@ from simulated import run
 from tolerances import relative_error
 
 from lasp.algebra import Dense, Diagonal, Scalar, Summary, scan
-from lasp.exchange import EXCHANGES, Load, Reach, forgets_constant
-from lasp.exchange.reach import ZERO_BELOW, forgets
-from lasp.exchange.ring import Ring
+from lasp.exchange import EXCHANGES, Payload, Reach, forgets_constant
+from lasp.exchange.schedules.reach import ZERO_BELOW, forgets
+from lasp.exchange.schedules.ring import Ring
 
 BATCH, HEADS, K, V = 2, 4, 3, 5
 # Per head: gone after one shard, subnormal after one shard, slow, none.
@@ -72,7 +72,7 @@ def test_same_bits_fewer_bytes(kind, dtype):
             for rank, (entering, total, counted, _) in enumerate(results):
                 assert torch.equal(entering, plain[rank][0]) and torch.equal(total, plain[rank][1])
                 position = size - 1 - rank if reverse else rank
-                declared = exchange.routed_traffic(Load.of(runs[0]), position, (size,), masks, True)
+                declared = exchange.routed_traffic(Payload.of(runs[0]), position, (size,), masks, True)
                 masks_bytes = BATCH * HEADS * (size - 1) if size > 2 else 0
                 assert counted == (declared.sent_bytes + masks_bytes, declared.received_bytes + masks_bytes)
 
@@ -158,7 +158,7 @@ def test_the_comparison_can_fail():
 def test_bytes_saved_by_lightning_decays():
     """The figures of docs/exchange.md: 16 heads with slopes 2^(-h/2), K = V = 128, fp32, received by the last rank."""
     gate = -(2.0 ** -(torch.arange(1, 17) / 2))
-    load = Load(heads=16, keys=128, values=128, transition=1)
+    load = Payload(heads=16, keys=128, values=128, transition=1)
     rows = []
     for size, tokens in ((8, 16_384), (8, 32_768), (64, 16_384), (64, 32_768)):
         known = forgets_constant(gate, [tokens] * size, 1, torch.float32)

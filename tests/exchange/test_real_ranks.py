@@ -13,7 +13,7 @@ from world import run
 
 from lasp.algebra import scan
 from lasp.distributed.comm import Comm
-from lasp.exchange import Auto, Load
+from lasp.exchange import Auto, Payload
 from lasp.exchange.cost import GLOO
 
 
@@ -51,5 +51,5 @@ def test_ranks_of_one_host():
 
 def test_the_choice_is_logged(caplog):
     with caplog.at_level(logging.DEBUG, logger="lasp.exchange"):
-        Auto(GLOO).choose(Load(7, 11, 13, 1), (3,))
+        Auto(GLOO).choose(Payload(7, 11, 13, 1), (3,))
     assert "chosen: " in caplog.text and "3 ranks on one host" in caplog.text

@@ -12,7 +12,7 @@ from simulated import run, sequence_parallel
 from tolerances import relative_error
 
 import lasp
-from lasp.exchange import EXCHANGES, Carried, Hierarchical, Pipelined, resolve
+from lasp.exchange import EXCHANGES, ExchangeResult, Hierarchical, Pipelined, resolve
 
 SIZES = (1, 2, 3, 4, 5, 8)
 SCHEDULES = {
@@ -188,7 +188,7 @@ class Wrong:
         class Mixed:
             def wait(_):
                 entering, total = pending.wait()
-                return Carried(entering.roll(1, 1) if reverse else entering, total)
+                return ExchangeResult(entering.roll(1, 1) if reverse else entering, total)
 
         return Mixed()
 

@@ -10,9 +10,9 @@ from simulated import DeadlockError, run
 from tolerances import relative_error
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, scan
-from lasp.exchange import EXCHANGES, Carried, Hierarchical, Load, Pipelined
-from lasp.exchange.doubling import Doubling
-from lasp.exchange.ring import Ring
+from lasp.exchange import EXCHANGES, ExchangeResult, Hierarchical, Payload, Pipelined
+from lasp.exchange.schedules.doubling import Doubling
+from lasp.exchange.schedules.ring import Ring
 
 KINDS = ("identity", "scalar", "diagonal", "dense")
 SIZES = (1, 2, 3, 4, 5, 8)
@@ -74,7 +74,7 @@ def test_equals_the_scan(name):
     for seed, (kind, size, shape) in enumerate(itertools.product(KINDS, SIZES[1:], SHAPES)):
         runs = summaries(kind, size, shape)
         initial = summaries("identity", 1, shape, seed=1).state[0]
-        load = Load.of(runs[0])
+        load = Payload.of(runs[0])
         for reverse, want_total in itertools.product((False, True), repeat=2):
             case = (kind, size, shape, reverse, want_total)
             entering, total = expected(runs, initial, reverse)
@@ -124,14 +124,14 @@ def test_hosts_of_any_size():
                 assert relative_error(carried.total, total) < 1e-13
                 position = size - 1 - rank if reverse else rank
                 declared = Hierarchical().traffic(
-                    Load.of(runs[0]), position, nodes[:: -1 if reverse else 1], want_total=True
+                    Payload.of(runs[0]), position, nodes[:: -1 if reverse else 1], want_total=True
                 )
                 assert (counters.sent_bytes, counters.received_bytes) == tuple(declared)
 
 
 def test_bytes_of_the_papers():
     """Declared traffic, written out for 4 ranks, a state of 400 bytes and one number of decay a head."""
-    load = Load(heads=4, keys=5, values=5, transition=1)
+    load = Payload(heads=4, keys=5, values=5, transition=1)
     summary = 416
 
     def traffic(name, want_total=False):
@@ -153,7 +153,7 @@ def test_bytes_of_the_papers():
 
 def test_dense_transitions_cross_the_chain_unsent():
     """The delta rule's ring and pipeline move states only; its all-to-all cuts along heads, transitions with them."""
-    load = Load(heads=8, keys=16, values=16, transition=256)
+    load = Payload(heads=8, keys=16, values=16, transition=256)
     for name in ("ring", "pipelined"):
         assert SCHEDULES[name].traffic(load, 1, (4,), want_total=False).received_bytes == load.state_bytes
     assert SCHEDULES["all_to_all"].traffic(load, 0, (4,), want_total=False).received_bytes == load.summary_bytes // 2
@@ -174,7 +174,7 @@ class Mistaken(Ring):
             def wait(_):
                 carried = pending.wait()
                 swapped = summary.apply(carried.entering) if self.mistake == "off by one" else carried.entering
-                return Carried(swapped, carried.total)
+                return ExchangeResult(swapped, carried.total)
 
         return Wrong()
 

@@ -15,9 +15,9 @@ from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, compose, sc
 from lasp.exchange import EXCHANGES
 from lasp.kernels.reference import delta
 from lasp.ops.call import called
-from lasp.ops.scan import Plan
+from lasp.ops.scan import ScanPlan
 from lasp.ops.scan import scan as scan_across_ranks
-from lasp.recurrence.delta import DeltaRun
+from lasp.recurrence.delta import DeltaInputs
 
 K, V = 4, 3
 KINDS = ("identity", "scalar", "diagonal", "dense")
@@ -98,9 +98,9 @@ def delta_inputs(gate: str, tokens: int) -> dict[str, torch.Tensor]:
 
 def delta_solution(inputs, sp=None):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-    x = DeltaRun(leaves["q"], leaves["k"], leaves["v"], leaves["beta"], leaves.get("g"), 0.5)
+    x = DeltaInputs(leaves["q"], leaves["k"], leaves["v"], leaves["beta"], leaves.get("g"), 0.5)
     call = called(sp, "delta_rule", x, None, False)
-    o, _ = scan_across_ranks(Plan(delta, sp, call, False, False), x, torch.zeros(1, 2, K, V, dtype=torch.float64))
+    o, _ = scan_across_ranks(ScanPlan(delta, sp, call, False, False), x, torch.zeros(1, 2, K, V, dtype=torch.float64))
     o.square().sum().backward()
     return [o.detach(), *(leaf.grad for leaf in leaves.values())]
 

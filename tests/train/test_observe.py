@@ -14,13 +14,13 @@ from rich.console import Console
 from training_runs import SMALL, small_config
 
 from lasp.train import loop, step
-from lasp.train.figures import Machine, figures_of, slow_rank
 from lasp.train.metrics import read_metrics
-from lasp.train.observe import Observer
 from lasp.train.output import Output
 from lasp.train.position import Position
+from lasp.train.run_logger import Observer
 from lasp.train.step import StepResult
-from lasp.train.watch import RankStep
+from lasp.train.step_metrics import Machine, figures_of, slow_rank
+from lasp.train.step_timer import RankStep
 
 DP, SP = 2, 2
 PARTS = ("own_s", "exposed_s", "summing_s")

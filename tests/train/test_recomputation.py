@@ -15,7 +15,8 @@ from tolerances import worst
 from torch import Tensor
 
 from lasp.distributed.mesh import build_mesh
-from lasp.models import NAMES, CausalLM, memory, preset
+from lasp.models import NAMES, CausalLM, preset
+from lasp.models import recomputation as memory
 from lasp.ops.scan import TRACEABLE
 from lasp.parallelize import ParallelModel, parallelize
 

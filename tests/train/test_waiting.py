@@ -98,13 +98,13 @@ def test_what_the_first_process_says_may_be_long() -> None:
 
     def work(rank: int) -> tuple[int, str]:
         everyone = together(rank)
-        names = everyone.first_does(lambda: {"names": [f"step-{number:08d}" for number in range(5000)]})["names"]
+        names = everyone.run_on_first(lambda: {"names": [f"step-{number:08d}" for number in range(5000)]})["names"]
 
         def fails() -> dict[str, object]:
             raise CheckpointError("x" * 100_000)
 
         with pytest.raises(CheckpointError) as error:
-            everyone.first_does(fails)
+            everyone.run_on_first(fails)
         return len(names), str(error.value).removeprefix("the first process failed: ")
 
     assert world.run(2, work) == [(5000, "x" * 100_000)] * 2

@@ -22,7 +22,7 @@ SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 CHUNK, CHUNK_PER_CHANNEL = 64, 16
 
 
-class Saved(NamedTuple):
+class SavedTensor(NamedTuple):
     """What autograd keeps of a layer's part, for one token.
 
     Attributes:
@@ -42,7 +42,7 @@ class Saved(NamedTuple):
         return 2 * (self.narrow + width * self.inputs) + 4 * self.wide
 
 
-def saved_by_mixer(config: ModelConfig, index: int) -> Saved:
+def saved_by_mixer(config: ModelConfig, index: int) -> SavedTensor:
     """Of the mixer of layer `index` (from 0) and the norm before it, without states.
 
     The short shards of gates and norm statistics count too; rows of padding do not.
@@ -53,16 +53,16 @@ def saved_by_mixer(config: ModelConfig, index: int) -> Saved:
     if config.is_softmax(index):
         pairs = each.key_heads * (config.key_dim + config.value_dim)
         rotation = config.key_dim if config.softmax_rotary else 0
-        return Saved(keys + pairs + 2 * values, norm + rotation + heads, each.inputs)
+        return SavedTensor(keys + pairs + 2 * values, norm + rotation + heads, each.inputs)
     if config.mixer == "linear-attention":
         return _linear(config, index, norm, each.inputs)
     if config.mixer == "gla":
-        return Saved(2 * keys + 5 * values + GLA_GATE_RANK, norm + 3 * keys + 2 * values + heads, each.inputs)
+        return SavedTensor(2 * keys + 5 * values + GLA_GATE_RANK, norm + 3 * keys + 2 * values + heads, each.inputs)
     if config.mixer == "mamba2":
         queries = 2 * heads * config.key_dim  # spread over the heads of their groups
         projected = values + each.convolved + heads
         narrow = 3 * each.convolved + queries + values + projected + 4 * values
-        return Saved(narrow, norm + 3 * heads + values + each.key_heads, each.inputs)
+        return SavedTensor(narrow, norm + 3 * heads + values + each.key_heads, each.inputs)
     # Delta rules: normalised queries and keys in fp32.
     qk = 2 * each.key_heads * config.key_dim
     narrow, wide = 3 * each.convolved + heads + values, norm + qk + 2 * each.key_heads + heads + 2 * values + heads
@@ -70,10 +70,10 @@ def saved_by_mixer(config: ModelConfig, index: int) -> Saved:
         narrow, wide = narrow + 3 * values, wide + 3 * heads
     elif config.mixer == "kda":
         narrow, wide = narrow + 2 * config.value_dim + 2 * values, wide + 3 * keys
-    return Saved(narrow, wide, each.inputs)
+    return SavedTensor(narrow, wide, each.inputs)
 
 
-def _linear(config: ModelConfig, index: int, norm: float, inputs: int) -> Saved:
+def _linear(config: ModelConfig, index: int, norm: float, inputs: int) -> SavedTensor:
     heads, keys, values = config.num_heads, config.num_heads * config.key_dim, config.num_heads * config.value_dim
     positions = config.layer_positions(index)
     mapped = {"identity": 2, "relu": 2, "silu": 4, "elu+1": 4, "hedgehog": 6}[config.feature_map]
@@ -83,10 +83,10 @@ def _linear(config: ModelConfig, index: int, norm: float, inputs: int) -> Saved:
     elif positions == "rotary":
         wide += config.key_dim
     if config.normalization == "denominator":
-        return Saved(narrow + heads + 2 * values + heads, wide + heads, inputs)
+        return SavedTensor(narrow + heads + 2 * values + heads, wide + heads, inputs)
     wide += values + (heads if config.normalization == "head" else 1)
     gate = {"none": 1, "linear": 3}.get(config.gate, 4)
-    return Saved(narrow + gate * values, wide, inputs)
+    return SavedTensor(narrow + gate * values, wide, inputs)
 
 
 def _norm_wide(config: ModelConfig) -> float:
@@ -96,10 +96,10 @@ def _norm_wide(config: ModelConfig) -> float:
     ]
 
 
-def saved_by_ffn(config: ModelConfig) -> Saved:
+def saved_by_ffn(config: ModelConfig) -> SavedTensor:
     """Of the feed-forward layer and the norm before it."""
     kept = {"sglu": (3, 2), "swiglu": (4, 2), "gelu": (2, 1), "relu": (1, 1), "none": (0, 0)}[config.ffn]
-    return Saved(kept[0] * config.ffn_dim, _norm_wide(config) if kept[1] else 0.0, kept[1])
+    return SavedTensor(kept[0] * config.ffn_dim, _norm_wide(config) if kept[1] else 0.0, kept[1])
 
 
 def chunks_of(config: ModelConfig, index: int, tokens: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 from lasp.models.config import ModelConfig
 
 GLA_GATE_RANK = 16
@@ -45,10 +45,10 @@ class Layer(NamedTuple):
     def parameters(self) -> int:
         return self.mixer_matrices + self.ffn_matrices + self.other
 
-    def load(self, batch: int) -> Load:
+    def load(self, batch: int) -> Payload:
         """What the exchange of the layer's state carries, for `batch` sequences."""
         assert self.transition is not None, "a softmax layer has no state to exchange"
-        return Load(batch * self.heads, self.keys, self.values, self.transition)
+        return Payload(batch * self.heads, self.keys, self.values, self.transition)
 
 
 @lru_cache(maxsize=4096)

@@ -23,8 +23,8 @@ from lasp.analysis.model import embedding_parameters, layer, num_parameters
 from lasp.analysis.timing import Compute, collective, compute
 from lasp.exchange.auto import rank_schedules
 from lasp.exchange.cost import Constants, Model
-from lasp.exchange.load import Load
-from lasp.exchange.select import EXCHANGES
+from lasp.exchange.payload import Payload
+from lasp.exchange.registry import EXCHANGES
 from lasp.models.config import ModelConfig
 
 METHODS = ("lasp", "ulysses", "megatron", "ring", "data")
@@ -51,7 +51,7 @@ class Job:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-class Layout(NamedTuple):
+class ParallelLayout(NamedTuple):
     """A way to run a job; see the module."""
 
     method: str
@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
         attention_s: of compute_s, attention kernels.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     memory: Memory
     capacity_bytes: float
     step_s: float
@@ -127,7 +127,7 @@ def problem(job: Job, method: str, sp: int) -> str | None:
     return None
 
 
-def estimate(job: Job, layout: Layout) -> Estimate:
+def estimate(job: Job, layout: ParallelLayout) -> Estimate:
     """What a layout costs.
 
     Assumes: the exchange of a layer waits for nothing but hides behind the local part of attention's backward pass
@@ -190,7 +190,7 @@ def _kept(config: ModelConfig, narrow: int) -> float:
     return narrow * heads * 2.0 * (config.key_dim + config.value_dim)
 
 
-def _buffers(config: ModelConfig, layout: Layout, batch: int, tokens: int, narrow: int) -> float:
+def _buffers(config: ModelConfig, layout: ParallelLayout, batch: int, tokens: int, narrow: int) -> float:
     """Tensors that only the method needs, of one layer: gathered inputs, keys and values under way, or gathered."""
     positions = float(batch * tokens * narrow)
     if layout.sp == 1:
@@ -205,7 +205,7 @@ def _buffers(config: ModelConfig, layout: Layout, batch: int, tokens: int, narro
 
 
 def _along_sequence(
-    job: Job, layout: Layout, own: Compute, batch: int, tokens: int, narrow: int
+    job: Job, layout: ParallelLayout, own: Compute, batch: int, tokens: int, narrow: int
 ) -> tuple[float, float, float]:
     """Seconds of communication along the sequence, of these not hidden, and bytes received by the last rank."""
     config, device, sp = job.config, job.device, layout.sp
@@ -215,7 +215,7 @@ def _along_sequence(
     seconds = exposed = received = 0.0
     for index in range(config.num_layers):
         each = layer(config, index)
-        shard = volume.Shard(
+        shard = volume.ShardShape(
             batch=batch,
             tokens=tokens,
             d_model=config.d_model,
@@ -262,7 +262,7 @@ def _bandwidth(device: Device, ranks: int) -> float:
     return (device.inside if ranks <= device.per_node else device.across).bytes_per_s
 
 
-def _of_weights(job: Job, layout: Layout, parameters: int, narrow: int) -> float:
+def _of_weights(job: Job, layout: ParallelLayout, parameters: int, narrow: int) -> float:
     """Seconds in which gradients are summed and weights gathered."""
     device, ranks, outside = job.device, job.devices, embedding_parameters(job.config)
     if layout.method == "megatron":
@@ -281,7 +281,7 @@ def _of_weights(job: Job, layout: Layout, parameters: int, narrow: int) -> float
 
 
 @lru_cache(maxsize=1024)
-def _exchange(name: str, load: Load, nodes: tuple[int, ...], constants: Constants) -> tuple[float, volume.Volume]:
+def _exchange(name: str, load: Payload, nodes: tuple[int, ...], constants: Constants) -> tuple[float, volume.Volume]:
     """Seconds of one exchange by the schedule `name`, and what the last rank moves in both directions."""
     schedule = EXCHANGES[name]()
     seconds = schedule.seconds(Model(load, nodes, constants), want_total=False)
@@ -304,7 +304,7 @@ def _divisors(number: int) -> tuple[int, ...]:
     return tuple(each for each in range(1, number + 1) if number % each == 0)
 
 
-def layouts(job: Job, method: str, *, every_schedule: bool = False) -> Iterator[Layout]:
+def layouts(job: Job, method: str, *, every_schedule: bool = False) -> Iterator[ParallelLayout]:
     """All layouts of a method that can run the job, with the fastest schedule or with each."""
     for sp in _divisors(job.devices):
         if problem(job, method, sp) is not None:
@@ -316,7 +316,7 @@ def layouts(job: Job, method: str, *, every_schedule: bool = False) -> Iterator[
         kept = method == "lasp" and sp > 1
         recomputations = [each for each in RECOMPUTATIONS if kept or each != "selective"]
         for sharding, recomputation, schedule in product(SHARDINGS, recomputations, schedules):
-            yield Layout(method, dp, sp, sharding, recomputation, schedule)
+            yield ParallelLayout(method, dp, sp, sharding, recomputation, schedule)
 
 
 def best(job: Job, method: str) -> Estimate | None:

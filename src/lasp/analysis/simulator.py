@@ -21,7 +21,7 @@ from typing import NamedTuple
 from lasp.exchange.cost import Link
 
 
-class Work(NamedTuple):
+class SimulatedWork(NamedTuple):
     seconds: float
 
 
@@ -44,11 +44,11 @@ class Wait(NamedTuple):
     key: object
 
 
-Operation = Work | Send | Receive | Join | Wait
+Operation = SimulatedWork | Send | Receive | Join | Wait
 Program = Iterator[Operation]
 
 
-class Machine(NamedTuple):
+class SimulatedMachine(NamedTuple):
     """Where ranks run.
 
     Attributes:
@@ -90,7 +90,9 @@ class _Collective:
         self.joined, self.end, self.waiting = 0, float("inf"), list[int]()
 
 
-def simulate(machine: Machine, programs: Sequence[Callable[[int], Program]] | Callable[[int], Program]) -> list[float]:
+def simulate(
+    machine: SimulatedMachine, programs: Sequence[Callable[[int], Program]] | Callable[[int], Program]
+) -> list[float]:
     """The time at which each rank's program ends, in seconds from a common start.
 
     Args:
@@ -140,7 +142,7 @@ def simulate(machine: Machine, programs: Sequence[Callable[[int], Program]] | Ca
             if operation is None:
                 ended[rank] = now
                 return
-            if isinstance(operation, Work):
+            if isinstance(operation, SimulatedWork):
                 work(rank, now, operation.seconds)
                 return
             if isinstance(operation, Send):

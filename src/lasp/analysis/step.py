@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lasp.analysis.simulator import Join, Program, Receive, Send, Wait, Work
+from lasp.analysis.simulator import Join, Program, Receive, Send, SimulatedWork, Wait
 from lasp.exchange.base import Exchange
 from lasp.exchange.cost import Constants, Model
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 # Schedules that are simulated message by message; others take the time of their cost model once all have come.
 BY_MESSAGE = ("ring", "doubling", "pipelined")
@@ -42,7 +42,7 @@ class Step(NamedTuple):
     outside_forward: float
     outside_backward: float
     optimizer: float
-    load: Load
+    load: Payload
     exchange: Exchange
     name: str
     constants: Constants
@@ -74,37 +74,37 @@ def program(step: Step) -> Callable[[int], Program]:
                 if place > 0:
                     yield Receive(rank - way)
                 if place < size - 1:
-                    yield Work(fold / blocks)
+                    yield SimulatedWork(fold / blocks)
                     yield Send(rank + way, step.load.state_bytes / blocks)
         elif step.name == "doubling":
             distance = 1
             while distance < size:
                 if place >= distance:
                     yield Receive(rank - way * distance)
-                    yield Work(fold)
+                    yield SimulatedWork(fold)
                 distance *= 2
                 if distance < size and place + distance < size:
-                    yield Work(fold)
+                    yield SimulatedWork(fold)
                     yield Send(rank + way * distance, step.load.summary_bytes)
         else:
             yield Wait(key)
 
     def run(rank: int) -> Program:
-        yield Work(step.outside_forward)
+        yield SimulatedWork(step.outside_forward)
         for layer in range(step.layers):
-            yield Work(step.forward.before)
+            yield SimulatedWork(step.forward.before)
             yield from begin(rank, ("forward", layer), False)
-            yield Work(step.forward.during)
+            yield SimulatedWork(step.forward.during)
             yield from finish(rank, ("forward", layer), False)
-            yield Work(step.forward.after)
-        yield Work(step.outside_backward)
+            yield SimulatedWork(step.forward.after)
+        yield SimulatedWork(step.outside_backward)
         waiting, buckets = 0.0, 0
         for layer in range(step.layers):
-            yield Work(step.backward.before)
+            yield SimulatedWork(step.backward.before)
             yield from begin(rank, ("backward", layer), True)
-            yield Work(step.backward.during)
+            yield SimulatedWork(step.backward.during)
             yield from finish(rank, ("backward", layer), True)
-            yield Work(step.backward.after)
+            yield SimulatedWork(step.backward.after)
             waiting += step.gradient_bytes[0]
             if waiting >= BUCKET_BYTES:
                 yield Join(("gradients", buckets), step.reduce_s(waiting), "gradients")
@@ -113,6 +113,6 @@ def program(step: Step) -> Callable[[int], Program]:
             yield Join(("gradients", buckets), step.reduce_s(waiting + step.gradient_bytes[1]), "gradients")
             for bucket in range(buckets + 1):
                 yield Wait(("gradients", bucket))
-        yield Work(step.optimizer)
+        yield SimulatedWork(step.optimizer)
 
     return run

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lasp.exchange.base import Exchange, Traffic
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 
 class Volume(NamedTuple):
@@ -36,7 +36,7 @@ class Volume(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class ShardShape:
     """One rank's part of an attention layer; all ranks hold equally many tokens.
 
     Attributes:
@@ -68,7 +68,7 @@ class Shard:
         return self.batch * self.tokens * self.d_model * self.itemsize
 
 
-def state_exchange(exchange: Exchange, load: Load, position: int, nodes: tuple[int, ...]) -> Volume:
+def state_exchange(exchange: Exchange, load: Payload, position: int, nodes: tuple[int, ...]) -> Volume:
     """A linear-attention layer whose state crosses ranks: what the exchange declares, in both directions.
 
     Source: `Exchange.traffic`. LASP is "ring", LASP-2 "all_gather", ZeCO's all-scan "pipelined". Neither n nor D
@@ -91,7 +91,7 @@ def halo(channels: int, batch: int, width: int, itemsize: int, position: int, si
     return Volume(Traffic(to_next, to_before), Traffic(to_before, to_next))
 
 
-def gathered_softmax(shard: Shard, position: int, size: int) -> Volume:
+def gathered_softmax(shard: ShardShape, position: int, size: int) -> Volume:
     """LASP-2H's softmax layer, causal: keys and values are gathered, their gradients go to the ranks that own them.
 
     Forward (W - 1) B n G (K + V). Backward each rank sends the gradients of earlier ranks' keys and values only, as
@@ -103,7 +103,7 @@ def gathered_softmax(shard: Shard, position: int, size: int) -> Volume:
     return Volume(Traffic(gathered, gathered), Traffic(part * position, part * (size - 1 - position)))
 
 
-def ulysses(shard: Shard, position: int, size: int) -> Volume:
+def ulysses(shard: ShardShape, position: int, size: int) -> Volume:
     """DeepSpeed-Ulysses: all-to-all of q, k, v before attention and of o after it; the same back.
 
     B n (H K + G (K + V) + H V) (W - 1) / W each way where W divides G; where it does not, ranks share key heads and
@@ -121,7 +121,7 @@ def ulysses(shard: Shard, position: int, size: int) -> Volume:
     return Volume(Traffic(sent + out, received + out), Traffic(received + out, sent + out))
 
 
-def ring_attention(shard: Shard, position: int, size: int) -> Volume:
+def ring_attention(shard: ShardShape, position: int, size: int) -> Volume:
     """Ring Attention: keys and values pass over all ranks; backward again, with the sums of their gradients.
 
     Forward (W - 1) B n G (K + V), backward that and (W - 1) B n G (K + V) sums. A block's owner adds its own share
@@ -134,7 +134,7 @@ def ring_attention(shard: Shard, position: int, size: int) -> Volume:
     return Volume(Traffic(keys, keys), Traffic(keys + sums, keys + sums))
 
 
-def megatron(shard: Shard, position: int, size: int, *, blocks: int = 2) -> Volume:
+def megatron(shard: ShardShape, position: int, size: int, *, blocks: int = 2) -> Volume:
     """Megatron's sequence parallelism: tensor parallelism whose activations are cut along tokens between blocks.
 
     A block (attention, or feed-forward) gathers its input, (W - 1) B n D, and reduce-scatters its output, as much.
@@ -146,7 +146,7 @@ def megatron(shard: Shard, position: int, size: int, *, blocks: int = 2) -> Volu
     return Volume(Traffic(2 * moved, 2 * moved), Traffic(3 * moved, 3 * moved))
 
 
-def megatron_all_to_all(shard: Shard, position: int, size: int, *, gates: int) -> Volume:
+def megatron_all_to_all(shard: ShardShape, position: int, size: int, *, gates: int) -> Volume:
     """Linear attention over context-parallel ranks as Megatron-Core does it for Mamba and Gated DeltaNet layers.
 
     All channels of the input projection (q, k, v and `gates` more: output gates, decays, betas) go from tokens to

@@ -107,10 +107,10 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
     import torch.distributed as dist
 
     from lasp.distributed.comm import Comm
-    from lasp.exchange import EXCHANGES, Auto, Load, Pipelined
+    from lasp.exchange import EXCHANGES, Auto, Payload, Pipelined
     from lasp.exchange.cost import Model
     from lasp.exchange.measure import exchange_work, operations, timings
-    from lasp.exchange.peer import Peer, is_possible
+    from lasp.exchange.peer.exchange import Peer, is_possible
 
     assert dist.group.WORLD is not None
     comm = Comm(dist.group.WORLD, 300.0)
@@ -118,7 +118,7 @@ def _measure(config: BenchConfig, device: Any) -> dict[str, Any]:
     if config.save is not None and comm.rank == 0:
         constants.save(config.save)
     auto, rows = Auto(constants), []
-    for load in (Load(*sizes) for sizes in LOADS):
+    for load in (Payload(*sizes) for sizes in LOADS):
         model = Model(load, comm.nodes, constants)
         schedules = [make() for make in EXCHANGES.values() if make is not Pipelined] + [Pipelined(constants=constants)]
         peers = is_possible(comm, load.summary_bytes, device)

@@ -322,7 +322,7 @@ class _Times(NamedTuple):
 def _timed(step: Callable[[], None], steps: int, device: torch.device) -> _Times:
     import torch
 
-    from lasp.train.watch import peak_memory
+    from lasp.train.step_timer import peak_memory
 
     seconds = []
     for number in range(steps + 1):

@@ -253,13 +253,13 @@ class _Forgetful:
         self._exchange, self.name = exchange, exchange.name
 
     def begin(self, comm: Any, summary: Any, initial: Any, *, reverse: bool, want_total: bool) -> Any:
-        from lasp.exchange import Carried
+        from lasp.exchange import ExchangeResult
 
         pending = self._exchange.begin(comm, summary, initial, reverse=reverse, want_total=want_total)
 
         class Forgotten:
-            def wait(self) -> Carried:
-                return Carried(initial, pending.wait().total)
+            def wait(self) -> ExchangeResult:
+                return ExchangeResult(initial, pending.wait().total)
 
         return Forgotten()
 

@@ -12,7 +12,7 @@ from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class ExportArguments:
     """Write a trained model's weights and configuration to a folder, for `lasp train --init-from`, `lasp generate`
     and other programs.
     """
@@ -25,7 +25,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp export ARGUMENTS`."""
-    options = tyro.cli(Arguments, args=list(arguments), prog="lasp export")
+    options = tyro.cli(ExportArguments, args=list(arguments), prog="lasp export")
     from lasp.train.export import export
 
     print(

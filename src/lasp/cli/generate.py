@@ -15,7 +15,7 @@ from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class GenerateArguments:
     """Continue a prompt with a trained model. Memory and time per token do not grow with the text."""
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -34,7 +34,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp generate ARGUMENTS`."""
-    options = tyro.cli(Arguments, args=list(arguments), prog="lasp generate")
+    options = tyro.cli(GenerateArguments, args=list(arguments), prog="lasp generate")
     check_seed("--seed", options.seed)
     check_text("--prompt", options.prompt)
     if (

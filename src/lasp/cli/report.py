@@ -14,7 +14,7 @@ from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class ReportArguments:
     """Write one HTML page about a run, finished or going on: curves, layout, time, memory, bytes, text, settings.
 
     The page refers to nothing outside itself: it can be mailed, and read offline.
@@ -28,7 +28,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp report ARGUMENTS`."""
-    options = tyro.cli(Arguments, args=list(arguments), prog="lasp report")
+    options = tyro.cli(ReportArguments, args=list(arguments), prog="lasp report")
     out = options.out or options.run / "report.html"
     from lasp.train.report import load, render
 

@@ -15,7 +15,7 @@ from lasp.train.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class TrainArguments:
     """Train a linear-attention language model with its sequences split over processes.
 
     Without options: transnormer-tiny on the Python standard library's source, two processes on this machine.
@@ -34,7 +34,7 @@ class Arguments:
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
-def parse(arguments: Sequence[str]) -> Arguments:
+def parse(arguments: Sequence[str]) -> TrainArguments:
     """The arguments of one run. Raises ConfigError or CheckpointError; SystemExit on --help and misspellings."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
@@ -58,7 +58,11 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
         base = dataclasses.replace(base, model=model_options(init_from))
     options = tyro.cli(
-        Arguments, args=list(arguments), default=Arguments(settings=base), prog="lasp train", console_outputs=_speaks()
+        TrainArguments,
+        args=list(arguments),
+        default=TrainArguments(settings=base),
+        prog="lasp train",
+        console_outputs=_speaks(),
     )
     if options.resume == AUTO and options.settings.run_dir is None:
         raise ConfigError("--resume auto goes on in the run folder if it can: name it with --run-dir")

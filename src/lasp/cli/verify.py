@@ -12,7 +12,7 @@ from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class VerifyArguments:
     """Read every checkpoint of a run and say which are good. Exit code 66 if none is."""
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -21,7 +21,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp verify ARGUMENTS`."""
-    options = tyro.cli(Arguments, args=list(arguments), prog="lasp verify")
+    options = tyro.cli(VerifyArguments, args=list(arguments), prog="lasp verify")
     from lasp.train import checkpoint
 
     good = 0

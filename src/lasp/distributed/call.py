@@ -83,10 +83,10 @@ class Call:
     def receive(self, like: Tensor, source: int) -> Pending[Tensor]:
         return self.check().receive(like, source)
 
-    def trade(
+    def batch_send_recv(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
     ) -> list[Pending[Tensor]]:
-        return self.check().trade(sends, receives)
+        return self.check().batch_send_recv(sends, receives)
 
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Pending[list[Tensor]]:
         return self.check().all_to_all(parts, sizes)
@@ -97,5 +97,5 @@ class Call:
     def sum(self, tensor: Tensor) -> Tensor:
         return self.check().sum(tensor)
 
-    def settle(self) -> None:
-        self.comm.settle()
+    def wait_for_sends(self) -> None:
+        self.comm.wait_for_sends()

@@ -47,7 +47,7 @@ class ExchangeClock:
     """Adds up the times of a rank's messages. `Comm` calls it where messages begin and are waited for.
 
     On a device time is that of the stream which was current when the clock was made: what happens on another holds
-    nothing up, until this one waits for it (`lasp.sequence.beside`).
+    nothing up, until this one waits for it (`lasp.exchange.side_stream`).
     """
 
     def __init__(self, *, on_device: bool) -> None:

@@ -27,7 +27,7 @@ from lasp.distributed.call import Call, Posted
 from lasp.distributed.clock import ExchangeClock
 from lasp.distributed.ending import before_exit
 from lasp.distributed.groups import gloo_group
-from lasp.distributed.record import Description, ExchangeError, Record, Step, compare, failures, number_given
+from lasp.distributed.record import Description, ExchangeError, Record, RecordedStep, compare, failures, number_given
 
 if TYPE_CHECKING:
     from lasp.distributed.sealed import Sealing
@@ -143,7 +143,7 @@ class Comm:
         self.backend: str = dist.get_backend(group)
         self.sealing: Sealing | None = None
         """How messages say which call they belong to where the hosts do not meet for every call."""
-        self.step = Step()
+        self.step = RecordedStep()
         """Where the program says it is."""
         self._calls = 0
         self._sending: deque[tuple[Any, Tensor]] = deque()
@@ -232,7 +232,7 @@ class Comm:
         while self._sending:
             self._await_oldest()
 
-    def settle(self) -> None:
+    def wait_for_sends(self) -> None:
         """At the end of an exchange: over NCCL, let the stream wait until what was sent has left.
 
         What sends is a kernel. Sweeps queued before it has begun take every multiprocessor for as long as they run, and
@@ -253,7 +253,7 @@ class Comm:
             work = dist.irecv(buffer, group=self._group, group_src=source)
         return Pending(self, work, f"receive a state from rank {source}", lambda: buffer.to(like.device))
 
-    def trade(
+    def batch_send_recv(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
     ) -> list[Pending[Tensor]]:
         """Start several messages at once, as `send` and `receive` do one: no order among them can block.

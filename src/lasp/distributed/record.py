@@ -58,7 +58,7 @@ def digest_of(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-class Step(NamedTuple):
+class RecordedStep(NamedTuple):
     """Where a program is: the number of its step, and a number that stands for the data of it; -1 for unknown."""
 
     number: int = -1
@@ -83,7 +83,7 @@ class Record(NamedTuple):
     description: Description
     documents: str | None = None
     forward: int = 0
-    step: Step = Step()
+    step: RecordedStep = RecordedStep()
     sources: Sequence[int] = ()
     given: int = 0
     error: bool = False
@@ -108,7 +108,7 @@ class _Read(NamedTuple):
     documents: bytes
     number: int
     forward: int
-    step: Step
+    step: RecordedStep
     given: int
     error: bool
     sources: tuple[int, ...]
@@ -118,12 +118,12 @@ class _Read(NamedTuple):
     def of(record: bytes) -> _Read:
         plan, documents, number, forward, step, data, given, error, *sources = _HEAD.unpack_from(record)
         text = record[_HEAD.size :].rstrip(b"\0").decode(errors="replace")
-        return _Read(plan, documents, number, forward, Step(step, data), given, error, tuple(sources), text)
+        return _Read(plan, documents, number, forward, RecordedStep(step, data), given, error, tuple(sources), text)
 
     def named(self) -> str:
         """The call, for people."""
         of = f" of call {self.forward}" if self.forward else ""
-        where = "" if self.step == Step() else f", in step {self.step.number}"
+        where = "" if self.step == RecordedStep() else f", in step {self.step.number}"
         return f"call {self.number}, {self.shown().get('operator', 'unreadable')}{of}{where}"
 
     def shown(self) -> dict[str, object]:

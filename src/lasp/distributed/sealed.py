@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lasp.distributed.call import Call
 from lasp.distributed.comm import Comm, Pending
-from lasp.distributed.record import Description, ExchangeError, Record, Step, digest_of
+from lasp.distributed.record import Description, ExchangeError, Record, RecordedStep, digest_of
 
 WORDS = 4  # number, forward call's number, plan and documents, step
 HEADER_BYTES = 8 * WORDS
@@ -81,7 +81,7 @@ class Sealing:
     def __init__(self, device: torch.device, stamps: Stamps) -> None:
         self.stamps, self.state = stamps, torch.zeros(2, dtype=torch.int64, device=device)
         self.found = torch.zeros(2 * WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._seen, self._step = self.found.numpy(), Step()
+        self._seen, self._step = self.found.numpy(), RecordedStep()
         self._known: dict[int, str] = {}
 
     def call(self, comm: Comm, record: Record, forward: Tensor | None) -> SealedCall:
@@ -173,7 +173,7 @@ class SealedCall(Call):
         self._uncount(received=1, extra=place.nbytes - like.nbytes)
         return self.comm.receive(place, source).then(self._opening(like))
 
-    def trade(
+    def batch_send_recv(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
     ) -> list[Pending[Tensor]]:
         sealed = [(self._sealed(tensor), to) for tensor, to in sends]
@@ -182,7 +182,7 @@ class SealedCall(Call):
             self._uncount(sent=1, extra=whole.nbytes - tensor.nbytes)
         for (whole, _), (like, _) in zip(places, receives, strict=True):
             self._uncount(received=1, extra=whole.nbytes - like.nbytes)
-        pending = self.comm.trade(sealed, places)
+        pending = self.comm.batch_send_recv(sealed, places)
         return [each.then(self._opening(like)) for each, (like, _) in zip(pending, receives, strict=True)]
 
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Pending[list[Tensor]]:

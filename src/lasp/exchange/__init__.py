@@ -1,24 +1,24 @@
 """How the state crosses ranks: interchangeable schedules behind one interface."""
 
 from lasp.exchange.auto import Auto
-from lasp.exchange.base import Carried, Exchange, PendingExchange, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, PendingExchange, Traffic
 from lasp.exchange.cost import Constants
-from lasp.exchange.hierarchical import Hierarchical
-from lasp.exchange.load import Load
-from lasp.exchange.peer import Peer
-from lasp.exchange.pipelined import Pipelined
-from lasp.exchange.reach import Reach, forgets_constant
-from lasp.exchange.select import EXCHANGES, NAMES, resolve
+from lasp.exchange.payload import Payload
+from lasp.exchange.peer.exchange import Peer
+from lasp.exchange.registry import EXCHANGES, NAMES, resolve
+from lasp.exchange.schedules.hierarchical import Hierarchical
+from lasp.exchange.schedules.pipelined import Pipelined
+from lasp.exchange.schedules.reach import Reach, forgets_constant
 
 __all__ = [
     "EXCHANGES",
     "NAMES",
     "Auto",
-    "Carried",
     "Constants",
     "Exchange",
+    "ExchangeResult",
     "Hierarchical",
-    "Load",
+    "Payload",
     "Peer",
     "PendingExchange",
     "Pipelined",

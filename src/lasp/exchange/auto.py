@@ -11,18 +11,18 @@ from torch import Tensor
 
 from lasp.algebra import Summary
 from lasp.distributed.comm import Messages
-from lasp.exchange.all_gather import AllGather
-from lasp.exchange.all_to_all import AllToAll
 from lasp.exchange.base import Exchange, PendingExchange, Traffic
 from lasp.exchange.cost import GLOO, NCCL, Constants, Model
-from lasp.exchange.doubling import Doubling
-from lasp.exchange.hierarchical import Hierarchical
-from lasp.exchange.load import Load
-from lasp.exchange.local import Local
-from lasp.exchange.peer import Peer
-from lasp.exchange.peer import is_possible as peers_are_possible
-from lasp.exchange.pipelined import Pipelined
-from lasp.exchange.ring import Ring
+from lasp.exchange.payload import Payload
+from lasp.exchange.peer.exchange import Peer
+from lasp.exchange.peer.exchange import is_possible as peers_are_possible
+from lasp.exchange.schedules.all_gather import AllGather
+from lasp.exchange.schedules.all_to_all import AllToAll
+from lasp.exchange.schedules.doubling import Doubling
+from lasp.exchange.schedules.hierarchical import Hierarchical
+from lasp.exchange.schedules.local import Local
+from lasp.exchange.schedules.pipelined import Pipelined
+from lasp.exchange.schedules.ring import Ring
 
 logger = logging.getLogger("lasp.exchange")
 
@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
 
 @cache
 def rank_schedules(
-    load: Load, nodes: tuple[int, ...], constants: Constants, *, want_total: bool = False, peers: bool = False
+    load: Payload, nodes: tuple[int, ...], constants: Constants, *, want_total: bool = False, peers: bool = False
 ) -> tuple[Candidate, ...]:
     """All schedules for a load, from the fastest predicted to the slowest; ties keep a fixed order.
 
@@ -56,7 +56,7 @@ def rank_schedules(
 
 
 def _table(
-    load: Load, nodes: tuple[int, ...], constants: Constants, candidates: tuple[Candidate, ...], want_total: bool
+    load: Payload, nodes: tuple[int, ...], constants: Constants, candidates: tuple[Candidate, ...], want_total: bool
 ) -> str:
     """Predicted times, and bytes: the most that any rank sends and receives."""
     hosts = "one host" if len(nodes) == 1 else f"{len(nodes)} hosts"
@@ -88,7 +88,9 @@ class Auto:
             return "auto"
         return f"auto by constants {self.constants.fingerprint}"
 
-    def choose(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False, peers: bool = False) -> Exchange:
+    def choose(
+        self, load: Payload, nodes: tuple[int, ...], *, want_total: bool = False, peers: bool = False
+    ) -> Exchange:
         """The schedule for a load; `nodes` as in `Exchange.traffic`, `peers` as in `rank_schedules`."""
         if sum(nodes) == 1:
             return Local()
@@ -97,9 +99,9 @@ class Auto:
     def chosen(self, comm: Messages, summary: Summary, *, want_total: bool) -> Exchange:
         """The schedule for what a rank is about to give. Collective when first asked for a size."""
         peers = self.constants.peer is not None and peers_are_possible(comm.comm, summary.nbytes, summary.state.device)
-        return self.choose(Load.of(summary), comm.nodes, want_total=want_total, peers=peers)
+        return self.choose(Payload.of(summary), comm.nodes, want_total=want_total, peers=peers)
 
-    def explain(self, load: Load, nodes: tuple[int, ...], *, want_total: bool = False) -> str:
+    def explain(self, load: Payload, nodes: tuple[int, ...], *, want_total: bool = False) -> str:
         """The choice as a table: predicted time and bytes of every schedule."""
         ranked = rank_schedules(load, nodes, self.constants, want_total=want_total)
         return _table(load, nodes, self.constants, ranked, want_total)
@@ -110,7 +112,7 @@ class Auto:
         chosen = self.chosen(comm, summary, want_total=want_total)
         return chosen.begin(comm, summary, initial, reverse=reverse, want_total=want_total)
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         return self.choose(load, nodes, want_total=want_total).traffic(load, position, nodes, want_total=want_total)
 
     def seconds(self, model: Model, *, want_total: bool) -> float:

@@ -9,10 +9,10 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.comm import Messages
 from lasp.exchange.cost import Model
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 
-class Carried(NamedTuple):
+class ExchangeResult(NamedTuple):
     """What an exchange brings.
 
     Attributes:
@@ -58,7 +58,7 @@ class Line(NamedTuple):
 class PendingExchange(Protocol):
     """An exchange under way. Local work belongs between `begin` and `wait`."""
 
-    def wait(self) -> Carried: ...
+    def wait(self) -> ExchangeResult: ...
 
 
 class Exchange(Protocol):
@@ -78,7 +78,7 @@ class Exchange(Protocol):
         self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange: ...
 
-    def traffic(self, load: Load, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
+    def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         """The exact payload of one exchange on the rank at `position`.
 
         Both `position` and `nodes` (how many consecutive ranks share a host, host after host) are in the direction
@@ -91,7 +91,7 @@ class Exchange(Protocol):
         ...
 
 
-def broadcast_traffic(load: Load, position: int, size: int) -> Traffic:
+def broadcast_traffic(load: Payload, position: int, size: int) -> Traffic:
     """The payload of the total, sent by the last rank to all."""
     if position == size - 1:
         return Traffic(load.state_bytes * (size - 1), 0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lasp.exchange.load import Load
+from lasp.exchange.payload import Payload
 
 
 class Link(NamedTuple):
@@ -129,7 +129,7 @@ class Model:
         constants: of the group.
     """
 
-    def __init__(self, load: Load, nodes: tuple[int, ...], constants: Constants) -> None:
+    def __init__(self, load: Payload, nodes: tuple[int, ...], constants: Constants) -> None:
         self.load, self.nodes, self.constants = load, nodes, constants
         self.size = sum(nodes)
 
@@ -162,7 +162,7 @@ class Model:
         link = self.constants.peer
         return math.inf if link is None or len(self.nodes) > 1 else link.seconds(nbytes, self.size - 1)
 
-    def fold(self, load: Load | None = None, *, alone: bool = False) -> float:
+    def fold(self, load: Payload | None = None, *, alone: bool = False) -> float:
         """Apply a summary, on all ranks at once or on one alone."""
         load = self.load if load is None else load
         # Of two ranks only one has something to apply.

@@ -18,9 +18,9 @@ from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, Transition
 from lasp.distributed.comm import Comm
 from lasp.exchange.base import Exchange, Line
 from lasp.exchange.cost import Constants, Link
-from lasp.exchange.load import Load
-from lasp.exchange.peer import Peer
-from lasp.exchange.peer import is_possible as peers_are_possible
+from lasp.exchange.payload import Payload
+from lasp.exchange.peer.exchange import Peer
+from lasp.exchange.peer.exchange import is_possible as peers_are_possible
 
 # Bytes that a rank receives in one elementary operation, where not given.
 PROBES = (4 << 10, 64 << 10, 512 << 10, 4 << 20)
@@ -65,7 +65,7 @@ def timings(
     return result
 
 
-def exchange_work(comm: Comm, exchange: Exchange, load: Load, device: torch.device) -> Callable[[], object]:
+def exchange_work(comm: Comm, exchange: Exchange, load: Payload, device: torch.device) -> Callable[[], object]:
     """An exchange forward, then one back; half of its time is an exchange's."""
     summary, initial = random_summary(load, comm.rank, device)
 
@@ -76,7 +76,7 @@ def exchange_work(comm: Comm, exchange: Exchange, load: Load, device: torch.devi
     return work
 
 
-def random_summary(load: Load, seed: int, device: torch.device) -> tuple[Summary, Tensor]:
+def random_summary(load: Payload, seed: int, device: torch.device) -> tuple[Summary, Tensor]:
     """A summary of a load's sizes, and an initial state."""
     random = torch.Generator().manual_seed(seed)
     dtype = torch.float64 if load.itemsize == 8 else torch.float32
@@ -141,7 +141,7 @@ def operations(
             line = Line(comm, reverse)
             sends = [(payload, line.rank(line.position + 1))] if line.position < others else []
             receives = [(payload, line.rank(line.position - 1))] if line.position > 0 else []
-            for message in comm.trade(sends, receives):
+            for message in comm.batch_send_recv(sends, receives):
                 message.wait()
 
     def swap(part: Tensor) -> None:

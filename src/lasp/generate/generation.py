@@ -15,7 +15,7 @@ from torch import Tensor
 from lasp.generate.sampling import check_sampling, sample
 from lasp.models import Cache, CausalLM
 from lasp.sequence.arguments import check_ids, whole
-from lasp.sequence.guard import refusing
+from lasp.sequence.validation import broadcast_errors
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -56,7 +56,7 @@ def prefill(
     Raises:
         ValueError: the whole prompt is empty, or an argument does not fit.
     """
-    with refusing(sp):
+    with broadcast_errors(sp):
         check_ids("prompt", prompt, model.config.vocab_size, "[B, T]")
         whole("chunk_tokens", chunk_tokens, 1)
     if sp is not None:

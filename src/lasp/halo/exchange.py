@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.halo.rows import Plan
+from lasp.halo.rows import HaloPlan
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 
-def extend(x: Tensor, initial: Tensor | None, plan: Plan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:
+def extend(x: Tensor, initial: Tensor | None, plan: HaloPlan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:
     """The shard with what stands before it.
 
     Args:
@@ -36,12 +36,12 @@ def extend(x: Tensor, initial: Tensor | None, plan: Plan, call: SequenceCall | N
 class _Extend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, call: SequenceCall | None, x: Tensor, initial: Tensor | None
+        ctx: Any, plan: HaloPlan, call: SequenceCall | None, x: Tensor, initial: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.call, ctx.like = plan, call, (x.shape, None if initial is None else initial.shape)
         route, batch, channels = plan.route, x.shape[0], x.shape[2]
         wish = x.new_zeros(batch, plan.num_rows, channels)
-        pending = _trade(
+        pending = _batch_send_recv(
             call,
             [(x.index_select(1, tokens), rank) for rank, tokens in route.sends],
             [(x.new_empty(batch, len(positions), channels), rank) for rank, positions in route.receives],
@@ -76,7 +76,7 @@ class _Extend(torch.autograd.Function):
             coming[rank] = [tokens, none]
         for rank, rows in route.state_of:
             coming.setdefault(rank, [none, none])[1] = rows
-        pending = _trade(
+        pending = _batch_send_recv(
             call,
             [(d_rows.index_select(1, going[rank]), rank) for rank in sorted(going)],
             [
@@ -98,11 +98,13 @@ class _Extend(torch.autograd.Function):
         return None, None, d_x, d_initial
 
 
-def _trade(call: SequenceCall | None, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> Any:
+def _batch_send_recv(
+    call: SequenceCall | None, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]
+) -> Any:
     """Start the messages; without other ranks there are none."""
-    return [] if call is None else call.messages.trade(sends, receives)
+    return [] if call is None else call.messages.batch_send_recv(sends, receives)
 
 
 def _settle(call: SequenceCall | None) -> None:
     if call is not None:
-        call.messages.settle()
+        call.messages.wait_for_sends()

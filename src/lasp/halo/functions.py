@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.halo.exchange import extend
-from lasp.halo.rows import Fix, Layout, plan
+from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
 from lasp.sequence.call import SequenceCall
-from lasp.sequence.guard import check_shard, refusing
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
+from lasp.sequence.validation import broadcast_errors, check_shard
 
 ACTIVATIONS = (None, "silu")
 MAX_WIDTH = 8
@@ -58,7 +58,7 @@ def short_convolution(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
-    with refusing(sp):
+    with broadcast_errors(sp):
         _check_x(x)
         _check_weight(x, weight, bias)
         if activation not in ACTIVATIONS:
@@ -98,7 +98,7 @@ def token_shift(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
-    with refusing(sp):
+    with broadcast_errors(sp):
         _check_x(x)
         if initial_state is not None:
             check_tensor("initial_state", initial_state, "[B or N, C]")
@@ -115,12 +115,12 @@ def token_shift(
     return y, None if read.final is None else read.final[..., 0]
 
 
-class _Read(NamedTuple):
+class _ReadRows(NamedTuple):
     """What the tokens here read: extended [B, w + T, C], but for the tokens of `fix`; and the final state."""
 
     extended: Tensor
     wish: Tensor
-    fix: Fix | None
+    fix: BoundaryOverride | None
     final: Tensor | None
 
     def back(self, tokens: int) -> Tensor:
@@ -133,8 +133,8 @@ class _Read(NamedTuple):
 
 
 def _read(
-    x: Tensor, layout: Layout, initial_state: Tensor | None, sp: SequenceParallel | None, call: SequenceCall | None
-) -> _Read:
+    x: Tensor, layout: HaloLayout, initial_state: Tensor | None, sp: SequenceParallel | None, call: SequenceCall | None
+) -> _ReadRows:
     """Exchange rows, where there is another rank or another document."""
     if len(layout.bounds) == 2 and (sp is None or sp.size == 1):
         return _read_whole(x, layout, initial_state)
@@ -149,15 +149,15 @@ def _read(
     final = None
     if scheme.final is not None:
         final = wish.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
-    return _Read(extended, wish, scheme.fix, final)
+    return _ReadRows(extended, wish, scheme.fix, final)
 
 
-def _read_whole(x: Tensor, layout: Layout, initial_state: Tensor | None) -> _Read:
+def _read_whole(x: Tensor, layout: HaloLayout, initial_state: Tensor | None) -> _ReadRows:
     """Of whole sequences that are all here: they need no plan, which the compiler could not follow."""
     before = x.new_zeros(x.shape[0], layout.width, x.shape[2]) if initial_state is None else initial_state.mT
     extended = torch.cat([before, x], 1)
     final = extended[:, x.shape[1] :].transpose(1, 2) if layout.final else None
-    return _Read(extended, extended[:, :0], None, final)
+    return _ReadRows(extended, extended[:, :0], None, final)
 
 
 def _convolve(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,7 +176,7 @@ def _layout(
     want_final: bool,
     cu_seqlens: Tensor | Sequence[int] | None,
     sp: SequenceParallel | None,
-) -> Layout:
+) -> HaloLayout:
     check_flags(output_final_state=want_final)
     check_shard(sp, x.shape[1])
     starts = shard_starts(sp, x.shape[1])
@@ -189,7 +189,7 @@ def _layout(
                 f"initial_state must be [B or documents, C, rows before the first token] {shape}, {x.dtype}, on "
                 f"{x.device}; got {tuple(initial_state.shape)}, {initial_state.dtype}, on {initial_state.device}"
             )
-    return Layout(starts, bounds, width, initial_state is not None, want_final)
+    return HaloLayout(starts, bounds, width, initial_state is not None, want_final)
 
 
 def _called(
@@ -197,7 +197,7 @@ def _called(
     operator: str,
     x: Tensor,
     initial_state: Tensor | None,
-    layout: Layout,
+    layout: HaloLayout,
     gradients: Sequence[bool],
     options: tuple[object, ...],
 ) -> SequenceCall | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 NONE = -1
 
 
-class Layout(NamedTuple):
+class HaloLayout(NamedTuple):
     """What the rows depend on.
 
     Attributes:
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     final: bool
 
 
-class Wish(NamedTuple):
+class NeededRows(NamedTuple):
     """What one rank wants.
 
     Attributes:
@@ -48,7 +48,7 @@ class Wish(NamedTuple):
     halo: int
 
 
-def before(layout: Layout, positions: Tensor, documents: Tensor) -> Tensor:
+def before(layout: HaloLayout, positions: Tensor, documents: Tensor) -> Tensor:
     """The rows at global `positions`, up to w tokens before the start of `documents`, as those documents see them."""
     back = positions - torch.tensor(layout.bounds)[documents]
     if not layout.initial:
@@ -56,14 +56,14 @@ def before(layout: Layout, positions: Tensor, documents: Tensor) -> Tensor:
     return torch.where(back >= 0, positions, layout.starts[-1] + (documents + 1) * layout.width + back)
 
 
-def final_rows(layout: Layout) -> Tensor:
+def final_rows(layout: HaloLayout) -> Tensor:
     """int64 [N, w], the rows of every document's final state."""
     ends = torch.tensor(layout.bounds[1:])[:, None]
     return before(layout, ends + torch.arange(-layout.width, 0), torch.arange(len(ends))[:, None])
 
 
 @lru_cache(maxsize=32)
-def wishes(layout: Layout) -> tuple[Wish, ...]:
+def wishes(layout: HaloLayout) -> tuple[NeededRows, ...]:
     """What every rank wants."""
     bounds, width = torch.tensor(layout.bounds), layout.width
     everywhere = [final_rows(layout).flatten()] if layout.final else []
@@ -80,14 +80,14 @@ def wishes(layout: Layout) -> tuple[Wish, ...]:
             read = (begin + first < stop.clamp(max=end)) & (torch.arange(width) >= first)
             wanted.append(layout.starts[-1] + read.flatten().nonzero()[:, 0])
         rows = torch.cat(wanted).unique() if wanted else torch.empty(0, dtype=torch.int64)
-        found.append(Wish(rows[rows != NONE], halo))
+        found.append(NeededRows(rows[rows != NONE], halo))
     return tuple(found)
 
 
 class Rows:
     """The rows of one layout, for one rank."""
 
-    def __init__(self, layout: Layout, rank: int) -> None:
+    def __init__(self, layout: HaloLayout, rank: int) -> None:
         self.layout, self.rank = layout, rank
         self.total, self.start, self.end = layout.starts[-1], layout.starts[rank], layout.starts[rank + 1]
         self._bounds = torch.tensor(layout.bounds)
@@ -134,7 +134,7 @@ class Route(NamedTuple):
     halo: slice
 
 
-class Fix(NamedTuple):
+class BoundaryOverride(NamedTuple):
     """Tokens whose reads are replaced, and where instead they read j = 0 .. w tokens back; on the tensors' device.
 
     Attributes:
@@ -150,7 +150,7 @@ class Fix(NamedTuple):
     is_near: Tensor
 
 
-class Plan(NamedTuple):
+class HaloPlan(NamedTuple):
     """All of one layout on one rank.
 
     Attributes:
@@ -161,17 +161,17 @@ class Plan(NamedTuple):
     width: int
     num_rows: int
     route: Route
-    fix: Fix | None
+    fix: BoundaryOverride | None
     final: Tensor | None
 
 
 @lru_cache(maxsize=32)
-def plan(layout: Layout, rank: int, device: torch.device) -> Plan:
+def plan(layout: HaloLayout, rank: int, device: torch.device) -> HaloPlan:
     """The plan, computed once for all layers of a model."""
     with torch.inference_mode(False):  # a plan made while generating may serve training, which saves its indices
         rows = Rows(layout, rank)
         final = _position(rows, final_rows(layout).flatten()).to(device) if layout.final else None
-        return Plan(layout.width, len(rows.wish.rows), _route(rows, device), _fix(rows, device), final)
+        return HaloPlan(layout.width, len(rows.wish.rows), _route(rows, device), _fix(rows, device), final)
 
 
 def _position(rows: Rows, wanted: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _route(rows: Rows, device: torch.device) -> Route:
     )
 
 
-def _fix(rows: Rows, device: torch.device) -> Fix | None:
+def _fix(rows: Rows, device: torch.device) -> BoundaryOverride | None:
     tokens, documents = rows.exceptions()
     if not len(tokens):
         return None
@@ -218,4 +218,4 @@ def _fix(rows: Rows, device: torch.device) -> Fix | None:
     is_near = (wanted != NONE) & (wanted < rows.total)
     near = torch.where(is_near, wanted - rows.start + rows.layout.width, 0)
     far = torch.where(is_near, len(rows.wish.rows), _position(rows, wanted))
-    return Fix((tokens - rows.start).to(device), near.to(device), far.to(device), is_near.to(device))
+    return BoundaryOverride((tokens - rows.start).to(device), near.to(device), far.to(device), is_near.to(device))

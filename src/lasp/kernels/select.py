@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from lasp.recurrence.contract import Stages
+from lasp.recurrence.stages import Stages
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from lasp.models.initialize import initialize
 from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
 from lasp.models.mixers import mixer
 from lasp.sequence.arguments import check_flags, check_ids, whole
-from lasp.sequence.guard import refusing
 from lasp.sequence.shards import document_bounds
+from lasp.sequence.validation import broadcast_errors
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -143,7 +143,7 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: wrong shapes or dtypes; on a CPU also tokens or labels outside the vocabulary.
         """
-        with refusing(sp):
+        with broadcast_errors(sp):
             self._check(tokens, labels, cache, last_logits)
             check_flags(output_cache=output_cache)
             if sp is not None and not callable(getattr(sp, "offset", None)):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lasp.ops.checks import check_state
-from lasp.recurrence.contract import Stages, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 from lasp.recurrence.documents import Documents, documents_here
+from lasp.recurrence.stages import Stages, tensors_of
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import number
 from lasp.sequence.call import SequenceCall

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
-from lasp.exchange.base import Carried
+from lasp.exchange.base import ExchangeResult
+from lasp.exchange.replay import replayed, reserve
 from lasp.recurrence.across import of_key
 from lasp.sequence import SequenceParallel
-from lasp.sequence.kept import replayed, reserve
 
 _KINDS = {kind.__name__: kind for kind in (Identity, Scalar, Diagonal, Dense)}
 
 
-def exchange(sp: SequenceParallel, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool) -> Carried:
+def exchange(
+    sp: SequenceParallel, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+) -> ExchangeResult:
     """What `sp.exchange` brings, inside a compiled region."""
     kind = type(summary.transition).__name__
     entering, total = torch.ops.lasp.exchange(
         list(summary.transition.tensors()), summary.state, initial, kind, reverse, want_total, sp.key
     )
-    return Carried(entering, total if want_total else None)
+    return ExchangeResult(entering, total if want_total else None)
 
 
 @torch.library.custom_op("lasp::exchange", mutates_args=())
@@ -48,7 +50,7 @@ def _exchange(
     return _copy(carried.entering), total
 
 
-def _dropped(carried: Carried) -> None:
+def _dropped(carried: ExchangeResult) -> None:
     """Nothing that a backward pass brings is needed again."""
 
 

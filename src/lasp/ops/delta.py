@@ -10,13 +10,13 @@ from torch import Tensor
 from lasp.kernels.select import select
 from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, scan, untraced
-from lasp.recurrence.contract import Stages
+from lasp.ops.scan import ScanPlan, scan, untraced
 from lasp.recurrence.decay import state_dtype
-from lasp.recurrence.delta import DeltaRun
+from lasp.recurrence.delta import DeltaInputs
+from lasp.recurrence.stages import Stages
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags
-from lasp.sequence.guard import check_shard, refusing
+from lasp.sequence.validation import broadcast_errors, check_shard
 
 # Added to the squared length of queries and keys, so that a zero vector stays zero.
 NORM_EPS = 1e-6
@@ -64,7 +64,7 @@ def delta_rule(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
-    with refusing(sp):
+    with broadcast_errors(sp):
         check_inputs(q, k, v)
         check_flags(output_final_state=output_final_state, normalize_qk=normalize_qk)
         check_shard(sp, q.shape[1])
@@ -75,7 +75,7 @@ def delta_rule(
         dtype = state_dtype(q.dtype)
         documents = packed(cu_seqlens, q.shape[0], q.shape[1], sp)
         gate = None if g is None else g.to(dtype)
-        x = DeltaRun(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
+        x = DeltaInputs(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
         check_initial(x, initial_state)
         stages = select("delta", backend, x)
     return _scanned(stages, x, initial_state, output_final_state, normalize_qk, sp)
@@ -85,7 +85,7 @@ def delta_rule(
 @untraced
 def _scanned(
     stages: Stages,
-    x: DeltaRun,
+    x: DeltaInputs,
     initial_state: Tensor | None,
     output_final_state: bool,
     normalize_qk: bool,
@@ -96,7 +96,7 @@ def _scanned(
     if normalize_qk:
         x = x._replace(q=_unit(x.q, x.beta.dtype), k=_unit(x.k, x.beta.dtype))
     initial = initial_of(x, initial_state)
-    return scan(Plan(stages, sp, call, False, output_final_state), ungrouped(stages, x), initial)
+    return scan(ScanPlan(stages, sp, call, False, output_final_state), ungrouped(stages, x), initial)
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:

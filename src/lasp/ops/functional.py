@@ -12,12 +12,12 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
 from lasp.ops.checks import check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import Plan, not_traced_before, refuse_final_in_graph, scan, untraced
-from lasp.recurrence.contract import Run, Stages
+from lasp.ops.scan import ScanPlan, not_traced_before, refuse_final_in_graph, scan, untraced
 from lasp.recurrence.decay import state_dtype
+from lasp.recurrence.stages import DecayInputs, Stages
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, number
-from lasp.sequence.guard import check_shard, refusing
+from lasp.sequence.validation import broadcast_errors, check_shard
 
 
 def linear_attention(
@@ -71,7 +71,7 @@ def linear_attention(
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
     queries: Tensor = k if callable(q) else q  # to be called: keys stand for them, being laid out alike
-    with refusing(sp):
+    with broadcast_errors(sp):
         check_inputs(queries, k, v)
         check_flags(causal=causal, output_final_state=output_final_state)
         check_shard(sp, k.shape[1])
@@ -83,7 +83,7 @@ def linear_attention(
         documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
         if documents is not None and not causal:
             raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
-        x = Run(queries, k, v, g, scale_of(k, scale), documents)
+        x = DecayInputs(queries, k, v, g, scale_of(k, scale), documents)
         check_initial(x, initial_state)
         stages = select("decay" if causal else "unmasked", backend, x)
         if g is not None and not (g.is_cuda and getattr(stages, "BAD_GATES_GIVE_NAN", False)):
@@ -94,13 +94,13 @@ def linear_attention(
         run = _fused if documents is None else _untraced_fused
         return run(stages, x, q, initial_state, output_final_state, sp)
     if callable(q):  # not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through
-        x = Run(_called(q, k, v, sp), *x[1:])
+        x = DecayInputs(_called(q, k, v, sp), *x[1:])
     return _scanned(stages, x, initial_state, output_final_state, causal, sp)
 
 
 def _fused(
     stages: Any,
-    x: Run,
+    x: DecayInputs,
     q: Tensor | Callable[[], Tensor],
     initial_state: Tensor | None,
     output_final_state: bool,
@@ -124,7 +124,7 @@ _untraced_fused = untraced(_fused)
 @not_traced_before
 def _scanned(
     stages: Stages,
-    x: Run,
+    x: DecayInputs,
     initial_state: Tensor | None,
     output_final_state: bool,
     causal: bool,
@@ -132,14 +132,14 @@ def _scanned(
 ) -> tuple[Tensor, Tensor | None]:
     """Tell the other ranks, then scan."""
     call = called(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
-    plan = Plan(stages, sp, call, not causal, output_final_state)
+    plan = ScanPlan(stages, sp, call, not causal, output_final_state)
     return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))
 
 
 def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor, sp: SequenceParallel | None) -> Tensor:
     """What `q` gives, checked."""
     queries = q()
-    with refusing(sp):
+    with broadcast_errors(sp):
         check_inputs(queries, k, v)
     return queries
 
@@ -177,7 +177,7 @@ def normalized_linear_attention(
     Raises:
         ValueError, ExchangeError: as `linear_attention`.
     """
-    with refusing(sp):
+    with broadcast_errors(sp):
         check_inputs(k if callable(q) else q, k, v)
         eps = number("eps", eps, "a number >= 0", lambda eps: 0 <= eps < inf)
     dtype = state_dtype(v.dtype)

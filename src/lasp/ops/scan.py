@@ -21,19 +21,19 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.algebra import Summary
-from lasp.exchange.local import Local, Ready
+from lasp.exchange.schedules.local import Local, Ready
 from lasp.ops.compiled import exchange
-from lasp.recurrence.contract import Stages, tensors_of
-from lasp.recurrence.crossing import Packed, zero_finals
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.documents import Documents
+from lasp.recurrence.packed_documents import PackedDocuments, zero_finals
+from lasp.recurrence.stages import Stages, tensors_of
 from lasp.sequence import SequenceParallel
 from lasp.sequence.call import SequenceCall
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class Plan(NamedTuple):
+class ScanPlan(NamedTuple):
     """How a recurrence is computed.
 
     Attributes:
@@ -82,7 +82,7 @@ def not_traced_before(function: _Function) -> _Function:
     return function if TRACEABLE else untraced(function)
 
 
-def scan(plan: Plan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
+def scan(plan: ScanPlan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
     """The recurrence `plan.stages` on the inputs `x`, a NamedTuple of tensors or None that ends with scale, documents.
 
     Args:
@@ -110,7 +110,7 @@ def _rebuilt(kind: Callable[..., Any], scale: float, documents: Documents | None
 
 
 def _begin(
-    plan: Plan,
+    plan: ScanPlan,
     call: SequenceCall | None,
     x: Any,
     summary: Summary,
@@ -149,13 +149,13 @@ class _Scan(torch.autograd.Function):
     @_exactly
     def forward(
         ctx: Any,
-        plan: Plan,
+        plan: ScanPlan,
         run: Callable[..., Any],
         initial: Tensor,
         *inputs: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         x, stages, call = run(inputs), plan.stages, plan.call
-        packed = None if x.documents is None else Packed(x.documents, call)
+        packed = None if x.documents is None else PackedDocuments(x.documents, call)
         summary, totals = stages.summarize(x)
         border, before = (summary, initial) if packed is None else _from_zero(packed.leaving(summary, initial))
         want_total = plan.want_final and packed is None
@@ -183,7 +183,7 @@ class _Scan(torch.autograd.Function):
         # First of all, because this may recompute a region, with calls of its own.
         inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
         x, call = ctx.run(inputs), None if plan.call is None else plan.call.adjoint()
-        packed = None if x.documents is None else Packed(x.documents, call)
+        packed = None if x.documents is None else PackedDocuments(x.documents, call)
         summary, totals = stages.summarize_adjoint(x, saved, d_o)
         d_final = zero_finals(x, summary) if d_final is None else d_final.to(summary.state.dtype)
         # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.

@@ -1,1 +1,1 @@
-"""The recurrences and the contract that every backend implements for them (see `lasp.recurrence.contract`)."""
+"""The recurrences and the contract that every backend implements for them (see `lasp.recurrence.stages`)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lasp.algebra import Summary
 
 
-class Pending(Protocol):
+class PendingState(Protocol):
     """An exchange under way."""
 
     def wait(self) -> Any:
@@ -29,7 +29,7 @@ class Across(Protocol):
 
     def begin(
         self, x: Any, summary: Summary, initial: Tensor | None, *, reverse: bool = False, want_total: bool = False
-    ) -> Pending:
+    ) -> PendingState:
         """Start to carry the state over the ranks, from the last to the first if `reverse`.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lasp.algebra import Diagonal, Identity, Scalar, Transition
-from lasp.recurrence.contract import Run, num_states
+from lasp.recurrence.stages import DecayInputs, num_states
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +20,7 @@ def state_shape(x: Any) -> tuple[int, int, int, int]:
     return (num_states(x), x.v.shape[2], x.q.shape[3], x.v.shape[3])
 
 
-def transition(x: Run) -> Transition:
+def transition(x: DecayInputs) -> Transition:
     """The product of the run's transitions, for each of its states."""
     count, heads = num_states(x), x.v.shape[2]
     if x.g is None:

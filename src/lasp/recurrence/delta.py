@@ -9,7 +9,7 @@ from torch import Tensor
 from lasp.recurrence.documents import Documents
 
 
-class DeltaRun(NamedTuple):
+class DeltaInputs(NamedTuple):
     """The inputs of the delta family on one rank.
 
     Attributes:
@@ -18,7 +18,7 @@ class DeltaRun(NamedTuple):
         beta: [B, T, H_v], in [0, 2], in the state's dtype.
         g: log-decay <= 0 in the state's dtype: None (DeltaNet), [B, T, H_v] (Gated DeltaNet) or [B, T, H_v, K] (KDA).
         scale: factor of the outputs.
-        documents: as in `lasp.recurrence.contract.Run`.
+        documents: as in `lasp.recurrence.stages.Run`.
     """
 
     q: Tensor

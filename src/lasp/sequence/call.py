@@ -9,8 +9,8 @@ from torch import Tensor
 from lasp.algebra import Summary
 from lasp.distributed.call import Call
 from lasp.exchange.base import PendingExchange
+from lasp.exchange.replay import replayed, reserve
 from lasp.sequence.carry import carry
-from lasp.sequence.kept import replayed, reserve
 
 if TYPE_CHECKING:
     from lasp.sequence.sequence_parallel import SequenceParallel

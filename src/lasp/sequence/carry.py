@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lasp.algebra import Summary
 from lasp.distributed.call import Call
-from lasp.exchange.all_gather import AllGather
 from lasp.exchange.auto import Auto
-from lasp.exchange.base import Carried, Exchange, PendingExchange
-from lasp.exchange.local import Ready
-from lasp.exchange.peer import Peer
-from lasp.exchange.reach import Reach, forgets_constant
-from lasp.sequence.beside import Beside
-from lasp.sequence.kept import replayed, reserve
+from lasp.exchange.base import Exchange, ExchangeResult, PendingExchange
+from lasp.exchange.peer.exchange import Peer
+from lasp.exchange.replay import replayed, reserve
+from lasp.exchange.schedules.all_gather import AllGather
+from lasp.exchange.schedules.local import Ready
+from lasp.exchange.schedules.reach import Reach, forgets_constant
+from lasp.exchange.side_stream import SideStream
 
 if TYPE_CHECKING:
     from lasp.sequence.sequence_parallel import SequenceParallel
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 class Carrying:
     """An exchange under way; `wait` gives what it carried."""
 
-    def __init__(self, pending: PendingExchange, beside: Beside | None, keep: Callable[[Carried], None]) -> None:
+    def __init__(
+        self, pending: PendingExchange, beside: SideStream | None, keep: Callable[[ExchangeResult], None]
+    ) -> None:
         self._pending, self._beside, self._keep = pending, beside, keep
 
-    def wait(self) -> Carried:
+    def wait(self) -> ExchangeResult:
         beside = self._beside
         if beside is None:
             carried = self._pending.wait()
@@ -67,14 +69,14 @@ def carry(
     initial = torch.zeros_like(summary.state) if initial is None else initial
     if isinstance(schedule, AllGather):
         return Carrying(schedule.begin(call, summary, initial, **options), None, keep)
-    beside = Beside(initial.device, sp.comm)
+    beside = SideStream(initial.device, sp.comm)
     with beside.begun():
         known = {"known": known_to_forget(sp, x, initial)} if isinstance(schedule, Reach) else {}
         pending = schedule.begin(call, summary, initial, **options, **known)
     return Carrying(pending, beside, keep)
 
 
-def _dropped(carried: Carried) -> None:
+def _dropped(carried: ExchangeResult) -> None:
     """Nothing that a backward pass brings is needed again."""
 
 

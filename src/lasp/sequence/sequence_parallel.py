@@ -14,13 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.distributed.call import Call
 from lasp.distributed.comm import Comm, Counters
-from lasp.distributed.record import Description, ExchangeError, Step, digest_of, source_of
+from lasp.distributed.record import Description, ExchangeError, RecordedStep, digest_of, source_of
 from lasp.distributed.sealed import Sealing, Stamps, TorchStamps
 from lasp.exchange import Exchange, resolve
+from lasp.exchange.replay import is_replaying
 from lasp.recurrence.across import register
 from lasp.sequence.arguments import check_tensor, number, wholes
 from lasp.sequence.call import SequenceCall
-from lasp.sequence.kept import is_replaying
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
 _MAX_DESCRIBED = 1024
@@ -86,7 +86,7 @@ class SequenceParallel:
             data: what stands for its data, such as a position or a digest, the same on every rank; any repr will do.
         """
         digest = -1 if data is None else int.from_bytes(digest_of(repr(data))[:7], "little")
-        self.comm.step = Step(number, digest)
+        self.comm.step = RecordedStep(number, digest)
 
     def call(
         self,

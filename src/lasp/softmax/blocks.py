@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Block(NamedTuple):
+class AttentionBlock(NamedTuple):
     """n documents, or parts of them, alike in shape.
 
     Attributes:
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
         order: int64 [T], where in the outputs of all blocks, one after another, each token's is; None where in order.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[AttentionBlock, ...]
     order: Tensor | None
 
 
@@ -70,7 +70,7 @@ def blocks_of(bounds: tuple[int, ...], before: tuple[int, ...], first: int, last
         if stop > here:
             keys = before[index + 1] - before[index] + (stop if causal else end) - start
             groups.setdefault((stop - here, keys), []).append((here - first, before[index] + start))
-    blocks = tuple(Block(*shape, *zip(*places, strict=True)) for shape, places in groups.items())
+    blocks = tuple(AttentionBlock(*shape, *zip(*places, strict=True)) for shape, places in groups.items())
     if sum(len(block.first_queries) for block in blocks) <= 1:
         return Blocks(blocks, None)
     with torch.inference_mode(False):  # blocks made while generating may serve training, which saves the order

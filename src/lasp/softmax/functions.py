@@ -11,8 +11,8 @@ from torch import Tensor
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number
 from lasp.sequence.call import SequenceCall
-from lasp.sequence.guard import check_shard, refusing
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
+from lasp.sequence.validation import broadcast_errors, check_shard
 from lasp.softmax.blocks import blocks_of, keys_of
 from lasp.softmax.exchange import gather, heads_of, replicated, to_heads, to_tokens
 from lasp.softmax.local import attend
@@ -71,7 +71,7 @@ def softmax_attention(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
-    with refusing(sp):
+    with broadcast_errors(sp):
         _check_inputs(q, k, v)
         check_flags(causal=causal, output_final_state=output_final_state)
         for name, value, known in (("method", method, METHODS), ("backend", backend, BACKENDS)):

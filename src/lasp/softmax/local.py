@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-from lasp.softmax.blocks import Block, Blocks
+from lasp.softmax.blocks import AttentionBlock, Blocks
 
 # Of the memory-efficient kernels' custom_mask_type.
 _LOWER_RIGHT = 2
@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, causal: bool, sca
     return torch.cat(outputs, 1).index_select(1, blocks.order.to(q.device))
 
 
-def _tokens(block: Block) -> int:
+def _tokens(block: AttentionBlock) -> int:
     return block.queries * len(block.first_queries)
 
 

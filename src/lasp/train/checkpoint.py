@@ -148,7 +148,7 @@ def find(path: Path, *, report: Callable[[str], None], world: World | None = Non
     if world is None:
         folders = candidates(path)
     else:
-        folders = [Path(name) for name in world.first_does(lambda: {"folders": _names(candidates(path))})["folders"]]
+        folders = [Path(name) for name in world.run_on_first(lambda: {"folders": _names(candidates(path))})["folders"]]
     problems: list[str] = []
     for folder in folders:
         try:

@@ -15,8 +15,8 @@ from lasp import files
 from lasp.exchange import NAMES
 from lasp.train.errors import ConfigError
 from lasp.train.profile import parse_range
-from lasp.train.sinks import missing
 from lasp.train.sizes import Tokens, tokens
+from lasp.train.trackers import missing
 
 if TYPE_CHECKING:
     from lasp.models import ModelConfig

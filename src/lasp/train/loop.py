@@ -25,22 +25,22 @@ from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint, export, shards
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import AUTO, TrainConfig
-from lasp.train.describe import describe
 from lasp.train.errors import CheckpointError, ConfigError, refusing
 from lasp.train.evaluate import Score, evaluate
-from lasp.train.figures import Machine
 from lasp.train.lock import LOCK, lock
 from lasp.train.metrics import draw_curve
-from lasp.train.observe import Observer
 from lasp.train.optimizer import build_optimizer
 from lasp.train.output import Output, Stopwatch, bytes_text, duration
 from lasp.train.position import Position, changes, position_of, record, settle, tokenizer_of_run
 from lasp.train.profile import Profiler
 from lasp.train.program import lasp_command
 from lasp.train.replicas import check_replicas
+from lasp.train.run_info import describe
+from lasp.train.run_logger import Observer
 from lasp.train.sample import first_words, stream_text
 from lasp.train.shards import Saver
 from lasp.train.step import Stepper
+from lasp.train.step_metrics import Machine
 from lasp.train.stopping import stop_signals
 from lasp.train.world import World, join, leave, naming_lost_peers
 
@@ -108,7 +108,7 @@ class _Run:
         self.lock: IO[bytes] | None = None
         try:
             # Whoever looks before the folder is its own may go on from what another run is about to replace.
-            world.first_does(lambda: self._claim(resume))
+            world.run_on_first(lambda: self._claim(resume))
             self.resumed = self._find_checkpoint(config, resume)
             state = self.resumed.state if self.resumed is not None else None
             self.config = settle(config, state)
@@ -123,7 +123,7 @@ class _Run:
         config, world = self.config, self.world
         self.tokenizer = tokenizer_of_run(config, self.resumed)
         self.model_config = model_config(config, self.tokenizer.vocab_size)
-        start = world.first_does(lambda: self._prepare(resume))
+        start = world.run_on_first(lambda: self._prepare(resume))
         self.run_dir = Path(start["run_dir"])
         if self.resumed is not None:
             for line in changes(config, self.resumed.state):
@@ -201,7 +201,7 @@ class _Run:
             self._sample()
         self.world.place.text = "at the end"
         # The others wait, so that no launcher takes the run for finished before everything is written.
-        end = self.world.first_does(lambda: self._conclude(score, trained_s))
+        end = self.world.run_on_first(lambda: self._conclude(score, trained_s))
         bits = score.bits_per_byte if score is not None else None
         return TrainResult(self.run_dir, self.finished, stopped, bits, end["trigram"])
 
@@ -291,7 +291,7 @@ class _Run:
     def _find_checkpoint(self, config: TrainConfig, resume: Path | None) -> Checkpoint | None:
         if resume == AUTO:
             run_dir = config.run_dir
-            begun = self.world.first_does(lambda: {"yes": run_dir is not None and checkpoint.exists(run_dir)})["yes"]
+            begun = self.world.run_on_first(lambda: {"yes": run_dir is not None and checkpoint.exists(run_dir)})["yes"]
             resume = run_dir if begun else None
         if resume is None:
             return None
@@ -480,7 +480,7 @@ class _Run:
         if self.model.is_sharded:
             self._generate()
         else:
-            self.world.first_does(self._generate)
+            self.world.run_on_first(self._generate)
 
     def _generate(self) -> dict[str, Any]:
         """The text, of which only the first process prints and keeps anything."""

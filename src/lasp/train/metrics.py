@@ -1,6 +1,6 @@
 """What a run leaves to be read: one JSON object a line in metrics.jsonl, and a picture of the loss curve.
 
-lasp.train.observe says what the lines are.
+lasp.train.run_logger says what the lines are.
 """
 
 import io

@@ -7,8 +7,8 @@ from typing import IO, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lasp.train.figures import StepFigures
 from lasp.train.outlet import Outlet, printable
+from lasp.train.step_metrics import StepFigures
 
 _LAST_WAIT_S = 10.0
 

@@ -72,7 +72,7 @@ class Saver:
         the write before, and returns its problem if it had one. Raises PeerLostError if that stands still.
         """
         before = self.finish()
-        place = self._world.first_does(lambda: _begin(self.root, state["step"]))
+        place = self._world.run_on_first(lambda: _begin(self.root, state["step"]))
         if "problem" in place:
             return f"{before}; {place['problem']}" if before else place["problem"]
         tensors = _model_tensors(module) | _optimizer_tensors(module, optimizer) | dict(others or {})

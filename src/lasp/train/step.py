@@ -19,7 +19,7 @@ from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
 from lasp.train.errors import NumericsError
 from lasp.train.optimizer import learning_rate
-from lasp.train.watch import RankStep, StepWatch
+from lasp.train.step_timer import RankStep, StepWatch
 from lasp.train.world import World
 
 

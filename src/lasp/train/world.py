@@ -101,7 +101,7 @@ class World:
                 rank, (_, idle_s, phase) = to_blame[0], rows[to_blame[0]]
                 raise PeerLostError(f"{what}: rank {rank} has stood still for {idle_s:.0f} s, {PHASES[int(phase)]}")
 
-    def first_does(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run_on_first(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run `work` on the first process and return its (JSON-able) result on all.
 
         It may take longer than the deadline of a wait: the first process keeps telling the others that it is

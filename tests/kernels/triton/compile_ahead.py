@@ -34,10 +34,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 import lasp
+from lasp.exchange.peer.kernels import collect_kernel, fold_kernel, push_kernel
+from lasp.exchange.peer.memory import BLOCK, WARPS
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay import work
-from lasp.kernels.triton.peer.kernels import collect_kernel, fold_kernel, push_kernel
-from lasp.kernels.triton.peer.memory import BLOCK, WARPS
+from lasp.kernels.triton.decay import launches as work
 from lasp.ops import checks
 from lasp.sequence import arguments
 
@@ -176,7 +176,7 @@ COMPILED = {
     Call("constant", D=256): "output",
     Call("constant", D=256, dtype=torch.float32): "key_value_gradient",
     Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk
-    Call("channel", learned=True): "channel_(mild_)?(prepare|within)|channel_(summary|output|key_reads)",
+    Call("channel", learned=True): "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk)",
 }
 
 

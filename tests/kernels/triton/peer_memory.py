@@ -29,9 +29,9 @@ from world import run
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
 from lasp.distributed.comm import Comm
-from lasp.exchange import peer
-from lasp.exchange.all_gather import AllGather
-from lasp.kernels.triton.peer.memory import PeerMemory, bytes_needed
+from lasp.exchange.peer import exchange as peer
+from lasp.exchange.peer.memory import PeerMemory, bytes_needed
+from lasp.exchange.schedules.all_gather import AllGather
 
 interpreted_fast.install()
 # The interpreter runs assertions on the device only then.

@@ -24,8 +24,8 @@ SCRIPT = Path(__file__).parent / "compile_ahead.py"
 COMPILER = "3.7"
 SPILLS = {
     "cuda:90": {
-        "channel_mild_within_kernel": 96,
-        "channel_within_kernel": 640,
+        "channel_bounded_intra_chunk_kernel": 96,
+        "channel_intra_chunk_kernel": 640,
         "channel_prepare_kernel": 128,
         "query_gradient_kernel": 64,
         "key_gradient_kernel": 136,
@@ -34,30 +34,30 @@ SPILLS = {
         "output_kernel of wide heads": 336,
     },
     "cuda:100": {
-        "channel_mild_within_kernel": 192,
-        "channel_mild_prepare_kernel": 64,
-        "channel_within_kernel": 768,
+        "channel_bounded_intra_chunk_kernel": 192,
+        "channel_bounded_prepare_kernel": 64,
+        "channel_intra_chunk_kernel": 768,
         "channel_prepare_kernel": 640,
         "channel_summary_kernel": 96,
         "key_gradient_kernel": 320,
     },
     "cuda:80": {
-        "channel_mild_within_kernel": 288,
-        "channel_mild_prepare_kernel": 32,
-        "channel_within_kernel": 576,
+        "channel_bounded_intra_chunk_kernel": 288,
+        "channel_bounded_prepare_kernel": 32,
+        "channel_intra_chunk_kernel": 576,
         "channel_prepare_kernel": 128,
         "output_kernel": 256,
         "output_kernel of wide heads": 32,
         "channel_output_kernel": 16,
-        "channel_key_reads_kernel": 48,
+        "channel_key_inter_chunk_kernel": 48,
         "query_gradient_kernel": 56,
         "key_gradient_kernel": 128,
     },
     "hip:gfx942": {
-        "channel_within_kernel": 256,
+        "channel_intra_chunk_kernel": 256,
         "output_kernel": 224,
         "output_kernel of wide heads": 400,
-        "channel_key_reads_kernel": 128,
+        "channel_key_inter_chunk_kernel": 128,
         "query_gradient_kernel": 8,  # outside of its loop over chunks
         "key_gradient_kernel": 48,
         "value_gradient_kernel of wide heads": 804,  # in fp32, by vector instructions

@@ -17,10 +17,13 @@ from torch import Tensor
 from lasp import linear_attention
 from lasp.kernels.torch import decay as exact
 from lasp.kernels.triton import decay as fused
-from lasp.kernels.triton.decay import channel_reads, legs, sweep, work
+from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import rows as rows_module
-from lasp.recurrence.contract import Run
+from lasp.kernels.triton.decay.channel import inter_chunk as channel_inter_chunk
+from lasp.kernels.triton.decay.scalar import intervals as legs
+from lasp.kernels.triton.decay.scalar import sweep
+from lasp.kernels.triton.decay.scalar import sweep_row_major as rows_module
+from lasp.recurrence.stages import DecayInputs
 
 KINDS = ("none", "constant", "scalar", "channel")
 # fp32: the policy's bound. 16 bits: their rounding, 2^-11 and 2^-8, of inputs to products and of outputs.
@@ -28,7 +31,7 @@ BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 5e-3}
 
 
 class Problem(NamedTuple):
-    x: Run
+    x: DecayInputs
     state_in: Tensor
     d_o: Tensor
     d_state_out: Tensor
@@ -54,7 +57,9 @@ def problem(kind: str, dims: Dims, device: torch.device, dtype: torch.dtype, str
     g = None if shape is None else (-strongest * torch.rand(shape, generator=random)).to(device).requires_grad_()
     q, k, v, d_o = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, H_v, V), normal(B, T, H_v, V)
     q, k, v, d_o = (tensor.to(device, dtype) for tensor in (q, k, v, d_o))
-    return Problem(Run(q, k, v, g, K**-0.5), normal(B, H_v, K, V).to(device), d_o, normal(B, H_v, K, V).to(device))
+    return Problem(
+        DecayInputs(q, k, v, g, K**-0.5), normal(B, H_v, K, V).to(device), d_o, normal(B, H_v, K, V).to(device)
+    )
 
 
 @torch.no_grad()
@@ -77,7 +82,7 @@ def solution(p: Problem) -> dict[str, Tensor]:
     group = x.v.shape[2] // x.q.shape[2]
     q, k, v = (tensor.double() for tensor in (x.q, x.k, x.v))
     g = None if x.g is None else x.g.detach().double()
-    wide = Run(q.repeat_interleave(group, 2), k.repeat_interleave(group, 2), v, g, x.scale)
+    wide = DecayInputs(q.repeat_interleave(group, 2), k.repeat_interleave(group, 2), v, g, x.scale)
     result = run(exact, Problem(wide, *(tensor.double() for tensor in p[1:])))
     for name in ("dq", "dk"):
         result[name] = result[name].unflatten(2, (-1, group)).sum(3)
@@ -98,7 +103,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a segment, so that few tokens make several, and what bf16 inputs have: tensor descriptors, and
     gradients in rows where decays have some."""
 
-    def short(*arguments: object) -> plans.Plan:
+    def short(*arguments: object) -> plans.LaunchPlan:
         p = plans.plan(*arguments)
         p = p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))))
         return p._replace(descriptors=True, rows=True, scalar_keys=plans.Tiles(64, 4, 1))
@@ -204,7 +209,7 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     bounds, H_v, K = (0, leg, leg + 256, leg + 326), 2, 16
     p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20, True)
     p = p._replace(segment_chunks=(leg + 256) // C, segments=2)
-    launches = work.Work((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, 2, p, True, 1.0, from_zero)
+    launches = work.Launches((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, 2, p, True, 1.0, from_zero)
     random = torch.Generator().manual_seed(0)
     state, d_state = (launches.states, launches.inner, launches.state), launches.state
     shapes = (launches.sums, launches.sums, *state, *state, d_state)
@@ -285,14 +290,14 @@ def test_what_the_kernels_do_not_take() -> None:
             fused.summarize(x)
 
 
-@pytest.mark.parametrize("mild", [True, False])
-def test_one_middle_and_base_blocks(mild: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bounded", [True, False])
+def test_one_middle_and_base_blocks(bounded: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 a gate per channel takes a chunk or blocks of 16 tokens at once: here in fp32, whose bound is tighter."""
     original = work._work.__wrapped__
 
-    def made(*arguments: Any) -> work.Work:
+    def made(*arguments: Any) -> work.Launches:
         found = original(*arguments)
-        found.mild = mild
+        found.bounded = bounded
         return found
 
     monkeypatch.setattr(work, "base_levels", lambda dtype: work.BASE_LEVELS)
@@ -301,8 +306,10 @@ def test_one_middle_and_base_blocks(mild: bool, device: torch.device, monkeypatc
     check(run(fused, p), solution(p), BOUNDS[torch.float32])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of a steep chunk's overflow
-def test_mild_and_steep_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # what the interpreter's NumPy says of a unbounded chunk's overflow
+def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a gate per channel in bf16: chunks whose tokens all meet in the middle, and one whose gates are too strong for
     that, which goes by blocks of 16 tokens and by levels. Here in fp32, whose bound is tighter."""
     monkeypatch.setattr(work, "base_levels", lambda dtype: work.BASE_LEVELS)
@@ -311,15 +318,15 @@ def test_mild_and_steep_chunks(device: torch.device, monkeypatch: pytest.MonkeyP
     g = p.x.g.detach().clone()
     g[:, 32:64] = -4.5 - g[:, 32:64].abs()
     p = p._replace(x=p.x._replace(g=g.requires_grad_()))
-    steep = fused.local_outputs(p.x, None).steep
-    assert (steep.cpu() == torch.tensor([0, 1, 0])).all()
+    unbounded = fused.local_outputs(p.x, None).unbounded
+    assert (unbounded.cpu() == torch.tensor([0, 1, 0])).all()
     values, references = run(fused, p), solution(p)
     # Of its strong gates little is left.
     dg = relative_error(values.pop("dg"), references.pop("dg"))
     check(values, references, 2 * BOUNDS[torch.float32])
     assert dg <= 2e-5
-    # The control: a steep chunk left as it is.
-    monkeypatch.setattr(work.Work, "channel_prepare", lambda *tensors: None)
+    # The control: a unbounded chunk left as it is.
+    monkeypatch.setattr(work.Launches, "channel_prepare", lambda *tensors: None)
     assert not relative_error(run(fused, p)["o"], references["o"]) <= 1e-3
 
 
@@ -332,7 +339,7 @@ def test_gates_per_token_gather_little_rounding_over_a_leg(
     p = problem("scalar", Dims(T=2048, H_v=4, K=32, V=32), device, torch.bfloat16)
     g = torch.full_like(p.x.g, -0.09).requires_grad_()  # just too weak for a chunk to forget (work.FORGETS)
 
-    def one_segment(*arguments: object) -> plans.Plan:
+    def one_segment(*arguments: object) -> plans.LaunchPlan:
         found = plans.plan(*arguments[:-1], False)  # not gathered
         assert found.rows and legs.leg_chunks(False) == found.chunks
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
@@ -378,7 +385,7 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
         x=p.x._replace(g=torch.full_like(p.x.g, -0.07).requires_grad_()), state_in=torch.zeros_like(p.state_in)
     )
 
-    def one_segment(*arguments: object) -> plans.Plan:
+    def one_segment(*arguments: object) -> plans.LaunchPlan:
         found = plans.plan(*arguments)
         return found._replace(segment_chunks=found.chunks, segments=1)
 
@@ -388,5 +395,5 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
     expected = solution(p)["dg"]
     assert relative_error(run(fused, p)["dg"], expected) < 8e-3
     if device.type == "cpu":  # the control: a compiled kernel is not patched
-        monkeypatch.setattr(channel_reads, "_tie", lambda *arguments: None)
+        monkeypatch.setattr(channel_inter_chunk, "_tie", lambda *arguments: None)
         assert relative_error(run(fused, p)["dg"], expected) > 1e-2

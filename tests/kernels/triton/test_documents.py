@@ -12,8 +12,9 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
-from lasp.kernels.triton.decay import legs, work
+from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
+from lasp.kernels.triton.decay.scalar import intervals as legs
 
 BOUND = 4e-6
 TOKENS, H, K, V = 110, 1, 16, 16

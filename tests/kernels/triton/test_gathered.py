@@ -13,10 +13,10 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
+from lasp.kernels.triton.common.decays import CHANNEL, HEAD, TOKEN
+from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import work
-from lasp.kernels.triton.decay.gates import CHANNEL, HEAD, TOKEN
-from lasp.recurrence.contract import Run
+from lasp.recurrence.stages import DecayInputs
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # Of outputs and gradients, and of a learned constant's: one number a head, a sum of terms that cancel.
@@ -27,7 +27,7 @@ PACKED = (0, 1, 1, 4, 134)
 
 @pytest.fixture(autouse=True)
 def _two_chunks_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(*arguments: Any) -> plans.Plan:
+    def cut(*arguments: Any) -> plans.LaunchPlan:
         found = plans.plan.__wrapped__(*arguments)
         gathers = found.gathers and arguments[5] != CHANNEL.value
         rows = found.rows and not gathers  # which do not gather
@@ -146,5 +146,5 @@ def test_where_states_are_gathered() -> None:
 
 def test_an_initial_state_is_no_start_from_zero(device: torch.device) -> None:
     x, _, _ = problem("constant", FP32, 1, False)
-    run = Run(*(tensor.to(device) for tensor in x.values()), 1.0)
+    run = DecayInputs(*(tensor.to(device) for tensor in x.values()), 1.0)
     assert work.work_of(run, True).plan.gathers and not work.work_of(run).plan.gathers

@@ -19,10 +19,10 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
-from lasp.kernels.triton.decay import work
+from lasp.kernels.triton.decay import launches as work
+from lasp.kernels.triton.decay.launches import device_limits, kind_of
 from lasp.kernels.triton.decay.plan import plan
-from lasp.kernels.triton.decay.work import device_limits, kind_of
-from lasp.recurrence.contract import Run
+from lasp.recurrence.stages import DecayInputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)
@@ -246,7 +246,7 @@ def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) ->
     leaves = [x[name].requires_grad_() for name in names]
     work._work.cache_clear()
     with patch.dict(work._devices, {DEVICE: limits(case)}):
-        found = work.work_of(Run(x["q"], x["k"], x["v"], x.get("g"), 1.0), not case.initial)
+        found = work.work_of(DecayInputs(x["q"], x["k"], x["v"], x.get("g"), 1.0), not case.initial)
         assert found.paired == bool(dims)
         o, final = lasp.linear_attention(**x, output_final_state=True, cu_seqlens=case.documents, backend="triton")
     values = torch.autograd.grad((o, final), leaves, (d_o, d_final))

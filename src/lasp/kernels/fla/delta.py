@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 
 from lasp.algebra import Dense, Summary
 from lasp.kernels.fla.library import Kernels, kernels, refuse
-from lasp.recurrence.contract import num_states, tensors_of
 from lasp.recurrence.decay import state_shape
-from lasp.recurrence.delta import DeltaRun
+from lasp.recurrence.delta import DeltaInputs
+from lasp.recurrence.stages import num_states, tensors_of
 
 GROUPED_HEADS = True
 CHUNK = 64
@@ -41,7 +41,7 @@ class Solved(NamedTuple):
         scores: per channel only, queries against keys within the chunk.
     """
 
-    x: DeltaRun
+    x: DeltaInputs
     common: dict[str, Any]
     gate: dict[str, Tensor]
     q: Tensor
@@ -52,7 +52,7 @@ class Solved(NamedTuple):
     scores: Tensor | None
 
 
-class Adjoint(NamedTuple):
+class FlaAdjoint(NamedTuple):
     """The solved run, the gradient of its outputs, and of its writes so far as it comes from these."""
 
     solved: Solved
@@ -60,7 +60,7 @@ class Adjoint(NamedTuple):
     d_writes: Tensor
 
 
-def _solve(fla: Kernels, run: DeltaRun) -> Solved:
+def _solve(fla: Kernels, run: DeltaInputs) -> Solved:
     dtype = run.v.dtype
     x = run._replace(
         q=run.q.to(dtype).contiguous(),
@@ -94,7 +94,7 @@ def _carry(fla: Kernels, s: Solved, u: Tensor, initial: Tensor, **options: bool)
 
 
 def _carry_back(
-    fla: Kernels, a: Adjoint, state_in: Tensor, d_state_out: Tensor | None
+    fla: Kernels, a: FlaAdjoint, state_in: Tensor, d_state_out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the states at chunk ends, of the entering state (of which it needs the shape) and of the writes."""
     s = a.solved
@@ -113,20 +113,20 @@ def _carry_back(
     return result
 
 
-def _identity(x: DeltaRun) -> Tensor:
+def _identity(x: DeltaInputs) -> Tensor:
     """The identity's columns as the state of every sequence, or document, [N, H_v, K, K]."""
     keys = x.k.shape[3]
     eye = torch.eye(keys, dtype=torch.float32, device=x.v.device)
     return eye.expand(num_states(x), x.v.shape[2], keys, keys)
 
 
-def _nothing(x: DeltaRun) -> Summary:
+def _nothing(x: DeltaInputs) -> Summary:
     """The summary of a run without tokens, for which no kernel is launched."""
     zero = torch.zeros(state_shape(x), dtype=torch.float32, device=x.v.device)
     return Summary(Dense(_identity(x).contiguous()), zero)
 
 
-def summarize(x: DeltaRun) -> tuple[Summary, Solved | None]:
+def summarize(x: DeltaInputs) -> tuple[Summary, Solved | None]:
     refuse(x.v, x.q.shape[-1], None if x.g is None else x.g.dim())
     fla = kernels()
     if x.q.shape[1] == 0:
@@ -139,11 +139,11 @@ def summarize(x: DeltaRun) -> tuple[Summary, Solved | None]:
     return Summary(Dense(matrix.contiguous()), state.contiguous()), s
 
 
-def local_outputs(x: DeltaRun, totals: Solved | None) -> None:
+def local_outputs(x: DeltaInputs, totals: Solved | None) -> None:
     return None
 
 
-def outputs(x: DeltaRun, totals: Solved | None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DeltaInputs, totals: Solved | None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
     if totals is None:
         return x.v.clone(), state_in
     fla, s = kernels(), totals
@@ -155,7 +155,7 @@ def outputs(x: DeltaRun, totals: Solved | None, partial: None, state_in: Tensor)
     return o, state_in
 
 
-def summarize_adjoint(x: DeltaRun, saved: Any, d_o: Tensor) -> tuple[Summary, Adjoint | None]:
+def summarize_adjoint(x: DeltaInputs, saved: Any, d_o: Tensor) -> tuple[Summary, FlaAdjoint | None]:
     if x.q.shape[1] == 0:
         return _nothing(x), None
     fla = kernels()
@@ -166,14 +166,14 @@ def summarize_adjoint(x: DeltaRun, saved: Any, d_o: Tensor) -> tuple[Summary, Ad
     _, _, matrix = _carry(fla, s, no_writes, _identity(x), output_final_state=True, save_new_value=False)
     inside = s.gate if s.scores is None else {"A": s.scores}
     d_writes = fla.outputs.chunk_bwd_dv_local(q=s.x.q, k=s.x.k, do=d_o, scale=x.scale, **inside, **s.common)
-    adjoint = Adjoint(s, d_o, d_writes)
+    adjoint = FlaAdjoint(s, d_o, d_writes)
     zero = torch.zeros(state_shape(x), dtype=torch.float32, device=x.v.device)
     _, d_state, _ = _carry_back(fla, adjoint, zero, None)
     return Summary(Dense(matrix.mT.contiguous()), d_state), adjoint
 
 
 def local_gradients(
-    x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint | None, d_o: Tensor
+    x: DeltaInputs, saved: Tensor, totals_adjoint: FlaAdjoint | None, d_o: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     if totals_adjoint is None:
         return None
@@ -183,9 +183,9 @@ def local_gradients(
 
 
 def gradients(
-    x: DeltaRun,
+    x: DeltaInputs,
     saved: Tensor,
-    totals_adjoint: Adjoint | None,
+    totals_adjoint: FlaAdjoint | None,
     local: tuple[Tensor, Tensor] | None,
     d_o: Tensor,
     d_state_out: Tensor,
@@ -201,7 +201,7 @@ def gradients(
 
 
 def _per_head(
-    fla: Kernels, a: Adjoint, h: Tensor, writes: Tensor, d_h: Tensor, d_u: Tensor
+    fla: Kernels, a: FlaAdjoint, h: Tensor, writes: Tensor, d_h: Tensor, d_u: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, beta and g, without gates or with one per head."""
     s, x = a.solved, a.solved.x
@@ -218,7 +218,7 @@ def _per_head(
 
 
 def _per_channel(
-    fla: Kernels, a: Adjoint, h: Tensor, writes: Tensor, d_h: Tensor, d_u: Tensor
+    fla: Kernels, a: FlaAdjoint, h: Tensor, writes: Tensor, d_h: Tensor, d_u: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, beta and g, with a gate per channel."""
     s, x, g = a.solved, a.solved.x, a.solved.gate["gk"]

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.algebra import Summary, Transition
-from lasp.recurrence.contract import num_states, tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
 from lasp.recurrence.pullback import pull_back
+from lasp.recurrence.stages import num_states, tensors_of
 
 
 class TokenLoop:

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, Transition
-from lasp.recurrence.contract import Run
-from lasp.recurrence.delta import DeltaRun
+from lasp.recurrence.delta import DeltaInputs
+from lasp.recurrence.stages import DecayInputs
 
 
 def _outer(k: Tensor, v: Tensor) -> Tensor:
     return k[..., :, None] * v[..., None, :]
 
 
-def decay_token(x: Run, t: int, dtype: torch.dtype) -> Summary:
+def decay_token(x: DecayInputs, t: int, dtype: torch.dtype) -> Summary:
     """S -> exp(g_t) S + k_t v_t^T."""
     added = _outer(x.k[:, t].to(dtype), x.v[:, t].to(dtype))
     transition: Transition = Identity()
@@ -25,7 +25,7 @@ def decay_token(x: Run, t: int, dtype: torch.dtype) -> Summary:
     return Summary(transition, added)
 
 
-def delta_token(x: DeltaRun, t: int, dtype: torch.dtype) -> Summary:
+def delta_token(x: DeltaInputs, t: int, dtype: torch.dtype) -> Summary:
     """S -> (I - beta_t k_t k_t^T) diag(exp(g_t)) S + beta_t k_t v_t^T."""
     k, v, beta = (tensor[:, t].to(dtype) for tensor in (x.k, x.v, x.beta))
     erase = torch.eye(k.shape[-1], dtype=dtype, device=k.device) - beta[..., None, None] * _outer(k, k)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition
 from lasp.kernels.torch.chunks import Chunking, chunk_size
-from lasp.recurrence.contract import Run
 from lasp.recurrence.decay import state_dtype, state_shape, transition
+from lasp.recurrence.stages import DecayInputs
 
 GROUPED_HEADS = False
 CHUNK = 64
@@ -39,7 +39,7 @@ class Chunks(NamedTuple):
     b: Tensor | None
 
 
-def _chunks(x: Run) -> Chunks:
+def _chunks(x: DecayInputs) -> Chunks:
     limit = CHUNK_PER_CHANNEL if x.g is not None and x.g.dim() == 4 else CHUNK
     tokens, dtype = x.q.shape[1], state_dtype(x.q.dtype)
     chunking = Chunking(tokens, chunk_size(limit, tokens, x.documents), x.documents)
@@ -139,30 +139,30 @@ def _scores_gradient_decay(c: Chunks, d_scores: Tensor) -> Tensor:
     return d_g
 
 
-def _zeros(x: Run) -> Tensor:
+def _zeros(x: DecayInputs) -> Tensor:
     return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))
 
 
-def summarize(x: Run) -> tuple[Summary, tuple[Chunks, Summary]]:
+def summarize(x: DecayInputs) -> tuple[Summary, tuple[Chunks, Summary]]:
     c = _chunks(x)
     runs = Summary(_chunk_transitions(c), (_to_end(c, c.k).mT @ c.v).movedim(2, 0))
     _, state = c.chunking.scan(runs, _zeros(x))
     return Summary(transition(x), state), (c, runs)
 
 
-def local_outputs(x: Run, totals: tuple[Chunks, Summary]) -> Tensor:
+def local_outputs(x: DecayInputs, totals: tuple[Chunks, Summary]) -> Tensor:
     c, _ = totals
     return _scores(c) @ c.v
 
 
-def outputs(x: Run, totals: tuple[Chunks, Summary], partial: Tensor, state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DecayInputs, totals: tuple[Chunks, Summary], partial: Tensor, state_in: Tensor) -> tuple[Tensor, Tensor]:
     c, runs = totals
     starts, _ = c.chunking.scan(runs, state_in)
     o = x.scale * (partial + _from_start(c, c.q) @ starts)
     return c.chunking.join(o).to(x.v.dtype), starts
 
 
-def summarize_adjoint(x: Run, saved: Any, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Summary]]:
+def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Summary]]:
     c = _chunks(x)
     d_out = x.scale * c.chunking.cut(d_o.to(c.q.dtype))
     runs = Summary(_chunk_transitions(c), (_from_start(c, c.q).mT @ d_out).movedim(2, 0))
@@ -171,7 +171,7 @@ def summarize_adjoint(x: Run, saved: Any, d_o: Tensor) -> tuple[Summary, tuple[C
 
 
 def local_gradients(
-    x: Run, saved: Tensor, totals_adjoint: tuple[Chunks, Tensor, Summary], d_o: Tensor
+    x: DecayInputs, saved: Tensor, totals_adjoint: tuple[Chunks, Tensor, Summary], d_o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     c, d_out, _ = totals_adjoint
     d_scores = d_out @ c.v.mT
@@ -180,7 +180,7 @@ def local_gradients(
 
 
 def gradients(
-    x: Run,
+    x: DecayInputs,
     saved: Tensor,
     totals_adjoint: tuple[Chunks, Tensor, Summary],
     local: tuple[Tensor, Tensor, Tensor],
@@ -201,7 +201,9 @@ def gradients(
     return (*joined, dg)
 
 
-def _decay_gradient(x: Run, c: Chunks, from_start: Tensor, to_end: Tensor, across: Tensor, d_scores: Tensor) -> Tensor:
+def _decay_gradient(
+    x: DecayInputs, c: Chunks, from_start: Tensor, to_end: Tensor, across: Tensor, d_scores: Tensor
+) -> Tensor:
     """The gradient of g: at each token, the sum over everything that its decay passes on.
 
     That is what reaches later tokens from before the chunk (`from_start`, [.., C, K], by receiver), what reaches the

@@ -17,7 +17,7 @@ terms of an explicit series of its inverse grow where beta nears 2.
 
 Decays appear only as exponentials of sums of gates, never of differences of sums: nothing overflows, and neither a
 decay nor its gradient loses digits to cancellation. Backward recomputes the chunks. The scans and the products with
-states are written out; PyTorch differentiates what depends on a chunk's own inputs alone (`_weave`).
+states are written out; PyTorch differentiates what depends on a chunk's own inputs alone (`_wy_factors`).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from torch.nn.functional import pad
 
 from lasp.algebra import Dense, Summary, Transition
 from lasp.kernels.torch.chunks import Chunking, chunk_size
-from lasp.recurrence.contract import tensors_of
 from lasp.recurrence.decay import state_dtype, state_shape
-from lasp.recurrence.delta import DeltaRun
+from lasp.recurrence.delta import DeltaInputs
 from lasp.recurrence.pullback import pull_back
+from lasp.recurrence.stages import tensors_of
 
 GROUPED_HEADS = False
 CHUNK = 64
 
 
-class Woven(NamedTuple):
+class ChunkFactors(NamedTuple):
     """A chunk's quantities that depend on its own tokens only.
 
     Attributes:
@@ -64,24 +64,24 @@ class Forward(NamedTuple):
     """`summarize`'s totals: the chunks, and the state at their starts as an affine map on the run's entering one."""
 
     chunking: Chunking
-    chunks: Woven
+    chunks: ChunkFactors
     starts: Tensor
     prefixes: Tensor
 
 
-class Adjoint(NamedTuple):
+class DeltaAdjoint(NamedTuple):
     """`summarize_adjoint`'s totals: the chunks as a function of their inputs, and the gradient of the state at their
     ends as an affine map on that of the run's leaving one."""
 
     chunking: Chunking
     inputs: list[Tensor]
-    chunks: Woven
+    chunks: ChunkFactors
     d_out: Tensor
     ends: Tensor
     suffixes: Tensor
 
 
-class Local(NamedTuple):
+class DeltaLocalGradients(NamedTuple):
     """What `local_gradients` finds: the writes, and the part of their gradient that comes from the outputs."""
 
     writes: Tensor
@@ -90,7 +90,7 @@ class Local(NamedTuple):
     d_scores: Tensor
 
 
-def _cut_inputs(x: DeltaRun) -> tuple[Chunking, list[Tensor]]:
+def _cut_inputs(x: DeltaInputs) -> tuple[Chunking, list[Tensor]]:
     """q, k, v, beta and g if there is one, in chunks. Padding neither decays nor writes."""
     tokens = x.q.shape[1]
     chunking = Chunking(tokens, chunk_size(CHUNK, tokens, x.documents), x.documents)
@@ -123,7 +123,7 @@ def _channel_scores(rows: Tensor, k: Tensor, g: Tensor) -> Tensor:
     return torch.cat([first, torch.cat([across, within[..., 1, :, :]], -1)], -2)
 
 
-def _weave(scale: float, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> Woven:
+def _wy_factors(scale: float, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> ChunkFactors:
     """The chunks' quantities; see the head of this file."""
     kept, reads, reading_keys, stores = None, q, k, k
     if g is None:
@@ -143,10 +143,10 @@ def _weave(scale: float, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tenso
     system, known = beta * overlaps.tril(-1), beta * torch.cat([v, reading_keys], -1)
     solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     writes, erases = solved.split([v.shape[-1], k.shape[-1]], -1)
-    return Woven(scale * reads, scale * scores, stores, writes, erases, kept)
+    return ChunkFactors(scale * reads, scale * scores, stores, writes, erases, kept)
 
 
-def _queries(c: Woven) -> Tensor:
+def _queries(c: ChunkFactors) -> Tensor:
     """[.., C, K], what each token's output takes from the chunk's entering state."""
     return c.reads - c.scores @ c.erases
 
@@ -166,7 +166,7 @@ class _Chunk(Transition):
         return _Chunk(self.kept, self.erased.mT)
 
 
-def _transitions(c: Woven, inputs: list[Tensor]) -> _Chunk:
+def _transitions(c: ChunkFactors, inputs: list[Tensor]) -> _Chunk:
     """What each chunk does to its entering state, on a leading axis: [N, B, H, ...]."""
     erased = (c.stores.mT @ c.erases).movedim(2, 0)
     if c.kept is None:
@@ -175,7 +175,7 @@ def _transitions(c: Woven, inputs: list[Tensor]) -> _Chunk:
 
 
 def _scan(
-    x: DeltaRun, chunking: Chunking, transitions: _Chunk, added: Tensor, *, reverse: bool = False
+    x: DeltaInputs, chunking: Chunking, transitions: _Chunk, added: Tensor, *, reverse: bool = False
 ) -> tuple[Summary, Tensor, Tensor]:
     """Chunks that add [B, H, N, K, V]: the run's summary, and the state that enters each chunk as offset + factor @
     (the state that enters its sequence or document).
@@ -192,44 +192,49 @@ def _scan(
     return Summary(Dense(matrix.contiguous()), state.contiguous()), offsets, factors
 
 
-def summarize(x: DeltaRun) -> tuple[Summary, Forward]:
+def summarize(x: DeltaInputs) -> tuple[Summary, Forward]:
     chunking, inputs = _cut_inputs(x)
-    c = _weave(x.scale, *inputs)
+    c = _wy_factors(x.scale, *inputs)
     summary, starts, prefixes = _scan(x, chunking, _transitions(c, inputs), c.stores.mT @ c.writes)
     return summary, Forward(chunking, c, starts, prefixes)
 
 
-def local_outputs(x: DeltaRun, totals: Forward) -> tuple[Tensor, Tensor]:
+def local_outputs(x: DeltaInputs, totals: Forward) -> tuple[Tensor, Tensor]:
     c = totals.chunks
     return c.scores @ c.writes, _queries(c)
 
 
-def outputs(x: DeltaRun, totals: Forward, partial: tuple[Tensor, Tensor], state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DeltaInputs, totals: Forward, partial: tuple[Tensor, Tensor], state_in: Tensor) -> tuple[Tensor, Tensor]:
     starts = totals.starts + totals.prefixes @ totals.chunking.spread(state_in)
     o = partial[0] + partial[1] @ starts
     return totals.chunking.join(o).to(x.v.dtype), starts
 
 
-def summarize_adjoint(x: DeltaRun, saved: Any, d_o: Tensor) -> tuple[Summary, Adjoint]:
+def summarize_adjoint(x: DeltaInputs, saved: Any, d_o: Tensor) -> tuple[Summary, DeltaAdjoint]:
     chunking, cut = _cut_inputs(x)
     inputs = [t.detach().requires_grad_() for t in cut]
     with torch.enable_grad():
-        c = _weave(x.scale, *inputs)
+        c = _wy_factors(x.scale, *inputs)
     d_out = chunking.cut(d_o.to(c.reads.dtype))
     # Gradients flow from a chunk's end to its start, by the transposed transitions.
     transposed = _transitions(c, cut).adjoint()
     summary, ends, suffixes = _scan(x, chunking, transposed, _queries(c).mT @ d_out, reverse=True)
-    return summary, Adjoint(chunking, inputs, c, d_out, ends, suffixes)
+    return summary, DeltaAdjoint(chunking, inputs, c, d_out, ends, suffixes)
 
 
-def local_gradients(x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint, d_o: Tensor) -> Local:
+def local_gradients(x: DeltaInputs, saved: Tensor, totals_adjoint: DeltaAdjoint, d_o: Tensor) -> DeltaLocalGradients:
     c, d_out = totals_adjoint.chunks, totals_adjoint.d_out
     writes = c.writes - c.erases @ saved
-    return Local(writes, c.scores.mT @ d_out, d_out @ saved.mT, d_out @ writes.mT)
+    return DeltaLocalGradients(writes, c.scores.mT @ d_out, d_out @ saved.mT, d_out @ writes.mT)
 
 
 def gradients(
-    x: DeltaRun, saved: Tensor, totals_adjoint: Adjoint, local: Local, d_o: Tensor, d_state_out: Tensor
+    x: DeltaInputs,
+    saved: Tensor,
+    totals_adjoint: DeltaAdjoint,
+    local: DeltaLocalGradients,
+    d_o: Tensor,
+    d_state_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
     chunking, inputs, c, _, ends, suffixes = totals_adjoint
     ends = ends + suffixes @ chunking.spread(d_state_out)

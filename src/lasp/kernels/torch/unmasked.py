@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Identity, Summary
-from lasp.recurrence.contract import Run
 from lasp.recurrence.decay import state_dtype
+from lasp.recurrence.stages import DecayInputs
 
 GROUPED_HEADS = False
 
@@ -23,29 +23,29 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.einsum("bthk,bthv->bhkv", left.to(dtype), right.to(dtype))
 
 
-def summarize(x: Run) -> tuple[Summary, None]:
+def summarize(x: DecayInputs) -> tuple[Summary, None]:
     return Summary(Identity(), _product(x.k, x.v, state_dtype(x.q.dtype))), None
 
 
-def local_outputs(x: Run, totals: None) -> None:
+def local_outputs(x: DecayInputs, totals: None) -> None:
     return None
 
 
-def outputs(x: Run, totals: None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DecayInputs, totals: None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
     o = x.scale * torch.einsum("bthk,bhkv->bthv", x.q.to(state_in.dtype), state_in)
     return o.to(x.v.dtype), state_in
 
 
-def summarize_adjoint(x: Run, saved: Any, d_o: Tensor) -> tuple[Summary, None]:
+def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary, None]:
     return Summary(Identity(), x.scale * _product(x.q, d_o, state_dtype(x.q.dtype))), None
 
 
-def local_gradients(x: Run, saved: Tensor, totals_adjoint: None, d_o: Tensor) -> Tensor:
+def local_gradients(x: DecayInputs, saved: Tensor, totals_adjoint: None, d_o: Tensor) -> Tensor:
     return x.scale * torch.einsum("bthv,bhkv->bthk", d_o.to(saved.dtype), saved)
 
 
 def gradients(
-    x: Run, saved: Tensor, totals_adjoint: None, local: Tensor, d_o: Tensor, d_state_out: Tensor
+    x: DecayInputs, saved: Tensor, totals_adjoint: None, local: Tensor, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     dk = torch.einsum("bthv,bhkv->bthk", x.v.to(d_state_out.dtype), d_state_out)
     dv = torch.einsum("bthk,bhkv->bthv", x.k.to(d_state_out.dtype), d_state_out)

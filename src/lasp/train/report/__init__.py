@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run: `render(load(run_folder))`."""
 
 from lasp.train.report.page import render
-from lasp.train.report.run import Run, load
+from lasp.train.report.run import LoadedRun, load
 
-__all__ = ["Run", "load", "render"]
+__all__ = ["LoadedRun", "load", "render"]

@@ -10,7 +10,7 @@ from lasp.analysis import volume
 from lasp.analysis.memory import training_memory
 from lasp.analysis.model import layers
 from lasp.models import ModelConfig
-from lasp.train.report.run import Run
+from lasp.train.report.run import LoadedRun
 from lasp.train.report.text import escape, milliseconds, nbytes
 
 _MOST_RANKS = 16
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     basis: str = ""
 
 
-def typical_ranks(run: Run) -> dict[str, list[float]]:
+def typical_ranks(run: LoadedRun) -> dict[str, list[float]]:
     """By figure and global rank: the median over the run's windows. Empty before the first window's end."""
     if not run.ranks:
         return {}
@@ -42,7 +42,7 @@ def typical_ranks(run: Run) -> dict[str, list[float]]:
     }
 
 
-def times(run: Run, ranks: dict[str, list[float]]) -> str:
+def times(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
     """A bar for every rank: own work, waits, the rest of the step."""
     step_s = statistics.median(line["step_s"] for line in run.steps)
     own, exposed, summing = (ranks[name] for name in ("own_s", "exposed_s", "summing_s"))
@@ -63,7 +63,7 @@ def times(run: Run, ranks: dict[str, list[float]]) -> str:
     return _legend(parts) + f'<div class="bars">{"".join(rows)}</div>' + more
 
 
-def memory(run: Run) -> str:
+def memory(run: LoadedRun) -> str:
     """The peak of the fullest process, and what of it the model's own numbers are."""
     config, about = run.config, run.about
     model, layout = ModelConfig(**about["model"]), about["layout"]
@@ -101,7 +101,7 @@ def memory(run: Run) -> str:
     return f'{_legend(parts)}{bars}{_table(parts, nbytes)}<p class="note">{note}</p>'
 
 
-def exchanged(run: Run, ranks: dict[str, list[float]]) -> str:
+def exchanged(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
     """Bytes that one process sends in a step: counted states, and others by formula."""
     config, about = run.config, run.about
     model, layout = ModelConfig(**about["model"]), about["layout"]
@@ -113,7 +113,7 @@ def exchanged(run: Run, ranks: dict[str, list[float]]) -> str:
         name = "gradients of weights" if sharding == "ddp" else "weights and their gradients"
         parts.append(Part(name, moved.sent_bytes, 2, f"formula, {sharding}"))
     if sp > 1:
-        shard = volume.Shard(
+        shard = volume.ShardShape(
             batch=config["global_batch"] // layout["dp"],
             tokens=config["seq_len"] // sp,
             d_model=model.d_model,
@@ -142,7 +142,7 @@ def exchanged(run: Run, ranks: dict[str, list[float]]) -> str:
     return f'<table class="amounts">{rows}</table>{note}'
 
 
-def _sharding(run: Run) -> str:
+def _sharding(run: LoadedRun) -> str:
     """How weights are spread, by its name in lasp.parallelize."""
     return str(run.config["parallel"].get("data_parallel", "ddp"))
 

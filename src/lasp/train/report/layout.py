@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from lasp.train.report.run import Run
+from lasp.train.report.run import LoadedRun
 from lasp.train.report.text import escape, milliseconds
 
 _MOST_RANKS, _MOST_ROWS = 4, 4
@@ -15,10 +15,10 @@ _WIDTH = 1040
 _TO_ALL = ("all_gather", "all_to_all")
 
 
-def drawing(run: Run, ranks: dict[str, list[float]]) -> str:
+def drawing(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
     """SVG of the ranks as boxes, a row for each group that shares sequences.
 
-    ranks: typical times by global rank, see lasp.train.watch.RankStep; empty if none were written yet.
+    ranks: typical times by global rank, see lasp.train.step_timer.RankStep; empty if none were written yet.
     """
     layout = run.about["layout"]
     dp, sp = int(layout["dp"]), int(layout["sp"])
@@ -44,7 +44,7 @@ def drawing(run: Run, ranks: dict[str, list[float]]) -> str:
     )
 
 
-def _row(run: Run, row: int, columns: list[int | None], y: float, width: float, ranks: dict[str, Any]) -> str:
+def _row(run: LoadedRun, row: int, columns: list[int | None], y: float, width: float, ranks: dict[str, Any]) -> str:
     layout, config = run.about["layout"], run.config
     dp, sp = int(layout["dp"]), int(layout["sp"])
     each = config["global_batch"] // dp

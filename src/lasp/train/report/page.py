@@ -11,20 +11,20 @@ from importlib.resources import files
 from typing import Any
 
 from lasp.train.config import TrainConfig, to_dict
-from lasp.train.figures import SLOW, SLOW_S
 from lasp.train.metrics import smoothed
 from lasp.train.position import settle
 from lasp.train.report import breakdown
 from lasp.train.report.chart import Series, chart
 from lasp.train.report.layout import drawing
-from lasp.train.report.run import Run
+from lasp.train.report.run import LoadedRun
 from lasp.train.report.text import escape, nbytes, number
+from lasp.train.step_metrics import SLOW, SLOW_S
 
 SECTIONS = ("curves", "layout", "time", "memory", "exchange", "text", "settings", "versions")
 _MOST_LINES = 8
 
 
-def render(run: Run) -> str:
+def render(run: LoadedRun) -> str:
     """The whole page: HTML that refers to nothing outside itself."""
     style, script = (_resource(name) for name in ("page.css", "page.js"))
     # Only this script runs, whatever a file of the run may hold, and nothing is loaded from anywhere.
@@ -69,7 +69,7 @@ _TITLES = {
 }
 
 
-def _head(run: Run) -> str:
+def _head(run: LoadedRun) -> str:
     about, layout, last = run.about, run.about["layout"], run.steps[-1]
     total = run.config["steps"]
     state = "finished" if run.finished >= total else f"{run.finished:,} of {total:,} steps"
@@ -96,7 +96,7 @@ def _head(run: Run) -> str:
     )
 
 
-def _cards(run: Run, last: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _cards(run: LoadedRun, last: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, value and remark of the figures one looks for first."""
     cards = []
     if run.validations:
@@ -120,7 +120,7 @@ def _cards(run: Run, last: dict[str, Any]) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _curves(run: Run) -> str:
+def _curves(run: LoadedRun) -> str:
     steps = [line["step"] for line in run.steps]
     bits = [line["loss"] / math.log(2) for line in run.steps]
     training = [
@@ -176,7 +176,7 @@ def _curves(run: Run) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def _skew(run: Run) -> str:
+def _skew(run: LoadedRun) -> str:
     """Own work of the ranks over time, and what was said about slow ones."""
     at = [line["step"] for line in run.ranks]
     own = [[1e3 * value for value in line["ranks"]["own_s"]] for line in run.ranks]
@@ -201,7 +201,7 @@ def _skew(run: Run) -> str:
     return '<div class="charts">' + chart("Own work, ms a step", series, wide=True, zero=True, note=note) + "</div>"
 
 
-def _sample(run: Run) -> str:
+def _sample(run: LoadedRun) -> str:
     if not run.sample:
         return '<p class="muted">None was generated.</p>'
     prompt = run.about.get("sample_prompt") or run.config["sample"]["prompt"] or ""
@@ -216,7 +216,7 @@ def _is_usual(value: Any, default: Any) -> bool:
     return value == default or (isinstance(value, str) and default and value.endswith(f"/{default}"))
 
 
-def _settings(run: Run) -> str:
+def _settings(run: LoadedRun) -> str:
     default = to_dict(settle(dataclasses.replace(TrainConfig(), steps=run.config["steps"]), None))
     groups: dict[str, dict[str, Any]] = {"run": {}}
     for name, value in run.config.items():
@@ -249,7 +249,7 @@ def _pairs(values: dict[str, Any]) -> str:
     return f'<div class="amount-grid">{cells}</div>'
 
 
-def _of(run: Run, name: str) -> list[float]:
+def _of(run: LoadedRun, name: str) -> list[float]:
     return [float(line[name]) for line in run.steps]
 
 

@@ -10,13 +10,13 @@ from lasp.train.errors import ConfigError
 from lasp.train.metrics import read_metrics
 
 
-class Run(NamedTuple):
+class LoadedRun(NamedTuple):
     """What the page is made from.
 
     Attributes:
         folder: of the run.
-        config: the settings, as config.json has them. about: run.json, see lasp.train.describe.
-        steps, ranks, validations: lines of metrics.jsonl by kind, see lasp.train.observe.
+        config: the settings, as config.json has them. about: run.json, see lasp.train.run_info.
+        steps, ranks, validations: lines of metrics.jsonl by kind, see lasp.train.run_logger.
         trigram: bits per byte of the byte 3-gram model, if it was scored.
         sample: the text generated at the end, or "".
     """
@@ -39,7 +39,7 @@ class Run(NamedTuple):
         return f"{self.config['model']['family']}-{self.config['model']['size']}"
 
 
-def load(folder: Path) -> Run:
+def load(folder: Path) -> LoadedRun:
     """Read a run's folder; the run may be going on. Raises ConfigError if it holds no run with a finished step."""
     paths = {name: folder / name for name in ("config.json", "run.json", "metrics.jsonl")}
     missing = [name for name, path in paths.items() if not path.is_file()]
@@ -55,7 +55,7 @@ def load(folder: Path) -> Run:
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise ConfigError(f"{folder}: no step has finished yet")
-    return Run(
+    return LoadedRun(
         folder=folder,
         config=config,
         about=about,

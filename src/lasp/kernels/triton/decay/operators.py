@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
+from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.launch import use_scratch
-from lasp.kernels.triton.decay import channel_stages, stages
-from lasp.kernels.triton.decay.gates import TOKEN
-from lasp.kernels.triton.decay.work import Work, keeps_states, kind_of, per_channel, plan_of
-from lasp.recurrence.across import Across, Pending, of_key
-from lasp.recurrence.contract import Run
-from lasp.recurrence.crossing import Packed, zero_finals
+from lasp.kernels.triton.decay import stages
+from lasp.kernels.triton.decay.channel import stages as channel
+from lasp.kernels.triton.decay.launches import Launches, keeps_states, kind_of, per_channel, plan_of
+from lasp.recurrence.across import Across, PendingState, of_key
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.documents import Documents
+from lasp.recurrence.packed_documents import PackedDocuments, zero_finals
+from lasp.recurrence.stages import DecayInputs
 
 ALONE = -1
 
@@ -30,22 +31,27 @@ class Started(NamedTuple):
     """A run whose exchange has begun: what its segments add to the state, and the exchange."""
 
     totals: Any
-    exchange: Pending
+    exchange: PendingState
 
 
-def start(x: Run, initial: Tensor | None, want_final: bool, across: Across) -> Started:
+def start(x: DecayInputs, initial: Tensor | None, want_final: bool, across: Across) -> Started:
     """Summarize the run and begin the exchange. q is not read: another tensor of its shape may stand for it."""
     initial = None if initial is None else initial.contiguous()
     with torch.no_grad():
         return _start(*stages.prepare(x), _packed(x, across), initial, want_final, across)
 
 
-def _packed(x: Run, across: Across | None) -> Packed | None:
-    return None if x.documents is None else Packed(x.documents, across)
+def _packed(x: DecayInputs, across: Across | None) -> PackedDocuments | None:
+    return None if x.documents is None else PackedDocuments(x.documents, across)
 
 
 def _start(
-    x: Run, work: Work, packed: Packed | None, initial: Tensor | None, want_final: bool, across: Across
+    x: DecayInputs,
+    work: Launches,
+    packed: PackedDocuments | None,
+    initial: Tensor | None,
+    want_final: bool,
+    across: Across,
 ) -> Started:
     summary, totals = stages.totals_of(x, work, summarized=True)
     assert summary is not None
@@ -55,8 +61,8 @@ def _start(
 
 
 def _forward(
-    x: Run,
-    work: Work,
+    x: DecayInputs,
+    work: Launches,
     initial: Tensor | None,
     want_final: bool,
     across: Across | None,
@@ -87,8 +93,8 @@ def _forward(
 
 
 def _backward(
-    x: Run,
-    work: Work,
+    x: DecayInputs,
+    work: Launches,
     kept: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
@@ -121,7 +127,11 @@ def _backward(
 
 
 def _d_initial(
-    summary: Summary, d_leaving: Tensor | None, d_final: Tensor | None, packed: Packed | None, across: Across | None
+    summary: Summary,
+    d_leaving: Tensor | None,
+    d_final: Tensor | None,
+    packed: PackedDocuments | None,
+    across: Across | None,
 ) -> Tensor:
     """Whole on the first rank: the ranks' gradients are shares of one sum."""
     elsewhere = across is not None and across.rank > 0
@@ -149,7 +159,7 @@ class _Eager(torch.autograd.Function):
         across: Across | None,
         started: Started | None,
     ) -> tuple[Tensor, Tensor | None]:
-        x, work = stages.prepare(Run(q, k, v, g, scale, documents), initial is None and across is None)
+        x, work = stages.prepare(DecayInputs(q, k, v, g, scale, documents), initial is None and across is None)
         o, final, kept = _forward(x, work, initial, want_final, across, started)
         ctx.set_materialize_grads(False)
         ctx.work, ctx.want_final, ctx.documents, ctx.across = work, want_final, documents, across
@@ -163,7 +173,7 @@ class _Eager(torch.autograd.Function):
         # First of all, because this may recompute a region, with calls of its own.
         q, k, v, g, *kept = ctx.saved_tensors
         across = None if ctx.across is None else ctx.across.adjoint()
-        x = Run(q, k, v, g, ctx.work.scale, ctx.documents)
+        x = DecayInputs(q, k, v, g, ctx.work.scale, ctx.documents)
         gradients, d_initial = _backward(
             x, ctx.work, kept, d_o, d_final, ctx.needs_input_grad[4], ctx.want_final, across
         )
@@ -198,7 +208,7 @@ def decay_forward(
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
     g = None if g is None else g.detach().requires_grad_(want_gate)
-    x, work = stages.prepare(Run(q, k, v, g, scale), initial is None and ranks == ALONE)
+    x, work = stages.prepare(DecayInputs(q, k, v, g, scale), initial is None and ranks == ALONE)
     across = _ranks(ranks, work.state, want_final)
     o, final, kept = _forward(x, work, initial, want_final, across)
     # An exchange may give back its input, an operator must not.
@@ -232,7 +242,7 @@ def _empty_outputs(q: Tensor, v: Tensor, g: Tensor | None, from_zero: bool, want
     if keeps_states(p, want_gate):
         results.append(state(B, H_v, p.segments, K, V))
     if per_channel(g):
-        return [*results, *channel_stages.empty_prepared(q, v, p)]
+        return [*results, *channel.empty_prepared(q, v, p)]
     if kind_of(g) == TOKEN.value:
         return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
     return results
@@ -257,7 +267,7 @@ def decay_backward(
     """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`:
     there are no ranks and was no initial state."""
     g = None if g is None else g.detach().requires_grad_(want_gate)
-    x, work = stages.prepare(Run(q, k, v, g, scale), from_zero)
+    x, work = stages.prepare(DecayInputs(q, k, v, g, scale), from_zero)
     across = _ranks(ranks, work.state, want_final, backward=True)
     (dq, dk, dv, dg), d_initial = _backward(x, work, kept, d_o, d_final, want_initial, want_final, across)
     others = (None if dg is None else dg.contiguous(), d_initial)
@@ -308,7 +318,7 @@ decay_forward.register_autograd(_compiled_backward, setup_context=_keep)
 
 
 def fused(
-    x: Run,
+    x: DecayInputs,
     initial: Tensor | None,
     want_final: bool,
     across: Across | None,

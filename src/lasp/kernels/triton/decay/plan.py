@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lasp.kernels.triton.decay import gates
+from lasp.kernels.triton.common import decays
 
-NONE, HEAD, TOKEN, CHANNEL = gates.NONE.value, gates.HEAD.value, gates.TOKEN.value, gates.CHANNEL.value
+NONE, HEAD, TOKEN, CHANNEL = decays.NONE.value, decays.HEAD.value, decays.TOKEN.value, decays.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
 CHUNK_SMALLEST = 16
@@ -22,7 +22,7 @@ START_COST = 1.5
 STATE_COST = 0.017
 # Likewise of the two launches that make summaries and scan them.
 SUMMARIES_COST = 8.0
-# Chunks: the gradients of gates per channel gather rounding over a segment (channel_reads), however long the run.
+# Chunks: the gradients of gates per channel gather rounding over a segment (channel_inter_chunk), however long the run.
 LONGEST_CHANNELS = 32
 # Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
 # what a program gathers. Sums of gates per token are loaded when they are wanted, so a chunk costs half as much again.
@@ -45,7 +45,7 @@ class Gathered(NamedTuple):
     alone: bool
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """How a run of one shape is cut and launched.
 
     Attributes:
@@ -61,8 +61,8 @@ class Plan(NamedTuple):
         channels: for a gate per channel, of the summaries, which divide the channels among programs.
         prepared_channels: of the same from operands that have their decays.
         channel_prepare: of what is prepared per chunk.
-        channel_reads: of the sweeps that read from states for dq and dk.
-        channel_within: of the kernel that completes dq, dk and dg.
+        channel_inter_chunk: of the sweeps that read from states for dq and dk.
+        channel_intra_chunk: of the kernel that completes dq, dk and dg.
         channel_values: for a gate per channel, of those that divide V.
         exact: whether decays between tokens are summed pair by pair (fp32).
         gathers: whether sweeps gather the states that enter segments themselves (`sweep`), without summaries, or have
@@ -84,8 +84,8 @@ class Plan(NamedTuple):
     channels: Tiles
     prepared_channels: Tiles
     channel_prepare: Tiles
-    channel_reads: Tiles
-    channel_within: Tiles
+    channel_inter_chunk: Tiles
+    channel_intra_chunk: Tiles
     channel_values: Tiles
     exact: bool
     gathers: bool
@@ -215,7 +215,7 @@ def plan(
     shared_bytes: int,
     hopper: bool,
     from_zero: bool = False,
-) -> Plan:
+) -> LaunchPlan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
     Args:
@@ -264,7 +264,7 @@ def plan(
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
 
-    return Plan(
+    return LaunchPlan(
         chunk=chunk,
         segment_chunks=length,
         segments=-(-chunks // length),
@@ -277,8 +277,8 @@ def plan(
         channels=fitting(Tiles(narrow(K, dtype), 4, stages)),
         prepared_channels=fitting(Tiles(128 if wide else narrow(K, dtype), 4, stages)),
         channel_prepare=fitting(Tiles(narrow(K, dtype), 4, min(stages, 2))),
-        channel_reads=fitting(_sweep_tiles(K, V, dtype, hopper)),
-        channel_within=fitting(Tiles(narrow(K, dtype), 4, 1)),
+        channel_inter_chunk=fitting(_sweep_tiles(K, V, dtype, hopper)),
+        channel_intra_chunk=fitting(Tiles(narrow(K, dtype), 4, 1)),
         channel_values=fitting(_sweep_tiles(V, K, dtype, hopper) if most == 3 else Tiles(few_values, 4, stages)),
         exact=exact,
         gathers=cut is not None or single,

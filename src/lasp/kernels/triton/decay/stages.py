@@ -1,4 +1,4 @@
-"""The decay family's stages on a GPU (contract: `lasp.recurrence.contract`).
+"""The decay family's stages on a GPU (contract: `lasp.recurrence.stages`).
 
 summarize: summary of every segment, scan over segments.  outputs: sweep of o.
 summarize_adjoint: summary, reversed scan.  local_gradients: sweep of dq.  gradients: sweeps of dk (and dg), dv.
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
 from lasp.kernels.triton.common.launch import use_scratch
-from lasp.kernels.triton.decay import channel_stages as channel
-from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, given, places_of
-from lasp.kernels.triton.decay.work import Work, work_of
-from lasp.recurrence.contract import Run
+from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
+from lasp.kernels.triton.decay.channel import stages as channel
+from lasp.kernels.triton.decay.launches import Launches, work_of
+from lasp.recurrence.stages import DecayInputs
 
 GROUPED_HEADS = True
 BAD_GATES_GIVE_NAN = True
 
 
-class Segments(NamedTuple):
+class ScalarSegments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the run's
     end on that side to them; None where sweeps gather. gates: for a gate per token, prefix and, of fp32 inputs,
     suffix, each [B, H_v, chunks C]."""
@@ -37,7 +37,7 @@ class Segments(NamedTuple):
     gates: tuple[Tensor, ...]
 
 
-class Saved(NamedTuple):
+class ScalarSaved(NamedTuple):
     """States entering each segment [B, H_v, segments, K, V], or None where they will be gathered again; the one leaving
     the run [B, H_v, K, V]; gates."""
 
@@ -48,17 +48,17 @@ class Saved(NamedTuple):
 
 def saved_list(saved: Any) -> list[Tensor]:
     """What an operator gives back of `saved`, or takes: first the state leaving the run."""
-    others = saved.prepared if isinstance(saved, channel.Saved) else saved.gates
+    others = saved.prepared if isinstance(saved, channel.ChannelSaved) else saved.gates
     return [saved.leaving, *([] if saved.entering is None else [saved.entering]), *others]
 
 
-def saved_of(work: Work, tensors: list[Tensor]) -> Any:
+def saved_of(work: Launches, tensors: list[Tensor]) -> Any:
     """The inverse of `saved_list`."""
     leaving, *others = tensors
     entering = others.pop(0) if work.keeps_states else None
     if work.per_channel:
-        return channel.Saved(entering, leaving, channel.Prepared(*others))
-    return Saved(entering, leaving, tuple(others))
+        return channel.ChannelSaved(entering, leaving, channel.Prepared(*others))
+    return ScalarSaved(entering, leaving, tuple(others))
 
 
 class QueryGradient(NamedTuple):
@@ -70,7 +70,7 @@ class QueryGradient(NamedTuple):
     inner: Tensor
 
 
-def prepare(x: Run, from_zero: bool = False) -> tuple[Run, Work]:
+def prepare(x: DecayInputs, from_zero: bool = False) -> tuple[DecayInputs, Launches]:
     """x with dense tensors, and the work on it.
 
     from_zero: x is the whole sequence and starts from no state.
@@ -88,7 +88,7 @@ def prepare(x: Run, from_zero: bool = False) -> tuple[Run, Work]:
     return x, work
 
 
-def totals_of(x: Run, work: Work, prepared: Any = None, *, summarized: bool) -> tuple[Summary | None, Any]:
+def totals_of(x: DecayInputs, work: Launches, prepared: Any = None, *, summarized: bool) -> tuple[Summary | None, Any]:
     """What is known of the run's segments, and its summary if that is wanted; nothing where sweeps gather.
 
     prepared: what `local_outputs_of` made, where it did so before.
@@ -97,15 +97,17 @@ def totals_of(x: Run, work: Work, prepared: Any = None, *, summarized: bool) -> 
     return _totals_of(x, work, x.k, x.v, prepared, gates, reverse=False, summarized=summarized)
 
 
-def totals_adjoint_of(x: Run, work: Work, saved: Any, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Any]:
+def totals_adjoint_of(
+    x: DecayInputs, work: Launches, saved: Any, d_o: Tensor, *, summarized: bool
+) -> tuple[Summary | None, Any]:
     """Likewise of gradients."""
     prepared, gates = (saved.prepared, ()) if work.per_channel else (None, saved.gates)
     return _totals_of(x, work, x.q, d_o, prepared, gates, reverse=True, summarized=summarized)
 
 
 def _totals_of(
-    x: Run,
-    work: Work,
+    x: DecayInputs,
+    work: Launches,
     k: Tensor,
     v: Tensor,
     prepared: channel.Prepared | None,
@@ -114,14 +116,14 @@ def _totals_of(
     reverse: bool,
     summarized: bool,
 ) -> tuple[Summary | None, Any]:
-    # `Work` keeps what was found for tensors of these dtypes.
+    # `Launches` keeps what was found for tensors of these dtypes.
     assert v.dtype == x.v.dtype and (x.g is None or x.g.dtype == torch.float32)
     places = places_of(work.plan, v)
     if work.plan.gathers:
         assert not summarized
         if work.per_channel:
-            return None, channel.Segments(None, None)
-        return None, Segments(None, None, gates)
+            return None, channel.ChannelSegments(None, None)
+        return None, ScalarSegments(None, None, gates)
     states = torch.empty(work.states, dtype=torch.float32, device=k.device)
     decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
     if prepared is not None:
@@ -139,14 +141,14 @@ def _totals_of(
         total, total_decay = states.new_empty(work.state), states.new_empty(work.total_decay)
     scan = work.scan_adjoint if reverse else work.scan
     scan(states, decays, before, bounds_of(work.plan, states), total_decay, total)
-    totals = channel.Segments(states, before) if work.per_channel else Segments(states, before, gates)
+    totals = channel.ChannelSegments(states, before) if work.per_channel else ScalarSegments(states, before, gates)
     if total is None or total_decay is None:
         return None, totals
     transition = Identity() if x.g is None else Diagonal(total_decay) if work.per_channel else Scalar(total_decay)
     return Summary(transition, total), totals
 
 
-def _gate_sums(x: Run, work: Work) -> tuple[Tensor, ...]:
+def _gate_sums(x: DecayInputs, work: Launches) -> tuple[Tensor, ...]:
     if not work.per_token:
         return ()
     gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
@@ -154,7 +156,7 @@ def _gate_sums(x: Run, work: Work) -> tuple[Tensor, ...]:
     return gates
 
 
-def summarize(x: Run) -> tuple[Summary, Any]:
+def summarize(x: DecayInputs) -> tuple[Summary, Any]:
     x, work = prepare(x)
     return _summarized(*totals_of(x, work, summarized=True))
 
@@ -164,19 +166,21 @@ def _summarized(summary: Summary | None, totals: Any) -> tuple[Summary, Any]:
     return summary, totals
 
 
-def local_outputs(x: Run, totals: Any) -> Any:
+def local_outputs(x: DecayInputs, totals: Any) -> Any:
     return local_outputs_of(*prepare(x))
 
 
-def local_outputs_of(x: Run, work: Work) -> Any:
+def local_outputs_of(x: DecayInputs, work: Launches) -> Any:
     return channel.local_outputs(x, work) if work.per_channel else None
 
 
-def outputs(x: Run, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
+def outputs(x: DecayInputs, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
     return outputs_of(*prepare(x), totals, partial, state_in.contiguous())
 
 
-def outputs_of(x: Run, work: Work, totals: Any, partial: Any, state_in: Tensor | None) -> tuple[Tensor, Any]:
+def outputs_of(
+    x: DecayInputs, work: Launches, totals: Any, partial: Any, state_in: Tensor | None
+) -> tuple[Tensor, Any]:
     """state_in is zero if None."""
     o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
     places = places_of(work.plan, leaving)
@@ -190,19 +194,19 @@ def outputs_of(x: Run, work: Work, totals: Any, partial: Any, state_in: Tensor |
         x.q, x.k, x.v, g, *_two(gates, unread), o, given(states, unread), given(decays, unread), leaving, places,
         state_in,
     )  # fmt: skip
-    return o, Saved(states, leaving, gates)
+    return o, ScalarSaved(states, leaving, gates)
 
 
-def summarize_adjoint(x: Run, saved: Any, d_o: Tensor) -> tuple[Summary, Any]:
+def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary, Any]:
     x, work = prepare(x)
     return _summarized(*totals_adjoint_of(x, work, saved, d_o.contiguous(), summarized=True))
 
 
-def local_gradients(x: Run, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
+def local_gradients(x: DecayInputs, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
     return local_gradients_of(*prepare(x), saved, d_o.contiguous())
 
 
-def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
+def local_gradients_of(x: DecayInputs, work: Launches, saved: Any, d_o: Tensor) -> Any:
     if work.per_channel:
         return channel.local_gradients(x, work, saved, d_o)
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
@@ -216,14 +220,14 @@ def local_gradients_of(x: Run, work: Work, saved: Any, d_o: Tensor) -> Any:
 
 
 def gradients(
-    x: Run, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
+    x: DecayInputs, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     return gradients_of(*prepare(x), saved, totals_adjoint, local, d_o.contiguous(), d_state_out.contiguous())
 
 
 def gradients_of(
-    x: Run,
-    work: Work,
+    x: DecayInputs,
+    work: Launches,
     saved: Any,
     totals_adjoint: Any,
     local: Any,
@@ -265,7 +269,7 @@ def gradients_of(
     return _sum_groups(x, local.dq), _sum_groups(x, dk), dv, d_gate
 
 
-def _inner_states(work: Work, unread: Tensor) -> Tensor:
+def _inner_states(work: Launches, unread: Tensor) -> Tensor:
     """For what the sweeps of dq and dk leave within segments, where they do."""
     return unread.new_empty(work.inner) if work.with_decay and work.inner is not None else unread
 
@@ -275,7 +279,7 @@ def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:
     return (*gates, unread, unread)[:2]
 
 
-def _sum_groups(x: Run, gradient: Tensor) -> Tensor:
+def _sum_groups(x: DecayInputs, gradient: Tensor) -> Tensor:
     """[B, T, H_v, K] -> [B, T, H, K]."""
     heads = x.q.shape[2]
     if gradient.shape[2] == heads:

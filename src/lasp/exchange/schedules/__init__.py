@@ -1,0 +1,1 @@
+"""The schedules that carry states over ranks, one a file."""

@@ -1,0 +1,234 @@
+"""What the backward pass reads from states, for a gate per channel: sweeps of a slice of channels, all of V contracted.
+
+    read_q_i = S do_i        S: the state entering i's chunk, of the decayed past
+    read_k_j = D v_j         D: the gradient of the state leaving j's chunk, of the decayed future
+
+Decays within the chunk are left to channel_intra_chunk, which completes dq, dk and dg. Here each sweep also sums, per
+chunk and channel, what its reads add to dg,
+
+    sums = sum_i (scale q_i 2^prefix_i) read_q_i,        and        sum_j (k_j 2^suffix_j) read_k_j,
+
+since dg at a chunk's end, S D summed over V, is that at the segment's end plus the first and minus the second of all
+later chunks. Less the second of the chunk itself it is `through`: what passes from before the chunk to after it.
+Nothing does in a channel that forgets within the chunk: there the sums start anew. What rounding adds to them, a random
+walk, is known at the segment's start, where S D can be taken again: it is taken off, all of it there and less towards
+the end. States and outputs are transposed as in `sweep`, so these sums run along a thread's own columns.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.program import place, run_bounds
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.decay.channel.decays import segment_border
+from lasp.kernels.triton.decay.scalar.intervals import as_swept
+from lasp.kernels.triton.decay.scalar.sweep import segment_state
+
+TIED = tl.constexpr(16)  # chunks at a time
+
+
+@triton.jit
+def _sweep(
+    a_ptr,  # do, or v when REVERSE: [T, V] rows that read the state
+    b_ptr,  # v, or do: the rows that feed it
+    c_ptr,  # k 2^suffix, or scale q 2^prefix: [T, K] rows that feed it
+    x_ptr,  # the other of the two: the weights of what is read
+    totals_ptr,  # fp32 [chunks, K]
+    out_ptr,  # [T, K], written
+    sums_ptr,  # fp32 [chunks, K]: written, or read when REVERSE
+    through_ptr,  # fp32 [chunks, K], written when REVERSE
+    state,  # [BK, BV]
+    carry,  # [BK]
+    from_nothing,  # whether no state enters the first chunk
+    to_nothing,  # whether that which leaves the last has no gradient
+    v_row,
+    k_row,
+    first,
+    last,
+    column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FORGETS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    a_view = view(a_ptr, last, v_row, V, C, BV, DESCRIPTORS)
+    b_view = view(b_ptr, last, v_row, V, C, BV, DESCRIPTORS)
+    c_view = view(c_ptr, last, k_row, K, C, BK, DESCRIPTORS)
+    x_view = view(x_ptr, last, k_row, K, C, BK, DESCRIPTORS)
+    out_view = view(out_ptr, last, k_row, K, C, BK, DESCRIPTORS)
+    channel = column + tl.arange(0, BK)
+    chunks = tl.cdiv(last - first, C)
+    walked = tl.zeros((BK,), tl.int32) + chunks
+    for step in range(chunks):
+        start = first + (chunks - 1 - step if REVERSE else step) * C
+        a = load_chunk(a_view, start, 0, last, v_row, V, C, BV, DESCRIPTORS)
+        b = load_chunk(b_view, start, 0, last, v_row, V, C, BV, DESCRIPTORS)
+        c = load_chunk(c_view, start, column, last, k_row, K, C, BK, DESCRIPTORS)
+        x = load_chunk(x_view, start, column, last, k_row, K, C, BK, DESCRIPTORS)
+        here = tl.cast(start // C, tl.int64) * K + channel
+        total = tl.load(totals_ptr + here, mask=channel < K, other=0.0)
+        if REVERSE:
+            # Loaded first, used last.
+            other_sums = tl.load(sums_ptr + here, mask=channel < K, other=0.0)
+        if dtype == tl.bfloat16:
+            out = tl.dot(state.to(tl.bfloat16), tl.trans(a))
+        else:
+            out = tl.dot(state, tl.trans(a).to(tl.float32), input_precision=PRECISION)
+        state = tl.dot(tl.trans(c), b, state * tl.exp2(total)[:, None], input_precision=PRECISION)
+        # In two steps: Triton 3.7.1 fails to compile one for sm_100.
+        own = tl.reshape(tl.trans(x).to(tl.float32) * out, (BK, 2, C // 2))
+        sums = tl.sum(tl.sum(own, 2), 1)
+        if dtype == tl.bfloat16:
+            # As in `rows`: only what a product takes is loaded ahead.
+            sums += tl.sum(tl.dot(tl.trans(x), tl.zeros((C, 16), dtype)), 1)
+        if REVERSE:
+            cut = ((start == first) & from_nothing) | ((start + C >= last) & to_nothing)
+            forgets = (total < FORGETS) | cut
+            carry = tl.where(forgets, 0.0, carry - sums)
+            walked = tl.where(forgets, chunks - 1 - step, walked)
+            tl.store(through_ptr + here, carry, mask=channel < K)
+            carry += other_sums
+        else:
+            tl.store(sums_ptr + here, sums, mask=channel < K)
+        read = tl.trans(out).to(out_ptr.dtype.element_ty)
+        store_chunk(out_view, read, start, column, last, k_row, K, C, BK, DESCRIPTORS)
+    return state, carry, walked
+
+
+@triton.jit
+def _pairing(states_ptr, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """S D summed over V, of the D [BK, BV] that a sweep holds."""
+    state, mask = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
+    swept = as_swept(d_state, dtype == tl.bfloat16)
+    return tl.sum(tl.load(state, mask=mask, other=0.0) * swept, 1)
+
+
+@triton.jit
+def _tie(through_ptr, drift, walked, first, last, k_first, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
+    """Takes `drift`, what dg at the segment's start is off by, from what passes through the first `walked` of its
+    chunks, in proportion."""
+    chunks = tl.cdiv(last - first, C)
+    channel = k_first + tl.arange(0, BK)[None, :]
+    for block in range(tl.cdiv(chunks, TIED)):
+        chunk = block * TIED + tl.arange(0, TIED)[:, None]
+        here = through_ptr + (tl.cast(first // C, tl.int64) + chunk) * K + channel
+        mask = (chunk < walked[None, :]) & (channel < K)
+        share = (walked[None, :] - 0.5 - chunk.to(tl.float32)) / walked[None, :]
+        tl.store(here, tl.load(here, mask=mask, other=0.0) - share * drift[None, :], mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
+def channel_query_inter_chunk_kernel(
+    from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
+    to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    totals_ptr,  # fp32 [B, H_v, chunks, K]
+    read_q_ptr,  # [B, T, H_v, K], written
+    sums_ptr,  # fp32 [B, H_v, chunks, K], written
+    states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; not read if WHOLE
+    places_ptr,  # int32 [segments, 7] if PACKED
+    T,
+    H_v,
+    segments,
+    segment_chunks,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,  # as in channel_output
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = (K + BK - 1) // BK
+    part, head, batch, segment, first, last, chunk, _, _ = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
+    k_first = part * BK
+    run = tl.cast(batch, tl.int64) * H_v + head
+    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
+    state = segment_state(entering, mask, WHOLE)
+    token_head = tl.cast(batch, tl.int64) * T * H_v + head
+    sums = (run * chunks + chunk - first // C) * K
+    _sweep(
+        do_ptr + token_head * V, v_ptr + token_head * V, to_end_ptr + token_head * K, from_start_ptr + token_head * K,
+        totals_ptr + sums, read_q_ptr + token_head * K, sums_ptr + sums, sums_ptr + sums,
+        state, tl.zeros((BK,), tl.float32), False, False,
+        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, False, 0.0, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
+def channel_key_inter_chunk_kernel(
+    from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
+    to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    totals_ptr,  # fp32 [B, H_v, chunks, K]
+    read_k_ptr,  # [B, T, H_v, K], written
+    sums_ptr,  # fp32 [B, H_v, chunks, K], as the other sweep left them
+    through_ptr,  # fp32 [B, H_v, chunks, K], written: what passes through each chunk adds to dg
+    states_ptr,  # fp32 [B, H_v, segments, K, V]: entering each segment; not read if WHOLE
+    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; see WHOLE
+    after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end; see WHOLE
+    places_ptr,  # int32 [segments, 7] if PACKED
+    d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
+    T,
+    H_v,
+    segments,
+    segment_chunks,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,  # as in channel_output
+    FORGETS: tl.constexpr,  # base-2 log-decay below which a chunk has forgotten what was before it
+    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = (K + BK - 1) // BK
+    part, head, batch, segment, first, last, chunk, border, ends = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
+    k_first = part * BK
+    run = tl.cast(batch, tl.int64) * H_v + head
+    index = run * segments + segment
+    state, _, _ = segment_border(
+        d_states_ptr, after_ptr, d_state_out_ptr, index, border, k_first, 0, K, V, BK, BV, WHOLE
+    )  # fmt: skip
+    end_ptr = state_out_ptr + border * K * V
+    if not WHOLE:
+        end_ptr = tl.where(ends, end_ptr, states_ptr + (index + 1) * K * V)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    carry = _pairing(end_ptr, state, k_first, dtype, K, V)
+    token_head = tl.cast(batch, tl.int64) * T * H_v + head
+    sums = (run * chunks + chunk - first // C) * K
+    begin, _ = run_bounds(places_ptr, T, PACKED)
+    from_nothing = (first == begin) & FROM_ZERO
+    to_nothing = ends & (d_state_out_ptr is None)
+    state, carry, walked = _sweep(
+        v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, to_end_ptr + token_head * K,
+        totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, through_ptr + sums,
+        state, carry, from_nothing, to_nothing,
+        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, FORGETS, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+    drift = carry
+    if not WHOLE:
+        drift -= _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
+    # Other threads read what these have stored.
+    tl.debug_barrier()
+    _tie(through_ptr + sums, drift, walked, first, last, k_first, K, BK, C)

@@ -1,0 +1,165 @@
+"""The gradients of q, k and the gate for a gate per channel, put together chunk by chunk.
+
+    dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i  read_q = S do (channel_inter_chunk)
+    dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j  read_k = D v
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + leaving                      per channel, s within the chunk
+    leaving = through + sum_s k_s 2^suffix_s read_k_s                        S D at the chunk's end
+
+Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
+pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent. As there, any gates,
+and in bf16 what `channel_bounded_intra_chunk` cannot do.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.decay.channel.decays import (
+    DESCRIPTORS,
+    base_operand,
+    gate_operand,
+    in_base_block,
+    is_done,
+    is_late,
+    load_channel_gates,
+    load_stretches,
+    meets,
+    prefix_sums,
+    suffix_sums,
+    sum_over,
+    sums_to_end,
+)
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
+def channel_intra_chunk_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    g_ptr,  # [B, T, H_v, K]
+    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
+    read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
+    read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
+    through_ptr,  # fp32 [B, H_v, chunks, K]: what passes from before each chunk to after it adds to dg
+    dq_ptr,  # [B, T, H_v, K], written
+    dk_ptr,  # likewise
+    dg_ptr,  # fp32 likewise
+    places_ptr,  # int32 [chunks, 3] if PACKED
+    scale,
+    T,
+    H,
+    H_v,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,  # channels a program has
+    BV: tl.constexpr,  # columns of v and do at a time
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
+    BASE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    UNBOUNDED: tl.constexpr,  # as in channel_prepare
+):
+    slices: tl.constexpr = (K + BK - 1) // BK
+    part, _, chunk, qk_row, row = chunk_rows(slices, chunks, T, H, H_v)
+    if is_done(unbounded_ptr, chunk, UNBOUNDED):
+        return
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    k_first = part * BK
+    first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
+    qk = qk_row * K
+    out = row * K
+    q_at = q_ptr + qk
+    k_at = k_ptr + qk
+    v_at = v_ptr + row * V
+    do_at = do_ptr + row * V
+    g_at = g_ptr + out
+
+    gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    d_scores = tl.zeros((C, C), tl.float32)
+    transposed = tl.zeros((C, C), tl.float32)
+    for v_first in range(0, V, BV):
+        v = load_chunk(v_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
+        do = load_chunk(do_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
+        d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
+        # A product of its own: see docs/kernels.md on transposed accumulators.
+        transposed = tl.dot(v, tl.trans(do), transposed, input_precision=PRECISION)
+    symmetric = tl.where(i >= j, d_scores, transposed) * scale
+    diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]
+    symmetric = symmetric.to(dtype)
+    dq = tl.zeros((C, BK), tl.float32)
+    dk = tl.zeros((C, BK), tl.float32)
+    dg_at = dg_ptr + out
+    if BASE > 0:
+        to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+        to_q = tl.exp2(to_middle)
+        to_k = tl.exp2(-to_middle)
+        block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
+        k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        near_k = (k * to_k).to(dtype)
+        d_q = tl.dot(tl.where(i > j, block, 0.0), near_k, input_precision=PRECISION)
+        q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+        near_q = (q * to_q).to(dtype)
+        dq = to_q * d_q
+        d_k = tl.dot(tl.where(i < j, block, 0.0), near_q, input_precision=PRECISION)
+        dk = to_k * d_k
+        terms = near_q * d_q - near_k * d_k
+    else:
+        terms = tl.zeros((C, BK), tl.float32)
+    # q dq - k dk of pairs, with operands as rounded: so those that do not cross a token cancel in its sum. They are
+    # kept in dg until sums are taken: a third tile would not fit registers.
+    store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    operand = gate_operand(gates, dtype)
+    # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
+    offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
+    inside = (first + tl.arange(0, C) < last)[:, None] & (k_first + tl.arange(0, BK) < K)[None, :]
+    rows = qk + tl.cast(first, tl.int64) * (H * K)
+    for level in range(BASE, LEVELS):
+        late = is_late(level, C)
+        x = tl.load(tl.where(late, q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
+        decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+        x = (x * decay).to(dtype)
+        d_met = tl.where(meets(level, C), symmetric, 0.0)
+        met = tl.dot(d_met, x, input_precision=PRECISION)
+        d_x = decay * met
+        dq += tl.where(late, d_x, 0.0)
+        dk += tl.where(late, 0.0, d_x)
+        own = x * met
+        terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + tl.where(late, own, -own)
+        store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    # In an order that holds few tiles at a time. A token decays nothing between itself and itself: the diagonal is no
+    # part of the gate's gradient.
+    q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    dk += diagonal * q
+    read_q = load_chunk(read_q_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
+        tl.exp2(prefix_sums(operand, C)) * scale
+    )
+    dq += read_q
+    terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + q * read_q
+    k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
+    dq += diagonal * k
+    read_k = load_chunk(read_k_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
+        suffix_sums(operand, C)
+    )
+    dk += read_k
+    own = k * read_k
+    terms -= own
+    channel = k_first + tl.arange(0, BK)
+    leaving = tl.sum(own, 0)
+    leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
+    dg = sums_to_end(terms, dtype, C) + leaving[None, :]
+    dq_at = dq_ptr + out
+    dk_at = dk_ptr + out
+    store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    if FROM_ZERO:
+        # Nothing precedes a run's first token: exactly, not but for rounding.
+        dg = tl.where((i == 0) & begins_run(places_ptr, tl.program_id(1), PACKED), 0.0, dg)
+    store_chunk(dg_at, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -1,0 +1,221 @@
+"""The one loop behind outputs and gradients.
+
+With L_ij = 2^between(i, j), all four are the same causal form, of other operands (S and D are the states that
+enter a chunk from the past and, as gradients, from the future):
+
+    o_i  = scale ( 2^prefix_i q_i S    + sum_{j <= i} L_ij (q_i . k_j) v_j )
+    dq_i = scale ( 2^prefix_i do_i S^T + sum_{j <= i} L_ij (do_i . v_j) k_j )
+    dv_j =         2^suffix_j k_j D    + scale sum_{i >= j} L_ij (k_j . q_i) do_i
+    dk_j =         2^suffix_j v_j D^T  + scale sum_{i >= j} L_ij (v_j . do_i) q_i
+
+that is, rows a against pairs (b, c): the state is the decayed sum of b c^T. A program walks one segment of one head
+for BC columns of c. The state that enters the segment comes from summaries; or, of short runs, the program first
+gathers it from all tokens before the segment (after, for gradients), which saves two launches (`gather`).
+It holds the transposed state, sum of c b^T, [BC, BA], and forms transposed outputs [BC, C]:
+so the state is the left operand of its product, taken from registers, and no accumulator is transposed to be one.
+
+Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
+gate_gradient), what comes of the state apart from what comes of the chunk, each in parts of PART_ROWS columns of out:
+so much a warp adds up by itself. They leave states within the segment (`legs`).
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.decays import NONE, chunk_decays, head_rate, pair_decay
+from lasp.kernels.triton.common.program import run_bounds
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.decay.scalar.intervals import leave, legs_in, next_leg
+
+PART_ROWS = tl.constexpr(16)
+MIN_ROUNDED = tl.constexpr(2.0**-12)  # fp16's precision ends at 2^-14
+# How sweeps come by the state of a segment's start, where not from summaries (then GATHER is 0):
+GATHERED = tl.constexpr(1)  # from the tokens before it
+ZERO = tl.constexpr(2)  # there are none before it: runs are single segments
+
+
+@triton.jit
+def sweep(
+    a_ptr,  # the row operand, c_ptr the one whose columns are out's: all at [B, T, heads, dim] of the batch and head
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    g_ptr,  # gates of the batch and head, or unused
+    prefix_ptr,  # [chunks C] of the head: prefix
+    suffix_ptr,  # likewise: suffix; unused unless EXACT
+    x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
+    sums_ptr,  # if SUMS: [parts, 2, sums_row], written; at the head and the slice's first part
+    inner_ptr,  # if SUMS: states within the segment (`inner_borders`), [N, A] each, written
+    state,  # [BC, BA]
+    a_row,
+    b_row,
+    c_row,
+    out_row,
+    sums_row,
+    scale,
+    H_v,
+    first,
+    last,
+    slot,  # of the first token in [chunks C], less the token
+    column,
+    A: tl.constexpr,
+    N: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SUMS: tl.constexpr,
+    WEIGH_B: tl.constexpr,  # whether b, not c, is weighted as it is added to the state: see `add_chunk`
+    EXACT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype = c_ptr.dtype.element_ty
+    rate = head_rate(g_ptr, KIND)
+    a_view = view(a_ptr, last, a_row, A, C, BA, DESCRIPTORS)
+    b_view = view(b_ptr, last, b_row, A, C, BA, DESCRIPTORS)
+    c_view = view(c_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+    out_view = view(out_ptr, last, out_row, N, C, BC, DESCRIPTORS)
+    if SUMS:
+        x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+    chunks = tl.cdiv(last - first, C)
+    for turn in range(legs_in(chunks, EXACT) if SUMS else 1):
+        begin, end = 0, chunks
+        if SUMS:
+            begin, end = next_leg(turn, chunks, REVERSE, EXACT)
+            leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, False, EXACT)
+        for step in range(begin, end):
+            start = first + (begin + end - 1 - step if REVERSE else step) * C
+            length = tl.minimum(last - start, C)
+            a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
+            b = load_chunk(b_view, start, 0, last, b_row, A, C, BA, DESCRIPTORS)
+            c_t = tl.trans(load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS))
+            if SUMS:
+                x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
+            prefix, total, from_state, to_state = chunk_decays(
+                prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+            )
+            g_chunk = g_ptr + tl.cast(start, tl.int64) * H_v
+            pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
+
+            a_t = tl.trans(a)
+            if dtype == tl.bfloat16:
+                read = tl.dot(state.to(tl.bfloat16), a_t)
+            else:
+                # A state may exceed fp16's range: its product is taken in fp32 operands (rounded as PRECISION says).
+                read = tl.dot(state, a_t.to(tl.float32), input_precision=PRECISION)
+            scores = (tl.dot(b, a_t, input_precision=PRECISION) * pairs).to(dtype)
+            if SUMS:
+                within = tl.dot(c_t, scores, input_precision=PRECISION)
+                out = tl.fma(read, from_state[None, :], within)
+            else:
+                out = tl.dot(c_t, scores, read * from_state[None, :], input_precision=PRECISION)
+
+            state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
+            o = tl.trans(out).to(out_ptr.dtype.element_ty)
+            store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
+            if SUMS:
+                parts: tl.constexpr = BC // PART_ROWS
+                # What is read is summed with x rounded with its decay, as the other sweep adds x to its state: their
+                # difference then lacks that rounding (gate_gradient). Not where that has no range for it.
+                weighted = x * from_state[:, None]
+                rounded = weighted.to(dtype).to(tl.float32)
+                weighted = tl.trans(tl.where(tl.abs(weighted) < MIN_ROUNDED, weighted, rounded))
+                rows = tl.arange(0, parts)[:, None] * (2 * sums_row) + slot + start + tl.arange(0, C)[None, :]
+                tl.store(sums_ptr + rows, tl.sum(tl.reshape(weighted * read, (parts, PART_ROWS, C)), 1))
+                if not EXACT:
+                    own = tl.reshape(tl.trans(x).to(tl.float32) * within, (parts, PART_ROWS, C))
+                    tl.store(sums_ptr + sums_row + rows, tl.sum(own, 1))
+    return state
+
+
+@triton.jit
+def add_chunk(
+    state,
+    x_t,
+    y,
+    to_state,
+    total,
+    KIND: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WEIGH_Y: tl.constexpr,  # which of the two is weighted, and so rounded: x_t goes from registers to its product
+    PRECISION: tl.constexpr,
+):
+    """The state, decayed over a chunk, with what its tokens add: x_t [BX, C] y [C, BY], weighted by to_state [C].
+
+    Where a decay's gradient is wanted, k and q are weighted, not v and do: see gate_gradient.
+    """
+    if not (KIND == NONE and not REVERSE):
+        if WEIGH_Y:
+            y = (y * to_state[:, None]).to(y.dtype)
+        else:
+            x_t = (x_t * to_state[None, :]).to(y.dtype)
+    return tl.dot(x_t, y, state * tl.exp2(total), input_precision=PRECISION)
+
+
+@triton.jit
+def gather(
+    x_ptr,  # the state is the decayed sum of x y^T: all at [B, T, heads, dim] of the batch and head
+    y_ptr,
+    g_ptr,  # these as in `sweep`
+    prefix_ptr,
+    suffix_ptr,
+    places_ptr,
+    state,  # [BX, BY], that the run starts from; if REVERSE, ends in
+    x_row,
+    y_row,
+    scale,
+    T,
+    first,
+    last,
+    slot,
+    column,  # of x
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    BX: tl.constexpr,
+    BY: tl.constexpr,
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WEIGH_Y: tl.constexpr,  # as in `add_chunk`
+    EXACT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state as a sweep of the whole run has it where it comes to the segment [first, last)."""
+    begin, end = run_bounds(places_ptr, T, PACKED)
+    if REVERSE:
+        begin = last
+    else:
+        end = first
+    x_view = view(x_ptr, end, x_row, X, C, BX, DESCRIPTORS)
+    y_view = view(y_ptr, end, y_row, Y, C, BY, DESCRIPTORS)
+    rate = head_rate(g_ptr, KIND)
+    chunks = tl.cdiv(end - begin, C)
+    for step in range(chunks):
+        start = begin + (chunks - 1 - step if REVERSE else step) * C
+        length = tl.minimum(end - start, C)
+        x_t = tl.trans(load_chunk(x_view, start, column, end, x_row, X, C, BX, DESCRIPTORS))
+        y = load_chunk(y_view, start, 0, end, y_row, Y, C, BY, DESCRIPTORS)
+        _, total, _, to_state = chunk_decays(
+            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+        )
+        state = add_chunk(state, x_t, y, to_state, total, KIND, REVERSE, WEIGH_Y, PRECISION)
+    return state
+
+
+@triton.jit
+def segment_state(pointers, mask, GATHER: tl.constexpr):
+    """What is known of a segment's state before the sweep: nothing if it is not read."""
+    if GATHER:
+        return tl.zeros(pointers.shape, tl.float32)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def decay_to_segment(decay_ptr, GATHER: tl.constexpr):
+    """The decay of what enters the run on its way to a segment; `gather` applies it itself."""
+    return 1.0 if GATHER else tl.exp2(tl.load(decay_ptr))

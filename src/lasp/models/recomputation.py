@@ -1,0 +1,144 @@
+"""Other ways to run the blocks of a model in training: recomputed in the backward pass, in pieces, compiled.
+
+They replace the `forward` of single modules, so that parameter names, hooks and everything else stay as they are.
+Without gradients the blocks run as before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lasp.exchange.replay import keeping_exchanges
+from lasp.layers import DeltaNet, ShortConvolution, SoftmaxAttention
+from lasp.ops.scan import TRACEABLE
+
+# As many as PyTorch's compiler by itself makes of a function, and more than what follows from them.
+_MAX_SHAPES, _MAX_GRAPHS = 8, 256
+RECOMPUTATIONS = ("none", "selective", "full")
+
+
+def recompute(block: nn.Module, recomputation: str) -> None:
+    """Keep of the block's forward pass only its input, and run it again in the backward pass.
+
+    recomputation: "full", or "selective" to keep also what a recurrence's exchange brought, one state a head, so that
+        running it again exchanges nothing. Halos, and keys and values of softmax layers, are exchanged again.
+    """
+    options: dict[str, Any] = {"context_fn": keeping_exchanges} if recomputation == "selective" else {}
+    block.forward = partial(_recomputed, _forward_of(block), options)  # type: ignore[method-assign]
+
+
+def run_in_pieces(ffn: nn.Module, piece_tokens: int) -> None:
+    """Run a channel mixer on `piece_tokens` tokens at a time, and again in the backward pass.
+
+    Its hidden activations, several times as wide as the model, then exist for one piece only.
+    """
+    ffn.forward = partial(_in_pieces, _forward_of(ffn), piece_tokens)  # type: ignore[method-assign]
+
+
+class CompiledShapes:
+    """For which shapes the blocks of one model are compiled: the first eight. Each takes the compiler seconds."""
+
+    def __init__(self) -> None:
+        self._known: set[Any] = set()
+        self._is_full = False
+
+    def admit(self, x: Tensor, sp: Any) -> bool:
+        """Whether a block's input is to run compiled. All ranks of `sp` find the same: their shapes change together."""
+        shape = (x.shape, None if sp is None else sp.key)
+        if shape in self._known:
+            return True
+        if len(self._known) < _MAX_SHAPES:
+            self._known.add(shape)
+            return True
+        if not self._is_full:
+            warnings.warn(
+                f"compile=True: blocks are compiled for {_MAX_SHAPES} shapes; this one, [B, T, D] = {list(x.shape)}, "
+                "and all other new ones run uncompiled. Pad sequences to a few lengths to have them compiled",
+                stacklevel=4,
+            )
+        self._is_full = True
+        return False
+
+
+def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
+    """Compile the block's training forward, the exchange inside it, without graph breaks.
+
+    Around the scan of a delta rule the graph breaks, and with PyTorch before 2.13 around that of every recurrence
+    without fused kernels (lasp.ops.scan): what comes before and after it is compiled. Blocks with packed documents run
+    uncompiled: their layout is another in every step. So do, after a warning, inputs that `shapes` does not admit.
+
+    shapes: one for all blocks of a model.
+    """
+    block.forward = _Compiled(block, shapes)  # type: ignore[method-assign]
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """How the module runs: as its class says, or as a function here has already made it.
+
+    No closure and no bound method, which a copy of the module would share with it and run on the original's weights:
+    partial functions are copied and pickled with the module that they hold.
+    """
+    forward: Callable[..., Any] = vars(module).get("forward") or partial(type(module).forward, module)
+    return forward
+
+
+def _recomputed(run: Callable[..., Any], options: dict[str, Any], *arguments: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return run(*arguments)
+    # Nothing in a block is random.
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _in_pieces(run: Callable[[Tensor], Tensor], piece_tokens: int, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return run(x)
+    parts = x.split(piece_tokens, dim=1)
+    return torch.cat([checkpoint(run, part, use_reentrant=False, preserve_rng_state=False) for part in parts], dim=1)
+
+
+class _Compiled:
+    """A block's forward, compiled at its first call. What is compiled is the block's own: a copy compiles anew."""
+
+    def __init__(self, block: nn.Module, shapes: CompiledShapes) -> None:
+        self._block, self._shapes = block, shapes
+        self._compiled: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_block": self._block, "_shapes": self._shapes, "_compiled": None}
+
+    def __call__(
+        self, x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any
+    ) -> tuple[Tensor, Any]:
+        arguments = x, start, state, output_state, cu_seqlens, sp
+        run = MethodType(type(self._block).forward, self._block)
+        plain = state is None and not output_state and cu_seqlens is None and torch.is_grad_enabled()
+        if not plain or not self._shapes.admit(x, sp):
+            result: tuple[Tensor, Any] = run(*arguments)
+            return result
+        if self._compiled is None:
+            breaks = not TRACEABLE or any(isinstance(module, DeltaNet) for module in self._block.modules())
+            self._compiled = torch.compile(run, fullgraph=not breaks, dynamic=False)
+        # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
+        # pieces, and keep all that crosses a cut. Blocks are pieces enough.
+        # Of each shape there is a graph for each kind of block, and for those of other models in this process.
+        with torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_MAX_GRAPHS):
+            result = self._compiled(*arguments)
+        return result
+
+
+def check_compilable(model: nn.Module) -> None:
+    """Raise ValueError where blocks exchange something that the compiler cannot follow."""
+    for name, module in model.named_modules():
+        if isinstance(module, (ShortConvolution, SoftmaxAttention)):
+            raise ValueError(
+                f"compile under sequence parallelism takes blocks whose only exchange is a recurrence's, and {name} is "
+                f"a {type(module).__name__}, which has its own: leave one of the two out"
+            )
