@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.channel_gates import (
+from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,
     in_base_block,
@@ -31,7 +31,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     sums_to_end,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.place import place, run_bounds
+from lasp.kernels.triton.common.program import place, run_bounds
 from lasp.kernels.triton.delta.chunk import lengths
 from lasp.kernels.triton.delta.within import (
     between_tokens,

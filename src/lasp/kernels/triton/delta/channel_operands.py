@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
-from lasp.kernels.triton.decay.channel_gates import (
+from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
     MAX_TO_MIDDLE_LOG2,
     gate_operand,
@@ -19,7 +19,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     suffix_sums,
     sums_to_middle,
 )
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.delta.chunk import lengths
 
 

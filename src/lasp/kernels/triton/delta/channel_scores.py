@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk
-from lasp.kernels.triton.decay.channel_gates import (
+from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
     base_operand,
     gate_operand,
@@ -19,7 +19,7 @@ from lasp.kernels.triton.decay.channel_gates import (
     meets,
     sum_over,
 )
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.delta.chunk import lengths
 
 

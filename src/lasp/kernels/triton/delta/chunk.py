@@ -14,7 +14,7 @@ beta is at least 2^-50: a token whose beta is zero then writes 1e-15 of what it 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.decay.gates import CHANNEL, TOKEN, pair_decay
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, pair_decay
 
 MIN_BETA = tl.constexpr(2.0**-50)
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay.gate_sums import gate_sums_kernel
-from lasp.kernels.triton.decay.gates import CHANNEL
-from lasp.kernels.triton.decay.layout import packed_plan
-from lasp.kernels.triton.decay.work import (
+from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
+from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.packing import packed_plan
+from lasp.kernels.triton.decay.launches import (
     GATE_SUMS_HEADS,
     GATE_SUMS_WARPS,
     MAX_GRID,
@@ -37,10 +36,11 @@ from lasp.kernels.triton.delta.segment_scan import GIVEN, IDENTITY, ZERO, delta_
 from lasp.kernels.triton.delta.solve import solve_kernel
 from lasp.kernels.triton.delta.states import delta_states_kernel
 from lasp.kernels.triton.delta.summary import delta_summary_kernel
-from lasp.recurrence.documents import Documents
+from lasp.recurrence.inputs import DeltaInputs
 
 WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
 SCAN_STEP = 32
+MIN_PIECE = 64
 
 
 class DeltaLaunches:
@@ -49,6 +49,9 @@ class DeltaLaunches:
     Attributes:
         plan: how they are cut.
         scale: of the outputs.
+        values_shape, pieces: [H_v, V], and in how many heads of the kernels each is cut: value columns do not know of
+            one another.
+        dtype: of the inputs.
         operand: the dtype that the kernels take for inputs of `dtype`: that, or fp32 for fp16, which lacks the range.
         kind, per_channel: of decay, as in `gates`; whether that is a gate per channel.
         mild: whether chunks whose gates per channel are mild have kernels of their own.
@@ -76,11 +79,12 @@ class DeltaLaunches:
         from_zero: bool,
     ) -> None:
         B, T, H, K = q
-        H_v, V = v[2:]
+        self.values_shape, self.pieces = v[2:], pieces_of(v[3])
+        H_v, V = v[2] * self.pieces, v[3] // self.pieces
         if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
             raise ValueError(
-                f"backend 'triton' takes bf16, fp16 and fp32 with K and V up to {FUSED_MAX_DIM}, got {dtype} with "
-                f"K = {K}, V = {V}; use backend='torch'"
+                f"backend 'triton' takes bf16, fp16 and fp32 with K up to {FUSED_MAX_DIM} and V up to as much or cut "
+                f"into equal parts of it, got {dtype} with K = {K}, V = {v[3]}; use backend='torch'"
             )
         if max(p.segments, B * H_v) > MAX_GRID:
             raise ValueError(
@@ -88,7 +92,7 @@ class DeltaLaunches:
                 f"document) and as many heads, got {p.segments} and {B * H_v}; split the sequence over more ranks or "
                 "use backend='torch'"
             )
-        self.plan, self.scale, self.kind, self.normalize = p, scale, kind, normalize
+        self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero = with_gate, from_zero
         self._dims, self.operand = (B, T, H, H_v, K, V), operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -263,6 +267,11 @@ class DeltaLaunches:
         return Launch(delta_scan_kernel, grid, (H_v, p.segments), constants, p.scan.warps, p.scan.stages)
 
 
+def pieces_of(V: int) -> int:
+    """In how many equal parts, as few as possible, values of V columns are cut; one if there is no way."""
+    return next((n for n in range(1, V // MIN_PIECE + 1) if V % n == 0 and V // n <= FUSED_MAX_DIM), 1)
+
+
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp16 has no range for u where beta is next to zero, nor for states."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -277,25 +286,25 @@ def _launches(
 
 def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
     B, T, H_v, V = v
-    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
+    pieces = pieces_of(V)
+    return delta_plan(T, B * H_v * pieces, q[3], V // pieces, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
 
 
-def launches_of(
-    q: Tensor, v: Tensor, g: Tensor | None, *, normalize: bool, scale: float, from_zero: bool,
-    documents: Documents | None,
-) -> DeltaLaunches:  # fmt: skip
+def launches_of(x: DeltaInputs, from_zero: bool) -> DeltaLaunches:
     """The launches for such a run.
+
+    from_zero: it is the whole sequence and starts from no state.
 
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    shapes = (q.shape, v.shape, q.dtype, kind_of(g), q.device)
-    others = (g is not None and g.requires_grad, normalize, scale, from_zero)
-    if documents is None:
+    shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
+    others = (x.g is not None and x.g.requires_grad, x.normalize, x.scale, from_zero)
+    if x.documents is None:
         return _launches(*shapes, *others)
-    kept = documents.layouts
+    kept = x.documents.layouts
     if ("delta", shapes, others) not in kept:
-        p = packed_plan(_plan(*shapes), documents, q.device)
+        p = packed_plan(_plan(*shapes), x.documents, x.q.device)
         kept["delta", shapes, others] = DeltaLaunches(*shapes[:4], p, *others)
     found: DeltaLaunches = kept["delta", shapes, others]
     return found

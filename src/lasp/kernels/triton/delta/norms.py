@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
-from lasp.kernels.triton.decay.channel_gates import DESCRIPTORS
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.decay.channel.decays import DESCRIPTORS
+from lasp.kernels.triton.common.program import chunk_place
 
 
 @triton.jit

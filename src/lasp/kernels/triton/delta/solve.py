@@ -8,8 +8,8 @@ without the decays in it, where these keep beta k.k > 2 in check.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.decay.gates import CHANNEL, NONE, TOKEN
-from lasp.kernels.triton.decay.place import chunk_place
+from lasp.kernels.triton.common.decays import CHANNEL, NONE, TOKEN
+from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.delta.chunk import MIN_BETA, between
 
 BLOCK = tl.constexpr(16)

@@ -1,313 +1,174 @@
-"""The delta rule's stages on a GPU.
+"""The delta rule's stages on a GPU (contract: `lasp.recurrence.stages`).
 
-summarize: A of every chunk, what every segment does to the state, scan over segments.  outputs: sweep of o and u.
-summarize_adjoint: sweep of D, reversed scan.  gradients: sweep of dv, which leaves D at every chunk's end; sweep of S,
-likewise; the rest chunk by chunk.  Kept for backward: A, u and a state and a transition per segment, with other ranks' part applied.
+Kept for backward: A, u and what enters a segment and happens to it there, with other ranks' part applied.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import Launch, use_scratch
-from lasp.kernels.triton.decay.channel_stages import stretch_matrices
-from lasp.kernels.triton.decay.gates import TOKEN
-from lasp.kernels.triton.decay.layout import bounds_of, chunks_of, given, places_of
-from lasp.kernels.triton.delta.launches import DeltaLaunches, launches_of
-
-NORM_EPS = 1e-6
-
-
-class DeltaTensors(NamedTuple):
-    """A run as the kernels take it: dense tensors of their dtype, and its launches."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor
-    g: Tensor | None
-    work: DeltaLaunches
+from lasp.algebra import Dense, Summary
+from lasp.kernels.triton.common.launch import use_scratch
+from lasp.kernels.triton.delta import run
+from lasp.kernels.triton.delta.launches import launches_of
+from lasp.kernels.triton.delta.run import (
+    ChannelKeys,
+    DeltaChunks,
+    DeltaQueries,
+    DeltaRun,
+    DeltaSaved,
+    DeltaSegments,
+)
+from lasp.recurrence.inputs import DeltaInputs
+from lasp.recurrence.stages import Gradients, Saved, Stages, Unsummarized
 
 
-class Channels(NamedTuple):
-    """Keys with a gate per channel's decays, k 2^prefix and k 2^suffix [B, T, H_v, K]; the chunks' log-decays
-    [B, H_v, chunks, K] (base 2); int32 [B, H_v, chunks], which of them are not mild."""
+def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
+    """x as the kernels take it.
 
-    reading: Tensor
-    storing: Tensor
-    totals: Tensor
-    steep: Tensor
+    alone: x is the whole sequence and starts from no state.
 
-
-class Queries(NamedTuple):
-    """What queries have before the sweep of outputs.
-
-    Attributes:
-        q: as in `DeltaTensors`; of a gate per channel scale q 2^prefix [B, T, H_v, K].
-        norms: [B, H, chunks C], or None.
-        scores: of a gate per channel P [B, H_v, chunks, C, C], or None.
+    Raises:
+        ValueError: the kernels do not take such tensors.
     """
-
-    q: Tensor
-    norms: Tensor | None
-    scores: Tensor | None
-
-
-class Chunks(NamedTuple):
-    """What is made of every chunk before any sweep.
-
-    Attributes:
-        inverse: A - I, [B, H_v, chunks, C, C].
-        betas: [B, H_v, chunks C].
-        gates: prefix and, where decays are exact, suffix, likewise; none without a gate per token.
-        k_norms: [B, H, chunks C], or None.
-        channels: of a gate per channel, or None.
-    """
-
-    inverse: Tensor
-    betas: Tensor
-    gates: tuple[Tensor, ...]
-    k_norms: Tensor | None
-    channels: Channels | None
-
-
-class DeltaSegments(NamedTuple):
-    """What segments do to the state: added [B, H_v, segments, K, V] and moves [.., K, K]; None of single ones."""
-
-    added: Tensor | None
-    moves: Tensor | None
-    chunks: Chunks
-
-
-class DeltaSaved(NamedTuple):
-    """What backward needs: the state leaving the run, u, those that enter segments (None for zero), and `moves`."""
-
-    leaving: Tensor
-    u: Tensor
-    entering: Tensor | None
-    moves: Tensor | None
-    chunks: Chunks
-    queries: Queries
-
-
-def tensors_of(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, work: DeltaLaunches) -> DeltaTensors:
+    work = launches_of(x, alone)
     use_scratch()
-    q, k, v = (t.to(work.operand).contiguous() for t in (q, k, v))
-    return DeltaTensors(q, k, v, beta.contiguous(), None if g is None else g.contiguous(), work)
+    q, k, v = (t.to(work.operand).contiguous() for t in (x.q, x.k, x.v))
+    beta, g = x.beta.contiguous(), None if x.g is None else x.g.contiguous()
+    if work.pieces > 1:
+        v, beta = _cut_values(v, work.pieces), beta.repeat_interleave(work.pieces, 2)
+        g = None if g is None else g.repeat_interleave(work.pieces, 2)
+    return DeltaRun(q, k, v, beta, g, work)
 
 
-def _fp32(x: DeltaTensors, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=x.v.device)
+def _cut_values(tensor: Tensor, pieces: int) -> Tensor:
+    """[B, T, H_v, V] -> [B, T, H_v pieces, V / pieces]."""
+    return tensor.unflatten(3, (pieces, -1)).flatten(2, 3)
 
 
-def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:
-    """prefix and suffix; `unread` for what there is not."""
-    return (*gates, unread, unread)[:2]
+def _cut_state(x: DeltaRun, state: Tensor | None) -> Tensor | None:
+    """[.., H_v, K, V] -> [.., H_v pieces, K, V / pieces]."""
+    if state is None or x.work.pieces == 1:
+        return None if state is None else state.contiguous()
+    return state.unflatten(3, (x.work.pieces, -1)).movedim(3, 2).flatten(1, 2).contiguous()
 
 
-def _norms(x: DeltaTensors, tensor: Tensor) -> Tensor | None:
-    if not x.work.normalize:
-        return None
-    norms = _fp32(x, x.work.norms)
-    x.work.norms_of(NORM_EPS)(tensor, norms, chunks_of(x.work.plan, norms))
-    return norms
+def _whole_state(x: DeltaRun, state: Tensor) -> Tensor:
+    """The inverse of `_cut_state`."""
+    if x.work.pieces == 1:
+        return state
+    return state.unflatten(1, (-1, x.work.pieces)).movedim(2, 3).flatten(3, 4)
 
 
-def chunks_made(x: DeltaTensors) -> Chunks:
-    work, places = x.work, chunks_of(x.work.plan, x.beta)
-    gates: tuple[Tensor, ...] = ()
-    if work.kind == TOKEN.value:
-        gates = tuple(_fp32(x, work.slots) for _ in range(2 if work.plan.exact else 1))
-        assert x.g is not None
-        work.gate_sums(x.g, *_two(gates, gates[0]), places)
-    norms = _norms(x, x.k)
-    inverse, betas = x.v.new_empty(work.tiles), _fp32(x, work.slots)
-    g, unread, channels, overlaps = given(x.g, x.beta), betas, None, betas
-    if work.per_channel:
-        channels, overlaps = _channels(x, norms)
-    work.solve(
-        x.k, given(norms, unread), overlaps, x.beta, g, _two(gates, unread)[0], inverse, betas, places
-    )  # fmt: skip
-    return Chunks(inverse, betas, gates, norms, channels)
+def _summary(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> Summary:
+    """What the run does to the state, or to its gradient."""
+    _, state = run.scanned(x, added, moves, None, leaves=True, reverse=reverse)
+    matrix = run.transition_of(x, moves, reverse=reverse)[:, :: x.work.pieces].contiguous()
+    return Summary(Dense(matrix), _whole_state(x, state))
 
 
-def _stretches(x: DeltaTensors) -> Tensor:
-    return stretch_matrices(x.work.plan.chunk, x.work.plan.exact, x.v.device)
+def summarize(x: DeltaRun) -> tuple[Summary, DeltaSegments]:
+    segments = run.totals(x, summarized=True)
+    assert segments.added is not None and segments.moves is not None
+    return _summary(x, segments.added, segments.moves, reverse=False), segments
 
 
-def _channels(x: DeltaTensors, norms: Tensor | None) -> tuple[Channels, Tensor]:
-    """And L of every chunk."""
-    work, places = x.work, chunks_of(x.work.plan, x.beta)
-    reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
-    totals, overlaps = _fp32(x, work.totals), _fp32(x, work.tiles)
-    steep = torch.empty(work.totals[:3], dtype=torch.int32, device=x.v.device)
-    stretches, unread = _stretches(x), totals
-    assert x.g is not None
-    norms = given(norms, unread)
-    work.channel_operands(queries=False, keys=True)(
-        x.k, x.k, x.g, norms, norms, stretches, reading, reading, storing, totals, reading, overlaps, steep, places
-    )
-    work.channel_scores(queries=False)(
-        x.k, x.k, x.g, norms, norms, stretches, reading, overlaps, steep, places
-    )  # fmt: skip
-    return Channels(reading, storing, totals, steep), overlaps
+def totals(x: DeltaRun) -> DeltaSegments:
+    """What segments do to the state; nothing where runs are single segments."""
+    return run.totals(x, summarized=False)
 
 
-def queries_made(x: DeltaTensors, chunks: Chunks) -> Queries:
-    work, norms = x.work, _norms(x, x.q)
-    if chunks.channels is None:
-        return Queries(x.q, norms, None)
-    queries, scores, (_, _, totals, steep) = x.v.new_empty(work.operands), x.v.new_empty(work.tiles), chunks.channels
-    places, stretches = chunks_of(work.plan, totals), _stretches(x)
-    both = (given(norms, totals), given(chunks.k_norms, totals))
-    assert x.g is not None
-    work.channel_operands(queries=True, keys=False)(
-        x.q, x.k, x.g, *both, stretches, queries, queries, queries, totals, scores, totals, steep, places
-    )
-    work.channel_scores(queries=True)(x.q, x.k, x.g, *both, stretches, scores, totals, steep, places)
-    return Queries(queries, norms, scores)
+def local_outputs(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
+    return run.queries_made(x, segments.chunks)
 
 
-def _sweep_keys(x: DeltaTensors, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys that read, those that are written at, and by how much chunks decay."""
-    if chunks.channels is None:
-        return x.k, x.k, chunks.betas
-    return chunks.channels[:3]
-
-
-def totals(x: DeltaTensors, *, summarized: bool) -> DeltaSegments:
-    work, chunks = x.work, chunks_made(x)
-    if work.plan.whole and not summarized:
-        return DeltaSegments(None, None, chunks)
-    added, moves = _fp32(x, work.states), _fp32(x, work.moves)
-    reading, storing, decays = _sweep_keys(x, chunks)
-    work.summary(
-        reading, storing, x.v, chunks.inverse, chunks.betas, given(chunks.k_norms, added),
-        *_two(chunks.gates, added), decays, added, moves, places_of(work.plan, added),
-    )  # fmt: skip
-    return DeltaSegments(added, moves, chunks)
-
-
-def _scanned(
-    x: DeltaTensors, added: Tensor, moves: Tensor, outside: Tensor | None, *, leaves: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """States that enter segments; and the one that leaves the run, where `leaves`."""
-    work, entering = x.work, torch.empty_like(added)
-    leaving = _fp32(x, work.state) if leaves else entering
-    launch = work.scan(given=outside is not None, leaves=leaves, reverse=reverse)
-    launch(added, moves, entering, leaving, bounds_of(work.plan, added), given(outside, added))
-    return entering, leaving
-
-
-def transition_of(x: DeltaTensors, moves: Tensor, *, reverse: bool) -> Tensor:
-    """[B or documents, H_v, K, K]: what the run does to the state that enters it; transposed if `reverse`."""
-    leaving = _fp32(x, x.work.transition)
-    bounds = bounds_of(x.work.plan, moves)
-    x.work.transition_scan(reverse=reverse)(moves, moves, torch.empty_like(moves), leaving, bounds, moves)
-    return leaving
-
-
-def outputs(x: DeltaTensors, segments: DeltaSegments, state_in: Tensor | None) -> tuple[Tensor, DeltaSaved]:
+def outputs(
+    x: DeltaRun, segments: DeltaSegments, queries: DeltaQueries, state_in: Tensor | None
+) -> tuple[Tensor, Saved]:
     """state_in is zero if None."""
-    work, chunks = x.work, segments.chunks
-    entering = state_in
-    if segments.added is not None and not work.plan.whole:
-        assert segments.moves is not None
-        entering, _ = _scanned(x, segments.added, segments.moves, state_in, leaves=False, reverse=False)
-    o, u, leaving = torch.empty_like(x.v), torch.empty_like(x.v), _fp32(x, work.state)
-    queries, unread = queries_made(x, chunks), leaving
-    reading, storing, decays = _sweep_keys(x, chunks)
-    work.output(
-        queries.q, reading, storing, x.v, chunks.inverse, given(queries.scores, x.v), chunks.betas,
-        given(queries.norms, unread), given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread),
-        decays, o, u, leaving, places_of(work.plan, unread), entering,
-    )  # fmt: skip
-    if x.v.numel() == 0:  # no kernel ran
-        leaving.zero_() if state_in is None else leaving.copy_(state_in)
-    return o, DeltaSaved(leaving, u, entering, segments.moves, chunks, queries)
+    o, saved = run.outputs(x, segments, queries, _cut_state(x, state_in))
+    saved = saved._replace(leaving=_whole_state(x, saved.leaving))
+    return o.view(*o.shape[:2], *x.work.values_shape).to(x.work.dtype), _flat(saved)
 
 
-def totals_adjoint(x: DeltaTensors, saved: DeltaSaved, d_o: Tensor, *, summarized: bool) -> Tensor | None:
-    """What segments add to the gradient of the state; None where there is but one and it is not wanted."""
+def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Tensor]:
+    kept = _unflat(saved)
     use_scratch()  # backward passes have threads of their own
-    work = x.work
-    if work.plan.whole and not summarized:
-        return None
-    added = _fp32(x, work.states)
-    launch = work.whole_adjoint if summarized else work.adjoint
-    _reverse(x, saved, d_o, launch, added, added, added, None)
-    return added
+    added = run.totals_adjoint(x, kept, _d_o(x, d_o), summarized=True)
+    assert added is not None and kept.moves is not None
+    return _summary(x, added, kept.moves, reverse=True), added
 
 
-def _reverse(
-    x: DeltaTensors,
-    saved: DeltaSaved,
-    d_o: Tensor,
-    launch: Launch,
-    added: Tensor,
-    dv: Tensor,
-    d_chunks: Tensor,
-    entering: Tensor | None,
-) -> None:
-    chunks, queries, unread = saved.chunks, saved.queries, saved.leaving
-    reading, storing, decays = _sweep_keys(x, chunks)
-    launch(
-        queries.q, reading, storing, d_o, chunks.inverse, given(queries.scores, d_o), chunks.betas,
-        given(queries.norms, unread), given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread),
-        decays, added, dv, d_chunks, places_of(x.work.plan, unread), entering,
-    )  # fmt: skip
+def totals_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> Tensor | None:
+    """As `totals`, of gradients."""
+    use_scratch()
+    return run.totals_adjoint(x, _unflat(saved), _d_o(x, d_o), summarized=False)
+
+
+def _d_o(x: DeltaRun, d_o: Tensor) -> Tensor:
+    return d_o.to(x.work.operand).reshape(x.v.shape).contiguous()
+
+
+def local_gradients(x: DeltaRun, saved: Saved, added: Tensor | None, d_o: Tensor) -> None:
+    """Nothing: what needs no other rank is made with what does."""
 
 
 def gradients(
-    x: DeltaTensors, saved: DeltaSaved, added: Tensor | None, d_o: Tensor, d_state_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Of q, k, v, beta and g; d_state_out is zero if None."""
-    work, chunks, unread = x.work, saved.chunks, saved.leaving
-    entering = d_state_out
-    if added is not None and not work.plan.whole:
-        assert saved.moves is not None
-        entering, _ = _scanned(x, added, saved.moves, d_state_out, leaves=False, reverse=True)
-    dv = torch.empty_like(x.v)
-    s_chunks, d_chunks = (x.v.new_empty(work.state_chunks) for _ in range(2))
-    _reverse(x, saved, d_o, work.values, unread, dv, d_chunks, entering)
-    _, storing, decays = _sweep_keys(x, chunks)
-    passing = _fp32(x, work.passing) if work.with_gate else unread
-    work.chunk_states(
-        storing, saved.u, given(chunks.k_norms, unread), *_two(chunks.gates, unread), decays, s_chunks,
-        d_chunks, passing, places_of(work.plan, unread), saved.entering,
+    x: DeltaRun, saved: Saved, added: Tensor | None, local: None, d_o: Tensor, d_state_out: Tensor | None
+) -> Gradients:
+    """d_state_out is zero if None."""
+    work = x.work
+    dq, dk, dv, d_beta, dg = run.gradients(x, _unflat(saved), added, _d_o(x, d_o), _cut_state(x, d_state_out))
+    if work.pieces > 1:
+        dv, d_beta = dv.view(*dv.shape[:2], *work.values_shape), _sum_pieces(x, d_beta)
+        dg = None if dg is None else _sum_pieces(x, dg)
+    return dq.to(work.dtype), dk.to(work.dtype), dv.to(work.dtype), d_beta, dg
+
+
+def _sum_pieces(x: DeltaRun, gradient: Tensor) -> Tensor:
+    return gradient.unflatten(2, (-1, x.work.pieces)).sum(3)
+
+
+def _leaving(saved: Saved) -> Tensor:
+    return saved[0]
+
+
+def _flat(saved: DeltaSaved) -> Saved:
+    """Its tensors, the state that leaves the run first; empty ones for what there is not."""
+    chunks, queries = saved.chunks, saved.queries
+    channels = (None,) * 4 if chunks.channels is None else tuple(chunks.channels)
+    gates = (*chunks.gates, None, None)[:2]
+    optional = (saved.entering, saved.moves, *gates, chunks.k_norms, *channels, queries.norms, queries.scores)
+    none = saved.leaving.new_empty(0)
+    return (
+        saved.leaving, saved.u, chunks.inverse, chunks.betas, queries.q,
+        *(none if tensor is None else tensor for tensor in optional),
     )  # fmt: skip
-    dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
-    d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
-    places, norms = places_of(work.plan, unread), (given(q_norms, unread), given(chunks.k_norms, unread))
-    dg: Tensor | None = None
-    if chunks.channels is not None:
-        steep = chunks.channels.steep
-        dg = _fp32(x, work.operands) if work.with_gate else None
-        for mild in (True, False) if work.mild else (False,):
-            work.channel_gradients(mild=mild)(
-                x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, passing, s_chunks, d_chunks,
-                dq, dk, d_beta, given(dg, unread), places,
-            )  # fmt: skip
-    else:
-        parts = _fp32(x, work.gates) if work.with_gate else unread
-        work.gradients(
-            x.q, x.k, d_o, saved.u, dv, chunks.betas, *norms, given(x.g, unread), *_two(chunks.gates, unread),
-            passing, s_chunks, d_chunks, dq, dk, d_beta, parts, places,
-        )  # fmt: skip
-        dg = parts.sum(0) if work.with_gate else None
-    if work.summed:
-        dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
-    return dq, dk, dv, d_beta, dg
 
 
-def _summed(x: DeltaTensors, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:
-    """[B, T, H_v, K] -> [B, T, H, K], of the tensor as it was before it was divided by its length."""
-    gradient = torch.empty_like(tensor)
-    x.work.key_gradient_sum(tensor, partial, gradient, chunks_of(x.work.plan, partial), norms)
-    return gradient
+def _unflat(saved: Saved) -> DeltaSaved:
+    leaving, u, inverse, betas, q = saved[:5]
+    entering, moves, prefix, suffix, k_norms, *channels, q_norms, scores = (
+        None if tensor.numel() == 0 else tensor for tensor in saved[5:]
+    )
+    gates = tuple(gate for gate in (prefix, suffix) if gate is not None)
+    keys = None if channels[0] is None else ChannelKeys(*channels)  # type: ignore[arg-type]
+    chunks = DeltaChunks(inverse, betas, gates, k_norms, keys)
+    return DeltaSaved(leaving, u, entering, moves, chunks, DeltaQueries(q, q_norms, scores))
 
 
-__all__ = ["DeltaTensors", "launches_of", "outputs", "tensors_of", "totals", "totals_adjoint", "transition_of"]
+STAGES = Stages(
+    prepare=prepare,
+    summarize=summarize,
+    local_outputs=local_outputs,
+    outputs=outputs,
+    summarize_adjoint=summarize_adjoint,
+    local_gradients=local_gradients,
+    gradients=gradients,
+    unsummarized=Unsummarized(totals, totals_adjoint, _leaving),
+    grouped_heads=True,
+    takes_no_state=True,
+    traceable=False,
+    bad_gates_give_nan=True,
+    normalizes=True,
+)
