@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.decays import CHANNEL
@@ -40,7 +40,6 @@ from lasp.recurrence.inputs import DeltaInputs
 
 WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
 SCAN_STEP = 32
-MIN_PIECE = 64
 
 
 class DeltaLaunches:
@@ -79,7 +78,7 @@ class DeltaLaunches:
         from_zero: bool,
     ) -> None:
         B, T, H, K = q
-        self.values_shape, self.pieces = v[2:], pieces_of(v[3])
+        self.values_shape, self.pieces = v[2:], value_pieces(v[3])
         H_v, V = v[2] * self.pieces, v[3] // self.pieces
         if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
             raise ValueError(
@@ -267,11 +266,6 @@ class DeltaLaunches:
         return Launch(delta_scan_kernel, grid, (H_v, p.segments), constants, p.scan.warps, p.scan.stages)
 
 
-def pieces_of(V: int) -> int:
-    """In how many equal parts, as few as possible, values of V columns are cut; one if there is no way."""
-    return next((n for n in range(1, V // MIN_PIECE + 1) if V % n == 0 and V // n <= FUSED_MAX_DIM), 1)
-
-
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp16 has no range for u where beta is next to zero, nor for states."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -286,7 +280,7 @@ def _launches(
 
 def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
     B, T, H_v, V = v
-    pieces = pieces_of(V)
+    pieces = value_pieces(V)
     return delta_plan(T, B * H_v * pieces, q[3], V // pieces, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
 
 

@@ -182,13 +182,19 @@ def totals(x: DeltaRun, *, summarized: bool) -> DeltaSegments:
     work, chunks = x.work, chunks_made(x)
     if work.plan.whole and not summarized:
         return DeltaSegments(None, None, chunks)
+    return DeltaSegments(*summaries(x, chunks), chunks)
+
+
+def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:
+    """What segments add to the state, and their transitions."""
+    work = x.work
     added, moves = _fp32(x, work.states), _fp32(x, work.moves)
     reading, storing, decays = _sweep_keys(x, chunks)
     work.summary(
         reading, storing, x.v, chunks.inverse, chunks.betas, given(chunks.k_norms, added),
         *_two(chunks.gates, added), decays, added, moves, places_of(work.plan, added),
     )  # fmt: skip
-    return DeltaSegments(added, moves, chunks)
+    return added, moves
 
 
 def scanned(

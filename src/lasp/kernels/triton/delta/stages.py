@@ -95,8 +95,10 @@ def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, 
     kept = _unflat(saved)
     use_scratch()  # backward passes have threads of their own
     added = run.totals_adjoint(x, kept, _d_o(x, d_o), summarized=True)
-    assert added is not None and kept.moves is not None
-    return _summary(x, added, kept.moves, reverse=True), added
+    assert added is not None
+    # Of single segments forward makes none: only an initial state's gradient wants it.
+    moves = run.summaries(x, kept.chunks)[1] if kept.moves is None else kept.moves
+    return _summary(x, added, moves, reverse=True), added
 
 
 def totals_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> Tensor | None:
@@ -149,7 +151,7 @@ def _flat(saved: DeltaSaved) -> Saved:
 def _unflat(saved: Saved) -> DeltaSaved:
     leaving, u, inverse, betas, q = saved[:5]
     entering, moves, prefix, suffix, k_norms, *channels, q_norms, scores = (
-        None if tensor.numel() == 0 else tensor for tensor in saved[5:]
+        None if tensor.dim() == 1 else tensor for tensor in saved[5:]
     )
     gates = tuple(gate for gate in (prefix, suffix) if gate is not None)
     keys = None if channels[0] is None else ChannelKeys(*channels)  # type: ignore[arg-type]
