@@ -35,10 +35,10 @@ if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from benchmarks import unfused
-from lasp.kernels.torch import decay as torch_stages
-from lasp.kernels.triton.decay import stages as triton_stages
-from lasp.recurrence.decay import state_dtype, state_shape
-from lasp.recurrence.stages import DecayInputs
+from lasp.kernels.torch.decay import STAGES as torch_stages
+from lasp.kernels.triton.decay.stages import STAGES as triton_stages
+from lasp.recurrence.inputs import DecayInputs, state_dtype, state_shape
+from lasp.recurrence.stages import AnyStages
 
 KINDS = ("constant", "scalar")
 SLOWEST_DECAY = 0.02
@@ -66,29 +66,31 @@ def _zero(x: DecayInputs) -> Tensor:
     return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))
 
 
-def _staged(stages: Any, states: Callable[[DecayInputs], Any]) -> Variant:
-    def forward(x: DecayInputs) -> tuple[Tensor, Any]:
+def _staged(stages: AnyStages, states: Callable[[DecayInputs], Any]) -> Variant:
+    def forward(given: DecayInputs) -> tuple[Tensor, Any]:
+        x = stages.prepare(given, False)
         _, totals = stages.summarize(x)
-        o, saved = stages.outputs(x, totals, stages.local_outputs(x, totals), _zero(x))
+        o, saved = stages.outputs(x, totals, stages.local_outputs(x, totals), _zero(given))
         return o, saved
 
-    def backward(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(given: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+        x = stages.prepare(given, False)
         _, totals = stages.summarize_adjoint(x, saved, d_o)
         local = stages.local_gradients(x, saved, totals, d_o)
-        return stages.gradients(x, saved, totals, local, d_o, _zero(x))
+        return stages.gradients(x, saved, totals, local, d_o, _zero(given))
 
     return Variant(forward, states, backward)
 
 
 def _triton_states(x: DecayInputs) -> Any:
     """Nothing enters the run, so what the scan over segments gives is what the sweeps of `outputs` would keep."""
-    summary, totals = triton_stages.summarize(x)
-    return triton_stages.ScalarSaved(totals.states, summary.state, totals.gates)
+    summary, totals = triton_stages.summarize(triton_stages.prepare(x, False))
+    return (summary.state, totals.states, *totals.gates)
 
 
-def _torch_states(x: DecayInputs) -> Tensor:
+def _torch_states(x: DecayInputs) -> Any:
     _, (chunks, runs) = torch_stages.summarize(x)
-    return chunks.chunking.scan(runs, _zero(x))[0]
+    return (chunks.chunking.scan(runs, _zero(x))[0],)
 
 
 VARIANTS = {

@@ -27,20 +27,19 @@ from torch.profiler import ProfilerActivity, profile
 import lasp
 from benchmarks.processes import run
 from benchmarks.sequence_parallel import Shape, random_sample, step, whole_layer
-from lasp.distributed.call import Call
-from lasp.distributed.comm import Comm
+from lasp.distributed.call import Call, Calls
 from lasp.distributed.record import RECORD_BYTES, Description, Record
-from lasp.distributed.sealed import HEADER_BYTES, Sealing, TorchStamps
+from lasp.distributed.sealed import HEADER_BYTES, SealedCalls, TorchStamps
 
 ROUNDS, WARM_UP = 300, 30
 LAYER = Shape(16, 128, (8192,))
 
 
-class _Untold:
+class _Untold(Calls):
     """For comparison: calls of which nobody is told."""
 
-    def call(self, comm: Comm, record: Record, forward: Any) -> Call:
-        return Call(comm, record, None)
+    def begin(self, description: Description, documents: str | None = None, **others: Any) -> Call:
+        return Call(self, Record(0, description, documents), None)
 
 
 def quartiles(times: list[float]) -> dict[str, float]:
@@ -72,18 +71,18 @@ def told(rank: int, device: str, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     for turn in range(-WARM_UP, rounds):
         for kind in ("none", "the same", "new"):
-            for name, sealing in (("told", None), ("untold", _Untold())):
+            for name, calls in (("told", Calls(sp.comm)), ("untold", _Untold(sp.comm))):
                 dist.barrier()
-                sp.comm.sealing = sealing  # type: ignore[assignment]
+                sp.calls = calls
                 start = time.perf_counter()
                 call(kind)
                 if turn >= 0:
                     times.setdefault(f"documents {kind}, {name}", []).append(time.perf_counter() - start)
-    sp.comm.sealing = None
+    sp.calls = Calls(sp.comm)
     record = Description("nothing", {})
     for turn in range(-WARM_UP, rounds):
         start = time.perf_counter()
-        sp.comm.call(record).check()
+        sp.calls.begin(record).check()
         if turn >= 0:
             times.setdefault("a record alone", []).append(time.perf_counter() - start)
     return {name: quartiles(each) for name, each in times.items()}
@@ -135,10 +134,10 @@ def headers(rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"header_bytes": HEADER_BYTES, "payload_bytes": state.nbytes}
     description, comm = Description("linear_attention", {}), _Alone()
     for name, stamps in (("Triton", TritonStamps()), ("PyTorch", TorchStamps())):
-        sealing = Sealing(device, stamps)
+        calls = SealedCalls(comm, device, stamps)  # type: ignore[arg-type]
 
-        def begin(sealing: Sealing = sealing) -> Any:
-            return sealing.call(comm, Record(0, description), None)  # type: ignore[arg-type]
+        def begin(calls: SealedCalls = calls) -> Any:
+            return calls.begin(description)
 
         call = begin()
         message = call._sealed(state)

@@ -8,27 +8,14 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "lasp"
 
 # A package may import those of lower levels, and itself.
-LEVELS = {
-    "files": 0,
-    "algebra": 0,
-    "distributed": 0,
-    "recurrence": 1,
-    "kernels": 2,
-    "exchange": 3,
-    "sequence": 4,
-    "ops": 5,
-    "halo": 5,
-    "softmax": 5,
-    "layers": 6,
-    "models": 7,
-    "parallelize": 8,
-    "generate": 8,
-    "data": 8,
-    "analysis": 8,
-    "train": 9,
-    "cli": 10,
-    "__main__": 11,
-}
+ORDER = """
+errors, files, terminal < algebra, distributed < recurrence < kernels < exchange < sequence < ops, halo, softmax
+    < layers < models < parallelize, generate, data, analysis < train < cli < __main__
+"""
+LEVELS = {name.strip(): level for level, names in enumerate(ORDER.split("<")) for name in names.split(",")}
+# The only importers of triton.
+TRITON = ("kernels/triton/", "exchange/peer/")
+MAX_ARGUMENTS = 20
 COLLECTIVES = {
     "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_reduce", "all_to_all",
     "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "gather", "irecv", "isend", "recv", "reduce",
@@ -66,9 +53,8 @@ def violations(path: Path, tree: ast.AST) -> list[str]:
         other = module.split(".")[1] if module.startswith("lasp.") else ""
         if other in LEVELS and other != own and LEVELS[other] >= LEVELS[own]:
             found.append(f"{path.relative_to(SOURCE)} imports {module}")
-        if module.split(".")[0] == "triton" and not path.relative_to(SOURCE).as_posix().startswith(
-            ("kernels/triton", "exchange/peer")
-        ):
+        own_place = path.relative_to(SOURCE).as_posix()
+        if module.split(".")[0] == "triton" and not own_place.startswith(TRITON):
             found.append(f"{path.relative_to(SOURCE)} imports triton")
     for node in ast.walk(tree):
         if (
@@ -81,12 +67,16 @@ def violations(path: Path, tree: ast.AST) -> list[str]:
     return found
 
 
+def sources() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+
+
 def test_imports_point_downwards():
     found = []
-    for path in sorted(SOURCE.rglob("*.py")):
+    for path, tree in sources().items():
         if path.name != "__init__.py" or path.parent != SOURCE:
             assert package(path) in LEVELS, f"{path}: give the new package a level"
-            found += violations(path, ast.parse(path.read_text()))
+            found += violations(path, tree)
     assert not found, found
 
 
@@ -94,3 +84,135 @@ def test_a_violation_is_seen():
     """The control: what the rules forbid is found."""
     wrong = "import triton\nfrom lasp.cli import main\ndef f():\n    dist.all_reduce(x)\n"
     assert len(violations(SOURCE / "algebra" / "wrong.py", ast.parse(wrong))) == 3
+
+
+def test_contributing_says_the_same_order():
+    page = " ".join((SOURCE.parents[1] / "CONTRIBUTING.md").read_text().split())
+    assert " ".join(ORDER.split()) in page
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_files(tree: ast.AST, known: set[str]) -> set[str]:
+    """Modules of the package that are imported at the head of a file, for type checking too: not inside functions."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # "from package import module" imports the module; a name comes from the package itself.
+            found |= names & known or {node.module}
+        found |= imported_files(node, known)
+    return found & known
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of files for each file that a walk along imports comes back to."""
+    done: set[str] = set()
+    found = []
+
+    def walk(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append(" -> ".join([*path[path.index(name) :], name]))
+        elif name not in done:
+            for other in sorted(graph[name]):
+                walk(other, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        walk(name, [])
+    return found
+
+
+def file_graph(trees: dict[Path, ast.Module]) -> dict[str, set[str]]:
+    known = {module_name(path) for path in trees}
+    return {module_name(path): imported_files(tree, known) - {module_name(path)} for path, tree in trees.items()}
+
+
+def test_no_files_import_in_a_circle():
+    assert not circles(file_graph(sources()))
+
+
+def test_a_circle_is_seen():
+    trees = {
+        SOURCE / "algebra" / "a.py": ast.parse("if TYPE_CHECKING:\n    from lasp.algebra.b import x"),
+        SOURCE / "algebra" / "b.py": ast.parse("from lasp.algebra import a"),
+    }
+    assert circles(file_graph(trees)) == ["lasp.algebra.a -> lasp.algebra.b -> lasp.algebra.a"]
+
+
+def repeated_classes(trees: dict[Path, ast.Module]) -> list[str]:
+    """Class names that stand more than once; a nested `Config` excepted."""
+    names = [
+        node.name for tree in trees.values() for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name != "Config"
+    ]  # fmt: skip
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def test_class_names_are_unique():
+    assert not repeated_classes(sources())
+
+
+def test_a_repeated_class_is_seen():
+    trees = {SOURCE / name: ast.parse("class Plan: ...\nclass Config: ...") for name in ("a.py", "b.py")}
+    assert repeated_classes(trees) == ["Plan"]
+
+
+def too_wide(path: Path, tree: ast.AST) -> list[str]:
+    """Calls with too many positional arguments, and definitions with too many parameters but kernels'."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and len(node.args) > MAX_ARGUMENTS:
+            found.append(f"{path}:{node.lineno}: a call with {len(node.args)} positional arguments")
+        if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(mark) for mark in node.decorator_list):
+            count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            if count > MAX_ARGUMENTS:
+                found.append(f"{path}:{node.lineno}: {node.name} has {count} parameters")
+    return found
+
+
+# Calls within kernels, which are still by position.
+KERNEL_CALLS = "kernels/triton/decay/"
+
+
+def test_calls_and_definitions_are_narrow():
+    found = [
+        wide for path, tree in sources().items() for wide in too_wide(path, tree)
+        if KERNEL_CALLS not in path.as_posix()
+    ]  # fmt: skip
+    assert not found, found
+
+
+def test_a_wide_call_is_seen():
+    wide = f"f({', '.join('x' * 21)})\ndef g({', '.join(f'x{n}' for n in range(21))}): ..."
+    assert len(too_wide(SOURCE / "a.py", ast.parse(wide))) == 2
+
+
+def doors(trees: dict[Path, ast.Module]) -> list[str]:
+    """Where an exchange is started, and where a schedule is begun."""
+    found = []
+    for path, tree in trees.items():
+        place = path.relative_to(SOURCE).as_posix()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                is_start = name == "start" and "lasp.exchange.start" in ast.unparse(tree)
+                is_begin = name.endswith(".begin") and "summary" in ast.unparse(node)
+                if (is_start and not place.startswith("exchange/")) or (is_begin and "exchange" not in place):
+                    found.append(place)
+    return sorted(found)
+
+
+def test_an_exchange_has_one_door():
+    """Forward and backward start an exchange in ops/scan.py, once each; schedules are begun within exchange only."""
+    ends = ("ops/scan.py", "ops/scan.py")
+    # `lasp check` begins one itself: its control carries nothing.
+    assert [place for place in doors(sources()) if place != "cli/check.py"] == list(ends)
+    opened = {SOURCE / "halo" / "x.py": ast.parse("schedule.begin(comm, summary, initial)")}
+    assert doors(opened) == ["halo/x.py"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -37,6 +39,14 @@ def _worker(rank: int, size: int, store: str, function: Callable[[int], Any], pi
 
 class WorldError(AssertionError):
     """A rank failed; the message holds every failed rank's traceback."""
+
+
+def torchrun(processes: int = 2) -> list[str]:
+    """The start of processes with the static rendezvous, torchrun's default, at a port that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
 
 
 def run(size: int, function: Callable[[int], Any], *, deadline_s: float = 120.0) -> list[Any]:

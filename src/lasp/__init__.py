@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lasp.distributed import ExchangeError
     from lasp.halo import short_convolution, token_shift
-    from lasp.ops import delta_rule, linear_attention, normalized_linear_attention
+    from lasp.ops import (
+        delta_rule,
+        delta_rule_begin,
+        linear_attention,
+        linear_attention_begin,
+        normalized_linear_attention,
+        normalized_linear_attention_begin,
+    )
     from lasp.sequence import SequenceParallel
     from lasp.softmax import softmax_attention
 
@@ -21,8 +28,11 @@ __all__ = [
     "ExchangeError",
     "SequenceParallel",
     "delta_rule",
+    "delta_rule_begin",
     "linear_attention",
+    "linear_attention_begin",
     "normalized_linear_attention",
+    "normalized_linear_attention_begin",
     "short_convolution",
     "softmax_attention",
     "token_shift",
@@ -31,8 +41,11 @@ _HOMES = {
     "ExchangeError": "distributed",
     "SequenceParallel": "sequence",
     "delta_rule": "ops",
+    "delta_rule_begin": "ops",
     "linear_attention": "ops",
+    "linear_attention_begin": "ops",
     "normalized_linear_attention": "ops",
+    "normalized_linear_attention_begin": "ops",
     "short_convolution": "halo",
     "softmax_attention": "softmax",
     "token_shift": "halo",

@@ -44,8 +44,12 @@ def read(path: Path, most: int = MOST_JSON_BYTES, *, follow: bool = False) -> by
 
 
 def read_json(path: Path, *, follow: bool = False) -> Any:
-    """What a JSON file holds. Raises OSError, ValueError (whatever is wrong with the text)."""
-    return parse_json(read(path, follow=follow))
+    """What a JSON file holds. Raises OSError, ValueError (whatever is wrong with the text), which name the file."""
+    text = read(path, follow=follow)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_json(text: bytes) -> Any:
@@ -74,6 +78,15 @@ def write(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_output(path: Path, content: str) -> None:
+    """As `write`, where a user asked for it: into a pipe or a device, and through a link. Raises OSError."""
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as stream:
+            stream.write(content.encode())
+    else:
+        write(path.resolve(), content)
 
 
 def open_new(path: Path) -> BinaryIO:

@@ -153,7 +153,7 @@ def test_the_printed_command_is_one_that_train_takes(
     assert cli.main(["plan", *arguments.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     options = printed_command(found["command"])
-    config, best = train_command.parse(options).settings, found["recommended_of_lasp_train"]
+    config, best = train_command.arguments_of(options).settings, found["recommended_of_lasp_train"]
     config.validate(found["devices"])
     assert (config.seq_len, config.global_batch, config.precision) == (
         found["seq_len"],

@@ -91,7 +91,7 @@ def test_the_kubernetes_example_can_be_run() -> None:
         r'kind: NetworkPolicy.*podSelector: &pods.*policyTypes: \["Ingress"\].*podSelector: \*pods', text, re.S
     )
     assert options[-2:] == ["--resume", "auto"]
-    config = train_command.parse(options[:-2]).settings
+    config = train_command.arguments_of(options[:-2]).settings
     config.validate(pods * processes)
     assert config.num_dp(pods * processes) == 2
     mounts, volumes = (set(re.findall(rf"- name: (\w+)\n +{next_}", text)) for next_ in ("mountPath", "(?:pers|empty)"))

@@ -37,22 +37,22 @@ def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("steps = 7\nseq_len = 32\n[parallel]\nsp = 4\n[optimizer]\nlr = 0.5\n")
-    options = train_command.parse(["--config", str(file), "--steps", "9", "--dp", "2", "--nproc", "8"])
+    options = train_command.arguments_of(["--config", str(file), "--steps", "9", "--dp", "2", "--nproc", "8"])
     config = options.settings
     assert (config.steps, config.seq_len, config.parallel.sp, config.parallel.dp) == (9, 32, 4, 2)
     assert config.optimizer.lr == 0.5 and options.nproc == 8
-    assert train_command.parse([]).settings == TrainConfig()
-    sizes = train_command.parse(["--seq-len", "64K", "--ffn-piece-tokens", "1m"]).settings
+    assert train_command.arguments_of([]).settings == TrainConfig()
+    sizes = train_command.arguments_of(["--seq-len", "64K", "--ffn-piece-tokens", "1m"]).settings
     assert (sizes.seq_len, sizes.parallel.ffn_piece_tokens) == (1 << 16, 1 << 20)
     file.write_text('seq_len = "64K"')
-    assert train_command.parse(["--config", str(file)]).settings.seq_len == 1 << 16
+    assert train_command.arguments_of(["--config", str(file)]).settings.seq_len == 1 << 16
 
 
 def test_the_shipped_configs_are_valid() -> None:
     files = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
     assert files
     for file in files:
-        settings = train_command.parse(["--config", str(file)]).settings
+        settings = train_command.arguments_of(["--config", str(file)]).settings
         settings.validate((settings.parallel.dp or 1) * settings.parallel.sp)
 
 
@@ -173,8 +173,8 @@ def test_export_is_generated_from_and_trained_on(tmp_path: Path, capsys: pytest.
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in (*out.iterdir(), config.run_dir / "config.json")}) == 1
     # Nothing has to be said again about the model, and what is said wins, to be refused where it does not fit.
-    assert train_command.parse(["--init-from", str(out)]).settings.model == config.model
-    assert train_command.parse(["--init-from", str(out), "--model.family", "gla"]).settings.model.family == "gla"
+    assert train_command.arguments_of(["--init-from", str(out)]).settings.model == config.model
+    assert train_command.arguments_of(["--init-from", str(out), "--model.family", "gla"]).settings.model.family == "gla"
     texts = []
     for path in (config.run_dir, out):
         assert cli.main(["generate", str(path), "--prompt", "abc", "--num-tokens", "20"]) == 0

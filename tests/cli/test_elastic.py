@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import world
-from test_launch import command, linux, torchrun, wait_until, whole_end
+from test_launch import command, linux, wait_until, whole_end
+from world import torchrun
 
 from lasp.cli import train as train_command
 from lasp.train import loop
@@ -60,7 +61,7 @@ def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
     whole_end(tmp_path / "run", out)
     assert out.count("Training transnormer-tiny") == 2 and out.count("resumed") == 1 and "after step" in out
 
-    whole = train_command.parse(arguments[1:]).settings
+    whole = train_command.arguments_of(arguments[1:]).settings
     whole = dataclasses.replace(whole, run_dir=tmp_path / "whole")
     world.run(2, lambda _rank: loop.train(whole) and None)
     assert len(losses(tmp_path / "whole")) == STEPS
@@ -69,8 +70,8 @@ def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
 
 def test_auto_begins_where_there_is_nothing_good_to_go_on_from(tmp_path: Path) -> None:
     arguments = command(tmp_path, "--steps", "2", "--sp", "1", "--resume", "auto")[1:]
-    config = train_command.parse(arguments).settings
-    assert train_command.parse(arguments).resume == AUTO
+    config = train_command.arguments_of(arguments).settings
+    assert train_command.arguments_of(arguments).resume == AUTO
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')  # of a try that saved nothing
@@ -81,4 +82,4 @@ def test_auto_begins_where_there_is_nothing_good_to_go_on_from(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="no checkpoint is usable"):
         loop.train(config, resume=AUTO)
     with pytest.raises(ConfigError, match="name it with --run-dir"):
-        train_command.parse(["--resume", "auto"])
+        train_command.arguments_of(["--resume", "auto"])

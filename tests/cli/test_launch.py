@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from training_runs import SMALL, write_text
+from world import torchrun
 
 from lasp.train import checkpoint
 from lasp.train.errors import ConfigError
@@ -91,14 +91,6 @@ def listening(pid: int) -> set[str]:
             if state == "0A" and f"socket:[{inode}]" in sockets:
                 addresses.add(local.split(":")[0])
     return addresses
-
-
-def torchrun(processes: int = 2) -> list[str]:
-    """The start of processes with the static rendezvous, torchrun's default, at a port that is free now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")

@@ -138,6 +138,39 @@ def test_a_resumed_run_keeps_its_tokenizer(
     assert "was trained with tokenizer file-" in capsys.readouterr().err
 
 
+def test_weights_bring_their_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new run from an export needs nothing told again; a tokenizer that is another one is refused, built data's too,
+    and a run that goes on no longer needs the export."""
+    (tmp_path / "text").mkdir()
+    records(tmp_path / "text", 8000)
+    lasp = in_this_process(tmp_path, monkeypatch, capsys)
+    small = "--model.overrides " + " ".join(f"{name} {value}" for name, value in SMALL.items())
+    brief = "--sp 1 --seq-len 32 --data.on-bad-record skip --sample.num-tokens 4 --eval-sequences 4"
+    options = f"{brief} --data.path ../text"
+    lasp("a", f"train {options} --steps 2 --run-dir run --data.tokenizer ../tokenizer.json {small}")
+    lasp("a", "export run --out model")
+    other = tokenizer_files.pieces(tmp_path / "other.json")
+    name = json.loads((tmp_path / "a" / "model" / "config.json").read_text())["tokenizer_id"]
+    assert f"tokenizer {name}, that of model" in lasp("a", f"train {options} --steps 2 --run-dir new --init-from model")
+    same = "--data.tokenizer ../tokenizer.json"
+    assert "that of model" in lasp("a", f"train {options} --steps 2 --run-dir same --init-from model {same}")
+    kept = [(tmp_path / "a" / run / "tokenizer.json").read_bytes() for run in ("new", "run")]
+    assert kept[0] == kept[1] == (tmp_path / "tokenizer.json").read_bytes()
+    lasp("a", "data build ../text --out built --on-bad-record skip")
+    for asked in (
+        f"{options} --data.tokenizer {other}",
+        f"{options} --data.tokenizer bytes",
+        f"{brief} --data.path built",
+    ):
+        assert cli.main(f"train {asked} --run-dir refused --init-from model".split()) == 66
+        assert f"model was trained with tokenizer {name}, not " in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "new", "--init-from", "model"]) == 64
+    shutil.rmtree("model")
+    assert "after step 2" in lasp("a", "train --resume new --steps 3")
+
+
 def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither before anything is built, nor after; a folder that was there stays, and a run with steps is no failed
     start."""

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from world import run
 
 import lasp
-from lasp.distributed.sealed import Sealing, TorchStamps
+from lasp.distributed.sealed import SealedCalls, TorchStamps
 
 
 def check(schedules: tuple[str, ...], operators: tuple[str, ...]) -> None:
@@ -123,7 +123,7 @@ def sealed_steps(rank: int, sealing: bool, schedule: str, wrong: bool) -> list[T
     """Three steps of every operator, with other documents in each; what a rank whose calls are others is told."""
     sp = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule, timeout_s=60)
     if sealing:
-        sp.comm.sealing = Sealing(torch.device("cpu"), TorchStamps())
+        sp.calls = SealedCalls(sp.comm, torch.device("cpu"), TorchStamps())
     ranks, found = Ranks(sp, "cpu"), []
     try:
         for step, documents in enumerate(DOCUMENTS):
@@ -157,7 +157,7 @@ def test_sealed_messages_of_another_call_are_poisoned():
 
     def work(rank: int) -> tuple[bool, str]:
         sp = lasp.SequenceParallel(dist.group.WORLD, exchange="all_gather", timeout_s=60)
-        sp.comm.sealing = Sealing(torch.device("cpu"), TorchStamps())
+        sp.calls = SealedCalls(sp.comm, torch.device("cpu"), TorchStamps())
         ranks = Ranks(sp, "cpu")
         for whole in (ranks.a, ranks.b):
             ranks.loss(whole).backward()

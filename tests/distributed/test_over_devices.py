@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import world
 
 GPUS = torch.cuda.device_count()
 SCRIPT = Path(__file__).parent / "over_devices.py"
@@ -23,8 +23,9 @@ def bound(name: str) -> float:
 
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 2), *([("cuda", min(GPUS, 8))] if GPUS > 1 else [])])
 def test_every_exchange_equals_one_process(device: str, processes: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*command, str(SCRIPT), device], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [*world.torchrun(processes), str(SCRIPT), device], capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("control: nothing exchanged") > 0.1

@@ -14,6 +14,7 @@ from world import run
 
 import lasp
 from lasp.exchange import EXCHANGES, ExchangeResult
+from lasp.exchange.schedules.all_gather import AllGather
 from lasp.sequence.sequence_parallel import balanced_lengths
 
 # Equal shards where None; otherwise a share of the tokens for each rank: empty, single-token, and longer than a chunk.
@@ -106,7 +107,7 @@ def test_reference_backend_crosses_ranks_too():
     assert max(run(3, work)) < BOUNDS[torch.float64]
 
 
-class Broken:
+class Broken(AllGather):
     """An exchange with a mistake in it."""
 
     name = "broken"
@@ -120,7 +121,7 @@ class Broken:
             summary = type(summary)(summary.transition.identity(summary.state), summary.state)
         if mistake == "wrong direction":
             reverse = not reverse
-        pending = EXCHANGES["all_gather"]().begin(comm, summary, initial, reverse=reverse, want_total=want_total)
+        pending = super().begin(comm, summary, initial, reverse=reverse, want_total=want_total)
 
         class Wrong:
             def wait(self):

@@ -147,7 +147,7 @@ class SimulatedComm:
     def sum(self, tensor):
         return self._collective("gather", 0, tensor, lambda tensors: sum(tensors[1:], tensors[0])).wait()
 
-    def call(self, *_description, **_options):
+    def begin(self, *_description, **_options):
         """Ranks that run one program: none need be told which call its messages belong to."""
         return self
 
@@ -218,5 +218,6 @@ def run(
 
 def sequence_parallel(comm: SimulatedComm, exchange: Any, lengths: tuple[int, ...]) -> lasp.SequenceParallel:
     """A SequenceParallel over simulated ranks."""
-    with mock.patch.multiple(module, Comm=lambda group, timeout_s: group, _process_group=lambda group: group):
+    same = {"Comm": lambda group, timeout_s: group, "Calls": lambda comm: comm, "_process_group": lambda group: group}
+    with mock.patch.multiple(module, **same):
         return lasp.SequenceParallel(comm, lengths=lengths, exchange=exchange)

@@ -13,11 +13,10 @@ from world import run
 import lasp
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, compose, scan
 from lasp.exchange import EXCHANGES
-from lasp.kernels.reference import delta
-from lasp.ops.call import called
+from lasp.kernels.reference import STAGES
+from lasp.ops.autograd import scan as scan_across_ranks
 from lasp.ops.scan import ScanPlan
-from lasp.ops.scan import scan as scan_across_ranks
-from lasp.recurrence.delta import DeltaInputs
+from lasp.recurrence.inputs import DeltaInputs
 
 K, V = 4, 3
 KINDS = ("identity", "scalar", "diagonal", "dense")
@@ -99,8 +98,7 @@ def delta_inputs(gate: str, tokens: int) -> dict[str, torch.Tensor]:
 def delta_solution(inputs, sp=None):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
     x = DeltaInputs(leaves["q"], leaves["k"], leaves["v"], leaves["beta"], leaves.get("g"), 0.5)
-    call = called(sp, "delta_rule", x, None, False)
-    o, _ = scan_across_ranks(ScanPlan(delta, sp, call, False, False), x, torch.zeros(1, 2, K, V, dtype=torch.float64))
+    o, _ = scan_across_ranks(ScanPlan("delta_rule", STAGES["delta"], sp, False), x, None)
     o.square().sum().backward()
     return [o.detach(), *(leaf.grad for leaf in leaves.values())]
 

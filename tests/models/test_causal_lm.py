@@ -97,7 +97,7 @@ def test_positions_are_global(name, monkeypatch):
     model, tokens = model_and_tokens(name)
     first = model(tokens[:, :5], output_cache=True).cache
     expected = model(tokens[:, 5:], cache=first).logits
-    op_name = "normalized_linear_attention" if name == "linear-transformer" else "linear_attention"
+    op_name = f"{'normalized_' * (name == 'linear-transformer')}linear_attention_begin"
     from lasp.layers import attention
     from lasp.layers import softmax_attention as softmax_layer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lasp.distributed.mesh import build_mesh
 from lasp.models import NAMES, CausalLM, preset
 from lasp.models import recomputation as memory
-from lasp.ops.scan import TRACEABLE
+from lasp.ops.autograd import TRACEABLE
 from lasp.parallelize import ParallelModel, parallelize
 
 

@@ -6,8 +6,10 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from training_runs import small_config
 
 from lasp.cli import main as cli
 from lasp.train import loop
-from lasp.train.errors import ConfigError
 from lasp.train.metrics import curve_of, read_metrics
 from lasp.train.report import load, page, render
 from lasp.train.report.chart import ticks
@@ -185,7 +186,8 @@ def test_the_command_writes_the_page(copied: Path, tmp_path: Path, capsys: pytes
     assert "is not a run folder" in capsys.readouterr().err
     damaged = "holds files that are damaged, or of another version"
     for name, damage, said in (
-        ("run.json", "[" * 100_000, "cannot be read: JSON nested too deeply"),
+        ("run.json", "[" * 100_000, "run.json: JSON nested too deeply"),
+        ("run.json", "{", "run.json: Expecting property name"),
         ("config.json", "[]", damaged),
         ("metrics.jsonl", '{"step": 1, "loss": "a"}\n', damaged),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}', "no step has finished yet"),  # a crash cut the line short
@@ -195,9 +197,17 @@ def test_the_command_writes_the_page(copied: Path, tmp_path: Path, capsys: pytes
         assert cli.main(["report", str(copied)]) == 64
         assert said in capsys.readouterr().err
         (copied / name).write_text(kept)
-    (copied / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load(copied)
+    # Where it was asked for: a pipe stays one, and a link leads where it led.
+    pipe, link = tmp_path / "pipe", tmp_path / "link.html"
+    os.mkfifo(pipe)
+    link.symlink_to("there.html")
+    with ThreadPoolExecutor(1) as reader:
+        received = reader.submit(pipe.read_text)
+        assert cli.main(["report", str(copied), "--out", str(pipe)]) == 0
+        assert received.result(10).startswith("<!doctype html>") and pipe.is_fifo()
+    (tmp_path / "there.html").unlink()
+    assert cli.main(["report", str(copied), "--out", str(link)]) == 0
+    assert link.is_symlink() and (tmp_path / "there.html").is_file()
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from lasp import files
 from lasp.cli.checks import check_gpus, check_target
+from lasp.cli.options import parse
+from lasp.terminal import say
 from lasp.train.errors import ConfigError
 
 # Heads, K, V and numbers of transition a head: 16 KiB to 4 MiB of scalar-decay state, and a delta rule.
@@ -56,15 +57,10 @@ def main(arguments: Sequence[str]) -> int:
         return bench_train(arguments[1:])
     if not arguments or arguments[0] != "exchange":
         if arguments and arguments[0] in ("-h", "--help"):
-            print("usage: lasp bench exchange|train [OPTIONS]      (lasp bench exchange --help lists them)")
+            say("usage: lasp bench exchange|train [OPTIONS]      (lasp bench exchange --help lists them)")
             return 0
         raise ConfigError("lasp bench can measure two things: lasp bench exchange, and lasp bench train")
-    config = tyro.cli(
-        BenchConfig,
-        args=list(arguments[1:]),
-        prog="lasp bench exchange",
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    config = parse(BenchConfig, arguments[1:], "lasp bench exchange")
     config.validate()
     if "RANK" not in os.environ:
         from lasp.cli.launch import launch
@@ -94,9 +90,9 @@ def run(config: BenchConfig) -> int:
     try:
         figures = _measure(config, device)
         if dist.get_rank() == 0:
-            print(_table(figures))
+            say(_table(figures))
             if config.output is not None:
-                config.output.write_text(json.dumps(figures, indent=1) + "\n")
+                files.write_output(config.output, json.dumps(figures, indent=1) + "\n")
     finally:
         dist.destroy_process_group()
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -16,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
+from lasp import files
 from lasp.cli.checks import check_target
+from lasp.cli.options import early, parse
+from lasp.terminal import say
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
 from lasp.train.errors import ConfigError, refusing
 from lasp.train.sizes import Tokens
@@ -112,21 +114,8 @@ def for_device(name: str) -> BenchTrainConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp bench train ARGUMENTS`."""
-    is_first = os.environ.get("RANK", "0") == "0"
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--device", default="auto")
-    try:
-        known, _ = early.parse_known_args(list(arguments))
-        device = known.device
-    except argparse.ArgumentError:  # an option without its value: the full parser says it better
-        device = "auto"
-    config = tyro.cli(
-        BenchTrainConfig,
-        args=list(arguments),
-        default=for_device(device),
-        prog="lasp bench train",
-        console_outputs=is_first,
-    )
+    (device,) = early(arguments, "--device")
+    config = parse(BenchTrainConfig, arguments, "lasp bench train", for_device(str(device or "auto")))
     config.validate()
     if "RANK" not in os.environ:
         config.training(config.num_processes)  # a layout that does not fit is one message, before anything starts
@@ -134,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
             from lasp.cli.launch import launch
 
             return launch(["bench", "train", *arguments], config.num_processes)
-    figures = measure(config, report=partial(print, flush=True) if is_first else None)
+    figures = measure(config, report=say if os.environ.get("RANK", "0") == "0" else None)
     return 0 if any(row["step_s"] is not None for row in figures["rows"]) else 1
 
 
@@ -163,8 +152,8 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
     model, model_config = _built(config, training, world)
     step = _step(model, config.precision, world)
     figures = {**_conditions(config, model, world), "memory_bytes": memory_bytes, "rows": [], "kernels": None}
-    say = report or (lambda _: None)
-    say(heading(figures))
+    tell = report or (lambda _: None)
+    tell(heading(figures))
     for tokens in _lengths(config, figures):
         work = partial(step, _text(tokens, model_config.vocab_size, world))
         try:
@@ -181,11 +170,11 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
             figures["rows"].append(_row(tokens, times, flops_per_token(model_config, tokens).step, figures))
             if config.profile and figures["kernels"] is None:
                 figures["kernels"] = _kernels(work, world.device)
-        say(line(figures["rows"][-1]))
+        tell(line(figures["rows"][-1]))
         if config.output is not None and world.is_first:
-            config.output.write_text(json.dumps(figures, indent=1) + "\n")
+            files.write_output(config.output, json.dumps(figures, indent=1) + "\n")
     if figures["kernels"]:
-        say(kernels(figures))
+        tell(kernels(figures))
     leave(world)
     return figures
 
@@ -205,7 +194,7 @@ def _lengths(config: BenchTrainConfig, figures: dict[str, Any]) -> Iterator[int]
 
 def _end_at_once(message: str) -> NoReturn:
     """End this process, and by its exit code the run: in an orderly end NCCL may wait for the others for minutes."""
-    print(f"lasp: {message}", file=sys.stderr, flush=True)
+    say(f"lasp: {message}", error=True)
     os._exit(1)
 
 
@@ -372,10 +361,10 @@ def _shown(step: Callable[[], None], tokens: int, count: int) -> Callable[[], No
     def shown() -> None:
         nonlocal number
         number += 1
-        print(f"{tokens:>9,}   step {number} of {count} ", end="\r", flush=True)
+        say(f"{tokens:>9,}   step {number} of {count} ", end="\r")
         step()
         if number == count:
-            print(" " * 40, end="\r", flush=True)
+            say(" " * 40, end="\r")
 
     return shown
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tyro
-
 from lasp.cli.checks import check_gpus
+from lasp.cli.options import parse
+from lasp.terminal import Terminal
 from lasp.train.config import ModelOptions, check_seed, load_toml
 from lasp.train.errors import ConfigError, refusing
 from lasp.train.sizes import Tokens
@@ -94,12 +94,7 @@ class Row(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp check ARGUMENTS`."""
     broken = BREAK in arguments
-    config = tyro.cli(
-        CheckConfig,
-        args=[argument for argument in arguments if argument != BREAK],
-        prog="lasp check",
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    config = parse(CheckConfig, [argument for argument in arguments if argument != BREAK], "lasp check")
     config.validate()
     if "RANK" not in os.environ:
         from lasp.cli.launch import launch
@@ -151,7 +146,7 @@ def _compare(config: CheckConfig, broken: bool) -> list[Row]:
         with refusing():
             expected = _measure(model, tokens, labels, config.new_tokens, None)
         for name in names:
-            exchange: Any = _Forgetful(EXCHANGES[name]()) if broken else name
+            exchange: Any = _forgetful(EXCHANGES[name]()) if broken else name
             base = SequenceParallel(dist.group.WORLD, exchange=exchange)  # type: ignore[arg-type]
             for shards, lengths in (("equal", _lengths(config, 0)), ("unequal", _lengths(config, 1))):
                 with refusing():
@@ -246,27 +241,31 @@ def _error(value: Any, reference: Any) -> float:
     return float("inf") if error != error else float(error)
 
 
-class _Forgetful:
+def _forgetful(exchange: Any) -> Any:
     """An exchange that carries nothing, for the control."""
+    from lasp.exchange import ExchangeResult
 
-    def __init__(self, exchange: Any) -> None:
-        self._exchange, self.name = exchange, exchange.name
+    class Forgetful(type(exchange)):  # type: ignore[misc]
+        name = exchange.name
 
-    def begin(self, comm: Any, summary: Any, initial: Any, *, reverse: bool, want_total: bool) -> Any:
-        from lasp.exchange import ExchangeResult
+        def __init__(self) -> None:
+            pass
 
-        pending = self._exchange.begin(comm, summary, initial, reverse=reverse, want_total=want_total)
+        def begin(self, comm: Any, summary: Any, initial: Any, **options: Any) -> Any:
+            pending = exchange.begin(comm, summary, initial, **options)
 
-        class Forgotten:
-            def wait(self) -> ExchangeResult:
-                return ExchangeResult(initial, pending.wait().total)
+            class Forgotten:
+                def wait(self) -> ExchangeResult:
+                    return ExchangeResult(initial, pending.wait().total)
 
-        return Forgotten()
+            return Forgotten()
+
+    return Forgetful()
 
 
 def _print(config: CheckConfig, rows: list[Row], good: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     bound = BOUNDS[config.precision]
     options = config.checked_model
@@ -278,11 +277,14 @@ def _print(config: CheckConfig, rows: list[Row], good: bool) -> None:
     for column in ("decay", "exchange", "shards", "loss", "worst gradient", "of", "logits", ""):
         table.add_column(column)
     for row in rows:
-        verdict = "[green]same[/]" if row.passes(bound) else "[red]DIFFERENT[/]"
+        verdict = Text("same", "green") if row.passes(bound) else Text("DIFFERENT", "red")
         table.add_row(
             row.decay, row.exchange, row.shards, f"{row.loss:.1e}", f"{row.gradient:.1e}", row.parameter,
             f"{row.logits:.1e}", verdict,
         )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Terminal(width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    console.print("The split model is the same model." if good else "[red]The split model is NOT the same model.[/]")
+    if good:
+        console.print("The split model is the same model.")
+    else:
+        console.print("The split model is NOT the same model.", style="red")

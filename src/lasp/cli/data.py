@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
+from lasp.cli.options import parse
 from lasp.data import store
 from lasp.data.build import SHARD_TOKENS
 from lasp.data.tokenizer import load_tokenizer
+from lasp.terminal import Terminal
 from lasp.train.config import DataOptions
 from lasp.train.errors import ConfigError
 from lasp.train.output import bytes_text, duration
@@ -60,12 +61,12 @@ def main(arguments: Sequence[str]) -> int:
             arguments = ["build", "--help"]
         else:
             raise ConfigError("usage: lasp data build SOURCE... --out FOLDER; lasp data build --help lists all")
-    options = tyro.cli(BuildOptions, args=list(arguments[1:]), prog="lasp data build")
+    options = parse(BuildOptions, arguments[1:], "lasp data build")
     if options.shard_tokens < 1:
         raise ConfigError(f"--shard-tokens must be at least 1, got {options.shard_tokens}")
     if not 0 < options.validation_fraction < 1:
         raise ConfigError(f"--validation-fraction must be above 0 and below 1, got {options.validation_fraction}")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     began = shown = time.monotonic()
     with console.status("reading") as status:
 
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
             if console.is_terminal:
                 status.update(text)
             else:
-                console.print(text, markup=False)
+                console.print(text)
 
         built = store.build(
             options.out,
@@ -94,15 +95,14 @@ def main(arguments: Sequence[str]) -> int:
             validation_path=options.validation_path,
             on_bad_record=options.on_bad_record,
         )
-    console.print(built.reading.summary(), markup=False)
+    console.print(built.reading.summary())
     for split, stream in (("train", built.train), ("validation", built.validation)):
         console.print(
             f"{split}: {len(stream):,} tokens of {built.num_documents[split]:,} documents "
             f"({bytes_text(built.num_bytes[split])}) in {len(stream.files)} shards",
-            markup=False,
         )
     if len(built.validation) == 0:
         console.print("nothing is held out, and `lasp train` will ask for it: raise --validation-fraction, or add text")
     took = duration(time.monotonic() - began)
-    console.print(f"{took}; train on it: {lasp_command('train', '--data.path', options.out)}", markup=False)
+    console.print(f"{took}; train on it: {lasp_command('train', '--data.path', options.out)}")
     return 0

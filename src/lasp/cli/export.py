@@ -1,14 +1,15 @@
 """`lasp export`: a trained model as one safetensors file and its configuration."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from lasp.train.outlet import printable
+from lasp.cli.options import parse
+from lasp.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,8 @@ class ExportArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp export ARGUMENTS`."""
-    options = tyro.cli(ExportArguments, args=list(arguments), prog="lasp export")
+    options = parse(ExportArguments, arguments, "lasp export")
     from lasp.train.export import export
 
-    print(
-        printable(str(export(options.path, options.out, report=lambda text: print(printable(text), file=sys.stderr))))
-    )
+    say(export(options.path, options.out, report=partial(say, error=True)))
     return 0

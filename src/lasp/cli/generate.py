@@ -1,17 +1,18 @@
 """`lasp generate`: continue a prompt with a trained model, printed as it is made."""
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from lasp.cli.options import parse
+from lasp.terminal import say
 from lasp.train.config import SampleOptions, check_seed, check_text
 from lasp.train.errors import ConfigError
-from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class GenerateArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp generate ARGUMENTS`."""
-    options = tyro.cli(GenerateArguments, args=list(arguments), prog="lasp generate")
+    options = parse(GenerateArguments, arguments, "lasp generate")
     check_seed("--seed", options.seed)
     check_text("--prompt", options.prompt)
     if (
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     from lasp.train.sample import load, stream_text
 
-    loaded = load(options.path, report=lambda text: print(printable(text), file=sys.stderr))
+    loaded = load(options.path, report=partial(say, error=True))
     sample = SampleOptions(
         prompt=loaded.prompt if options.prompt is None else options.prompt,
         num_tokens=options.num_tokens,
@@ -57,6 +58,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     device = next(loaded.model.parameters()).device
     for piece in stream_text(loaded.model, loaded.tokenizer, sample, seed=options.seed, device=device):
-        print(printable(piece), end="", flush=True)
-    print()
+        say(piece, end="")
+    say()
     return 0

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from lasp.terminal import say
 from lasp.train.errors import INTERRUPTED_EXIT_CODE, STOPPED_EXIT_CODE, PeerLostError
 from lasp.train.loopback import stay_on_loopback
-from lasp.train.outlet import printable
 from lasp.train.stopping import IMPATIENT, end_with_parent, stop_signals
 
 # How long the others may take to notice a dead process and end by themselves, and to obey SIGTERM.
@@ -153,16 +153,16 @@ def _show_errors(errors: list[IO[bytes]], first: int | None, codes: list[int]) -
     """The error text of the process that failed first; of a run without failure, the first process's warnings."""
     rank = first if first is not None else 0
     errors[rank].seek(0)
-    text = printable(errors[rank].read(_MOST_ERROR_BYTES).decode(errors="replace").strip())
+    text = errors[rank].read(_MOST_ERROR_BYTES).decode(errors="replace").strip()
     if text:
-        print(text, file=sys.stderr)
+        say(text, error=True)
     if first is None or codes[first] in (STOPPED_EXIT_CODE, INTERRUPTED_EXIT_CODE):
         return  # as the user wished, and the run has said so
     if text and all(code == codes[first] for code in codes):
         return  # all ended alike, and the text says why
     code = codes[first]
     how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print(f"lasp: process {first} of {len(codes)} {how}; the run has ended", file=sys.stderr)
+    say(f"lasp: process {first} of {len(codes)} {how}; the run has ended", error=True)
 
 
 def _exit_code(code: int) -> int:

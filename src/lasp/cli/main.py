@@ -40,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
+        _print(_usage())
         return 0 if arguments else ConfigError.exit_code
     if arguments[0] in ("-V", "--version"):
         from importlib.metadata import version
 
-        print(version("lasp-torch"))
+        _print(version("lasp-torch"))
         return 0
     if arguments[0] not in COMMANDS:
         raise ConfigError(f"no command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
@@ -75,7 +75,7 @@ def guarded(command: Callable[[], int]) -> int:
         known = _for_users(error)
         if known is not None:
             return _say(*known, error)
-        traceback.print_exc()
+        _print(traceback.format_exc(), error=True)
         return _say("this is a fault of lasp, not of how it was called: please report it with the lines above", 1)
 
 
@@ -99,13 +99,17 @@ def _for_users(error: BaseException) -> tuple[str, int] | None:
 
 
 def _say(message: str, code: int, error: BaseException | None = None) -> int:
-    from lasp.train.outlet import printable
-
-    if error is not None and os.environ.get(_TRACEBACK):
-        traceback.print_exception(error)
     with contextlib.suppress(OSError):
-        print(printable(f"lasp: {message}"), file=sys.stderr, flush=True)
+        if error is not None and os.environ.get(_TRACEBACK):
+            _print("".join(traceback.format_exception(error)), error=True)
+        _print(f"lasp: {message}", error=True)
     return code
+
+
+def _print(text: str, *, error: bool = False) -> None:
+    from lasp.terminal import say  # brings rich
+
+    say(text, error=error)
 
 
 def _usage() -> str:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lasp.cli.checks import check_picture
+from lasp.cli.options import parse
+from lasp.terminal import Terminal, say
 from lasp.train.config import ModelOptions, TrainConfig, load_toml, read_toml
 from lasp.train.errors import ConfigError
 from lasp.train.program import lasp_command
@@ -50,7 +52,7 @@ class PlanConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp plan ARGUMENTS`."""
-    config = tyro.cli(PlanConfig, args=list(arguments), prog="lasp plan")
+    config = parse(PlanConfig, arguments, "lasp plan")
     run = None if config.config is None else load_toml(config.config)
     job, name = _job(config, run)
     check_picture("--plot", config.plot)
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.plot is not None:
         _plot(found, curves(job), config.plot)
     if config.json:
-        print(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
     else:
         _print(found)
     return 0
@@ -135,7 +137,6 @@ def _options(entry: dict[str, Any]) -> list[str]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -165,13 +166,13 @@ def _print(found: dict[str, Any]) -> None:
             entry["schedule"],
             limit,
         )
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    console = Terminal(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for entry in found["methods"]:
         if "reason" in entry:
-            console.print(f"{entry['method']}: {entry['reason']}", highlight=False)
+            console.print(f"{entry['method']}: {entry['reason']}")
     if found["recommended"] is None:
-        console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.", highlight=False)
+        console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.")
     for title, which in (("Recommended", ""), ("With lasp train's defaults", "_for_lasp_train")):
         best, ties = found[f"recommended{which}"], found[f"ties{which}"]
         if best is None:
@@ -179,7 +180,6 @@ def _print(found: dict[str, Any]) -> None:
         console.print(
             f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s, "
             f"{best['memory_bytes'] / 1e9:.1f} GB.",
-            highlight=False,
         )
         if ties:
             others = [" ".join(part for part in _parts(each) if part not in _parts(best)) for each in ties]
@@ -187,27 +187,24 @@ def _print(found: dict[str, Any]) -> None:
             console.print(
                 f"  By prediction within {found['tie']:.0%} of it, so as good: "
                 f"{'; '.join(others[:_TIES_SHOWN])}{more}.",
-                highlight=False,
             )
     if found["command"] is not None:
         best = found["recommended_of_lasp_train"]
         rate = f"{best['tokens_per_s']:,.0f} tokens/s, {best['memory_bytes'] / 1e9:.1f} GB"
-        console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:", highlight=False)
-        console.print(f"  {found['command']}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:")
+        console.print(f"  {found['command']}", soft_wrap=True)
         if found["hosts"] > 1:
             console.print(
                 f"  It starts all its processes on one machine: for {found['hosts']} hosts give these options to "
                 "examples/slurm/train.sbatch or to torchrun (docs/training.md).",
-                highlight=False,
             )
     console.print(
         "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"
         "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, by the layout\n"
         "that saves most memory.\n\nWhat the numbers rest on:",
-        highlight=False,
     )
     for name, basis in found["rests_on"].items():
-        console.print(f"  {name}: {basis}", highlight=False)
+        console.print(f"  {name}: {basis}")
 
 
 def _parts(entry: dict[str, Any]) -> list[str]:

@@ -9,8 +9,9 @@ import tyro
 
 from lasp import files
 from lasp.cli.checks import check_target
+from lasp.cli.options import parse
+from lasp.terminal import say
 from lasp.train.errors import ConfigError
-from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class ReportArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp report ARGUMENTS`."""
-    options = tyro.cli(ReportArguments, args=list(arguments), prog="lasp report")
+    options = parse(ReportArguments, arguments, "lasp report")
     out = options.out or options.run / "report.html"
     from lasp.train.report import load, render
 
@@ -42,6 +43,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"{options.run} holds files that are damaged, or of another version of lasp train: {error!r}"
         ) from error
-    files.write(out, page)
-    print(printable(str(out)))
+    files.write_output(out, page)
+    say(out)
     return 0

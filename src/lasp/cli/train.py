@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from lasp.cli.options import early, parse
 from lasp.train.config import AUTO, ModelOptions, TrainConfig, from_dict, load_toml
 from lasp.train.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError
 
@@ -34,36 +35,25 @@ class TrainArguments:
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
-def parse(arguments: Sequence[str]) -> TrainArguments:
+def arguments_of(arguments: Sequence[str]) -> TrainArguments:
     """The arguments of one run. Raises ConfigError or CheckpointError; SystemExit on --help and misspellings."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--resume", type=Path)
-    early.add_argument("--init-from", type=Path)
-    try:
-        known, _ = early.parse_known_args(list(arguments))
-    except SystemExit:  # an option without its value: the full parser says it better
-        known = argparse.Namespace(config=None, resume=None, init_from=None)
-    resume_auto = known.resume == AUTO
-    if known.config is not None and known.resume is not None and not resume_auto:
+    file, resume, weights = early(arguments, "--config", "--resume", "--init-from")
+    resumes = resume is not None and resume != AUTO
+    if weights is not None and resumes:
+        raise ConfigError("--resume goes on with a run's own weights, --init-from starts a new run: give one of them")
+    if file is not None and resumes:
         raise ConfigError("--config and --resume both bring settings: give one of them, and options for changes")
     base = TrainConfig()
-    if known.config is not None:
-        base = load_toml(known.config)
-    elif known.resume is not None and not resume_auto:
-        base = _settings_of(known.resume)
-    init_from = known.init_from or base.init_from
-    if init_from is not None and base.model == ModelOptions():  # the model is the one whose weights are taken
+    if file is not None:
+        base = load_toml(file)
+    elif resume is not None and resumes:
+        base = _settings_of(resume)
+    init_from = weights or base.init_from
+    if init_from is not None and not resumes and base.model == ModelOptions():  # the model whose weights are taken
         from lasp.train.export import model_options
 
         base = dataclasses.replace(base, model=model_options(init_from))
-    options = tyro.cli(
-        TrainArguments,
-        args=list(arguments),
-        default=TrainArguments(settings=base),
-        prog="lasp train",
-        console_outputs=_speaks(),
-    )
+    options = parse(TrainArguments, arguments, "lasp train", TrainArguments(settings=base))
     if options.resume == AUTO and options.settings.run_dir is None:
         raise ConfigError("--resume auto goes on in the run folder if it can: name it with --run-dir")
     return options
@@ -71,7 +61,7 @@ def parse(arguments: Sequence[str]) -> TrainArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp train ARGUMENTS`."""
-    options = parse(arguments)
+    options = arguments_of(arguments)
     config = options.settings
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         if options.nproc is not None:
@@ -113,8 +103,3 @@ def _without_nproc(arguments: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc")
     return parser.parse_known_args(list(arguments))[1]
-
-
-def _speaks() -> bool:
-    """Only the first process prints usage and errors of parsing."""
-    return os.environ.get("RANK", "0") == "0"

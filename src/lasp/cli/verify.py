@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from lasp.cli.options import parse
+from lasp.terminal import say
 from lasp.train.errors import CheckpointError
-from lasp.train.outlet import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class VerifyArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lasp verify ARGUMENTS`."""
-    options = tyro.cli(VerifyArguments, args=list(arguments), prog="lasp verify")
+    options = parse(VerifyArguments, arguments, "lasp verify")
     from lasp.train import checkpoint
 
     good = 0
@@ -29,9 +30,9 @@ def main(arguments: Sequence[str]) -> int:
         try:
             found = checkpoint.verify(folder)
         except CheckpointError as error:
-            print(printable(f"damaged  {error}"))
+            say(f"damaged  {error}")
             continue
         good += 1
         layout = ", ".join(f"{name} {value}" for name, value in found.state["layout"].items())
-        print(printable(f"good     {folder}: {found.state['step']} steps, written by {layout}"))
+        say(f"good     {folder}: {found.state['step']} steps, written by {layout}")
     return 0 if good else CheckpointError.exit_code

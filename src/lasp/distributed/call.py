@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lasp.distributed.record import Record
-
-if TYPE_CHECKING:
-    from lasp.distributed.comm import Comm, Pending
+from lasp.distributed.comm import Comm, Pending, Posted
+from lasp.distributed.record import Description, Record
 
 
-@dataclass
-class Posted:
-    """Records under way: what to wait for, where they come, and whether this rank has heard them."""
+class Calls:
+    """Begins what the ranks of a group do together.
 
-    work: Any
-    everything: Tensor
-    what: str
-    heard: bool = False
+    Args:
+        comm: the ranks.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+
+    def begin(
+        self,
+        description: Description,
+        documents: str | None = None,
+        *,
+        forward: Call | None = None,
+        sources: Sequence[int] = (),
+    ) -> Call:
+        """Begin a call. What it sends and receives is then part of that, and of nothing else.
+
+        Args:
+            description: of the operator, its pass and its plan.
+            documents: what stands for the packed documents.
+            forward: of a backward pass, the call whose gradients it takes.
+            sources: what stands for the tensors that the shards come from (`lasp.distributed.record.source_of`).
+        """
+        comm = self.comm
+        comm.num_calls += 1
+        of = 0 if forward is None else forward.number
+        record = Record(comm.num_calls, description, documents, of, comm.step, sources)
+        return Call(self, record, comm.announce(record))
 
 
 class Call:
@@ -31,8 +50,8 @@ class Call:
     to another call sends nothing into this one.
     """
 
-    def __init__(self, comm: Comm, record: Record, posted: Posted | None) -> None:
-        self.comm, self.record, self._posted = comm, record, posted
+    def __init__(self, calls: Calls, record: Record, posted: Posted | None) -> None:
+        self.calls, self.comm, self.record, self._posted = calls, calls.comm, record, posted
 
     @property
     def number(self) -> int:
@@ -41,7 +60,7 @@ class Call:
     def adjoint(self, part: str = "backward") -> Call:
         """Begin the call that takes this one's gradients."""
         record = self.record
-        return self.comm.call(record.description.of(part), record.documents, forward=record.number)
+        return self.calls.begin(record.description.of(part), record.documents, forward=self)
 
     def check(self) -> Comm:
         """Hear the other ranks, the first time; what then carries the messages.
@@ -99,3 +118,7 @@ class Call:
 
     def wait_for_sends(self) -> None:
         self.comm.wait_for_sends()
+
+
+Messages = Comm | Call
+"""What carries the messages of an exchange: those of a call, or, where times are measured, of none."""

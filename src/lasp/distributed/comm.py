@@ -17,20 +17,16 @@ from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.distributed.call import Call, Posted
 from lasp.distributed.clock import ExchangeClock
 from lasp.distributed.ending import before_exit
 from lasp.distributed.groups import gloo_group
 from lasp.distributed.record import Description, ExchangeError, Record, RecordedStep, compare, failures, number_given
-
-if TYPE_CHECKING:
-    from lasp.distributed.sealed import Sealing
 
 # Renamed in PyTorch 2.13; the old name warns there and the new one is missing before.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,6 +34,16 @@ _gather_records = _all_gather
 # How long a process that ends waits for the others to hear that it failed.
 _LAST_WORDS = timedelta(seconds=5)
 _Result = TypeVar("_Result")
+
+
+@dataclass
+class Posted:
+    """Records under way: what to wait for, where they come, and whether this rank has heard them."""
+
+    work: Any
+    everything: Tensor
+    what: str
+    heard: bool = False
 
 
 @dataclass
@@ -141,11 +147,10 @@ class Comm:
         self.clock: ExchangeClock | None = None
         self.operations = 0
         self.backend: str = dist.get_backend(group)
-        self.sealing: Sealing | None = None
-        """How messages say which call they belong to where the hosts do not meet for every call."""
         self.step = RecordedStep()
         """Where the program says it is."""
-        self._calls = 0
+        self.num_calls = 0
+        """What the ranks have told each other of so far."""
         self._sending: deque[tuple[Any, Tensor]] = deque()
         self._unheard: deque[Posted] = deque()
         self._reports: deque[Any] = deque()
@@ -336,23 +341,6 @@ class Comm:
             total = total + share
         return total.view(tensor.shape)
 
-    def call(
-        self, description: Description, documents: str | None = None, *, forward: int = 0, sources: Sequence[int] = ()
-    ) -> Call:
-        """Begin what all ranks do together. What it sends and receives is then part of that, and of nothing else.
-
-        Args:
-            description: of the operator, its pass and its plan.
-            documents: what stands for the packed documents.
-            forward: of a backward pass, the number of the call whose gradients it takes.
-            sources: what stands for the tensors that the shards come from (`lasp.distributed.record.source_of`).
-        """
-        if self.sealing is not None:
-            return self.sealing.call(self, Record(0, description, documents), None)
-        self._calls += 1
-        record = Record(self._calls, description, documents, forward, self.step, sources)
-        return Call(self, record, self._announce(record))
-
     def compare(self, description: Description) -> None:
         """Compare a description with the other ranks, by way of the hosts.
 
@@ -368,11 +356,11 @@ class Comm:
             what they raise, to be raised here.
         """
         if self.size > 1:
-            self._calls += 1
+            self.num_calls += 1
             while self._reports and self._reports[0].is_completed():
                 self._reports.popleft()
             # This rank knows: it does not hear of itself.
-            record = Record(self._calls, Description("error", {"error": error[:1000]}), step=self.step, error=True)
+            record = Record(self.num_calls, Description("error", {"error": error[:1000]}), step=self.step, error=True)
             self._reports.append(self._post(record).work)
         return ExchangeError(failures({self.rank: error[:1000]}))
 
@@ -389,7 +377,8 @@ class Comm:
                 first.work.wait()
             compare(first.everything)
 
-    def _announce(self, record: Record) -> Posted:
+    def announce(self, record: Record) -> Posted:
+        """Start to tell the other ranks; `hear` waits for what they tell."""
         posted = self._post(record)
         self._unheard.append(posted)
         return posted
@@ -403,8 +392,8 @@ class Comm:
             return Posted(_gather_records(everything, own, group=self._control, async_op=True), everything, what)
 
     def _gathered(self, number: int, purpose: Description) -> list[int]:
-        self._calls += 1
-        posted = self._announce(Record(self._calls, purpose, step=self.step, given=number))
+        self.num_calls += 1
+        posted = self.announce(Record(self.num_calls, purpose, step=self.step, given=number))
         self.hear(posted)
         return [number_given(own) for own in posted.everything.chunk(self.size)]
 
@@ -434,10 +423,6 @@ class Comm:
         work, _ = self._sending.popleft()
         with self.waiting("finish sending a state"):
             work.wait()
-
-
-Messages = Comm | Call
-"""What carries the messages of an exchange: those of a call, or, where times are measured, of none."""
 
 
 class _Works:

@@ -28,5 +28,6 @@ def gloo_group(beside: dist.ProcessGroup, name: str, timeout: timedelta) -> dist
         size, rank, ranks, dist.Backend("gloo"), distributed_c10d._get_default_store(),
         name, timeout=timeout,  # type: ignore[arg-type]
     )  # fmt: skip
+    assert isinstance(group, dist.ProcessGroup)
     distributed_c10d._world.pg_group_ranks[group] = {each: place for place, each in enumerate(ranks)}
     return group

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lasp.distributed.call import Call
+from lasp.distributed.call import Call, Calls
 from lasp.distributed.comm import Comm, Pending
 from lasp.distributed.record import Description, ExchangeError, Record, RecordedStep, digest_of
 
@@ -70,33 +70,44 @@ class TorchStamps:
         found.copy_(torch.where(others.any(), both, found.to(header.device, non_blocking=True)), non_blocking=True)
 
 
-class Sealing:
-    """How the calls of a group seal their messages.
+class SealedCalls(Calls):
+    """Begins the calls of a group whose messages are sealed.
 
     Args:
-        device: whose tensors it exchanges.
+        comm: the ranks.
+        device: whose tensors they exchange.
         stamps: what runs on the device.
     """
 
-    def __init__(self, device: torch.device, stamps: Stamps) -> None:
+    def __init__(self, comm: Comm, device: torch.device, stamps: Stamps) -> None:
+        super().__init__(comm)
         self.stamps, self.state = stamps, torch.zeros(2, dtype=torch.int64, device=device)
         self.found = torch.zeros(2 * WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._seen, self._step = self.found.numpy(), RecordedStep()
         self._known: dict[int, str] = {}
 
-    def call(self, comm: Comm, record: Record, forward: Tensor | None) -> SealedCall:
-        """Begin a call; see `Comm.call`. forward: of a backward pass, the header of the call whose gradients it takes.
+    def begin(
+        self,
+        description: Description,
+        documents: str | None = None,
+        *,
+        forward: Call | None = None,
+        sources: Sequence[int] = (),
+    ) -> SealedCall:
+        """Begin a call; see `Calls.begin`.
 
         Raises:
             ExchangeError: a message came that belonged to another call, or the ranks differ in what is new.
         """
+        comm, record = self.comm, Record(0, description, documents)
         if self._seen[0]:
             raise ExchangeError(self._said(comm))
         if comm.step != self._step:
             self._step = comm.step
             self.state[1:].fill_((comm.step.number << _STEP_BITS) + comm.step.data % (1 << _STEP_BITS))
         plan = self._agreed(comm, record)
-        return SealedCall(comm, record, self, self.stamps.begin(self.state, forward, plan))
+        header = forward.header if isinstance(forward, SealedCall) else None
+        return SealedCall(self, record, self.stamps.begin(self.state, header, plan))
 
     def _agreed(self, comm: Comm, record: Record) -> int:
         """A number for plan and documents, of which the hosts have compared each."""
@@ -146,13 +157,9 @@ def _word(digest: bytes) -> int:
 class SealedCall(Call):
     """A call whose messages carry its header."""
 
-    def __init__(self, comm: Comm, record: Record, sealing: Sealing, header: Tensor) -> None:
-        super().__init__(comm, record, None)
-        self._sealing, self.header = sealing, header
-
-    def adjoint(self, part: str = "backward") -> Call:
-        record = self.record
-        return self._sealing.call(self.comm, Record(0, record.description.of(part), record.documents), self.header)
+    def __init__(self, calls: SealedCalls, record: Record, header: Tensor) -> None:
+        super().__init__(calls, record, None)
+        self._sealing, self.header = calls, header
 
     @property
     def seal(self) -> tuple[Tensor, Tensor]:

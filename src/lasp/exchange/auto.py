@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Messages
+from lasp.distributed.call import Messages
 from lasp.exchange.base import Exchange, PendingExchange, Traffic
 from lasp.exchange.cost import GLOO, NCCL, Constants, Model
 from lasp.exchange.payload import Payload
@@ -73,7 +73,7 @@ def _table(
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Exchange):
     """The schedule that the cost model finds fastest for what is carried.
 
     The choice is made when the sizes are known, at every exchange, from what all ranks know: those sizes, the
@@ -81,6 +81,7 @@ class Auto:
     """
 
     constants: Constants
+    selects: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -96,7 +97,7 @@ class Auto:
             return Local()
         return rank_schedules(load, nodes, self.constants, want_total=want_total, peers=peers)[0].exchange
 
-    def chosen(self, comm: Messages, summary: Summary, *, want_total: bool) -> Exchange:
+    def selected(self, comm: Messages, summary: Summary, *, want_total: bool) -> Exchange:
         """The schedule for what a rank is about to give. Collective when first asked for a size."""
         peers = self.constants.peer is not None and peers_are_possible(comm.comm, summary.nbytes, summary.state.device)
         return self.choose(Payload.of(summary), comm.nodes, want_total=want_total, peers=peers)
@@ -109,7 +110,7 @@ class Auto:
     def begin(
         self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange:
-        chosen = self.chosen(comm, summary, want_total=want_total)
+        chosen = self.selected(comm, summary, want_total=want_total)
         return chosen.begin(comm, summary, initial, reverse=reverse, want_total=want_total)
 
     def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Messages
+from lasp.distributed.call import Messages
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 
@@ -22,6 +24,20 @@ class ExchangeResult(NamedTuple):
 
     entering: Tensor
     total: Tensor | None
+
+
+class ConstantDecays(NamedTuple):
+    """Decays that all ranks know beforehand.
+
+    Attributes:
+        log_decay: [H], natural logarithm of a head's decay of one token.
+        lengths: tokens of every rank.
+        batch: sequences.
+    """
+
+    log_decay: Tensor
+    lengths: Sequence[int]
+    batch: int
 
 
 class Traffic(NamedTuple):
@@ -61,23 +77,45 @@ class PendingExchange(Protocol):
     def wait(self) -> ExchangeResult: ...
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """A schedule that carries the state over the ranks of a group.
 
     `begin` takes this rank's summary and the state that enters the first rank, the same on every rank. With
     `reverse`, ranks run from the last to the first: adjoint summaries then carry gradients. The fold is done
     locally, in rank order: results never depend on the network.
+
+    Schedules derive from this class. What the door to an exchange (`lasp.exchange.start`) must know of one:
+
+    Attributes:
+        wants_own_stream: it computes between its messages, which must not wait behind local work.
+        takes_no_state: `initial` may be None for zero.
+        selects: it is a choice among others, made by `selected` once for what is carried.
     """
 
+    wants_own_stream: ClassVar[bool] = True
+    takes_no_state: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
+
     @property
+    @abstractmethod
     def name(self) -> str:
         """What the ranks must agree on: the schedule and all its parameters."""
         ...
 
+    @abstractmethod
     def begin(
         self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
     ) -> PendingExchange: ...
 
+    def selected(self, comm: Messages, summary: Summary, *, want_total: bool) -> Exchange:
+        """The schedule that carries such summaries: this one, unless it chooses. Collective when first asked."""
+        return self
+
+    def informed(self, decays: ConstantDecays) -> Exchange:
+        """The schedule for runs with these decays, of which all ranks know: this one, unless it can do with less."""
+        return self
+
+    @abstractmethod
     def traffic(self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool) -> Traffic:
         """The exact payload of one exchange on the rank at `position`.
 
@@ -86,6 +124,7 @@ class Exchange(Protocol):
         """
         ...
 
+    @abstractmethod
     def seconds(self, model: Model, *, want_total: bool) -> float:
         """The predicted time of one exchange, until the last rank has what it waits for."""
         ...

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lasp import files
 from lasp.exchange.payload import Payload
 
 
@@ -57,7 +58,7 @@ class Constants:
     peer: Link | None = None
 
     def save(self, path: Path | str) -> None:
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        files.write_output(Path(path), json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Constants:
@@ -67,7 +68,7 @@ class Constants:
             ValueError: the file does not hold them.
         """
         try:
-            values = json.loads(Path(path).read_text())
+            values = files.read_json(Path(path), follow=True)
             links: dict[str, Any] = {name: _link(values.pop(name)) for name in LINKS}
             peer = values.pop("peer", None)
             links["peer"] = None if peer is None else _link(peer)

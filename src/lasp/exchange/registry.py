@@ -42,7 +42,7 @@ def resolve(exchange: str | Exchange, size: int, backend: str = "gloo") -> Excha
     Raises:
         ValueError: the name is unknown, or nothing for this backend.
     """
-    if exchange not in NAMES if isinstance(exchange, str) else not callable(getattr(exchange, "begin", None)):
+    if exchange not in NAMES if isinstance(exchange, str) else not isinstance(exchange, Exchange):
         raise ValueError(f"exchange must be an Exchange or one of {', '.join(NAMES)}; got {exchange!r}")
     if size == 1:
         return Local()

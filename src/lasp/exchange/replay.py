@@ -30,7 +30,7 @@ def is_replaying() -> bool:
     return region is not None and region[0]
 
 
-def replayed() -> Any:
+def recorded() -> Any:
     """In a recomputation, what the next exchange brought; None elsewhere."""
     region = _region.get()
     return region[1].popleft()[0] if region is not None and region[0] else None

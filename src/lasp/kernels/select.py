@@ -1,31 +1,28 @@
 """Which implementation runs a recurrence's stages.
 
-Each backend is a package beside this file whose attributes are the families it implements. It is imported when first
-asked for, by a plain statement, which torch.compile can follow.
+Each backend is a package beside this file whose `STAGES` has a record for each family that it implements. It is
+imported when first asked for, by a plain statement, which torch.compile can follow.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from types import ModuleType
-from typing import Any, cast
+from collections.abc import Mapping
 
 import torch
 
-from lasp.recurrence.stages import Stages
+from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
+from lasp.recurrence.inputs import Inputs
+from lasp.recurrence.stages import AnyStages
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
-# What the fused kernels take, and where they have been run (docs/kernels.md).
-FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FUSED_MAX_DIM = 256
-FUSED_CAPABILITY = 8
 _chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
 
 
-def select(family: str, backend: str, x: Any) -> Stages:
+def select(family: str, backend: str, x: Inputs) -> AnyStages:
     """The stages of `family` for the inputs `x`; "auto" is "triton" where its kernels run, else "torch".
 
     Raises:
@@ -34,9 +31,11 @@ def select(family: str, backend: str, x: Any) -> Stages:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        key = (family, x.q.device, x.q.dtype, max(x.q.shape[3], x.v.shape[3]))
+        columns = x.v.shape[3]
+        dim = max(x.q.shape[3], columns // value_pieces(columns) if family == "delta" else columns)
+        key = (family, x.q.device, x.q.dtype, dim)
         backend = _chosen.get(key) or _choose(*key)
-    return _load(family, backend)
+    return load(family, backend)
 
 
 def _choose(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
@@ -50,7 +49,7 @@ def _choose(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> 
 
 def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Why the fused kernels are not for these inputs; empty where they are."""
-    if family != "decay":
+    if family not in ("decay", "delta"):
         return "no fused kernels for it"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the tensors are on {device.type}, the fused kernels run on CUDA"
@@ -61,28 +60,31 @@ def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: 
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def _load(family: str, backend: str) -> Stages:
-    package = _package(backend)
-    if family not in package.__all__:
-        raise ValueError(
-            f"backend {backend!r} has no kernels for this recurrence (it has: {', '.join(package.__all__)})"
-        )
-    return cast(Stages, getattr(package, family))
+def load(family: str, backend: str) -> AnyStages:
+    """The stages of `family` that `backend` has.
+
+    Raises:
+        ValueError: it has none.
+    """
+    families = _families(backend)
+    if family not in families:
+        raise ValueError(f"backend {backend!r} has no kernels for this recurrence (it has: {', '.join(families)})")
+    return families[family]
 
 
-def _package(backend: str) -> ModuleType:
+def _families(backend: str) -> Mapping[str, AnyStages]:
     if backend == "triton":
         from lasp.kernels import triton
 
-        return triton
+        return triton.STAGES
     if backend == "fla":
         from lasp.kernels import fla
 
-        return fla
+        return fla.STAGES
     if backend == "reference":
         from lasp.kernels import reference
 
-        return reference
+        return reference.STAGES
     from lasp.kernels import torch
 
-    return torch
+    return torch.STAGES

@@ -19,8 +19,8 @@ from lasp.layers.feature_maps import NON_NEGATIVE
 from lasp.layers.feature_maps import feature_map as new_feature_map
 from lasp.layers.norms import SimpleRMSNorm
 from lasp.layers.positions import LRPE, Rotary
-from lasp.ops import linear_attention, normalized_linear_attention
-from lasp.recurrence.decay import state_dtype
+from lasp.ops import linear_attention_begin, normalized_linear_attention_begin
+from lasp.recurrence.inputs import state_dtype
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -134,20 +134,11 @@ class LinearAttention(nn.Module):
         keys, values = (self.num_heads, self.key_dim), (self.num_heads, self.value_dim)
         k = self.k_map(self.k_proj(x).unflatten(-1, keys))
         v = self.v_proj(x).unflatten(-1, values)
-        gate: Tensor | None = None
-
-        def queries() -> Tensor:
-            """What no other rank waits for, the gate with it: it hides the exchange."""
-            nonlocal gate
-            gate = None if self.gate is None or self.gate_proj is None else self.gate(self.gate_proj(x))
-            return self.q_map(self.q_proj(x).unflatten(-1, keys))
-
-        q: Tensor | Callable[[], Tensor] = queries
         if self.positions is not None:
-            q, k = self.positions(queries(), k, start)
-        op = normalized_linear_attention if self.normalization == "denominator" else linear_attention
-        o, final_state = op(
-            q,
+            gate, q = self._gate_and_queries(x)
+            q, k = self.positions(q, k, start)
+        begin = normalized_linear_attention_begin if self.normalization == "denominator" else linear_attention_begin
+        pending = begin(
             k,
             v,
             None if self.decay is None else self.decay(state_dtype(k.dtype)),
@@ -158,6 +149,10 @@ class LinearAttention(nn.Module):
             sp=sp,
             backend=self.backend,
         )
+        # What no other rank waits for hides the exchange.
+        if self.positions is None:
+            gate, q = self._gate_and_queries(x)
+        o, final_state = pending.finish(q)
         if self.norm is not None and self.normalization == "head":
             o = self.norm(o)
         o = o.flatten(-2)
@@ -166,6 +161,10 @@ class LinearAttention(nn.Module):
         if gate is not None:
             o = gate * o
         return self.out_proj(o), final_state
+
+    def _gate_and_queries(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        gate = None if self.gate is None or self.gate_proj is None else self.gate(self.gate_proj(x))
+        return gate, self.q_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
 
 
 def check_denominator(normalization: str, feature_map: str, positions: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
-from lasp.recurrence.decay import state_dtype
+from lasp.recurrence.inputs import state_dtype
 from lasp.sequence.arguments import number
 
 # Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.gates import GatedHeadNorm, LowRank
-from lasp.ops import linear_attention
-from lasp.recurrence.decay import state_dtype
+from lasp.ops import linear_attention_begin
+from lasp.recurrence.inputs import state_dtype
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -66,16 +66,7 @@ class GatedLinearAttention(nn.Module):
         """As `LinearAttention.forward`; it has no use for `start`."""
         keys, values = (self.num_heads, self.key_dim), (self.num_heads, self.value_dim)
         decay = self.decay_proj(x)
-        gate: Tensor | None = None
-
-        def queries() -> Tensor:
-            """What no other rank waits for, the gate with it: it hides the exchange."""
-            nonlocal gate
-            gate = self.gate_proj(x)
-            return self.q_proj(x).unflatten(-1, keys)
-
-        o, state = linear_attention(
-            queries,
+        pending = linear_attention_begin(
             self.k_proj(x).unflatten(-1, keys),
             self.v_proj(x).unflatten(-1, values),
             F.logsigmoid(decay.to(state_dtype(decay.dtype))).unflatten(-1, keys) / GATE_TEMPERATURE,
@@ -85,4 +76,7 @@ class GatedLinearAttention(nn.Module):
             sp=sp,
             backend=self.backend,
         )
+        # What no other rank waits for hides the exchange.
+        gate, q = self.gate_proj(x), self.q_proj(x).unflatten(-1, keys)
+        o, state = pending.finish(q)
         return self.out_proj(self.norm(o, gate)), state

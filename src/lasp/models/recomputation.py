@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasp.exchange.replay import keeping_exchanges
 from lasp.layers import DeltaNet, ShortConvolution, SoftmaxAttention
-from lasp.ops.scan import TRACEABLE
+from lasp.ops.autograd import TRACEABLE
 
 # As many as PyTorch's compiler by itself makes of a function, and more than what follows from them.
 _MAX_SHAPES, _MAX_GRAPHS = 8, 256

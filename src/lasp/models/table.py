@@ -1,4 +1,4 @@
-"""Parameter counts of the presets, without allocating them: `python -m lasp.models.table` prints the docs' table."""
+"""Parameter counts of the presets, without allocating them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,3 @@ def parameter_table() -> str:
             cells = [name, size, *map(str, shape), f"{num_parameters(c):,}"]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(parameter_table())

@@ -1,6 +1,18 @@
 """The public operators."""
 
-from lasp.ops.delta import delta_rule
-from lasp.ops.functional import linear_attention, normalized_linear_attention
+from lasp.ops.delta import delta_rule, delta_rule_begin
+from lasp.ops.functional import (
+    linear_attention,
+    linear_attention_begin,
+    normalized_linear_attention,
+    normalized_linear_attention_begin,
+)
 
-__all__ = ["delta_rule", "linear_attention", "normalized_linear_attention"]
+__all__ = [
+    "delta_rule",
+    "delta_rule_begin",
+    "linear_attention",
+    "linear_attention_begin",
+    "normalized_linear_attention",
+    "normalized_linear_attention_begin",
+]

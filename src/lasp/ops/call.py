@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lasp.ops.checks import check_state
-from lasp.recurrence.decay import state_dtype, state_shape
+from lasp.ops.scan import ScanPlan
 from lasp.recurrence.documents import Documents, documents_here
-from lasp.recurrence.stages import Stages, tensors_of
+from lasp.recurrence.inputs import Inputs, initial_shape
+from lasp.recurrence.stages import AnyStages
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import number
 from lasp.sequence.call import SequenceCall
 from lasp.sequence.shards import document_bounds, document_digest
 
-_Inputs = TypeVar("_Inputs", bound=Any)
+_Inputs = TypeVar("_Inputs", bound=Inputs)
 
 
 def packed(
@@ -44,45 +45,34 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return q.shape[3] ** -0.5 if scale is None else number("scale", scale)
 
 
-def _initial_shape(x: Any) -> tuple[int, ...]:
-    """One state for each sequence of the batch, or for each document of the whole sequence."""
-    shape = state_shape(x)
-    return shape if x.documents is None else (x.documents.count, *shape[1:])
-
-
-def check_initial(x: Any, initial_state: Tensor | None) -> None:
+def check_initial(x: Inputs, initial_state: Tensor | None) -> None:
     """The initial state, if there is one, fits.
 
     Raises:
         ValueError: it does not.
     """
     if initial_state is not None:
-        check_state(initial_state, _initial_shape(x), x.q)
+        check_state(initial_state, initial_shape(x), x.q)
 
 
-def initial_of(x: Any, initial_state: Tensor | None) -> Tensor:
-    """The state before the first token: the one given, or zero."""
-    if initial_state is not None:
-        return initial_state
-    return x.q.new_zeros(_initial_shape(x), dtype=state_dtype(x.q.dtype))
-
-
-def called(
-    sp: SequenceParallel | None, operator: str, x: Any, initial_state: Tensor | None, want_final: bool, **options: Any
-) -> SequenceCall | None:
+def called(plan: ScanPlan, x: Inputs, initial_state: Tensor | None) -> SequenceCall | None:
     """Tell the other ranks what is about to be computed; what is sent for it is then part of this call.
 
     None without other ranks, and in a compiled graph, where the exchange does so itself when it runs.
     """
-    if sp is None or sp.size == 1 or torch.compiler.is_compiling():
+    sp = plan.ranks
+    if sp is None or torch.compiler.is_compiling():
         return None
-    tensors = tensors_of(x)
+    tensors = x.tensors()
     learned = any(tensor is not None and tensor.requires_grad for tensor in (*tensors, initial_state))
     differentiable = torch.is_grad_enabled() and learned
     gate_dims = None if x.g is None else x.g.dim()
     start = "none" if initial_state is None else f"requires_grad={initial_state.requires_grad}"
     # Looked up in every step; what the ranks compare is written out only when it is new.
-    key = (x.q.shape, x.v.shape, x.q.dtype, gate_dims, x.scale, start, want_final, differentiable, *options.values())
+    key = (
+        x.q.shape, x.v.shape, x.q.dtype, gate_dims, x.scale, start, plan.want_final, differentiable,
+        *plan.options.values(),
+    )  # fmt: skip
 
     def fields() -> dict[str, object]:
         return {
@@ -96,19 +86,20 @@ def called(
             "gate dims": gate_dims,
             "scale": x.scale,
             "initial_state": start,
-            "output_final_state": want_final,
+            "output_final_state": plan.want_final,
             "gradients": differentiable,
-            **options,
+            **plan.options,
         }
 
     documents = None if x.documents is None else document_digest(x.documents.cu_seqlens)
-    return sp.call(operator, key, fields, documents, tensors, replays=True)
+    return sp.call(plan.operator, key, fields, documents, tensors, replays=True)
 
 
-def ungrouped(stages: Stages, x: _Inputs) -> _Inputs:
+def ungrouped(stages: AnyStages, x: _Inputs) -> _Inputs:
     """x with a query head for every value head, where the stages cannot share them."""
     groups = x.v.shape[2] // x.q.shape[2]
-    if stages.GROUPED_HEADS or groups == 1:
+    if stages.grouped_heads or groups == 1:
         return x
-    inputs: _Inputs = x._replace(q=x.q.repeat_interleave(groups, 2), k=x.k.repeat_interleave(groups, 2))
-    return inputs
+    q, k, *others = x.tensors()
+    assert q is not None and k is not None
+    return x.with_tensors((q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2), *others))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lasp.recurrence.decay import state_dtype
+from lasp.recurrence.inputs import state_dtype
 from lasp.sequence.arguments import check_floats, check_tensor
 
 
@@ -32,6 +32,17 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"v's heads must be a multiple of q's and no dim but B and T may be 0; got q {tuple(q.shape)}, "
             f"v {tuple(v.shape)}"
         )
+
+
+def check_queries(q: Tensor, k: Tensor) -> None:
+    """q has k's shape, dtype and device.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if q.shape != k.shape or q.dtype != k.dtype or q.device != k.device:
+        given = f"{tuple(q.shape)}, {q.dtype}, on {q.device}"
+        raise ValueError(f"q must be as k, {tuple(k.shape)}, {k.dtype}, on {k.device}; got {given}")
 
 
 def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> None:

@@ -1,65 +1,160 @@
-"""The exchange as an operator of PyTorch's: torch.compile traces a recurrence's stages and calls this between them.
+"""Scans as operators of PyTorch's, which torch.compile puts into its graphs without looking inside.
 
-A whole exchange is one operator, so no local work runs beside it; the compiler fuses that instead.
+For stages that are fused kernels. The operators know the ranks by a number and take no packed documents. Their lists
+end with what backward takes as `saved`, whose number depends on the kind of decay.
 """
 
-from __future__ import annotations
+# No postponed annotations: the operators' schemas are read from them.
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
-from lasp.exchange.base import ExchangeResult
-from lasp.exchange.replay import replayed, reserve
-from lasp.recurrence.across import of_key
-from lasp.sequence import SequenceParallel
+from lasp.exchange.start import ranks_of
+from lasp.kernels.select import load
+from lasp.ops.scan import ScanPlan, backward, begin, forward
+from lasp.recurrence.inputs import DecayInputs
+from lasp.sequence.call import SequenceCall
 
-_KINDS = {kind.__name__: kind for kind in (Identity, Scalar, Diagonal, Dense)}
-
-
-def exchange(
-    sp: SequenceParallel, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
-) -> ExchangeResult:
-    """What `sp.exchange` brings, inside a compiled region."""
-    kind = type(summary.transition).__name__
-    entering, total = torch.ops.lasp.exchange(
-        list(summary.transition.tensors()), summary.state, initial, kind, reverse, want_total, sp.key
-    )
-    return ExchangeResult(entering, total if want_total else None)
+ALONE = -1
 
 
-@torch.library.custom_op("lasp::exchange", mutates_args=())
-def _exchange(
-    transition: list[Tensor], state: Tensor, initial: Tensor, kind: str, reverse: bool, want_total: bool, group: int
-) -> tuple[Tensor, Tensor]:
-    sp: SequenceParallel = of_key(group)
-    carried = None if reverse else replayed()
-    if carried is None:
-        shape, dtype, way = tuple(state.shape), str(state.dtype), "backward" if reverse else "forward"
-        fields = {"compiled exchange of": kind, "pass": way, "state": shape, "dtype": dtype, "total": want_total}
-        place = _dropped if reverse else reserve()
-        begun = sp.call("recurrence", tuple(fields.values()), lambda: fields)
-        assert begun is not None  # an exchange is compiled only over several ranks
-        # The compiler lays tensors out as it likes; messages are contiguous.
-        summary = Summary(_KINDS[kind](*(t.contiguous() for t in transition)), state.contiguous())
-        options = {"reverse": reverse, "want_total": want_total}
-        carried = sp.exchange.begin(begun.messages, summary, initial.contiguous(), **options).wait()
-        place(carried)
-    # New memory: an operator must not give its inputs back, and the compiler may write over what it is given.
-    total = state.new_empty(0) if carried.total is None else _copy(carried.total)
-    return _copy(carried.entering), total
+def scan_operator(plan: ScanPlan, x: DecayInputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As `lasp.ops.autograd.scan`, inside a compiled region."""
+    ranks = ALONE if plan.ranks is None else plan.ranks.key
+    want_gate = x.g is not None and x.g.requires_grad
+    o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_gate, plan.want_final, ranks)
+    return o, (others[0] if plan.ranks is None else others[-1]) if plan.want_final else None
 
 
-def _dropped(carried: ExchangeResult) -> None:
-    """Nothing that a backward pass brings is needed again."""
+def _plan(want_final: bool, key: int) -> ScanPlan:
+    ranks = None if key == ALONE else ranks_of(key)
+    return ScanPlan("linear_attention", load("decay", "triton"), ranks, want_final)  # type: ignore[arg-type]
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _called(plan: ScanPlan, q: Tensor, v: Tensor, *, backward: bool = False) -> SequenceCall | None:
+    """Tell the other ranks what is about to be computed."""
+    if plan.ranks is None:
+        return None
+    state = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    fields = {"pass": "backward" if backward else "forward", "state": state, "output_final_state": plan.want_final}
+    return plan.ranks.call("compiled linear_attention", tuple(fields.values()), lambda: fields, replays=not backward)
 
 
-@_exchange.register_fake
+def _inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, want_gate: bool) -> DecayInputs:
+    return DecayInputs(q, k, v, None if g is None else g.detach().requires_grad_(want_gate), scale)
+
+
+@torch.library.custom_op("lasp::decay_forward", mutates_args=())
+def decay_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    want_gate: bool,
+    want_final: bool,
+    ranks: int,
+) -> list[Tensor]:
+    """o [B, T, H_v, V], and what `decay_backward` takes as `saved`, first the state [B, H_v, K, V] that leaves.
+
+    ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
+    """
+    plan = _plan(want_final, ranks)
+    x = plan.stages.prepare(_inputs(q, k, v, g, scale, want_gate), initial is None and ranks == ALONE)
+    initial = None if initial is None else initial.contiguous()
+    o, final, saved = forward(plan, begin(plan, _called(plan, q, v), x, initial), x, initial)
+    # An exchange may give back its input, an operator must not.
+    return [o, *saved, *([final.clone()] if plan.ranks is not None and want_final and final is not None else [])]
+
+
+@decay_forward.register_fake
 def _(
-    transition: list[Tensor], state: Tensor, initial: Tensor, kind: str, reverse: bool, want_total: bool, group: int
-) -> tuple[Tensor, Tensor]:
-    return state.new_empty(state.shape), state.new_empty(state.shape if want_total else 0)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    want_gate: bool,
+    want_final: bool,
+    ranks: int,
+) -> list[Tensor]:
+    final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
+    empty_saved = load("decay", "triton").empty_saved
+    assert empty_saved is not None
+    saved = empty_saved(DecayInputs(q, k, v, g, scale), initial is None and ranks == ALONE, want_gate)
+    return [v.new_empty(v.shape), *saved, *(final if want_final and ranks != ALONE else [])]
+
+
+@torch.library.custom_op("lasp::decay_backward", mutates_args=())
+def decay_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    saved: list[Tensor],
+    d_o: Tensor | None,
+    d_final: Tensor | None,
+    scale: float,
+    from_zero: bool,
+    want_gate: bool,
+    want_initial: bool,
+    want_final: bool,
+    ranks: int,
+) -> list[Tensor]:
+    """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`:
+    there are no ranks and was no initial state."""
+    plan = _plan(want_final, ranks)
+    x = plan.stages.prepare(_inputs(q, k, v, g, scale, want_gate), from_zero)
+    call = _called(plan, q, v, backward=True)
+    d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    (dq, dk, dv, dg), d_initial = backward(plan, call, x, tuple(saved), d_o, d_final, want_initial)
+    assert dq is not None and dk is not None and dv is not None
+    others = (None if dg is None else dg.contiguous(), d_initial)
+    return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
+
+
+@decay_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    saved: list[Tensor],
+    d_o: Tensor | None,
+    d_final: Tensor | None,
+    scale: float,
+    from_zero: bool,
+    want_gate: bool,
+    want_initial: bool,
+    want_final: bool,
+    ranks: int,
+) -> list[Tensor]:
+    wanted = [q, k, v, *([g] if want_gate and g is not None else []), *(saved[:1] if want_initial else [])]
+    return [tensor.new_empty(tensor.shape) for tensor in wanted]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    q, k, v, g, initial, ctx.scale, _, ctx.want_final, ctx.ranks = inputs
+    ctx.ends_with_final = ctx.want_final and ctx.ranks != ALONE
+    ctx.from_zero = initial is None and ctx.ranks == ALONE
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, *(output[1:-1] if ctx.ends_with_final else output[1:]))
+
+
+def _backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    q, k, v, g, *saved = ctx.saved_tensors
+    want_gate, want_initial = ctx.needs_input_grad[3:5]
+    d_final = d_output[-1] if ctx.ends_with_final else d_output[1] if ctx.ranks == ALONE else None
+    dq, dk, dv, *others = decay_backward(
+        q, k, v, g, saved, d_output[0], d_final, ctx.scale, ctx.from_zero, want_gate, want_initial,
+        ctx.want_final, ctx.ranks,
+    )  # fmt: skip
+    dg, d_initial = others.pop(0) if want_gate else None, others.pop() if want_initial else None
+    return dq, dk, dv, dg, d_initial, None, None, None, None
+
+
+decay_forward.register_autograd(_backward, setup_context=_keep)

@@ -8,18 +8,15 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.select import select
-from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
-from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import ScanPlan, scan, untraced
-from lasp.recurrence.decay import state_dtype
-from lasp.recurrence.delta import DeltaInputs
-from lasp.recurrence.stages import Stages
+from lasp.ops.autograd import scan
+from lasp.ops.call import check_initial, packed, scale_of
+from lasp.ops.checks import check_beta, check_gate, check_gate_values, check_inputs, check_queries
+from lasp.ops.pending import PendingOutputs
+from lasp.ops.scan import ScanPlan
+from lasp.recurrence.inputs import NORM_EPS, DeltaInputs, state_dtype
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags
 from lasp.sequence.validation import broadcast_errors, check_shard
-
-# Added to the squared length of queries and keys, so that a zero vector stays zero.
-NORM_EPS = 1e-6
 
 
 def delta_rule(
@@ -54,7 +51,8 @@ def delta_rule(
         g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's.
         normalize_qk: divide q and k by their lengths first, in the state's dtype: sqrt(sum of squares + 1e-6).
         scale, initial_state, output_final_state, cu_seqlens, sp: as in `linear_attention`.
-        backend: "auto", "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU, with the
+        backend: "auto" ("triton" on a GPU, else "torch"), "triton" (fused kernels, on a GPU; with bf16 inputs products
+            are of bf16, states fp32), "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU, with the
             extra `fla`) or "reference" (token by token, slow, exact).
 
     Returns:
@@ -66,37 +64,83 @@ def delta_rule(
     """
     with broadcast_errors(sp):
         check_inputs(q, k, v)
-        check_flags(output_final_state=output_final_state, normalize_qk=normalize_qk)
-        check_shard(sp, q.shape[1])
-        check_beta(beta, v)
-        if g is not None:
-            check_gate(g, q, v, constant=False)
-            check_gate_values(g)
-        dtype = state_dtype(q.dtype)
-        documents = packed(cu_seqlens, q.shape[0], q.shape[1], sp)
-        gate = None if g is None else g.to(dtype)
-        x = DeltaInputs(q, k, v, beta.to(dtype), gate, scale_of(q, scale), documents)
-        check_initial(x, initial_state)
-        stages = select("delta", backend, x)
-    return _scanned(stages, x, initial_state, output_final_state, normalize_qk, sp)
+        plan, x = _planned(
+            k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, sp, backend, normalize_qk
+        )
+    return _finished(plan, x, q, initial_state)
 
 
-# Its gradients take gradients of their own, which the compiler does not follow.
-@untraced
-def _scanned(
-    stages: Stages,
-    x: DeltaInputs,
+def delta_rule_begin(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    sp: SequenceParallel | None = None,
+    backend: str = "auto",
+    normalize_qk: bool = False,
+) -> PendingOutputs:
+    """Start `delta_rule` before its queries are known; see `linear_attention_begin`."""
+    with broadcast_errors(sp):
+        check_inputs(k, k, v)
+        plan, x = _planned(
+            k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, sp, backend, normalize_qk
+        )
+
+    def finish(q: Tensor) -> tuple[Tensor, Tensor | None]:
+        with broadcast_errors(sp):
+            check_queries(q, k)
+        return _finished(plan, x, q, initial_state)
+
+    return PendingOutputs(finish)
+
+
+def _planned(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
-    normalize_qk: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
     sp: SequenceParallel | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Tell the other ranks, then scan."""
-    call = called(sp, "delta_rule", x, initial_state, output_final_state, normalize_qk=normalize_qk)
-    if normalize_qk:
-        x = x._replace(q=_unit(x.q, x.beta.dtype), k=_unit(x.k, x.beta.dtype))
-    initial = initial_of(x, initial_state)
-    return scan(ScanPlan(stages, sp, call, False, output_final_state), ungrouped(stages, x), initial)
+    backend: str,
+    normalize_qk: bool,
+) -> tuple[ScanPlan, DeltaInputs]:
+    """How to compute, and the inputs with k in the place of q, which is laid out alike."""
+    check_flags(output_final_state=output_final_state, normalize_qk=normalize_qk)
+    check_shard(sp, k.shape[1])
+    check_beta(beta, v)
+    if g is not None:
+        check_gate(g, k, v, constant=False)
+    dtype = state_dtype(k.dtype)
+    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
+    gate = None if g is None else g.to(dtype)
+    x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), documents)
+    check_initial(x, initial_state)
+    ranks = sp if sp is not None and sp.size > 1 else None
+    stages = select("delta", backend, x)
+    if g is not None and not (g.is_cuda and stages.bad_gates_give_nan):
+        check_gate_values(g)
+    change = _unit_length if normalize_qk and not stages.normalizes else None
+    x = x._replace(normalize=normalize_qk and stages.normalizes)
+    options = {"normalize_qk": normalize_qk}
+    return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, options, change), x
+
+
+def _finished(plan: ScanPlan, x: DeltaInputs, q: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
+    return scan(plan, DeltaInputs(q, x.k, x.v, x.beta, x.g, x.scale, x.documents, x.normalize), initial_state)
+
+
+def _unit_length(x: DeltaInputs) -> DeltaInputs:
+    """x whose queries and keys have length 1, in the state's dtype."""
+    return x._replace(q=_unit(x.q, x.beta.dtype), k=_unit(x.k, x.beta.dtype))
 
 
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.kernels.select import select
-from lasp.ops.call import called, check_initial, initial_of, packed, scale_of, ungrouped
-from lasp.ops.checks import check_gate, check_gate_values, check_inputs
-from lasp.ops.scan import ScanPlan, not_traced_before, refuse_final_in_graph, scan, untraced
-from lasp.recurrence.decay import state_dtype
-from lasp.recurrence.stages import DecayInputs, Stages
+from lasp.ops.autograd import begin_early, break_graph_for_sums, scan
+from lasp.ops.call import check_initial, packed, scale_of
+from lasp.ops.checks import check_gate, check_gate_values, check_inputs, check_queries
+from lasp.ops.pending import PendingOutputs
+from lasp.ops.scan import ScanPlan
+from lasp.recurrence.inputs import DecayInputs, state_dtype
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, number
 from lasp.sequence.validation import broadcast_errors, check_shard
 
 
 def linear_attention(
-    q: Tensor | Callable[[], Tensor],
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None = None,
@@ -42,8 +42,7 @@ def linear_attention(
     had computed all of it (LASP, arXiv 2404.02882).
 
     Args:
-        q, k: [B, T, H, K], fp64, fp32, bf16 or fp16. q may be a function that gives it: where fused kernels run on
-            several ranks it is called while the state is on its way, and hides the exchange behind what it computes.
+        q, k: [B, T, H, K], fp64, fp32, bf16 or fp16.
         v: [B, T, H_v, V] of the same dtype; H_v a multiple of H. Value head h uses query head h // (H_v // H).
         g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's. On a GPU, where looking
             would wait for it, a value that is positive or NaN makes an assertion on the device fail ("torch") or gives
@@ -70,82 +69,88 @@ def linear_attention(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
-    queries: Tensor = k if callable(q) else q  # to be called: keys stand for them, being laid out alike
     with broadcast_errors(sp):
-        check_inputs(queries, k, v)
-        check_flags(causal=causal, output_final_state=output_final_state)
-        check_shard(sp, k.shape[1])
-        if g is not None:
-            if not causal:
-                raise ValueError("causal=False has no order in which to decay: g must be None")
-            check_gate(g, k, v)
-            g = g.to(state_dtype(k.dtype))
-        documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
-        if documents is not None and not causal:
-            raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
-        x = DecayInputs(queries, k, v, g, scale_of(k, scale), documents)
-        check_initial(x, initial_state)
-        stages = select("decay" if causal else "unmasked", backend, x)
-        if g is not None and not (g.is_cuda and getattr(stages, "BAD_GATES_GIVE_NAN", False)):
-            check_gate_values(g)
-    refuse_final_in_graph(sp, output_final_state)
-    fused = getattr(stages, "fused", None)
-    if fused is not None:
-        run = _fused if documents is None else _untraced_fused
-        return run(stages, x, q, initial_state, output_final_state, sp)
-    if callable(q):  # not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through
-        x = DecayInputs(_called(q, k, v, sp), *x[1:])
-    return _scanned(stages, x, initial_state, output_final_state, causal, sp)
+        check_inputs(q, k, v)
+        plan, x = _planned(q, k, v, g, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend)
+    break_graph_for_sums(plan, initial_state)
+    return scan(plan, x, initial_state)
 
 
-def _fused(
-    stages: Any,
-    x: DecayInputs,
-    q: Tensor | Callable[[], Tensor],
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    sp: SequenceParallel | None,
-) -> tuple[Tensor, Tensor | None]:
-    """All at once; `q`, where it is a function, is called while the exchange is under way."""
-    call, started = called(sp, "linear_attention", x, initial_state, output_final_state, causal=True), None
-    if callable(q):
-        if call is not None:
-            started = stages.start(x, initial_state, output_final_state, call)
-        x = x._replace(q=_called(q, x.k, x.v, sp))
-    key = None if sp is None or sp.size == 1 else sp.key
-    result: tuple[Tensor, Tensor | None] = stages.fused(x, initial_state, output_final_state, call, started, key)
-    return result
+def linear_attention_begin(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    causal: bool = True,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    sp: SequenceParallel | None = None,
+    backend: str = "auto",
+) -> PendingOutputs:
+    """Start `linear_attention` before its queries are known, and with fused kernels over ranks its exchange.
+
+    What is computed until `finish(q)` hides the exchange. Arguments are those of `linear_attention`.
+
+    Returns:
+        an object whose `finish(q)` gives what `linear_attention` does.
+
+    Raises:
+        ValueError: an argument does not fit; also by `finish`.
+        ExchangeError: the ranks of `sp` disagree, or one does not answer in time; also by `finish`.
+    """
+    with broadcast_errors(sp):
+        check_inputs(k, k, v)
+        plan, x = _planned(k, k, v, g, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend)
+    break_graph_for_sums(plan, initial_state)
+    begun = begin_early(plan, x, initial_state)
+
+    def finish(q: Tensor) -> tuple[Tensor, Tensor | None]:
+        with broadcast_errors(sp):
+            check_queries(q, k)
+        # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
+        return scan(plan, DecayInputs(q, x.k, x.v, x.g, x.scale, x.documents), initial_state, begun)
+
+    return PendingOutputs(finish)
 
 
-# The operators of a compiled graph take no documents: the graph breaks around them.
-_untraced_fused = untraced(_fused)
-
-
-@not_traced_before
-def _scanned(
-    stages: Stages,
-    x: DecayInputs,
+def _planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
     causal: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
     sp: SequenceParallel | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Tell the other ranks, then scan."""
-    call = called(sp, "linear_attention", x, initial_state, output_final_state, causal=causal)
-    plan = ScanPlan(stages, sp, call, not causal, output_final_state)
-    return scan(plan, ungrouped(stages, x), initial_of(x, initial_state))
-
-
-def _called(q: Callable[[], Tensor], k: Tensor, v: Tensor, sp: SequenceParallel | None) -> Tensor:
-    """What `q` gives, checked."""
-    queries = q()
-    with broadcast_errors(sp):
-        check_inputs(queries, k, v)
-    return queries
+    backend: str,
+) -> tuple[ScanPlan, DecayInputs]:
+    """How to compute, and the inputs; for queries yet to come k stands, which is laid out alike."""
+    check_flags(causal=causal, output_final_state=output_final_state)
+    check_shard(sp, k.shape[1])
+    if g is not None:
+        if not causal:
+            raise ValueError("causal=False has no order in which to decay: g must be None")
+        check_gate(g, k, v)
+        g = g.to(state_dtype(k.dtype))
+    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
+    if documents is not None and not causal:
+        raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
+    x = DecayInputs(q, k, v, g, scale_of(k, scale), documents)
+    check_initial(x, initial_state)
+    stages = select("decay" if causal else "unmasked", backend, x)
+    if g is not None and not (g.is_cuda and stages.bad_gates_give_nan):
+        check_gate_values(g)
+    ranks = sp if sp is not None and sp.size > 1 else None
+    options = {"causal": causal}
+    return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, documents, options), x
 
 
 def normalized_linear_attention(
-    q: Tensor | Callable[[], Tensor],
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None = None,
@@ -178,11 +183,11 @@ def normalized_linear_attention(
         ValueError, ExchangeError: as `linear_attention`.
     """
     with broadcast_errors(sp):
-        check_inputs(k if callable(q) else q, k, v)
-        eps = number("eps", eps, "a number >= 0", lambda eps: 0 <= eps < inf)
+        check_inputs(q, k, v)
+        eps = _checked(eps)
     dtype = state_dtype(v.dtype)
     o, final_state = linear_attention(
-        (lambda: _called(q, k, v, sp).to(dtype)) if callable(q) else q.to(dtype),
+        q.to(dtype),
         k.to(dtype),
         pad(v.to(dtype), (0, 1), value=1.0),
         g,
@@ -194,4 +199,53 @@ def normalized_linear_attention(
         sp=sp,
         backend=backend,
     )
-    return (o[..., :-1] / (o[..., -1:] + eps)).to(v.dtype), final_state
+    return _divided(o, eps, v), final_state
+
+
+def normalized_linear_attention_begin(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    causal: bool = True,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    sp: SequenceParallel | None = None,
+    backend: str = "auto",
+) -> PendingOutputs:
+    """Start `normalized_linear_attention` before its queries are known; see `linear_attention_begin`."""
+    with broadcast_errors(sp):
+        check_inputs(k, k, v)
+        eps = _checked(eps)
+    dtype = state_dtype(v.dtype)
+    pending = linear_attention_begin(
+        k.to(dtype),
+        pad(v.to(dtype), (0, 1), value=1.0),
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        causal=causal,
+        cu_seqlens=cu_seqlens,
+        sp=sp,
+        backend=backend,
+    )
+
+    def finish(q: Tensor) -> tuple[Tensor, Tensor | None]:
+        with broadcast_errors(sp):
+            check_queries(q, k)
+        o, final_state = pending.finish(q.to(dtype))
+        return _divided(o, eps, v), final_state
+
+    return PendingOutputs(finish)
+
+
+def _checked(eps: float) -> float:
+    return number("eps", eps, "a number >= 0", lambda eps: 0 <= eps < inf)
+
+
+def _divided(o: Tensor, eps: float, v: Tensor) -> Tensor:
+    return (o[..., :-1] / (o[..., -1:] + eps)).to(v.dtype)

@@ -1,205 +1,163 @@
-"""The autograd function that crosses ranks for any backend: a recurrence's stages around an exchange.
+"""The forward and the backward pass of any recurrence over any number of ranks: its stages around an exchange.
 
-    forward:  summarize -> begin -> local outputs -> wait -> outputs
-    backward: summarize the adjoint -> begin, reversed -> gradients of q -> wait -> the other gradients
-
-A backend whose stages are fused has its own way through the same steps.
+    forward:  summarize -> start -> local outputs -> wait -> outputs
+    backward: summarize the adjoint -> start, reversed -> gradients of q -> wait -> the other gradients
 
 What is saved for backward holds the states with the other ranks' part applied (the state cache of LASP), so
-backward recomputes no forward state and exchanges once.
+backward recomputes no forward state and exchanges once. Nothing here is differentiable: `autograd` and `compiled` make
+it so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lasp.algebra import Summary
-from lasp.exchange.schedules.local import Local, Ready
-from lasp.ops.compiled import exchange
-from lasp.recurrence.derivatives import first_derivatives
+from lasp.exchange.base import ConstantDecays, PendingExchange
+from lasp.exchange.start import start
 from lasp.recurrence.documents import Documents
 from lasp.recurrence.packed_documents import PackedDocuments, zero_finals
-from lasp.recurrence.stages import Stages, tensors_of
+from lasp.recurrence.stages import AnyStages, Gradients, RunInputs, Saved
 from lasp.sequence import SequenceParallel
 from lasp.sequence.call import SequenceCall
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class ScanPlan(NamedTuple):
     """How a recurrence is computed.
 
     Attributes:
-        stages: the backend's stages.
-        sp: the ranks that share the sequence, or None.
-        call: what they were told of; None without others, and in compiled graphs, whose exchanges tell them.
-        whole: outputs see the state after all tokens instead of the past (`causal=False`).
+        operator: that the user called.
+        stages: the backend's.
+        ranks: that share the sequence, or None for one device.
         want_final: the final state is an output.
+        sees_all: outputs see the state after all tokens instead of the past (`causal=False`).
+        documents: packed ones, or None.
+        options: others of the operator, which all ranks must give alike.
+        change: what the operator does to its inputs once the ranks are told of them, or None.
     """
 
-    stages: Stages
-    sp: SequenceParallel | None
-    call: SequenceCall | None
-    whole: bool
+    operator: str
+    stages: AnyStages
+    ranks: SequenceParallel | None
     want_final: bool
+    sees_all: bool = False
+    documents: Documents | None = None
+    options: Mapping[str, object] = {}
+    change: Callable[[Any], Any] | None = None
+
+    def packed(self, call: SequenceCall | None) -> PackedDocuments | None:
+        """How the documents' states meet what crosses the ranks in this pass."""
+        return None if self.documents is None else PackedDocuments(self.documents, call)
 
 
-# PyTorch 2.11's compiler traces `scan` and loses the gradients of the inputs, without a word; 2.13's does not.
-# Where it is not known to be right the graph breaks around it instead (`not_traced_before`).
-TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
+class Begun(NamedTuple):
+    """A pass whose exchange is under way; without summary and exchange where one device spares them.
 
-
-_FINAL_IN_GRAPH = (
-    "output_final_state=True over several ranks cannot be part of a compiled graph: leave fullgraph=True out, and the "
-    "graph breaks around the operator, or ask for the final state outside of the compiled function"
-)
-
-
-def untraced(function: _Function) -> _Function:
-    """`function`, around which a compiled graph breaks.
-
-    As `torch.compiler.disable`, which loads the compiler: half of the time that importing this library would take.
-    PyTorch's own way loads it at the first call, so uncompiled calls do not go by it.
+    Attributes:
+        call: the ranks during this pass; None on one device and in compiled graphs.
     """
-    disabled = torch._disable_dynamo(function)
 
-    @wraps(function)
-    def wrapped(*arguments: Any) -> Any:
-        return disabled(*arguments) if torch.compiler.is_compiling() else function(*arguments)
-
-    return cast(_Function, wrapped)
+    call: SequenceCall | None
+    summary: Summary | None
+    totals: Any
+    exchange: PendingExchange | None
 
 
-def not_traced_before(function: _Function) -> _Function:
-    """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
-    return function if TRACEABLE else untraced(function)
+def begin(plan: ScanPlan, call: SequenceCall | None, x: RunInputs, initial: Tensor | None) -> Begun:
+    """Summarize the run and start the exchange."""
+    stages, packed = plan.stages, plan.packed(call)
+    if plan.ranks is None and stages.unsummarized is not None:
+        return Begun(None, None, stages.unsummarized.totals(x), None)
+    summary, totals = stages.summarize(x)
+    want_total = plan.sees_all or (plan.want_final and packed is None)
+    border, before = (summary, initial) if packed is None else (packed.leaving(summary, initial), None)
+    exchange = start(plan.ranks, call, border, before, want_total=want_total, decays=_decays(plan, x))
+    return Begun(call, summary, totals, exchange)
 
 
-def scan(plan: ScanPlan, x: Any, initial: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The recurrence `plan.stages` on the inputs `x`, a NamedTuple of tensors or None that ends with scale, documents.
-
-    Args:
-        initial: [B, H_v, K, V], or one for every document of the whole sequence.
-
-    Returns:
-        o [B, T, H_v, V] and, where wanted, the final states of the global sequence, as many as initial ones.
-    """
-    run = partial(_rebuilt, type(x), x.scale, x.documents)
-    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, run, initial, *tensors_of(x))
-    return result
-
-
-def refuse_final_in_graph(sp: SequenceParallel | None, want_final: bool) -> None:
-    """Break the compiler's graph where the final state of several ranks is wanted; with fullgraph=True, say so.
-
-    Its gradients are summed over the ranks, by a message that is no operator yet.
-    """
-    if want_final and sp is not None and sp.size > 1 and torch.compiler.is_compiling():
-        torch._dynamo.graph_break(msg=_FINAL_IN_GRAPH)
+def forward(plan: ScanPlan, begun: Begun, x: RunInputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None, Saved]:
+    """The outputs, the final states if they are wanted, and what backward needs."""
+    (call, summary, totals, exchange), stages = begun, plan.stages
+    packed = plan.packed(call)
+    partial = stages.local_outputs(x, totals)
+    entering, total = (initial, None) if exchange is None else exchange.wait()
+    entering = total if plan.sees_all else entering
+    entering = entering if packed is None else packed.entering(entering, initial)
+    o, saved = stages.outputs(x, totals, partial, _state(entering))
+    if not plan.want_final or (packed is None and total is not None):
+        return o, total if plan.want_final else None, saved
+    if stages.unsummarized is not None:
+        leaving = stages.unsummarized.leaving(saved)
+    else:
+        assert summary is not None
+        leaving = summary.apply(_state(entering))
+    return o, leaving if packed is None else packed.final(leaving, initial), saved
 
 
-def _rebuilt(kind: Callable[..., Any], scale: float, documents: Documents | None, tensors: tuple[Any, ...]) -> Any:
-    return kind(*tensors, scale, documents)
-
-
-def _begin(
+def _begin_adjoint(
     plan: ScanPlan,
     call: SequenceCall | None,
-    x: Any,
-    summary: Summary,
-    initial: Tensor,
-    *,
-    reverse: bool,
-    want_total: bool,
-) -> Any:
-    """Begin the exchange of one pass: a `lasp.exchange.base.PendingExchange`."""
-    sp, want_total = plan.sp, want_total or plan.whole
-    if sp is None or sp.size == 1:
-        return Local().begin(None, summary, initial, reverse=reverse, want_total=want_total)
-    if call is None:
-        return Ready(exchange(sp, summary, initial, reverse=reverse, want_total=want_total))
-    return call.begin(x, summary, initial, reverse=reverse, want_total=want_total)
+    x: RunInputs,
+    saved: Saved,
+    d_o: Tensor,
+    d_final: Tensor | None,
+    want_initial: bool,
+) -> tuple[Begun, Tensor | None]:
+    """Also gives the gradient of the final states, which over ranks is the sum of their shares."""
+    stages, ranks, packed = plan.stages, plan.ranks, plan.packed(call)
+    if ranks is None and stages.unsummarized is not None and not want_initial:
+        return Begun(None, None, stages.unsummarized.totals_adjoint(x, saved, d_o), None), d_final
+    summary, totals = stages.summarize_adjoint(x, saved, d_o)
+    if d_final is None and not (stages.takes_no_state and (ranks is None or not plan.want_final)):
+        d_final = zero_finals(plan.documents, summary)
+    if call is not None and plan.want_final:
+        d_final = call.sum(_state(d_final))
+    border, before = (summary, d_final) if packed is None else (packed.leaving_adjoint(summary, d_final), None)
+    exchange = start(ranks, call, border, before, reverse=True, want_total=plan.sees_all, decays=_decays(plan, x))
+    return Begun(call, summary, totals, exchange), d_final
 
 
-def _from_zero(summary: Summary) -> tuple[Summary, Tensor]:
-    return summary, torch.zeros_like(summary.state)
+def backward(
+    plan: ScanPlan,
+    call: SequenceCall | None,
+    x: RunInputs,
+    saved: Saved,
+    d_o: Tensor,
+    d_final: Tensor | None,
+    want_initial: bool,
+) -> tuple[Gradients, Tensor | None]:
+    """The gradients of x's tensors and, if wanted, of the initial states: whole on the first rank, zero on others."""
+    stages, packed = plan.stages, plan.packed(call)
+    (_, summary, totals, exchange), d_final = _begin_adjoint(plan, call, x, saved, d_o, d_final, want_initial)
+    local = stages.local_gradients(x, saved, totals, d_o)
+    d_leaving, total = (d_final, None) if exchange is None else exchange.wait()
+    d_leaving = total if plan.sees_all else d_leaving
+    d_leaving = d_leaving if packed is None else packed.entering_adjoint(d_leaving, d_final)
+    gradients = stages.gradients(x, saved, totals, local, d_o, _state(d_leaving))
+    if not want_initial:
+        return gradients, None
+    assert summary is not None
+    is_first = plan.ranks is None or plan.ranks.rank == 0
+    if packed is None and not is_first:
+        return gradients, torch.zeros_like(summary.state)
+    d_initial = d_leaving if plan.sees_all else summary.state if d_leaving is None else summary.apply(d_leaving)
+    d_initial = _state(d_initial) if packed is None else packed.initial(_state(d_initial), d_final)
+    return gradients, d_initial if is_first else torch.zeros_like(d_initial)
 
 
-def _exactly(function: _Function) -> _Function:
-    """`function` outside autocast, which would round states to 16 bits in the stages' matrix products."""
-
-    @wraps(function)
-    def wrapped(*arguments: Any) -> Any:
-        device = next(a.device.type for a in arguments if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*arguments)
-
-    return cast(_Function, wrapped)
+def _state(state: Tensor | None) -> Tensor:
+    """None only where the stages take it for zero."""
+    return cast(Tensor, state)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    @_exactly
-    def forward(
-        ctx: Any,
-        plan: ScanPlan,
-        run: Callable[..., Any],
-        initial: Tensor,
-        *inputs: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        x, stages, call = run(inputs), plan.stages, plan.call
-        packed = None if x.documents is None else PackedDocuments(x.documents, call)
-        summary, totals = stages.summarize(x)
-        border, before = (summary, initial) if packed is None else _from_zero(packed.leaving(summary, initial))
-        want_total = plan.want_final and packed is None
-        exchanging = _begin(plan, call, x, border, before, reverse=False, want_total=want_total)
-        partial_outputs = stages.local_outputs(x, totals)
-        carried = exchanging.wait()
-        entering = carried.total if plan.whole else carried.entering
-        entering = entering if packed is None else packed.entering(entering, initial)
-        assert entering is not None  # nothing is None here
-        o, saved = stages.outputs(x, totals, partial_outputs, entering)
-        final = carried.total
-        if packed is not None and plan.want_final:
-            final = packed.final(summary.apply(entering), initial)
-        # Every tensor through save_for_backward, so that saved-tensor hooks (offloading, recomputation) see them.
-        tensors, ctx.structure = tree_flatten((inputs, saved))
-        ctx.plan, ctx.run = plan, run
-        ctx.save_for_backward(*tensors)
-        return o, final if plan.want_final else None
-
-    @staticmethod
-    @first_derivatives("a recurrence (linear_attention, delta_rule)")
-    @_exactly
-    def backward(ctx: Any, d_o: Tensor, d_final: Tensor | None) -> tuple[Any, ...]:
-        plan, stages, sp = ctx.plan, ctx.plan.stages, ctx.plan.sp
-        # First of all, because this may recompute a region, with calls of its own.
-        inputs, saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
-        x, call = ctx.run(inputs), None if plan.call is None else plan.call.adjoint()
-        packed = None if x.documents is None else PackedDocuments(x.documents, call)
-        summary, totals = stages.summarize_adjoint(x, saved, d_o)
-        d_final = zero_finals(x, summary) if d_final is None else d_final.to(summary.state.dtype)
-        # A rank's gradient of the final state is its share of it: the loss is the sum over ranks.
-        if plan.want_final and sp is not None:
-            d_final = sp.comm.sum(d_final) if call is None else call.sum(d_final)
-        border, before = (summary, d_final) if packed is None else _from_zero(packed.leaving_adjoint(summary, d_final))
-        exchanging = _begin(plan, call, x, border, before, reverse=True, want_total=False)
-        local = stages.local_gradients(x, saved, totals, d_o)
-        carried = exchanging.wait()
-        d_leaving: Any = carried.total if plan.whole else carried.entering
-        d_leaving = d_leaving if packed is None else packed.entering_adjoint(d_leaving, d_final)
-        d_inputs = stages.gradients(x, saved, totals, local, d_o, d_leaving)
-        d_initial = None
-        if ctx.needs_input_grad[2]:
-            d_initial = d_leaving if plan.whole else summary.apply(d_leaving)
-            d_initial = d_initial if packed is None else packed.initial(d_initial, d_final)
-            # Whole on the first rank: the ranks' gradients are shares of one sum.
-            d_initial = d_initial if sp is None or sp.rank == 0 else torch.zeros_like(d_initial)
-        return None, None, d_initial, *d_inputs
+def _decays(plan: ScanPlan, x: RunInputs) -> ConstantDecays | None:
+    """Constant decays: every rank knows the others'."""
+    if plan.ranks is None or x.g is None or x.g.dim() > 1 or plan.documents is not None:
+        return None
+    batch, tokens = x.v.shape[:2]
+    lengths = [tokens] * plan.ranks.size if plan.ranks.lengths is None else plan.ranks.lengths
+    return ConstantDecays(x.g.detach(), lengths, batch)

@@ -76,8 +76,7 @@ class DeltaInputs(NamedTuple):
     Attributes:
         beta: [B, T, H_v], in [0, 2], in the state's dtype.
         g: None (DeltaNet), [B, T, H_v] (Gated DeltaNet) or [B, T, H_v, K] (KDA).
-        normalize: q and k are to be divided by their lengths, sqrt(sum of squares + NORM_EPS), by stages that say that
-            they do so.
+        normalize: q and k are to be divided by their lengths, sqrt(sum of squares + NORM_EPS), by stages that do so.
     """
 
     q: Tensor

@@ -8,13 +8,12 @@ the border crosses it: a document boundary inside a shard is a zero transition, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.recurrence.across import Across
 from lasp.recurrence.documents import Documents
 
 
@@ -42,22 +41,30 @@ def _border(parts: Summary, own: Tensor | None, enters: bool, leaves: bool, firs
     return Summary(forgets, part.state if own is None else part.apply(own[index]))
 
 
-def zero_finals(x: Any, summary: Summary) -> Tensor:
+class SumOverRanks(Protocol):
+    """The ranks that share the sequence."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, added in their order."""
+        ...
+
+
+def zero_finals(documents: Documents | None, summary: Summary) -> Tensor:
     """Zeros of the final states' shape: one for each sequence of the batch or document of the whole sequence."""
-    count = summary.state.shape[0] if x.documents is None else x.documents.count
+    count = summary.state.shape[0] if documents is None else documents.count
     return summary.state.new_zeros(count, *summary.state.shape[1:])
 
 
 class PackedDocuments:
-    """Documents one after another in a single sequence, on one device or over the ranks of `across`.
+    """Documents one after another in a single sequence, on one device or over the ranks of `ranks`.
 
     N documents in the whole sequence, n on this rank. Initial states and gradients of final ones, [N, H, K, V], are
     zero if None. Nothing enters the exchange from outside: what enters a document does so within the rank where it
     starts.
     """
 
-    def __init__(self, documents: Documents, across: Across | None) -> None:
-        self._documents, self._across = documents, across
+    def __init__(self, documents: Documents, ranks: SumOverRanks | None) -> None:
+        self._documents, self._ranks = documents, ranks
 
     def leaving(self, parts: Summary, initial: Tensor | None) -> Summary:
         """This rank's summary, [1, H, K, V], of those of the documents here."""
@@ -95,7 +102,7 @@ class PackedDocuments:
         return self._with_empty(self._spread(d_entering, self._documents.starting), d_final)
 
     def _here(self, values: Tensor | None) -> Tensor | None:
-        """Of the values of all documents those of the documents here."""
+        """Rows of `values` for the documents on this rank."""
         if values is None or len(self._documents.ids) == self._documents.count:
             return values  # all of them: no copy, and no index for a GPU to be sent
         return values[list(self._documents.ids)]
@@ -107,12 +114,12 @@ class PackedDocuments:
     def _spread(self, values: Tensor, wanted: Sequence[int]) -> Tensor:
         """Each rank knows some documents' values; together, all but those of empty documents, which are zero."""
         d = self._documents
-        if self._across is None and len(wanted) == d.count:
+        if self._ranks is None and len(wanted) == d.count:
             return values
         whole = values.new_zeros(d.count, *values.shape[1:])
         whole[[d.ids[position] for position in wanted]] = values[list(wanted)]
         # The others' entries are zero, so the sum changes no bits.
-        return whole if self._across is None else self._across.sum(whole)
+        return whole if self._ranks is None else self._ranks.sum(whole)
 
     def _with_empty(self, spread: Tensor, values: Tensor | None) -> Tensor:
         """`spread` with `values` at the empty documents: what enters them leaves them."""

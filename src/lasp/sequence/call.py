@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from lasp.algebra import Summary
 from lasp.distributed.call import Call
-from lasp.exchange.base import PendingExchange
-from lasp.exchange.replay import replayed, reserve
-from lasp.sequence.carry import carry
-
-if TYPE_CHECKING:
-    from lasp.sequence.sequence_parallel import SequenceParallel
+from lasp.exchange.replay import recorded, reserve
 
 
 class SequenceCall:
-    """The ranks during one pass; what a backend sees of them (`lasp.recurrence.across.Across`).
+    """The ranks during one pass.
 
     In the recomputation of a region that keeps what its exchanges brought there is nothing to call for: `messages` is
     None, on all ranks alike.
     """
 
-    def __init__(self, sp: SequenceParallel, messages: Call | None, *, is_forward: bool) -> None:
-        self.sp, self._messages, self._is_forward = sp, messages, is_forward
-
-    @property
-    def rank(self) -> int:
-        return self.sp.rank
+    def __init__(self, rank: int, messages: Call | None, *, is_forward: bool) -> None:
+        self.rank, self._messages, self._is_forward = rank, messages, is_forward
 
     @property
     def messages(self) -> Call:
@@ -38,19 +28,13 @@ class SequenceCall:
 
     def adjoint(self, part: str = "backward") -> SequenceCall:
         """Begin the pass that takes this one's gradients. part: what to call it, where there are several."""
-        return SequenceCall(self.sp, self.messages.adjoint(part), is_forward=False)
-
-    def begin(
-        self, x: Any, summary: Summary, initial: Tensor | None, *, reverse: bool = False, want_total: bool = False
-    ) -> PendingExchange:
-        """Start to carry the state over the ranks; see `lasp.recurrence.across.Across`."""
-        return carry(self.sp, self._messages, x, summary, initial, reverse, want_total)
+        return SequenceCall(self.rank, self.messages.adjoint(part), is_forward=False)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, added in their order."""
         if not self._is_forward:
             return self.messages.sum(tensor)
-        kept = replayed()
+        kept = recorded()
         if kept is not None:
             total: Tensor = kept
             return total

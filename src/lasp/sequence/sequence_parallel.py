@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lasp.distributed.call import Call
+from lasp.distributed.call import Call, Calls
 from lasp.distributed.comm import Comm, Counters
 from lasp.distributed.record import Description, ExchangeError, RecordedStep, digest_of, source_of
-from lasp.distributed.sealed import Sealing, Stamps, TorchStamps
+from lasp.distributed.sealed import SealedCalls, Stamps, TorchStamps
 from lasp.exchange import Exchange, resolve
 from lasp.exchange.replay import is_replaying
-from lasp.recurrence.across import register
+from lasp.exchange.start import register
 from lasp.sequence.arguments import check_tensor, number, wholes
 from lasp.sequence.call import SequenceCall
 
@@ -59,8 +59,9 @@ class SequenceParallel:
         timeout_s = number("timeout_s", timeout_s, "a number of seconds > 0", lambda seconds: 0 < seconds < inf)
         comm = Comm(_process_group(group), timeout_s)
         self.comm = comm
+        self.calls = Calls(comm)
         if comm.backend == "nccl" and comm.size > 1:
-            comm.sealing = Sealing(torch.device("cuda", torch.cuda.current_device()), _stamps())
+            self.calls = SealedCalls(comm, torch.device("cuda", torch.cuda.current_device()), _stamps())
         self.exchange = resolve(exchange, comm.size, comm.backend)
         self.lengths = _checked_lengths(lengths, comm.size)
         self._described: dict[Hashable, Description] = {}
@@ -71,7 +72,8 @@ class SequenceParallel:
     def with_lengths(self, lengths: Sequence[int] | None) -> SequenceParallel:
         """The same ranks and groups, with other shard lengths. Not collective."""
         other = object.__new__(SequenceParallel)
-        other.comm, other.exchange, other.choices, other._described = self.comm, self.exchange, self.choices, {}
+        other.comm, other.calls, other.exchange, other.choices = self.comm, self.calls, self.exchange, self.choices
+        other._described = {}
         other.lengths = _checked_lengths(lengths, self.size)
         other.key = register(other)
         return other
@@ -113,10 +115,10 @@ class SequenceParallel:
         if self.size == 1:
             return None
         if replays and is_replaying():
-            return SequenceCall(self, None, is_forward=True)
+            return SequenceCall(self.rank, None, is_forward=True)
         description = self._written(operator, key, fields)
         sources = [getattr(tensor, _SOURCE, 0) for tensor in inputs]
-        return SequenceCall(self, self.comm.call(description, documents, sources=sources), is_forward=True)
+        return SequenceCall(self.rank, self.calls.begin(description, documents, sources=sources), is_forward=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, added in their order. All of them must call, with tensors of one shape and dtype."""
@@ -126,7 +128,7 @@ class SequenceParallel:
         """The call of a single message."""
         shape, dtype = tuple(tensor.shape), str(tensor.dtype)
         key = (shape, dtype, *fields.values())
-        return self.comm.call(self._written(operator, key, lambda: {"shape": shape, "dtype": dtype, **fields}))
+        return self.calls.begin(self._written(operator, key, lambda: {"shape": shape, "dtype": dtype, **fields}))
 
     @property
     def rank(self) -> int:

@@ -114,7 +114,7 @@ def _across_ranks(
     rank = 0 if call is None else call.rank
     state = None if initial_state is None else replicated(initial_state, call)
     if method == "ulysses" and call is not None and starts[-1] > 0:
-        of = heads_of(call.sp.size, q.shape[2], k.shape[2])
+        of = heads_of(call.messages.size, q.shape[2], k.shape[2])
         blocks = blocks_of(bounds, before, 0, starts[-1], causal)
         if output_final_state:
             # The state takes all heads to all ranks; and o must depend on that exchange, because its backward pass

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from lasp import files
-from lasp.data.tokenizer import files_of, read_tokenizer
+from lasp.data.tokenizer import Tokenizer, files_of, read_tokenizer
 from lasp.models import CausalLM, ModelConfig
 from lasp.train import checkpoint, shards
 from lasp.train.config import ModelOptions, from_dict
 from lasp.train.errors import CheckpointError, ConfigError
+from lasp.train.tensor_file import TensorFile
 
 FORMAT = 2
 _WEIGHTS, _ABOUT = "model.safetensors", "config.json"
@@ -42,13 +42,13 @@ def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
     found = checkpoint.find(source, report=report)
     model = CausalLM(ModelConfig(**found.state["model_config"]))
     shards.load(found, model, found.state["model_config"])
-    tokenizer = read_tokenizer(found.folder, found.state["tokenizer"])
-    beside = files_of(tokenizer)
+    own = read_tokenizer(found.folder, found.state["tokenizer"])
+    beside = files_of(own)
     about = {
         "format": FORMAT,
         "step": found.state["step"],
-        "tokenizer": next(iter(beside), tokenizer.name),
-        "tokenizer_id": tokenizer.name,
+        "tokenizer": next(iter(beside), own.name),
+        "tokenizer_id": own.name,
         "prompt": found.state.get("sample_prompt", ""),
         "model": found.state["config"]["model"],
         "model_config": found.state["model_config"],
@@ -126,12 +126,14 @@ def model_options(folder: Path) -> ModelOptions:
         raise CheckpointError(f"{folder} is of another version: {error}") from error
 
 
-def check(folder: Path, model_config: dict[str, Any], tokenizer_id: str) -> None:
-    """Raise CheckpointError, with what differs, if `folder` holds another model or one for another tokenizer."""
-    about = read(folder)
-    shards.refuse_other_model(folder, about["model_config"], model_config)
-    if tokenizer_id != about["tokenizer_id"]:
-        raise CheckpointError(f"{folder} was trained with tokenizer {about['tokenizer_id']}, not {tokenizer_id}")
+def tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the exported model. Raises CheckpointError, and DataError for a damaged tokenizer file."""
+    return read_tokenizer(folder, read(folder)["tokenizer_id"])
+
+
+def check(folder: Path, model_config: dict[str, Any]) -> None:
+    """Raise CheckpointError, with what differs, if `folder` holds another model."""
+    shards.refuse_other_model(folder, read(folder)["model_config"], model_config)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -139,8 +141,9 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     not fit."""
     verify(folder)
     try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
+        with TensorFile(folder / _WEIGHTS) as file:
+            tensors = {name: file.read(name) for name in file.tensors}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {folder / _WEIGHTS}: {error}") from error
     targets = dict(model.named_parameters())
     if targets.keys() != tensors.keys():

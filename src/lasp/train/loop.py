@@ -315,7 +315,7 @@ class _Run:
         """On the first process: tokenise the text, make the run folder."""
         config = self.config
         if self.resumed is None and config.init_from is not None:
-            export.check(config.init_from, self._model_dict(), self.tokenizer.name)
+            export.check(config.init_from, self._model_dict())
         store = token_store.prepare(
             folder=config.data.path,
             suffixes=config.data.suffixes,
@@ -410,6 +410,9 @@ class _Run:
         if self.model.sp is not None:
             layout += f", {config.seq_len // shard.sp_size} of {config.seq_len} tokens each, "
             layout += f"states by {self.model.sp.exchange.name}"
+        tokenizer = config.data.tokenizer or store.tokenizer
+        if config.init_from is not None and self.resumed is None:
+            tokenizer += f", that of {config.init_from}"
         num_parameters = sum(p.numel() for p in self.module.parameters())
         self.output.table(
             f"Training {config.model.family}-{config.model.size}",
@@ -417,7 +420,7 @@ class _Run:
                 "model": f"{num_parameters:,} parameters, {config.precision}",
                 "text": f"{source}: {bytes_text(store.num_bytes['train'])} in {store.num_documents['train']} "
                 f"documents to train on, {bytes_text(store.num_bytes['validation'])} in "
-                f"{store.num_documents['validation']} held out; tokenizer {config.data.tokenizer or store.tokenizer}",
+                f"{store.num_documents['validation']} held out; tokenizer {tokenizer}",
                 "documents": store.reading.summary(),
                 "layout": layout,
                 "work": f"{config.steps - self.finished} steps of {config.global_batch} x {config.seq_len} = "

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, cast
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lasp.train.outlet import Outlet, printable
+from lasp.terminal import Outlet, Terminal
 from lasp.train.step_metrics import StepFigures
 
 _LAST_WAIT_S = 10.0
@@ -23,7 +22,7 @@ class Output:
         self.enabled, self.log_every = enabled, log_every
         self._outlet = Outlet()
         self._refused: set[str] = set()
-        self.console = Console(file=cast(IO[str], self._outlet), highlight=False, soft_wrap=True, quiet=not enabled)
+        self.console = Terminal(file=cast(IO[str], self._outlet), soft_wrap=True, quiet=not enabled)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._step_seconds: float | None = None
@@ -36,14 +35,14 @@ class Output:
             self.line(f"  {name:<{width}}{text}")
 
     def heading(self, text: str) -> None:
-        self.console.print(f"\n{printable(text)}", style="bold", markup=False)
+        self.console.print(f"\n{text}", style="bold")
 
     def piece(self, text: str) -> None:
         """Part of a line."""
-        self.console.print(printable(text), end="", markup=False)
+        self.console.print(text, end="")
 
     def line(self, text: str) -> None:
-        self.console.print(printable(text), markup=False)
+        self.console.print(text)
 
     def attempt(self, what: str, work: Callable[[], object]) -> bool:
         """Do `work`, which writes something down; whether it could. Of a `what` that could not, one line is printed."""

@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lasp.data.store import tokenizer_of
+from lasp.data.store import is_store, tokenizer_of
 from lasp.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
+from lasp.train import export
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import TrainConfig, differences, to_dict
 from lasp.train.errors import CheckpointError, ConfigError
@@ -94,13 +95,20 @@ def _check(config: TrainConfig, state: dict[str, Any]) -> None:
 
 
 def tokenizer_of_run(config: TrainConfig, resumed: Checkpoint | None) -> Tokenizer:
-    """As asked for, or of built data; of a resumed run that which it was begun with, kept in the checkpoint.
+    """As asked for, or of built data; of a resumed run that which it was begun with, kept in the checkpoint; of weights
+    to start with theirs, kept in the export.
 
     Raises CheckpointError if another one is asked for.
     """
     named = config.data.tokenizer
     if resumed is None:
-        return tokenizer_of(config.data.path) if named is None else load_tokenizer(named)
+        asked = load_tokenizer(named) if named is not None else tokenizer_of(config.data.path)
+        if config.init_from is None:
+            return asked
+        own = export.tokenizer(config.init_from)
+        if asked.name != own.name and (named is not None or is_store(config.data.path)):
+            raise CheckpointError(f"{config.init_from} was trained with tokenizer {own.name}, not {asked.name}")
+        return own
     kept = read_tokenizer(resumed.folder, resumed.state["tokenizer"])
     if named is not None and record(config)["data"]["tokenizer"] != resumed.state["config"]["data"]["tokenizer"]:
         other = load_tokenizer(named)

@@ -22,14 +22,20 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.futures import Future
@@ -40,9 +46,12 @@ from lasp.train.checkpoint import Checkpoint, FileSeal
 from lasp.train.config import differences
 from lasp.train.errors import CheckpointError
 from lasp.train.progress import PHASES, Progress
+from lasp.train.tensor_file import SUFFIX, TensorFile
 from lasp.train.world import World
 
 _RANDOM_STATE = "random_state.cpu"
+# Under which a file's metadata says where in whole tensors its parts lie.
+_PARTS = "DCP_SHARDING_INFO"
 # Bytes handed to the system at once, and how many at most it has not put on disk: so a slow disk is seen to move.
 _PIECE_BYTES, _UNSYNCED_BYTES = 16 << 20, 64 << 20
 
@@ -201,6 +210,46 @@ class _NotedLoading(DefaultLoadPlanner):
         self._progress.note()
 
 
+class _CarefulReader(HuggingFaceStorageReader):
+    """Reads the files as PyTorch's own does, which maps them (lasp.train.tensor_file says why not)."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self._folder = folder
+
+    def read_metadata(self) -> Metadata:
+        found: dict[str, TensorStorageMetadata] = {}
+        places: dict[MetadataIndex, Path] = {}
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            with TensorFile(path) as file:
+                parts = files.parse_json(file.metadata[_PARTS].encode())
+                for name, stored in file.tensors.items():
+                    offsets = torch.Size(parts[name]["saved_offsets"])
+                    part = ChunkStorageMetadata(offsets, torch.Size(stored.shape))
+                    whole = found.setdefault(
+                        name, TensorStorageMetadata(TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), [])
+                    )
+                    ends = [offset + length for offset, length in zip(offsets, stored.shape, strict=True)]
+                    whole.size = torch.Size(map(max, whole.size, ends))
+                    whole.chunks.append(part)
+                    places[MetadataIndex(name, offsets)] = path
+        return Metadata(found, storage_data=places, storage_meta=StorageMeta(load_id=self.load_id))  # type: ignore[arg-type]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[Path, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index], []).append(item)  # type: ignore[arg-type]
+        for path, items in by_file.items():
+            with TensorFile(path) as file:
+                for item in items:
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(file.read(item.storage_index.fqn, item.storage_offsets, item.lengths))
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
 def load(
     found: Checkpoint,
     module: nn.Module,
@@ -235,8 +284,8 @@ def load_others(found: Checkpoint, tensors: dict[str, Tensor], world: World) -> 
 def _saved(found: Checkpoint) -> dict[str, Any]:
     """What the files say of every tensor in them."""
     try:
-        return dict(HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return dict(_CarefulReader(found.folder).read_metadata().state_dict_metadata)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{found.folder}: the tensor files cannot be read: {error!r}") from error
 
 
@@ -253,7 +302,7 @@ def _read(found: Checkpoint, saved: Mapping[str, Any], tensors: dict[str, Tensor
             _quiet_about_one_process()
             dcp.load(
                 tensors,
-                storage_reader=HuggingFaceStorageReader(str(found.folder)),
+                storage_reader=_CarefulReader(found.folder),
                 planner=_NotedLoading(progress),
                 process_group=group,
                 no_dist=group is None,

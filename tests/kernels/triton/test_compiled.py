@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lasp
-from lasp.kernels.triton.decay.operators import ALONE, decay_forward
+from lasp.ops.compiled import ALONE, decay_forward
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
 
@@ -74,10 +74,8 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
     def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, _: None) -> Tensor:
         doubled = 2.0 * q
 
-        def queries() -> Tensor:
-            return doubled + q
-
-        return 2.0 * lasp.linear_attention(queries, k, v, g, cu_seqlens=(0, 30, 70), backend="triton")[0]
+        pending = lasp.linear_attention_begin(k, v, g, cu_seqlens=(0, 30, 70), backend="triton")
+        return 2.0 * pending.finish(doubled + q)[0]
 
     eager = packed(*leaves)
     torch._dynamo.reset()

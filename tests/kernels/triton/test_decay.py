@@ -15,15 +15,17 @@ from tolerances import relative_error
 from torch import Tensor
 
 from lasp import linear_attention
-from lasp.kernels.torch import decay as exact
-from lasp.kernels.triton import decay as fused
+from lasp.kernels.torch.decay import STAGES as exact
 from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
 from lasp.kernels.triton.decay.channel import inter_chunk as channel_inter_chunk
+from lasp.kernels.triton.decay.channel import stages as channel_stages
 from lasp.kernels.triton.decay.scalar import intervals as legs
 from lasp.kernels.triton.decay.scalar import sweep
 from lasp.kernels.triton.decay.scalar import sweep_row_major as rows_module
-from lasp.recurrence.stages import DecayInputs
+from lasp.kernels.triton.decay.stages import STAGES as fused
+from lasp.recurrence.inputs import DecayInputs
+from lasp.recurrence.stages import AnyStages
 
 KINDS = ("none", "constant", "scalar", "channel")
 # fp32: the policy's bound. 16 bits: their rounding, 2^-11 and 2^-8, of inputs to products and of outputs.
@@ -63,9 +65,10 @@ def problem(kind: str, dims: Dims, device: torch.device, dtype: torch.dtype, str
 
 
 @torch.no_grad()
-def run(backend: object, p: Problem) -> dict[str, Tensor]:
+def run(backend: AnyStages, p: Problem) -> dict[str, Tensor]:
     """Every output and gradient of the stages, as the scan across ranks calls them."""
-    x, state_in, d_o, d_state_out = p
+    state_in, d_o, d_state_out = p[1:]
+    x = backend.prepare(p.x, False)
     summary, totals = backend.summarize(x)
     partial = backend.local_outputs(x, totals)
     o, saved = backend.outputs(x, totals, partial, state_in)
@@ -287,7 +290,7 @@ def test_what_the_kernels_do_not_take() -> None:
     wide = p.x._replace(q=torch.zeros(1, 3, 1, 300), k=torch.zeros(1, 3, 1, 300))
     for x in (wide, p.x._replace(q=p.x.q.double())):
         with pytest.raises(ValueError, match="backend='torch'"):
-            fused.summarize(x)
+            fused.prepare(x, False)
 
 
 @pytest.mark.parametrize("bounded", [True, False])
@@ -318,7 +321,7 @@ def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.
     g = p.x.g.detach().clone()
     g[:, 32:64] = -4.5 - g[:, 32:64].abs()
     p = p._replace(x=p.x._replace(g=g.requires_grad_()))
-    unbounded = fused.local_outputs(p.x, None).unbounded
+    unbounded = channel_stages.local_outputs(fused.prepare(p.x, False)).unbounded
     assert (unbounded.cpu() == torch.tensor([0, 1, 0])).all()
     values, references = run(fused, p), solution(p)
     # Of its strong gates little is left.

@@ -16,7 +16,7 @@ import lasp
 from lasp.kernels.triton.common.decays import CHANNEL, HEAD, TOKEN
 from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # Of outputs and gradients, and of a learned constant's: one number a head, a sum of terms that cancel.

@@ -22,7 +22,7 @@ import lasp
 from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay.launches import device_limits, kind_of
 from lasp.kernels.triton.decay.plan import plan
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)

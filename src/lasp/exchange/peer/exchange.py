@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Summary, Transition
-from lasp.distributed.comm import Comm, ExchangeError, Messages
+from lasp.distributed.call import Messages
+from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.symmetric_memory import symmetric_memory
-from lasp.exchange.base import ExchangeResult, Line, PendingExchange, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Line, PendingExchange, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 from lasp.exchange.schedules.all_gather import AllGather, fold
@@ -115,10 +116,12 @@ class PendingPeer:
         return ExchangeResult(*memory.fold(initial, state, stored, self._seal, **options))
 
 
-class Peer:
+class Peer(Exchange):
     """An all-gather by writes into the other GPUs' memory: GPUs of one host, over NCCL."""
 
     name = "peer"
+    wants_own_stream = False
+    takes_no_state = True
 
     def begin(
         self, messages: Messages, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool

@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Messages
+from lasp.distributed.call import Messages
 from lasp.distributed.comm import Pending as Gathering
-from lasp.exchange.base import ExchangeResult, Line, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 
@@ -40,10 +40,11 @@ def fold(line: Line, own: Summary, initial: Tensor, gathered: Tensor, want_total
     return ExchangeResult(entering, state if want_total else None)
 
 
-class AllGather:
+class AllGather(Exchange):
     """One all-gather of the summaries."""
 
     name = "all_gather"
+    wants_own_stream = False  # it computes nothing before it is waited for
 
     def begin(
         self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool

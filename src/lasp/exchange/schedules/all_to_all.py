@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Messages
+from lasp.distributed.call import Messages
 from lasp.distributed.comm import Pending as Collective
-from lasp.exchange.base import ExchangeResult, Line, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload, flat, flatten
 
@@ -76,7 +76,7 @@ def _pack(summary: Summary, wanted: bool) -> Tensor:
     return summary.pack() if wanted and summary.state.numel() else summary.state.new_empty(0)
 
 
-class AllToAll:
+class AllToAll(Exchange):
     """Two all-to-alls around a local scan of one slice."""
 
     name = "all_to_all"

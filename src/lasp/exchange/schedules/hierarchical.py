@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from lasp.algebra import Summary, compose
-from lasp.distributed.comm import Messages
+from lasp.distributed.call import Messages
 from lasp.distributed.comm import Pending as Message
 from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
@@ -114,7 +114,7 @@ class PendingHierarchical:
 
 
 @dataclass(frozen=True)
-class Hierarchical:
+class Hierarchical(Exchange):
     """Inside nodes, then across.
 
     Attributes:

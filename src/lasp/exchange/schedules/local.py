@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Messages
-from lasp.exchange.base import ExchangeResult, Traffic
+from lasp.distributed.call import Messages
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 
@@ -21,7 +21,7 @@ class Ready:
         return self._carried
 
 
-class Local:
+class Local(Exchange):
     """The exchange of a group of one."""
 
     name = "local"

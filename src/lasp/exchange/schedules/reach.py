@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary, Transition
-from lasp.distributed.comm import Messages
+from lasp.distributed.call import Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Exchange, ExchangeResult, Line, PendingExchange, Traffic
+from lasp.exchange.base import ConstantDecays, Exchange, ExchangeResult, Line, PendingExchange, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload, flat, flatten, select_heads
 from lasp.exchange.schedules.all_gather import AllGather
@@ -166,23 +166,28 @@ class PendingReach:
 
 
 @dataclass(frozen=True)
-class Reach:
+class Reach(Exchange):
     """Neighbours for the heads that forget, another exchange for the others.
 
-    On a GPU this waits for the transitions to be computed, as the host must read which heads forget; with `known`
-    it does not.
+    On a GPU this waits for the transitions to be computed, as the host must read which heads forget; where `decays`
+    or `known` tell, it does not.
 
     Attributes:
         base: carries the heads whose state goes far.
         max_hops: heads of which no message has to go further than so many ranks in a row take the chain.
+        decays: of the run, if all ranks know them beforehand.
     """
 
     base: Exchange = field(default_factory=AllGather)
     max_hops: int = 2
+    decays: ConstantDecays | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         return f"reach of {self.max_hops} hops, {self.base.name} beyond"
+
+    def informed(self, decays: ConstantDecays) -> Reach:
+        return replace(self, decays=decays)
 
     def begin(
         self,
@@ -196,6 +201,8 @@ class Reach:
     ) -> PendingReach:
         """Start; `known` is bool [ranks, heads] on the host, the same everywhere: which heads surely forget where."""
         line = Line(comm, reverse)
+        if known is None and self.decays is not None:
+            known = forgets_constant(*self.decays, initial.dtype)
         if known is None and comm.size == 2:  # the first rank knows what enters it, and the second sends nothing
             known = torch.zeros(2, Payload.of(summary).heads, dtype=torch.bool)
         elif known is None:

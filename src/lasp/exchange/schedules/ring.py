@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.comm import Messages
+from lasp.distributed.call import Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import ExchangeResult, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 
@@ -34,7 +34,7 @@ class PendingRing:
         return ExchangeResult(entering, line.comm.broadcast(leaving, line.rank(last)) if self._want_total else None)
 
 
-class Ring:
+class Ring(Exchange):
     """Point-to-point, neighbour to neighbour."""
 
     name = "ring"

@@ -1,5 +1,8 @@
 """Adapters to flash-linear-attention's kernels (the extra `fla`). Nothing of it is imported before its first use."""
 
-from lasp.kernels.fla import delta
+from collections.abc import Mapping
 
-__all__ = ["delta"]
+from lasp.kernels.fla import delta
+from lasp.recurrence.stages import AnyStages
+
+STAGES: Mapping[str, AnyStages] = {"delta": delta.STAGES}

@@ -18,11 +18,9 @@ from torch.nn.functional import pad
 
 from lasp.algebra import Dense, Summary
 from lasp.kernels.fla.library import Kernels, kernels, refuse
-from lasp.recurrence.decay import state_shape
-from lasp.recurrence.delta import DeltaInputs
-from lasp.recurrence.stages import num_states, tensors_of
+from lasp.recurrence.inputs import DeltaInputs, num_states, state_shape
+from lasp.recurrence.stages import Saved, Stages, as_given
 
-GROUPED_HEADS = True
 CHUNK = 64
 # Its gates are logarithms to base 2.
 LOG2_E = 1.4426950408889634
@@ -143,19 +141,19 @@ def local_outputs(x: DeltaInputs, totals: Solved | None) -> None:
     return None
 
 
-def outputs(x: DeltaInputs, totals: Solved | None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DeltaInputs, totals: Solved | None, partial: None, state_in: Tensor) -> tuple[Tensor, Saved]:
     if totals is None:
-        return x.v.clone(), state_in
+        return x.v.clone(), (state_in,)
     fla, s = kernels(), totals
     h, writes, _ = _carry(fla, s, s.u, state_in)
     if s.scores is None:
         o = fla.outputs.chunk_fwd_o(q=s.x.q, k=s.x.k, v=writes, h=h, scale=x.scale, **s.gate, **s.common)
     else:
         o = fla.gla.chunk_gla_fwd_o_gk(q=s.x.q, v=writes, g=s.gate["gk"], A=s.scores, h=h, scale=x.scale, **s.common)
-    return o, state_in
+    return o, (state_in,)
 
 
-def summarize_adjoint(x: DeltaInputs, saved: Any, d_o: Tensor) -> tuple[Summary, FlaAdjoint | None]:
+def summarize_adjoint(x: DeltaInputs, saved: Saved, d_o: Tensor) -> tuple[Summary, FlaAdjoint | None]:
     if x.q.shape[1] == 0:
         return _nothing(x), None
     fla = kernels()
@@ -173,28 +171,28 @@ def summarize_adjoint(x: DeltaInputs, saved: Any, d_o: Tensor) -> tuple[Summary,
 
 
 def local_gradients(
-    x: DeltaInputs, saved: Tensor, totals_adjoint: FlaAdjoint | None, d_o: Tensor
+    x: DeltaInputs, saved: Saved, totals_adjoint: FlaAdjoint | None, d_o: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     if totals_adjoint is None:
         return None
     s = totals_adjoint.solved
-    h, writes, _ = _carry(kernels(), s, s.u, saved)
+    h, writes, _ = _carry(kernels(), s, s.u, saved[0])
     return h, writes
 
 
 def gradients(
     x: DeltaInputs,
-    saved: Tensor,
+    saved: Saved,
     totals_adjoint: FlaAdjoint | None,
     local: tuple[Tensor, Tensor] | None,
     d_o: Tensor,
     d_state_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    given = tensors_of(x)
+    given = x.tensors()
     if totals_adjoint is None or local is None:
         return tuple(None if t is None else torch.zeros_like(t) for t in given)
     fla, a = kernels(), totals_adjoint
-    d_h, _, d_u = _carry_back(fla, a, saved, d_state_out.contiguous())
+    d_h, _, d_u = _carry_back(fla, a, saved[0], d_state_out.contiguous())
     differentiate = _per_head if a.solved.scores is None else _per_channel
     found = differentiate(fla, a, *local, d_h, d_u)
     return tuple(None if t is None or d is None else d.to(t.dtype) for t, d in zip(given, found, strict=True))
@@ -236,3 +234,16 @@ def _per_channel(
     heads, groups = x.q.shape[2], x.v.shape[2] // x.q.shape[2]
     d_q, d_k = (d.unflatten(2, (heads, groups)).sum(3) for d in (d_q, d_k))
     return d_q, d_k, d_v, d_beta, d_g
+
+
+STAGES = Stages(
+    prepare=as_given,
+    summarize=summarize,
+    local_outputs=local_outputs,
+    outputs=outputs,
+    summarize_adjoint=summarize_adjoint,
+    local_gradients=local_gradients,
+    gradients=gradients,
+    grouped_heads=True,
+    traceable=False,
+)

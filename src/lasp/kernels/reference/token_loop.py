@@ -6,43 +6,42 @@ the loop, so nothing here shares a derivation with the chunked backends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.algebra import Summary, Transition
-from lasp.recurrence.decay import state_dtype, state_shape
+from lasp.recurrence.inputs import Inputs, num_states, state_dtype, state_shape
 from lasp.recurrence.pullback import pull_back
-from lasp.recurrence.stages import num_states, tensors_of
+from lasp.recurrence.stages import Saved, Stages, as_given
+
+_Inputs = TypeVar("_Inputs", bound=Inputs)
 
 
-class TokenLoop:
+class TokenLoop(Generic[_Inputs]):
     """The stages of the recurrence whose tokens are given, one summary each.
 
     Args:
-        token: (x, t, dtype) -> the affine map of token t, in dtype. x is a NamedTuple that begins with q, k, v and
-            ends with scale and documents.
+        token: (x, t, dtype) -> the affine map of token t, in dtype.
     """
 
-    GROUPED_HEADS = False
-
-    def __init__(self, token: Callable[[Any, int, torch.dtype], Summary]) -> None:
+    def __init__(self, token: Callable[[_Inputs, int, torch.dtype], Summary]) -> None:
         self._token = token
 
-    def summarize(self, x: Any) -> tuple[Summary, None]:
+    def summarize(self, x: _Inputs) -> tuple[Summary, None]:
         zero = _zero_state(x)
         return Summary(self._transition(x, zero), self._loop(x, zero)[1]), None
 
-    def local_outputs(self, x: Any, totals: None) -> None:
+    def local_outputs(self, x: _Inputs, totals: None) -> None:
         return None
 
-    def outputs(self, x: Any, totals: None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
-        return self._loop(x, state_in)[0], state_in
+    def outputs(self, x: _Inputs, totals: None, partial: None, state_in: Tensor) -> tuple[Tensor, Saved]:
+        return self._loop(x, state_in)[0], (state_in,)
 
-    def summarize_adjoint(self, x: Any, saved: Any, d_o: Tensor) -> tuple[Summary, None]:
+    def summarize_adjoint(self, x: _Inputs, saved: Saved, d_o: Tensor) -> tuple[Summary, None]:
         d_state = _zero_state(x)
         ends = []
         for part, d, (first, last) in zip(_parts(x), _pieces(x, d_o), _rows(x), strict=True):
@@ -53,15 +52,15 @@ class TokenLoop:
             ends.append(d_part)
         return Summary(self._transition(x, d_state).adjoint(), torch.cat(ends) if ends else d_state), None
 
-    def local_gradients(self, x: Any, saved: Tensor, totals_adjoint: None, d_o: Tensor) -> None:
+    def local_gradients(self, x: _Inputs, saved: Saved, totals_adjoint: None, d_o: Tensor) -> None:
         return None
 
     def gradients(
-        self, x: Any, saved: Tensor, totals_adjoint: None, local: None, d_o: Tensor, d_state_out: Tensor
+        self, x: _Inputs, saved: Saved, totals_adjoint: None, local: None, d_o: Tensor, d_state_out: Tensor
     ) -> tuple[Tensor | None, ...]:
-        tensors = [None if t is None else t.detach().requires_grad_() for t in tensors_of(x)]
+        tensors = [None if t is None else t.detach().requires_grad_() for t in x.tensors()]
         with torch.enable_grad():
-            o, state_out = self._loop(type(x)(*tensors, x.scale, x.documents), saved)
+            o, state_out = self._loop(x.with_tensors(tensors), *saved)
             # A zero that depends on everything: without tokens nothing else would.
             zero = sum((t[:0].sum() for t in tensors if t is not None), start=o.new_zeros(()))
             found = pull_back(
@@ -70,7 +69,19 @@ class TokenLoop:
         gradients = iter(found)
         return tuple(None if t is None else next(gradients) for t in tensors)
 
-    def _loop(self, x: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+    def stages(self) -> Stages[_Inputs, _Inputs, None, None, None, None]:
+        return Stages(
+            prepare=as_given,
+            summarize=self.summarize,
+            local_outputs=self.local_outputs,
+            outputs=self.outputs,
+            summarize_adjoint=self.summarize_adjoint,
+            local_gradients=self.local_gradients,
+            gradients=self.gradients,
+            traceable=False,
+        )
+
+    def _loop(self, x: _Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
         outputs, states = [x.v[:, :0].to(state.dtype)], []
         for part, (first, last) in zip(_parts(x), _rows(x), strict=True):
             here = state[first:last]
@@ -80,7 +91,7 @@ class TokenLoop:
             states.append(here)
         return torch.cat(outputs, 1).to(x.v.dtype), torch.cat(states) if states else state
 
-    def _transition(self, x: Any, state: Tensor) -> Transition:
+    def _transition(self, x: _Inputs, state: Tensor) -> Transition:
         """The product of the tokens' transitions, of each sequence or document."""
         # Of a token of zeros: a rank without tokens, or documents, has its recurrence's kind of transition too.
         identity = self._token(_padded(x), x.q.shape[1], state.dtype).transition.identity
@@ -96,30 +107,35 @@ class TokenLoop:
         return type(products[0])(*(torch.cat(several) for several in tensors))
 
 
-def _parts(x: Any) -> list[Any]:
+def _parts(x: _Inputs) -> list[_Inputs]:
     """The run itself, or each of its documents as a run of one sequence."""
     if x.documents is None:
         return [x]
     return [
-        type(x)(*(t if t is None or t.dim() == 1 else t[:, start:end] for t in tensors_of(x)), x.scale)
+        _alone(x, [t if t is None or t.dim() == 1 else t[:, start:end] for t in x.tensors()])
         for start, end in x.documents.spans
     ]
 
 
-def _pieces(x: Any, tensor: Tensor) -> list[Tensor]:
+def _pieces(x: _Inputs, tensor: Tensor) -> list[Tensor]:
     return [tensor] if x.documents is None else [tensor[:, start:end] for start, end in x.documents.spans]
 
 
-def _rows(x: Any) -> list[tuple[int, int]]:
+def _rows(x: _Inputs) -> list[tuple[int, int]]:
     """Which states each part has."""
     return [(0, x.q.shape[0])] if x.documents is None else [(n, n + 1) for n in range(num_states(x))]
 
 
-def _padded(x: Any) -> Any:
+def _padded(x: _Inputs) -> _Inputs:
     """x without documents, and with a token of zeros behind."""
-    tensors = [t if t is None or t.dim() == 1 else pad(t, [0, 0] * (t.dim() - 2) + [0, 1]) for t in tensors_of(x)]
-    return type(x)(*tensors, x.scale)
+    tensors = [t if t is None or t.dim() == 1 else pad(t, [0, 0] * (t.dim() - 2) + [0, 1]) for t in x.tensors()]
+    return _alone(x, tensors)
 
 
-def _zero_state(x: Any) -> Tensor:
+def _alone(x: _Inputs, tensors: Sequence[Tensor | None]) -> _Inputs:
+    """The tensors as those of a run of sequences, without documents."""
+    return x.with_tensors(tensors)._replace(documents=None)  # type: ignore[attr-defined, no-any-return]
+
+
+def _zero_state(x: _Inputs) -> Tensor:
     return x.q.new_zeros(state_shape(x), dtype=state_dtype(x.q.dtype))

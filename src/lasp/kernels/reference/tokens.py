@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, Transition
-from lasp.recurrence.delta import DeltaInputs
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs, DeltaInputs
 
 
 def _outer(k: Tensor, v: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Chunked PyTorch: runs on every device."""
 
-from lasp.kernels.torch import decay, delta, unmasked
+from collections.abc import Mapping
 
-__all__ = ["decay", "delta", "unmasked"]
+from lasp.kernels.torch import decay, delta, unmasked
+from lasp.recurrence.stages import AnyStages
+
+STAGES: Mapping[str, AnyStages] = {"decay": decay.STAGES, "delta": delta.STAGES, "unmasked": unmasked.STAGES}

@@ -11,17 +11,16 @@ any length; the differences are taken in fp64, where cumulative sums of very unl
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary, Transition
 from lasp.kernels.torch.chunks import Chunking, chunk_size
-from lasp.recurrence.decay import state_dtype, state_shape, transition
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs, state_dtype, state_shape, transition
+from lasp.recurrence.stages import Saved, Stages, as_given
 
-GROUPED_HEADS = False
 CHUNK = 64
 # Per-channel scores cost C passes over [T, K], so that short chunks are faster.
 CHUNK_PER_CHANNEL = 16
@@ -155,14 +154,14 @@ def local_outputs(x: DecayInputs, totals: tuple[Chunks, Summary]) -> Tensor:
     return _scores(c) @ c.v
 
 
-def outputs(x: DecayInputs, totals: tuple[Chunks, Summary], partial: Tensor, state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DecayInputs, totals: tuple[Chunks, Summary], partial: Tensor, state_in: Tensor) -> tuple[Tensor, Saved]:
     c, runs = totals
     starts, _ = c.chunking.scan(runs, state_in)
     o = x.scale * (partial + _from_start(c, c.q) @ starts)
-    return c.chunking.join(o).to(x.v.dtype), starts
+    return c.chunking.join(o).to(x.v.dtype), (starts,)
 
 
-def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Summary]]:
+def summarize_adjoint(x: DecayInputs, saved: Saved, d_o: Tensor) -> tuple[Summary, tuple[Chunks, Tensor, Summary]]:
     c = _chunks(x)
     d_out = x.scale * c.chunking.cut(d_o.to(c.q.dtype))
     runs = Summary(_chunk_transitions(c), (_from_start(c, c.q).mT @ d_out).movedim(2, 0))
@@ -171,23 +170,23 @@ def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary,
 
 
 def local_gradients(
-    x: DecayInputs, saved: Tensor, totals_adjoint: tuple[Chunks, Tensor, Summary], d_o: Tensor
+    x: DecayInputs, saved: Saved, totals_adjoint: tuple[Chunks, Tensor, Summary], d_o: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c, d_out, _ = totals_adjoint
+    (c, d_out, _), (starts,) = totals_adjoint, saved
     d_scores = d_out @ c.v.mT
-    from_state = _from_start(c, d_out @ saved.mT)
+    from_state = _from_start(c, d_out @ starts.mT)
     return _scores_gradient_q(c, d_scores) + from_state, d_scores, from_state
 
 
 def gradients(
     x: DecayInputs,
-    saved: Tensor,
+    saved: Saved,
     totals_adjoint: tuple[Chunks, Tensor, Summary],
     local: tuple[Tensor, Tensor, Tensor],
     d_o: Tensor,
     d_state_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    c, d_out, runs = totals_adjoint
+    (c, d_out, runs), (starts,) = totals_adjoint, saved
     dq, d_scores, dq_state = local
     ends, _ = c.chunking.scan(runs, d_state_out, reverse=True)
     dk_state = _to_end(c, c.v @ ends.mT)
@@ -195,7 +194,7 @@ def gradients(
     dv = _scores(c).mT @ d_out + _to_end(c, c.k) @ ends
     dg = None
     if x.g is not None:
-        across = runs.transition.apply((saved * ends).sum(-1, keepdim=True).movedim(2, 0)).movedim(0, 2)[..., 0]
+        across = runs.transition.apply((starts * ends).sum(-1, keepdim=True).movedim(2, 0)).movedim(0, 2)[..., 0]
         dg = _decay_gradient(x, c, c.q * dq_state, c.k * dk_state, across.to(dq.dtype), d_scores)
     joined = (c.chunking.join(d).to(t.dtype) for d, t in ((dq, x.q), (dk, x.k), (dv, x.v)))
     return (*joined, dg)
@@ -222,3 +221,14 @@ def _decay_gradient(
     if x.g.dim() == 4:
         return d_g
     return d_g.squeeze(-1) if x.g.dim() == 3 else d_g.squeeze(-1).sum((0, 1))
+
+
+STAGES = Stages(
+    prepare=as_given,
+    summarize=summarize,
+    local_outputs=local_outputs,
+    outputs=outputs,
+    summarize_adjoint=summarize_adjoint,
+    local_gradients=local_gradients,
+    gradients=gradients,
+)

@@ -23,7 +23,7 @@ states are written out; PyTorch differentiates what depends on a chunk's own inp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +31,10 @@ from torch.nn.functional import pad
 
 from lasp.algebra import Dense, Summary, Transition
 from lasp.kernels.torch.chunks import Chunking, chunk_size
-from lasp.recurrence.decay import state_dtype, state_shape
-from lasp.recurrence.delta import DeltaInputs
+from lasp.recurrence.inputs import DeltaInputs, state_dtype, state_shape
 from lasp.recurrence.pullback import pull_back
-from lasp.recurrence.stages import tensors_of
+from lasp.recurrence.stages import Saved, Stages, as_given
 
-GROUPED_HEADS = False
 CHUNK = 64
 
 
@@ -95,7 +93,7 @@ def _cut_inputs(x: DeltaInputs) -> tuple[Chunking, list[Tensor]]:
     tokens = x.q.shape[1]
     chunking = Chunking(tokens, chunk_size(CHUNK, tokens, x.documents), x.documents)
     dtype = state_dtype(x.q.dtype)
-    tensors = [t for t in tensors_of(x) if t is not None]
+    tensors = [t for t in x.tensors() if t is not None]
     return chunking, [chunking.cut((t if t.dim() == 4 else t[..., None]).to(dtype)) for t in tensors]
 
 
@@ -204,13 +202,13 @@ def local_outputs(x: DeltaInputs, totals: Forward) -> tuple[Tensor, Tensor]:
     return c.scores @ c.writes, _queries(c)
 
 
-def outputs(x: DeltaInputs, totals: Forward, partial: tuple[Tensor, Tensor], state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DeltaInputs, totals: Forward, partial: tuple[Tensor, Tensor], state_in: Tensor) -> tuple[Tensor, Saved]:
     starts = totals.starts + totals.prefixes @ totals.chunking.spread(state_in)
     o = partial[0] + partial[1] @ starts
-    return totals.chunking.join(o).to(x.v.dtype), starts
+    return totals.chunking.join(o).to(x.v.dtype), (starts,)
 
 
-def summarize_adjoint(x: DeltaInputs, saved: Any, d_o: Tensor) -> tuple[Summary, DeltaAdjoint]:
+def summarize_adjoint(x: DeltaInputs, saved: Saved, d_o: Tensor) -> tuple[Summary, DeltaAdjoint]:
     chunking, cut = _cut_inputs(x)
     inputs = [t.detach().requires_grad_() for t in cut]
     with torch.enable_grad():
@@ -222,29 +220,41 @@ def summarize_adjoint(x: DeltaInputs, saved: Any, d_o: Tensor) -> tuple[Summary,
     return summary, DeltaAdjoint(chunking, inputs, c, d_out, ends, suffixes)
 
 
-def local_gradients(x: DeltaInputs, saved: Tensor, totals_adjoint: DeltaAdjoint, d_o: Tensor) -> DeltaLocalGradients:
-    c, d_out = totals_adjoint.chunks, totals_adjoint.d_out
-    writes = c.writes - c.erases @ saved
-    return DeltaLocalGradients(writes, c.scores.mT @ d_out, d_out @ saved.mT, d_out @ writes.mT)
+def local_gradients(x: DeltaInputs, saved: Saved, totals_adjoint: DeltaAdjoint, d_o: Tensor) -> DeltaLocalGradients:
+    c, d_out, (starts,) = totals_adjoint.chunks, totals_adjoint.d_out, saved
+    writes = c.writes - c.erases @ starts
+    return DeltaLocalGradients(writes, c.scores.mT @ d_out, d_out @ starts.mT, d_out @ writes.mT)
 
 
 def gradients(
     x: DeltaInputs,
-    saved: Tensor,
+    saved: Saved,
     totals_adjoint: DeltaAdjoint,
     local: DeltaLocalGradients,
     d_o: Tensor,
     d_state_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    chunking, inputs, c, _, ends, suffixes = totals_adjoint
+    (chunking, inputs, c, _, ends, suffixes), (starts,) = totals_adjoint, saved
     ends = ends + suffixes @ chunking.spread(d_state_out)
     d_writes = local.d_writes + c.stores @ ends
-    d_chunks = [local.d_reads, local.d_scores, local.writes @ ends.mT, d_writes, -d_writes @ saved.mT]
+    d_chunks = [local.d_reads, local.d_scores, local.writes @ ends.mT, d_writes, -d_writes @ starts.mT]
     if c.kept is not None:
-        d_kept = (saved * ends).sum(-1)
+        d_kept = (starts * ends).sum(-1)
         d_chunks.append(d_kept if c.kept.shape[-1] > 1 else d_kept.sum(-1, keepdim=True))
     d_inputs = pull_back([t for t in c if t is not None], inputs, d_chunks)
     joined = [chunking.join(d) for d in d_inputs]
-    given = [t for t in tensors_of(x) if t is not None]
+    given = [t for t in x.tensors() if t is not None]
     found: list[Tensor | None] = [d.reshape(t.shape).to(t.dtype) for d, t in zip(joined, given, strict=True)]
     return tuple(found if x.g is not None else [*found, None])
+
+
+STAGES = Stages(
+    prepare=as_given,
+    summarize=summarize,
+    local_outputs=local_outputs,
+    outputs=outputs,
+    summarize_adjoint=summarize_adjoint,
+    local_gradients=local_gradients,
+    gradients=gradients,
+    traceable=False,
+)

@@ -6,16 +6,12 @@ that enters `outputs` is the one after all ranks, and its gradient likewise.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lasp.algebra import Identity, Summary
-from lasp.recurrence.decay import state_dtype
-from lasp.recurrence.stages import DecayInputs
-
-GROUPED_HEADS = False
+from lasp.recurrence.inputs import DecayInputs, state_dtype
+from lasp.recurrence.stages import Saved, Stages, as_given
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,22 +27,34 @@ def local_outputs(x: DecayInputs, totals: None) -> None:
     return None
 
 
-def outputs(x: DecayInputs, totals: None, partial: None, state_in: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(x: DecayInputs, totals: None, partial: None, state_in: Tensor) -> tuple[Tensor, Saved]:
     o = x.scale * torch.einsum("bthk,bhkv->bthv", x.q.to(state_in.dtype), state_in)
-    return o.to(x.v.dtype), state_in
+    return o.to(x.v.dtype), (state_in,)
 
 
-def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary, None]:
+def summarize_adjoint(x: DecayInputs, saved: Saved, d_o: Tensor) -> tuple[Summary, None]:
     return Summary(Identity(), x.scale * _product(x.q, d_o, state_dtype(x.q.dtype))), None
 
 
-def local_gradients(x: DecayInputs, saved: Tensor, totals_adjoint: None, d_o: Tensor) -> Tensor:
-    return x.scale * torch.einsum("bthv,bhkv->bthk", d_o.to(saved.dtype), saved)
+def local_gradients(x: DecayInputs, saved: Saved, totals_adjoint: None, d_o: Tensor) -> Tensor:
+    (state,) = saved
+    return x.scale * torch.einsum("bthv,bhkv->bthk", d_o.to(state.dtype), state)
 
 
 def gradients(
-    x: DecayInputs, saved: Tensor, totals_adjoint: None, local: Tensor, d_o: Tensor, d_state_out: Tensor
+    x: DecayInputs, saved: Saved, totals_adjoint: None, local: Tensor, d_o: Tensor, d_state_out: Tensor
 ) -> tuple[Tensor | None, ...]:
     dk = torch.einsum("bthv,bhkv->bthk", x.v.to(d_state_out.dtype), d_state_out)
     dv = torch.einsum("bthk,bhkv->bthv", x.k.to(d_state_out.dtype), d_state_out)
     return local.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype), None
+
+
+STAGES = Stages(
+    prepare=as_given,
+    summarize=summarize,
+    local_outputs=local_outputs,
+    outputs=outputs,
+    summarize_adjoint=summarize_adjoint,
+    local_gradients=local_gradients,
+    gradients=gradients,
+)

@@ -1,6 +1,10 @@
-"""Fused Triton kernels; nothing outside this package imports triton."""
+"""Fused Triton kernels."""
+
+from collections.abc import Mapping
 
 from lasp.kernels.torch import unmasked
-from lasp.kernels.triton import decay
+from lasp.kernels.triton.decay.stages import STAGES as DECAY
+from lasp.kernels.triton.delta.stages import STAGES as DELTA
+from lasp.recurrence.stages import AnyStages
 
-__all__ = ["decay", "unmasked"]
+STAGES: Mapping[str, AnyStages] = {"decay": DECAY, "delta": DELTA, "unmasked": unmasked.STAGES}

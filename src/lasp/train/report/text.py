@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 
-from lasp.train.outlet import printable
+from lasp.terminal import printable
 
 
 def escape(value: object) -> str:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels.select import FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.decays import CHANNEL, HEAD, NONE, TOKEN
 from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
@@ -40,7 +40,7 @@ from lasp.kernels.triton.decay.scalar.sweep import GATHERED, PART_ROWS, ZERO
 from lasp.kernels.triton.decay.scalar.value_gradient import value_gradient_kernel
 from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 from lasp.recurrence.documents import Documents
-from lasp.recurrence.stages import DecayInputs
+from lasp.recurrence.inputs import DecayInputs
 
 GATE_BLOCK, GATE_WARPS = 8192, 8
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16

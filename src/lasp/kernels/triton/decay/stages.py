@@ -3,28 +3,24 @@
 summarize: summary of every segment, scan over segments.  outputs: sweep of o.
 summarize_adjoint: summary, reversed scan.  local_gradients: sweep of dq.  gradients: sweeps of dk (and dg), dv.
 What is kept for backward is one state per segment, not per chunk, with other ranks' part applied.
-
-Each stage prepares its inputs and calls the function of the same work on prepared ones (`*_of`). `operators` calls
-those directly, on one device and over ranks. The stages themselves are for tests and benchmarks, which run one at a
-time and put runs together as ranks would, without an exchange.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
+from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
 from lasp.kernels.triton.decay.channel import stages as channel
-from lasp.kernels.triton.decay.launches import Launches, work_of
-from lasp.recurrence.stages import DecayInputs
-
-GROUPED_HEADS = True
-BAD_GATES_GIVE_NAN = True
+from lasp.kernels.triton.decay.inputs import DecayRun, prepare
+from lasp.kernels.triton.decay.launches import Launches, keeps_states, kind_of, per_channel, plan_of
+from lasp.recurrence.inputs import DecayInputs
+from lasp.recurrence.stages import Gradients, Saved, Stages, Unsummarized
 
 
 class ScalarSegments(NamedTuple):
@@ -46,19 +42,29 @@ class ScalarSaved(NamedTuple):
     gates: tuple[Tensor, ...]
 
 
-def saved_list(saved: Any) -> list[Tensor]:
-    """What an operator gives back of `saved`, or takes: first the state leaving the run."""
+Segments = ScalarSegments | channel.ChannelSegments
+
+
+def _saved(saved: ScalarSaved | channel.ChannelSaved) -> Saved:
+    """The tensors of it: first the state leaving the run."""
     others = saved.prepared if isinstance(saved, channel.ChannelSaved) else saved.gates
-    return [saved.leaving, *([] if saved.entering is None else [saved.entering]), *others]
+    return (saved.leaving, *(() if saved.entering is None else (saved.entering,)), *others)
 
 
-def saved_of(work: Launches, tensors: list[Tensor]) -> Any:
-    """The inverse of `saved_list`."""
-    leaving, *others = tensors
-    entering = others.pop(0) if work.keeps_states else None
-    if work.per_channel:
-        return channel.ChannelSaved(entering, leaving, channel.Prepared(*others))
-    return ScalarSaved(entering, leaving, tuple(others))
+def _scalar_saved(x: DecayRun, saved: Saved) -> ScalarSaved:
+    if x.work.keeps_states:
+        return ScalarSaved(saved[1], saved[0], saved[2:])
+    return ScalarSaved(None, saved[0], saved[1:])
+
+
+def _channel_saved(x: DecayRun, saved: Saved) -> channel.ChannelSaved:
+    if x.work.keeps_states:
+        return channel.ChannelSaved(saved[1], saved[0], channel.Prepared(*saved[2:]))
+    return channel.ChannelSaved(None, saved[0], channel.Prepared(*saved[1:]))
+
+
+def _leaving(saved: Saved) -> Tensor:
+    return saved[0]
 
 
 class QueryGradient(NamedTuple):
@@ -70,44 +76,43 @@ class QueryGradient(NamedTuple):
     inner: Tensor
 
 
-def prepare(x: DecayInputs, from_zero: bool = False) -> tuple[DecayInputs, Launches]:
-    """x with dense tensors, and the work on it.
-
-    from_zero: x is the whole sequence and starts from no state.
-
-    Raises:
-        ValueError: the kernels do not take such tensors.
-    """
-    work = work_of(x, from_zero)
-    use_scratch()
-    if not (
-        x.q.is_contiguous() and x.k.is_contiguous() and x.v.is_contiguous() and (x.g is None or x.g.is_contiguous())
-    ):
-        g = None if x.g is None else x.g.contiguous()
-        x = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous(), g=g)
-    return x, work
+Local = QueryGradient | channel.QueryReads
 
 
-def totals_of(x: DecayInputs, work: Launches, prepared: Any = None, *, summarized: bool) -> tuple[Summary | None, Any]:
-    """What is known of the run's segments, and its summary if that is wanted; nothing where sweeps gather.
-
-    prepared: what `local_outputs_of` made, where it did so before.
-    """
-    gates = _gate_sums(x, work)
-    return _totals_of(x, work, x.k, x.v, prepared, gates, reverse=False, summarized=summarized)
+def summarize(x: DecayRun) -> tuple[Summary, Segments]:
+    return _summarized(*_totals_of(x, x.k, x.v, None, _gate_sums(x), reverse=False, summarized=True))
 
 
-def totals_adjoint_of(
-    x: DecayInputs, work: Launches, saved: Any, d_o: Tensor, *, summarized: bool
-) -> tuple[Summary | None, Any]:
-    """Likewise of gradients."""
-    prepared, gates = (saved.prepared, ()) if work.per_channel else (None, saved.gates)
-    return _totals_of(x, work, x.q, d_o, prepared, gates, reverse=True, summarized=summarized)
+def totals(x: DecayRun) -> Segments:
+    """What is known of the run's segments; nothing where sweeps gather."""
+    prepared = channel.local_outputs(x) if x.work.per_channel else None
+    return _totals_of(x, x.k, x.v, prepared, _gate_sums(x), reverse=False, summarized=False)[1]
+
+
+def summarize_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Segments]:
+    return _summarized(*_totals_adjoint_of(x, saved, d_o, summarized=True))
+
+
+def totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> Segments:
+    """As `totals`, of gradients."""
+    return _totals_adjoint_of(x, saved, d_o, summarized=False)[1]
+
+
+def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, Segments]:
+    assert summary is not None
+    return summary, segments
+
+
+def _totals_adjoint_of(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Segments]:
+    use_scratch()  # backward passes have threads of their own
+    if x.work.per_channel:
+        prepared = _channel_saved(x, saved).prepared
+        return _totals_of(x, x.q, d_o, prepared, (), reverse=True, summarized=summarized)
+    return _totals_of(x, x.q, d_o, None, _scalar_saved(x, saved).gates, reverse=True, summarized=summarized)
 
 
 def _totals_of(
-    x: DecayInputs,
-    work: Launches,
+    x: DecayRun,
     k: Tensor,
     v: Tensor,
     prepared: channel.Prepared | None,
@@ -115,14 +120,15 @@ def _totals_of(
     *,
     reverse: bool,
     summarized: bool,
-) -> tuple[Summary | None, Any]:
+) -> tuple[Summary | None, Segments]:
+    work = x.work
     # `Launches` keeps what was found for tensors of these dtypes.
     assert v.dtype == x.v.dtype and (x.g is None or x.g.dtype == torch.float32)
     places = places_of(work.plan, v)
     if work.plan.gathers:
         assert not summarized
         if work.per_channel:
-            return None, channel.ChannelSegments(None, None)
+            return None, channel.ChannelSegments(None, None, prepared)
         return None, ScalarSegments(None, None, gates)
     states = torch.empty(work.states, dtype=torch.float32, device=k.device)
     decays, before = states.new_empty(work.decays), states.new_empty(work.decays)
@@ -141,14 +147,18 @@ def _totals_of(
         total, total_decay = states.new_empty(work.state), states.new_empty(work.total_decay)
     scan = work.scan_adjoint if reverse else work.scan
     scan(states, decays, before, bounds_of(work.plan, states), total_decay, total)
-    totals = channel.ChannelSegments(states, before) if work.per_channel else ScalarSegments(states, before, gates)
+    if work.per_channel:
+        segments: Segments = channel.ChannelSegments(states, before, prepared)
+    else:
+        segments = ScalarSegments(states, before, gates)
     if total is None or total_decay is None:
-        return None, totals
+        return None, segments
     transition = Identity() if x.g is None else Diagonal(total_decay) if work.per_channel else Scalar(total_decay)
-    return Summary(transition, total), totals
+    return Summary(transition, total), segments
 
 
-def _gate_sums(x: DecayInputs, work: Launches) -> tuple[Tensor, ...]:
+def _gate_sums(x: DecayRun) -> tuple[Tensor, ...]:
+    work = x.work
     if not work.per_token:
         return ()
     gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
@@ -156,88 +166,76 @@ def _gate_sums(x: DecayInputs, work: Launches) -> tuple[Tensor, ...]:
     return gates
 
 
-def summarize(x: DecayInputs) -> tuple[Summary, Any]:
-    x, work = prepare(x)
-    return _summarized(*totals_of(x, work, summarized=True))
+def local_outputs(x: DecayRun, totals: Segments) -> channel.Prepared | None:
+    if not isinstance(totals, channel.ChannelSegments):
+        return None
+    return channel.local_outputs(x) if totals.prepared is None else totals.prepared
 
 
-def _summarized(summary: Summary | None, totals: Any) -> tuple[Summary, Any]:
-    assert summary is not None
-    return summary, totals
-
-
-def local_outputs(x: DecayInputs, totals: Any) -> Any:
-    return local_outputs_of(*prepare(x))
-
-
-def local_outputs_of(x: DecayInputs, work: Launches) -> Any:
-    return channel.local_outputs(x, work) if work.per_channel else None
-
-
-def outputs(x: DecayInputs, totals: Any, partial: Any, state_in: Tensor) -> tuple[Tensor, Any]:
-    return outputs_of(*prepare(x), totals, partial, state_in.contiguous())
-
-
-def outputs_of(
-    x: DecayInputs, work: Launches, totals: Any, partial: Any, state_in: Tensor | None
-) -> tuple[Tensor, Any]:
+def outputs(
+    x: DecayRun, totals: Segments, partial: channel.Prepared | None, state_in: Tensor | None
+) -> tuple[Tensor, Saved]:
     """state_in is zero if None."""
+    work = x.work
+    state_in = None if state_in is None else state_in.contiguous()
     o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
     places = places_of(work.plan, leaving)
+    if isinstance(totals, channel.ChannelSegments):
+        assert partial is not None
+        saved = _saved(channel.outputs(x, totals, partial, o, leaving, state_in))
+    else:
+        states, decays, gates = totals
+        if states is None and work.keeps_states:
+            states = leaving.new_empty(work.states)
+        g, unread = x.q if x.g is None else x.g, leaving
+        work.output(
+            x.q, x.k, x.v, g, *_two(gates, unread), o, given(states, unread), given(decays, unread), leaving, places,
+            state_in,
+        )  # fmt: skip
+        saved = _saved(ScalarSaved(states, leaving, gates))
+    if x.v.numel() == 0:  # no kernel ran
+        leaving.zero_() if state_in is None else leaving.copy_(state_in)
+    return o, saved
+
+
+def local_gradients(x: DecayRun, saved: Saved, totals_adjoint: Segments, d_o: Tensor) -> Local:
+    work = x.work
     if work.per_channel:
-        return channel.outputs(x, work, totals, partial, o, leaving, state_in)
-    states, decays, gates = totals
-    if states is None and work.keeps_states:
-        states = leaving.new_empty(work.states)
-    g, unread = x.q if x.g is None else x.g, leaving
-    work.output(
-        x.q, x.k, x.v, g, *_two(gates, unread), o, given(states, unread), given(decays, unread), leaving, places,
-        state_in,
-    )  # fmt: skip
-    return o, ScalarSaved(states, leaving, gates)
-
-
-def summarize_adjoint(x: DecayInputs, saved: Any, d_o: Tensor) -> tuple[Summary, Any]:
-    x, work = prepare(x)
-    return _summarized(*totals_adjoint_of(x, work, saved, d_o.contiguous(), summarized=True))
-
-
-def local_gradients(x: DecayInputs, saved: Any, totals_adjoint: Any, d_o: Tensor) -> Any:
-    return local_gradients_of(*prepare(x), saved, d_o.contiguous())
-
-
-def local_gradients_of(x: DecayInputs, work: Launches, saved: Any, d_o: Tensor) -> Any:
-    if work.per_channel:
-        return channel.local_gradients(x, work, saved, d_o)
+        return channel.local_gradients(x, _channel_saved(x, saved), d_o)
+    kept = _scalar_saved(x, saved)
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    unread = saved.leaving
+    unread = kept.leaving
     sums = unread.new_empty(work.sums) if work.with_decay else unread
     inner = _inner_states(work, unread)
     g = x.q if x.g is None else x.g
-    gates, entering = _two(saved.gates, unread), given(saved.entering, unread)
+    gates, entering = _two(kept.gates, unread), given(kept.entering, unread)
     work.query_gradient(x.q, x.k, x.v, d_o, g, *gates, dq, sums, inner, entering, places_of(work.plan, dq))
     return QueryGradient(dq, sums, inner)
 
 
 def gradients(
-    x: DecayInputs, saved: Any, totals_adjoint: Any, local: Any, d_o: Tensor, d_state_out: Tensor
-) -> tuple[Tensor | None, ...]:
-    return gradients_of(*prepare(x), saved, totals_adjoint, local, d_o.contiguous(), d_state_out.contiguous())
+    x: DecayRun, saved: Saved, totals_adjoint: Segments, local: Local, d_o: Tensor, d_state_out: Tensor | None
+) -> Gradients:
+    """d_state_out is zero if None."""
+    d_state_out = None if d_state_out is None else d_state_out.contiguous()
+    if isinstance(totals_adjoint, channel.ChannelSegments):
+        assert isinstance(local, channel.QueryReads)
+        kept = _channel_saved(x, saved)
+        dq, dk, dv, d_gate = channel.gradients(x, kept, totals_adjoint, local, d_o, d_state_out)
+        return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
+    assert isinstance(local, QueryGradient)
+    return _scalar_gradients(x, _scalar_saved(x, saved), totals_adjoint, local, d_o, d_state_out)
 
 
-def gradients_of(
-    x: DecayInputs,
-    work: Launches,
-    saved: Any,
-    totals_adjoint: Any,
-    local: Any,
+def _scalar_gradients(
+    x: DecayRun,
+    saved: ScalarSaved,
+    totals_adjoint: ScalarSegments,
+    local: QueryGradient,
     d_o: Tensor,
     d_state_out: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """d_state_out is zero if None."""
-    if work.per_channel:
-        dq, dk, dv, d_gate = channel.gradients(x, work, saved, totals_adjoint, local, d_o, d_state_out)
-        return _sum_groups(x, dq), _sum_groups(x, dk), dv, d_gate
+) -> Gradients:
+    work = x.work
     unread = saved.leaving
     g, gates = x.q if x.g is None else x.g, _two(saved.gates, unread)
     d_states, after = given(totals_adjoint.states, unread), given(totals_adjoint.decays, unread)
@@ -279,9 +277,44 @@ def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:
     return (*gates, unread, unread)[:2]
 
 
-def _sum_groups(x: DecayInputs, gradient: Tensor) -> Tensor:
+def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
     """[B, T, H_v, K] -> [B, T, H, K]."""
     heads = x.q.shape[2]
     if gradient.shape[2] == heads:
         return gradient
     return gradient.unflatten(2, (heads, -1)).sum(3).to(x.q.dtype)
+
+
+def empty_saved(x: DecayInputs, alone: bool, want_gate: bool) -> list[Tensor]:
+    """Tensors of the shapes and dtypes that `outputs` saves; want_gate: the gradient of g will be wanted."""
+    q, v, g = x.q, x.v, x.g
+    (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g, alone)
+
+    def state(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    results = [state(B, H_v, K, V)]
+    if keeps_states(p, want_gate):
+        results.append(state(B, H_v, p.segments, K, V))
+    if per_channel(g):
+        return [*results, *channel.empty_prepared(q, v, p)]
+    if kind_of(g) == TOKEN.value:
+        return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
+    return results
+
+
+STAGES = Stages(
+    prepare=prepare,
+    summarize=summarize,
+    local_outputs=local_outputs,
+    outputs=outputs,
+    summarize_adjoint=summarize_adjoint,
+    local_gradients=local_gradients,
+    gradients=gradients,
+    unsummarized=Unsummarized(totals, totals_adjoint, _leaving),
+    empty_saved=empty_saved,
+    grouped_heads=True,
+    takes_no_state=True,
+    reads_queries_late=True,
+    bad_gates_give_nan=True,
+)

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common.packing import chunks_of, given, places_of
-from lasp.kernels.triton.decay.launches import BASE_LEVELS, Launches
+from lasp.kernels.triton.decay.inputs import DecayRun
+from lasp.kernels.triton.decay.launches import BASE_LEVELS
 from lasp.kernels.triton.decay.plan import LaunchPlan
-from lasp.recurrence.stages import DecayInputs
 
 
 class ChannelSegments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments, K] (base 2) from the
-    run's end on that side to them; None where a segment is a whole run."""
+    run's end on that side to them; None where a segment is a whole run. prepared: where it was made before."""
 
     states: Tensor | None
     decays: Tensor | None
+    prepared: Prepared | None = None
 
 
 class Prepared(NamedTuple):
@@ -72,8 +73,8 @@ def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
     return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
 
 
-def local_outputs(x: DecayInputs, work: Launches) -> Prepared:
-    p = work.plan
+def local_outputs(x: DecayRun) -> Prepared:
+    work, p = x.work, x.work.plan
     ready = empty_prepared(x.q, x.v, p)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
     places = chunks_of(p, ready.totals)
@@ -84,24 +85,18 @@ def local_outputs(x: DecayInputs, work: Launches) -> Prepared:
 
 
 def outputs(
-    x: DecayInputs,
-    work: Launches,
-    totals: ChannelSegments,
-    ready: Prepared,
-    o: Tensor,
-    leaving: Tensor,
-    state_in: Tensor | None,
-) -> tuple[Tensor, ChannelSaved]:
-    states, before = given(totals.states, leaving), given(totals.decays, leaving)
+    x: DecayRun, totals: ChannelSegments, ready: Prepared, o: Tensor, leaving: Tensor, state_in: Tensor | None
+) -> ChannelSaved:
+    work, states, before = x.work, given(totals.states, leaving), given(totals.decays, leaving)
     work.channel_output(
         ready.from_start, ready.to_end, x.v, ready.totals, ready.scores, o, states, before, leaving,
         places_of(work.plan, leaving), state_in,
     )  # fmt: skip
-    return o, ChannelSaved(totals.states, leaving, ready)
+    return ChannelSaved(totals.states, leaving, ready)
 
 
-def local_gradients(x: DecayInputs, work: Launches, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
-    ready = saved.prepared
+def local_gradients(x: DecayRun, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
+    work, ready = x.work, saved.prepared
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
     work.channel_query_inter_chunk(
@@ -112,8 +107,7 @@ def local_gradients(x: DecayInputs, work: Launches, saved: ChannelSaved, d_o: Te
 
 
 def gradients(
-    x: DecayInputs,
-    work: Launches,
+    x: DecayRun,
     saved: ChannelSaved,
     adjoint: ChannelSegments,
     local: QueryReads,
@@ -121,8 +115,10 @@ def gradients(
     d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
-    p, ready = work.plan, saved.prepared
-    entering, d_states, after = (given(tensor, saved.leaving) for tensor in (saved.entering, *adjoint))
+    work, p, ready = x.work, x.work.plan, saved.prepared
+    assert x.g is not None
+    tensors = (saved.entering, adjoint.states, adjoint.decays)
+    entering, d_states, after = (given(tensor, saved.leaving) for tensor in tensors)
     places = places_of(p, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     work.channel_key_inter_chunk(

@@ -1,4 +1,8 @@
-"""What goes to a terminal, a pipe or a log: with nothing in it that a terminal would obey, and never in the way."""
+"""What goes to a terminal, a pipe or a log: with nothing in it that a terminal would obey, and never in the way.
+
+All that the program prints goes through here (tests/test_terminal.py looks for what does not): `say`, or a `Terminal`
+where there are tables, colours or a moving line.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,12 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
 
 # A pipe that can take anything takes so much at once without waiting (POSIX: PIPE_BUF is at least 512).
 _PIECE_BYTES = 512
@@ -30,6 +40,27 @@ def printable(text: str) -> str:
     Paths, names, prompts and generated text may hold anything.
     """
     return _UNSEEN.sub(_sign, text)
+
+
+def say(text: object = "", *, error: bool = False, end: str = "\n") -> None:
+    """Print text, made printable, to standard output or, `error`, to standard error; nothing is held back."""
+    print(printable(str(text)), file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+class Terminal(Console):
+    """rich's console, of which every text is made printable, whatever renders it; markup is text here."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, which would leave out some of what is not shown."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:  # type: ignore[override]
+        """As rich does: what its own orders to the terminal are, it marks as such."""
+        for segment in super().render(*arguments, **options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def _sign(match: re.Match[str]) -> str:
@@ -102,7 +133,7 @@ class Outlet(io.TextIOBase):
         if not self._told:
             self._told = True
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                print(f"lasp: {problem}; the run goes on, and its figures are in metrics.jsonl", file=sys.stderr)
+                say(f"lasp: {problem}; the run goes on, and its figures are in metrics.jsonl", error=True)
 
 
 def _takes(descriptor: int) -> bool:

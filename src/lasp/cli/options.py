@@ -1,0 +1,42 @@
+"""The options of a command, read one way: what is wrong with them is said once, by the first process, and printably."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from lasp.terminal import printable
+
+C = TypeVar("C")
+
+
+def parse(kind: type[C], arguments: Sequence[str], command: str, default: C | None = None) -> C:
+    """The dataclass `kind` as the arguments of `command` say; what they leave out is as in `default`.
+
+    Raises SystemExit on --help (0) and for what cannot be understood (2), which has then been printed.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"
+    given, shown = list(arguments), [printable(argument) for argument in arguments]
+    more: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        # tyro repeats what it does not understand as it was given.
+        return tyro.cli(kind, args=given, prog=command, console_outputs=speaks and given == shown, **more)
+    except SystemExit:
+        if speaks and given != shown:
+            tyro.cli(kind, args=shown, prog=command, **more)
+        raise
+
+
+def early(arguments: Sequence[str], *names: str) -> list[Path | None]:
+    """The values of some options, before all are read: of those that the defaults of others hang on."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(name, type=Path)
+    try:
+        known, _ = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError:  # an option without its value: the full parser says it better
+        return [None] * len(names)
+    return [getattr(known, name.lstrip("-").replace("-", "_")) for name in names]

@@ -1,0 +1,196 @@
+"""The door to an exchange: on the stream that suits it, replayed in a recomputation, or inside a compiled graph.
+
+torch.compile traces a recurrence's stages and calls the whole exchange between them as one operator: no local work runs
+beside it, the compiler fuses that instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import count
+from typing import Protocol, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
+from lasp.distributed.call import Call
+from lasp.distributed.comm import Comm
+from lasp.exchange.base import ConstantDecays, Exchange, ExchangeResult, PendingExchange
+from lasp.exchange.replay import recorded, reserve
+from lasp.exchange.schedules.local import Local, Ready
+from lasp.exchange.side_stream import SideStream
+
+
+class Pass(Protocol):
+    """An operator's pass over the ranks: `lasp.sequence.call.SequenceCall`."""
+
+    @property
+    def messages(self) -> Call:
+        """What carries this pass's messages. Not asked for in a recomputation that has what its exchanges brought."""
+        ...
+
+
+class Ranks(Protocol):
+    """The ranks that share a sequence; `lasp.SequenceParallel` is one.
+
+    Attributes:
+        exchange: the schedule asked for.
+        choices: those that it has selected, by what they carry; all ranks carry the same.
+        key: of this object in this process: operators of torch.library take numbers, not objects.
+    """
+
+    comm: Comm
+    exchange: Exchange
+    choices: dict[Hashable, Exchange]
+    key: int
+
+    def call(
+        self,
+        operator: str,
+        key: Hashable,
+        fields: Callable[[], Mapping[str, object]],
+        documents: str | None = None,
+        inputs: Sequence[Tensor | None] = (),
+        *,
+        replays: bool = False,
+    ) -> Pass | None:
+        """Begin an operator's forward pass."""
+        ...
+
+
+_of_key: WeakValueDictionary[int, Ranks] = WeakValueDictionary()
+_new_key = count().__next__
+
+
+def register(ranks: Ranks) -> int:
+    """Returns a new key of these ranks."""
+    key = _new_key()
+    _of_key[key] = ranks
+    return key
+
+
+def ranks_of(key: int) -> Ranks:
+    """Returns what was registered with `key`, while it lives."""
+    return _of_key[key]
+
+
+def start(
+    ranks: Ranks | None,
+    call: Pass | None,
+    summary: Summary,
+    initial: Tensor | None,
+    *,
+    reverse: bool = False,
+    want_total: bool = False,
+    decays: ConstantDecays | None = None,
+) -> PendingExchange:
+    """Start to carry the state over the ranks, from the last to the first if `reverse`.
+
+    Args:
+        ranks: that share the sequence; None for one device.
+        call: their pass, of which the exchange is part; None for one device and in a graph being compiled.
+        summary: this rank's.
+        initial: what enters the first rank (the last, if `reverse`); zero if None.
+        want_total: the state after all ranks is wanted too.
+        decays: if all ranks know them beforehand.
+    """
+    if ranks is None:
+        return Local().begin(None, summary, _state(summary, initial), reverse=reverse, want_total=want_total)
+    if torch.compiler.is_compiling():
+        return Ready(_compiled(ranks, summary, _state(summary, initial), reverse, want_total))
+    if not reverse and (result := recorded()) is not None:
+        return Ready(result)
+    assert call is not None
+    place = _dropped if reverse else reserve()
+    schedule = _selected(ranks, summary, want_total)
+    if decays is not None:
+        schedule = schedule.informed(decays)
+    state = cast(Tensor, initial) if schedule.takes_no_state else _state(summary, initial)
+    side = SideStream(summary.state.device, ranks.comm) if schedule.wants_own_stream else None
+    options = {"reverse": reverse, "want_total": want_total}
+    if side is None:
+        return Started(schedule.begin(call.messages, summary, state, **options), None, place)
+    with side.begun():
+        pending = schedule.begin(call.messages, summary, state, **options)
+    return Started(pending, side, place)
+
+
+def _dropped(result: ExchangeResult) -> None:
+    """Nothing that a backward pass brings is needed again."""
+
+
+def _state(summary: Summary, initial: Tensor | None) -> Tensor:
+    return torch.zeros_like(summary.state) if initial is None else initial
+
+
+def _selected(ranks: Ranks, summary: Summary, want_total: bool) -> Exchange:
+    """The schedule that was asked for, or the one that it has selected, once for what is carried."""
+    if not ranks.exchange.selects:
+        return ranks.exchange
+    carried = (type(summary.transition), summary.state.shape, summary.state.dtype, summary.state.device, want_total)
+    schedule = ranks.choices.get(carried)
+    if schedule is None:
+        schedule = ranks.choices[carried] = ranks.exchange.selected(ranks.comm, summary, want_total=want_total)
+    return schedule
+
+
+class Started:
+    """An exchange under way; `wait` gives what it brings."""
+
+    def __init__(
+        self, pending: PendingExchange, side: SideStream | None, place: Callable[[ExchangeResult], None]
+    ) -> None:
+        self._pending, self._side, self._place = pending, side, place
+
+    def wait(self) -> ExchangeResult:
+        side = self._side
+        if side is None:
+            result = self._pending.wait()
+        else:
+            with side.ended():
+                result = self._pending.wait()
+            side.hand_over(result.entering)
+            side.hand_over(result.total)
+        self._place(result)
+        return result
+
+
+_KINDS = {kind.__name__: kind for kind in (Identity, Scalar, Diagonal, Dense)}
+
+
+def _compiled(ranks: Ranks, summary: Summary, initial: Tensor, reverse: bool, want_total: bool) -> ExchangeResult:
+    kind = type(summary.transition).__name__
+    entering, total = torch.ops.lasp.exchange(
+        list(summary.transition.tensors()), summary.state, initial, kind, reverse, want_total, ranks.key
+    )
+    return ExchangeResult(entering, total if want_total else None)
+
+
+@torch.library.custom_op("lasp::exchange", mutates_args=())
+def _exchange(
+    transition: list[Tensor], state: Tensor, initial: Tensor, kind: str, reverse: bool, want_total: bool, group: int
+) -> tuple[Tensor, Tensor]:
+    ranks, shape, way = ranks_of(group), tuple(state.shape), "backward" if reverse else "forward"
+    fields = {
+        "compiled exchange of": kind, "pass": way, "state": shape, "dtype": str(state.dtype), "total": want_total
+    }  # fmt: skip
+    call = ranks.call("recurrence", tuple(fields.values()), lambda: fields, replays=not reverse)
+    # The compiler lays tensors out as it likes; messages are contiguous.
+    summary = Summary(_KINDS[kind](*(t.contiguous() for t in transition)), state.contiguous())
+    result = start(ranks, call, summary, initial.contiguous(), reverse=reverse, want_total=want_total).wait()
+    # New memory: an operator must not give its inputs back, and the compiler may write over what it is given.
+    total = state.new_empty(0) if result.total is None else _copy(result.total)
+    return _copy(result.entering), total
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@_exchange.register_fake
+def _(
+    transition: list[Tensor], state: Tensor, initial: Tensor, kind: str, reverse: bool, want_total: bool, group: int
+) -> tuple[Tensor, Tensor]:
+    return state.new_empty(state.shape), state.new_empty(state.shape if want_total else 0)

@@ -1,0 +1,159 @@
+"""A scan as a function that PyTorch differentiates: eager, traced by torch.compile, or an operator of its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from lasp.ops.call import called, ungrouped
+from lasp.ops.compiled import scan_operator
+from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
+from lasp.recurrence.derivatives import first_derivatives
+from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
+from lasp.recurrence.stages import RunInputs, Saved
+from lasp.sequence.call import SequenceCall
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# PyTorch 2.11's compiler traces a scan and loses the gradients of the inputs, without a word; 2.13's does not.
+# Where it is not known to be right the graph breaks around it instead (`not_traced_before`).
+TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
+
+
+_SUM_IN_GRAPH = (
+    "output_final_state=True over several ranks, or an initial_state of packed documents with a gradient, cannot be "
+    "part of a compiled graph: leave fullgraph=True out, and the graph breaks around the operator, or call it outside "
+    "of the compiled function"
+)
+
+
+def untraced(function: _Function) -> _Function:
+    """`function`, around which a compiled graph breaks.
+
+    As `torch.compiler.disable`, which loads the compiler: half of the time that importing this library would take.
+    PyTorch's own way loads it at the first call, so uncompiled calls do not go by it.
+    """
+    disabled = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        return disabled(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+    return cast(_Function, wrapped)
+
+
+def not_traced_before(function: _Function) -> _Function:
+    """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
+    return function if TRACEABLE else untraced(function)
+
+
+def break_graph_for_sums(plan: ScanPlan, initial: Tensor | None) -> None:
+    """Break the compiler's graph where gradients of states are summed over ranks; with fullgraph=True, say so.
+
+    The message that sums them is no operator yet.
+    """
+    if plan.ranks is None or not torch.compiler.is_compiling():
+        return
+    if plan.want_final or (plan.documents is not None and initial is not None and initial.requires_grad):
+        torch._dynamo.graph_break(msg=_SUM_IN_GRAPH)
+
+
+def begin_early(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> Begun | None:
+    """Start the exchange before the queries are known, where that gains anything: k stands for q in `x`."""
+    if plan.ranks is None or not plan.stages.reads_queries_late or torch.compiler.is_compiling():
+        return None
+    call = called(plan, x, initial)
+    with torch.no_grad():
+        return begin(plan, call, plan.stages.prepare(x, False), None if initial is None else initial.contiguous())
+
+
+def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None = None) -> tuple[Tensor, Tensor | None]:
+    """The outputs [B, T, H_v, V] and, where wanted, the final states of the global sequence, as many as initial ones.
+
+    Args:
+        initial: [B, H_v, K, V], or one for every document of the whole sequence; zero if None.
+        begun: what `begin_early` gave for the same run.
+    """
+    if plan.stages.empty_saved is None:
+        return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
+    if plan.documents is not None:  # the operators of a compiled graph take none: the graph breaks around them
+        return _untraced(plan, x, initial, begun)
+    if torch.compiler.is_compiling():
+        return scan_operator(plan, cast(DecayInputs, x), initial)
+    return _eager(plan, x, initial, begun)
+
+
+def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None) -> tuple[Tensor, Tensor | None]:
+    call = called(plan, x, initial) if begun is None else begun.call
+    if initial is None and not plan.stages.takes_no_state:
+        initial = x.q.new_zeros(initial_shape(x), dtype=state_dtype(x.q.dtype))
+    x = x if plan.change is None else plan.change(x)
+    x = ungrouped(plan.stages, x)
+    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, call, begun, x, initial, *x.tensors())
+    return result
+
+
+_untraced = untraced(_eager)
+_traced = not_traced_before(_eager)
+
+
+def _exactly(function: _Function) -> _Function:
+    """`function` outside autocast, which would round states to 16 bits in matrix products that PyTorch computes."""
+
+    @wraps(function)
+    def wrapped(plan: ScanPlan, call: SequenceCall | None, x: RunInputs, *arguments: Any) -> Any:
+        with torch.autocast(x.v.device.type, enabled=False):
+            return function(plan, call, x, *arguments)
+
+    return cast(_Function, wrapped)
+
+
+def _forward(
+    plan: ScanPlan, call: SequenceCall | None, x: RunInputs, initial: Tensor | None, begun: Begun | None
+) -> tuple[Tensor, Tensor | None, Saved]:
+    return forward(plan, begun or begin(plan, call, x, initial), x, initial)
+
+
+_exact_forward, _exact_backward = _exactly(_forward), _exactly(backward)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: ScanPlan,
+        call: SequenceCall | None,
+        begun: Begun | None,
+        given: Inputs,
+        initial: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        x = plan.stages.prepare(given.with_tensors(tensors), initial is None and plan.ranks is None)
+        initial = None if initial is None else initial.contiguous()
+        compute = _forward if plan.stages.empty_saved is not None else _exact_forward
+        o, final, saved = compute(plan, call, x, initial, begun)
+        kept = x.tensors()
+        ctx.plan, ctx.call, ctx.shell, ctx.count = plan, call, x.with_tensors((None,) * len(kept)), len(kept)
+        ctx.set_materialize_grads(False)
+        # Every tensor through save_for_backward, so that saved-tensor hooks (offloading, recomputation) see them.
+        ctx.save_for_backward(*kept, *saved)
+        return o, final
+
+    @staticmethod
+    @first_derivatives("a recurrence (linear_attention, delta_rule)")
+    def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
+        plan: ScanPlan = ctx.plan
+        # First of all, because this may recompute a region, with calls of its own.
+        tensors: Sequence[Any] = ctx.saved_tensors
+        call = None if ctx.call is None else ctx.call.adjoint()
+        x, saved = ctx.shell.with_tensors(tensors[: ctx.count]), tuple(tensors[ctx.count :])
+        d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
+        d_final = None if d_final is None else d_final.contiguous()
+        compute = backward if plan.stages.empty_saved is not None else _exact_backward
+        gradients, d_initial = compute(plan, call, x, saved, d_o, d_final, ctx.needs_input_grad[4])
+        return None, None, None, None, d_initial, *gradients
