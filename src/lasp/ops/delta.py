@@ -52,8 +52,8 @@ def delta_rule(
         normalize_qk: divide q and k by their lengths first, in the state's dtype: sqrt(sum of squares + 1e-6).
         scale, initial_state, output_final_state, cu_seqlens, sp: as in `linear_attention`.
         backend: "auto" ("triton" on a GPU, else "torch"), "triton" (fused kernels, on a GPU; with bf16 inputs products
-            are of bf16, states fp32), "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU, with the
-            extra `fla`) or "reference" (token by token, slow, exact).
+            are of bf16, states fp32), "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU,
+            with the extra `fla`) or "reference" (token by token, slow, exact).
 
     Returns:
         o [B, T, H_v, V] in v's dtype, and the final state [B, H_v, K, V] or None.

@@ -100,7 +100,7 @@ def check(case: Case, device: torch.device) -> None:
     assert not bad, errors
 
 
-@pytest.fixture
+@pytest.fixture(name="short_segments")
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a segment, so that few tokens make several; and tensor descriptors, which bf16 inputs have."""
     plan = launches.delta_plan
@@ -114,7 +114,7 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_all_results_fp32(gate: str, device: torch.device, _short_segments: None) -> None:
+def test_all_results_fp32(gate: str, device: torch.device, short_segments: None) -> None:
     check(Case(gate), device)
 
 
@@ -125,13 +125,13 @@ def test_single_segments_of_normalized_keys(gate: str, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_all_results_bf16(gate: str, device: torch.device, _short_segments: None) -> None:
+def test_all_results_bf16(gate: str, device: torch.device, short_segments: None) -> None:
     check(Case(gate, BF16, T=200, K=64, beta=1.0), device)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of masked overflows
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
-def test_strong_gates_bf16(gate: str, device: torch.device, _short_segments: None) -> None:
+def test_strong_gates_bf16(gate: str, device: torch.device, short_segments: None) -> None:
     """Down to -20, so that of a gate per channel no chunk is mild; and values that are cut into two heads."""
     check(Case(gate, BF16, T=70, H=2, V=192, beta=1.0, strongest=20.0, normalize=True), device)
 
@@ -172,15 +172,13 @@ DOCUMENTS = (0, 0, 1, 3, 38, 38, 79, 80)
 @pytest.mark.parametrize("single", [False, True])
 def test_packed_documents(gate: str, single: bool, device: torch.device, request: pytest.FixtureRequest) -> None:
     if not single:
-        request.getfixturevalue("_short_segments")
+        request.getfixturevalue("short_segments")
     check(Case(gate, T=80, documents=DOCUMENTS), device)
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_ranks(
-    gate: str, documents: tuple[int, ...] | None, device: torch.device, _short_segments: None
-) -> None:
+def test_ranks(gate: str, documents: tuple[int, ...] | None, device: torch.device, short_segments: None) -> None:
     """Over three ranks, one without tokens: the exchange carries states and transitions."""
     p = problem(Case(gate, T=80, documents=documents))
     references = solve(p, torch.device("cpu"), "torch", exact=True)
@@ -223,7 +221,9 @@ def test_the_check_sees(mistake: str, device: torch.device) -> None:
     p = problem(Case("scalar", T=40, strongest=0.05))
     references = solve(p, torch.device("cpu"), "torch", exact=True)
     name = {"no state": "initial_state", "later gate": "g", "less beta": "beta"}[mistake]
-    p.x[name] = {"no state": 0.0 * p.x[name], "later gate": p.x["g"].roll(1, 1), "less beta": 0.99 * p.x["beta"]}[mistake]
+    p.x[name] = {"no state": 0.0 * p.x[name], "later gate": p.x["g"].roll(1, 1), "less beta": 0.99 * p.x["beta"]}[
+        mistake
+    ]
     assert min(errors_of(solve(p, device), references)[n] for n in ("o", "d_q", "d_k")) > 100 * BOUNDS[FP32][0]
 
 

@@ -16,6 +16,7 @@ Where gates are mild all tokens meet in the chunk's middle; other chunks go by l
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import place, run_bounds
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
@@ -31,7 +32,6 @@ from lasp.kernels.triton.decay.channel.decays import (
     sums_to_end,
     sums_to_middle,
 )
-from lasp.kernels.triton.common.program import place, run_bounds
 from lasp.kernels.triton.delta.chunk import lengths
 from lasp.kernels.triton.delta.within import (
     between_tokens,
@@ -92,7 +92,7 @@ def delta_channel_gradients_kernel(
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
     dtype: tl.constexpr = k_ptr.dtype.element_ty
-    part, head, batch, segment, first, last, chunk, _border, _ends = place(
+    part, head, batch, _segment, first, last, chunk, _border, _ends = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     begin, _end = run_bounds(places_ptr, T, PACKED)
@@ -200,8 +200,8 @@ def delta_channel_gradients_kernel(
                 d_reads = tl.dot(m, far_k, -(read * early), input_precision=PRECISION)
                 terms += near_k * d_reads
                 written = from_state(
-                    u, d_state, u_view, d_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS, DESCRIPTORS,
-                    PRECISION,
+                    u, d_state, u_view, d_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS,
+                    DESCRIPTORS, PRECISION,
                 ) * late  # fmt: skip
                 if GATE:
                     leaving = tl.sum(far_k * written, 0)
@@ -221,8 +221,8 @@ def delta_channel_gradients_kernel(
                 z_t = between_tokens(u, do, u_view, do_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION) * scale
                 m_t = between_tokens(u, dv, u_view, dv_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION)
                 dq = from_state(
-                    do, state, do_view, s_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS, DESCRIPTORS,
-                    PRECISION,
+                    do, state, do_view, s_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS,
+                    DESCRIPTORS, PRECISION,
                 ) * scale  # fmt: skip
                 dk = from_state(
                     dv,
@@ -244,8 +244,8 @@ def delta_channel_gradients_kernel(
                     PRECISION,
                 )
                 written = from_state(
-                    u, d_state, u_view, d_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS, DESCRIPTORS,
-                    PRECISION,
+                    u, d_state, u_view, d_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS,
+                    DESCRIPTORS, PRECISION,
                 )  # fmt: skip
                 diagonal = tl.sum(tl.where(i == j, z, 0.0), 1)[:, None]
                 z = tl.where(i > j, z, tl.where(i < j, z_t, 0.0)).to(dtype)

@@ -9,6 +9,7 @@ Others are marked, and left to `channel_scores`.
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
@@ -19,7 +20,6 @@ from lasp.kernels.triton.decay.channel.decays import (
     suffix_sums,
     sums_to_middle,
 )
-from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.delta.chunk import lengths
 
 

@@ -6,6 +6,7 @@ By levels, as in `decay.channel_prepare`: two tokens meet in the middle of one b
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.common.tiles import load_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     DESCRIPTORS,
@@ -19,7 +20,6 @@ from lasp.kernels.triton.decay.channel.decays import (
     meets,
     sum_over,
 )
-from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.delta.chunk import lengths
 
 

@@ -1,7 +1,7 @@
 """A chunk's scalars and writes, as every sweep of the delta rule has them.
 
-Letters, per chunk: S [K, V] enters, D is the gradient of what leaves. 2^prefix decays from the chunk's start to a token,
-2^suffix from a token to its end, 2^total over all of it; G_ij = 2^between(j, i) from token j to a later i.
+Letters, per chunk: S [K, V] enters, D is the gradient of what leaves. 2^prefix decays from the chunk's start to a
+token, 2^suffix from a token to its end, 2^total over all of it; G_ij = 2^between(j, i) from token j to a later i.
 
     L = strict(k k^T G),  A = (I + diag(beta) L)^-1            solve
     W = v - 2^prefix (k S),  u = A diag(beta) W                what each token writes
@@ -76,8 +76,8 @@ def between(
 def token_pairs(start, C: tl.constexpr):
     """Rows [C, 1] and columns [1, C] of a matrix between a chunk's tokens.
 
-    They begin at zero, but the compiler shall not know: it would keep matrices made of them, the same for all chunks, in
-    registers over the loop.
+    They begin at zero, but the compiler shall not know: it would keep matrices made of them, the same for all chunks,
+    in registers over the loop.
     """
     zero = tl.minimum(start, 0)
     return zero + tl.arange(0, C)[:, None], zero + tl.arange(0, C)[None, :]

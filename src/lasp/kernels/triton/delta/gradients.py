@@ -19,9 +19,9 @@ its gradient is as small as what is left. All of it is linear in the channels, s
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.program import place
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.delta.chunk import between, lengths, token_pairs, token_sums
 from lasp.kernels.triton.delta.within import (
     between_tokens,
@@ -78,7 +78,7 @@ def delta_gradients_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last, chunk, _border, _ends = place(
+    part, head, batch, _segment, first, last, chunk, _border, _ends = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     dtype = k_ptr.dtype.element_ty
@@ -119,7 +119,7 @@ def delta_gradients_kernel(
         state = state_tile_of(s_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
         dv = token_tile(dv_view, start, last, row, V, BV, C, DESCRIPTORS)
         d_state = state_tile_of(d_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
-        prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, slot, KIND, C, EXACT)
+        prefix, suffix, _total = token_sums(prefix_ptr, suffix_ptr, slot, KIND, C, EXACT)
         q_norms = lengths(q_norms_ptr, norms_at + c * C, C, NORMALIZE) * scale
         k_norms = lengths(k_norms_ptr, norms_at + c * C, C, NORMALIZE)
         # Rows are those that read, then those that are read. In an order that holds few tiles at a time.

@@ -5,16 +5,17 @@ Made once for a shape, so that a call allocates and launches and does little els
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache, wraps
 from typing import Any
 
 import torch
 import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
-from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
+from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_plan
 from lasp.kernels.triton.decay.launches import (
     GATE_SUMS_HEADS,
@@ -42,6 +43,19 @@ WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
 SCAN_STEP = 32
 
 
+def _once(make: Callable[..., Launch]) -> Callable[..., Launch]:
+    """A method's launches, each made when it is first asked for."""
+
+    @wraps(make)
+    def found(self: DeltaLaunches, *arguments: Any, **ways: Any) -> Launch:
+        key = (make.__name__, arguments, *ways.values())
+        if key not in self.made:
+            self.made[key] = make(self, *arguments, **ways)
+        return self.made[key]
+
+    return found
+
+
 class DeltaLaunches:
     """What is done for runs of one shape.
 
@@ -61,7 +75,8 @@ class DeltaLaunches:
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
         state_chunks: of S at the starts of chunks, or D at their ends.
-        passing: of the parts of what passes chunks. gates: of those of dg. totals: of the decays of chunks. operands: of keys that have their decays.
+        passing: of the parts of what passes chunks. gates: of those of dg. totals: of the decays of chunks.
+        operands: of keys that have their decays.
         gradient, gradient_dtype: of dq and dk per value head.
     """
 
@@ -93,6 +108,7 @@ class DeltaLaunches:
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero = with_gate, from_zero
+        self.made: dict[Any, Launch] = {}
         self._dims, self.operand = (B, T, H, H_v, K, V), operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
         self.state = (runs, H_v, K, V)
@@ -145,6 +161,7 @@ class DeltaLaunches:
             gate_sums_kernel, (p.chunks, -(-H_v // heads) * B), (T, H_v, p.chunks), constants, GATE_SUMS_WARPS, 1
         )
 
+    @_once
     def norms_of(self, eps: float) -> Launch:
         p, (B, T, H, _, K, _) = self.plan, self._dims
         constants = (K, self._tile(K), p.chunk, p.packed)
@@ -199,24 +216,32 @@ class DeltaLaunches:
 
     # Of a gate per channel: a program for each chunk.
 
-    @lru_cache(maxsize=4)  # noqa: B019: as long as the launches are kept
+    @_once
     def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
         columns = self.plan.channel.columns
         constants = (self._dims[4], columns, self.plan.chunk, self.normalize, queries, keys, self.mild)
         return self._by_chunk(delta_channel_operands_kernel, 1, constants)
 
-    @lru_cache(maxsize=2)  # noqa: B019: likewise
+    @_once
     def channel_scores(self, *, queries: bool) -> Launch:
         columns = self.plan.channel.columns
         constants = (self._dims[4], columns, self.plan.chunk, self.normalize, queries, *self._levels, self.mild)
         return self._by_chunk(delta_channel_scores_kernel, 1, constants)
 
-    @lru_cache(maxsize=2)  # noqa: B019: likewise
+    @_once
     def channel_gradients(self, *, mild: bool) -> Launch:
         p, (B, T, H, H_v, K, V) = self.plan, self._dims
         columns = p.channel.columns
         constants = (K, V, columns, self._values(columns), p.chunk, self.normalize, self.with_gate)
-        constants = (*constants, self.passing[0], *self.state_chunks[3:], mild, self.mild, *self._levels, self.from_zero)
+        constants = (
+            *constants,
+            self.passing[0],
+            *self.state_chunks[3:],
+            mild,
+            self.mild,
+            *self._levels,
+            self.from_zero,
+        )
         scalars = (self.scale, B, T, H, H_v)
         return self._by_segment(delta_channel_gradients_kernel, -(-K // columns), p.channel, scalars, constants)
 
@@ -256,7 +281,7 @@ class DeltaLaunches:
         """The run's transition, transposed if `reverse`."""
         return self._scan(self._dims[4], IDENTITY.value, True, reverse)
 
-    @lru_cache(maxsize=16)  # noqa: B019: as long as the launches are kept
+    @_once
     def _scan(self, columns: int, start: int, leaves: bool, reverse: bool) -> Launch:
         p, (runs, H_v, K, _) = self.plan, self.state
         step = min(SCAN_STEP, self._tile(K))
@@ -281,7 +306,9 @@ def _launches(
 def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
     B, T, H_v, V = v
     pieces = value_pieces(V)
-    return delta_plan(T, B * H_v * pieces, q[3], V // pieces, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
+    return delta_plan(
+        T, B * H_v * pieces, q[3], V // pieces, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device)
+    )
 
 
 def launches_of(x: DeltaInputs, from_zero: bool) -> DeltaLaunches:

@@ -8,9 +8,9 @@ if n were a constant. Then dx = e - n^2 x (x.e).
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import DESCRIPTORS
-from lasp.kernels.triton.common.program import chunk_place
 
 
 @triton.jit

@@ -9,9 +9,9 @@ First from zero, for what the segment adds to D (the transition is forward's, tr
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import place, run_bounds
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
 from lasp.kernels.triton.delta.chunk import between, lengths, state_decay, token_sums
 
 
@@ -83,7 +83,7 @@ def delta_reverse_kernel(
     scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     if VALUES:
         dv_view = view(dv_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
-        d_chunks = view(d_chunks_ptr + (run * chunks + chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
+        d_chunks = view(d_chunks_ptr + (run * chunks + chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, False)
     norms_at = ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
     totals_ptr += (run * chunks + chunk) * K
     if KIND == TOKEN:
@@ -110,7 +110,7 @@ def delta_reverse_kernel(
         keys_t = tl.trans(keys)
         rounded = state.to(dtype)
         if VALUES:
-            store_chunk(d_chunks, rounded, c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
+            store_chunk(d_chunks, rounded, c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, False)
         if KIND == CHANNEL:
             p = load_chunk(scores, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)
         else:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay.channel.stages import stretch_matrices
 from lasp.kernels.triton.common.decays import TOKEN
+from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
+from lasp.kernels.triton.decay.channel.stages import stretch_matrices
 from lasp.kernels.triton.delta.launches import DeltaLaunches
 from lasp.recurrence.inputs import NORM_EPS
 
@@ -295,7 +295,8 @@ def gradients(
         dg = _fp32(x, work.operands) if work.with_gate else None
         for mild in (True, False) if work.mild else (False,):
             work.channel_gradients(mild=mild)(
-                x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, passing, s_chunks, d_chunks,
+                x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, passing, s_chunks,
+                d_chunks,
                 dq, dk, d_beta, given(dg, unread), places,
             )  # fmt: skip
     else:
@@ -315,4 +316,3 @@ def _summed(x: DeltaRun, tensor: Tensor, partial: Tensor, norms: Tensor | None) 
     gradient = torch.empty_like(tensor)
     x.work.key_gradient_sum(tensor, partial, gradient, chunks_of(x.work.plan, partial), norms)
     return gradient
-

@@ -6,9 +6,9 @@ A transition is the same recurrence on the identity's columns with v = 0: S = M 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 from lasp.kernels.triton.common.decays import CHANNEL
 from lasp.kernels.triton.common.program import place, run_bounds
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums, written
 
 
@@ -52,9 +52,9 @@ def delta_summary_kernel(
     )
     begin, _ = run_bounds(places_ptr, T, PACKED)
     moves = part >= values
-    if TOTAL == 0:
-        if (moves & (first == begin)) | ((moves == 0) & ends):
-            return
+    spared = (moves & (first == begin)) | ((moves == 0) & ends)
+    if (TOTAL == 0) & spared:
+        return
     row = tl.cast(batch, tl.int64) * T
     run = tl.cast(batch, tl.int64) * H_v + head
     key_head = head // (H_v // H)
