@@ -100,7 +100,8 @@ def delta_plan(
         values = keys = Tiles(16, 8, 1) if wide else Tiles(32, 4, 1)
         summary = values
     else:
-        summary = values = Tiles(64, 8 if wide or most == 1 else 4, 1 if wide or most == 1 else 2)
+        values = Tiles(64, 8 if wide or most == 1 else 4, 1 if wide or most == 1 else 2)
+        summary = values if wide or most < 3 else values._replace(stages=3)
         keys = Tiles(64, 8 if wide or most == 1 else 4, 1)
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
@@ -110,7 +111,7 @@ def delta_plan(
         segment_chunks=length,
         segments=-(-chunks // length),
         chunks=chunks,
-        solve=1 if chunk == CHUNK else 4,
+        solve=4 if chunk < CHUNK else 1 if per_channel else 2,
         summary=summary._replace(columns=min(summary.columns, tile(max(K, V), dtype))),
         values=values._replace(columns=min(values.columns, tile(V, dtype))),
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),

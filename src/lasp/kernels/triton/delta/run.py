@@ -81,11 +81,13 @@ class DeltaChunks(NamedTuple):
 
 
 class DeltaSegments(NamedTuple):
-    """What segments do to the state: added [B, H_v, segments, K, V] and moves [.., K, K]; None of single ones."""
+    """What segments do to the state: added [B, H_v, segments, K, V] and moves [.., K, K]; None of single ones. And what
+    was made on the way."""
 
     added: Tensor | None
     moves: Tensor | None
     chunks: DeltaChunks
+    queries: DeltaQueries | None
 
 
 class DeltaSaved(NamedTuple):
@@ -116,7 +118,8 @@ def _norms(x: DeltaRun, tensor: Tensor) -> Tensor | None:
     return norms
 
 
-def chunks_made(x: DeltaRun) -> DeltaChunks:
+def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQueries | None]:
+    """What is made of chunks; with_queries: also what is made of queries, of a gate per channel in the same launch."""
     work, places = x.work, chunks_of(x.work.plan, x.beta)
     gates: tuple[Tensor, ...] = ()
     if work.kind == TOKEN.value:
@@ -125,50 +128,52 @@ def chunks_made(x: DeltaRun) -> DeltaChunks:
         work.gate_sums(x.g, *_two(gates, gates[0]), places)
     norms = _norms(x, x.k)
     inverse, betas = x.v.new_empty(work.tiles), _fp32(x, work.slots)
-    g, unread, channels, overlaps = given(x.g, x.beta), betas, None, betas
+    g, unread, keys, overlaps, queries = given(x.g, x.beta), betas, None, betas, None
     if work.per_channel:
-        channels, overlaps = _channels(x, norms)
+        reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
+        totals, overlaps = _fp32(x, work.totals), _fp32(x, work.tiles)
+        keys = ChannelKeys(reading, storing, totals, torch.empty_like(totals[..., 0], dtype=torch.int32))
+        queries = _channels_made(x, keys, norms, overlaps, with_queries=with_queries, with_keys=True)
+    elif with_queries:
+        queries = DeltaQueries(x.q, _norms(x, x.q), None)
     work.solve(
         x.k, given(norms, unread), overlaps, x.beta, g, _two(gates, unread)[0], inverse, betas, places
     )  # fmt: skip
-    return DeltaChunks(inverse, betas, gates, norms, channels)
+    return DeltaChunks(inverse, betas, gates, norms, keys), queries
 
 
 def _stretches(x: DeltaRun) -> Tensor:
     return stretch_matrices(x.work.plan.chunk, x.work.plan.exact, x.v.device)
 
 
-def _channels(x: DeltaRun, norms: Tensor | None) -> tuple[ChannelKeys, Tensor]:
-    """And L of every chunk."""
-    work, places = x.work, chunks_of(x.work.plan, x.beta)
-    reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
-    totals, overlaps = _fp32(x, work.totals), _fp32(x, work.tiles)
-    steep = torch.empty(work.totals[:3], dtype=torch.int32, device=x.v.device)
-    stretches, unread = _stretches(x), totals
+def _channels_made(
+    x: DeltaRun, keys: ChannelKeys, k_norms: Tensor | None, overlaps: Tensor, *, with_queries: bool, with_keys: bool
+) -> DeltaQueries | None:
+    """Writes `keys` and L of every chunk, and gives what queries have, as is wanted."""
+    work, places, stretches = x.work, chunks_of(x.work.plan, x.beta), _stretches(x)
+    (reading, storing, totals, steep), q, q_norms, queries, scores = keys, x.k, None, keys.reading, keys.reading
+    if with_queries:
+        q, q_norms, queries, scores = x.q, _norms(x, x.q), x.v.new_empty(work.operands), x.v.new_empty(work.tiles)
     assert x.g is not None
-    norms = given(norms, unread)
-    work.channel_operands(queries=False, keys=True)(
-        x.k, x.k, x.g, norms, norms, stretches, reading, reading, storing, totals, reading, overlaps, steep, places
+    inputs = (q, x.k, x.g, given(q_norms, totals), given(k_norms, totals), stretches)
+    work.channel_operands(queries=with_queries, keys=with_keys)(
+        *inputs, queries, reading, storing, totals, scores, overlaps, steep, places
     )
-    work.channel_scores(queries=False)(
-        x.k, x.k, x.g, norms, norms, stretches, reading, overlaps, steep, places
-    )  # fmt: skip
-    return ChannelKeys(reading, storing, totals, steep), overlaps
+    for of_queries in (*([True] if with_queries else []), *([False] if with_keys else [])):
+        work.channel_scores(queries=of_queries)(*inputs, scores, overlaps, steep, places)
+    return DeltaQueries(queries, q_norms, scores) if with_queries else None
 
 
-def queries_made(x: DeltaRun, chunks: DeltaChunks) -> DeltaQueries:
-    work, norms = x.work, _norms(x, x.q)
-    if chunks.channels is None:
-        return DeltaQueries(x.q, norms, None)
-    queries, scores, (_, _, totals, steep) = x.v.new_empty(work.operands), x.v.new_empty(work.tiles), chunks.channels
-    places, stretches = chunks_of(work.plan, totals), _stretches(x)
-    both = (given(norms, totals), given(chunks.k_norms, totals))
-    assert x.g is not None
-    work.channel_operands(queries=True, keys=False)(
-        x.q, x.k, x.g, *both, stretches, queries, queries, queries, totals, scores, totals, steep, places
-    )
-    work.channel_scores(queries=True)(x.q, x.k, x.g, *both, stretches, scores, totals, steep, places)
-    return DeltaQueries(queries, norms, scores)
+def queries_made(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
+    """What queries have, unless it has been made with the keys'."""
+    if segments.queries is not None:
+        return segments.queries
+    keys, k_norms = segments.chunks.channels, segments.chunks.k_norms
+    if keys is None:
+        return DeltaQueries(x.q, _norms(x, x.q), None)
+    queries = _channels_made(x, keys, k_norms, keys.totals, with_queries=True, with_keys=False)
+    assert queries is not None
+    return queries
 
 
 def _sweep_keys(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,10 +184,11 @@ def _sweep_keys(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor, Tenso
 
 
 def totals(x: DeltaRun, *, summarized: bool) -> DeltaSegments:
-    work, chunks = x.work, chunks_made(x)
-    if work.plan.whole and not summarized:
-        return DeltaSegments(None, None, chunks)
-    return DeltaSegments(*summaries(x, chunks), chunks)
+    """summarized: for an exchange, which is to begin before there are queries."""
+    chunks, queries = chunks_made(x, with_queries=not summarized)
+    if x.work.plan.whole and not summarized:
+        return DeltaSegments(None, None, chunks, queries)
+    return DeltaSegments(*summaries(x, chunks), chunks, queries)
 
 
 def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:

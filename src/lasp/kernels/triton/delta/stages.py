@@ -79,7 +79,7 @@ def totals(x: DeltaRun) -> DeltaSegments:
 
 
 def local_outputs(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
-    return run.queries_made(x, segments.chunks)
+    return run.queries_made(x, segments)
 
 
 def outputs(
