@@ -38,6 +38,7 @@ from lasp.exchange.peer.kernels import collect_kernel, fold_kernel, push_kernel
 from lasp.exchange.peer.memory import BLOCK, WARPS
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay import launches as work
+from lasp.kernels.triton.delta import launches as delta_launches
 from lasp.ops import checks
 from lasp.sequence import arguments
 
@@ -58,6 +59,7 @@ class Call(NamedTuple):
     initial: bool = False
     final: bool = False
     packed: bool = False
+    delta: bool = False  # the delta rule, or linear attention
 
 
 class Compilable(NamedTuple):
@@ -100,6 +102,7 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
         """Public functions refuse tensors without numbers, and launches recorded need none."""
 
     work._work.cache_clear()
+    delta_launches._launches.cache_clear()
     device = (132, LIMITS[target], target == "cuda:90")
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", record))
@@ -123,7 +126,10 @@ def make(call: Call) -> None:
     state = empty(runs, H_v, D, D) if call.initial else None
     documents = (0, T // 3, T) if call.packed else None
     ways = {"initial_state": state, "output_final_state": call.final, "cu_seqlens": documents, "backend": "triton"}
-    o, final = lasp.linear_attention(q, k, v, g, **ways)
+    if call.delta:
+        o, final = lasp.delta_rule(q, k, v, empty(1, T, H_v), g, **ways, normalize_qk=call.initial)
+    else:
+        o, final = lasp.linear_attention(q, k, v, g, **ways)
     (o.sum() + final.sum() if call.final else o.sum()).backward()
 
 
@@ -176,6 +182,7 @@ COMPILED = {
     Call("constant", D=256): "output",
     Call("constant", D=256, dtype=torch.float32): "key_value_gradient",
     Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk
+    Call("scalar", learned=True, delta=True): "solve|delta_(scan|output|gradients)",
     Call("channel", learned=True): "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk)",
 }
 
@@ -189,8 +196,11 @@ def one_of_each(target: str) -> list[Compilable]:
 
 
 def every_one(target: str) -> list[Compilable]:
-    cases = itertools.product(("constant", "scalar", "channel"), (128, 256), TYPES_OF_INPUTS)
-    return launched([Call(kind, D=D, dtype=dtype, learned=True) for kind, D, dtype in cases], target)
+    kinds = [("constant", False), ("scalar", False), ("channel", False)]
+    kinds += [("none", True), ("scalar", True), ("channel", True)]
+    cases = itertools.product(kinds, (128, 256), TYPES_OF_INPUTS)
+    calls = [Call(kind, D=D, dtype=dtype, learned=True, delta=delta) for (kind, delta), D, dtype in cases]
+    return launched(calls, target)
 
 
 def compile_for(name: str, kernels: list[Compilable]) -> None:
@@ -216,7 +226,8 @@ def every_call() -> list[Call]:
     ways = itertools.product((False, True), repeat=4)  # learned, initial, final, packed
     kinds, dims = ("none", "constant", "scalar", "channel"), ((16, 128), (4, 72))
     cases = itertools.product(TYPES_OF_INPUTS, ways, kinds, (65536, 512), dims)
-    return [Call(kind, T, H, D, dtype, *way) for dtype, way, kind, T, (H, D) in cases]
+    calls = [Call(kind, T, H, D, dtype, *way) for dtype, way, kind, T, (H, D) in cases]
+    return [*calls, *(call._replace(delta=True) for call in calls if call.kind != "constant")]
 
 
 def parse(kernels: list[Compilable]) -> None:
