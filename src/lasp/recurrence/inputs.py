@@ -71,11 +71,12 @@ class DecayInputs(NamedTuple):
 class DeltaInputs(NamedTuple):
     """The inputs of the delta family, see `Inputs`.
 
-    S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale q_t S_t.
+    S_t = (I - beta_t k_t r_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale q_t S_t.
 
     Attributes:
         beta: [B, T, H_v], in [0, 2], in the state's dtype.
         g: None (DeltaNet), [B, T, H_v] (Gated DeltaNet) or [B, T, H_v, K] (KDA).
+        erase_key: r, [B, T, H_v, K]; k itself if None.
         normalize: q and k are to be divided by their lengths, sqrt(sum of squares + NORM_EPS), by stages that do so.
     """
 
@@ -87,12 +88,16 @@ class DeltaInputs(NamedTuple):
     scale: float
     documents: Documents | None = None
     normalize: bool = False
+    erase_key: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.beta, self.g
+        tensors = (self.q, self.k, self.v, self.beta, self.g)
+        return tensors if self.erase_key is None else (*tensors, self.erase_key)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DeltaInputs:
-        return DeltaInputs(*tensors, self.scale, self.documents, self.normalize)  # type: ignore[arg-type, call-arg]
+        own, erase_key = tensors[:5], tensors[5] if len(tensors) > 5 else None
+        others = (self.scale, self.documents, self.normalize, erase_key)
+        return DeltaInputs(*own, *others)  # type: ignore[arg-type, call-arg]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
