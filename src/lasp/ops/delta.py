@@ -43,8 +43,8 @@ def delta_rule(
     2412.06464), [B, T, H_v, K] (Kimi Delta Attention, arXiv 2510.26692). Keys must have length 1 (`normalize_qk`):
     longer ones let the state grow without bound wherever beta |k|^2 > 2. With an erase key r of its own a token reads
     with that, S_t = (I - beta_t k_t r_t^T) ..: Gated DeltaNet-2 (arXiv 2605.22791, r = b k, v = w v, beta = 1), Comba
-    (arXiv 2506.02475). That is no contraction: gates must pay for what it lets grow. With `sp`, T is this rank's part of a
-    longer sequence, and the result is as if one device had computed all of it.
+    (arXiv 2506.02475). That is no contraction: gates must pay for what it lets grow. With `sp`, T is this rank's part
+    of a longer sequence, and the result is as if one device had computed all of it.
 
     Args:
         q, k: [B, T, H, K], fp64, fp32, bf16 or fp16.
