@@ -10,7 +10,7 @@ ORACLE := build/oracle
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test exhaustive fuzz lint oracle trackers clean FORCE
+.PHONY: train test exhaustive fuzz lint docs packages oracle trackers clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +31,13 @@ fuzz: $(VENV)/.installed-dev  ## random calls of every operator against loops in
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## build these pages into build/docs, run the tutorial; any warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+packages: $(VENV)/.installed-dev  ## build wheel and source archive, install them and every extra by itself, and use them
+	$(BIN)/python -m pytest tests/packaging -m exhaustive $(ARGS)
 
 oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
@@ -53,6 +60,10 @@ $(VENV)/.installed: pyproject.toml Makefile $(VENV)/.wanted
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRITON)' -e '.[report,dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[docs]'
 	@touch $@
 
 # Not in the environment: importing it changes other libraries, and nothing else here needs it.

@@ -36,6 +36,7 @@ if "--tiny" in sys.argv:
 
 from benchmarks import unfused
 from lasp.kernels.torch.decay import STAGES as torch_stages
+from lasp.kernels.triton.decay.scalar.stages import ScalarSegments
 from lasp.kernels.triton.decay.stages import STAGES as triton_stages
 from lasp.recurrence.inputs import DecayInputs, state_dtype, state_shape
 from lasp.recurrence.stages import AnyStages
@@ -85,6 +86,7 @@ def _staged(stages: AnyStages, states: Callable[[DecayInputs], Any]) -> Variant:
 def _triton_states(x: DecayInputs) -> Any:
     """Nothing enters the run, so what the scan over segments gives is what the sweeps of `outputs` would keep."""
     summary, totals = triton_stages.summarize(triton_stages.prepare(x, False))
+    assert isinstance(totals, ScalarSegments)
     return (summary.state, totals.states, *totals.gates)
 
 
@@ -127,12 +129,17 @@ def errors(variant: Variant, cached: bool, kind: str, options: argparse.Namespac
     """Relative, against the PyTorch backend in fp64, at a short length; a constant decay has no gradient."""
     x, d_o = problem(options.check_tokens, kind, options)
     wide = x._replace(**{name: getattr(x, name).detach().double() for name in "qkvg"})
+    assert wide.g is not None
     wide = wide._replace(g=wide.g.requires_grad_(kind == "scalar"))
     expected_o, expected = step(VARIANTS["PyTorch backend"], wide, d_o.double(), True)
     o, gradients = step(variant, x, d_o, cached)
     names = ("o", "d_q", "d_k", "d_v", "d_g")[: 5 if kind == "scalar" else 4]
     pairs = zip(names, (o, *gradients), (expected_o, *expected), strict=False)
-    return {name: ((got.double() - want).norm() / want.norm()).item() for name, got, want in pairs}
+    found = {}
+    for name, got, want in pairs:
+        assert got is not None and want is not None
+        found[name] = ((got.double() - want).norm() / want.norm()).item()
+    return found
 
 
 def _wait(device: str) -> None:

@@ -168,9 +168,9 @@ def compare(rank: int, size: int, gate: str, options: argparse.Namespace) -> dic
         for lengths in (None, ragged):
             sp = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange, lengths=lengths)
             results = solve(problem, options.backend, sp, refusal is not None)
-            own, cut, truth = (shard_of(whole, sp) for whole in (alone, chained[lengths], exact))
-            to_fp64, of_single, of_pieces = (errors(each, truth) for each in (results, own, cut))
-            to_pieces = errors(results, cut)
+            own, parts, truth = (shard_of(whole, sp) for whole in (alone, chained[lengths], exact))
+            to_fp64, of_single, of_pieces = (errors(each, truth) for each in (results, own, parts))
+            to_pieces = errors(results, parts)
             for name, error in errors(results, own).items():
                 split[name] = max(split.get(name, 0.0), error)
                 pieces[name] = max(pieces.get(name, 0.0), to_pieces[name])
@@ -242,7 +242,7 @@ def work(rank: int, size: int, store: str, options: argparse.Namespace) -> None:
             show(title, results[title], size)
     good = all(all(each["good"].values()) and each["control"] > 10 * OUTPUT_BOUND for each in results.values())
     if rank == 0:
-        record = {
+        record: dict[str, Any] = {
             "what": f"delta rules, backend {options.backend}, {size} processes on one device over gloo",
             "date": datetime.date.today().isoformat(),
             "versions": versions(options),

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,8 @@ class Compared(NamedTuple):
 
 def compared(name: str, times_a: list[float], times_b: list[float]) -> Compared:
     ratios = [b / a for a, b in zip(times_a, times_b, strict=True)]
-    medians = (statistics.median(values) for values in (times_a, times_b, ratios))
-    return Compared(name, *medians, min(ratios), max(ratios))
+    a, b, ratio = (statistics.median(values) for values in (times_a, times_b, ratios))
+    return Compared(name, a, b, ratio, min(ratios), max(ratios))
 
 
 def slower(rows: list[Compared], limit: float) -> list[Compared]:
@@ -68,6 +69,10 @@ def kernel_calls(shape: str, kind: str) -> dict[str, Callable[[], float]]:
     detached = {name: tensor.detach() for name, tensor in x.items()}
     steps = {"forward": lambda: kernels.ours(detached), "both": lambda: kernels.step(kernels.ours, x)}
     calls: dict[str, Callable[[], float]] = {}
+
+    def median(work: Callable[[], Any]) -> float:
+        return float(kernels.milliseconds(work)["median"])
+
     for part, step in steps.items():
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -77,8 +82,8 @@ def kernel_calls(shape: str, kind: str) -> dict[str, Callable[[], float]]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        calls[f"{part}, kernels"] = lambda graph=graph: kernels.milliseconds(graph.replay)["median"]
-        calls[part] = lambda step=step: kernels.milliseconds(step)["median"]
+        calls[f"{part}, kernels"] = partial(median, graph.replay)
+        calls[part] = partial(median, step)
     return calls
 
 

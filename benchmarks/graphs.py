@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from lasp.distributed.comm import Comm
 from lasp.train.world import World
 
-Work = Callable[[], "tuple[Tensor, ...] | None"]
+Work = Callable[[], Any]
+"""Gives tensors, or None."""
 
 
 class Captured(NamedTuple):

@@ -20,6 +20,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,11 @@ def main() -> None:
     for kind in options.kinds:
         x = inputs(kind)
         rows[kind] = {
-            "forward": host_milliseconds(lambda x=x: forward(x, options.backend)),
-            "both": host_milliseconds(lambda x=x: both(x, options.backend)),
+            "forward": host_milliseconds(partial(forward, x, options.backend)),
+            "both": host_milliseconds(partial(both, x, options.backend)),
         }
         with torch.autograd.set_multithreading_enabled(False):
-            rows[kind]["both on one thread"] = host_milliseconds(lambda x=x: both(x, options.backend))
+            rows[kind]["both on one thread"] = host_milliseconds(partial(both, x, options.backend))
         cells = (f"{name} {ms['median']:.3f} ({ms['min']:.3f}, {ms['max']:.3f})" for name, ms in rows[kind].items())
         print(f"{kind:10}", "   ".join(cells), flush=True)
     if options.output is not None:
@@ -111,7 +112,7 @@ def main() -> None:
         for kind in options.kinds:
             x = inputs(kind)
             with torch.autograd.set_multithreading_enabled(False):
-                print(f"\n== {kind}\n{profile(lambda x=x: both(x, options.backend), options.lines)}", flush=True)
+                print(f"\n== {kind}\n{profile(partial(both, x, options.backend), options.lines)}", flush=True)
 
 
 if __name__ == "__main__":

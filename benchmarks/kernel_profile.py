@@ -1,6 +1,6 @@
 """Where a forward and backward pass of the decay family spends its time, kernel by kernel, on one GPU.
 
-    python benchmarks/kernel_profile.py                                  # the shape of docs/kernels.md, three decays
+    python benchmarks/kernel_profile.py                                  # shape of docs/results/kernels.md
     python benchmarks/kernel_profile.py --kinds channel --shape short
     python benchmarks/kernel_profile.py --kinds channel --strongest 20   # gates per channel too strong for one middle
 

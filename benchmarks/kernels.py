@@ -6,7 +6,7 @@
 
 flash-linear-attention refuses gated kernels on Hopper with Triton before 3.7.1.
 
-Every figure goes into one JSON file; `benchmarks/kernels_report.py` makes the tables and plots of docs/kernels.md.
+Every figure goes into one JSON file; `benchmarks/kernels_report.py` makes tables and plots of docs/results/kernels.md.
 Times are medians over repetitions of calls queued without waiting (so that the host hides behind the GPU, where it
 can), fresh gradients each time. "graph" times replay a CUDA graph: kernels alone. Peak memory is what a call needs
 beyond its inputs, its outputs and gradients included.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,8 @@ def crossover() -> list[dict[str, Any]]:
         row: dict[str, Any] = {"tokens": tokens}
         for name, call in (("lasp", ours), ("softmax", softmax)):
             row[name] = {
-                "forward": graph_milliseconds(lambda call=call, x=x: call(x)),
-                "both": graph_milliseconds(lambda call=call, x=x: step(call, x)),
+                "forward": graph_milliseconds(partial(call, x)),
+                "both": graph_milliseconds(partial(step, call, x)),
             }
         rows.append(row)
     return rows

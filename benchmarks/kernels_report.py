@@ -1,4 +1,4 @@
-"""Tables and a plot of docs/kernels.md from the JSON of benchmarks/kernels.py.
+"""Tables and a plot of docs/results/kernels.md from the JSON of benchmarks/kernels.py.
 
 python benchmarks/kernels_report.py benchmarks/results/<file>.json    # needs the extra `report` (matplotlib)
 python benchmarks/kernels_report.py <file>.json --peers <file of a run with peers>.json
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
-    page = DOCS / "kernels.md"
+    page = DOCS / "results" / "kernels.md"
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     peers = ""

@@ -166,7 +166,8 @@ def on_gpu(sp: int, budget_s: float, size: str) -> dict[str, Any]:
     from lasp.cli.bench_train import BenchTrainConfig, measure
     from lasp.train.config import ModelOptions, ParallelOptions
 
-    began, measured = time.monotonic(), {}
+    began = time.monotonic()
+    measured: dict[str, dict[str, Any]] = {}
     for recomputation in ("none", "full"):
         points: list[dict[str, float]] = []
         deadline = began + budget_s * (0.35 if recomputation == "none" else 1.0)

@@ -102,7 +102,9 @@ def exact(hidden: Tensor, weight: Tensor, labels: Tensor, d_loss: float) -> list
         loss = plain(x, wide, y)
         (loss * d_loss).backward()
         total += loss.detach()
+        assert x.grad is not None
         d_hidden.append(x.grad)
+    assert wide.grad is not None
     return [total, torch.cat(d_hidden), wide.grad]
 
 

@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,8 @@ def headers(rounds: int) -> dict[str, Any]:
         two = torch.stack((message, message))
         works: dict[str, Callable[[], object]] = {
             "a call": begin,
-            "sealing a message": lambda call=call: call._sealed(state),
-            "opening two": lambda call=call, two=two: call._opened(two, state.numel()),
+            "sealing a message": partial(call._sealed, state),
+            "opening two": partial(call._opened, two, state.numel()),
         }
         for what, work in works.items():
             kernels, microseconds = gpu_work(work)
@@ -179,7 +180,7 @@ def main() -> None:
     on_gpu = torch.cuda.device_count() > 0
     found: dict[str, Any] = {"torch": torch.__version__, "record_bytes": RECORD_BYTES}
     for device in ("cpu", *(["cuda:0"] if on_gpu else [])):
-        found[f"gloo, two processes, {device}"] = run(2, lambda rank, d=device: told(rank, d, options.rounds))[0]
+        found[f"gloo, two processes, {device}"] = run(2, partial(told, device=device, rounds=options.rounds))[0]
     if on_gpu:
         found["device"] = torch.cuda.get_device_name(0)
         found["headers"] = headers(options.rounds)

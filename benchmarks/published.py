@@ -1,6 +1,6 @@
-"""Published tables beside the predictions of lasp.analysis, with relative errors: the tables of docs/analysis.md.
+"""Published tables beside the predictions of lasp.analysis, with errors: the tables of docs/results/predictions.md.
 
-    python -m benchmarks.published            (seconds; writes docs/analysis-published.md and a JSON file)
+    python -m benchmarks.published            (seconds; writes docs/results/published.md and a JSON file)
 
 Published values are inputs, from LASP (arXiv 2404.02882; read off its figures to about 1 %, memory by eye), LASP-2
 (2502.07563, table 6) and ZeCO (2507.01004, by way of a secondary source). Two predictions stand beside a throughput:
@@ -42,23 +42,23 @@ COMPARISON = {
 }
 LENGTHS = [2 * K, 16 * K, 64 * K, 128 * K, 256 * K, 512 * K, M, 2 * M, 4 * M]
 # LASP, TNL-1B, batch 1, tokens/s by GPUs.
-FSDP = {
+FSDP: dict[int, list[float | None]] = {
     16: [1905, 13810, 48571, 85238, 137143, 201905, None],
     32: [1905, 13333, 50000, 92857, 159524, 250952, 358571, None],
     64: [1905, 12857, 50000, 97143, 171429, 284762, 438095, 585238, None],
     128: [1905, 12381, 50000, 99048, 179048, 299048, 460000, 598095, 792857],
 }
-DDP = {
+DDP: dict[int, list[float | None]] = {
     16: [1780, 14045, 52819, 107814, 201978, None],
     32: [1780, 14837, 53215, 93571, 190504, 323442, None],
     64: [1780, 13650, 52028, 99901, 193274, 304451, 523244, None],
     128: [1780, 13650, 52028, 95945, 187339, 294955, 508605, 658556],
 }
 # LASP, GB per GPU by tokens per GPU; of FSDP those of 64 GPUs.
-FSDP_MEMORY = {4 * K: 10.5, 8 * K: 18.7, 16 * K: 34.7, 32 * K: 67.0}
-DDP_MEMORY = {2 * K: 24.5, 4 * K: 28.4, 8 * K: 36.2, 16 * K: 51.7}
+FSDP_MEMORY: dict[int, float] = {4 * K: 10.5, 8 * K: 18.7, 16 * K: 34.7, 32 * K: 67.0}
+DDP_MEMORY: dict[int, float] = {2 * K: 24.5, 4 * K: 28.4, 8 * K: 36.2, 16 * K: 51.7}
 # LASP-2, table 6: tokens/s and GB per GPU, Linear-Llama3-1B, by length and GPUs.
-LASP2 = {
+LASP2: dict[int, list[tuple[float, float] | None]] = {
     2 * K: [(1254, 25.6), (1209, 25.6), (1285, 25.6), (1205, 25.6)],
     16 * K: [(9530, 25.6), (9494, 25.6), (9305, 25.6), (9313, 25.6)],
     64 * K: [(35507, 33.8), (34240, 28.7), (34118, 25.6), (33344, 25.6)],
@@ -120,7 +120,8 @@ def throughput_table(title: str, source: str, lines: Sequence[Line]) -> tuple[li
     """Markdown of a table, and its values; the overhead is fitted to this table's lines alone."""
     missing = [line.predicted.tokens / line.published - line.as_released_s for line in lines if line.published]
     overhead = max(0.0, statistics.median(missing))
-    rows, values = [], []
+    rows: list[str] = []
+    values: list[dict[str, Any]] = []
     for line in lines:
         ours = line.predicted.tokens_per_s
         theirs = line.predicted.tokens / (line.as_released_s + overhead)
@@ -143,7 +144,7 @@ def throughput_table(title: str, source: str, lines: Sequence[Line]) -> tuple[li
     known = [[abs(row["errors"][index]) for row in values if row["errors"][index] is not None] for index in (0, 1)]
     medians = [statistics.median(each) for each in known]
     text = [
-        f"### {title}",
+        f"## {title}",
         "",
         f"Published: {source}. Model: derived. As they ran: overhead fitted to this table, {overhead:.2f} s a step. "
         f"Median error: {medians[0]:.0%} of the model, {medians[1]:.0%} as they ran.",
@@ -165,7 +166,7 @@ def memory_table(
     ]
     errors = [abs(ours / 1e9 / published - 1) for _, published, ours in lines]
     text = [
-        f"### {title}",
+        f"## {title}",
         "",
         f"Published: {source}. Model: derived. Median error {statistics.median(errors):.0%}.",
         "",
@@ -258,7 +259,7 @@ def exchanges() -> tuple[list[str], dict[str, Any]]:
             f"{ours['all_gather']:.3f} | {_error(errors[-1])} | {others} {ours[others]:.3f} |"
         )
     text = [
-        "### ZeCO: one exchange, 32 states of 128 x 128, ms on H100s", "",
+        "## ZeCO: one exchange, 32 states of 128 x 128, ms on H100s", "",
         f"Published: {SECONDARY}. Model: the schedules' cost model with assumed constants. Median error "
         f"{statistics.median(map(abs, errors)):.0%}. The last column is the fastest of this library's other schedules.",
         "",
@@ -312,7 +313,7 @@ def longest_sequences() -> list[str]:
             cells = [_length(tokens) if tokens else "-" for tokens in (published, max(fitting, default=0), most)]
             rows.append(f"| {size}, {method} | {' | '.join(cells)} |")
     return [
-        "### Longest sequence on 64 A100",
+        "## Longest sequence on 64 A100",
         "",
         f"Published: the longest that the figures above show, {FIGURE}. Model: derived.",
         "",
@@ -347,14 +348,14 @@ def main() -> None:
         part, record[f"scaling {sharding}"] = scaling(sharding, table)
         text += part
     config = preset("transnormer", "1b")
-    for sharding, table in (("zero3", FSDP_MEMORY), ("ddp", DDP_MEMORY)):
+    for sharding, peaks in (("zero3", FSDP_MEMORY), ("ddp", DDP_MEMORY)):
         lines = [
             (
                 f"{_length(n)} tokens a GPU",
                 value,
                 laid_out(config, A100, 64, 64 * n, "lasp", sharding, "ring").memory.total,
             )
-            for n, value in table.items()
+            for n, value in peaks.items()
         ]
         part, record[f"memory {sharding}"] = memory_table(
             f"LASP, TNL-1B with {_PUBLISHED_AS[sharding]} on 64 GPUs: GB per GPU", BY_EYE, lines
@@ -365,11 +366,11 @@ def main() -> None:
     for name, make in (("exchanges", exchanges), ("gla", gla)):
         part, record[name] = make()
         text += part
-    page = ROOT / "docs" / "analysis-published.md"
+    page = ROOT / "docs" / "results" / "published.md"
     head = [
         "# Published tables beside the predictions",
         "",
-        "Written by `python -m benchmarks.published`; see [analysis.md](analysis.md) for what they mean.",
+        "Written by `python -m benchmarks.published`; see [predictions](predictions.md) for what they mean.",
         "",
     ]
     page.write_text("\n".join([*head, *text]).rstrip() + "\n")

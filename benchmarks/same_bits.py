@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def cases() -> Iterator[Case]:
 # In a process of one revision.
 
 
-def over_ranks(rank: int) -> dict[str, list[Any]]:
+def over_ranks(rank: int, folder: str) -> None:
+    import torch
     import torch.distributed as dist
 
     import lasp
@@ -116,7 +118,7 @@ def over_ranks(rank: int) -> dict[str, list[Any]]:
             # Every case by one schedule; every schedule meets every recurrence of the chunked backend.
             if number % len(names) == position or (case.backend == "torch" and case.dtype == "float32" and case.final):
                 found[f"{case.name}, {schedule}, rank {rank}"] = case.compute(sp)
-    return found
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
 def training_steps() -> dict[str, list[Any]]:
@@ -145,10 +147,13 @@ def measure(output: Path) -> None:
     from benchmarks.processes import run
 
     torch.set_num_threads(1)
-    found = {case.name: case.compute(None) for case in cases()}
-    found |= training_steps()
-    for answers in run(RANKS, over_ranks, deadline_s=1800.0):
-        found |= answers
+    found: dict[str, list[Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        # First: autograd's threads do not outlive a fork.
+        run(RANKS, partial(over_ranks, folder=folder), deadline_s=3600.0)
+        for rank in range(RANKS):
+            found |= torch.load(f"{folder}/{rank}.pt")
+    found |= {case.name: case.compute(None) for case in cases()} | training_steps()
     found["control"] = next(cases()).compute(None, changed=True)
     torch.save(found, output)
 

@@ -166,7 +166,7 @@ def whole_layer(shape: Shape, device: torch.device) -> Kind:
 
 def _in_fp64(layer: nn.Module) -> nn.Module:
     layer = deepcopy(layer).double()
-    layer.backend = "torch"
+    vars(layer)["backend"] = "torch"
     return layer
 
 
@@ -301,9 +301,9 @@ class Bench:
             for name, capture in named.items()
             if isinstance(capture, Refused)
         ]
-        steps = {name: capture for name, capture in captures.items() if isinstance(capture, Captured)}
-        exchanges = {name: capture for name, capture in alone.items() if isinstance(capture, Captured)}
-        return rows + self.turns(label, steps, exchanges, repetitions) + refused
+        captured = {name: capture.__call__ for name, capture in captures.items() if isinstance(capture, Captured)}
+        captured_alone = {name: capture.__call__ for name, capture in alone.items() if isinstance(capture, Captured)}
+        return rows + self.turns(label, captured, captured_alone, repetitions) + refused
 
     def turns(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from lasp.softmax.blocks import blocks_of
 from lasp.softmax.local import attend
 
 
-def milliseconds(tokens: int, first: int, last: int, keys: int, heads: tuple[int, int], dim: int, repeat: int):
+def milliseconds(tokens: int, first: int, last: int, keys: int, heads: tuple[int, int], dim: int, repeat: int) -> Any:
     """Median and spread of attention from queries first .. last - 1 to `keys` keys, and its peak memory in MiB."""
     q, k, v = (
         torch.randn(1, t, h, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -59,7 +60,7 @@ def main() -> None:
     for size in (1, 2, 4, 8):
         share = options.tokens // size
 
-        def timed(first: int, last: int, keys: int, heads: int, key_heads: int):
+        def timed(first: int, last: int, keys: int, heads: int, key_heads: int) -> Any:
             return milliseconds(options.tokens, first, last, keys, (heads, key_heads), options.dim, options.repeat)
 
         gathered = [

@@ -48,7 +48,8 @@ def _chunks(x: DecayInputs) -> Chunks:
     between = (ends - b[..., -1])[..., :, None] - ends[..., None, :]
     past = torch.ones(between.shape[-2:], dtype=torch.bool, device=g.device).tril(-1)
     across = between.masked_fill(~past, -torch.inf).exp()
-    return Chunks(*(_cut(t, size) for t in (x.q, x.k, x.v)), b, across)
+    q, k, v = (_cut(t, size) for t in (x.q, x.k, x.v))
+    return Chunks(q, k, v, b, across)
 
 
 def _within(c: Chunks) -> Tensor:

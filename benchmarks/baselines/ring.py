@@ -48,7 +48,8 @@ class _Ring(torch.autograd.Function):
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         repeat = q.shape[2] // k.shape[2]
         block = [k, v]
-        o, log_sum = None, None
+        o: Tensor | None = None
+        log_sum: Tensor | None = None
         for hop in range(size):
             rotation = _Rotation(block, group) if hop < size - 1 else None
             if hop <= rank:  # the block is of rank - hop; blocks of later ranks only pass through
@@ -56,13 +57,14 @@ class _Ring(torch.autograd.Function):
                 scores = _scores(q, keys, scale, diagonal=hop == 0)
                 sums = scores.logsumexp(-1, keepdim=True)
                 part = torch.einsum("bhqk,bkhd->bhqd", (scores - sums).exp(), values.to(scores.dtype))
-                if o is None:
+                if o is None or log_sum is None:
                     o, log_sum = part, sums
                 else:
                     both = torch.logaddexp(log_sum, sums)
                     o, log_sum = o * (log_sum - both).exp() + part * (sums - both).exp(), both
             if rotation is not None:
                 block = rotation.wait()
+        assert o is not None  # every rank has a block of its own
         o = o.transpose(1, 2).to(q.dtype)
         ctx.scale, ctx.group = scale, group
         ctx.save_for_backward(q, k, v, o, log_sum)

@@ -156,7 +156,7 @@ def test_the_comparison_can_fail():
 
 
 def test_bytes_saved_by_lightning_decays():
-    """The figures of docs/exchange.md: 16 heads with slopes 2^(-h/2), K = V = 128, fp32, received by the last rank."""
+    """The figures of docs/results/exchanges.md: 16 heads, slopes 2^(-h/2), K = V = 128, fp32, by the last rank."""
     gate = -(2.0 ** -(torch.arange(1, 17) / 2))
     load = Payload(heads=16, keys=128, values=128, transition=1)
     rows = []

@@ -52,7 +52,7 @@ def test_parameter_counts(name, size):
 
 
 def test_the_documented_table_is_the_counted_one():
-    docs = Path(__file__).parents[2] / "docs" / "models.md"
+    docs = Path(__file__).parents[2] / "docs" / "guide" / "models.md"
     assert parameter_table() in docs.read_text()
 
 

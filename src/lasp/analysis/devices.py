@@ -214,7 +214,7 @@ def device(name: str) -> Device:
     return found
 
 
-# What a description of a GPU says, each of them; see docs/analysis.md.
+# What a description of a GPU says, each of them; see docs/guide/planning.md.
 _DESCRIBED = (
     "memory_gib",
     "bf16_tflops",

@@ -20,7 +20,7 @@ BASIS = {
 }
 
 # Steps whose predictions differ by less are not told apart: quartiles of one layout's measured steps span as much, and
-# so do the errors of two layouts' predictions against each other (docs/analysis.md).
+# so do the errors of two layouts' predictions against each other (docs/results/predictions.md).
 TIE = 0.05
 # What `lasp train` does unless told otherwise, and what was measured (benchmarks/plan_check.py).
 TRAINED_SHARDINGS = ("ddp",)

@@ -43,7 +43,7 @@ class BenchTrainConfig:
 
     In a step each of the dp groups trains on one sequence, spread over its sp processes. Alone it starts dp x sp
     processes on this machine; under torchrun it measures those that are there. Utilisation counts the model's own
-    operations, see docs/training.md; what is recomputed counts as no work.
+    operations, see docs/guide/monitoring.md; what is recomputed counts as no work.
     """
 
     model: ModelOptions = field(default_factory=lambda: ModelOptions(family="transnormer", size="1b"))

@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "predict memory, speed and the longest sequence of a run, by method and layout",
     "report": "write one HTML page about a run",
     "bench": "time every way of carrying the state between processes, or training steps on any layout",
+    "completion": "print a script that completes all this in bash, zsh or fish",
 }
 
 
@@ -43,9 +44,9 @@ def _run(arguments: list[str]) -> int:
         _print(_usage())
         return 0 if arguments else ConfigError.exit_code
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from lasp.cli.versions import versions
 
-        _print(version("lasp-torch"))
+        _print(versions())
         return 0
     if arguments[0] not in COMMANDS:
         raise ConfigError(f"no command {arguments[0]!r}; known: {', '.join(COMMANDS)}")

@@ -35,7 +35,7 @@ class PlanConfig:
     """The model, where no --config is given."""
     gpu: str = "a100-80g"
     """Kind of device: a100-80g, h100, h200, cpu (a process of one thread), or a TOML file that describes another: see
-    docs/analysis.md."""
+    docs/guide/planning.md."""
     gpus: int = 8
     """How many."""
     precision: Literal["fp32", "bf16"] | None = None
@@ -196,7 +196,7 @@ def _print(found: dict[str, Any]) -> None:
         if found["hosts"] > 1:
             console.print(
                 f"  It starts all its processes on one machine: for {found['hosts']} hosts give these options to "
-                "examples/slurm/train.sbatch or to torchrun (docs/training.md).",
+                "examples/slurm/train.sbatch or to torchrun (docs/guide/training.md).",
             )
     console.print(
         "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"

@@ -88,7 +88,7 @@ LINKS = tuple(field.name for field in dataclasses.fields(Constants) if field.typ
 
 # Starting points, for groups that were not measured. gloo's are rounded from 2 to 8 processes on a two-core machine.
 # NCCL's are times of the GPU, not of the host that launches: message, gather and peer from whole exchanges on two H100s
-# in CUDA graphs (docs/exchange.md), the others assumed, across for one 400 Gbit/s adapter a rank.
+# in CUDA graphs (docs/results/exchanges.md), the others assumed, across for one 400 Gbit/s adapter a rank.
 GLOO = Constants(
     message=Link(200e-6, 2e9),
     shift=Link(150e-6, 1e9, 150e-6),

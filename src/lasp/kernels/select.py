@@ -19,6 +19,7 @@ from lasp.recurrence.stages import AnyStages
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
+_loaded: dict[tuple[str, str], AnyStages] = {}
 _chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
 
 
@@ -66,9 +67,14 @@ def load(family: str, backend: str) -> AnyStages:
     Raises:
         ValueError: it has none.
     """
+    stages = _loaded.get((family, backend))
+    if stages is not None:
+        return stages
     families = _families(backend)
     if family not in families:
         raise ValueError(f"backend {backend!r} has no kernels for this recurrence (it has: {', '.join(families)})")
+    if not torch.compiler.is_compiling():
+        _loaded[family, backend] = families[family]
     return families[family]
 
 

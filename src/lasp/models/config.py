@@ -65,7 +65,7 @@ class ModelConfig:
         norm_eps: added to the mean square.
         scale_embeddings: multiply embeddings by d_model ** 0.5.
         tied_embeddings: the output projection is the embedding matrix.
-        init: "normal": every matrix with standard deviation `init_std`. "xavier": RetNet's, see docs/models.md.
+        init: "normal": every matrix with standard deviation `init_std`. "xavier": RetNet's, see docs/design/models.md.
         init_std: for "normal".
         backend: of lasp.linear_attention.
     """

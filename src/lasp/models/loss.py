@@ -3,7 +3,7 @@
 The loss comes last, so what its gradients will be multiplied with is one number. They are therefore taken while a chunk
 of logits is there, in the forward pass: logits are computed once, weight gradients are added up in one buffer by the
 matrix product itself, and the backward pass only scales. Fused linear cross entropies of kernel libraries do the same;
-docs/models.md says what they do not cover and this must.
+docs/results/loss.md says what they do not cover and this must.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published models by name and size. Where each number comes from stands in docs/models.md."""
+"""Published models by name and size. Where each number comes from stands in docs/design/models.md."""
 
 from __future__ import annotations
 

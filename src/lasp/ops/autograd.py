@@ -89,11 +89,15 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
 
 
 def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None) -> tuple[Tensor, Tensor | None]:
-    call = called(plan, x, initial) if begun is None else begun.call
-    if initial is None and not plan.stages.takes_no_state:
+    stages, call = plan.stages, None if begun is None else begun.call
+    if begun is None and plan.ranks is not None:
+        call = called(plan, x, initial)
+    if initial is None and not stages.takes_no_state:
         initial = x.q.new_zeros(initial_shape(x), dtype=state_dtype(x.q.dtype))
-    x = x if plan.change is None else plan.change(x)
-    x = ungrouped(plan.stages, x)
+    if plan.change is not None:
+        x = plan.change(x)
+    if not stages.grouped_heads:
+        x = ungrouped(x)
     result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, call, begun, x, initial, *x.tensors())
     return result
 
@@ -133,10 +137,11 @@ class _Scan(torch.autograd.Function):
         initial: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        x = plan.stages.prepare(given.with_tensors(tensors), initial is None and plan.ranks is None)
+        is_traced = plan.stages.empty_saved is None  # then `tensors` are others than those in `given`
+        run = given.with_tensors(tensors) if is_traced else given
+        x = plan.stages.prepare(run, initial is None and plan.ranks is None)
         initial = None if initial is None else initial.contiguous()
-        compute = _forward if plan.stages.empty_saved is not None else _exact_forward
-        o, final, saved = compute(plan, call, x, initial, begun)
+        o, final, saved = (_exact_forward if is_traced else _forward)(plan, call, x, initial, begun)
         kept = x.tensors()
         ctx.plan, ctx.call, ctx.shell, ctx.count = plan, call, x.with_tensors((None,) * len(kept)), len(kept)
         ctx.set_materialize_grads(False)

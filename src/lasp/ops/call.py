@@ -12,7 +12,6 @@ from lasp.ops.checks import check_state
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.recurrence.inputs import Inputs, initial_shape
-from lasp.recurrence.stages import AnyStages
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import number
 from lasp.sequence.call import SequenceCall
@@ -95,10 +94,10 @@ def called(plan: ScanPlan, x: Inputs, initial_state: Tensor | None) -> SequenceC
     return sp.call(plan.operator, key, fields, documents, tensors, replays=True)
 
 
-def ungrouped(stages: AnyStages, x: _Inputs) -> _Inputs:
-    """x with a query head for every value head, where the stages cannot share them."""
+def ungrouped(x: _Inputs) -> _Inputs:
+    """x with a query head for every value head, for stages that cannot share them."""
     groups = x.v.shape[2] // x.q.shape[2]
-    if stages.grouped_heads or groups == 1:
+    if groups == 1:
         return x
     q, k, *others = x.tensors()
     assert q is not None and k is not None

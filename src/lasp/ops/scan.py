@@ -11,7 +11,7 @@ it so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,9 +49,10 @@ class ScanPlan(NamedTuple):
     options: Mapping[str, object] = {}
     change: Callable[[Any], Any] | None = None
 
-    def packed(self, call: SequenceCall | None) -> PackedDocuments | None:
-        """How the documents' states meet what crosses the ranks in this pass."""
-        return None if self.documents is None else PackedDocuments(self.documents, call)
+
+def _packed(plan: ScanPlan, call: SequenceCall | None) -> PackedDocuments | None:
+    """How the documents' states meet what crosses the ranks in this pass."""
+    return None if plan.documents is None else PackedDocuments(plan.documents, call)
 
 
 class Begun(NamedTuple):
@@ -69,9 +70,10 @@ class Begun(NamedTuple):
 
 def begin(plan: ScanPlan, call: SequenceCall | None, x: RunInputs, initial: Tensor | None) -> Begun:
     """Summarize the run and start the exchange."""
-    stages, packed = plan.stages, plan.packed(call)
+    stages = plan.stages
     if plan.ranks is None and stages.unsummarized is not None:
         return Begun(None, None, stages.unsummarized.totals(x), None)
+    packed = _packed(plan, call)
     summary, totals = stages.summarize(x)
     want_total = plan.sees_all or (plan.want_final and packed is None)
     border, before = (summary, initial) if packed is None else (packed.leaving(summary, initial), None)
@@ -82,19 +84,20 @@ def begin(plan: ScanPlan, call: SequenceCall | None, x: RunInputs, initial: Tens
 def forward(plan: ScanPlan, begun: Begun, x: RunInputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None, Saved]:
     """The outputs, the final states if they are wanted, and what backward needs."""
     (call, summary, totals, exchange), stages = begun, plan.stages
-    packed = plan.packed(call)
+    packed = _packed(plan, call)
     partial = stages.local_outputs(x, totals)
+    entering: Any  # None for zero, only where the stages take that
     entering, total = (initial, None) if exchange is None else exchange.wait()
     entering = total if plan.sees_all else entering
     entering = entering if packed is None else packed.entering(entering, initial)
-    o, saved = stages.outputs(x, totals, partial, _state(entering))
+    o, saved = stages.outputs(x, totals, partial, entering)
     if not plan.want_final or (packed is None and total is not None):
         return o, total if plan.want_final else None, saved
     if stages.unsummarized is not None:
         leaving = stages.unsummarized.leaving(saved)
     else:
         assert summary is not None
-        leaving = summary.apply(_state(entering))
+        leaving = summary.apply(entering)
     return o, leaving if packed is None else packed.final(leaving, initial), saved
 
 
@@ -108,14 +111,15 @@ def _begin_adjoint(
     want_initial: bool,
 ) -> tuple[Begun, Tensor | None]:
     """Also gives the gradient of the final states, which over ranks is the sum of their shares."""
-    stages, ranks, packed = plan.stages, plan.ranks, plan.packed(call)
+    stages, ranks = plan.stages, plan.ranks
     if ranks is None and stages.unsummarized is not None and not want_initial:
         return Begun(None, None, stages.unsummarized.totals_adjoint(x, saved, d_o), None), d_final
+    packed = _packed(plan, call)
     summary, totals = stages.summarize_adjoint(x, saved, d_o)
     if d_final is None and not (stages.takes_no_state and (ranks is None or not plan.want_final)):
         d_final = zero_finals(plan.documents, summary)
-    if call is not None and plan.want_final:
-        d_final = call.sum(_state(d_final))
+    if call is not None and plan.want_final and d_final is not None:  # which it then is not
+        d_final = call.sum(d_final)
     border, before = (summary, d_final) if packed is None else (packed.leaving_adjoint(summary, d_final), None)
     exchange = start(ranks, call, border, before, reverse=True, want_total=plan.sees_all, decays=_decays(plan, x))
     return Begun(call, summary, totals, exchange), d_final
@@ -131,13 +135,14 @@ def backward(
     want_initial: bool,
 ) -> tuple[Gradients, Tensor | None]:
     """The gradients of x's tensors and, if wanted, of the initial states: whole on the first rank, zero on others."""
-    stages, packed = plan.stages, plan.packed(call)
+    stages, packed = plan.stages, _packed(plan, call)
     (_, summary, totals, exchange), d_final = _begin_adjoint(plan, call, x, saved, d_o, d_final, want_initial)
     local = stages.local_gradients(x, saved, totals, d_o)
+    d_leaving: Any
     d_leaving, total = (d_final, None) if exchange is None else exchange.wait()
     d_leaving = total if plan.sees_all else d_leaving
     d_leaving = d_leaving if packed is None else packed.entering_adjoint(d_leaving, d_final)
-    gradients = stages.gradients(x, saved, totals, local, d_o, _state(d_leaving))
+    gradients = stages.gradients(x, saved, totals, local, d_o, d_leaving)
     if not want_initial:
         return gradients, None
     assert summary is not None
@@ -145,13 +150,8 @@ def backward(
     if packed is None and not is_first:
         return gradients, torch.zeros_like(summary.state)
     d_initial = d_leaving if plan.sees_all else summary.state if d_leaving is None else summary.apply(d_leaving)
-    d_initial = _state(d_initial) if packed is None else packed.initial(_state(d_initial), d_final)
+    d_initial = d_initial if packed is None else packed.initial(d_initial, d_final)
     return gradients, d_initial if is_first else torch.zeros_like(d_initial)
-
-
-def _state(state: Tensor | None) -> Tensor:
-    """None only where the stages take it for zero."""
-    return cast(Tensor, state)
 
 
 def _decays(plan: ScanPlan, x: RunInputs) -> ConstantDecays | None:

@@ -29,9 +29,11 @@ def first_derivatives(operator: str, *, linear: bool = False) -> Callable[[_Back
     def decorate(backward: _Backward) -> _Backward:
         @wraps(backward)
         def refusing(ctx: Any, *gradients: Any) -> Any:
+            if not torch.is_grad_enabled():  # as it is but under create_graph=True
+                return backward(ctx, *gradients)
             varies = not linear or any(isinstance(d, Tensor) and d.requires_grad for d in gradients)
-            # Enabled under create_graph=True. A compiled graph cannot raise; its compiler has a check of its own.
-            if varies and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A compiled graph cannot raise; its compiler has a check of its own.
+            if varies and not torch.compiler.is_compiling():
                 raise RuntimeError(f"{operator} has first derivatives only: leave out create_graph=True")
             with torch.no_grad():
                 return backward(ctx, *gradients)

@@ -35,7 +35,8 @@ class SequenceParallel:
     exist side by side; each rank passes its own.
 
     Args:
-        group: a process group, or a one-dimensional DeviceMesh.
+        group: a process group (its type allows None, which `torch.distributed.group.WORLD` is before there is one), or
+            a one-dimensional DeviceMesh.
         lengths: tokens of every rank, in order, of any size, zero too; None where all ranks hold equally many.
         exchange: how the state crosses ranks: "ring" (LASP, arXiv 2404.02882), "all_gather" (LASP-2,
             arXiv 2502.07563), "auto", or an `Exchange`.
@@ -50,7 +51,7 @@ class SequenceParallel:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh,
+        group: dist.ProcessGroup | DeviceMesh | None,
         *,
         lengths: Sequence[int] | None = None,
         exchange: str | Exchange = "auto",
@@ -244,7 +245,7 @@ def _checked_lengths(lengths: Sequence[int] | None, size: int) -> tuple[int, ...
     return lengths
 
 
-def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
+def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(f"SequenceParallel needs a process group, and none exists: {_START}")
     if isinstance(group, DeviceMesh):

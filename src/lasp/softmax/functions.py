@@ -61,7 +61,7 @@ def softmax_attention(
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
         method: "all_gather": each rank gets the keys and values of all (LASP-2H, arXiv 2502.07563); any heads.
             "ulysses": each rank computes all tokens of some heads (arXiv 2309.14509); H must be a multiple of the
-            number of ranks. docs/hybrids.md says when to choose which.
+            number of ranks. docs/guide/hybrids.md says when to choose which.
         backend: "auto" or "torch" (PyTorch's kernels) or "reference" (query by query, slow).
 
     Returns:

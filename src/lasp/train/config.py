@@ -136,7 +136,7 @@ class ParallelOptions:
     compile: bool = False
     """torch.compile each block, the exchange of states inside."""
     exchange: str = "auto"
-    """How states travel between the processes of a sequence: see docs/exchange.md."""
+    """How states travel between the processes of a sequence: see docs/guide/exchanges.md."""
     timeout_s: float = 120.0
     """Seconds after which a process that waits for another gives up."""
 

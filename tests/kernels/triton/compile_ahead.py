@@ -36,8 +36,10 @@ from triton.compiler import ASTSource, make_backend
 import lasp
 from lasp.exchange.peer.kernels import collect_kernel, fold_kernel, push_kernel
 from lasp.exchange.peer.memory import BLOCK, WARPS
+from lasp.kernels.triton.common import device as devices
+from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay import launches as work
+from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.delta import launches as delta_launches
 from lasp.ops import checks
 from lasp.sequence import arguments
@@ -86,9 +88,11 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
     """What calls, forward and backward, launch on such a device of 132 processors: each once."""
     found: dict[str, Compilable] = {}
 
-    def record(launch: Launch, *tensors: Tensor | None) -> None:
+    def record(launch: Launch, **tensors: Tensor | None) -> None:
         signature, constants = {}, {}
-        for parameter, value in zip(launch.kernel.params, (*tensors, *launch.others), strict=True):
+        assert set(tensors) == set(launch.tensors)
+        for parameter in launch.kernel.params:
+            value = {**tensors, **launch.fixed}[parameter.name]
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, Tensor):
@@ -101,12 +105,12 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
     def check_tensor(name: str, value: object, form: str) -> None:
         """Public functions refuse tensors without numbers, and launches recorded need none."""
 
-    work._work.cache_clear()
+    runs._launches_of.cache_clear()
     delta_launches._launches.cache_clear()
-    device = (132, LIMITS[target], target == "cuda:90")
+    device = DeviceLimits(132, LIMITS[target], target == "cuda:90")
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", record))
-        stack.enter_context(patch.dict(work._devices, {META: device}))
+        stack.enter_context(patch.dict(devices._devices, {META: device}))
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
         for call in calls:

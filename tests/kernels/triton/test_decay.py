@@ -16,11 +16,14 @@ from torch import Tensor
 
 from lasp import linear_attention
 from lasp.kernels.torch.decay import STAGES as exact
-from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
+from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.channel import inter_chunk as channel_inter_chunk
+from lasp.kernels.triton.decay.channel import launches as channel
 from lasp.kernels.triton.decay.channel import stages as channel_stages
+from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.scalar import intervals as legs
+from lasp.kernels.triton.decay.scalar import launches as scalar
 from lasp.kernels.triton.decay.scalar import sweep
 from lasp.kernels.triton.decay.scalar import sweep_row_major as rows_module
 from lasp.kernels.triton.decay.stages import STAGES as fused
@@ -111,8 +114,8 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
         p = p._replace(segment_chunks=2, segments=max(1, -(-arguments[0] // (2 * p.chunk))))
         return p._replace(descriptors=True, rows=True, scalar_keys=plans.Tiles(64, 4, 1))
 
-    monkeypatch.setattr(work, "plan", short)
-    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
+    monkeypatch.setattr(runs, "plan", short)
+    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,9 +137,9 @@ def test_gradients_of_keys_and_values_in_one_launch(
 ) -> None:
     p = problem(kind, dims, device, torch.float32)
     p = p._replace(x=p.x._replace(g=None if p.x.g is None else p.x.g.detach()))
-    monkeypatch.setattr(work, "PAIRED_CHUNKS", 1)
-    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
-    assert work.work_of(p.x).paired
+    monkeypatch.setattr(scalar, "PAIRED_CHUNKS", 1)
+    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
+    assert runs.launches_of(p.x).paired
     references = solution(p)
     references.pop("dg", None)
     check(run(fused, p), references, BOUNDS[torch.float32])
@@ -147,7 +150,7 @@ def test_gradients_of_keys_and_values_in_one_launch(
 def test_all_results_bf16(kind: str, dims: Dims, device: torch.device) -> None:
     """Grouped heads, of which dims are unlike, and ungrouped ones; decays that are learned, in rows."""
     p = problem(kind, dims, device, torch.bfloat16)
-    assert kind == "channel" or work.work_of(p.x).plan.rows
+    assert kind == "channel" or runs.launches_of(p.x).plan.rows
     check(run(fused, p), solution(p), BOUNDS[torch.bfloat16])
 
 
@@ -212,7 +215,8 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     bounds, H_v, K = (0, leg, leg + 256, leg + 326), 2, 16
     p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20, True)
     p = p._replace(segment_chunks=(leg + 256) // C, segments=2)
-    launches = work.Launches((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, 2, p, True, 1.0, from_zero)
+    shape = RunShape((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, plans.TOKEN, True, 1.0, from_zero)
+    launches = scalar.ScalarLaunches(shape, p)
     random = torch.Generator().manual_seed(0)
     state, d_state = (launches.states, launches.inner, launches.state), launches.state
     shapes = (launches.sums, launches.sums, *state, *state, d_state)
@@ -223,8 +227,25 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     forgotten = 5
     prefix[:, :, (forgotten + 1) * C - 1] = -20.0
     dg = torch.empty(1, bounds[-1], H_v, device=device)
-    operands = (*[zeros] * 4, dg, prefix)
-    launches.gate_gradient(*operands, *drawn[:-1], dg, dg, None if from_zero else d_leaving)
+    launches.gate_gradient(
+        q_ptr=zeros,
+        k_ptr=zeros,
+        v_ptr=zeros,
+        do_ptr=zeros,
+        g_ptr=dg,
+        prefix_ptr=prefix,
+        q_sums_ptr=q_sums,
+        k_sums_ptr=k_sums,
+        states_ptr=states,
+        inner_ptr=inner,
+        state_out_ptr=leaving,
+        d_states_ptr=d_states,
+        d_inner_ptr=d_inner,
+        d_state_in_ptr=d_entering,
+        dg_ptr=dg,
+        places_ptr=dg,
+        d_state_out_ptr=None if from_zero else d_leaving,
+    )
 
     def paired(state: Tensor, d_state: Tensor) -> Tensor:
         return (state * d_state).sum((-2, -1))[0]
@@ -296,15 +317,15 @@ def test_what_the_kernels_do_not_take() -> None:
 @pytest.mark.parametrize("bounded", [True, False])
 def test_one_middle_and_base_blocks(bounded: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 a gate per channel takes a chunk or blocks of 16 tokens at once: here in fp32, whose bound is tighter."""
-    original = work._work.__wrapped__
+    original = runs._launches_of.__wrapped__
 
-    def made(*arguments: Any) -> work.Launches:
+    def made(*arguments: Any) -> runs.Launches:
         found = original(*arguments)
         found.bounded = bounded
         return found
 
-    monkeypatch.setattr(work, "base_levels", lambda dtype: work.BASE_LEVELS)
-    monkeypatch.setattr(work, "_work", made)
+    monkeypatch.setattr(channel, "base_levels", lambda dtype: channel.BASE_LEVELS)
+    monkeypatch.setattr(runs, "_launches_of", made)
     p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
     check(run(fused, p), solution(p), BOUNDS[torch.float32])
 
@@ -315,13 +336,14 @@ def test_one_middle_and_base_blocks(bounded: bool, device: torch.device, monkeyp
 def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a gate per channel in bf16: chunks whose tokens all meet in the middle, and one whose gates are too strong for
     that, which goes by blocks of 16 tokens and by levels. Here in fp32, whose bound is tighter."""
-    monkeypatch.setattr(work, "base_levels", lambda dtype: work.BASE_LEVELS)
-    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
+    monkeypatch.setattr(channel, "base_levels", lambda dtype: channel.BASE_LEVELS)
+    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
     p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
     g = p.x.g.detach().clone()
     g[:, 32:64] = -4.5 - g[:, 32:64].abs()
     p = p._replace(x=p.x._replace(g=g.requires_grad_()))
-    unbounded = channel_stages.local_outputs(fused.prepare(p.x, False)).unbounded
+    run_of_x = fused.prepare(p.x, False)
+    unbounded = channel_stages.local_outputs(run_of_x, run_of_x.work).unbounded
     assert (unbounded.cpu() == torch.tensor([0, 1, 0])).all()
     values, references = run(fused, p), solution(p)
     # Of its strong gates little is left.
@@ -329,7 +351,7 @@ def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.
     check(values, references, 2 * BOUNDS[torch.float32])
     assert dg <= 2e-5
     # The control: a unbounded chunk left as it is.
-    monkeypatch.setattr(work.Launches, "channel_prepare", lambda *tensors: None)
+    monkeypatch.setattr(channel.ChannelLaunches, "prepare", lambda self, **tensors: None)
     assert not relative_error(run(fused, p)["o"], references["o"]) <= 1e-3
 
 
@@ -340,7 +362,7 @@ def test_gates_per_token_gather_little_rounding_over_a_leg(
     """Of gates that forget within a few chunks, by both kinds of sweeps: what one rounds of a token with its decay, the
     other rounds alike. What remains is a walk tied at both ends."""
     p = problem("scalar", Dims(T=2048, H_v=4, K=32, V=32), device, torch.bfloat16)
-    g = torch.full_like(p.x.g, -0.09).requires_grad_()  # just too weak for a chunk to forget (work.FORGETS)
+    g = torch.full_like(p.x.g, -0.09).requires_grad_()  # just too weak for a chunk to forget (launches.FORGETS)
 
     def one_segment(*arguments: object) -> plans.LaunchPlan:
         found = plans.plan(*arguments[:-1], False)  # not gathered
@@ -348,8 +370,8 @@ def test_gates_per_token_gather_little_rounding_over_a_leg(
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
         return found._replace(segment_chunks=found.chunks, segments=1, rows=rows, scalar_keys=keys)
 
-    monkeypatch.setattr(work, "plan", one_segment)
-    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
+    monkeypatch.setattr(runs, "plan", one_segment)
+    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
     q, k, v = (tensor.double() for tensor in (p.x.q, p.x.k, p.x.v))
     exact_g = g.detach().double().requires_grad_()
     o, _ = linear_attention(q, k, v, exact_g, backend="torch")
@@ -382,7 +404,7 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest segment there is, of gates that forget within a few chunks: a small rest of large sums, which are cut
-    at no chunk (work.FORGETS)."""
+    at no chunk (launches.FORGETS)."""
     p = problem("channel", Dims(T=2048, H_v=1, K=64, V=64), device, torch.bfloat16)
     p = p._replace(
         x=p.x._replace(g=torch.full_like(p.x.g, -0.07).requires_grad_()), state_in=torch.zeros_like(p.state_in)
@@ -392,9 +414,9 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
         found = plans.plan(*arguments)
         return found._replace(segment_chunks=found.chunks, segments=1)
 
-    monkeypatch.setattr(work, "plan", one_segment)
-    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
-    assert work.work_of(p.x).plan.chunks == plans.LONGEST_CHANNELS
+    monkeypatch.setattr(runs, "plan", one_segment)
+    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
+    assert runs.launches_of(p.x).plan.chunks == plans.LONGEST_CHANNELS
     expected = solution(p)["dg"]
     assert relative_error(run(fused, p)["dg"], expected) < 8e-3
     if device.type == "cpu":  # the control: a compiled kernel is not patched

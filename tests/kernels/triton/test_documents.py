@@ -12,8 +12,8 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
-from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
+from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.scalar import intervals as legs
 
 BOUND = 4e-6
@@ -26,7 +26,7 @@ BOUNDS = (0, 0, 1, 3, 38, 38, 109, 110)
 def _short_segments(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a segment, so that few tokens make several; in the interpreter a leg for each chunk, too (compiled
     kernels are not patched: test_gpu has long legs)."""
-    monkeypatch.setattr(work, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
+    monkeypatch.setattr(runs, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
     if device.type == "cpu":
         monkeypatch.setattr(legs, "EXACT_LEG", tl.constexpr(1))
 

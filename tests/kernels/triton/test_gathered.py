@@ -14,8 +14,8 @@ from torch import Tensor
 
 import lasp
 from lasp.kernels.triton.common.decays import CHANNEL, HEAD, TOKEN
-from lasp.kernels.triton.decay import launches as work
 from lasp.kernels.triton.decay import plan as plans
+from lasp.kernels.triton.decay import runs
 from lasp.recurrence.inputs import DecayInputs
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -33,8 +33,8 @@ def _two_chunks_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = found.rows and not gathers  # which do not gather
         return found._replace(segment_chunks=2, segments=-(-found.chunks // 2), gathers=gathers, rows=rows)
 
-    monkeypatch.setattr(work, "plan", cut)
-    monkeypatch.setattr(work, "_work", work._work.__wrapped__)
+    monkeypatch.setattr(runs, "plan", cut)
+    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
 
 
 def problem(kind: str, dtype: torch.dtype, H: int, packed: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -109,7 +109,7 @@ def test_whole_runs_of_a_gate_per_channel(
     dtype: torch.dtype, H: int, packed: bool, with_final: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A single segment, before which there is nothing: no summaries."""
-    monkeypatch.setattr(work, "plan", plans.plan)
+    monkeypatch.setattr(runs, "plan", plans.plan)
     check("channel", dtype, H, packed, with_final, device)
 
 
@@ -138,7 +138,7 @@ def test_where_states_are_gathered() -> None:
     )
 
     def keeps(tokens: int, heads: int, kind: int = TOKEN.value) -> bool:
-        return work.keeps_states(plans.plan(tokens, heads, 128, 128, BF16, kind, *h100, True), True)
+        return plans.keeps_states(plans.plan(tokens, heads, 128, 128, BF16, kind, *h100, True), True)
 
     # For a decay's gradient, but of runs that are single segments.
     assert keeps(512, 16) and keeps(65536, 16) and not keeps(2048, 256) and not keeps(512, 16, CHANNEL.value)
@@ -147,4 +147,4 @@ def test_where_states_are_gathered() -> None:
 def test_an_initial_state_is_no_start_from_zero(device: torch.device) -> None:
     x, _, _ = problem("constant", FP32, 1, False)
     run = DecayInputs(*(tensor.to(device) for tensor in x.values()), 1.0)
-    assert work.work_of(run, True).plan.gathers and not work.work_of(run).plan.gathers
+    assert runs.launches_of(run, True).plan.gathers and not runs.launches_of(run).plan.gathers

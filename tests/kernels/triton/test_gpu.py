@@ -19,9 +19,9 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
-from lasp.kernels.triton.decay import launches as work
-from lasp.kernels.triton.decay.launches import device_limits, kind_of
-from lasp.kernels.triton.decay.plan import plan
+from lasp.kernels.triton.common import device as devices
+from lasp.kernels.triton.decay import runs
+from lasp.kernels.triton.decay.plan import kind_of, plan
 from lasp.recurrence.inputs import DecayInputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -158,14 +158,14 @@ def solve(
 
 def limits(case: Case) -> tuple[int, int, bool]:
     """What the case is planned for: processors, and otherwise the device."""
-    processors, *others = device_limits(DEVICE)
+    processors, *others = devices.device_limits(DEVICE)
     return (case.processors or processors, *others)
 
 
 def check(case: Case, record: Callable[[str, object], None]) -> None:
     x, d_o, d_final = inputs(case)
-    work._work.cache_clear()  # which shapes and the device decide
-    with patch.dict(work._devices, {DEVICE: limits(case)}):
+    runs._launches_of.cache_clear()  # which shapes and the device decide
+    with patch.dict(devices._devices, {DEVICE: limits(case)}):
         values = solve(x, d_o, d_final, "triton", None, case.documents)
     if "LASP_TEST_PART" in os.environ:
         return  # this process is here to compile (conftest.py); many references at once would not fit the GPU
@@ -244,9 +244,9 @@ def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) ->
     x, d_o, d_final = inputs(case)
     names = [name for name in x if name != "g"]
     leaves = [x[name].requires_grad_() for name in names]
-    work._work.cache_clear()
-    with patch.dict(work._devices, {DEVICE: limits(case)}):
-        found = work.work_of(DecayInputs(x["q"], x["k"], x["v"], x.get("g"), 1.0), not case.initial)
+    runs._launches_of.cache_clear()
+    with patch.dict(devices._devices, {DEVICE: limits(case)}):
+        found = runs.launches_of(DecayInputs(x["q"], x["k"], x["v"], x.get("g"), 1.0), not case.initial)
         assert found.paired == bool(dims)
         o, final = lasp.linear_attention(**x, output_final_state=True, cu_seqlens=case.documents, backend="triton")
     values = torch.autograd.grad((o, final), leaves, (d_o, d_final))

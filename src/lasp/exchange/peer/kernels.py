@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Kernels that write into the memory of other ranks and wait for what those wrote here.
 
 Every rank owns a piece of memory that all can write (`lasp.exchange.peer.memory`): a flag for every rank, then,

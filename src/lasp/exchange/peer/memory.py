@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -64,7 +63,13 @@ class PeerMemory:
         stored = 0 if transition is None else transition.numel()
         launch = _push(state.dtype, self._rank, len(self._memories), stored, state.numel(), self.slot_bytes)
         header = self._no_header if header is None else header
-        launch(state if transition is None else transition, state, header, self._addresses, self._epoch)
+        launch(
+            transition_ptr=state if transition is None else transition,
+            state_ptr=state,
+            header_ptr=header,
+            memories_ptr=self._addresses,
+            epoch_ptr=self._epoch,
+        )
 
     def fold(
         self,
@@ -91,13 +96,15 @@ class PeerMemory:
             state.dtype, self._rank, len(self._memories), stored, state.numel(), self.slot_bytes, self._polls, each,
             reverse, initial is None,
         )  # fmt: skip
+        header, found = seal or self._unsealed()
         launch(
-            self._addresses,
-            self._epoch,
-            *(seal or self._unsealed()),
-            entering if initial is None else initial,
-            entering,
-            total,
+            memories_ptr=self._addresses,
+            epoch_ptr=self._epoch,
+            header_ptr=header,
+            found_ptr=found,
+            initial_ptr=entering if initial is None else initial,
+            entering_ptr=entering,
+            total_ptr=total,
         )
         return entering, total
 
@@ -107,7 +114,14 @@ class PeerMemory:
         launch = _collect(
             state.dtype, self._rank, len(self._memories), stored, state.numel(), self.slot_bytes, self._polls
         )
-        launch(self._addresses, self._epoch, *(seal or self._unsealed()), collected)
+        header, found = seal or self._unsealed()
+        launch(
+            memories_ptr=self._addresses,
+            epoch_ptr=self._epoch,
+            header_ptr=header,
+            found_ptr=found,
+            collected_ptr=collected,
+        )
         return collected
 
     def _unsealed(self) -> tuple[Tensor, Tensor]:
@@ -120,9 +134,10 @@ def _blocks(size: int) -> int:
 
 @lru_cache(maxsize=256)
 def _push(dtype: torch.dtype, rank: int, ranks: int, stored: int, size: int, slot_bytes: int) -> Launch:
-    scalars = (rank, stored, size, slot_bytes)
+    fixed = {"rank": rank, "stored": stored, "size": size, "slot_bytes": slot_bytes}
+    fixed |= {"SIZE": ranks, "BLOCK": BLOCK, "EVEN": size % BLOCK == 0}
     grid = (_blocks(size) + _blocks(stored), 1)
-    return Launch(push_kernel, grid, scalars, (ranks, BLOCK, size % BLOCK == 0), WARPS, 1)
+    return Launch(push_kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 @lru_cache(maxsize=256)
@@ -138,13 +153,16 @@ def _fold(
     reverse: bool,
     zero: bool,
 ) -> Launch:
-    scalars = (rank, stored, size, slot_bytes, polls)
-    constants = (ranks, BLOCK, size % BLOCK == 0, each, reverse, zero, not _INTERPRETED)
-    return Launch(fold_kernel, (_blocks(size), 1), scalars, constants, WARPS, 1, **_ROUNDED_APART, **_ASSERTING)
+    fixed = {"rank": rank, "stored": stored, "size": size, "slot_bytes": slot_bytes, "polls": polls}
+    fixed |= {"SIZE": ranks, "BLOCK": BLOCK, "EVEN": size % BLOCK == 0, "EACH": each}
+    fixed |= {"REVERSE": reverse, "FROM_ZERO": zero, "EXACT": not _INTERPRETED}
+    grid = (_blocks(size), 1)
+    return Launch(fold_kernel, grid, fixed, warps=WARPS, stages=1, **_ROUNDED_APART, **_ASSERTING)
 
 
 @lru_cache(maxsize=256)
 def _collect(dtype: torch.dtype, rank: int, ranks: int, stored: int, size: int, slot_bytes: int, polls: int) -> Launch:
-    scalars: tuple[Any, ...] = (rank, stored, size, slot_bytes, polls)
+    fixed = {"rank": rank, "stored": stored, "size": size, "slot_bytes": slot_bytes, "polls": polls}
+    fixed |= {"SIZE": ranks, "BLOCK": BLOCK}
     grid = (_blocks(stored + size), 1)
-    return Launch(collect_kernel, grid, scalars, (ranks, BLOCK), WARPS, 1, **_ASSERTING)
+    return Launch(collect_kernel, grid, fixed, warps=WARPS, stages=1, **_ASSERTING)

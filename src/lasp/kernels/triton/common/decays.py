@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Decays inside a chunk, as base-2 logarithms that are never positive.
 
 For token i of a chunk of `length` tokens, with per-token log-decays g:

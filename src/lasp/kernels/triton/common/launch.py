@@ -50,56 +50,57 @@ def _watched() -> bool:
 
 
 class Launch:
-    """A kernel with its grid and all that it takes but tensors.
+    """A kernel with its grid and all that it takes but tensors, by name.
 
-    Scalars must be ones that the kernel does not specialise; constants are its constexprs; options are the compiler's.
+    Args:
+        kernel: its tensors come first among its parameters.
+        grid: programs along both axes.
+        fixed: scalars that the kernel does not specialise, and its constexprs.
+        warps, stages, options: the compiler's.
     """
 
-    __slots__ = ("_bound", "_device", "_grid", "kernel", "options", "others")
+    __slots__ = ("_bound", "_device", "_grid", "_last", "_others", "fixed", "kernel", "options", "tensors")
 
     def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int],
-        scalars: tuple[int | float, ...],
-        constants: tuple[Any, ...],
-        warps: int,
-        stages: int,
-        **options: bool,
+        self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: bool
     ) -> None:
-        self.kernel, self._grid, self.others = kernel, grid, (*scalars, *constants)
+        names = kernel.arg_names
+        self.tensors = tuple(names[: len(names) - len(fixed)])
+        assert set(names[len(self.tensors) :]) == set(fixed), f"{kernel} takes {names}, not {tuple(fixed)} at the end"
+        self.kernel, self._grid, self.fixed = kernel, grid, fixed
         self.options = {"num_warps": warps, "num_stages": stages, **options}
-        self._device = -1
+        self._others = tuple(fixed[name] for name in names[len(self.tensors) :])
+        self._last, self._device = self.tensors[-1], -1
         self._bound: list[_Bound | None] = [None, None]  # with the last tensor, and without
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Runs the kernel on `tensors`: whenever it is called, of the same dtypes and on the same device.
+    def __call__(self, **tensors: Tensor | None) -> None:
+        """Runs the kernel on `tensors`: whenever it is called, of the same names and dtypes and on the same device.
 
-        The last may be None where the kernel can do without it.
+        The last of the kernel's may be None where it can do without it.
         """
-        bound = self._bound[tensors[-1] is None]
+        bound = self._bound[tensors[self._last] is None]
         if bound is None:
             self._first(tensors)
             return
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in map(tensors.__getitem__, self.tensors)]
         if reduce(or_, addresses) % ALIGNMENT or torch._C._cuda_getDevice() != self._device or _watched():
             self._by_triton(tensors)
         else:
             bound(driver.active.get_current_stream(self._device), addresses)
 
-    def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
+    def _first(self, tensors: dict[str, Tensor | None]) -> None:
         if 0 in self._grid:
             return
-        given = [tensor for tensor in tensors if tensor is not None]
+        given = [tensor for tensor in tensors.values() if tensor is not None]
         self._device = given[0].get_device()
         compiled = self._by_triton(tensors)
         if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given):
-            self._bound[tensors[-1] is None] = _bind(compiled, self._grid, self.others)
+            self._bound[tensors[self._last] is None] = _bind(compiled, self._grid, self._others)
 
-    def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
+    def _by_triton(self, tensors: dict[str, Tensor | None]) -> Any:
         """Leaves the launch to Triton, which finds the binary, calls hooks, and gives the binary."""
         with torch.cuda.device(self._device):  # of no effect below 0
-            return self.kernel[self._grid](*tensors, *self.others, **self.options)
+            return self.kernel[self._grid](**tensors, **self.fixed, **self.options)
 
 
 def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Bound | None:

@@ -2,7 +2,7 @@
 
 Documents are cut into chunks and segments each from its own first token, so that no chunk holds tokens of two and a
 segment's state belongs to one: nothing can leak, not even a NaN. A document takes at least one segment, so very short
-ones cost a state each (docs/kernels.md).
+ones cost a state each (docs/design/kernels.md).
 """
 
 from __future__ import annotations
@@ -53,9 +53,16 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     chunk_columns = (chunk_first, chunk_last, chunk_first == starts[of_chunk])
     assert len(columns) == PLACE.value and len(chunk_columns) == CHUNK_PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
-    tables = (torch.stack([column.long() for column in each], 1) for each in (columns, chunk_columns))
-    whole = bool((ends - starts <= segment).all())
-    return Tables(*(table.to(device, torch.int32) for table in (*tables, first_segment)), whole)
+
+    def table(*each: Tensor) -> Tensor:
+        return torch.stack([column.long() for column in each], 1).to(device, torch.int32)
+
+    return Tables(
+        segments=table(*columns),
+        chunks=table(*chunk_columns),
+        bounds=first_segment.to(device, torch.int32),
+        whole=bool((ends - starts <= segment).all()),
+    )
 
 
 def packed_plan(p: LaunchPlan, documents: Documents, device: torch.device) -> LaunchPlan:

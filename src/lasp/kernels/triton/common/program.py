@@ -1,18 +1,42 @@
+# mypy: ignore-errors
 """Where a program is among segments, chunks and documents."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-PLACE = tl.constexpr(7)  # numbers in a segment's entry in `layout.Tables`
+PLACE = tl.constexpr(7)  # numbers in a segment's entry in `packing.Tables`
 CHUNK_PLACE = tl.constexpr(3)  # likewise of a chunk
+
+
+class ProgramPlace(NamedTuple):
+    """Where a program is among slices of columns, heads, batches and segments.
+
+    Attributes:
+        part, head, batch, segment: its slice, value head, batch and segment.
+        first, last: its first token, and the one after its last.
+        chunk: its first chunk.
+        border: the index of the state [B or documents, H_v] at the run's borders.
+        ends: whether the segment is the run's last.
+    """
+
+    part: tl.tensor
+    head: tl.tensor
+    batch: tl.tensor
+    segment: tl.tensor
+    first: tl.tensor
+    last: tl.tensor
+    chunk: tl.tensor
+    border: tl.tensor
+    ends: tl.tensor
 
 
 @triton.jit
 def place(places_ptr, slices, segments, segment_chunks, T, H_v, C: tl.constexpr, PACKED: tl.constexpr):
-    """Where a program is: slice, value head, batch and segment; its first token and the one after its last; its first
-    chunk; the index of the state [B or documents, H_v] at the run's borders; whether the segment is the run's last.
+    """A program's `ProgramPlace`.
 
-    places_ptr: int32 [segments, 7] if PACKED, see `layout`.
+    places_ptr: int32 [segments, 7] if PACKED, see `packing`.
     """
     part = tl.program_id(0) % slices
     head = tl.program_id(0) // slices % H_v
@@ -31,7 +55,30 @@ def place(places_ptr, slices, segments, segment_chunks, T, H_v, C: tl.constexpr,
         chunk = segment * segment_chunks
         border = tl.cast(batch, tl.int64) * H_v + head
         ends = segment == segments - 1
-    return part, head, batch, segment, first, last, chunk, border, ends
+    return ProgramPlace(
+        part=part,
+        head=head,
+        batch=batch,
+        segment=segment,
+        first=first,
+        last=last,
+        chunk=chunk,
+        border=border,
+        ends=ends,
+    )
+
+
+@triton.jit
+def run_of(here, H_v):
+    """The run [B, H_v] of a program."""
+    return tl.cast(here.batch, tl.int64) * H_v + here.head
+
+
+@triton.jit
+def rows_of(here, T, H, H_v):
+    """Where the batch's rows of a program's head begin, in [B, T, H] and in [B, T, H_v]."""
+    row = tl.cast(here.batch, tl.int64) * T
+    return row * H + here.head // (H_v // H), row * H_v + here.head
 
 
 @triton.jit
@@ -74,7 +121,7 @@ def chunk_rows(slices, chunks, T, H, H_v):
 def chunk_place(places_ptr, chunk, T, C: tl.constexpr, PACKED: tl.constexpr):
     """The first token of a chunk, and the one after its last.
 
-    places_ptr: int32 [chunks, 3] if PACKED, see `layout`.
+    places_ptr: int32 [chunks, 3] if PACKED, see `packing`.
     """
     if PACKED:
         first = tl.load(places_ptr + chunk * CHUNK_PLACE)

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Tiles of rows, and of states.
 
 A *view* of the tokens of one (batch, head), [T, N] with `row` elements from one token to the next, is read and
@@ -6,8 +7,29 @@ without a register or an address computed per thread), else a plain pointer. Bot
 write nothing there. BN: columns of a tile, a power of two >= 16.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+# Of kernels that have a program a chunk: it would spend longer on making descriptors than on its chunk.
+DESCRIPTORS = tl.constexpr(False)
+
+
+class StateTile(NamedTuple):
+    """Which tile of a state [R, S] a program has: [BR, BS] from r_first and s_first on, of strides row and column.
+
+    To be handed on where it is made: Triton makes tensors of the constants in a tuple that is assigned.
+    """
+
+    r_first: tl.tensor
+    s_first: tl.tensor
+    R: tl.constexpr
+    S: tl.constexpr
+    row: tl.tensor
+    column: tl.tensor
+    BR: tl.constexpr
+    BS: tl.constexpr
 
 
 @triton.jit
@@ -55,8 +77,32 @@ def state_tile(ptr, row_first, column_first, R, S, row, column, BR: tl.constexpr
     """Pointers and mask of a [BR, BS] tile of a state [R, S] with the given strides.
 
     Swapped strides read the transpose: it is never formed from an accumulator (a compiler trap, see
-    docs/kernels.md).
+    docs/design/kernels.md).
     """
     r = row_first + tl.arange(0, BR)[:, None]
     s = column_first + tl.arange(0, BS)[None, :]
     return ptr + r * row + s * column, (r < R) & (s < S)
+
+
+@triton.jit
+def tile_at(ptr, tile):
+    """Pointers and mask of a `StateTile` of the state at ptr."""
+    return state_tile(ptr, tile.r_first, tile.s_first, tile.R, tile.S, tile.row, tile.column, BR=tile.BR, BS=tile.BS)
+
+
+@triton.jit
+def segment_state(pointers, mask, GATHER: tl.constexpr):
+    """What is known of a segment's state before the sweep: nothing if it is not read."""
+    if GATHER:
+        return tl.zeros(pointers.shape, tl.float32)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def as_swept(state, ROUND: tl.constexpr):
+    """A state as the sweeps round it, in fp32: so that in <S, D> what the last tokens add to S cancels.
+
+    ROUND: whether they take it in bf16.
+    """
+    return state.to(tl.bfloat16).to(tl.float32) if ROUND else state

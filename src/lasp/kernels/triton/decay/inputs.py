@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lasp.kernels.triton.common.launch import use_scratch
-from lasp.kernels.triton.decay.launches import Launches, work_of
+from lasp.kernels.triton.decay.runs import Launches, launches_of
 from lasp.recurrence.inputs import DecayInputs
 
 
@@ -25,7 +25,7 @@ class DecayRun(NamedTuple):
         return self.q, self.k, self.v, self.g
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DecayRun:
-        return DecayRun(*tensors, self.work)  # type: ignore[arg-type]
+        return DecayRun(*tensors, self.work)  # type: ignore[arg-type, call-arg]
 
 
 def prepare(x: DecayInputs, alone: bool) -> DecayRun:
@@ -36,7 +36,7 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    work = work_of(x, alone)
+    work = launches_of(x, alone)
     use_scratch()
     q, k, v, g = x.q, x.k, x.v, x.g
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and (g is None or g.is_contiguous())):

@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lasp.kernels.triton.common import decays
 
@@ -24,8 +25,8 @@ STATE_COST = 0.017
 SUMMARIES_COST = 8.0
 # Chunks: the gradients of gates per channel gather rounding over a segment (channel_inter_chunk), however long the run.
 LONGEST_CHANNELS = 32
-# Up to here sweeps that gather states were faster than summaries on an H100 (docs/kernels.md): chunks of a run, and of
-# what a program gathers. Sums of gates per token are loaded when they are wanted, so a chunk costs half as much again.
+# Up to here sweeps that gather states were faster than summaries on an H100 (docs/design/kernels.md): chunks of a
+# run, and of what a program gathers. Sums of gates per token are loaded when wanted: half as much again a chunk.
 LONGEST_GATHERED = 32
 MOST_GATHERED = {NONE: 24, HEAD: 24, TOKEN: 7}
 
@@ -56,7 +57,7 @@ class LaunchPlan(NamedTuple):
         summary: of the summaries.
         keys: of the sweeps whose output has K columns (dq, dk).
         scalar_keys: of the same where the decay's gradient is wanted too.
-        rows: whether those are in rows (`rows.sweep_rows`).
+        rows: whether those are in rows (`sweep_rows`).
         values: of those whose output has V columns (o, dv).
         channels: for a gate per channel, of the summaries, which divide the channels among programs.
         prepared_channels: of the same from operands that have their decays.
@@ -69,7 +70,7 @@ class LaunchPlan(NamedTuple):
             none to gather, since runs are single segments that start from zero; of gates per channel only the latter.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
-        tables: where packed documents lie (`layout.Tables`), or None.
+        tables: where packed documents lie (`packing.Tables`), or None.
     """
 
     chunk: int
@@ -108,11 +109,27 @@ class LaunchPlan(NamedTuple):
         return 2 if self.exact else 1
 
 
+def kind_of(g: Tensor | None) -> int:
+    """The kind of decay, as in `decays`."""
+    if g is None:
+        return NONE
+    return HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL
+
+
+def keeps_states(p: LaunchPlan, with_decay: bool) -> bool:
+    """Whether the states entering segments are kept for the backward pass.
+
+    Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Where runs are
+    single segments there is nothing to keep.
+    """
+    return not p.gathers or (with_decay and not p.whole)
+
+
 def tile(dim: int, dtype: torch.dtype) -> int:
     """The power of two that holds `dim` columns.
 
     Never below 64 for 16-bit inputs: Hopper's matrix units work on 64 rows, and with tiles of 32 columns some of these
-    kernels gave wrong results there (see docs/kernels.md).
+    kernels gave wrong results there (see docs/design/kernels.md).
     """
     return max(16 if dtype == torch.float32 else 64, 1 << (dim - 1).bit_length())
 
@@ -220,7 +237,7 @@ def plan(
 
     Args:
         dtype: bf16, fp16 or fp32, of q, k, v.
-        kind: of decay, as in `gates`.
+        kind: of decay, as in `decays`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
         hopper: whether it is of NVIDIA's Hopper generation.
@@ -258,8 +275,7 @@ def plan(
     # fp16 reads states as fp32, of which 64 KB hold 32 columns of wide heads.
     few_values = 32 if most == 1 and dtype == torch.float16 and K > 128 else narrow(V, dtype)
 
-    row_tiles = _row_tiles(K, V, dtype)
-    rows = row_tiles is not None and most == 3 and (cut is None or single)
+    row_tiles = _row_tiles(K, V, dtype) if most == 3 and (cut is None or single) else None
 
     def fitting(tiles: Tiles) -> Tiles:
         return tiles if most == 3 else tiles._replace(warps=8, stages=min(tiles.stages, most))
@@ -271,8 +287,8 @@ def plan(
         chunks=chunks,
         summary=fitting(_summary_tiles(K, V, dtype)),
         keys=fitting(_sweep_tiles(K, V, dtype, hopper, cut)),
-        scalar_keys=row_tiles if rows else fitting(_scalar_tiles(K, V, dtype, hopper)),
-        rows=rows,
+        scalar_keys=row_tiles or fitting(_scalar_tiles(K, V, dtype, hopper)),
+        rows=row_tiles is not None,
         values=fitting(_sweep_tiles(V, K, dtype, hopper, cut)),
         channels=fitting(Tiles(narrow(K, dtype), 4, stages)),
         prepared_channels=fitting(Tiles(128 if wide else narrow(K, dtype), 4, stages)),

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The scan over a rank's segments: each segment's total is replaced by the state that enters the segment.
 
 Starting from zero: the part of other ranks (or an initial state) is applied by the sweep that reads the states,

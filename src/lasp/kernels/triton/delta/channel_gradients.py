@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The gradients of q, k, beta and the gate for a gate per channel, put together chunk by chunk.
 
 With z = scale tril(do u^T), m = -strict(dv u^T), both without decays:

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What the sweeps of a gate per channel read, chunk by chunk: operands with their decays, scores and overlaps.
 
     P_ij = scale sum_K q_i k_j 2^between(i, j), j <= i        L_ij = sum_K k_i k_j 2^between(i, j), j < i
@@ -10,9 +11,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
-    DESCRIPTORS,
     MAX_TO_MIDDLE_LOG2,
     gate_operand,
     load_channel_gates,

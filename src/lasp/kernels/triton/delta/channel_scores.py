@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Scores and overlaps of a gate per channel for any gates: of the chunks that `channel_operands` has left.
 
 By levels, as in `decay.channel_prepare`: two tokens meet in the middle of one block of 2^(level + 1) tokens.
@@ -7,9 +8,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.common.tiles import load_chunk
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk
 from lasp.kernels.triton.decay.channel.decays import (
-    DESCRIPTORS,
     base_operand,
     gate_operand,
     in_base_block,

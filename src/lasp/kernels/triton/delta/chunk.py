@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """A chunk's scalars and writes, as every sweep of the delta rule has them.
 
 Letters, per chunk: S [K, V] enters, D is the gradient of what leaves. 2^prefix decays from the chunk's start to a

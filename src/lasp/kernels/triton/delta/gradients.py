@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The gradients of q, k, beta and a gate per token, chunk by chunk.
 
     dP = scale tril(do u^T G),   dM = -strict(dv u^T G)

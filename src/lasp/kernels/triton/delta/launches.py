@@ -14,17 +14,14 @@ import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
 from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.device import device_limits
 from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_plan
-from lasp.kernels.triton.decay.launches import (
-    GATE_SUMS_HEADS,
-    GATE_SUMS_WARPS,
-    MAX_GRID,
-    base_levels,
-    device_limits,
-    kind_of,
-)
+from lasp.kernels.triton.decay.channel.launches import base_levels
+from lasp.kernels.triton.decay.launches import MAX_GRID
+from lasp.kernels.triton.decay.plan import kind_of
+from lasp.kernels.triton.decay.scalar.launches import GATE_SUMS_HEADS, GATE_SUMS_WARPS
 from lasp.kernels.triton.delta.channel_gradients import delta_channel_gradients_kernel
 from lasp.kernels.triton.delta.channel_operands import delta_channel_operands_kernel
 from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
@@ -37,7 +34,7 @@ from lasp.kernels.triton.delta.segment_scan import GIVEN, IDENTITY, ZERO, delta_
 from lasp.kernels.triton.delta.solve import solve_kernel
 from lasp.kernels.triton.delta.states import delta_states_kernel
 from lasp.kernels.triton.delta.summary import delta_summary_kernel
-from lasp.recurrence.inputs import DeltaInputs
+from lasp.recurrence.inputs import NORM_EPS, DeltaInputs
 
 WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
 SCAN_STEP = 32
@@ -109,7 +106,7 @@ class DeltaLaunches:
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero = with_gate, from_zero
         self.made: dict[Any, Launch] = {}
-        self._dims, self.operand = (B, T, H, H_v, K, V), operand_dtype(dtype)
+        self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
         self.state = (runs, H_v, K, V)
         self.transition = (runs, H_v, K, K)
@@ -126,73 +123,69 @@ class DeltaLaunches:
         self.summed = H_v > H or normalize
         self.gradient = (B, T, H_v, K)
         self.gradient_dtype = torch.float32 if self.summed else self.operand
+        sweeps = {"H": H_v if self.per_channel else H, "NORMALIZE": normalize and not self.per_channel}
+        # What these names mean in every kernel; of sweeps, whose keys may have decays, some mean something else.
+        self._known: dict[str, Any] = {
+            "scale": scale, "B": B, "T": T, "H": H, "H_v": H_v, "K": K, "V": V, "eps": NORM_EPS,
+            "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
+            "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
+            "PASSING": self.passing[0], "KIND": kind, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
+            "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.mild, "STEEP": self.mild,
+            "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
+            "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
+        }  # fmt: skip
+        self._sweeps = sweeps
 
     def _tile(self, dim: int) -> int:
         return tile(dim, self.operand)
 
-    @property
-    def _key_heads(self) -> int:
-        """Heads of the keys that sweeps read: where they have decays, there are some for every value head."""
-        return self._dims[3] if self.per_channel else self._dims[2]
+    def _launch(self, kernel: Any, grid: tuple[int, int], warps: int, stages: int, **own: Any) -> Launch:
+        """A launch of `kernel` with what is its own beside what is known of the run."""
+        known = {name: self._known[name] for name in kernel.arg_names if name in self._known}
+        own = {name: value for name, value in own.items() if name in kernel.arg_names}
+        return Launch(kernel, grid, {**known, **own}, warps=warps, stages=stages)
 
-    @property
-    def _ways(self) -> tuple[Any, ...]:
-        return self.kind, self.plan.exact, self.normalize and not self.per_channel
+    def _by_segment(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
+        """A program for each segment of each head, and for each of so many slices of what it makes."""
+        grid = (slices * self._heads, self.plan.segments)
+        return self._launch(kernel, grid, tiles.warps, tiles.stages, **own)
 
-    def _by_segment(
-        self,
-        kernel: Any,
-        slices: int,
-        tiles: Tiles,
-        scalars: tuple[int | float, ...],
-        constants: tuple[Any, ...],
-    ) -> Launch:
-        p, (B, _, _, H_v, _, _) = self.plan, self._dims
-        scalars = (*scalars, p.segments, p.segment_chunks, p.chunks)
-        constants = (*constants, p.descriptors, p.packed, p.precision)
-        return Launch(kernel, (slices * H_v * B, p.segments), scalars, constants, tiles.warps, tiles.stages)
+    def _sweep(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
+        return self._by_segment(kernel, slices, tiles, BV=tiles.columns, **self._sweeps, **own)
+
+    def _by_chunk(self, kernel: Any, heads: int, warps: int, **own: Any) -> Launch:
+        """A program for each chunk of each of so many heads."""
+        return self._launch(kernel, (self.plan.chunks, heads), warps, 1, **own)
 
     @cached_property
     def gate_sums(self) -> Launch:
-        p, (B, T, _, H_v, _, _) = self.plan, self._dims
-        heads = min(GATE_SUMS_HEADS, triton.next_power_of_2(H_v))
-        constants = (p.chunk, heads, p.exact, p.packed)
-        return Launch(
-            gate_sums_kernel, (p.chunks, -(-H_v // heads) * B), (T, H_v, p.chunks), constants, GATE_SUMS_WARPS, 1
-        )
+        (B, H_v), heads = self.slots[:2], min(GATE_SUMS_HEADS, triton.next_power_of_2(self.slots[1]))
+        return self._by_chunk(gate_sums_kernel, -(-H_v // heads) * B, GATE_SUMS_WARPS, HEADS=heads)
 
-    @_once
-    def norms_of(self, eps: float) -> Launch:
-        p, (B, T, H, _, K, _) = self.plan, self._dims
-        constants = (K, self._tile(K), p.chunk, p.packed)
-        return Launch(norms_kernel, (p.chunks, B * H), (eps, T, H, p.chunks), constants, 4, 1)
+    @cached_property
+    def lengths(self) -> Launch:
+        return self._by_chunk(norms_kernel, self._key_heads, 4)
 
     @cached_property
     def key_gradient_sum(self) -> Launch:
-        p, (B, T, H, H_v, K, _) = self.plan, self._dims
-        constants = (K, self._tile(K), p.chunk, p.packed)
-        return Launch(key_gradient_sum_kernel, (p.chunks, B * H), (T, H, H_v, p.chunks), constants, WIDE_WARPS, 1)
+        return self._by_chunk(key_gradient_sum_kernel, self._key_heads, WIDE_WARPS)
 
     @cached_property
     def solve(self) -> Launch:
-        p, (B, T, H, H_v, K, _) = self.plan, self._dims
-        constants = (K, self._tile(K), p.chunk, *self._ways, p.packed, p.solve_precision)
-        return Launch(solve_kernel, (p.chunks, B * H_v), (T, H, H_v, p.chunks), constants, p.solve, 1)
+        p = self.plan
+        normalize = self.normalize and not self.per_channel
+        return self._by_chunk(solve_kernel, self._heads, p.solve, NORMALIZE=normalize, PRECISION=p.solve_precision)
 
     @cached_property
     def summary(self) -> Launch:
-        p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        columns = p.summary.columns
-        constants = (K, V, self._tile(K), columns, p.chunk, *self._ways, not self.from_zero)
-        slices = -(-V // columns) + -(-K // columns)
-        return self._by_segment(delta_summary_kernel, slices, p.summary, (T, self._key_heads, H_v), constants)
+        tiles, (K, V) = self.plan.summary, self.state[2:]
+        slices = -(-V // tiles.columns) + -(-K // tiles.columns)
+        return self._sweep(delta_summary_kernel, slices, tiles, TOTAL=not self.from_zero)
 
     @cached_property
     def output(self) -> Launch:
-        p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, self._tile(K), p.values.columns, p.chunk, *self._ways, p.whole)
-        scalars = (self.scale, T, self._key_heads, H_v)
-        return self._by_segment(delta_output_kernel, -(-V // p.values.columns), p.values, scalars, constants)
+        tiles = self.plan.values
+        return self._sweep(delta_output_kernel, -(-self.state[3] // tiles.columns), tiles)
 
     @cached_property
     def adjoint(self) -> Launch:
@@ -208,87 +201,55 @@ class DeltaLaunches:
         return self._reverse(total=True, values=True)
 
     def _reverse(self, *, total: bool, values: bool) -> Launch:
-        p, (_, T, _, H_v, K, V) = self.plan, self._dims
-        rows, columns = self._tile(V), p.values.columns
-        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, total, values, p.whole)
-        scalars = (self.scale, T, self._key_heads, H_v)
-        return self._by_segment(delta_reverse_kernel, rows // columns, p.values, scalars, constants)
-
-    # Of a gate per channel: a program for each chunk.
-
-    @_once
-    def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
-        columns = self.plan.channel.columns
-        constants = (self._dims[4], columns, self.plan.chunk, self.normalize, queries, keys, self.mild)
-        return self._by_chunk(delta_channel_operands_kernel, 1, constants)
-
-    @_once
-    def channel_scores(self, *, queries: bool) -> Launch:
-        columns = self.plan.channel.columns
-        constants = (self._dims[4], columns, self.plan.chunk, self.normalize, queries, *self._levels, self.mild)
-        return self._by_chunk(delta_channel_scores_kernel, 1, constants)
-
-    @_once
-    def channel_gradients(self, *, mild: bool) -> Launch:
-        p, (B, T, H, H_v, K, V) = self.plan, self._dims
-        columns = p.channel.columns
-        constants = (K, V, columns, self._values(columns), p.chunk, self.normalize, self.with_gate)
-        constants = (
-            *constants,
-            self.passing[0],
-            *self.state_chunks[3:],
-            mild,
-            self.mild,
-            *self._levels,
-            self.from_zero,
-        )
-        scalars = (self.scale, B, T, H, H_v)
-        return self._by_segment(delta_channel_gradients_kernel, -(-K // columns), p.channel, scalars, constants)
-
-    @property
-    def _levels(self) -> tuple[int, int]:
-        return base_levels(self.operand), self.plan.chunk.bit_length() - 1
-
-    def _by_chunk(self, kernel: Any, slices: int, constants: tuple[Any, ...]) -> Launch:
-        p, (B, T, H, H_v, _, _) = self.plan, self._dims
-        scalars, constants = (self.scale, T, H, H_v, p.chunks), (*constants, p.packed, p.precision)
-        return Launch(kernel, (p.chunks, slices * B * H_v), scalars, constants, p.channel.warps, p.channel.stages)
+        return self._sweep(delta_reverse_kernel, self.passing[0], self.plan.values, TOTAL=total, VALUES=values)
 
     @cached_property
     def chunk_states(self) -> Launch:
-        p, (B, T, _, H_v, K, V) = self.plan, self._dims
-        rows, columns = self._tile(V), p.values.columns
-        constants = (K, V, self._tile(K), columns, rows, p.chunk, *self._ways, self.with_gate, p.whole)
-        scalars = (B, T, self._key_heads, H_v)
-        return self._by_segment(delta_states_kernel, rows // columns, p.values, scalars, constants)
+        return self._sweep(delta_states_kernel, self.passing[0], self.plan.values)
 
     @cached_property
     def gradients(self) -> Launch:
-        p, (B, T, H, H_v, K, V) = self.plan, self._dims
-        constants = (K, V, p.keys.columns, self._values(p.keys.columns), p.chunk, *self._ways, self.with_gate)
-        constants = (*constants, self.passing[0], *self.state_chunks[3:])
-        return self._by_segment(delta_gradients_kernel, self.gates[0], p.keys, (self.scale, B, T, H, H_v), constants)
+        tiles = self.plan.keys
+        return self._by_segment(
+            delta_gradients_kernel, self.gates[0], tiles, BK=tiles.columns, BV=self._values(tiles.columns)
+        )
+
+    @_once
+    def channel_gradients(self, *, mild: bool) -> Launch:
+        tiles = self.plan.channel
+        slices, values = -(-self.state[2] // tiles.columns), self._values(tiles.columns)
+        return self._by_segment(delta_channel_gradients_kernel, slices, tiles, BK=tiles.columns, BV=values, MILD=mild)
 
     def _values(self, columns: int) -> int:
         """Columns of values at a time: few where a thread holds what it contracts, or where V is wide."""
         return min(self.state_chunks[3], columns if self.plan.exact else 128)
 
+    @_once
+    def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
+        columns, warps, _ = self.plan.channel
+        ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "MILD": self.mild}
+        return self._by_chunk(delta_channel_operands_kernel, self._heads, warps, **ways)
+
+    @_once
+    def channel_scores(self, *, queries: bool) -> Launch:
+        columns, warps, _ = self.plan.channel
+        return self._by_chunk(delta_channel_scores_kernel, self._heads, warps, BK=columns, QUERIES=queries)
+
     def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
         """What enters segments; given: a state enters the run. leaves: what leaves it is wanted too."""
-        return self._scan(self._dims[5], (GIVEN if given else ZERO).value, leaves, reverse)
+        return self._scan(self.state[3], (GIVEN if given else ZERO).value, leaves, reverse)
 
     def transition_scan(self, *, reverse: bool) -> Launch:
         """The run's transition, transposed if `reverse`."""
-        return self._scan(self._dims[4], IDENTITY.value, True, reverse)
+        return self._scan(self.state[2], IDENTITY.value, True, reverse)
 
     @_once
     def _scan(self, columns: int, start: int, leaves: bool, reverse: bool) -> Launch:
         p, (runs, H_v, K, _) = self.plan, self.state
-        step = min(SCAN_STEP, self._tile(K))
-        constants = (K, columns, self._tile(K), p.scan.columns, step, start, leaves, reverse, p.packed)
         grid = (-(-columns // p.scan.columns) * runs * H_v, 1)
-        constants = (*constants, p.solve_precision)
-        return Launch(delta_scan_kernel, grid, (H_v, p.segments), constants, p.scan.warps, p.scan.stages)
+        ways = {"START": start, "LEAVES": leaves, "REVERSE": reverse, "PRECISION": p.solve_precision}
+        sizes = {"V": columns, "BV": p.scan.columns, "STEP": min(SCAN_STEP, self._tile(K))}
+        return self._launch(delta_scan_kernel, grid, p.scan.warps, p.scan.stages, **ways, **sizes)
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Queries and keys of length 1, without writing them: the factors, and what these do to gradients.
 
 Rounded to 16 bits a key would be too long or too short by up to 0.4 %, and where beta is 2 the state would grow. So
@@ -9,8 +10,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
-from lasp.kernels.triton.decay.channel.decays import DESCRIPTORS
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
 
 
 @triton.jit

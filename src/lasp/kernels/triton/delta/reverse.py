@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """From the last chunk of a segment to its first, with the gradient D of the state.
 
     dU = P^T do + 2^suffix (k D),   Y = A^T dU,   dv = beta Y

@@ -17,7 +17,6 @@ from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
 from lasp.kernels.triton.decay.channel.stages import stretch_matrices
 from lasp.kernels.triton.delta.launches import DeltaLaunches
-from lasp.recurrence.inputs import NORM_EPS
 
 
 class DeltaRun(NamedTuple):
@@ -105,16 +104,17 @@ def _fp32(x: DeltaRun, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.v.device)
 
 
-def _two(gates: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, ...]:
+def _gates(gates: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
     """prefix and suffix; `unread` for what there is not."""
-    return (*gates, unread, unread)[:2]
+    prefix, suffix = (*gates, unread, unread)[:2]
+    return {"prefix_ptr": prefix, "suffix_ptr": suffix}
 
 
 def _norms(x: DeltaRun, tensor: Tensor) -> Tensor | None:
     if not x.work.normalize:
         return None
     norms = _fp32(x, x.work.norms)
-    x.work.norms_of(NORM_EPS)(tensor, norms, chunks_of(x.work.plan, norms))
+    x.work.lengths(x_ptr=tensor, norms_ptr=norms, places_ptr=chunks_of(x.work.plan, norms))
     return norms
 
 
@@ -125,10 +125,10 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
     if work.kind == TOKEN.value:
         gates = tuple(_fp32(x, work.slots) for _ in range(2 if work.plan.exact else 1))
         assert x.g is not None
-        work.gate_sums(x.g, *_two(gates, gates[0]), places)
+        work.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places)
     norms = _norms(x, x.k)
     inverse, betas = x.v.new_empty(work.tiles), _fp32(x, work.slots)
-    g, unread, keys, overlaps, queries = given(x.g, x.beta), betas, None, betas, None
+    keys, overlaps, queries = None, betas, None
     if work.per_channel:
         reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
         totals, overlaps = _fp32(x, work.totals), _fp32(x, work.tiles)
@@ -137,8 +137,16 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
     elif with_queries:
         queries = DeltaQueries(x.q, _norms(x, x.q), None)
     work.solve(
-        x.k, given(norms, unread), overlaps, x.beta, g, _two(gates, unread)[0], inverse, betas, places
-    )  # fmt: skip
+        k_ptr=x.k,
+        norms_ptr=given(norms, betas),
+        overlaps_ptr=overlaps,
+        beta_ptr=x.beta,
+        g_ptr=given(x.g, x.beta),
+        prefix_ptr=gates[0] if gates else betas,
+        inverse_ptr=inverse,
+        betas_ptr=betas,
+        places_ptr=places,
+    )
     return DeltaChunks(inverse, betas, gates, norms, keys), queries
 
 
@@ -150,17 +158,27 @@ def _channels_made(
     x: DeltaRun, keys: ChannelKeys, k_norms: Tensor | None, overlaps: Tensor, *, with_queries: bool, with_keys: bool
 ) -> DeltaQueries | None:
     """Writes `keys` and L of every chunk, and gives what queries have, as is wanted."""
-    work, places, stretches = x.work, chunks_of(x.work.plan, x.beta), _stretches(x)
+    work = x.work
     (reading, storing, totals, steep), q, q_norms, queries, scores = keys, x.k, None, keys.reading, keys.reading
     if with_queries:
         q, q_norms, queries, scores = x.q, _norms(x, x.q), x.v.new_empty(work.operands), x.v.new_empty(work.tiles)
     assert x.g is not None
-    inputs = (q, x.k, x.g, given(q_norms, totals), given(k_norms, totals), stretches)
-    work.channel_operands(queries=with_queries, keys=with_keys)(
-        *inputs, queries, reading, storing, totals, scores, overlaps, steep, places
-    )
+    shared: dict[str, Tensor] = {
+        "q_ptr": q,
+        "k_ptr": x.k,
+        "g_ptr": x.g,
+        "q_norms_ptr": given(q_norms, totals),
+        "k_norms_ptr": given(k_norms, totals),
+        "stretches_ptr": _stretches(x),
+        "scores_ptr": scores,
+        "overlaps_ptr": overlaps,
+        "steep_ptr": steep,
+        "places_ptr": chunks_of(work.plan, x.beta),
+    }
+    own = {"queries_ptr": queries, "reading_ptr": reading, "storing_ptr": storing, "totals_ptr": totals}
+    work.channel_operands(queries=with_queries, keys=with_keys)(**shared, **own)
     for of_queries in (*([True] if with_queries else []), *([False] if with_keys else [])):
-        work.channel_scores(queries=of_queries)(*inputs, scores, overlaps, steep, places)
+        work.channel_scores(queries=of_queries)(**shared)
     return DeltaQueries(queries, q_norms, scores) if with_queries else None
 
 
@@ -176,11 +194,28 @@ def queries_made(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
     return queries
 
 
-def _sweep_keys(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys that read, those that are written at, and by how much chunks decay."""
-    if chunks.channels is None:
-        return x.k, x.k, chunks.betas
-    return chunks.channels[:3]
+def _sweep_operands(x: DeltaRun, chunks: DeltaChunks, unread: Tensor) -> dict[str, Tensor]:
+    """What all sweeps read: keys, by how much chunks decay, and what was made of them."""
+    reading, storing, decays = (x.k, x.k, unread) if chunks.channels is None else chunks.channels[:3]
+    return {
+        "reading_ptr": reading,
+        "storing_ptr": storing,
+        "inverse_ptr": chunks.inverse,
+        "beta_ptr": chunks.betas,
+        **_gates(chunks.gates, unread),
+        "totals_ptr": decays,
+    }
+
+
+def _query_operands(x: DeltaRun, chunks: DeltaChunks, queries: DeltaQueries, unread: Tensor) -> dict[str, Tensor]:
+    """What sweeps with queries read beside them."""
+    return {
+        "q_ptr": queries.q,
+        "scores_ptr": given(queries.scores, x.v),
+        "q_norms_ptr": given(queries.norms, unread),
+        "k_norms_ptr": given(chunks.k_norms, unread),
+        "g_ptr": given(x.g, unread),
+    }
 
 
 def totals(x: DeltaRun, *, summarized: bool) -> DeltaSegments:
@@ -195,11 +230,14 @@ def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:
     """What segments add to the state, and their transitions."""
     work = x.work
     added, moves = _fp32(x, work.states), _fp32(x, work.moves)
-    reading, storing, decays = _sweep_keys(x, chunks)
     work.summary(
-        reading, storing, x.v, chunks.inverse, chunks.betas, given(chunks.k_norms, added),
-        *_two(chunks.gates, added), decays, added, moves, places_of(work.plan, added),
-    )  # fmt: skip
+        **_sweep_operands(x, chunks, added),
+        v_ptr=x.v,
+        norms_ptr=given(chunks.k_norms, added),
+        added_ptr=added,
+        moves_ptr=moves,
+        places_ptr=places_of(work.plan, added),
+    )
     return added, moves
 
 
@@ -210,15 +248,28 @@ def scanned(
     work, entering = x.work, torch.empty_like(added)
     leaving = _fp32(x, work.state) if leaves else entering
     launch = work.scan(given=outside is not None, leaves=leaves, reverse=reverse)
-    launch(added, moves, entering, leaving, bounds_of(work.plan, added), given(outside, added))
+    launch(
+        added_ptr=added,
+        moves_ptr=moves,
+        entering_ptr=entering,
+        leaving_ptr=leaving,
+        bounds_ptr=bounds_of(work.plan, added),
+        outside_ptr=given(outside, added),
+    )
     return entering, leaving
 
 
 def transition_of(x: DeltaRun, moves: Tensor, *, reverse: bool) -> Tensor:
     """[B or documents, H_v, K, K]: what the run does to the state that enters it; transposed if `reverse`."""
     leaving = _fp32(x, x.work.transition)
-    bounds = bounds_of(x.work.plan, moves)
-    x.work.transition_scan(reverse=reverse)(moves, moves, torch.empty_like(moves), leaving, bounds, moves)
+    x.work.transition_scan(reverse=reverse)(
+        added_ptr=moves,
+        moves_ptr=moves,
+        entering_ptr=torch.empty_like(moves),
+        leaving_ptr=leaving,
+        bounds_ptr=bounds_of(x.work.plan, moves),
+        outside_ptr=moves,
+    )
     return leaving
 
 
@@ -232,13 +283,16 @@ def outputs(
         assert segments.moves is not None
         entering, _ = scanned(x, segments.added, segments.moves, state_in, leaves=False, reverse=False)
     o, u, leaving = torch.empty_like(x.v), torch.empty_like(x.v), _fp32(x, work.state)
-    unread = leaving
-    reading, storing, decays = _sweep_keys(x, chunks)
     work.output(
-        queries.q, reading, storing, x.v, chunks.inverse, given(queries.scores, x.v), chunks.betas,
-        given(queries.norms, unread), given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread),
-        decays, o, u, leaving, places_of(work.plan, unread), entering,
-    )  # fmt: skip
+        **_sweep_operands(x, chunks, leaving),
+        **_query_operands(x, chunks, queries, leaving),
+        v_ptr=x.v,
+        o_ptr=o,
+        u_ptr=u,
+        state_out_ptr=leaving,
+        places_ptr=places_of(work.plan, leaving),
+        entering_ptr=entering,
+    )
     if x.v.numel() == 0:  # no kernel ran
         leaving.zero_() if state_in is None else leaving.copy_(state_in)
     return o, DeltaSaved(leaving, u, entering, segments.moves, chunks, queries)
@@ -265,13 +319,16 @@ def _reverse(
     d_chunks: Tensor,
     entering: Tensor | None,
 ) -> None:
-    chunks, queries, unread = saved.chunks, saved.queries, saved.leaving
-    reading, storing, decays = _sweep_keys(x, chunks)
     launch(
-        queries.q, reading, storing, d_o, chunks.inverse, given(queries.scores, d_o), chunks.betas,
-        given(queries.norms, unread), given(chunks.k_norms, unread), given(x.g, unread), *_two(chunks.gates, unread),
-        decays, added, dv, d_chunks, places_of(x.work.plan, unread), entering,
-    )  # fmt: skip
+        **_sweep_operands(x, saved.chunks, saved.leaving),
+        **_query_operands(x, saved.chunks, saved.queries, saved.leaving),
+        do_ptr=d_o,
+        added_ptr=added,
+        dv_ptr=dv,
+        d_chunks_ptr=d_chunks,
+        places_ptr=places_of(x.work.plan, saved.leaving),
+        entering_ptr=entering,
+    )
 
 
 def gradients(
@@ -286,31 +343,45 @@ def gradients(
     dv = torch.empty_like(x.v)
     s_chunks, d_chunks = (x.v.new_empty(work.state_chunks) for _ in range(2))
     _reverse(x, saved, d_o, work.values, unread, dv, d_chunks, entering)
-    _, storing, decays = _sweep_keys(x, chunks)
     passing = _fp32(x, work.passing) if work.with_gate else unread
+    places = places_of(work.plan, unread)
+    of_chunks = {"passing_ptr": passing, "s_chunks_ptr": s_chunks, "d_chunks_ptr": d_chunks, "places_ptr": places}
+    operands = _sweep_operands(x, chunks, unread)
     work.chunk_states(
-        storing, saved.u, given(chunks.k_norms, unread), *_two(chunks.gates, unread), decays, s_chunks,
-        d_chunks, passing, places_of(work.plan, unread), saved.entering,
-    )  # fmt: skip
+        storing_ptr=operands["storing_ptr"],
+        u_ptr=saved.u,
+        norms_ptr=given(chunks.k_norms, unread),
+        **_gates(chunks.gates, unread),
+        totals_ptr=operands["totals_ptr"],
+        **of_chunks,
+        entering_ptr=saved.entering,
+    )
     dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
     d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
-    places, norms = places_of(work.plan, unread), (given(q_norms, unread), given(chunks.k_norms, unread))
+    shared = {
+        "q_ptr": x.q,
+        "k_ptr": x.k,
+        "do_ptr": d_o,
+        "u_ptr": saved.u,
+        "dv_ptr": dv,
+        "g_ptr": given(x.g, unread),
+        "q_norms_ptr": given(q_norms, unread),
+        "k_norms_ptr": given(chunks.k_norms, unread),
+        "beta_ptr": chunks.betas,
+        "dq_ptr": dq,
+        "dk_ptr": dk,
+        "d_beta_ptr": d_beta,
+        **of_chunks,
+    }
     dg: Tensor | None = None
     if chunks.channels is not None:
-        steep = chunks.channels.steep
         dg = _fp32(x, work.operands) if work.with_gate else None
+        own = {"stretches_ptr": _stretches(x), "steep_ptr": chunks.channels.steep, "dg_ptr": given(dg, unread)}
         for mild in (True, False) if work.mild else (False,):
-            work.channel_gradients(mild=mild)(
-                x.q, x.k, d_o, saved.u, dv, x.g, *norms, chunks.betas, _stretches(x), steep, passing, s_chunks,
-                d_chunks,
-                dq, dk, d_beta, given(dg, unread), places,
-            )  # fmt: skip
+            work.channel_gradients(mild=mild)(**shared, **own)
     else:
         parts = _fp32(x, work.gates) if work.with_gate else unread
-        work.gradients(
-            x.q, x.k, d_o, saved.u, dv, chunks.betas, *norms, given(x.g, unread), *_two(chunks.gates, unread),
-            passing, s_chunks, d_chunks, dq, dk, d_beta, parts, places,
-        )  # fmt: skip
+        work.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
         dg = parts.sum(0) if work.with_gate else None
     if work.summed:
         dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
@@ -320,5 +391,11 @@ def gradients(
 def _summed(x: DeltaRun, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:
     """[B, T, H_v, K] -> [B, T, H, K], of the tensor as it was before it was divided by its length."""
     gradient = torch.empty_like(tensor)
-    x.work.key_gradient_sum(tensor, partial, gradient, chunks_of(x.work.plan, partial), norms)
+    x.work.key_gradient_sum(
+        x_ptr=tensor,
+        partial_ptr=partial,
+        gradient_ptr=gradient,
+        places_ptr=chunks_of(x.work.plan, partial),
+        norms_ptr=norms,
+    )
     return gradient

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The scan over a rank's segments: the state that enters each, and the one that leaves the last.
 
 S' = M S + added;  of gradients, from the last segment to the first, D' = M^T D + added

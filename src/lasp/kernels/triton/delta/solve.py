@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """A - I of every chunk and value head, A = (I + diag(beta) L)^-1; and beta laid out as the sweeps read it.
 
 Blocks on the diagonal are inverted by substitution, all at once; pairs of blocks are merged by products. A series of

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The states that enter a segment's chunks, made again from what its tokens wrote; and what passes each chunk.
 
 That is 2^total S . D, the part of a gate's gradient that is neither read nor written there: summed over V of a gate per

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What the gradients of a chunk have of products over V, whatever the gate.
 
 Where V fits they take tiles that were loaded once, else they load pieces of BV columns. Transposes are products of

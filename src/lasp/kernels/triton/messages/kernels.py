@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Kernels that count calls and put a header in front of a message, or compare it (lasp.distributed.sealed).
 
 A header is four words of int64: the call's number, that of the forward call whose gradients it takes, the plan, the

@@ -19,34 +19,36 @@ class TritonStamps:
 
     def begin(self, state: Tensor, forward: Tensor | None, plan: int) -> Tensor:
         header = state.new_empty(_WORDS)
-        _begin(plan)(state, header, forward)
+        _begin(plan)(state_ptr=state, header_ptr=header, forward_ptr=forward)
         return header
 
     def seal(self, header: Tensor, payload: Tensor, length: int) -> Tensor:
         message = payload.new_empty(length)
-        _seal(payload.dtype, payload.numel())(header, payload, message)
+        _seal(payload.dtype, payload.numel())(header_ptr=header, payload_ptr=payload, message_ptr=message)
         return message
 
     def open(self, header: Tensor, messages: Tensor, found: Tensor) -> None:
-        _open(messages.dtype, *messages.shape)(header, messages, found)
+        _open(messages.dtype, *messages.shape)(header_ptr=header, messages_ptr=messages, found_ptr=found)
 
 
 @lru_cache(maxsize=4096)
 def _begin(plan: int) -> Launch:
-    return Launch(begin_kernel, (1, 1), (plan,), (), 1, 1)
+    return Launch(begin_kernel, (1, 1), {"plan": plan}, warps=1, stages=1)
 
 
 @lru_cache(maxsize=256)
 def _seal(dtype: torch.dtype, count: int) -> Launch:
     # One program at least, for the header.
     grid = (max(1, -(-count // BLOCK)), 1)
-    return Launch(seal_kernel, grid, (count,), (_head(dtype), BLOCK), WARPS, 1)
+    fixed = {"count": count, "HEAD": _head(dtype), "BLOCK": BLOCK}
+    return Launch(seal_kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 @lru_cache(maxsize=256)
 def _open(dtype: torch.dtype, messages: int, length: int) -> Launch:
     grid = (max(1, -(-(length - _head(dtype)) // BLOCK)), messages)
-    return Launch(open_kernel, grid, (length,), (_head(dtype), dtype.is_floating_point, BLOCK), WARPS, 1)
+    fixed = {"length": length, "HEAD": _head(dtype), "FLOATING": dtype.is_floating_point, "BLOCK": BLOCK}
+    return Launch(open_kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 def _head(dtype: torch.dtype) -> int:

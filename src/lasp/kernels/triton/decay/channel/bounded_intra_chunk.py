@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What `channel_intra_chunk` makes, for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
 
 With near_q = q 2^to and near_k = k 2^-to as in channel_bounded_prepare, 2^prefix = 2^(to + early) and 2^suffix =
@@ -17,9 +18,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
-    DESCRIPTORS,
     gate_operand,
     load_channel_gates,
     sums_to_end,
@@ -82,7 +82,7 @@ def channel_bounded_intra_chunk_kernel(
         return
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    # The transpose is a product of its own: see docs/kernels.md on transposed accumulators.
+    # The transpose is a product of its own: see docs/design/kernels.md on transposed accumulators.
     d_scores = tl.where(i >= j, tl.dot(do, tl.trans(v), input_precision=PRECISION) * scale, 0.0).to(dtype)
     by_key = tl.where(i <= j, tl.dot(v, tl.trans(do), input_precision=PRECISION) * scale, 0.0).to(dtype)
     gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Decays of a gate per key channel: sums of gates over stretches of a chunk, taken as matrix products.
 
 A sum over any stretch of tokens is a product with a matrix of zeros and ones, so every decay a kernel needs comes
@@ -10,11 +11,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import floored_log2
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile
-from lasp.kernels.triton.decay.scalar.sweep import segment_state
+from lasp.kernels.triton.common.tiles import StateTile, load_chunk, segment_state, tile_at
 
-# Of kernels that have a program a chunk: it would spend longer on making descriptors than on its chunk.
-DESCRIPTORS = tl.constexpr(False)
 MIN_BASE_LOG2 = tl.constexpr(-13.5)
 # Operands divided by such a decay are inside bf16's range up to 2^27; products of gradients and these inside fp32's.
 MAX_TO_MIDDLE_LOG2 = tl.constexpr(100.0)
@@ -129,19 +127,26 @@ def meets(level, C: tl.constexpr):
 
 
 @triton.jit
-def segment_border(
-    states_ptr, decays_ptr, outside_ptr, index, border, k_first, v_first, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """The state [BK, BV] at a segment's border, from zero, with what comes from beyond the run if that is not None,
-    decayed to the segment by channel. If WHOLE the segment is the run. And where it stands, with a mask."""
-    pointers, mask = state_tile(states_ptr + index * K * V, k_first, v_first, K, V, V, 1, BK, BV)
+def channel_tile(k_first, v_first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """The `StateTile` [BK, BV] that the sweeps hold."""
+    return StateTile(r_first=k_first, s_first=v_first, R=K, S=V, row=V, column=1, BR=BK, BS=BV)
+
+
+@triton.jit
+def segment_border(states_ptr, decays_ptr, outside_ptr, index, border, tile, WHOLE: tl.constexpr):
+    """The state at a segment's border, from zero, with what comes from beyond the run if that is not None, decayed to
+    the segment by channel. If WHOLE the segment is the run. And where it stands, with a mask.
+
+    index: of the segment's state and decays; border: of the run's; tile: from `channel_tile`.
+    """
+    pointers, mask = tile_at(states_ptr + index * tile.R * tile.S, tile)
     state = segment_state(pointers, mask, WHOLE)
     if outside_ptr is not None:
-        outside, _ = state_tile(outside_ptr + border * K * V, k_first, v_first, K, V, V, 1, BK, BV)
+        outside, _ = tile_at(outside_ptr + border * tile.R * tile.S, tile)
         beyond = tl.load(outside, mask=mask, other=0.0)
         if not WHOLE:
-            channel = k_first + tl.arange(0, BK)
-            beyond *= tl.exp2(tl.load(decays_ptr + index * K + channel, mask=channel < K, other=0.0))[:, None]
+            channel = tile.r_first + tl.arange(0, tile.BR)
+            decay = tl.load(decays_ptr + index * tile.R + channel, mask=channel < tile.R, other=0.0)
+            beyond *= tl.exp2(decay)[:, None]
         state += beyond
     return state, pointers, mask

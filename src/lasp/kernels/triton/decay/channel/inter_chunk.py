@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What the backward pass reads from states, for a gate per channel: sweeps of a slice of channels, all of V contracted.
 
     read_q_i = S do_i        S: the state entering i's chunk, of the decayed past
@@ -15,37 +16,60 @@ walk, is known at the segment's start, where S D can be taken again: it is taken
 the end. States and outputs are transposed as in `sweep`, so these sums run along a thread's own columns.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel.decays import segment_border
-from lasp.kernels.triton.decay.scalar.intervals import as_swept
-from lasp.kernels.triton.decay.scalar.sweep import segment_state
+from lasp.kernels.triton.common.program import place, rows_of, run_bounds, run_of
+from lasp.kernels.triton.common.tiles import as_swept, load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
 
 TIED = tl.constexpr(16)  # chunks at a time
 
 
+class KeyOperands(NamedTuple):
+    """The rows of a sweep, of all batches and heads.
+
+    Attributes:
+        a_ptr: [B, T, H_v, V], do, or v when REVERSE: rows that read the state.
+        b_ptr: v, or do: the rows that feed it.
+        c_ptr: [B, T, H_v, K], k 2^suffix, or scale q 2^prefix: rows that feed it.
+        x_ptr: the other of the two: the weights of what is read.
+        totals_ptr: fp32 [B, H_v, chunks, K].
+        out_ptr: [B, T, H_v, K], written.
+        sums_ptr: fp32 [B, H_v, chunks, K]: written, or read when REVERSE.
+        through_ptr: likewise, written when REVERSE.
+    """
+
+    a_ptr: tl.tensor
+    b_ptr: tl.tensor
+    c_ptr: tl.tensor
+    x_ptr: tl.tensor
+    totals_ptr: tl.tensor
+    out_ptr: tl.tensor
+    sums_ptr: tl.tensor
+    through_ptr: tl.tensor
+
+
+@triton.jit
+def _first_chunk(here, H_v, chunks, K: tl.constexpr, C: tl.constexpr):
+    """Where a segment's chunks are in [B, H_v, chunks, K], less its first token's."""
+    return (run_of(here, H_v) * chunks + here.chunk - here.first // C) * K
+
+
 @triton.jit
 def _sweep(
-    a_ptr,  # do, or v when REVERSE: [T, V] rows that read the state
-    b_ptr,  # v, or do: the rows that feed it
-    c_ptr,  # k 2^suffix, or scale q 2^prefix: [T, K] rows that feed it
-    x_ptr,  # the other of the two: the weights of what is read
-    totals_ptr,  # fp32 [chunks, K]
-    out_ptr,  # [T, K], written
-    sums_ptr,  # fp32 [chunks, K]: written, or read when REVERSE
-    through_ptr,  # fp32 [chunks, K], written when REVERSE
+    operands,
+    program,  # ProgramPlace
     state,  # [BK, BV]
     carry,  # [BK]
     from_nothing,  # whether no state enters the first chunk
     to_nothing,  # whether that which leaves the last has no gradient
-    v_row,
-    k_row,
-    first,
-    last,
     column,
+    T,
+    H_v,
+    chunks_of_run,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -56,12 +80,21 @@ def _sweep(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
-    a_view = view(a_ptr, last, v_row, V, C, BV, DESCRIPTORS)
-    b_view = view(b_ptr, last, v_row, V, C, BV, DESCRIPTORS)
-    c_view = view(c_ptr, last, k_row, K, C, BK, DESCRIPTORS)
-    x_view = view(x_ptr, last, k_row, K, C, BK, DESCRIPTORS)
-    out_view = view(out_ptr, last, k_row, K, C, BK, DESCRIPTORS)
+    dtype: tl.constexpr = operands.a_ptr.dtype.element_ty
+    first = program.first
+    last = program.last
+    _, token_head = rows_of(program, T, H_v, H_v)
+    v_row = H_v * V
+    k_row = H_v * K
+    of_chunks = _first_chunk(program, H_v, chunks_of_run, K, C)
+    totals_ptr = operands.totals_ptr + of_chunks
+    sums_ptr = operands.sums_ptr + of_chunks
+    through_ptr = operands.through_ptr + of_chunks
+    a_view = view(operands.a_ptr + token_head * V, last, v_row, V, C, BV, DESCRIPTORS)
+    b_view = view(operands.b_ptr + token_head * V, last, v_row, V, C, BV, DESCRIPTORS)
+    c_view = view(operands.c_ptr + token_head * K, last, k_row, K, C, BK, DESCRIPTORS)
+    x_view = view(operands.x_ptr + token_head * K, last, k_row, K, C, BK, DESCRIPTORS)
+    out_view = view(operands.out_ptr + token_head * K, last, k_row, K, C, BK, DESCRIPTORS)
     channel = column + tl.arange(0, BK)
     chunks = tl.cdiv(last - first, C)
     walked = tl.zeros((BK,), tl.int32) + chunks
@@ -96,7 +129,7 @@ def _sweep(
             carry += other_sums
         else:
             tl.store(sums_ptr + here, sums, mask=channel < K)
-        read = tl.trans(out).to(out_ptr.dtype.element_ty)
+        read = tl.trans(out).to(operands.out_ptr.dtype.element_ty)
         store_chunk(out_view, read, start, column, last, k_row, K, C, BK, DESCRIPTORS)
     return state, carry, walked
 
@@ -149,21 +182,19 @@ def channel_query_inter_chunk_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last, chunk, _, _ = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    here = place(places_ptr, (K + BK - 1) // BK, segments, segment_chunks, T, H_v, C, PACKED)
+    k_first = here.part * BK
+    index = run_of(here, H_v) * segments + here.segment
+    state, _, _ = segment_border(
+        states_ptr, None, None, index, here.border, channel_tile(k_first, 0, K, V, BK, BV), WHOLE
     )
-    k_first = part * BK
-    run = tl.cast(batch, tl.int64) * H_v + head
-    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, k_first, 0, K, V, V, 1, BK, BV)
-    state = segment_state(entering, mask, WHOLE)
-    token_head = tl.cast(batch, tl.int64) * T * H_v + head
-    sums = (run * chunks + chunk - first // C) * K
+    operands = KeyOperands(
+        a_ptr=do_ptr, b_ptr=v_ptr, c_ptr=to_end_ptr, x_ptr=from_start_ptr,
+        totals_ptr=totals_ptr, out_ptr=read_q_ptr, sums_ptr=sums_ptr, through_ptr=sums_ptr,
+    )  # fmt: skip
     _sweep(
-        do_ptr + token_head * V, v_ptr + token_head * V, to_end_ptr + token_head * K, from_start_ptr + token_head * K,
-        totals_ptr + sums, read_q_ptr + token_head * K, sums_ptr + sums, sums_ptr + sums,
-        state, tl.zeros((BK,), tl.float32), False, False,
-        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, False, 0.0, DESCRIPTORS, PRECISION,
+        operands, here, state, tl.zeros((BK,), tl.float32), False, False, k_first, T, H_v, chunks,
+        K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=False, FORGETS=0.0, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
 
 
@@ -200,35 +231,32 @@ def channel_key_inter_chunk_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last, chunk, border, ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
-    k_first = part * BK
-    run = tl.cast(batch, tl.int64) * H_v + head
-    index = run * segments + segment
+    here = place(places_ptr, (K + BK - 1) // BK, segments, segment_chunks, T, H_v, C, PACKED)
+    k_first = here.part * BK
+    index = run_of(here, H_v) * segments + here.segment
     state, _, _ = segment_border(
-        d_states_ptr, after_ptr, d_state_out_ptr, index, border, k_first, 0, K, V, BK, BV, WHOLE
-    )  # fmt: skip
-    end_ptr = state_out_ptr + border * K * V
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(k_first, 0, K, V, BK, BV), WHOLE
+    )
+    end_ptr = state_out_ptr + here.border * K * V
     if not WHOLE:
-        end_ptr = tl.where(ends, end_ptr, states_ptr + (index + 1) * K * V)
+        end_ptr = tl.where(here.ends, end_ptr, states_ptr + (index + 1) * K * V)
     dtype: tl.constexpr = v_ptr.dtype.element_ty
     carry = _pairing(end_ptr, state, k_first, dtype, K, V)
-    token_head = tl.cast(batch, tl.int64) * T * H_v + head
-    sums = (run * chunks + chunk - first // C) * K
     begin, _ = run_bounds(places_ptr, T, PACKED)
-    from_nothing = (first == begin) & FROM_ZERO
-    to_nothing = ends & (d_state_out_ptr is None)
+    from_nothing = (here.first == begin) & FROM_ZERO
+    to_nothing = here.ends & (d_state_out_ptr is None)
+    operands = KeyOperands(
+        a_ptr=v_ptr, b_ptr=do_ptr, c_ptr=from_start_ptr, x_ptr=to_end_ptr,
+        totals_ptr=totals_ptr, out_ptr=read_k_ptr, sums_ptr=sums_ptr, through_ptr=through_ptr,
+    )  # fmt: skip
     state, carry, walked = _sweep(
-        v_ptr + token_head * V, do_ptr + token_head * V, from_start_ptr + token_head * K, to_end_ptr + token_head * K,
-        totals_ptr + sums, read_k_ptr + token_head * K, sums_ptr + sums, through_ptr + sums,
-        state, carry, from_nothing, to_nothing,
-        H_v * V, H_v * K, first, last, k_first, K, V, BK, BV, C, True, FORGETS, DESCRIPTORS, PRECISION,
+        operands, here, state, carry, from_nothing, to_nothing, k_first, T, H_v, chunks,
+        K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=True, FORGETS=FORGETS, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
     drift = carry
     if not WHOLE:
         drift -= _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
     # Other threads read what these have stored.
     tl.debug_barrier()
-    _tie(through_ptr + sums, drift, walked, first, last, k_first, K, BK, C)
+    through_ptr += _first_chunk(here, H_v, chunks, K, C)
+    _tie(through_ptr, drift, walked, here.first, here.last, k_first, K, BK, C)

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The gradients of q, k and the gate for a gate per channel, put together chunk by chunk.
 
     dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i  read_q = S do (channel_inter_chunk)
@@ -14,9 +15,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
-    DESCRIPTORS,
     base_operand,
     gate_operand,
     in_base_block,
@@ -89,7 +89,7 @@ def channel_intra_chunk_kernel(
         v = load_chunk(v_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
         do = load_chunk(do_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
         d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
-        # A product of its own: see docs/kernels.md on transposed accumulators.
+        # A product of its own: see docs/design/kernels.md on transposed accumulators.
         transposed = tl.dot(v, tl.trans(do), transposed, input_precision=PRECISION)
     symmetric = tl.where(i >= j, d_scores, transposed) * scale
     diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]

@@ -1,32 +1,50 @@
+# mypy: ignore-errors
 """Outputs and the gradient of v for a gate per channel: sweeps whose state is contracted over the gated channels.
 
 o_i  = scale (q_i 2^prefix_i) S + scale sum_{j <= i} scores_ij v_j
 dv_j =       (k_j 2^suffix_j) D + scale sum_{i >= j} scores_ij do_i
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
-from lasp.kernels.triton.decay.channel.decays import segment_border
+from lasp.kernels.triton.common.program import place, rows_of, run_of
+from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, tile_at, view
+from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
+
+
+class ValueOperands(NamedTuple):
+    """The rows of a sweep, of all batches and heads.
+
+    Attributes:
+        a_ptr: [B, T, H_v, K], scale q 2^prefix, or k 2^suffix when REVERSE: the rows that read the state.
+        b_ptr: the other of the two: the rows that feed it.
+        c_ptr: [B, T, H_v, V], v, or do.
+        totals_ptr: fp32 [B, H_v, chunks, K].
+        scores_ptr: [B, H_v, T, C].
+        out_ptr: [B, T, H_v, V], written.
+    """
+
+    a_ptr: tl.tensor
+    b_ptr: tl.tensor
+    c_ptr: tl.tensor
+    totals_ptr: tl.tensor
+    scores_ptr: tl.tensor
+    out_ptr: tl.tensor
 
 
 @triton.jit
 def _sweep(
-    a_ptr,  # scale q 2^prefix, or k 2^suffix when REVERSE: the rows that read the state
-    b_ptr,  # the other of the two: the rows that feed it
-    c_ptr,  # v, or do
-    totals_ptr,  # fp32 [chunks, K]
-    scores_ptr,
-    out_ptr,
+    operands,
+    here,
     state,
-    a_row,
-    c_row,
-    scale,
-    first,
-    last,
     column,
+    scale,
+    T,
+    H_v,
+    chunks_of_run,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -36,12 +54,19 @@ def _sweep(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
-    a_view = view(a_ptr, last, a_row, K, C, BK, DESCRIPTORS)
-    b_view = view(b_ptr, last, a_row, K, C, BK, DESCRIPTORS)
-    c_view = view(c_ptr, last, c_row, V, C, BV, DESCRIPTORS)
-    scores_view = view(scores_ptr, last, C, C, C, C, DESCRIPTORS)
-    out_view = view(out_ptr, last, c_row, V, C, BV, DESCRIPTORS)
+    dtype: tl.constexpr = operands.a_ptr.dtype.element_ty
+    first = here.first
+    last = here.last
+    run = run_of(here, H_v)
+    _, token_head = rows_of(here, T, H_v, H_v)
+    a_row = H_v * K
+    c_row = H_v * V
+    totals_ptr = operands.totals_ptr + (run * chunks_of_run + here.chunk - first // C) * K
+    a_view = view(operands.a_ptr + token_head * K, last, a_row, K, C, BK, DESCRIPTORS)
+    b_view = view(operands.b_ptr + token_head * K, last, a_row, K, C, BK, DESCRIPTORS)
+    c_view = view(operands.c_ptr + token_head * V, last, c_row, V, C, BV, DESCRIPTORS)
+    scores_view = view(operands.scores_ptr + run * T * C, last, C, C, C, C, DESCRIPTORS)
+    out_view = view(operands.out_ptr + token_head * V, last, c_row, V, C, BV, DESCRIPTORS)
     channel = tl.arange(0, BK)
     chunks = tl.cdiv(last - first, C)
     for step in range(chunks):
@@ -61,7 +86,9 @@ def _sweep(
         else:
             read = tl.dot(a.to(tl.float32), state, input_precision=PRECISION)
         out = tl.fma(inside, scale, read)  # as in `rows`
-        store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, last, c_row, V, C, BV, DESCRIPTORS)
+        store_chunk(
+            out_view, out.to(operands.out_ptr.dtype.element_ty), start, column, last, c_row, V, C, BV, DESCRIPTORS
+        )
         state = tl.dot(tl.trans(b), c, state * tl.exp2(total)[:, None], input_precision=PRECISION)
     return state
 
@@ -95,30 +122,25 @@ def channel_output_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, border, ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
-    v_first = part * BV
-    run = tl.cast(batch, tl.int64) * H_v + head
-    index = run * segments + segment
+    here = place(places_ptr, (V + BV - 1) // BV, segments, segment_chunks, T, H_v, C, PACKED)
+    v_first = here.part * BV
+    index = run_of(here, H_v) * segments + here.segment
     state, entering, mask = segment_border(
-        states_ptr, before_ptr, state_in_ptr, index, border, 0, v_first, K, V, BK, BV, WHOLE
-    )  # fmt: skip
+        states_ptr, before_ptr, state_in_ptr, index, here.border, channel_tile(0, v_first, K, V, BK, BV), WHOLE
+    )
     if state_in_ptr is not None:
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
         tl.debug_barrier()
         tl.store(entering, state, mask=mask)
-    row = tl.cast(batch, tl.int64) * T
-    token_head = row * H_v + head
+    operands = ValueOperands(
+        a_ptr=q_ptr, b_ptr=k_ptr, c_ptr=v_ptr, totals_ptr=totals_ptr, scores_ptr=scores_ptr, out_ptr=o_ptr
+    )
     state = _sweep(
-        q_ptr + token_head * K, k_ptr + token_head * K, v_ptr + token_head * V,
-        totals_ptr + (run * chunks + chunk - first // C) * K, scores_ptr + run * T * C,
-        o_ptr + token_head * V, state, H_v * K, H_v * V, scale, first, last, v_first,
-        K, V, BK, BV, C, False, DESCRIPTORS, PRECISION,
+        operands, here, state, v_first, scale, T, H_v, chunks,
+        K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
-    if ends:
-        leaving, _ = state_tile(state_out_ptr + border * K * V, 0, v_first, K, V, V, 1, BK, BV)
+    if here.ends:
+        leaving, _ = tile_at(state_out_ptr + here.border * K * V, channel_tile(0, v_first, K, V, BK, BV))
         tl.store(leaving, state, mask=mask)
 
 
@@ -150,21 +172,16 @@ def channel_value_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, border, _ = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
-    v_first = part * BV
-    run = tl.cast(batch, tl.int64) * H_v + head
-    index = run * segments + segment
+    here = place(places_ptr, (V + BV - 1) // BV, segments, segment_chunks, T, H_v, C, PACKED)
+    v_first = here.part * BV
+    index = run_of(here, H_v) * segments + here.segment
     state, _, _ = segment_border(
-        d_states_ptr, after_ptr, d_state_out_ptr, index, border, 0, v_first, K, V, BK, BV, WHOLE
-    )  # fmt: skip
-    row = tl.cast(batch, tl.int64) * T
-    token_head = row * H_v + head
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(0, v_first, K, V, BK, BV), WHOLE
+    )
+    operands = ValueOperands(
+        a_ptr=k_ptr, b_ptr=q_ptr, c_ptr=do_ptr, totals_ptr=totals_ptr, scores_ptr=scores_ptr, out_ptr=dv_ptr
+    )
     _sweep(
-        k_ptr + token_head * K, q_ptr + token_head * K, do_ptr + token_head * V,
-        totals_ptr + (run * chunks + chunk - first // C) * K, scores_ptr + run * T * C,
-        dv_ptr + token_head * V, state, H_v * K, H_v * V, scale, first, last, v_first,
-        K, V, BK, BV, C, True, DESCRIPTORS, PRECISION,
+        operands, here, state, v_first, scale, T, H_v, chunks,
+        K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What every sweep of a gate per channel reads, chunk by chunk: scores, and the operands with their decays.
 
     scores_ij = sum_K q_i k_j 2^between(i, j), j <= i
@@ -22,9 +23,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
-    DESCRIPTORS,
     base_operand,
     gate_operand,
     in_base_block,

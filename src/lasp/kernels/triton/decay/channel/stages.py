@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common.packing import chunks_of, given, places_of
+from lasp.kernels.triton.decay.channel.launches import BASE_LEVELS, ChannelLaunches
 from lasp.kernels.triton.decay.inputs import DecayRun
-from lasp.kernels.triton.decay.launches import BASE_LEVELS
 from lasp.kernels.triton.decay.plan import LaunchPlan
+from lasp.kernels.triton.decay.segments import SegmentSums, segment_sums
 
 
 class ChannelSegments(NamedTuple):
@@ -32,15 +33,6 @@ class Prepared(NamedTuple):
     to_end: Tensor
     totals: Tensor
     unbounded: Tensor
-
-
-class ChannelSaved(NamedTuple):
-    """States entering each segment [B, H_v, segments, K, V], or None where a segment is a whole run; the state leaving
-    the run [B, H_v, K, V]; what was prepared per chunk."""
-
-    entering: Tensor | None
-    leaving: Tensor
-    prepared: Prepared
 
 
 class QueryReads(NamedTuple):
@@ -73,68 +65,135 @@ def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
     return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
 
 
-def local_outputs(x: DecayRun) -> Prepared:
-    work, p = x.work, x.work.plan
+def summaries(x: DecayRun, work: ChannelLaunches) -> SegmentSums:
+    """Of every segment, from the inputs."""
+    found = segment_sums(work, x.q)
+    work.summary(k_ptr=x.k, v_ptr=x.v, g_ptr=x.g, **found.written(work))
+    return found
+
+
+def prepared_summaries(work: ChannelLaunches, ready: Prepared, v: Tensor, *, reverse: bool) -> SegmentSums:
+    """The same from what was prepared; reverse: of the gradient v of outputs."""
+    found = segment_sums(work, v)
+    launch = work.summary_adjoint if reverse else work.prepared_summary
+    operand = ready.from_start if reverse else ready.to_end
+    launch(k_ptr=operand, v_ptr=v, g_ptr=ready.totals, **found.written(work))
+    return found
+
+
+def local_outputs(x: DecayRun, work: ChannelLaunches) -> Prepared:
+    p = work.plan
     ready = empty_prepared(x.q, x.v, p)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
     places = chunks_of(p, ready.totals)
+    tensors = {
+        "q_ptr": x.q, "k_ptr": x.k, "g_ptr": x.g, "stretches_ptr": stretches, "scores_ptr": ready.scores,
+        "from_start_ptr": ready.from_start, "to_end_ptr": ready.to_end, "totals_ptr": ready.totals,
+        "unbounded_ptr": ready.unbounded, "places_ptr": places,
+    }  # fmt: skip
     if work.bounded:
-        work.channel_bounded_prepare(x.q, x.k, x.g, stretches, *ready, places)
-    work.channel_prepare(x.q, x.k, x.g, stretches, *ready, places)
+        work.bounded_prepare(**tensors)
+    work.prepare(**tensors)
     return ready
 
 
 def outputs(
-    x: DecayRun, totals: ChannelSegments, ready: Prepared, o: Tensor, leaving: Tensor, state_in: Tensor | None
-) -> ChannelSaved:
-    work, states, before = x.work, given(totals.states, leaving), given(totals.decays, leaving)
-    work.channel_output(
-        ready.from_start, ready.to_end, x.v, ready.totals, ready.scores, o, states, before, leaving,
-        places_of(work.plan, leaving), state_in,
-    )  # fmt: skip
-    return ChannelSaved(totals.states, leaving, ready)
+    x: DecayRun,
+    work: ChannelLaunches,
+    totals: ChannelSegments,
+    ready: Prepared,
+    o: Tensor,
+    leaving: Tensor,
+    state_in: Tensor | None,
+) -> None:
+    states, before = given(totals.states, leaving), given(totals.decays, leaving)
+    work.output(
+        q_ptr=ready.from_start,
+        k_ptr=ready.to_end,
+        v_ptr=x.v,
+        totals_ptr=ready.totals,
+        scores_ptr=ready.scores,
+        o_ptr=o,
+        states_ptr=states,
+        before_ptr=before,
+        state_out_ptr=leaving,
+        places_ptr=places_of(work.plan, leaving),
+        state_in_ptr=state_in,
+    )
 
 
-def local_gradients(x: DecayRun, saved: ChannelSaved, d_o: Tensor) -> QueryReads:
-    work, ready = x.work, saved.prepared
+def local_gradients(x: DecayRun, work: ChannelLaunches, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
-    work.channel_query_inter_chunk(
-        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_q, sums,
-        given(saved.entering, saved.leaving), places_of(work.plan, sums),
-    )  # fmt: skip
+    work.query_inter_chunk(
+        from_start_ptr=ready.from_start,
+        to_end_ptr=ready.to_end,
+        v_ptr=x.v,
+        do_ptr=d_o,
+        totals_ptr=ready.totals,
+        read_q_ptr=read_q,
+        sums_ptr=sums,
+        states_ptr=entering,
+        places_ptr=places_of(work.plan, sums),
+    )
     return QueryReads(read_q, sums)
 
 
 def gradients(
     x: DecayRun,
-    saved: ChannelSaved,
+    work: ChannelLaunches,
+    entering: Tensor,
+    leaving: Tensor,
     adjoint: ChannelSegments,
     local: QueryReads,
     d_o: Tensor,
     d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
-    work, p, ready = x.work, x.work.plan, saved.prepared
-    assert x.g is not None
-    tensors = (saved.entering, adjoint.states, adjoint.decays)
-    entering, d_states, after = (given(tensor, saved.leaving) for tensor in tensors)
+    p, ready = work.plan, adjoint.prepared
+    assert ready is not None
+    d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)
     places = places_of(p, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
-    work.channel_key_inter_chunk(
-        ready.from_start, ready.to_end, x.v, d_o, ready.totals, read_k, local.sums, through,
-        entering, saved.leaving, d_states, after, places, d_state_out,
-    )  # fmt: skip
+    work.key_inter_chunk(
+        from_start_ptr=ready.from_start,
+        to_end_ptr=ready.to_end,
+        v_ptr=x.v,
+        do_ptr=d_o,
+        totals_ptr=ready.totals,
+        read_k_ptr=read_k,
+        sums_ptr=local.sums,
+        through_ptr=through,
+        states_ptr=entering,
+        state_out_ptr=leaving,
+        d_states_ptr=d_states,
+        after_ptr=after,
+        places_ptr=places,
+        d_state_out_ptr=d_state_out,
+    )
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     dk, dg = torch.empty_like(dq), through.new_empty(work.gradient)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    operands = (x.q, x.k, x.v, d_o, x.g, stretches, ready.unbounded, local.read_q, read_k, through, dq, dk, dg)
+    operands = {
+        "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": d_o, "g_ptr": x.g, "stretches_ptr": stretches,
+        "unbounded_ptr": ready.unbounded, "read_q_ptr": local.read_q, "read_k_ptr": read_k, "through_ptr": through,
+        "dq_ptr": dq, "dk_ptr": dk, "dg_ptr": dg, "places_ptr": chunks_of(p, through),
+    }  # fmt: skip
     if work.bounded:
-        work.channel_bounded_intra_chunk(*operands, chunks_of(p, through))
-    work.channel_intra_chunk(*operands, chunks_of(p, through))
+        work.bounded_intra_chunk(**operands)
+    work.intra_chunk(**operands)
     dv = torch.empty_like(x.v)
-    work.channel_value_gradient(
-        ready.from_start, ready.to_end, d_o, ready.totals, ready.scores, dv, d_states, after, places, d_state_out
+    work.value_gradient(
+        q_ptr=ready.from_start,
+        k_ptr=ready.to_end,
+        do_ptr=d_o,
+        totals_ptr=ready.totals,
+        scores_ptr=ready.scores,
+        dv_ptr=dv,
+        d_states_ptr=d_states,
+        after_ptr=after,
+        places_ptr=places,
+        d_state_out_ptr=d_state_out,
     )
     return dq, dk, dv, dg
 

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Segment summaries for a gate per channel; see `summary`."""
 
 import triton

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The gradient of one decay per token: what crosses the token.
 
     d_g_t = across + sum_{i >= t} reads_q_i + sum_{j < t} reads_k_j + sum_{i >= t > j} w_ij       i, j in t's chunk
@@ -25,9 +26,8 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.decays import TOKEN, head_gates, head_rate, pair_decay
 from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk
-from lasp.kernels.triton.decay.channel.decays import DESCRIPTORS
-from lasp.kernels.triton.decay.scalar.intervals import as_swept, inner_borders, legs_in
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, as_swept, load_chunk
+from lasp.kernels.triton.decay.scalar.intervals import inner_borders, legs_in
 
 
 @triton.jit(do_not_specialize=["scale", "T", "rows", "H", "H_v", "segments", "segment_chunks", "chunks"])

@@ -1,13 +1,15 @@
+# mypy: ignore-errors
 """The gradient of k, in reverse order."""
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import head_gates
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.decay.scalar.intervals import inner_borders, key_tile
-from lasp.kernels.triton.decay.scalar.sweep import GATHERED, PART_ROWS, decay_to_segment, gather, segment_state, sweep
-from lasp.kernels.triton.decay.scalar.sweep_row_major import sweep_rows
+from lasp.kernels.triton.common.program import place, rows_of, run_bounds, run_of
+from lasp.kernels.triton.common.tiles import tile_at
+from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
+from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state, key_tile
+from lasp.kernels.triton.decay.scalar.sweep import gather
+from lasp.kernels.triton.decay.scalar.sweep_of_keys import sweep_of_keys, terms_of
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -52,57 +54,39 @@ def key_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (K + BK - 1) // BK
-    part, head, batch, segment, first, last, chunk, border, _ = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    here = place(places_ptr, (K + BK - 1) // BK, segments, segment_chunks, T, H_v, C, PACKED)
+    index = run_of(here, H_v) * segments + here.segment
+    k_first = here.part * BK
+    state, inside, mask = border_state(
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, key_tile(k_first, K, V, BK, BV, ROWS), GATHER
     )
-    k_first = part * BK
-    run = tl.cast(batch, tl.int64) * H_v + head
-    index = run * segments + segment
-    inside, mask = key_tile(d_states_ptr + index * K * V, k_first, K, V, BK, BV, ROWS)
-    state = segment_state(inside, mask, GATHER)
-    if d_state_out_ptr is not None:
-        outside, _ = key_tile(d_state_out_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
-        after = decay_to_segment(after_ptr + index, GATHER)
-        state += after * tl.load(outside, mask=mask, other=0.0)
-    slot = chunk * C - first
-    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
-    padded = chunks * C
-    sums_row = tl.cast(B, tl.int64) * H_v * padded
-    row = tl.cast(batch, tl.int64) * T
-    qk = (row * H + head // (H_v // H)) * K
-    token_head = row * H_v + head
-    prefix_ptr += run * padded
-    suffix_ptr += run * padded
-    inner_ptr = inner_borders(inner_ptr, run, chunks, chunk, K * V, EXACT)
+    qk, vo = rows_of(here, T, H, H_v)
+    operands = Operands(
+        a_ptr=v_ptr + vo * V, b_ptr=do_ptr + vo * V, c_ptr=q_ptr + qk * K, out_ptr=dk_ptr + vo * K,
+        a_row=H_v * V, b_row=H_v * V, c_row=H * K, out_row=H_v * K,
+    )  # fmt: skip
+    sizes: tl.constexpr = Sizes(A=V, N=K, BA=BV, BC=BK, C=C)
+    span = span_of(here, k_first, C)
+    decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
+    terms = terms_of(k_ptr + qk * K, sums_ptr, inner_ptr, here, B, H_v, chunks, sizes, ROWS, EXACT)
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:
         state = gather(
-            q_ptr + qk, do_ptr + token_head * V, g_ptr, prefix_ptr, suffix_ptr, places_ptr,
-            state, H * K, H_v * V, scale, T, first, last, slot, k_first,
-            K, V, BK, BV, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            operands, decay, state, span, places_ptr, T, sizes,
+            KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
         )  # fmt: skip
     if SUMS and (KEEPS if GATHER else d_state_out_ptr is not None):
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
         tl.debug_barrier()
         tl.store(inside, state, mask=mask)
-    if ROWS:
-        state = sweep_rows(
-            v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr, k_ptr + qk, sums_ptr + part * 2 * sums_row + run * padded, inner_ptr,
-            state, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
-            V, K, BV, BK, C, KIND, True, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
-    else:
-        state = sweep(
-            v_ptr + token_head * V, do_ptr + token_head * V, q_ptr + qk, dk_ptr + token_head * K,
-            g_ptr, prefix_ptr, suffix_ptr,
-            k_ptr + qk, sums_ptr + part * (BK // PART_ROWS) * 2 * sums_row + run * padded, inner_ptr,
-            state, H_v * V, H_v * V, H * K, H_v * K, sums_row, scale, H_v, first, last, slot, k_first,
-            V, K, BV, BK, C, KIND, True, SUMS, False, EXACT, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
+    state = sweep_of_keys(
+        operands, decay, terms, state, span, sizes,
+        KIND=KIND, REVERSE=True, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT,
+        DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+    )  # fmt: skip
     if SUMS and not FROM_ZERO:
         begin, _ = run_bounds(places_ptr, T, PACKED)
-        if first == begin:
-            entering, within = key_tile(d_state_in_ptr + border * K * V, k_first, K, V, BK, BV, ROWS)
+        if here.first == begin:
+            entering, within = tile_at(d_state_in_ptr + here.border * K * V, key_tile(k_first, K, V, BK, BV, ROWS))
             tl.store(entering, state, mask=within)

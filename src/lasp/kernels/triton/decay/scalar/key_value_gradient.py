@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The gradients of k and v in one launch, where they are the same sweep of other operands: K = V, ungrouped heads, no
 gradient of the decay.
 
@@ -8,10 +9,11 @@ from memory once and from L2 the second time.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import head_gates
-from lasp.kernels.triton.common.program import place
-from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.scalar.sweep import GATHERED, decay_to_segment, gather, segment_state, sweep
+from lasp.kernels.triton.common.program import place, run_of
+from lasp.kernels.triton.common.tiles import StateTile
+from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
+from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state
+from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -49,38 +51,36 @@ def key_value_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (K + BC - 1) // BC
-    part, head, batch, segment, first, last, chunk, border, _ = place(
-        places_ptr, 2 * slices, segments, segment_chunks, T, H, C, PACKED
-    )
-    of_keys = part % 2 == 0
-    column = part // 2 * BC
-    run = tl.cast(batch, tl.int64) * H + head
+    here = place(places_ptr, 2 * slices, segments, segment_chunks, T, H, C, PACKED)
+    of_keys = here.part % 2 == 0
+    column = here.part // 2 * BC
+    index = run_of(here, H) * segments + here.segment
     # The sweep holds the state with its outputs' dim first.
     row = tl.where(of_keys, V, 1)
     along = tl.where(of_keys, 1, V)
-    inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, column, 0, K, V, row, along, BC, BA)
-    state = segment_state(inside, mask, GATHER)
-    if d_state_out_ptr is not None:
-        outside, _ = state_tile(d_state_out_ptr + border * K * V, column, 0, K, V, row, along, BC, BA)
-        after = decay_to_segment(after_ptr + run * segments + segment, GATHER)
-        state += after * tl.load(outside, mask=mask, other=0.0)
+    state, _, _ = border_state(
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border,
+        StateTile(r_first=column, s_first=0, R=K, S=V, row=row, column=along, BR=BC, BS=BA), GATHER,
+    )  # fmt: skip
 
-    padded = run * chunks * C
-    at = (tl.cast(batch, tl.int64) * T * H + head) * K
-    out_ptr = tl.where(of_keys, dk_ptr, dv_ptr) + at
-    b_ptr = tl.where(of_keys, do_ptr, q_ptr) + at
-    c_ptr = tl.where(of_keys, q_ptr, do_ptr) + at
-    slot = chunk * C - first
-    g_ptr = head_gates(g_ptr, batch, head, T, H, KIND)
+    at = (tl.cast(here.batch, tl.int64) * T * H + here.head) * K
+    operands = Operands(
+        a_ptr=tl.where(of_keys, v_ptr, k_ptr) + at,
+        b_ptr=tl.where(of_keys, do_ptr, q_ptr) + at,
+        c_ptr=tl.where(of_keys, q_ptr, do_ptr) + at,
+        out_ptr=tl.where(of_keys, dk_ptr, dv_ptr) + at,
+        a_row=H * K, b_row=H * K, c_row=H * K, out_row=H * K,
+    )  # fmt: skip
+    span = span_of(here, column, C)
+    decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H, C, KIND)
+    sizes: tl.constexpr = Sizes(A=K, N=V, BA=BA, BC=BC, C=C)
     if GATHER == GATHERED:
         state = gather(
-            c_ptr, b_ptr, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
-            state, H * K, H * K, scale, T, first, last, slot, column,
-            K, V, BC, BA, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            operands, decay, state, span, places_ptr, T, sizes,
+            KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
         )  # fmt: skip
     sweep(
-        tl.where(of_keys, v_ptr, k_ptr) + at, b_ptr, c_ptr, out_ptr,
-        g_ptr, prefix_ptr + padded, suffix_ptr + padded, out_ptr, out_ptr, out_ptr,
-        state, H * K, H * K, H * K, H * K, 0, scale, H, first, last, slot, column,
-        K, V, BA, BC, C, KIND, True, False, False, EXACT, DESCRIPTORS, PRECISION,
+        operands, decay, None, state, span, sizes,
+        KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip

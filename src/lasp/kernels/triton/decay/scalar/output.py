@@ -1,12 +1,14 @@
+# mypy: ignore-errors
 """Outputs, and the states that enter each segment with other ranks' part applied."""
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import head_gates
-from lasp.kernels.triton.common.program import place
-from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.scalar.sweep import GATHERED, gather, segment_state, sweep
+from lasp.kernels.triton.common.program import place, rows_of, run_of
+from lasp.kernels.triton.common.tiles import tile_at
+from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
+from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state, value_tile
+from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -45,41 +47,37 @@ def output_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, border, ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    here = place(places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED)
+    index = run_of(here, H_v) * segments + here.segment
+    v_first = here.part * BV
+    state, entering, mask = border_state(
+        states_ptr, before_ptr, state_in_ptr, index, here.border, value_tile(v_first, K, V, BK, BV), GATHER
     )
-    v_first = part * BV
-    run = tl.cast(batch, tl.int64) * H_v + head
-    entering, mask = state_tile(states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    state = segment_state(entering, mask, GATHER)
     if state_in_ptr is not None:
-        outside, _ = state_tile(state_in_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
-        before = tl.exp2(tl.load(before_ptr + run * segments + segment))
-        state += before * tl.load(outside, mask=mask, other=0.0)
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
         tl.debug_barrier()
         tl.store(entering, state, mask=mask)
 
-    padded = run * chunks * C
-    row = tl.cast(batch, tl.int64) * T
-    qk = (row * H + head // (H_v // H)) * K
-    vo = (row * H_v + head) * V
-    slot = chunk * C - first
-    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    qk, vo = rows_of(here, T, H, H_v)
+    operands = Operands(
+        a_ptr=q_ptr + qk * K, b_ptr=k_ptr + qk * K, c_ptr=v_ptr + vo * V, out_ptr=o_ptr + vo * V,
+        a_row=H * K, b_row=H * K, c_row=H_v * V, out_row=H_v * V,
+    )  # fmt: skip
+    span = span_of(here, v_first, C)
+    decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
+    sizes: tl.constexpr = Sizes(A=K, N=V, BA=BK, BC=BV, C=C)
     if GATHER == GATHERED:
         state = gather(
-            v_ptr + vo, k_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
-            state, H_v * V, H * K, scale, T, first, last, slot, v_first,
-            V, K, BV, BK, C, KIND, False, LEARNED, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            operands, decay, state, span, places_ptr, T, sizes,
+            KIND=KIND, REVERSE=False, WEIGH_B=LEARNED, EXACT=EXACT,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
         )  # fmt: skip
         if KEEPS:
             tl.store(entering, state, mask=mask)
     state = sweep(
-        q_ptr + qk, k_ptr + qk, v_ptr + vo, o_ptr + vo,
-        g_ptr, prefix_ptr + padded, suffix_ptr + padded, o_ptr + vo, o_ptr + vo, o_ptr,
-        state, H * K, H * K, H_v * V, H_v * V, 0, scale, H_v, first, last, slot, v_first,
-        K, V, BK, BV, C, KIND, False, False, LEARNED, EXACT, DESCRIPTORS, PRECISION,
+        operands, decay, None, state, span, sizes,
+        KIND=KIND, REVERSE=False, WEIGH_B=LEARNED, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
-    if ends:
-        leaving, _ = state_tile(state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
+    if here.ends:
+        leaving, _ = tile_at(state_out_ptr + here.border * K * V, value_tile(v_first, K, V, BK, BV))
         tl.store(leaving, state, mask=mask)

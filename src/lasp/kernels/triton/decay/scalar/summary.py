@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Segment summaries: what each run of chunks adds to the state.
 
 Forward, over k and v:           state = sum_t 2^(decay from t to the segment's end) k_t v_t^T
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import chunk_decays, head_gates, head_rate
-from lasp.kernels.triton.common.program import needed_chunks, place
+from lasp.kernels.triton.common.program import needed_chunks, place, rows_of, run_of
 from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
 
 
@@ -45,22 +46,21 @@ def summary_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, _, ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
-    v_first = part * BV
-    row = tl.cast(batch, tl.int64) * T
-    run = tl.cast(batch, tl.int64) * H_v + head
+    here = place(places_ptr, (V + BV - 1) // BV, segments, segment_chunks, T, H_v, C, PACKED)
+    first = here.first
+    last = here.last
+    v_first = here.part * BV
+    run = run_of(here, H_v)
+    key_rows, value_rows = rows_of(here, T, H, H_v)
 
-    k_view = view(k_ptr + (row * H + head // (H_v // H)) * K, last, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    k_view = view(k_ptr + key_rows * K, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + value_rows * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    g_ptr = head_gates(g_ptr, here.batch, here.head, T, H_v, KIND)
     rate = head_rate(g_ptr, KIND)
     state = tl.zeros((BK, BV), tl.float32)
     decay = 0.0
-    slot = run * chunks * C + chunk * C - first
-    steps = needed_chunks(places_ptr, first, last, ends, C, REVERSE, TOTAL, PACKED)
+    slot = run * chunks * C + here.chunk * C - first
+    steps = needed_chunks(places_ptr, first, last, here.ends, C, REVERSE, TOTAL, PACKED)
     for step in range(steps):
         start = first + (steps - 1 - step if BACKWARDS else step) * C
         length = tl.minimum(last - start, C)
@@ -80,7 +80,7 @@ def summary_kernel(
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
         decay += total
 
-    out = run * segments + segment
+    out = run * segments + here.segment
     pointers, mask = state_tile(totals_ptr + out * K * V, 0, v_first, K, V, V, 1, BK, BV)
     tl.store(pointers, state, mask=mask)
     if v_first == 0:

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The one loop behind outputs and gradients.
 
 With L_ij = 2^between(i, j), all four are the same causal form, of other operands (S and D are the states that
@@ -16,7 +17,7 @@ so the state is the left operand of its product, taken from registers, and no ac
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
 gate_gradient), what comes of the state apart from what comes of the chunk, each in parts of PART_ROWS columns of out:
-so much a warp adds up by itself. They leave states within the segment (`legs`).
+so much a warp adds up by itself. They leave states within the segment (`intervals`).
 """
 
 import triton
@@ -26,78 +27,66 @@ from lasp.kernels.triton.common.decays import NONE, chunk_decays, head_rate, pai
 from lasp.kernels.triton.common.program import run_bounds
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.scalar.intervals import leave, legs_in, next_leg
+from lasp.kernels.triton.decay.scalar.states import key_tile
 
 PART_ROWS = tl.constexpr(16)
 MIN_ROUNDED = tl.constexpr(2.0**-12)  # fp16's precision ends at 2^-14
-# How sweeps come by the state of a segment's start, where not from summaries (then GATHER is 0):
-GATHERED = tl.constexpr(1)  # from the tokens before it
-ZERO = tl.constexpr(2)  # there are none before it: runs are single segments
 
 
 @triton.jit
 def sweep(
-    a_ptr,  # the row operand, c_ptr the one whose columns are out's: all at [B, T, heads, dim] of the batch and head
-    b_ptr,
-    c_ptr,
-    out_ptr,
-    g_ptr,  # gates of the batch and head, or unused
-    prefix_ptr,  # [chunks C] of the head: prefix
-    suffix_ptr,  # likewise: suffix; unused unless EXACT
-    x_ptr,  # if SUMS: q for the sweep of dq, k for that of dk: laid out like c
-    sums_ptr,  # if SUMS: [parts, 2, sums_row], written; at the head and the slice's first part
-    inner_ptr,  # if SUMS: states within the segment (`inner_borders`), [N, A] each, written
+    operands,
+    decay,
+    terms,  # GateTerms, or None where they are not wanted
     state,  # [BC, BA]
-    a_row,
-    b_row,
-    c_row,
-    out_row,
-    sums_row,
-    scale,
-    H_v,
-    first,
-    last,
-    slot,  # of the first token in [chunks C], less the token
-    column,
-    A: tl.constexpr,
-    N: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
+    span,
+    sizes: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
-    SUMS: tl.constexpr,
     WEIGH_B: tl.constexpr,  # whether b, not c, is weighted as it is added to the state: see `add_chunk`
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    dtype = c_ptr.dtype.element_ty
-    rate = head_rate(g_ptr, KIND)
-    a_view = view(a_ptr, last, a_row, A, C, BA, DESCRIPTORS)
-    b_view = view(b_ptr, last, b_row, A, C, BA, DESCRIPTORS)
-    c_view = view(c_ptr, last, c_row, N, C, BC, DESCRIPTORS)
-    out_view = view(out_ptr, last, out_row, N, C, BC, DESCRIPTORS)
+    """The state after the segment; out is written, and what `terms` say."""
+    SUMS: tl.constexpr = terms is not None
+    A: tl.constexpr = sizes.A
+    N: tl.constexpr = sizes.N
+    BA: tl.constexpr = sizes.BA
+    BC: tl.constexpr = sizes.BC
+    C: tl.constexpr = sizes.C
+    dtype = operands.c_ptr.dtype.element_ty
+    rate = head_rate(decay.g_ptr, KIND)
+    first = span.first
+    last = span.last
+    column = span.column
+    a_view = view(operands.a_ptr, last, operands.a_row, A, C, BA, DESCRIPTORS)
+    b_view = view(operands.b_ptr, last, operands.b_row, A, C, BA, DESCRIPTORS)
+    c_view = view(operands.c_ptr, last, operands.c_row, N, C, BC, DESCRIPTORS)
+    out_view = view(operands.out_ptr, last, operands.out_row, N, C, BC, DESCRIPTORS)
     if SUMS:
-        x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+        x_view = view(terms.x_ptr, last, operands.c_row, N, C, BC, DESCRIPTORS)
     chunks = tl.cdiv(last - first, C)
     for turn in range(legs_in(chunks, EXACT) if SUMS else 1):
         begin, end = 0, chunks
         if SUMS:
             begin, end = next_leg(turn, chunks, REVERSE, EXACT)
-            leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, False, EXACT)
+            border = end if REVERSE else begin
+            leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, BC, BA, False), EXACT)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             length = tl.minimum(last - start, C)
-            a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
-            b = load_chunk(b_view, start, 0, last, b_row, A, C, BA, DESCRIPTORS)
-            c_t = tl.trans(load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS))
+            a = load_chunk(a_view, start, 0, last, operands.a_row, A, C, BA, DESCRIPTORS)
+            b = load_chunk(b_view, start, 0, last, operands.b_row, A, C, BA, DESCRIPTORS)
+            c_t = tl.trans(load_chunk(c_view, start, column, last, operands.c_row, N, C, BC, DESCRIPTORS))
             if SUMS:
-                x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
+                x = load_chunk(x_view, start, column, last, operands.c_row, N, C, BC, DESCRIPTORS)
+            at = span.slot + start
             prefix, total, from_state, to_state = chunk_decays(
-                prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+                decay.prefix_ptr, decay.suffix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, EXACT
             )
-            g_chunk = g_ptr + tl.cast(start, tl.int64) * H_v
-            pairs = pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * scale
+            g_chunk = decay.g_ptr + tl.cast(start, tl.int64) * decay.H_v
+            pairs = pair_decay(g_chunk, decay.H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * decay.scale
 
             a_t = tl.trans(a)
             if dtype == tl.bfloat16:
@@ -113,8 +102,8 @@ def sweep(
                 out = tl.dot(c_t, scores, read * from_state[None, :], input_precision=PRECISION)
 
             state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
-            o = tl.trans(out).to(out_ptr.dtype.element_ty)
-            store_chunk(out_view, o, start, column, last, out_row, N, C, BC, DESCRIPTORS)
+            o = tl.trans(out).to(operands.out_ptr.dtype.element_ty)
+            store_chunk(out_view, o, start, column, last, operands.out_row, N, C, BC, DESCRIPTORS)
             if SUMS:
                 parts: tl.constexpr = BC // PART_ROWS
                 # What is read is summed with x rounded with its decay, as the other sweep adds x to its state: their
@@ -122,11 +111,12 @@ def sweep(
                 weighted = x * from_state[:, None]
                 rounded = weighted.to(dtype).to(tl.float32)
                 weighted = tl.trans(tl.where(tl.abs(weighted) < MIN_ROUNDED, weighted, rounded))
-                rows = tl.arange(0, parts)[:, None] * (2 * sums_row) + slot + start + tl.arange(0, C)[None, :]
-                tl.store(sums_ptr + rows, tl.sum(tl.reshape(weighted * read, (parts, PART_ROWS, C)), 1))
+                sums_row = terms.sums_row
+                rows = tl.arange(0, parts)[:, None] * (2 * sums_row) + span.slot + start + tl.arange(0, C)[None, :]
+                tl.store(terms.sums_ptr + rows, tl.sum(tl.reshape(weighted * read, (parts, PART_ROWS, C)), 1))
                 if not EXACT:
                     own = tl.reshape(tl.trans(x).to(tl.float32) * within, (parts, PART_ROWS, C))
-                    tl.store(sums_ptr + sums_row + rows, tl.sum(own, 1))
+                    tl.store(terms.sums_ptr + sums_row + rows, tl.sum(own, 1))
     return state
 
 
@@ -156,66 +146,44 @@ def add_chunk(
 
 @triton.jit
 def gather(
-    x_ptr,  # the state is the decayed sum of x y^T: all at [B, T, heads, dim] of the batch and head
-    y_ptr,
-    g_ptr,  # these as in `sweep`
-    prefix_ptr,
-    suffix_ptr,
+    operands,  # these as in `sweep`: the state is the decayed sum of c b^T
+    decay,
+    state,  # [BC, BA], that the run starts from; if REVERSE, ends in
+    span,
     places_ptr,
-    state,  # [BX, BY], that the run starts from; if REVERSE, ends in
-    x_row,
-    y_row,
-    scale,
     T,
-    first,
-    last,
-    slot,
-    column,  # of x
-    X: tl.constexpr,
-    Y: tl.constexpr,
-    BX: tl.constexpr,
-    BY: tl.constexpr,
-    C: tl.constexpr,
+    sizes: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
-    WEIGH_Y: tl.constexpr,  # as in `add_chunk`
+    WEIGH_B: tl.constexpr,
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state as a sweep of the whole run has it where it comes to the segment [first, last)."""
+    """The state as a sweep of the whole run has it where it comes to the segment of `span`."""
+    A: tl.constexpr = sizes.A
+    N: tl.constexpr = sizes.N
+    BA: tl.constexpr = sizes.BA
+    BC: tl.constexpr = sizes.BC
+    C: tl.constexpr = sizes.C
     begin, end = run_bounds(places_ptr, T, PACKED)
     if REVERSE:
-        begin = last
+        begin = span.last
     else:
-        end = first
-    x_view = view(x_ptr, end, x_row, X, C, BX, DESCRIPTORS)
-    y_view = view(y_ptr, end, y_row, Y, C, BY, DESCRIPTORS)
-    rate = head_rate(g_ptr, KIND)
+        end = span.first
+    c_view = view(operands.c_ptr, end, operands.c_row, N, C, BC, DESCRIPTORS)
+    b_view = view(operands.b_ptr, end, operands.b_row, A, C, BA, DESCRIPTORS)
+    rate = head_rate(decay.g_ptr, KIND)
     chunks = tl.cdiv(end - begin, C)
     for step in range(chunks):
         start = begin + (chunks - 1 - step if REVERSE else step) * C
         length = tl.minimum(end - start, C)
-        x_t = tl.trans(load_chunk(x_view, start, column, end, x_row, X, C, BX, DESCRIPTORS))
-        y = load_chunk(y_view, start, 0, end, y_row, Y, C, BY, DESCRIPTORS)
+        c_t = tl.trans(load_chunk(c_view, start, span.column, end, operands.c_row, N, C, BC, DESCRIPTORS))
+        b = load_chunk(b_view, start, 0, end, operands.b_row, A, C, BA, DESCRIPTORS)
+        at = span.slot + start
         _, total, _, to_state = chunk_decays(
-            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+            decay.prefix_ptr, decay.suffix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, EXACT
         )
-        state = add_chunk(state, x_t, y, to_state, total, KIND, REVERSE, WEIGH_Y, PRECISION)
+        state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
     return state
-
-
-@triton.jit
-def segment_state(pointers, mask, GATHER: tl.constexpr):
-    """What is known of a segment's state before the sweep: nothing if it is not read."""
-    if GATHER:
-        return tl.zeros(pointers.shape, tl.float32)
-    else:
-        return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def decay_to_segment(decay_ptr, GATHER: tl.constexpr):
-    """The decay of what enters the run on its way to a segment; `gather` applies it itself."""
-    return 1.0 if GATHER else tl.exp2(tl.load(decay_ptr))

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The loop of `sweep` in rows, for the gradients of q and k where the decay's gradient is wanted too.
 
     out_i = from_state_i a_i S + scale sum_j L_ij (a_i . b_j) c_j,        S: the decayed sum of b^T c, [BA, BC]
@@ -13,55 +14,49 @@ import triton.language as tl
 from lasp.kernels.triton.common.decays import NONE, TOKEN, chunk_decays, head_rate, pair_decay
 from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.scalar.intervals import leave, legs_in, next_leg
+from lasp.kernels.triton.decay.scalar.states import key_tile
 from lasp.kernels.triton.decay.scalar.sweep import add_chunk
 
 
 @triton.jit
 def sweep_rows(
-    a_ptr,  # all as in `sweep`
-    b_ptr,
-    c_ptr,
-    out_ptr,
-    g_ptr,
-    prefix_ptr,
-    x_ptr,
-    sums_ptr,  # [2, sums_row], written: of the program's columns
-    inner_ptr,
+    operands,  # these as in `sweep`; a and b lie alike
+    decay,
+    terms,  # sums_ptr: [2, sums_row], written: of the program's columns
     state,  # [BA, BC]
-    a_row,
-    c_row,
-    out_row,
-    sums_row,
-    scale,
-    H_v,
-    first,
-    last,
-    slot,
-    column,
-    A: tl.constexpr,
-    N: tl.constexpr,
-    BA: tl.constexpr,
-    BC: tl.constexpr,
-    C: tl.constexpr,
+    span,
+    sizes: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    dtype = c_ptr.dtype.element_ty
-    a_view = view(a_ptr, last, a_row, A, C, BA, DESCRIPTORS)
-    b_view = view(b_ptr, last, a_row, A, C, BA, DESCRIPTORS)
-    c_view = view(c_ptr, last, c_row, N, C, BC, DESCRIPTORS)
-    x_view = view(x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+    A: tl.constexpr = sizes.A
+    N: tl.constexpr = sizes.N
+    BA: tl.constexpr = sizes.BA
+    BC: tl.constexpr = sizes.BC
+    C: tl.constexpr = sizes.C
+    dtype = operands.c_ptr.dtype.element_ty
+    first = span.first
+    last = span.last
+    column = span.column
+    a_row = operands.a_row
+    c_row = operands.c_row
+    out_row = operands.out_row
+    a_view = view(operands.a_ptr, last, a_row, A, C, BA, DESCRIPTORS)
+    b_view = view(operands.b_ptr, last, a_row, A, C, BA, DESCRIPTORS)
+    c_view = view(operands.c_ptr, last, c_row, N, C, BC, DESCRIPTORS)
+    x_view = view(terms.x_ptr, last, c_row, N, C, BC, DESCRIPTORS)
     # Descriptors store from shared memory, which twice as wide gradients (fp32, of grouped heads) would overfill.
-    STORES: tl.constexpr = DESCRIPTORS and out_ptr.dtype.element_ty == dtype
-    out_view = view(out_ptr, last, out_row, N, C, BC, STORES)
+    STORES: tl.constexpr = DESCRIPTORS and operands.out_ptr.dtype.element_ty == dtype
+    out_view = view(operands.out_ptr, last, out_row, N, C, BC, STORES)
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
     chunks = tl.cdiv(last - first, C)
     for turn in range(legs_in(chunks, False)):
         begin, end = next_leg(turn, chunks, REVERSE, False)
-        leave(inner_ptr, end if REVERSE else begin, chunks, state, column, N, A, BC, BA, True, False)
+        border = end if REVERSE else begin
+        leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, BC, BA, True), False)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
@@ -69,19 +64,22 @@ def sweep_rows(
             c = load_chunk(c_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
             x = load_chunk(x_view, start, column, last, c_row, N, C, BC, DESCRIPTORS)
             # Loaded every time for the same reason.
-            rate = head_rate(g_ptr, KIND)
+            rate = head_rate(decay.g_ptr, KIND)
             length = tl.minimum(last - start, C)
+            at = span.slot + start
             prefix, total, from_state, to_state = chunk_decays(
-                prefix_ptr, prefix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, False
+                decay.prefix_ptr, decay.prefix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, False
             )
-            pairs = pair_decay(g_ptr, H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
+            pairs = pair_decay(decay.g_ptr, decay.H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
 
             b_t = tl.trans(b)
             read = tl.dot(a, state.to(dtype), input_precision=PRECISION)
             weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
-            within = tl.dot(weights, c, input_precision=PRECISION) * scale
+            within = tl.dot(weights, c, input_precision=PRECISION) * decay.scale
             out = tl.fma(read, from_state[:, None], within)
-            store_chunk(out_view, out.to(out_ptr.dtype.element_ty), start, column, last, out_row, N, C, BC, STORES)
+            store_chunk(
+                out_view, out.to(operands.out_ptr.dtype.element_ty), start, column, last, out_row, N, C, BC, STORES
+            )
             # x weighted and rounded as in `sweep`.
             weighted = (x * from_state[:, None]).to(dtype).to(tl.float32)
             of_state = tl.sum(weighted * read, 1)
@@ -89,8 +87,8 @@ def sweep_rows(
             # Triton loads ahead only what a product takes. Without one, if only with zeros, every chunk would wait for
             # x.
             of_chunk += tl.sum(tl.dot(x, tl.zeros((BC, 16), dtype), input_precision=PRECISION), 1)
-            tl.store(sums_ptr + slot + start + tl.arange(0, C), of_state)
-            tl.store(sums_ptr + sums_row + slot + start + tl.arange(0, C), of_chunk)
+            tl.store(terms.sums_ptr + span.slot + start + tl.arange(0, C), of_state)
+            tl.store(terms.sums_ptr + terms.sums_row + span.slot + start + tl.arange(0, C), of_chunk)
 
             state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
     return state

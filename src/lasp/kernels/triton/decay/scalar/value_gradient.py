@@ -1,12 +1,13 @@
+# mypy: ignore-errors
 """The gradient of v, in reverse order."""
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import head_gates
-from lasp.kernels.triton.common.program import place
-from lasp.kernels.triton.common.tiles import state_tile
-from lasp.kernels.triton.decay.scalar.sweep import GATHERED, decay_to_segment, gather, segment_state, sweep
+from lasp.kernels.triton.common.program import place, rows_of, run_of
+from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
+from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state, value_tile
+from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -42,33 +43,28 @@ def value_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, border, _ = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    here = place(places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED)
+    index = run_of(here, H_v) * segments + here.segment
+    v_first = here.part * BV
+    state, _, _ = border_state(
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, value_tile(v_first, K, V, BK, BV), GATHER
     )
-    v_first = part * BV
-    run = tl.cast(batch, tl.int64) * H_v + head
-    inside, mask = state_tile(d_states_ptr + (run * segments + segment) * K * V, v_first, 0, V, K, 1, V, BV, BK)
-    state = segment_state(inside, mask, GATHER)
-    if d_state_out_ptr is not None:
-        outside, _ = state_tile(d_state_out_ptr + border * K * V, v_first, 0, V, K, 1, V, BV, BK)
-        after = decay_to_segment(after_ptr + run * segments + segment, GATHER)
-        state += after * tl.load(outside, mask=mask, other=0.0)
 
-    padded = run * chunks * C
-    row = tl.cast(batch, tl.int64) * T
-    qk = (row * H + head // (H_v // H)) * K
-    vo = (row * H_v + head) * V
-    slot = chunk * C - first
-    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    qk, vo = rows_of(here, T, H, H_v)
+    operands = Operands(
+        a_ptr=k_ptr + qk * K, b_ptr=q_ptr + qk * K, c_ptr=do_ptr + vo * V, out_ptr=dv_ptr + vo * V,
+        a_row=H * K, b_row=H * K, c_row=H_v * V, out_row=H_v * V,
+    )  # fmt: skip
+    span = span_of(here, v_first, C)
+    decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
+    sizes: tl.constexpr = Sizes(A=K, N=V, BA=BK, BC=BV, C=C)
     if GATHER == GATHERED:
         state = gather(
-            do_ptr + vo, q_ptr + qk, g_ptr, prefix_ptr + padded, suffix_ptr + padded, places_ptr,
-            state, H_v * V, H * K, scale, T, first, last, slot, v_first,
-            V, K, BV, BK, C, KIND, True, False, EXACT, DESCRIPTORS, PACKED, PRECISION,
+            operands, decay, state, span, places_ptr, T, sizes,
+            KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
         )  # fmt: skip
     sweep(
-        k_ptr + qk, q_ptr + qk, do_ptr + vo, dv_ptr + vo,
-        g_ptr, prefix_ptr + padded, suffix_ptr + padded, dv_ptr + vo, dv_ptr + vo, dv_ptr,
-        state, H * K, H * K, H_v * V, H_v * V, 0, scale, H_v, first, last, slot, v_first,
-        K, V, BK, BV, C, KIND, True, False, False, EXACT, DESCRIPTORS, PRECISION,
+        operands, decay, None, state, span, sizes,
+        KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip

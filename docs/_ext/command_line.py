@@ -1,0 +1,33 @@
+"""The directive `{command} train`: what `lasp train --help` says, as the program itself says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from lasp.cli.help_text import help_of
+
+
+class Command(SphinxDirective):
+    """A command's description, and a definition for each option."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        told = help_of(self.arguments[0].split())
+        found: list[nodes.Node] = [nodes.paragraph(text=text) for text in told.description]
+        listing = nodes.definition_list(classes=["options"])
+        for option in told.options:
+            term = nodes.term("", "", nodes.literal(text=option.usage))
+            says = nodes.definition("", nodes.paragraph(text=option.text or "(no more to say)"))
+            listing += nodes.definition_list_item("", term, says)
+        return [*found, listing]
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Make the directive known."""
+    app.add_directive("command", Command)
+    return {"parallel_read_safe": True}

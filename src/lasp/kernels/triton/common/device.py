@@ -1,0 +1,46 @@
+"""What launches are made for: a GPU's limits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from lasp.kernels.triton.common.tiles import load_chunk
+
+
+class DeviceLimits(NamedTuple):
+    """Multiprocessors, bytes of shared memory that a program may have, whether it is of NVIDIA's Hopper generation."""
+
+    processors: int
+    shared_bytes: int
+    hopper: bool
+
+
+INTERPRETED = DeviceLimits(4, 1 << 20, True)
+
+_devices: dict[torch.device, DeviceLimits] = {}
+
+
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Return a GPU's limits; for the interpreter a few processors.
+
+    Raises:
+        ValueError: Triton cannot run there.
+    """
+    if device not in _devices:
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            # AMD's properties lack the second; its devices have 64 KB.
+            shared = getattr(properties, "shared_memory_per_block_optin", 65536)
+            hopper = torch.version.hip is None and properties.major == 9
+            _devices[device] = DeviceLimits(properties.multi_processor_count, shared, hopper)
+        elif not isinstance(load_chunk, triton.JITFunction):
+            _devices[device] = INTERPRETED
+        else:
+            raise ValueError(
+                f"backend 'triton' runs on a GPU (or on CPU under TRITON_INTERPRET=1), got tensors on {device}; "
+                "use backend='torch'"
+            )
+    return _devices[device]

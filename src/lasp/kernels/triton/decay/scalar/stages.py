@@ -1,0 +1,160 @@
+"""The stages for decays that all channels of a head share; `stages` gives the same names for every kind of decay."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.triton.common.packing import chunks_of, given, places_of
+from lasp.kernels.triton.decay.inputs import DecayRun
+from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
+from lasp.kernels.triton.decay.segments import SegmentSums, segment_sums
+
+
+class ScalarSegments(NamedTuple):
+    """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the run's
+    end on that side to them; None where sweeps gather. gates: for a gate per token, prefix and, of fp32 inputs,
+    suffix, each [B, H_v, chunks C]."""
+
+    states: Tensor | None
+    decays: Tensor | None
+    gates: tuple[Tensor, ...]
+
+
+class QueryGradient(NamedTuple):
+    """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts
+    [parts, 2, B, H_v, chunks C] and the states at the inner borders of legs [B, H_v, legs, K, V]."""
+
+    dq: Tensor
+    sums: Tensor
+    inner: Tensor
+
+
+def gate_sums(x: DecayRun, work: ScalarLaunches) -> tuple[Tensor, ...]:
+    if not work.per_token:
+        return ()
+    gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
+    work.gate_sums(**_gates(x, gates, gates[0]), places_ptr=chunks_of(work.plan, gates[0]))
+    return gates
+
+
+def _gates(x: DecayRun, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
+    """The decay, and its prefix and suffix sums of a gate per token; `unread` for what there is not."""
+    prefix, suffix = (*sums, unread, unread)[:2]
+    return {"g_ptr": x.q if x.g is None else x.g, "prefix_ptr": prefix, "suffix_ptr": suffix}
+
+
+def summaries(
+    x: DecayRun, work: ScalarLaunches, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, reverse: bool
+) -> SegmentSums:
+    """Of every segment; reverse: of q and the gradient of outputs in the places of k and v."""
+    found = segment_sums(work, k)
+    launch = work.summary_adjoint if reverse else work.summary
+    launch(k_ptr=k, v_ptr=v, **_gates(x, gates, found.states), **found.written(work))
+    return found
+
+
+def outputs(
+    x: DecayRun, work: ScalarLaunches, totals: ScalarSegments, o: Tensor, leaving: Tensor, state_in: Tensor | None
+) -> Tensor | None:
+    """The states entering segments, where they are kept."""
+    states, decays, gates = totals
+    if states is None and work.keeps_states:
+        states = leaving.new_empty(work.states)
+    work.output(
+        q_ptr=x.q,
+        k_ptr=x.k,
+        v_ptr=x.v,
+        **_gates(x, gates, leaving),
+        o_ptr=o,
+        states_ptr=given(states, leaving),
+        before_ptr=given(decays, leaving),
+        state_out_ptr=leaving,
+        places_ptr=places_of(work.plan, leaving),
+        state_in_ptr=state_in,
+    )
+    return states
+
+
+def local_gradients(
+    x: DecayRun, work: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
+) -> QueryGradient:
+    dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
+    sums = unread.new_empty(work.sums) if work.with_decay else unread
+    inner = _inner_states(work, unread)
+    work.query_gradient(
+        q_ptr=x.q,
+        k_ptr=x.k,
+        v_ptr=x.v,
+        do_ptr=d_o,
+        **_gates(x, gates, unread),
+        dq_ptr=dq,
+        sums_ptr=sums,
+        inner_ptr=inner,
+        states_ptr=entering,
+        places_ptr=places_of(work.plan, dq),
+    )
+    return QueryGradient(dq, sums, inner)
+
+
+def gradients(
+    x: DecayRun,
+    work: ScalarLaunches,
+    entering: Tensor,
+    leaving: Tensor,
+    adjoint: ScalarSegments,
+    local: QueryGradient,
+    d_o: Tensor,
+    d_state_out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq and dk per value head; dv; dg."""
+    unread = leaving
+    d_states, after = given(adjoint.states, unread), given(adjoint.decays, unread)
+    operands = {"q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o}
+    gates = _gates(x, adjoint.gates, unread)
+    places = places_of(work.plan, d_states)
+    states = {"d_states_ptr": d_states, "after_ptr": after, "places_ptr": places, "d_state_out_ptr": d_state_out}
+
+    dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
+    if work.paired:
+        work.key_value_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, dv_ptr=dv, **states)
+        return local.dq, dk, dv, None
+    # First: the sweep of dk may add d_state_out to d_states.
+    work.value_gradient(**operands, **gates, dv_ptr=dv, **states)
+    sums, inner, d_state_in = unread, _inner_states(work, unread), unread
+    if work.with_decay:
+        sums = unread.new_empty(work.sums)
+        if not work.from_zero:
+            d_state_in = unread.new_empty(work.state)
+        if adjoint.states is None and work.keeps_states:
+            states["d_states_ptr"] = unread.new_empty(work.states)
+    inner_states = {"inner_ptr": inner, "d_state_in_ptr": d_state_in}
+    work.key_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, sums_ptr=sums, **inner_states, **states)
+    if not work.with_decay:
+        return local.dq, dk, dv, None
+    dg = unread.new_empty(x.v.shape[:3])
+    work.gate_gradient(
+        **operands,
+        v_ptr=x.v,
+        g_ptr=gates["g_ptr"],
+        prefix_ptr=gates["prefix_ptr"],
+        q_sums_ptr=local.sums,
+        k_sums_ptr=sums,
+        states_ptr=entering,
+        inner_ptr=local.inner,
+        state_out_ptr=leaving,
+        d_states_ptr=states["d_states_ptr"],
+        d_inner_ptr=inner,
+        d_state_in_ptr=d_state_in,
+        dg_ptr=dg,
+        places_ptr=places,
+        d_state_out_ptr=d_state_out,
+    )
+    return local.dq, dk, dv, dg.sum((0, 1)) if x.g is not None and x.g.dim() == 1 else dg
+
+
+def _inner_states(work: ScalarLaunches, unread: Tensor) -> Tensor:
+    """For what the sweeps of dq and dk leave within segments, where they do."""
+    return unread.new_empty(work.inner) if work.with_decay and work.inner is not None else unread
