@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -110,6 +110,8 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
     device = DeviceLimits(132, LIMITS[target], target == "cuda:90")
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", record))
+        # Autocast knows no such device.
+        stack.enter_context(patch.object(torch, "autocast", lambda *arguments, **options: nullcontext()))
         stack.enter_context(patch.dict(devices._devices, {META: device}))
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
