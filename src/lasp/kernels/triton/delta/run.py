@@ -34,7 +34,7 @@ class DeltaRun(NamedTuple):
         return self.q, self.k, self.v, self.beta, self.g
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DeltaRun:
-        return DeltaRun(*tensors, self.work)  # type: ignore[arg-type]
+        return DeltaRun(*tensors, self.work)  # type: ignore[arg-type, call-arg]
 
 
 class ChannelKeys(NamedTuple):
