@@ -1,7 +1,8 @@
-"""Speed, memory and error of the decay family's kernels beside their peers, in one run on one GPU.
+"""Speed, memory and error of the decay family's and the delta rule's kernels beside their peers, in one run on one GPU.
 
     python benchmarks/kernels.py --output benchmarks/results            # this library and softmax attention
     python benchmarks/kernels.py --peers fla --shapes main              # and flash-linear-attention, if installed
+    python benchmarks/kernels.py --kinds delta "gated delta" kda --shapes main --name delta-kernels
 
 flash-linear-attention refuses gated kernels on Hopper with Triton before 3.7.1.
 
@@ -28,6 +29,7 @@ from typing import Any
 import peer_tuning
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import lasp
 
@@ -40,6 +42,9 @@ SHAPES = {
     "few heads": (1, 65536, 4, 128),
 }
 KINDS = ("constant", "scalar", "channel")
+DELTA_KINDS = ("delta", "gated delta", "kda")
+# Where the delta rule's triangular systems are hard: keys alike, or the same several times in a row; beta up to 2.
+DELTA_CASES = ("random", "beta to 2", "cosine 0.8", "runs of equal keys", "never forgets")
 CROSSOVER_TOKENS = (512, 1024, 2048, 4096, 8192)
 SLOWEST_DECAY = 0.02
 
@@ -48,6 +53,8 @@ def inputs(
     shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype = torch.bfloat16, strongest: float = SLOWEST_DECAY
 ) -> dict[str, Tensor]:
     """q, k, v, d_o [B, T, H, D] and g, uniform down to -strongest; all but d_o and a constant g want gradients."""
+    if kind in DELTA_KINDS:
+        return delta_inputs(shape, kind, dtype, strongest)
     B, T, H, D = shape
     random = torch.Generator("cuda").manual_seed(0)
     q, k, v, d_o = (torch.randn(B, T, H, D, device="cuda", generator=random).to(dtype) for _ in range(4))
@@ -59,7 +66,35 @@ def inputs(
     return {"q": q, "k": k, "v": v, "g": g, "d_o": d_o}
 
 
+def delta_inputs(
+    shape: tuple[int, int, int, int],
+    kind: str,
+    dtype: torch.dtype = torch.bfloat16,
+    strongest: float = SLOWEST_DECAY,
+    case: str = "random",
+) -> dict[str, Tensor]:
+    """Likewise, with beta, and q and k of length 1; case: one of DELTA_CASES."""
+    B, T, H, D = shape
+    random = torch.Generator("cuda").manual_seed(0)
+    q, k, v, d_o = (torch.randn(B, T, H, D, device="cuda", generator=random) for _ in range(4))
+    if case == "cosine 0.8":
+        k = 0.5 * k / D**0.5 + normalize(torch.randn(B, 1, H, D, device="cuda", generator=random), dim=-1)
+    if case == "runs of equal keys":
+        k = k[:, ::8].repeat_interleave(8, 1)[:, :T]
+    q, k = normalize(q, dim=-1), normalize(k, dim=-1)
+    x = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
+    x["beta"] = (2.0 if case == "beta to 2" else 1.0) * torch.rand(B, T, H, device="cuda", generator=random)
+    if kind != "delta":
+        size = torch.rand(*((B, T, H, D) if kind == "kda" else (B, T, H)), device="cuda", generator=random)
+        x["g"] = -(0.0 if case == "never forgets" else strongest) * size
+    for tensor in x.values():
+        tensor.requires_grad_()
+    return x | {"d_o": d_o.to(dtype)}
+
+
 def ours(x: dict[str, Tensor]) -> Tensor:
+    if "beta" in x:
+        return lasp.delta_rule(x["q"], x["k"], x["v"], x["beta"], x.get("g"), backend="triton")[0]
     return lasp.linear_attention(x["q"], x["k"], x["v"], x["g"], backend="triton")[0]
 
 
@@ -67,12 +102,25 @@ def fla(x: dict[str, Tensor]) -> Tensor:
     from fla.ops.gla import chunk_gla
     from fla.ops.simple_gla import chunk_simple_gla
 
+    if "beta" in x:
+        return fla_delta(x)
     q, k, v, g = x["q"], x["k"], x["v"], x["g"]
     if g.dim() == 4:
         return chunk_gla(q, k, v, g=g)[0]
     if g.dim() == 1:
         return chunk_simple_gla(q, k, v, g_gamma=g)[0]
     return chunk_simple_gla(q, k, v, g=g)[0]
+
+
+def fla_delta(x: dict[str, Tensor]) -> Tensor:
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
+
+    given = {name: x[name] for name in ("q", "k", "v", "beta", "g") if name in x}
+    if "g" not in x:
+        return chunk_delta_rule(**given)[0]
+    return (chunk_kda if x["g"].dim() == 4 else chunk_gated_delta_rule)(**given)[0]
 
 
 def softmax(x: dict[str, Tensor]) -> Tensor:
@@ -139,20 +187,28 @@ def copy_bytes_per_second() -> float:
 def floor_milliseconds(shape: tuple[int, int, int, int], kind: str, rate: float) -> dict[str, float]:
     """Each input read once, each output written once: o from q, k, v, g; then the gradients from those and d_o."""
     B, T, H, D = shape
-    tile, gate = 2 * B * T * H * D, {"constant": 0, "scalar": 4 * B * T * H, "channel": 4 * B * T * H * D}[kind]
+    tile, head = 2 * B * T * H * D, 4 * B * T * H
+    gate = {"constant": 0, "delta": head, "scalar": head, "gated delta": 2 * head}.get(kind, head * D)
     return {"forward": 1e3 * (4 * tile + gate) / rate, "both": 1e3 * (11 * tile + 3 * gate) / rate}
 
 
-def errors(kind: str, call: Callable[[dict[str, Tensor]], Tensor], tokens: int = 4096) -> dict[str, float]:
+def errors(
+    kind: str, call: Callable[[dict[str, Tensor]], Tensor], tokens: int = 4096, case: str = "random"
+) -> dict[str, float]:
     """||x - reference|| / ||reference|| against the chunked PyTorch backend in fp64."""
-    x = inputs((1, tokens, 2, 128), kind)
+    shape = (1, tokens, 2, 128)
+    x = delta_inputs(shape, kind, case=case) if kind in DELTA_KINDS else inputs(shape, kind)
     exact = {name: tensor.detach().double() for name, tensor in x.items()}
     for name, tensor in x.items():
         exact[name].requires_grad_(tensor.requires_grad)
     names = ["o"] + [f"d{name}" for name, tensor in x.items() if tensor.requires_grad]
     o = call(x)
     values = (o, *torch.autograd.grad(o, wanted_gradients(x), x["d_o"]))
-    reference_o = lasp.linear_attention(exact["q"], exact["k"], exact["v"], exact["g"], backend="torch")[0]
+    if "beta" in x:
+        given = (exact["q"], exact["k"], exact["v"], exact["beta"], exact.get("g"))
+        reference_o = lasp.delta_rule(*given, backend="torch")[0]
+    else:
+        reference_o = lasp.linear_attention(exact["q"], exact["k"], exact["v"], exact["g"], backend="torch")[0]
     references = (reference_o, *torch.autograd.grad(reference_o, wanted_gradients(exact), exact["d_o"]))
     return {
         name: ((value.detach().double() - reference.detach()).norm() / reference.detach().norm()).item()
@@ -210,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *DELTA_KINDS), default=list(KINDS))
     parser.add_argument("--peers", nargs="*", choices=("fla",), default=[])
     parser.add_argument("--only-speed", action="store_true", help="no errors, cold start or crossover")
     parser.add_argument("--name", default="kernels")
@@ -260,7 +316,15 @@ def main() -> None:
             implementation: {kind: errors(kind, IMPLEMENTATIONS[implementation]) for kind in options.kinds}
             for implementation in ("lasp", *options.peers)
         }
-        print("errors", json.dumps(result["errors"]))
+        hard = [kind for kind in options.kinds if kind in DELTA_KINDS]
+        result["hard_errors"] = {
+            implementation: {
+                kind: {case: errors(kind, IMPLEMENTATIONS[implementation], case=case) for case in DELTA_CASES}
+                for kind in hard
+            }
+            for implementation in ("lasp", *options.peers)
+        }
+        print("errors", json.dumps(result["errors"]), json.dumps(result["hard_errors"]))
         result["crossover"] = crossover()
         for row in result["crossover"]:
             times = (

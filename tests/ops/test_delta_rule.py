@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from exchange.simulated import run as simulate
+from exchange.simulated import sequence_parallel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative_error, worst
@@ -78,7 +80,8 @@ def solve(
     leaves = {name: t.requires_grad_() for name, t in local.items()}
     o, final = lasp.delta_rule(
         leaves["q"], leaves["k"], leaves["v"], leaves["beta"], leaves.get("g"),
-        initial_state=leaves["initial_state"], output_final_state=True, backend=backend, sp=sp, **options,
+        initial_state=leaves["initial_state"], output_final_state=True, backend=backend, sp=sp,
+        erase_key=leaves.get("erase_key"), **options,
     )  # fmt: skip
     torch.autograd.backward((o, final), (d_o, d_final))
     return {
@@ -379,3 +382,44 @@ def test_ranks_that_differ():
 
     first, second = run(2, work)
     assert first == second and "normalize_qk: rank 0 has False, rank 1 has True" in first
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_an_erase_key_of_its_own(gate):
+    """Chunks equal tokens; a key that erases with itself is the delta rule; another is not."""
+    problem = make(gate, tokens=70, value_heads=4, slow=0.2, beta=(0.5, 1.0))
+    plain = solve(problem, "torch")
+    for key, same in ((problem["k"], True), (0.5 * problem["k"].roll(1, 3), False)):
+        erasing = problem | {"erase_key": key}
+        expected = solve(erasing, "reference")
+        name, error = worst(solve(erasing, "auto"), expected)
+        assert error < FP64, name
+        whole = expected["d_k"] + expected["d_erase_key"] if same else expected["d_k"]
+        assert (relative_error(whole, plain["d_k"]) < FP64) == same
+        assert (relative_error(expected["o"], plain["o"]) < FP64) == same
+
+
+@pytest.mark.parametrize("schedule", ["ring", "doubling"])
+def test_an_erase_key_across_ranks(schedule):
+    problem = make("scalar", batch=1, tokens=20, slow=0.2, beta=(0.5, 1.0))
+    problem["erase_key"] = 0.5 * problem["k"].roll(1, 3)
+    references = solve(problem)
+
+    def work(comm):
+        sp = sequence_parallel(comm, schedule, (7, 0, 13))
+        return errors(solve(problem, sp=sp), references, sp)
+
+    for found in simulate(3, work):
+        assert max(found.values()) < FP64, found
+
+
+def test_what_an_erase_key_must_be():
+    problem = make("none", tokens=3)
+    tensors = {name: problem[name] for name in ("q", "k", "v", "beta")}
+    for options, message in (
+        ({"erase_key": problem["k"][..., :2]}, "erase_key must be as k"),
+        ({"erase_key": problem["k"], "normalize_qk": True}, "normalize_qk"),
+        ({"erase_key": problem["k"], "backend": "triton"}, "has no erase_key"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lasp.delta_rule(**tensors, **options)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
 from lasp.recurrence.inputs import Inputs
 from lasp.recurrence.stages import AnyStages
 
@@ -32,7 +32,9 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        key = (family, x.q.device, x.q.dtype, max(x.q.shape[3], x.v.shape[3]))
+        columns = x.v.shape[3]
+        dim = max(x.q.shape[3], columns // value_pieces(columns) if family == "delta" else columns)
+        key = (family, x.q.device, x.q.dtype, dim)
         backend = _chosen.get(key) or _choose(*key)
     return load(family, backend)
 
@@ -48,7 +50,7 @@ def _choose(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> 
 
 def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Why the fused kernels are not for these inputs; empty where they are."""
-    if family != "decay":
+    if family not in ("decay", "delta"):
         return "no fused kernels for it"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the tensors are on {device.type}, the fused kernels run on CUDA"

@@ -21,13 +21,10 @@ from lasp.ops.checks import (
 )
 from lasp.ops.pending import PendingOutputs
 from lasp.ops.scan import ScanPlan
-from lasp.recurrence.inputs import DeltaInputs, state_dtype
+from lasp.recurrence.inputs import NORM_EPS, DeltaInputs, state_dtype
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import check_flags
+from lasp.sequence.arguments import check_flags, check_tensor
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
-
-# Added to the squared length of queries and keys, so that a zero vector stays zero.
-NORM_EPS = 1e-6
 
 
 def delta_rule(
@@ -44,6 +41,7 @@ def delta_rule(
     sp: SequenceParallel | None = None,
     backend: str = "auto",
     normalize_qk: bool = False,
+    erase_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The delta rule with any decay: each token replaces what its key reads by its value, to the degree beta.
 
@@ -51,8 +49,10 @@ def delta_rule(
 
     The gate's rank names the recurrence: None (DeltaNet, arXiv 2406.06484), [B, T, H_v] (Gated DeltaNet, arXiv
     2412.06464), [B, T, H_v, K] (Kimi Delta Attention, arXiv 2510.26692). Keys must have length 1 (`normalize_qk`):
-    longer ones let the state grow without bound wherever beta |k|^2 > 2. With `sp`, T is this rank's part of a
-    longer sequence, and the result is as if one device had computed all of it.
+    longer ones let the state grow without bound wherever beta |k|^2 > 2. With an erase key r of its own a token reads
+    with that, S_t = (I - beta_t k_t r_t^T) ..: Gated DeltaNet-2 (arXiv 2605.22791, r = b k, v = w v, beta = 1), Comba
+    (arXiv 2506.02475). That is no contraction: gates must pay for what it lets grow. With `sp`, T is this rank's part
+    of a longer sequence, and the result is as if one device had computed all of it.
 
     Args:
         q, k: [B, T, H, K], fp64, fp32, bf16 or fp16.
@@ -61,9 +61,12 @@ def delta_rule(
             2 reflects (negative eigenvalues).
         g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's.
         normalize_qk: divide q and k by their lengths first, in the state's dtype: sqrt(sum of squares + 1e-6).
+        erase_key: r, of k's shape, dtype and device; k if None. Not with normalize_qk, and only by the backends "torch"
+            and "reference".
         scale, initial_state, output_final_state, cu_seqlens, sp: as in `linear_attention`.
-        backend: "auto", "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU, with the
-            extra `fla`) or "reference" (token by token, slow, exact).
+        backend: "auto" ("triton" on a GPU, else "torch"), "triton" (fused kernels, on a GPU; with bf16 inputs products
+            are of bf16, states fp32), "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU,
+            with the extra `fla`) or "reference" (token by token, slow, exact).
 
     Returns:
         o [B, T, H_v, V] in v's dtype, and the final state [B, H_v, K, V] or None.
@@ -75,7 +78,7 @@ def delta_rule(
     with broadcast_errors(sp):
         check_inputs(q, k, v)
         plan, x = _planned(
-            k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, sp, backend, normalize_qk
+            k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, sp, backend, normalize_qk, erase_key
         )
     return _finished(plan, x, q, initial_state)
 
@@ -93,12 +96,13 @@ def delta_rule_begin(
     sp: SequenceParallel | None = None,
     backend: str = "auto",
     normalize_qk: bool = False,
+    erase_key: Tensor | None = None,
 ) -> PendingOutputs:
     """Start `delta_rule` before its queries are known; see `linear_attention_begin`."""
     with broadcast_errors(sp):
         check_inputs(k, k, v)
         plan, x = _planned(
-            k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, sp, backend, normalize_qk
+            k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, sp, backend, normalize_qk, erase_key
         )
 
     def finish(q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +125,7 @@ def _planned(
     sp: SequenceParallel | None,
     backend: str,
     normalize_qk: bool,
+    erase_key: Tensor | None,
 ) -> tuple[ScanPlan, DeltaInputs]:
     """How to compute, and the inputs with k in the place of q, which is laid out alike."""
     check_flags(output_final_state=output_final_state, normalize_qk=normalize_qk)
@@ -128,21 +133,51 @@ def _planned(
     check_beta(beta, v)
     if g is not None:
         check_gate(g, k, v, constant=False)
-        check_gate_values(g)
     dtype = state_dtype(k.dtype)
     documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
     gate = None if g is None else g.to(dtype)
     x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), documents)
     check_initial(x, initial_state)
     ranks = sp if sp is not None and sp.size > 1 else None
-    stages, change = select("delta", backend, x), _unit_length if normalize_qk else None
-    options = {"normalize_qk": normalize_qk}
+    if erase_key is not None:
+        backend = _check_erase_key(erase_key, k, backend, normalize_qk)
+    stages = select("delta", backend, x)
+    if g is not None and not (g.is_cuda and stages.bad_gates_give_nan):
+        check_gate_values(g)
+    change = _unit_length if normalize_qk and not stages.normalizes else None
+    x = x._replace(normalize=normalize_qk and stages.normalizes, erase_key=_of_value_heads(erase_key, v))
+    options = {"normalize_qk": normalize_qk, "erase_key": erase_key is not None}
     return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, options, change), x
 
 
 def _finished(plan: ScanPlan, x: DeltaInputs, q: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
     # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
-    return scan(plan, DeltaInputs(q, x.k, x.v, x.beta, x.g, x.scale, x.documents), initial_state)
+    return scan(
+        plan, DeltaInputs(q, x.k, x.v, x.beta, x.g, x.scale, x.documents, x.normalize, x.erase_key), initial_state
+    )
+
+
+def _check_erase_key(erase_key: Tensor, k: Tensor, backend: str, normalize_qk: bool) -> str:
+    """The backend for it.
+
+    Raises:
+        ValueError: it does not fit, or the backend does not know of one.
+    """
+    check_tensor("erase_key", erase_key, "of k's shape")
+    if erase_key.shape != k.shape or erase_key.dtype != k.dtype or erase_key.device != k.device:
+        given = f"{tuple(erase_key.shape)}, {erase_key.dtype}, on {erase_key.device}"
+        raise ValueError(f"erase_key must be as k, {tuple(k.shape)}, {k.dtype}, on {k.device}; got {given}")
+    if normalize_qk:
+        raise ValueError("normalize_qk=True cannot be had with erase_key: normalize keys before, or leave it out")
+    if backend in ("triton", "fla"):
+        raise ValueError(f"backend {backend!r} has no erase_key; use backend='torch'")
+    return "torch" if backend == "auto" else backend
+
+
+def _of_value_heads(erase_key: Tensor | None, v: Tensor) -> Tensor | None:
+    if erase_key is None or erase_key.shape[2] == v.shape[2]:
+        return erase_key
+    return erase_key.repeat_interleave(v.shape[2] // erase_key.shape[2], 2)
 
 
 def _unit_length(x: DeltaInputs) -> DeltaInputs:

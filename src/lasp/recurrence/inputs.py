@@ -11,6 +11,9 @@ from torch import Tensor
 from lasp.algebra import Diagonal, Identity, Scalar, Transition
 from lasp.recurrence.documents import Documents
 
+# Added to the squared length of queries and keys where they are divided by it, so that a zero vector stays zero.
+NORM_EPS = 1e-6
+
 _Self = TypeVar("_Self", bound="Inputs")
 
 
@@ -68,11 +71,13 @@ class DecayInputs(NamedTuple):
 class DeltaInputs(NamedTuple):
     """The inputs of the delta family, see `Inputs`.
 
-    S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale q_t S_t.
+    S_t = (I - beta_t k_t r_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale q_t S_t.
 
     Attributes:
         beta: [B, T, H_v], in [0, 2], in the state's dtype.
         g: None (DeltaNet), [B, T, H_v] (Gated DeltaNet) or [B, T, H_v, K] (KDA).
+        erase_key: r, [B, T, H_v, K]; k itself if None.
+        normalize: q and k are to be divided by their lengths, sqrt(sum of squares + NORM_EPS), by stages that do so.
     """
 
     q: Tensor
@@ -82,12 +87,17 @@ class DeltaInputs(NamedTuple):
     g: Tensor | None
     scale: float
     documents: Documents | None = None
+    normalize: bool = False
+    erase_key: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.beta, self.g
+        tensors = (self.q, self.k, self.v, self.beta, self.g)
+        return tensors if self.erase_key is None else (*tensors, self.erase_key)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DeltaInputs:
-        return DeltaInputs(*tensors, self.scale, self.documents)  # type: ignore[arg-type, call-arg]
+        own, erase_key = tensors[:5], tensors[5] if len(tensors) > 5 else None
+        others = (self.scale, self.documents, self.normalize, erase_key)
+        return DeltaInputs(*own, *others)  # type: ignore[arg-type, call-arg]
 
 
 def as_given(x: _Self, alone: bool) -> _Self:

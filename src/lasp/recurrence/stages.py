@@ -84,6 +84,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
         traceable: torch.compile can follow the stages; it cannot where they take gradients of their own.
         bad_gates_give_nan: a gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look
             for one before.
+        normalizes: they divide q and k by their lengths where `x.normalize` says so.
     """
 
     prepare: Callable[[Given, bool], Run]
@@ -100,6 +101,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     reads_queries_late: bool = False
     traceable: bool = True
     bad_gates_give_nan: bool = False
+    normalizes: bool = False
 
 
 # Those of any family: what they hand from one to the next is their own.

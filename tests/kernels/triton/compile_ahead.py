@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -40,6 +40,7 @@ from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay import runs
+from lasp.kernels.triton.delta import launches as delta_launches
 from lasp.ops import checks
 from lasp.sequence import arguments
 
@@ -60,6 +61,7 @@ class Call(NamedTuple):
     initial: bool = False
     final: bool = False
     packed: bool = False
+    delta: bool = False  # the delta rule, or linear attention
 
 
 class Compilable(NamedTuple):
@@ -104,9 +106,12 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
         """Public functions refuse tensors without numbers, and launches recorded need none."""
 
     runs._launches_of.cache_clear()
+    delta_launches._launches.cache_clear()
     device = DeviceLimits(132, LIMITS[target], target == "cuda:90")
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", record))
+        # Autocast knows no such device.
+        stack.enter_context(patch.object(torch, "autocast", lambda *arguments, **options: nullcontext()))
         stack.enter_context(patch.dict(devices._devices, {META: device}))
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
@@ -132,7 +137,10 @@ def make(call: Call) -> None:
         "cu_seqlens": documents,
         "backend": "triton",
     }
-    o, final = lasp.linear_attention(q, k, v, g, **ways)
+    if call.delta:
+        o, final = lasp.delta_rule(q, k, v, empty(1, T, H_v), g, **ways, normalize_qk=call.initial)
+    else:
+        o, final = lasp.linear_attention(q, k, v, g, **ways)
     (o.sum() + final.sum() if call.final else o.sum()).backward()
 
 
@@ -185,6 +193,7 @@ COMPILED = {
     Call("constant", D=256): "output",
     Call("constant", D=256, dtype=torch.float32): "key_value_gradient",
     Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk
+    Call("scalar", learned=True, delta=True): "solve|delta_(scan|output|gradients)",
     Call("channel", learned=True): "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk)",
 }
 
@@ -198,8 +207,11 @@ def one_of_each(target: str) -> list[Compilable]:
 
 
 def every_one(target: str) -> list[Compilable]:
-    cases = itertools.product(("constant", "scalar", "channel"), (128, 256), TYPES_OF_INPUTS)
-    return launched([Call(kind, D=D, dtype=dtype, learned=True) for kind, D, dtype in cases], target)
+    kinds = [("constant", False), ("scalar", False), ("channel", False)]
+    kinds += [("none", True), ("scalar", True), ("channel", True)]
+    cases = itertools.product(kinds, (128, 256), TYPES_OF_INPUTS)
+    calls = [Call(kind, D=D, dtype=dtype, learned=True, delta=delta) for (kind, delta), D, dtype in cases]
+    return launched(calls, target)
 
 
 def compile_for(name: str, kernels: list[Compilable]) -> None:
@@ -225,7 +237,8 @@ def every_call() -> list[Call]:
     ways = itertools.product((False, True), repeat=4)  # learned, initial, final, packed
     kinds, dims = ("none", "constant", "scalar", "channel"), ((16, 128), (4, 72))
     cases = itertools.product(TYPES_OF_INPUTS, ways, kinds, (65536, 512), dims)
-    return [Call(kind, T, H, D, dtype, *way) for dtype, way, kind, T, (H, D) in cases]
+    calls = [Call(kind, T, H, D, dtype, *way) for dtype, way, kind, T, (H, D) in cases]
+    return [*calls, *(call._replace(delta=True) for call in calls if call.kind != "constant")]
 
 
 def parse(kernels: list[Compilable]) -> None:

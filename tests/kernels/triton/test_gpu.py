@@ -280,3 +280,35 @@ def test_auto_takes_the_kernels_and_captures_in_a_graph() -> None:
     again = step()
     for first, second in zip(captured, again, strict=True):
         assert torch.equal(first, second)
+
+
+DELTA = {"T": 4037, "H": 2, "H_v": 4, "initial": True}
+
+
+@pytest.mark.parametrize("dims", [DELTA, DELTA | {"documents": (0, 1, 700, 764, 3100, 4037)}], ids=["long", "packed"])
+@pytest.mark.parametrize("kind", ["none", "scalar", "channel"])
+@pytest.mark.parametrize(
+    ("dtype", "K", "V"), [(BF16, 128, 128), (BF16, 256, 512), (BF16, 72, 40), (FP16, 64, 64), (FP32, 128, 128)], ids=str
+)
+def test_delta_rule(dtype: torch.dtype, K: int, V: int, kind: str, dims: dict[str, Any]) -> None:
+    """By segments that the device's processors decide, with what the interpreter has not: the copy engine's tiles."""
+    x, d_o, d_final = inputs(Case(kind, dtype, K, V, **dims))
+    beta = torch.rand(1, x["v"].shape[1], 4, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    x = {"q": x["q"], "k": x["k"], "v": x["v"], "beta": beta} | {name: x[name] for name in list(x)[3:]}
+
+    def solved(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in x.items()}
+        o, final = lasp.delta_rule(
+            **leaves, output_final_state=True, normalize_qk=True, cu_seqlens=dims.get("documents"), backend=backend
+        )
+        found = torch.autograd.grad((o, final), list(leaves.values()), (d_o.to(o), d_final.to(final)))
+        names = (f"d_{name}" for name in leaves)
+        return {"o": o.detach(), "final_state": final.detach()} | dict(zip(names, found, strict=True))
+
+    values = solved("triton", None)
+    if "LASP_TEST_PART" in os.environ:
+        return
+    references = solved("torch", torch.float64)
+    for name, value in values.items():
+        bound = BOUNDS[dtype].outputs if name in ("o", "final_state") else BOUNDS[dtype].gradients
+        assert relative_error(value, references[name]) <= bound, name

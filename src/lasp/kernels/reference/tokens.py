@@ -25,9 +25,10 @@ def decay_token(x: DecayInputs, t: int, dtype: torch.dtype) -> Summary:
 
 
 def delta_token(x: DeltaInputs, t: int, dtype: torch.dtype) -> Summary:
-    """S -> (I - beta_t k_t k_t^T) diag(exp(g_t)) S + beta_t k_t v_t^T."""
+    """S -> (I - beta_t k_t r_t^T) diag(exp(g_t)) S + beta_t k_t v_t^T."""
     k, v, beta = (tensor[:, t].to(dtype) for tensor in (x.k, x.v, x.beta))
-    erase = torch.eye(k.shape[-1], dtype=dtype, device=k.device) - beta[..., None, None] * _outer(k, k)
+    r = k if x.erase_key is None else x.erase_key[:, t].to(dtype)
+    erase = torch.eye(k.shape[-1], dtype=dtype, device=k.device) - beta[..., None, None] * _outer(k, r)
     if x.g is not None:
         decay = x.g[:, t].exp()
         erase = erase * (decay[..., None, None] if decay.dim() == 2 else decay[..., None, :])

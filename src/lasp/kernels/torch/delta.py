@@ -3,12 +3,13 @@
 Legend: B batch, H heads, N chunks, C tokens a chunk, K and V head dims, G = 1 (decay per head) or K (per channel).
     S        [B, H, N, K, V]  state at the start of each chunk
     u        [B, H, N, C, V]  what each token writes: S_t = diag(exp(g_t)) S_{t-1} + k_t u_t^T
+    r        [B, H, N, C, K]  erase key: what a token reads; k where none is given
     exp(i<j) decay of everything after token j up to token i, i's own included
 
-A token writes what is missing from what its key reads, u_t = beta_t (v_t - k_t diag(exp(g_t)) S_{t-1}), and the
+A token writes what is missing from what it reads, u_t = beta_t (v_t - r_t diag(exp(g_t)) S_{t-1}), and the
 state it reads holds the writes before it. Over a chunk that is a triangular system with unit diagonal,
 
-    u_i + beta_i sum_{j<i} (k_i exp(i<j) k_j) u_j = beta_i (v_i - k_i exp(i<start) S),
+    u_i + beta_i sum_{j<i} (r_i exp(i<j) k_j) u_j = beta_i (v_i - r_i exp(i<start) S),
 
 whose solution is affine in the chunk's entering state: u = writes - erases S. Everything else follows by matrix
 products: the chunk is S -> (diag(exp(end<start)) - stores^T erases) S + stores^T writes with stores_j =
@@ -121,27 +122,30 @@ def _channel_scores(rows: Tensor, k: Tensor, g: Tensor) -> Tensor:
     return torch.cat([first, torch.cat([across, within[..., 1, :, :]], -1)], -2)
 
 
-def _wy_factors(scale: float, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None) -> ChunkFactors:
-    """The chunks' quantities; see the head of this file."""
-    kept, reads, reading_keys, stores = None, q, k, k
+def _wy_factors(x: DeltaInputs, inputs: list[Tensor]) -> ChunkFactors:
+    """The chunks' quantities, of the run's inputs in chunks; see the head of this file."""
+    q, k, v, beta, *others = inputs
+    g = others[0] if x.g is not None else None
+    r = others[-1] if x.erase_key is not None else k
+    kept, reads, reading_keys, stores = None, q, r, k
     if g is None:
-        scores, overlaps = (q @ k.mT).tril(), k @ k.mT
+        scores, overlaps = (q @ k.mT).tril(), r @ k.mT
     else:
         from_start = g.cumsum(-2).exp()
-        kept, reads, reading_keys = from_start[..., -1, :], q * from_start, k * from_start
+        kept, reads, reading_keys = from_start[..., -1, :], q * from_start, r * from_start
         if g.shape[-1] == 1:
             # [i, j] = sum of the gates of j+1 .. i.
             spans = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2)
             decay = spans.exp().tril()
-            scores, overlaps = (q @ k.mT) * decay, (k @ k.mT) * decay
+            scores, overlaps = (q @ k.mT) * decay, (r @ k.mT) * decay
             stores = k * decay[..., -1:, :].mT
         else:
-            scores, overlaps = _channel_scores(torch.stack([q, k]), k, g)
+            scores, overlaps = _channel_scores(torch.stack([q, r]), k, g)
             stores = k * _after(g).exp()
     system, known = beta * overlaps.tril(-1), beta * torch.cat([v, reading_keys], -1)
     solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     writes, erases = solved.split([v.shape[-1], k.shape[-1]], -1)
-    return ChunkFactors(scale * reads, scale * scores, stores, writes, erases, kept)
+    return ChunkFactors(x.scale * reads, x.scale * scores, stores, writes, erases, kept)
 
 
 def _queries(c: ChunkFactors) -> Tensor:
@@ -192,7 +196,7 @@ def _scan(
 
 def summarize(x: DeltaInputs) -> tuple[Summary, Forward]:
     chunking, inputs = _cut_inputs(x)
-    c = _wy_factors(x.scale, *inputs)
+    c = _wy_factors(x, inputs)
     summary, starts, prefixes = _scan(x, chunking, _transitions(c, inputs), c.stores.mT @ c.writes)
     return summary, Forward(chunking, c, starts, prefixes)
 
@@ -212,7 +216,7 @@ def summarize_adjoint(x: DeltaInputs, saved: Saved, d_o: Tensor) -> tuple[Summar
     chunking, cut = _cut_inputs(x)
     inputs = [t.detach().requires_grad_() for t in cut]
     with torch.enable_grad():
-        c = _wy_factors(x.scale, *inputs)
+        c = _wy_factors(x, inputs)
     d_out = chunking.cut(d_o.to(c.reads.dtype))
     # Gradients flow from a chunk's end to its start, by the transposed transitions.
     transposed = _transitions(c, cut).adjoint()
@@ -245,7 +249,7 @@ def gradients(
     joined = [chunking.join(d) for d in d_inputs]
     given = [t for t in x.tensors() if t is not None]
     found: list[Tensor | None] = [d.reshape(t.shape).to(t.dtype) for d, t in zip(joined, given, strict=True)]
-    return tuple(found if x.g is not None else [*found, None])
+    return tuple(found if x.g is not None else [*found[:4], None, *found[4:]])
 
 
 STAGES = Stages(

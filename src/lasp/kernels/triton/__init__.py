@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lasp.kernels.torch import unmasked
 from lasp.kernels.triton.decay.stages import STAGES as DECAY
+from lasp.kernels.triton.delta.stages import STAGES as DELTA
 from lasp.recurrence.stages import AnyStages
 
-STAGES: Mapping[str, AnyStages] = {"decay": DECAY, "unmasked": unmasked.STAGES}
+STAGES: Mapping[str, AnyStages] = {"decay": DECAY, "delta": DELTA, "unmasked": unmasked.STAGES}

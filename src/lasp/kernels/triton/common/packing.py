@@ -7,7 +7,7 @@ ones cost a state each (docs/design/kernels.md).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from torch import Tensor
 from lasp.kernels.triton.common.program import CHUNK_PLACE, PLACE
 from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, LaunchPlan
 from lasp.recurrence.documents import Documents
+
+if TYPE_CHECKING:  # which imports from `decay.plan` too
+    from lasp.kernels.triton.delta.plan import DeltaPlan
+
+# The plan of either family.
+AnyPlan = TypeVar("AnyPlan", "LaunchPlan", "DeltaPlan")
 
 
 class Tables(NamedTuple):
@@ -65,7 +71,7 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     )
 
 
-def packed_plan(p: LaunchPlan, documents: Documents, device: torch.device) -> LaunchPlan:
+def packed_plan(p: AnyPlan, documents: Documents, device: torch.device) -> AnyPlan:
     """`p`, which was made for the tokens in one run, for `documents`."""
     key = (p.chunk, p.segment_chunks, device)
     tables = documents.layouts.get(key)
@@ -81,17 +87,17 @@ def packed_plan(p: LaunchPlan, documents: Documents, device: torch.device) -> La
     )
 
 
-def places_of(p: LaunchPlan, otherwise: Tensor) -> Tensor:
+def places_of(p: LaunchPlan | DeltaPlan, otherwise: Tensor) -> Tensor:
     """The table of segments; without documents a kernel reads none, and any tensor will do."""
     return otherwise if p.tables is None else p.tables.segments
 
 
-def chunks_of(p: LaunchPlan, otherwise: Tensor) -> Tensor:
+def chunks_of(p: LaunchPlan | DeltaPlan, otherwise: Tensor) -> Tensor:
     """The table of chunks, likewise."""
     return otherwise if p.tables is None else p.tables.chunks
 
 
-def bounds_of(p: LaunchPlan, otherwise: Tensor) -> Tensor:
+def bounds_of(p: LaunchPlan | DeltaPlan, otherwise: Tensor) -> Tensor:
     """The documents' segments, likewise."""
     return otherwise if p.tables is None else p.tables.bounds
 

@@ -1,0 +1,97 @@
+# mypy: ignore-errors
+"""Scores and overlaps of a gate per channel for any gates: of the chunks that `channel_operands` has left.
+
+By levels, as in `decay.channel_prepare`: two tokens meet in the middle of one block of 2^(level + 1) tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.program import chunk_place
+from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk
+from lasp.kernels.triton.decay.channel.decays import (
+    base_operand,
+    gate_operand,
+    in_base_block,
+    is_done,
+    is_late,
+    load_channel_gates,
+    load_stretches,
+    meets,
+    sum_over,
+)
+from lasp.kernels.triton.delta.chunk import lengths
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
+def delta_channel_scores_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    g_ptr,  # fp32 [B, T, H_v, K]
+    q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
+    k_norms_ptr,  # likewise
+    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    scores_ptr,  # [B, H_v, chunks, C, C], written if QUERIES: P
+    overlaps_ptr,  # fp32 likewise, written unless QUERIES: L
+    steep_ptr,  # int32 [B, H_v, chunks] if STEEP
+    places_ptr,  # int32 [chunks, 3] if PACKED
+    scale,
+    T,
+    H,
+    H_v,
+    chunks,
+    K: tl.constexpr,
+    BK: tl.constexpr,  # channels at a time
+    C: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BASE: tl.constexpr,  # 2^BASE tokens a base block
+    LEVELS: tl.constexpr,  # log2(C)
+    STEEP: tl.constexpr,  # only the chunks that are marked
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    chunk = tl.program_id(0)
+    head = tl.program_id(1) % H_v
+    batch = tl.cast(tl.program_id(1) // H_v, tl.int64)
+    at = (batch * H_v + head) * chunks + chunk
+    if is_done(steep_ptr, at, STEEP):
+        return
+    first, last = chunk_place(places_ptr, chunk, T, C, PACKED)
+    key_head = head // (H_v // H)
+    qk = (batch * T * H + key_head) * K
+    out = (batch * T * H_v + head) * K
+    norms_at = ((batch * H + key_head) * chunks + chunk) * C
+    k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)[:, None]
+    norms = k_norms
+    rows_ptr = k_ptr
+    if QUERIES:
+        norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE)[:, None] * scale
+        rows_ptr = q_ptr
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    scores = tl.zeros((C, C), tl.float32)
+    for column in range(0, K, BK):
+        rows = load_chunk(rows_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * norms
+        k = load_chunk(k_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * k_norms
+        gates = load_channel_gates(g_ptr + out, first, last, column, last, H_v * K, K, C, BK, DESCRIPTORS)
+        if BASE > 0:
+            to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+            base_rows = (rows * tl.exp2(to_middle)).to(dtype)
+            base_k = (k * tl.exp2(-to_middle)).to(dtype)
+        else:
+            base_rows = rows.to(dtype)
+            base_k = k.to(dtype)
+        base = tl.dot(base_rows, tl.trans(base_k), input_precision=PRECISION)
+        scores += tl.where(in_base_block(BASE, C), base, 0.0)
+        operand = gate_operand(gates, dtype)
+        for level in range(BASE, LEVELS):
+            decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+            x = (tl.where(is_late(level, C), rows, k) * decay).to(dtype)
+            scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
+    tile = at * C * C + i * C + j
+    if QUERIES:
+        tl.store(scores_ptr + tile, tl.where(i >= j, scores, 0.0).to(dtype))
+    else:
+        tl.store(overlaps_ptr + tile, tl.where(i > j, scores, 0.0))

@@ -1,0 +1,109 @@
+# mypy: ignore-errors
+"""A chunk's scalars and writes, as every sweep of the delta rule has them.
+
+Letters, per chunk: S [K, V] enters, D is the gradient of what leaves. 2^prefix decays from the chunk's start to a
+token, 2^suffix from a token to its end, 2^total over all of it; G_ij = 2^between(j, i) from token j to a later i.
+
+    L = strict(k k^T G),  A = (I + diag(beta) L)^-1            solve
+    W = v - 2^prefix (k S),  u = A diag(beta) W                what each token writes
+    o = scale 2^prefix (q S) + P u,  P = scale tril(q k^T G)
+    S' = 2^total S + (2^suffix k)^T u
+
+beta is at least 2^-50: a token whose beta is zero then writes 1e-15 of what it would, and its u / beta is known.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, pair_decay
+
+MIN_BETA = tl.constexpr(2.0**-50)
+
+
+@triton.jit
+def token_sums(prefix_ptr, suffix_ptr, at, KIND: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """prefix [C], suffix [C] and total of the chunk whose sums of gates begin at `at`; zero unless KIND is TOKEN."""
+    if KIND == TOKEN:
+        prefix = tl.load(prefix_ptr + at + tl.arange(0, C))
+        total = tl.load(prefix_ptr + at + C - 1)
+        # A difference does for operands of 16 bits.
+        suffix = tl.load(suffix_ptr + at + tl.arange(0, C)) if EXACT else total - prefix
+    else:
+        prefix = tl.zeros((C,), tl.float32)
+        suffix = tl.zeros((C,), tl.float32)
+        total = 0.0
+    return prefix, suffix, total
+
+
+@triton.jit
+def lengths(norms_ptr, at, C: tl.constexpr, NORMALIZE: tl.constexpr):
+    """What the chunk's keys or queries are to be multiplied by, [C]."""
+    if NORMALIZE:
+        return tl.load(norms_ptr + at + tl.arange(0, C))
+    else:
+        return tl.full((C,), 1.0, tl.float32)
+
+
+@triton.jit
+def state_decay(totals_ptr, chunk, total, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
+    """By what a chunk multiplies each channel of a state, [BK]; totals_ptr: [chunks, K] of the head."""
+    if KIND == CHANNEL:
+        d = tl.arange(0, BK)
+        return tl.exp2(tl.load(totals_ptr + tl.cast(chunk, tl.int64) * K + d, mask=d < K, other=0.0))
+    else:
+        return tl.full((BK,), 1.0, tl.float32) * tl.exp2(total)
+
+
+@triton.jit
+def between(
+    g_ptr, H_v, prefix, start, last, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
+):
+    """[C, C] factors between tokens, as in `pair_decay`; g_ptr: the head's gates."""
+    if EXACT and KIND == TOKEN:
+        at = g_ptr + tl.cast(start, tl.int64) * H_v
+        return pair_decay(at, H_v, 0.0, prefix, last - start, KIND, C, REVERSE, EXACT)
+    else:
+        i, j = token_pairs(start, C)
+        reached = i >= j if REVERSE else i <= j
+        if KIND == TOKEN:
+            log2 = prefix[:, None] - prefix[None, :] if REVERSE else prefix[None, :] - prefix[:, None]
+            # Of unreached pairs it may be infinite: it is replaced, not multiplied.
+            return tl.where(reached, tl.exp2(log2), 0.0)
+        else:
+            return tl.where(reached, 1.0, 0.0)
+
+
+@triton.jit
+def token_pairs(start, C: tl.constexpr):
+    """Rows [C, 1] and columns [1, C] of a matrix between a chunk's tokens.
+
+    They begin at zero, but the compiler shall not know: it would keep matrices made of them, the same for all chunks,
+    in registers over the loop.
+    """
+    zero = tl.minimum(start, 0)
+    return zero + tl.arange(0, C)[:, None], zero + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def written(state, keys_t, v_t, beta, read_decay, inverse, PRECISION: tl.constexpr):
+    """What the chunk's tokens write, transposed, [BV, C] in fp32.
+
+    Args:
+        state: [BV, BK], transposed. keys_t: [BK, C]. v_t: [BV, C] in fp32.
+        beta, read_decay: [C]. inverse: A - I, [C, C].
+    """
+    dtype = inverse.dtype
+    read = tl.dot(state.to(dtype), keys_t, input_precision=PRECISION)
+    w = v_t * beta[None, :] - read * (beta * read_decay)[None, :]
+    return tl.dot(w.to(dtype), tl.trans(inverse), w, input_precision=PRECISION)
+
+
+@triton.jit
+def after_chunk(state, u_t, keys, to_end, decay, PRECISION: tl.constexpr):
+    """The transposed state [BV, BK] after a chunk that writes u_t [BV, C] at keys [C, BK].
+
+    u is rounded before it decays, so that the backward pass, from a stored u, makes the same states bit by bit.
+    """
+    dtype = keys.dtype
+    weighted = (u_t.to(dtype).to(tl.float32) * to_end[None, :]).to(dtype)
+    return tl.dot(weighted, keys, state * decay[None, :], input_precision=PRECISION)

@@ -1,0 +1,292 @@
+"""What the shapes of a run decide: its plan, and its kernels with everything but the tensors they work on.
+
+Made once for a shape, so that a call allocates and launches and does little else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache, wraps
+from typing import Any
+
+import torch
+import triton
+
+from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
+from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.device import device_limits
+from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
+from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.packing import packed_plan
+from lasp.kernels.triton.decay.channel.launches import base_levels
+from lasp.kernels.triton.decay.launches import MAX_GRID
+from lasp.kernels.triton.decay.plan import kind_of
+from lasp.kernels.triton.decay.scalar.launches import GATE_SUMS_HEADS, GATE_SUMS_WARPS
+from lasp.kernels.triton.delta.channel_gradients import delta_channel_gradients_kernel
+from lasp.kernels.triton.delta.channel_operands import delta_channel_operands_kernel
+from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
+from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
+from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
+from lasp.kernels.triton.delta.output import delta_output_kernel
+from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
+from lasp.kernels.triton.delta.reverse import delta_reverse_kernel
+from lasp.kernels.triton.delta.segment_scan import GIVEN, IDENTITY, ZERO, delta_scan_kernel
+from lasp.kernels.triton.delta.solve import solve_kernel
+from lasp.kernels.triton.delta.states import delta_states_kernel
+from lasp.kernels.triton.delta.summary import delta_summary_kernel
+from lasp.recurrence.inputs import NORM_EPS, DeltaInputs
+
+WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
+SCAN_STEP = 32
+
+
+def _once(make: Callable[..., Launch]) -> Callable[..., Launch]:
+    """A method's launches, each made when it is first asked for."""
+
+    @wraps(make)
+    def found(self: DeltaLaunches, *arguments: Any, **ways: Any) -> Launch:
+        key = (make.__name__, arguments, *ways.values())
+        if key not in self.made:
+            self.made[key] = make(self, *arguments, **ways)
+        return self.made[key]
+
+    return found
+
+
+class DeltaLaunches:
+    """What is done for runs of one shape.
+
+    Attributes:
+        plan: how they are cut.
+        scale: of the outputs.
+        values_shape, pieces: [H_v, V], and in how many heads of the kernels each is cut: value columns do not know of
+            one another.
+        dtype: of the inputs.
+        operand: the dtype that the kernels take for inputs of `dtype`: that, or fp32 for fp16, which lacks the range.
+        kind, per_channel: of decay, as in `gates`; whether that is a gate per channel.
+        mild: whether chunks whose gates per channel are mild have kernels of their own.
+        normalize: whether queries and keys are divided by their lengths.
+        with_gate: whether the gradient of the gate is wanted.
+        from_zero: whether runs are whole and start from no state.
+        state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
+        slots: of a number for each token of each chunk. norms: likewise for each head of keys.
+        tiles: of the matrices between the tokens of each chunk.
+        state_chunks: of S at the starts of chunks, or D at their ends.
+        passing: of the parts of what passes chunks. gates: of those of dg. totals: of the decays of chunks.
+        operands: of keys that have their decays.
+        gradient, gradient_dtype: of dq and dk per value head.
+    """
+
+    def __init__(
+        self,
+        q: tuple[int, ...],
+        v: tuple[int, ...],
+        dtype: torch.dtype,
+        kind: int,
+        p: DeltaPlan,
+        with_gate: bool,
+        normalize: bool,
+        scale: float,
+        from_zero: bool,
+    ) -> None:
+        B, T, H, K = q
+        self.values_shape, self.pieces = v[2:], value_pieces(v[3])
+        H_v, V = v[2] * self.pieces, v[3] // self.pieces
+        if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
+            raise ValueError(
+                f"backend 'triton' takes bf16, fp16 and fp32 with K up to {FUSED_MAX_DIM} and V up to as much or cut "
+                f"into equal parts of it, got {dtype} with K = {K}, V = {v[3]}; use backend='torch'"
+            )
+        if max(p.segments, B * H_v) > MAX_GRID:
+            raise ValueError(
+                f"backend 'triton' takes up to {MAX_GRID} segments a rank (of {p.chunk} tokens or more, or of one "
+                f"document) and as many heads, got {p.segments} and {B * H_v}; split the sequence over more ranks or "
+                "use backend='torch'"
+            )
+        self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
+        self.with_gate, self.from_zero = with_gate, from_zero
+        self.made: dict[Any, Launch] = {}
+        self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
+        runs = B if p.tables is None else len(p.tables.bounds) - 1
+        self.state = (runs, H_v, K, V)
+        self.transition = (runs, H_v, K, K)
+        self.states, self.moves = (B, H_v, p.segments, K, V), (B, H_v, p.segments, K, K)
+        self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
+        self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
+        self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
+        passing = (self.state_chunks[3] // p.values.columns, B, H_v, p.chunks)
+        self.passing = (*passing, K) if kind == CHANNEL.value else passing
+        self.gates = (-(-K // p.keys.columns), B, T, H_v)
+        self.per_channel = kind == CHANNEL.value
+        self.mild = self.per_channel and base_levels(self.operand) > 0
+        self.totals, self.operands = (B, H_v, p.chunks, K), (B, T, H_v, K)
+        self.summed = H_v > H or normalize
+        self.gradient = (B, T, H_v, K)
+        self.gradient_dtype = torch.float32 if self.summed else self.operand
+        sweeps = {"H": H_v if self.per_channel else H, "NORMALIZE": normalize and not self.per_channel}
+        # What these names mean in every kernel; of sweeps, whose keys may have decays, some mean something else.
+        self._known: dict[str, Any] = {
+            "scale": scale, "B": B, "T": T, "H": H, "H_v": H_v, "K": K, "V": V, "eps": NORM_EPS,
+            "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
+            "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
+            "PASSING": self.passing[0], "KIND": kind, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
+            "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.mild, "STEEP": self.mild,
+            "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
+            "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
+        }  # fmt: skip
+        self._sweeps = sweeps
+
+    def _tile(self, dim: int) -> int:
+        return tile(dim, self.operand)
+
+    def _launch(self, kernel: Any, grid: tuple[int, int], warps: int, stages: int, **own: Any) -> Launch:
+        """A launch of `kernel` with what is its own beside what is known of the run."""
+        known = {name: self._known[name] for name in kernel.arg_names if name in self._known}
+        own = {name: value for name, value in own.items() if name in kernel.arg_names}
+        return Launch(kernel, grid, {**known, **own}, warps=warps, stages=stages)
+
+    def _by_segment(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
+        """A program for each segment of each head, and for each of so many slices of what it makes."""
+        grid = (slices * self._heads, self.plan.segments)
+        return self._launch(kernel, grid, tiles.warps, tiles.stages, **own)
+
+    def _sweep(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
+        return self._by_segment(kernel, slices, tiles, BV=tiles.columns, **self._sweeps, **own)
+
+    def _by_chunk(self, kernel: Any, heads: int, warps: int, **own: Any) -> Launch:
+        """A program for each chunk of each of so many heads."""
+        return self._launch(kernel, (self.plan.chunks, heads), warps, 1, **own)
+
+    @cached_property
+    def gate_sums(self) -> Launch:
+        (B, H_v), heads = self.slots[:2], min(GATE_SUMS_HEADS, triton.next_power_of_2(self.slots[1]))
+        return self._by_chunk(gate_sums_kernel, -(-H_v // heads) * B, GATE_SUMS_WARPS, HEADS=heads)
+
+    @cached_property
+    def lengths(self) -> Launch:
+        return self._by_chunk(norms_kernel, self._key_heads, 4)
+
+    @cached_property
+    def key_gradient_sum(self) -> Launch:
+        return self._by_chunk(key_gradient_sum_kernel, self._key_heads, WIDE_WARPS)
+
+    @cached_property
+    def solve(self) -> Launch:
+        p = self.plan
+        normalize = self.normalize and not self.per_channel
+        return self._by_chunk(solve_kernel, self._heads, p.solve, NORMALIZE=normalize, PRECISION=p.solve_precision)
+
+    @cached_property
+    def summary(self) -> Launch:
+        tiles, (K, V) = self.plan.summary, self.state[2:]
+        slices = -(-V // tiles.columns) + -(-K // tiles.columns)
+        return self._sweep(delta_summary_kernel, slices, tiles, TOTAL=not self.from_zero)
+
+    @cached_property
+    def output(self) -> Launch:
+        tiles = self.plan.values
+        return self._sweep(delta_output_kernel, -(-self.state[3] // tiles.columns), tiles)
+
+    @cached_property
+    def adjoint(self) -> Launch:
+        return self._reverse(total=False, values=False)
+
+    @cached_property
+    def whole_adjoint(self) -> Launch:
+        """Where what the whole run adds to the gradient is wanted."""
+        return self._reverse(total=True, values=False)
+
+    @cached_property
+    def values(self) -> Launch:
+        return self._reverse(total=True, values=True)
+
+    def _reverse(self, *, total: bool, values: bool) -> Launch:
+        return self._sweep(delta_reverse_kernel, self.passing[0], self.plan.values, TOTAL=total, VALUES=values)
+
+    @cached_property
+    def chunk_states(self) -> Launch:
+        return self._sweep(delta_states_kernel, self.passing[0], self.plan.values)
+
+    @cached_property
+    def gradients(self) -> Launch:
+        tiles = self.plan.keys
+        return self._by_segment(
+            delta_gradients_kernel, self.gates[0], tiles, BK=tiles.columns, BV=self._values(tiles.columns)
+        )
+
+    @_once
+    def channel_gradients(self, *, mild: bool) -> Launch:
+        tiles = self.plan.channel
+        slices, values = -(-self.state[2] // tiles.columns), self._values(tiles.columns)
+        return self._by_segment(delta_channel_gradients_kernel, slices, tiles, BK=tiles.columns, BV=values, MILD=mild)
+
+    def _values(self, columns: int) -> int:
+        """Columns of values at a time: few where a thread holds what it contracts, or where V is wide."""
+        return min(self.state_chunks[3], columns if self.plan.exact else 128)
+
+    @_once
+    def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
+        columns, warps, _ = self.plan.channel
+        ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "MILD": self.mild}
+        return self._by_chunk(delta_channel_operands_kernel, self._heads, warps, **ways)
+
+    @_once
+    def channel_scores(self, *, queries: bool) -> Launch:
+        columns, warps, _ = self.plan.channel
+        return self._by_chunk(delta_channel_scores_kernel, self._heads, warps, BK=columns, QUERIES=queries)
+
+    def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
+        """What enters segments; given: a state enters the run. leaves: what leaves it is wanted too."""
+        return self._scan(self.state[3], (GIVEN if given else ZERO).value, leaves, reverse)
+
+    def transition_scan(self, *, reverse: bool) -> Launch:
+        """The run's transition, transposed if `reverse`."""
+        return self._scan(self.state[2], IDENTITY.value, True, reverse)
+
+    @_once
+    def _scan(self, columns: int, start: int, leaves: bool, reverse: bool) -> Launch:
+        p, (runs, H_v, K, _) = self.plan, self.state
+        grid = (-(-columns // p.scan.columns) * runs * H_v, 1)
+        ways = {"START": start, "LEAVES": leaves, "REVERSE": reverse, "PRECISION": p.solve_precision}
+        sizes = {"V": columns, "BV": p.scan.columns, "STEP": min(SCAN_STEP, self._tile(K))}
+        return self._launch(delta_scan_kernel, grid, p.scan.warps, p.scan.stages, **ways, **sizes)
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 has no range for u where beta is next to zero, nor for states."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@lru_cache(maxsize=256)
+def _launches(
+    q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device, *others: Any
+) -> DeltaLaunches:
+    return DeltaLaunches(q, v, dtype, kind, _plan(q, v, dtype, kind, device), *others)
+
+
+def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
+    B, T, H_v, V = v
+    pieces = value_pieces(V)
+    return delta_plan(
+        T, B * H_v * pieces, q[3], V // pieces, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device)
+    )
+
+
+def launches_of(x: DeltaInputs, from_zero: bool) -> DeltaLaunches:
+    """The launches for such a run.
+
+    from_zero: it is the whole sequence and starts from no state.
+
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
+    others = (x.g is not None and x.g.requires_grad, x.normalize, x.scale, from_zero)
+    if x.documents is None:
+        return _launches(*shapes, *others)
+    kept = x.documents.layouts
+    if ("delta", shapes, others) not in kept:
+        p = packed_plan(_plan(*shapes), x.documents, x.q.device)
+        kept["delta", shapes, others] = DeltaLaunches(*shapes[:4], p, *others)
+    found: DeltaLaunches = kept["delta", shapes, others]
+    return found

@@ -1,0 +1,143 @@
+# mypy: ignore-errors
+"""From the last chunk of a segment to its first, with the gradient D of the state.
+
+    dU = P^T do + 2^suffix (k D),   Y = A^T dU,   dv = beta Y
+    D' = 2^total D + (scale 2^prefix q)^T do - (2^prefix k)^T dv
+
+First from zero, for what the segment adds to D (the transition is forward's, transposed); then, D being known, for dv.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
+from lasp.kernels.triton.common.program import place, run_bounds
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.delta.chunk import between, lengths, state_decay, token_sums
+
+
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
+def delta_reverse_kernel(
+    q_ptr,  # [B, T, H, K]; with scale and decays if CHANNEL
+    reading_ptr,  # [B, T, H, K]: k, or what reads the state if CHANNEL
+    storing_ptr,  # likewise: k, or what it is written at
+    do_ptr,  # [B, T, H_v, V]
+    inverse_ptr,  # [B, H_v, chunks, C, C]: A - I
+    scores_ptr,  # likewise: P, if CHANNEL
+    beta_ptr,  # fp32 [B, H_v, chunks C]
+    q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
+    k_norms_ptr,  # likewise
+    g_ptr,  # fp32 [B, T, H_v] if TOKEN
+    prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
+    suffix_ptr,  # likewise, and EXACT
+    totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
+    added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
+    dv_ptr,  # [B, T, H_v, V], written if VALUES
+    d_chunks_ptr,  # [B, H_v, chunks, ROWS, BK], written if VALUES: D^T at the end of each chunk, rounded
+    places_ptr,  # int32 [segments, 7] if PACKED
+    entering_ptr,  # fp32 as added_ptr, if VALUES: D at the end of each segment; or None for zero
+    scale,
+    T,
+    H,
+    H_v,
+    segments,
+    segment_chunks,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ROWS: tl.constexpr,  # of d_chunks, V and more
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TOTAL: tl.constexpr,  # whether a run's whole is wanted
+    VALUES: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slices: tl.constexpr = ROWS // BV
+    part, head, batch, segment, first, last, chunk, border, _ends = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
+    if (VALUES == 0) and (TOTAL == 0):
+        begin, _ = run_bounds(places_ptr, T, PACKED)
+        if first == begin:
+            return
+    dtype = storing_ptr.dtype.element_ty
+    column = part * BV
+    row = tl.cast(batch, tl.int64) * T
+    run = tl.cast(batch, tl.int64) * H_v + head
+    key_head = head // (H_v // H)
+    qk = (row * H + key_head) * K
+    vo = (row * H_v + head) * V
+    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    reading = view(reading_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    storing = view(storing_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    do_view = view(do_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
+    count = tl.cdiv(last - first, C)
+    slot = (run * chunks + chunk) * C
+    inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
+    scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
+    if VALUES:
+        dv_view = view(dv_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
+        d_chunks = view(d_chunks_ptr + (run * chunks + chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, False)
+    norms_at = ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
+    totals_ptr += (run * chunks + chunk) * K
+    if KIND == TOKEN:
+        g_ptr += row * H_v + head
+
+    state = tl.zeros((BV, BK), tl.float32)
+    if entering_ptr is not None:
+        source = border if WHOLE else run * segments + segment
+        entering, mask = state_tile(entering_ptr + source * K * V, column, 0, V, K, 1, V, BV, BK)
+        state = tl.load(entering, mask=mask, other=0.0)
+    for step in range(count):
+        c = count - 1 - step
+        start = first + c * C
+        q = load_chunk(q_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
+        keys = load_chunk(storing, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
+        reads = keys
+        if KIND == CHANNEL:
+            reads = load_chunk(reading, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
+        inverse = load_chunk(inverses, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)
+        do_t = tl.trans(load_chunk(do_view, start, column, last, H_v * V, V, C, BV, DESCRIPTORS))
+        beta = tl.load(beta_ptr + slot + c * C + tl.arange(0, C))
+        prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, slot + c * C, KIND, C, EXACT)
+        k_norms = lengths(k_norms_ptr, norms_at + c * C, C, NORMALIZE)
+        keys_t = tl.trans(keys)
+        rounded = state.to(dtype)
+        if VALUES:
+            store_chunk(d_chunks, rounded, c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, False)
+        if KIND == CHANNEL:
+            p = load_chunk(scores, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)
+        else:
+            q_norms = lengths(q_norms_ptr, norms_at + c * C, C, NORMALIZE) * scale
+            pairs = between(g_ptr, H_v, prefix, start, last, KIND, C, True, EXACT) * q_norms[:, None]
+            if NORMALIZE:
+                pairs *= k_norms[None, :]
+            p = (tl.dot(q, keys_t, input_precision=PRECISION) * pairs).to(dtype)
+        read = tl.dot(rounded, keys_t, input_precision=PRECISION) * (k_norms * tl.exp2(suffix))[None, :]
+        d_u = tl.dot(do_t, p, read, input_precision=PRECISION)
+        y = tl.dot(d_u.to(dtype), inverse, d_u, input_precision=PRECISION)
+        d_v = (y * beta[None, :]).to(dtype)
+        if VALUES:
+            store_chunk(dv_view, tl.trans(d_v), start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+        decay = state_decay(totals_ptr, c, total, K, BK, KIND)
+        if KIND == CHANNEL:
+            state = tl.dot(do_t, q, state * decay[None, :], input_precision=PRECISION)
+            state = tl.dot((-d_v.to(tl.float32)).to(dtype), reads, state, input_precision=PRECISION)
+        else:
+            from_start = tl.exp2(prefix)
+            # Nothing is added, but in an accumulator's layout: so `do` is read in it, and goes to its product from
+            # registers.
+            decayed = do_t.to(tl.float32) * (from_start * q_norms)[None, :] + (y - y)
+            state = tl.dot(decayed.to(dtype), q, state * decay[None, :], input_precision=PRECISION)
+            erased = (d_v.to(tl.float32) * -(from_start * k_norms)[None, :]).to(dtype)
+            state = tl.dot(erased, reads, state, input_precision=PRECISION)
+    if VALUES == 0:
+        added, mask = state_tile(added_ptr + (run * segments + segment) * K * V, column, 0, V, K, 1, V, BV, BK)
+        tl.store(added, state, mask=mask)

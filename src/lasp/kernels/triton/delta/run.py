@@ -1,0 +1,401 @@
+"""The delta rule's launches, in their order.
+
+A of every chunk, what every segment does to the state, scan over segments; sweep of o and u. Backward: sweep of D,
+reversed scan; sweep of dv, which leaves D at every chunk's end; sweep of S, likewise; the rest chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.kernels.triton.common.decays import TOKEN
+from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
+from lasp.kernels.triton.decay.channel.stages import stretch_matrices
+from lasp.kernels.triton.delta.launches import DeltaLaunches
+
+
+class DeltaRun(NamedTuple):
+    """A run as the kernels take it: dense tensors of their dtype, values cut into as many heads as that takes
+    (`DeltaLaunches.pieces`), and its launches."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+    work: DeltaLaunches
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.v, self.beta, self.g
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> DeltaRun:
+        return DeltaRun(*tensors, self.work)  # type: ignore[arg-type, call-arg]
+
+
+class ChannelKeys(NamedTuple):
+    """Keys with a gate per channel's decays, k 2^prefix and k 2^suffix [B, T, H_v, K]; the chunks' log-decays
+    [B, H_v, chunks, K] (base 2); int32 [B, H_v, chunks], which of them are not mild."""
+
+    reading: Tensor
+    storing: Tensor
+    totals: Tensor
+    steep: Tensor
+
+
+class DeltaQueries(NamedTuple):
+    """What queries have before the sweep of outputs.
+
+    Attributes:
+        q: as in `DeltaRun`; of a gate per channel scale q 2^prefix [B, T, H_v, K].
+        norms: [B, H, chunks C], or None.
+        scores: of a gate per channel P [B, H_v, chunks, C, C], or None.
+    """
+
+    q: Tensor
+    norms: Tensor | None
+    scores: Tensor | None
+
+
+class DeltaChunks(NamedTuple):
+    """What is made of every chunk before any sweep.
+
+    Attributes:
+        inverse: A - I, [B, H_v, chunks, C, C].
+        betas: [B, H_v, chunks C].
+        gates: prefix and, where decays are exact, suffix, likewise; none without a gate per token.
+        k_norms: [B, H, chunks C], or None.
+        channels: of a gate per channel, or None.
+    """
+
+    inverse: Tensor
+    betas: Tensor
+    gates: tuple[Tensor, ...]
+    k_norms: Tensor | None
+    channels: ChannelKeys | None
+
+
+class DeltaSegments(NamedTuple):
+    """What segments do to the state: added [B, H_v, segments, K, V] and moves [.., K, K]; None of single ones. And what
+    was made on the way."""
+
+    added: Tensor | None
+    moves: Tensor | None
+    chunks: DeltaChunks
+    queries: DeltaQueries | None
+
+
+class DeltaSaved(NamedTuple):
+    """What backward needs: the state leaving the run, u, those that enter segments (None for zero), and `moves`."""
+
+    leaving: Tensor
+    u: Tensor
+    entering: Tensor | None
+    moves: Tensor | None
+    chunks: DeltaChunks
+    queries: DeltaQueries
+
+
+def _fp32(x: DeltaRun, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=x.v.device)
+
+
+def _gates(gates: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
+    """prefix and suffix; `unread` for what there is not."""
+    prefix, suffix = (*gates, unread, unread)[:2]
+    return {"prefix_ptr": prefix, "suffix_ptr": suffix}
+
+
+def _norms(x: DeltaRun, tensor: Tensor) -> Tensor | None:
+    if not x.work.normalize:
+        return None
+    norms = _fp32(x, x.work.norms)
+    x.work.lengths(x_ptr=tensor, norms_ptr=norms, places_ptr=chunks_of(x.work.plan, norms))
+    return norms
+
+
+def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQueries | None]:
+    """What is made of chunks; with_queries: also what is made of queries, of a gate per channel in the same launch."""
+    work, places = x.work, chunks_of(x.work.plan, x.beta)
+    gates: tuple[Tensor, ...] = ()
+    if work.kind == TOKEN.value:
+        gates = tuple(_fp32(x, work.slots) for _ in range(2 if work.plan.exact else 1))
+        assert x.g is not None
+        work.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places)
+    norms = _norms(x, x.k)
+    inverse, betas = x.v.new_empty(work.tiles), _fp32(x, work.slots)
+    keys, overlaps, queries = None, betas, None
+    if work.per_channel:
+        reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
+        totals, overlaps = _fp32(x, work.totals), _fp32(x, work.tiles)
+        keys = ChannelKeys(reading, storing, totals, torch.empty_like(totals[..., 0], dtype=torch.int32))
+        queries = _channels_made(x, keys, norms, overlaps, with_queries=with_queries, with_keys=True)
+    elif with_queries:
+        queries = DeltaQueries(x.q, _norms(x, x.q), None)
+    work.solve(
+        k_ptr=x.k,
+        norms_ptr=given(norms, betas),
+        overlaps_ptr=overlaps,
+        beta_ptr=x.beta,
+        g_ptr=given(x.g, x.beta),
+        prefix_ptr=gates[0] if gates else betas,
+        inverse_ptr=inverse,
+        betas_ptr=betas,
+        places_ptr=places,
+    )
+    return DeltaChunks(inverse, betas, gates, norms, keys), queries
+
+
+def _stretches(x: DeltaRun) -> Tensor:
+    return stretch_matrices(x.work.plan.chunk, x.work.plan.exact, x.v.device)
+
+
+def _channels_made(
+    x: DeltaRun, keys: ChannelKeys, k_norms: Tensor | None, overlaps: Tensor, *, with_queries: bool, with_keys: bool
+) -> DeltaQueries | None:
+    """Writes `keys` and L of every chunk, and gives what queries have, as is wanted."""
+    work = x.work
+    (reading, storing, totals, steep), q, q_norms, queries, scores = keys, x.k, None, keys.reading, keys.reading
+    if with_queries:
+        q, q_norms, queries, scores = x.q, _norms(x, x.q), x.v.new_empty(work.operands), x.v.new_empty(work.tiles)
+    assert x.g is not None
+    shared: dict[str, Tensor] = {
+        "q_ptr": q,
+        "k_ptr": x.k,
+        "g_ptr": x.g,
+        "q_norms_ptr": given(q_norms, totals),
+        "k_norms_ptr": given(k_norms, totals),
+        "stretches_ptr": _stretches(x),
+        "scores_ptr": scores,
+        "overlaps_ptr": overlaps,
+        "steep_ptr": steep,
+        "places_ptr": chunks_of(work.plan, x.beta),
+    }
+    own = {"queries_ptr": queries, "reading_ptr": reading, "storing_ptr": storing, "totals_ptr": totals}
+    work.channel_operands(queries=with_queries, keys=with_keys)(**shared, **own)
+    for of_queries in (*([True] if with_queries else []), *([False] if with_keys else [])):
+        work.channel_scores(queries=of_queries)(**shared)
+    return DeltaQueries(queries, q_norms, scores) if with_queries else None
+
+
+def queries_made(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
+    """What queries have, unless it has been made with the keys'."""
+    if segments.queries is not None:
+        return segments.queries
+    keys, k_norms = segments.chunks.channels, segments.chunks.k_norms
+    if keys is None:
+        return DeltaQueries(x.q, _norms(x, x.q), None)
+    queries = _channels_made(x, keys, k_norms, keys.totals, with_queries=True, with_keys=False)
+    assert queries is not None
+    return queries
+
+
+def _sweep_operands(x: DeltaRun, chunks: DeltaChunks, unread: Tensor) -> dict[str, Tensor]:
+    """What all sweeps read: keys, by how much chunks decay, and what was made of them."""
+    reading, storing, decays = (x.k, x.k, unread) if chunks.channels is None else chunks.channels[:3]
+    return {
+        "reading_ptr": reading,
+        "storing_ptr": storing,
+        "inverse_ptr": chunks.inverse,
+        "beta_ptr": chunks.betas,
+        **_gates(chunks.gates, unread),
+        "totals_ptr": decays,
+    }
+
+
+def _query_operands(x: DeltaRun, chunks: DeltaChunks, queries: DeltaQueries, unread: Tensor) -> dict[str, Tensor]:
+    """What sweeps with queries read beside them."""
+    return {
+        "q_ptr": queries.q,
+        "scores_ptr": given(queries.scores, x.v),
+        "q_norms_ptr": given(queries.norms, unread),
+        "k_norms_ptr": given(chunks.k_norms, unread),
+        "g_ptr": given(x.g, unread),
+    }
+
+
+def totals(x: DeltaRun, *, summarized: bool) -> DeltaSegments:
+    """summarized: for an exchange, which is to begin before there are queries."""
+    chunks, queries = chunks_made(x, with_queries=not summarized)
+    if x.work.plan.whole and not summarized:
+        return DeltaSegments(None, None, chunks, queries)
+    return DeltaSegments(*summaries(x, chunks), chunks, queries)
+
+
+def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:
+    """What segments add to the state, and their transitions."""
+    work = x.work
+    added, moves = _fp32(x, work.states), _fp32(x, work.moves)
+    work.summary(
+        **_sweep_operands(x, chunks, added),
+        v_ptr=x.v,
+        norms_ptr=given(chunks.k_norms, added),
+        added_ptr=added,
+        moves_ptr=moves,
+        places_ptr=places_of(work.plan, added),
+    )
+    return added, moves
+
+
+def scanned(
+    x: DeltaRun, added: Tensor, moves: Tensor, outside: Tensor | None, *, leaves: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """States that enter segments; and the one that leaves the run, where `leaves`."""
+    work, entering = x.work, torch.empty_like(added)
+    leaving = _fp32(x, work.state) if leaves else entering
+    launch = work.scan(given=outside is not None, leaves=leaves, reverse=reverse)
+    launch(
+        added_ptr=added,
+        moves_ptr=moves,
+        entering_ptr=entering,
+        leaving_ptr=leaving,
+        bounds_ptr=bounds_of(work.plan, added),
+        outside_ptr=given(outside, added),
+    )
+    return entering, leaving
+
+
+def transition_of(x: DeltaRun, moves: Tensor, *, reverse: bool) -> Tensor:
+    """[B or documents, H_v, K, K]: what the run does to the state that enters it; transposed if `reverse`."""
+    leaving = _fp32(x, x.work.transition)
+    x.work.transition_scan(reverse=reverse)(
+        added_ptr=moves,
+        moves_ptr=moves,
+        entering_ptr=torch.empty_like(moves),
+        leaving_ptr=leaving,
+        bounds_ptr=bounds_of(x.work.plan, moves),
+        outside_ptr=moves,
+    )
+    return leaving
+
+
+def outputs(
+    x: DeltaRun, segments: DeltaSegments, queries: DeltaQueries, state_in: Tensor | None
+) -> tuple[Tensor, DeltaSaved]:
+    """state_in is zero if None."""
+    work, chunks = x.work, segments.chunks
+    entering = state_in
+    if segments.added is not None and not work.plan.whole:
+        assert segments.moves is not None
+        entering, _ = scanned(x, segments.added, segments.moves, state_in, leaves=False, reverse=False)
+    o, u, leaving = torch.empty_like(x.v), torch.empty_like(x.v), _fp32(x, work.state)
+    work.output(
+        **_sweep_operands(x, chunks, leaving),
+        **_query_operands(x, chunks, queries, leaving),
+        v_ptr=x.v,
+        o_ptr=o,
+        u_ptr=u,
+        state_out_ptr=leaving,
+        places_ptr=places_of(work.plan, leaving),
+        entering_ptr=entering,
+    )
+    if x.v.numel() == 0:  # no kernel ran
+        leaving.zero_() if state_in is None else leaving.copy_(state_in)
+    return o, DeltaSaved(leaving, u, entering, segments.moves, chunks, queries)
+
+
+def totals_adjoint(x: DeltaRun, saved: DeltaSaved, d_o: Tensor, *, summarized: bool) -> Tensor | None:
+    """What segments add to the gradient of the state; None where there is but one and it is not wanted."""
+    work = x.work
+    if work.plan.whole and not summarized:
+        return None
+    added = _fp32(x, work.states)
+    launch = work.whole_adjoint if summarized else work.adjoint
+    _reverse(x, saved, d_o, launch, added, added, added, None)
+    return added
+
+
+def _reverse(
+    x: DeltaRun,
+    saved: DeltaSaved,
+    d_o: Tensor,
+    launch: Launch,
+    added: Tensor,
+    dv: Tensor,
+    d_chunks: Tensor,
+    entering: Tensor | None,
+) -> None:
+    launch(
+        **_sweep_operands(x, saved.chunks, saved.leaving),
+        **_query_operands(x, saved.chunks, saved.queries, saved.leaving),
+        do_ptr=d_o,
+        added_ptr=added,
+        dv_ptr=dv,
+        d_chunks_ptr=d_chunks,
+        places_ptr=places_of(x.work.plan, saved.leaving),
+        entering_ptr=entering,
+    )
+
+
+def gradients(
+    x: DeltaRun, saved: DeltaSaved, added: Tensor | None, d_o: Tensor, d_state_out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Of q, k, v, beta and g; d_state_out is zero if None."""
+    work, chunks, unread = x.work, saved.chunks, saved.leaving
+    entering = d_state_out
+    if added is not None and not work.plan.whole:
+        assert saved.moves is not None
+        entering, _ = scanned(x, added, saved.moves, d_state_out, leaves=False, reverse=True)
+    dv = torch.empty_like(x.v)
+    s_chunks, d_chunks = (x.v.new_empty(work.state_chunks) for _ in range(2))
+    _reverse(x, saved, d_o, work.values, unread, dv, d_chunks, entering)
+    passing = _fp32(x, work.passing) if work.with_gate else unread
+    places = places_of(work.plan, unread)
+    of_chunks = {"passing_ptr": passing, "s_chunks_ptr": s_chunks, "d_chunks_ptr": d_chunks, "places_ptr": places}
+    operands = _sweep_operands(x, chunks, unread)
+    work.chunk_states(
+        storing_ptr=operands["storing_ptr"],
+        u_ptr=saved.u,
+        norms_ptr=given(chunks.k_norms, unread),
+        **_gates(chunks.gates, unread),
+        totals_ptr=operands["totals_ptr"],
+        **of_chunks,
+        entering_ptr=saved.entering,
+    )
+    dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
+    d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
+    shared = {
+        "q_ptr": x.q,
+        "k_ptr": x.k,
+        "do_ptr": d_o,
+        "u_ptr": saved.u,
+        "dv_ptr": dv,
+        "g_ptr": given(x.g, unread),
+        "q_norms_ptr": given(q_norms, unread),
+        "k_norms_ptr": given(chunks.k_norms, unread),
+        "beta_ptr": chunks.betas,
+        "dq_ptr": dq,
+        "dk_ptr": dk,
+        "d_beta_ptr": d_beta,
+        **of_chunks,
+    }
+    dg: Tensor | None = None
+    if chunks.channels is not None:
+        dg = _fp32(x, work.operands) if work.with_gate else None
+        own = {"stretches_ptr": _stretches(x), "steep_ptr": chunks.channels.steep, "dg_ptr": given(dg, unread)}
+        for mild in (True, False) if work.mild else (False,):
+            work.channel_gradients(mild=mild)(**shared, **own)
+    else:
+        parts = _fp32(x, work.gates) if work.with_gate else unread
+        work.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
+        dg = parts.sum(0) if work.with_gate else None
+    if work.summed:
+        dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
+    return dq, dk, dv, d_beta, dg
+
+
+def _summed(x: DeltaRun, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:
+    """[B, T, H_v, K] -> [B, T, H, K], of the tensor as it was before it was divided by its length."""
+    gradient = torch.empty_like(tensor)
+    x.work.key_gradient_sum(
+        x_ptr=tensor,
+        partial_ptr=partial,
+        gradient_ptr=gradient,
+        places_ptr=chunks_of(x.work.plan, partial),
+        norms_ptr=norms,
+    )
+    return gradient

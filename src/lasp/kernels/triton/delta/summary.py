@@ -1,0 +1,101 @@
+# mypy: ignore-errors
+"""What each segment does to the state: the state that it adds, and its transition, by programs of one launch.
+
+A transition is the same recurrence on the identity's columns with v = 0: S = M there.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.program import place, run_bounds
+from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
+from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums, written
+
+
+@triton.jit(do_not_specialize=["T", "H", "H_v", "segments", "segment_chunks", "chunks"])
+def delta_summary_kernel(
+    reading_ptr,  # [B, T, H, K]: k, or what reads the state if CHANNEL
+    storing_ptr,  # likewise: k, or what it is written at
+    v_ptr,  # [B, T, H_v, V]
+    inverse_ptr,  # [B, H_v, chunks, C, C]: A - I
+    beta_ptr,  # fp32 [B, H_v, chunks C]
+    norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
+    prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
+    suffix_ptr,  # likewise, and EXACT
+    totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
+    added_ptr,  # fp32 [B, H_v, segments, K, V], written, but for a run's last segment unless TOTAL
+    moves_ptr,  # fp32 [B, H_v, segments, K, K], written: M, but for a run's first segment unless TOTAL
+    places_ptr,  # int32 [segments, 7] if PACKED
+    T,
+    H,
+    H_v,
+    segments,
+    segment_chunks,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TOTAL: tl.constexpr,  # whether a run's whole is wanted, or a state enters it
+    DESCRIPTORS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    values: tl.constexpr = (V + BV - 1) // BV
+    slices: tl.constexpr = values + (K + BV - 1) // BV
+    part, head, batch, segment, first, last, chunk, _, ends = place(
+        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
+    )
+    begin, _ = run_bounds(places_ptr, T, PACKED)
+    moves = part >= values
+    spared = (moves & (first == begin)) | ((moves == 0) & ends)
+    if (TOTAL == 0) & spared:
+        return
+    row = tl.cast(batch, tl.int64) * T
+    run = tl.cast(batch, tl.int64) * H_v + head
+    key_head = head // (H_v // H)
+    qk = (row * H + key_head) * K
+    reading = view(reading_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    storing = view(storing_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    count = tl.cdiv(last - first, C)
+    slot = (run * chunks + chunk) * C
+    inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
+    norms_ptr += ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
+    totals_ptr += (run * chunks + chunk) * K
+    column = tl.where(moves, part - values, part) * BV
+    # Rows past the end read as zeros, and cost nothing.
+    beyond = tl.where(moves, segment_chunks * C + C, 0)
+
+    r = column + tl.arange(0, BV)
+    d = tl.arange(0, BK)
+    state = tl.where(moves & (r[:, None] == d[None, :]), 1.0, 0.0)
+    for c in range(count):
+        start = first + c * C
+        keys = load_chunk(storing, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
+        reads = keys
+        if KIND == CHANNEL:
+            reads = load_chunk(reading, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
+        v = load_chunk(v_view, start + beyond, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+        inverse = load_chunk(inverses, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)
+        beta = tl.load(beta_ptr + slot + c * C + tl.arange(0, C))
+        prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, slot + c * C, KIND, C, EXACT)
+        norms = lengths(norms_ptr, c * C, C, NORMALIZE)
+        u = written(
+            state, tl.trans(reads), tl.trans(v).to(tl.float32), beta, norms * tl.exp2(prefix), inverse, PRECISION
+        )
+        decay = state_decay(totals_ptr, c, total, K, BK, KIND)
+        state = after_chunk(state, u, keys, norms * tl.exp2(suffix), decay, PRECISION)
+
+    at = run * segments + segment
+    if moves:
+        pointers, mask = state_tile(moves_ptr + at * K * K, column, 0, K, K, 1, K, BV, BK)
+        tl.store(pointers, state, mask=mask)
+    else:
+        pointers, mask = state_tile(added_ptr + at * K * V, column, 0, V, K, 1, V, BV, BK)
+        tl.store(pointers, state, mask=mask)

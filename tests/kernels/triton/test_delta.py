@@ -1,0 +1,233 @@
+"""The Triton kernels of the delta rule, through the public operator, against the PyTorch backend in fp64.
+
+The interpreter takes milliseconds a program, so shapes are the smallest that reach every branch: several segments,
+a ragged last chunk, grouped heads, dims that are no power of two, several slices of columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from exchange.simulated import run as simulate
+from exchange.simulated import sequence_parallel
+from tolerances import relative_error
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import lasp
+from lasp.kernels.triton.delta import launches
+
+GATES = ("none", "scalar", "channel")
+# fp32: a triangular system a chunk costs digits that sums do not. 16 bits: the policy's, for outputs and gradients.
+BOUNDS = {torch.float32: (2e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (5e-3, 8e-3)}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    gate: str
+    dtype: torch.dtype = FP32
+    B: int = 1
+    T: int = 100
+    H: int = 1
+    H_v: int = 2
+    K: int = 16
+    V: int = 16
+    beta: float = 2.0
+    strongest: float = 0.1
+    initial: bool = True
+    normalize: bool = False
+    documents: tuple[int, ...] | None = None
+
+
+class DeltaProblem(NamedTuple):
+    x: dict[str, Tensor]
+    d_o: Tensor
+    d_final: Tensor
+    options: dict[str, Any]
+
+
+def problem(case: Case) -> DeltaProblem:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    _, dtype, B, T, H, H_v, K, V, *_ = case
+    k = normal(B, T, H, K)
+    q, k, v = normal(B, T, H, K), k if case.normalize else normalize(k, dim=-1), normal(B, T, H_v, V)
+    x = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
+    x["beta"] = case.beta * torch.rand(B, T, H_v, generator=random)
+    shape = {"none": None, "scalar": (B, T, H_v), "channel": (B, T, H_v, K)}[case.gate]
+    if shape is not None:
+        x["g"] = -case.strongest * torch.rand(shape, generator=random)
+    states = (B if case.documents is None else len(case.documents) - 1, H_v, K, V)
+    if case.initial:
+        x["initial_state"] = normal(*states)
+    options = {"normalize_qk": case.normalize, "cu_seqlens": case.documents}
+    return DeltaProblem(x, normal(B, T, H_v, V).to(dtype), normal(*states), options)
+
+
+def solve(p: DeltaProblem, device: torch.device, backend: str = "triton", exact: bool = False) -> dict[str, Tensor]:
+    """Outputs, final state and all gradients."""
+    leaves: dict[str, Any] = {
+        name: tensor.to(device, torch.float64 if exact else tensor.dtype, copy=True).requires_grad_()
+        for name, tensor in p.x.items()
+    }
+    o, final = lasp.delta_rule(**leaves, output_final_state=True, backend=backend, **p.options)
+    torch.autograd.backward((o, final), (p.d_o.to(o), p.d_final.to(final)))
+    results = {"o": o.detach(), "final_state": final.detach()}
+    results |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+    return {name: result.cpu() for name, result in results.items()}
+
+
+def errors_of(values: dict[str, Tensor], references: dict[str, Tensor]) -> dict[str, float]:
+    """Of a gate's gradient head by head, token by token and summed over tokens: one that forgets has a small one."""
+    assert values.keys() == references.keys()
+    errors = {name: relative_error(values[name], references[name]) for name in values}
+    if "d_g" in values:
+        heads = zip(values["d_g"].double().unbind(2), references["d_g"].unbind(2), strict=True)
+        errors["d_g of a head"] = max(relative_error(found, expected) for found, expected in heads)
+    return errors
+
+
+def check(case: Case, device: torch.device) -> None:
+    p = problem(case)
+    errors = errors_of(solve(p, device), solve(p, torch.device("cpu"), "torch", exact=True))
+    outputs, gradients = BOUNDS[case.dtype]
+    bad = {n: e for n, e in errors.items() if e > (outputs if n in ("o", "final_state") else gradients)}
+    assert not bad, errors
+
+
+@pytest.fixture(name="short_segments")
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks a segment, so that few tokens make several; and tensor descriptors, which bf16 inputs have."""
+    plan = launches.delta_plan
+
+    def short(*arguments: Any) -> Any:
+        p = plan(*arguments)
+        return p._replace(segment_chunks=2, segments=max(1, -(-p.chunks // 2)), descriptors=True)
+
+    monkeypatch.setattr(launches, "delta_plan", short)
+    monkeypatch.setattr(launches, "_launches", launches._launches.__wrapped__)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_all_results_fp32(gate: str, device: torch.device, short_segments: None) -> None:
+    check(Case(gate), device)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_single_segments_of_normalized_keys(gate: str, device: torch.device) -> None:
+    """Grouped heads, several slices of odd dims; of a gate per channel, strong ones."""
+    check(Case(gate, T=40, B=2, K=20, V=36, strongest=5.0, initial=False, normalize=True), device)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_all_results_bf16(gate: str, device: torch.device, short_segments: None) -> None:
+    check(Case(gate, BF16, T=200, K=64, beta=1.0), device)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of masked overflows
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_strong_gates_bf16(gate: str, device: torch.device, short_segments: None) -> None:
+    """Down to -20, so that of a gate per channel no chunk is mild; and values that are cut into two heads."""
+    check(Case(gate, BF16, T=70, H=2, V=192, beta=1.0, strongest=20.0, normalize=True), device)
+
+
+@pytest.mark.parametrize("gate", ["none", "channel"])
+def test_all_results_fp16(gate: str, device: torch.device) -> None:
+    check(Case(gate, FP16, T=70), device)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+@pytest.mark.parametrize("gate", GATES)
+def test_hardly_any_tokens(gate: str, tokens: int, device: torch.device) -> None:
+    check(Case(gate, T=tokens), device)
+
+
+def test_beta_of_zero_and_two(device: torch.device) -> None:
+    """A token whose beta is zero changes nothing, and its beta has a gradient; of a mask of zeros, too."""
+    p = problem(Case("scalar", T=40, initial=False))
+    for beta, expected in ((0.0, 0.0), (2.0, 1.0)):
+        p.x["beta"].fill_(beta)
+        values, references = solve(p, device), solve(p, torch.device("cpu"), "torch", exact=True)
+        assert relative_error(values["d_beta"], references["d_beta"]) <= 2e-6
+        assert values["o"].abs().max() <= expected * 100 + 1e-12
+
+
+def test_first_token_has_no_gate_gradient(device: torch.device) -> None:
+    """Its decay acts on no state: exactly, not but for rounding."""
+    for gate in ("scalar", "channel"):
+        p = problem(Case(gate, T=40, initial=False, documents=(0, 1, 8, 40)))
+        found = solve(p, device)["d_g"]
+        assert torch.count_nonzero(found[:, [0, 1, 8]]) == 0 and torch.count_nonzero(found[:, 2]) > 0
+
+
+DOCUMENTS = (0, 0, 1, 3, 38, 38, 79, 80)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("single", [False, True])
+def test_packed_documents(gate: str, single: bool, device: torch.device, request: pytest.FixtureRequest) -> None:
+    if not single:
+        request.getfixturevalue("short_segments")
+    check(Case(gate, T=80, documents=DOCUMENTS), device)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_ranks(gate: str, documents: tuple[int, ...] | None, device: torch.device, short_segments: None) -> None:
+    """Over three ranks, one without tokens: the exchange carries states and transitions."""
+    p = problem(Case(gate, T=80, documents=documents))
+    references = solve(p, torch.device("cpu"), "torch", exact=True)
+    lengths = (38, 30, 0, 12)
+
+    def work(comm: Any) -> dict[str, float]:
+        sp = sequence_parallel(comm, "ring", lengths)
+        whole = ("initial_state",)
+        local = {name: t if name in whole else sp.shard(t) for name, t in p.x.items()}
+        shard = DeltaProblem(local, sp.shard(p.d_o), p.d_final / sp.size, p.options | {"sp": sp})
+        own = {n: t if n in ("final_state", "d_initial_state") else sp.shard(t) for n, t in references.items()}
+        own["d_initial_state"] = own["d_initial_state"] * (sp.rank == 0)
+        values = solve(shard, device)
+        return {name: relative_error(values[name], own[name]) for name in own}
+
+    for rank, errors in enumerate(simulate(len(lengths), work)):
+        assert max(errors.values()) <= 4e-6, (rank, errors)
+
+
+@pytest.mark.parametrize("bad", [0.1, float("nan")])
+def test_what_is_no_decay_gives_nan(bad: float, device: torch.device) -> None:
+    """In its head, from its chunk on."""
+    from lasp.kernels.triton.delta.stages import STAGES
+    from lasp.recurrence.inputs import DeltaInputs
+
+    p = problem(Case("scalar", T=100, initial=False))
+    g = p.x["g"].to(device)
+    g[0, 40, 1] = bad
+    q, k, v, beta = (p.x[name].to(device) for name in ("q", "k", "v", "beta"))
+    x = STAGES.prepare(DeltaInputs(q, k, v, beta, g, 1.0), True)
+    segments = STAGES.unsummarized.totals(x)
+    o, saved = STAGES.outputs(x, segments, STAGES.local_outputs(x, segments), None)
+    finite, state = o.isfinite(), STAGES.unsummarized.leaving(saved)
+    assert finite[:, :, 0].all() and finite[:, :32].all() and not finite[:, 40:, 1].any()
+    assert state[:, 0].isfinite().all() and not state[:, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("mistake", ["no state", "later gate", "less beta"])
+def test_the_check_sees(mistake: str, device: torch.device) -> None:
+    p = problem(Case("scalar", T=40, strongest=0.05))
+    references = solve(p, torch.device("cpu"), "torch", exact=True)
+    name = {"no state": "initial_state", "later gate": "g", "less beta": "beta"}[mistake]
+    p.x[name] = {"no state": 0.0 * p.x[name], "later gate": p.x["g"].roll(1, 1), "less beta": 0.99 * p.x["beta"]}[
+        mistake
+    ]
+    assert min(errors_of(solve(p, device), references)[n] for n in ("o", "d_q", "d_k")) > 100 * BOUNDS[FP32][0]
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    p = problem(Case("none", T=3, K=300))
+    with pytest.raises(ValueError, match="backend='torch'"):
+        solve(p, torch.device("cpu"))
