@@ -52,7 +52,8 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Returns", "returns_style")]
 default_role = "code"
-nitpicky = False
+# Mixers each have a `Config` of their own, which a signature calls by that name alone.
+suppress_warnings = ["ref.python"]
 
 # -- how it looks ----------------------------------------------------------------------------------------------------
 html_theme = "furo"

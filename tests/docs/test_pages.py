@@ -127,3 +127,14 @@ def test_every_page_is_in_the_index() -> None:
     listed = {line for tree in re.findall(r"```\{toctree\}(.+?)```", index, re.DOTALL) for line in tree.split("\n")}
     written = {str(page.relative_to(DOCS).with_suffix("")) for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]}
     assert written - listed == {"index"}
+
+
+def test_every_page_that_code_names_is_there() -> None:
+    named = {
+        page
+        for name in FILES
+        if name.startswith(("/src/", "/benchmarks/", "/examples/", "/configs/")) and name.endswith((".py", ".toml"))
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", (ROOT / name[1:]).read_text())
+    }
+    assert "docs/design/kernels.md" in named
+    assert {page for page in named if not (ROOT / page).exists()} == set()
