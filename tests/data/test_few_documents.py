@@ -172,3 +172,10 @@ def test_a_file_is_one_document(tmp_path: Path) -> None:
     path.write_text("x" * 100)
     (document,) = documents_of(TextFile("a.txt", path), "text", 1e-9)
     assert document.split == "train" and np.sum([len(block) for block in document.blocks]) == 100
+
+
+def test_a_document_cut_in_two_is_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "two.jsonl").write_text('{"text": "\\ud800 lone and long"}\n{"text": "as it is written"}\n')
+    said = prepared(tmp_path / "text", tmp_path / "cache").reading.summary()
+    assert said == "2 documents read, 0 empty, 0 skipped, 1 altered, 2 cut"

@@ -72,7 +72,8 @@ def problems(page: Path) -> list[str]:
             found.append(f"{target}: there is no such file")
         elif anchor and there.suffix == ".md" and anchor not in anchors(there):
             found.append(f"{target}: there is no such heading")
-    for name in re.findall(r"`([\w./]+\.(?:py|toml|sbatch|yaml))`", page.read_text()):
+    # A name with a colon before a block is that of a file which the block shows.
+    for name in re.findall(r"`([\w./]+\.(?:py|toml|sbatch|yaml))`(?!:\n+```)", page.read_text()):
         if not any(file.endswith(f"/{name}") for file in FILES):
             found.append(f"{name}: there is no such file")
     for block in blocks(page):

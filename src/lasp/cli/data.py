@@ -26,7 +26,7 @@ _REFRESH_S, _LINE_S = 0.2, 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Tokenise text once into memory-mapped shards, for `lasp train --data.path OUT`.
+    """Tokenise text once into shards, for `lasp train --data.path OUT`.
 
     Memory does not grow with the text. OUT appears when it is whole; a build that ends early leaves nothing.
     """

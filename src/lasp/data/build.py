@@ -57,10 +57,13 @@ def write_store(
     try:
         with files.whole_folder(target) as temporary:
             splits = {split: _SplitWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
+            is_altered = False
             for document in documents:
-                altered = tokenizer.num_altered
+                num_altered = tokenizer.num_altered
                 found = splits[document.split].add(document, tokenizer)
-                reading.altered += document.altered or tokenizer.num_altered > altered
+                was_altered = document.is_rest and is_altered  # a document cut in two counts once
+                is_altered = document.altered or tokenizer.num_altered > num_altered
+                reading.altered += is_altered and not was_altered
                 if not document.is_rest:
                     reading.read += found
                     reading.empty += not found
