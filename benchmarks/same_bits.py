@@ -92,9 +92,8 @@ def cases() -> Iterator[Case]:
             for backend in ("torch", "reference", "triton"):
                 if backend == "triton" and operator == "delta_rule":
                     continue
-                for dtype in ("float64", "float32", "bfloat16"):
-                    if (backend == "triton") == (dtype == "float64"):
-                        continue
+                # The interpreter has no bf16.
+                for dtype in ("float32", "float16") if backend == "triton" else ("float64", "float32", "bfloat16"):
                     for documents in (False, True):
                         yield Case(operator, gate, backend, dtype, documents, final=True)
                     yield Case(operator, gate, backend, dtype, documents=False, final=False)
@@ -111,7 +110,7 @@ def over_ranks(rank: int, folder: str) -> None:
     from lasp.exchange import EXCHANGES
 
     found = {}
-    names = [name for name in EXCHANGES if name != "peer"]
+    names = sorted(EXCHANGES)
     for position, schedule in enumerate(names):
         sp = lasp.SequenceParallel(dist.group.WORLD, lengths=LENGTHS, exchange=schedule)
         for number, case in enumerate(cases()):

@@ -26,11 +26,14 @@ FILES = [
 LONGEST = {"README.md": 150, "quickstart": 60, "guide": 150}
 
 
-def missing(program: ast.Module) -> list[str]:
-    """What a program takes from lasp that lasp does not have; blocks that are not run must have the names right too."""
+def missing(program: ast.Module, page: str) -> list[str]:
+    """What a program takes from lasp that neither lasp nor a file the page shows has; blocks that are not run must
+    have the names right too."""
     found = []
     for node in ast.walk(program):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lasp":
+            if f"`src/{node.module.replace('.', '/')}.py`:\n" in page:
+                continue
             module = importlib.import_module(node.module)
             found += [f"{node.module}.{name.name}" for name in node.names if not hasattr(module, name.name)]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lasp":
@@ -79,7 +82,10 @@ def problems(page: Path) -> list[str]:
     for block in blocks(page):
         if block.language == "python":
             try:
-                found += [f"line {block.line}: {name} is not there" for name in missing(ast.parse(block.text))]
+                found += [
+                    f"line {block.line}: {name} is not there"
+                    for name in missing(ast.parse(block.text), page.read_text())
+                ]
             except SyntaxError as error:
                 found.append(f"line {block.line}: {error}")
         elif block.language == "{eval-rst}":

@@ -112,8 +112,10 @@ def _begin_adjoint(
 ) -> tuple[Begun, Tensor | None]:
     """Also gives the gradient of the final states, which over ranks is the sum of their shares."""
     stages, ranks = plan.stages, plan.ranks
-    if ranks is None and stages.unsummarized is not None and not want_initial:
-        return Begun(None, None, stages.unsummarized.totals_adjoint(x, saved, d_o), None), d_final
+    if ranks is None and stages.unsummarized is not None:
+        if not want_initial:
+            return Begun(None, None, stages.unsummarized.totals_adjoint(x, saved, d_o), None), d_final
+        return Begun(None, *stages.summarize_adjoint(x, saved, d_o), None), d_final
     packed = _packed(plan, call)
     summary, totals = stages.summarize_adjoint(x, saved, d_o)
     if d_final is None and not (stages.takes_no_state and (ranks is None or not plan.want_final)):
