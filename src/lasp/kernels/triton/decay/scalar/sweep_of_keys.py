@@ -18,12 +18,11 @@ def terms_of(
     """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C] and inner states [B, H_v, legs, K, V]; x_ptr
     at the head's rows."""
     run = run_of(here, H_v)
-    padded = chunks * sizes.C
-    sums_row = tl.cast(B, tl.int64) * H_v * padded
+    sums_row = tl.cast(B, tl.int64) * H_v * (chunks * sizes.C)
     parts: tl.constexpr = 1 if ROWS else sizes.BC // PART_ROWS
     return GateTerms(
         x_ptr=x_ptr,
-        sums_ptr=sums_ptr + here.part * parts * 2 * sums_row + run * padded,
+        sums_ptr=sums_ptr + here.part * parts * 2 * sums_row + run * chunks * sizes.C,
         sums_row=sums_row,
         inner_ptr=inner_borders(inner_ptr, run, chunks, here.chunk, sizes.N * sizes.A, EXACT),
     )
