@@ -17,9 +17,10 @@ DESCRIPTORS = tl.constexpr(False)
 
 
 class StateTile(NamedTuple):
-    """Which tile of a state [R, S] a program has: [BR, BS] from r_first and s_first on, of strides row and column.
+    """Which tile of a state [R, S] a program has: from r_first and s_first on, of strides row and column.
 
-    To be handed on where it is made: Triton makes tensors of the constants in a tuple that is assigned.
+    Its own shape goes beside it: Triton makes tensors of the constants in a tuple that is assigned, and Triton 3.6 of
+    those in one that is handed on.
     """
 
     r_first: tl.tensor
@@ -28,8 +29,6 @@ class StateTile(NamedTuple):
     S: tl.constexpr
     row: tl.tensor
     column: tl.tensor
-    BR: tl.constexpr
-    BS: tl.constexpr
 
 
 @triton.jit
@@ -85,9 +84,9 @@ def state_tile(ptr, row_first, column_first, R, S, row, column, BR: tl.constexpr
 
 
 @triton.jit
-def tile_at(ptr, tile):
-    """Pointers and mask of a `StateTile` of the state at ptr."""
-    return state_tile(ptr, tile.r_first, tile.s_first, tile.R, tile.S, tile.row, tile.column, BR=tile.BR, BS=tile.BS)
+def tile_at(ptr, tile, BR: tl.constexpr, BS: tl.constexpr):
+    """Pointers and mask of a `StateTile` [BR, BS] of the state at ptr."""
+    return state_tile(ptr, tile.r_first, tile.s_first, tile.R, tile.S, tile.row, tile.column, BR, BS)
 
 
 @triton.jit

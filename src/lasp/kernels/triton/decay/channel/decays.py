@@ -127,25 +127,26 @@ def meets(level, C: tl.constexpr):
 
 
 @triton.jit
-def channel_tile(k_first, v_first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def channel_tile(k_first, v_first, K: tl.constexpr, V: tl.constexpr):
     """The `StateTile` [BK, BV] that the sweeps hold."""
-    return StateTile(r_first=k_first, s_first=v_first, R=K, S=V, row=V, column=1, BR=BK, BS=BV)
+    return StateTile(r_first=k_first, s_first=v_first, R=K, S=V, row=V, column=1)
 
 
 @triton.jit
-def segment_border(states_ptr, decays_ptr, outside_ptr, index, border, tile, WHOLE: tl.constexpr):
+def segment_border(states_ptr, decays_ptr, outside_ptr, index, border, tile, BK: tl.constexpr, BV: tl.constexpr,
+                   WHOLE: tl.constexpr):  # fmt: skip
     """The state at a segment's border, from zero, with what comes from beyond the run if that is not None, decayed to
     the segment by channel. If WHOLE the segment is the run. And where it stands, with a mask.
 
     index: of the segment's state and decays; border: of the run's; tile: from `channel_tile`.
     """
-    pointers, mask = tile_at(states_ptr + index * tile.R * tile.S, tile)
+    pointers, mask = tile_at(states_ptr + index * tile.R * tile.S, tile, BK, BV)
     state = segment_state(pointers, mask, WHOLE)
     if outside_ptr is not None:
-        outside, _ = tile_at(outside_ptr + border * tile.R * tile.S, tile)
+        outside, _ = tile_at(outside_ptr + border * tile.R * tile.S, tile, BK, BV)
         beyond = tl.load(outside, mask=mask, other=0.0)
         if not WHOLE:
-            channel = tile.r_first + tl.arange(0, tile.BR)
+            channel = tile.r_first + tl.arange(0, BK)
             decay = tl.load(decays_ptr + index * tile.R + channel, mask=channel < tile.R, other=0.0)
             beyond *= tl.exp2(decay)[:, None]
         state += beyond

@@ -186,7 +186,7 @@ def channel_query_inter_chunk_kernel(
     k_first = here.part * BK
     index = run_of(here, H_v) * segments + here.segment
     state, _, _ = segment_border(
-        states_ptr, None, None, index, here.border, channel_tile(k_first, 0, K, V, BK, BV), WHOLE
+        states_ptr, None, None, index, here.border, channel_tile(k_first, 0, K, V), BK, BV, WHOLE
     )
     operands = KeyOperands(
         a_ptr=do_ptr, b_ptr=v_ptr, c_ptr=to_end_ptr, x_ptr=from_start_ptr,
@@ -235,7 +235,7 @@ def channel_key_inter_chunk_kernel(
     k_first = here.part * BK
     index = run_of(here, H_v) * segments + here.segment
     state, _, _ = segment_border(
-        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(k_first, 0, K, V, BK, BV), WHOLE
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(k_first, 0, K, V), BK, BV, WHOLE
     )
     end_ptr = state_out_ptr + here.border * K * V
     if not WHOLE:

@@ -126,7 +126,7 @@ def channel_output_kernel(
     v_first = here.part * BV
     index = run_of(here, H_v) * segments + here.segment
     state, entering, mask = segment_border(
-        states_ptr, before_ptr, state_in_ptr, index, here.border, channel_tile(0, v_first, K, V, BK, BV), WHOLE
+        states_ptr, before_ptr, state_in_ptr, index, here.border, channel_tile(0, v_first, K, V), BK, BV, WHOLE
     )
     if state_in_ptr is not None:
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
@@ -140,7 +140,7 @@ def channel_output_kernel(
         K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
     if here.ends:
-        leaving, _ = tile_at(state_out_ptr + here.border * K * V, channel_tile(0, v_first, K, V, BK, BV))
+        leaving, _ = tile_at(state_out_ptr + here.border * K * V, channel_tile(0, v_first, K, V), BK, BV)
         tl.store(leaving, state, mask=mask)
 
 
@@ -176,7 +176,7 @@ def channel_value_gradient_kernel(
     v_first = here.part * BV
     index = run_of(here, H_v) * segments + here.segment
     state, _, _ = segment_border(
-        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(0, v_first, K, V, BK, BV), WHOLE
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(0, v_first, K, V), BK, BV, WHOLE
     )
     operands = ValueOperands(
         a_ptr=k_ptr, b_ptr=q_ptr, c_ptr=do_ptr, totals_ptr=totals_ptr, scores_ptr=scores_ptr, out_ptr=dv_ptr

@@ -47,5 +47,6 @@ def inner_borders(ptr, run, chunks, chunk, size, EXACT: tl.constexpr):
 def leave(inner_ptr, border, chunks, state, tile, EXACT: tl.constexpr):
     """Stores a state where it is, after so many of the segment's chunks, if that is at an inner border."""
     if (border > 0) & (border < chunks):
-        pointers, mask = tile_at(inner_ptr + border // (EXACT_LEG if EXACT else LEG) * tile.R * tile.S, tile)
+        inner_ptr += border // (EXACT_LEG if EXACT else LEG) * tile.R * tile.S
+        pointers, mask = tile_at(inner_ptr, tile, state.shape[0], state.shape[1])
         tl.store(pointers, state, mask=mask)

@@ -58,7 +58,15 @@ def key_gradient_kernel(
     index = run_of(here, H_v) * segments + here.segment
     k_first = here.part * BK
     state, inside, mask = border_state(
-        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, key_tile(k_first, K, V, BK, BV, ROWS), GATHER
+        d_states_ptr,
+        after_ptr,
+        d_state_out_ptr,
+        index,
+        here.border,
+        key_tile(k_first, K, V, ROWS),
+        BV if ROWS else BK,
+        BK if ROWS else BV,
+        GATHER,
     )
     qk, vo = rows_of(here, T, H, H_v)
     operands = Operands(
@@ -88,5 +96,10 @@ def key_gradient_kernel(
     if SUMS and not FROM_ZERO:
         begin, _ = run_bounds(places_ptr, T, PACKED)
         if here.first == begin:
-            entering, within = tile_at(d_state_in_ptr + here.border * K * V, key_tile(k_first, K, V, BK, BV, ROWS))
+            entering, within = tile_at(
+                d_state_in_ptr + here.border * K * V,
+                key_tile(k_first, K, V, ROWS),
+                BV if ROWS else BK,
+                BK if ROWS else BV,
+            )
             tl.store(entering, state, mask=within)

@@ -60,7 +60,7 @@ def key_value_gradient_kernel(
     along = tl.where(of_keys, 1, V)
     state, _, _ = border_state(
         d_states_ptr, after_ptr, d_state_out_ptr, index, here.border,
-        StateTile(r_first=column, s_first=0, R=K, S=V, row=row, column=along, BR=BC, BS=BA), GATHER,
+        StateTile(r_first=column, s_first=0, R=K, S=V, row=row, column=along), BC, BA, GATHER,
     )  # fmt: skip
 
     at = (tl.cast(here.batch, tl.int64) * T * H + here.head) * K

@@ -51,7 +51,7 @@ def output_kernel(
     index = run_of(here, H_v) * segments + here.segment
     v_first = here.part * BV
     state, entering, mask = border_state(
-        states_ptr, before_ptr, state_in_ptr, index, here.border, value_tile(v_first, K, V, BK, BV), GATHER
+        states_ptr, before_ptr, state_in_ptr, index, here.border, value_tile(v_first, K, V), BV, BK, GATHER
     )
     if state_in_ptr is not None:
         # A tile smaller than the program is held by several threads: none may store before all have loaded.
@@ -79,5 +79,5 @@ def output_kernel(
         KIND=KIND, REVERSE=False, WEIGH_B=LEARNED, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
     if here.ends:
-        leaving, _ = tile_at(state_out_ptr + here.border * K * V, value_tile(v_first, K, V, BK, BV))
+        leaving, _ = tile_at(state_out_ptr + here.border * K * V, value_tile(v_first, K, V), BV, BK)
         tl.store(leaving, state, mask=mask)

@@ -51,7 +51,15 @@ def query_gradient_kernel(
     index = run_of(here, H_v) * segments + here.segment
     k_first = here.part * BK
     state, _, _ = border_state(
-        states_ptr, None, None, index, here.border, key_tile(k_first, K, V, BK, BV, ROWS), GATHER
+        states_ptr,
+        None,
+        None,
+        index,
+        here.border,
+        key_tile(k_first, K, V, ROWS),
+        BV if ROWS else BK,
+        BK if ROWS else BV,
+        GATHER,
     )
     qk, vo = rows_of(here, T, H, H_v)
     operands = Operands(

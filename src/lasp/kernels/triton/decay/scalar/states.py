@@ -12,29 +12,30 @@ ZERO = tl.constexpr(2)  # there are none before it: runs are single segments
 
 
 @triton.jit
-def value_tile(v_first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def value_tile(v_first, K: tl.constexpr, V: tl.constexpr):
     """The `StateTile` [BV, BK] from v_first on, as `sweep` holds it for o and dv."""
-    return StateTile(r_first=v_first, s_first=0, R=V, S=K, row=1, column=V, BR=BV, BS=BK)
+    return StateTile(r_first=v_first, s_first=0, R=V, S=K, row=1, column=V)
 
 
 @triton.jit
-def key_tile(k_first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
+def key_tile(k_first, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr):
     """The `StateTile` [BK, BV] from k_first on, as `sweep` holds it for dq and dk; or with ROWS [BV, BK], as
     `sweep_rows` does."""
     if ROWS:
-        return StateTile(r_first=0, s_first=k_first, R=V, S=K, row=1, column=V, BR=BV, BS=BK)
+        return StateTile(r_first=0, s_first=k_first, R=V, S=K, row=1, column=V)
     else:
-        return StateTile(r_first=k_first, s_first=0, R=K, S=V, row=V, column=1, BR=BK, BS=BV)
+        return StateTile(r_first=k_first, s_first=0, R=K, S=V, row=V, column=1)
 
 
 @triton.jit
-def border_state(states_ptr, decays_ptr, outside_ptr, index, border, tile, GATHER: tl.constexpr):
+def border_state(states_ptr, decays_ptr, outside_ptr, index, border, tile, BR: tl.constexpr, BS: tl.constexpr,
+                 GATHER: tl.constexpr):  # fmt: skip
     """A segment's state at its border, with what comes from beyond the run if that is not None, decayed to the segment;
     and where the state stands, with a mask. index: of the segment's state and decay; border: of the run's."""
-    pointers, mask = tile_at(states_ptr + index * tile.R * tile.S, tile)
+    pointers, mask = tile_at(states_ptr + index * tile.R * tile.S, tile, BR, BS)
     state = segment_state(pointers, mask, GATHER)
     if outside_ptr is not None:
-        outside, _ = tile_at(outside_ptr + border * tile.R * tile.S, tile)
+        outside, _ = tile_at(outside_ptr + border * tile.R * tile.S, tile, BR, BS)
         state += decay_to_segment(decays_ptr + index, GATHER) * tl.load(outside, mask=mask, other=0.0)
     return state, pointers, mask
 

@@ -72,7 +72,7 @@ def sweep(
         if SUMS:
             begin, end = next_leg(turn, chunks, REVERSE, EXACT)
             border = end if REVERSE else begin
-            leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, BC, BA, False), EXACT)
+            leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, False), EXACT)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             length = tl.minimum(last - start, C)

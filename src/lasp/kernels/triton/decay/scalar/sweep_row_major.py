@@ -56,7 +56,7 @@ def sweep_rows(
     for turn in range(legs_in(chunks, False)):
         begin, end = next_leg(turn, chunks, REVERSE, False)
         border = end if REVERSE else begin
-        leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, BC, BA, True), False)
+        leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, True), False)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)

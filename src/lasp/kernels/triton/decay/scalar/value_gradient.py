@@ -47,7 +47,7 @@ def value_gradient_kernel(
     index = run_of(here, H_v) * segments + here.segment
     v_first = here.part * BV
     state, _, _ = border_state(
-        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, value_tile(v_first, K, V, BK, BV), GATHER
+        d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, value_tile(v_first, K, V), BV, BK, GATHER
     )
 
     qk, vo = rows_of(here, T, H, H_v)
