@@ -63,7 +63,7 @@ def between(
         at = g_ptr + tl.cast(start, tl.int64) * H_v
         return pair_decay(at, H_v, 0.0, prefix, last - start, KIND, C, REVERSE, EXACT)
     else:
-        i, j = token_pairs(start, C)
+        i, j = token_pairs(C)
         reached = i >= j if REVERSE else i <= j
         if KIND == TOKEN:
             log2 = prefix[:, None] - prefix[None, :] if REVERSE else prefix[None, :] - prefix[:, None]
@@ -74,14 +74,9 @@ def between(
 
 
 @triton.jit
-def token_pairs(start, C: tl.constexpr):
-    """Rows [C, 1] and columns [1, C] of a matrix between a chunk's tokens.
-
-    They begin at zero, but the compiler shall not know: it would keep matrices made of them, the same for all chunks,
-    in registers over the loop.
-    """
-    zero = tl.minimum(start, 0)
-    return zero + tl.arange(0, C)[:, None], zero + tl.arange(0, C)[None, :]
+def token_pairs(C: tl.constexpr):
+    """Rows [C, 1] and columns [1, C] of a matrix between a chunk's tokens."""
+    return tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
 
 
 @triton.jit

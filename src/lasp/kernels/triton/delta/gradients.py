@@ -109,13 +109,13 @@ def delta_gradients_kernel(
     dg_ptr += tl.cast(part, tl.int64) * B * T * H_v + tokens
     for c in range(count):
         start = first + c * C
-        i, j = token_pairs(start, C)
+        i, j = token_pairs(C)
         here = c * ROWS
         slot = at * C + c * C
         u = token_tile(u_view, start, last, row, V, BV, C, DESCRIPTORS)
         do = token_tile(do_view, start, last, row, V, BV, C, DESCRIPTORS)
         q = load_chunk(q_view, start, column, last, H * K, K, C, BK, DESCRIPTORS)
-        # Of the copy engine's tiles Triton 3.6 and 3.7 take none for both sides of a product.
+        # Of the copy engine's tiles Triton 3.7.1 takes none for both sides of a product.
         k = load_chunk(k_ptr + qk, start, column, last, H * K, K, C, BK, False)
         state = state_tile_of(s_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
         dv = token_tile(dv_view, start, last, row, V, BV, C, DESCRIPTORS)
