@@ -206,7 +206,7 @@ def main() -> int:
             place.mkdir()
         a, b = (measured(*pair) for pair in zip(options.revisions, places, strict=True))
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
-    control, first = b.pop("control"), next(iter(b.values()))
+    control, first = b.pop("control"), b[next(cases()).name]
     seen = max(map(difference, control, first)) > 0
     worst = {}
     for name, tensors in b.items():
