@@ -1,7 +1,7 @@
 """Every fenced block of the README, the quickstarts and the guide is run, in order, in a folder of its page's own.
 
 By bash as it stands, with programs that have started already (`warm_shell`). `make test` runs the quickstarts,
-`.ci/run` all.
+`make exhaustive` all.
 """
 
 from __future__ import annotations
