@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lasp.models import NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +23,8 @@ import pytest
 from lasp.cli.main import main
 runpy.run_path("docs/tables.py", run_name="__main__")
 general = ["models/test_presets.py", "models/test_causal_lm.py", "analysis/test_memory.py", "analysis/test_flops.py"]
-options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", "simple or documented"]
+tell = ["-o", "addopts=-q --strict-markers -ra", "-m", "not exhaustive"]  # not the slowest, by name
+options = [*tell, "-n", "0", "-p", "no:cacheprovider", "-k", "simple or documented"]
 code = pytest.main([*options[:-2], "{RECURRENCE[-1]}"])
 code = code or pytest.main([*options, "{TEST}", *(f"tests/{{name}}" for name in general)])
 sys.exit(code or main(["plan", "--model.family", "simple-gla", "--model.size", "tiny"]))
@@ -36,6 +39,7 @@ def example(path: str) -> str:
     return found[1]
 
 
+@pytest.mark.exhaustive
 def test_a_mixer_is_one_file_and_its_test_and_a_recurrence_two(tmp_path: Path) -> None:
     assert "simple-gla" not in NAMES, "the control: it is not here yet"
     leave_out = shutil.ignore_patterns("__pycache__", "before", "earlier_exports", "results")

@@ -2,7 +2,7 @@
 """What the gradients of a chunk have of products over V, whatever the gate.
 
 Where V fits they take tiles that were loaded once, else they load pieces of BV columns. Transposes are products of
-their own: see docs/kernels.md on transposed accumulators.
+their own: see docs/design/kernels.md on transposed accumulators.
 """
 
 import triton
