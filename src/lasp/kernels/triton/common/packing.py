@@ -7,20 +7,29 @@ ones cost a state each (docs/design/kernels.md).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common.program import CHUNK_PLACE, PLACE
-from lasp.kernels.triton.decay.plan import DESCRIPTOR_CHUNKS, LaunchPlan
 from lasp.recurrence.documents import Documents
 
-if TYPE_CHECKING:  # which imports from `decay.plan` too
-    from lasp.kernels.triton.delta.plan import DeltaPlan
+# A program makes its tensor descriptors in microseconds: fewer chunks than this do not pay for them.
+DESCRIPTOR_CHUNKS = 8
 
-# The plan of either family.
-AnyPlan = TypeVar("AnyPlan", "LaunchPlan", "DeltaPlan")
+
+class RunPlan(Protocol):
+    """What the plans of all families say of how a run is cut, and of where packed documents lie among its segments."""
+
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def segment_chunks(self) -> int: ...
+    @property
+    def descriptors(self) -> bool: ...
+    @property
+    def tables(self) -> Any: ...
 
 
 class Tables(NamedTuple):
@@ -71,33 +80,29 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     )
 
 
-def packed_plan(p: AnyPlan, documents: Documents, device: torch.device) -> AnyPlan:
-    """`p`, which was made for the tokens in one run, for `documents`."""
+def packed_changes(p: RunPlan, documents: Documents, device: torch.device) -> dict[str, Any]:
+    """What of `p`, which was made for the tokens in one run, is another for `documents`."""
     key = (p.chunk, p.segment_chunks, device)
     tables = documents.layouts.get(key)
     if tables is None:
         with torch.inference_mode(False):  # made while generating, they may serve training
             tables = documents.layouts[key] = _tables(documents, p.chunk, p.chunk * p.segment_chunks, device)
     chunks, segments = len(tables.chunks), len(tables.segments)
-    return p._replace(
-        chunks=chunks,
-        segments=segments,
-        descriptors=p.descriptors and chunks >= DESCRIPTOR_CHUNKS * segments,
-        tables=tables,
-    )
+    descriptors = p.descriptors and chunks >= DESCRIPTOR_CHUNKS * segments
+    return {"chunks": chunks, "segments": segments, "descriptors": descriptors, "tables": tables}
 
 
-def places_of(p: LaunchPlan | DeltaPlan, otherwise: Tensor) -> Tensor:
+def places_of(p: RunPlan, otherwise: Tensor) -> Tensor:
     """The table of segments; without documents a kernel reads none, and any tensor will do."""
     return otherwise if p.tables is None else p.tables.segments
 
 
-def chunks_of(p: LaunchPlan | DeltaPlan, otherwise: Tensor) -> Tensor:
+def chunks_of(p: RunPlan, otherwise: Tensor) -> Tensor:
     """The table of chunks, likewise."""
     return otherwise if p.tables is None else p.tables.chunks
 
 
-def bounds_of(p: LaunchPlan | DeltaPlan, otherwise: Tensor) -> Tensor:
+def bounds_of(p: RunPlan, otherwise: Tensor) -> Tensor:
     """The documents' segments, likewise."""
     return otherwise if p.tables is None else p.tables.bounds
 

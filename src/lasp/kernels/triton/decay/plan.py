@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common import decays
+from lasp.kernels.triton.common.packing import DESCRIPTOR_CHUNKS
 
 NONE, HEAD, TOKEN, CHANNEL = decays.NONE.value, decays.HEAD.value, decays.TOKEN.value, decays.CHANNEL.value
 CHUNK = 64
 CHUNK_SMALL = 32
 CHUNK_SMALLEST = 16
 SHARED_FOR_THREE_STAGES, SHARED_FOR_TWO_STAGES = 220_000, 150_000
-# A program makes its tensor descriptors in microseconds: fewer chunks than this do not pay for them.
-DESCRIPTOR_CHUNKS = 8
 # Costs in units of one chunk of one sweep: what a program spends before its first chunk, and what one segment's
 # state (written, scanned and read back) adds to the whole device's traffic.
 START_COST = 1.5

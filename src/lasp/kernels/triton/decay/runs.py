@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common.device import device_limits
-from lasp.kernels.triton.common.packing import packed_plan
+from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
 from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, kind_of, plan
@@ -66,7 +66,8 @@ def launches_of(x: DecayInputs, from_zero: bool = False) -> Launches:
         return _launches_of(shape, x.q.device)
     layouts, device = x.documents.layouts, x.q.device
     if (shape, device) not in layouts:
-        p = packed_plan(_packed_plan(shape, x.documents, device), x.documents, device)
+        p = _packed_plan(shape, x.documents, device)
+        p = p._replace(**packed_changes(p, x.documents, device))
         layouts[shape, device] = _launches(shape, p)
     found: Launches = layouts[shape, device]
     return found

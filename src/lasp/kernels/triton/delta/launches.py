@@ -17,7 +17,7 @@ from lasp.kernels.triton.common.decays import CHANNEL
 from lasp.kernels.triton.common.device import device_limits
 from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.common.packing import packed_plan
+from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import base_levels
 from lasp.kernels.triton.decay.launches import MAX_GRID
 from lasp.kernels.triton.decay.plan import kind_of
@@ -286,7 +286,8 @@ def launches_of(x: DeltaInputs, from_zero: bool) -> DeltaLaunches:
         return _launches(*shapes, *others)
     kept = x.documents.layouts
     if ("delta", shapes, others) not in kept:
-        p = packed_plan(_plan(*shapes), x.documents, x.q.device)
+        p = _plan(*shapes)
+        p = p._replace(**packed_changes(p, x.documents, x.q.device))
         kept["delta", shapes, others] = DeltaLaunches(*shapes[:4], p, *others)
     found: DeltaLaunches = kept["delta", shapes, others]
     return found

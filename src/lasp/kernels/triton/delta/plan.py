@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lasp.kernels.triton.common.packing import DESCRIPTOR_CHUNKS
 from lasp.kernels.triton.decay.plan import (
-    DESCRIPTOR_CHUNKS,
     SHARED_FOR_THREE_STAGES,
     SHARED_FOR_TWO_STAGES,
     Tiles,
