@@ -172,10 +172,6 @@ class LinearAttention(Mixer):
             o = gate * o
         return self.out_proj(o)
 
-    def _gate_and_queries(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        gate = None if self.gate is None or self.gate_proj is None else self.gate(self.gate_proj(x))
-        return gate, self.q_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
-
 
 def _check_denominator(config: LinearAttention.Config) -> None:
     """Raise ValueError where scores could be negative, so that their sum is no denominator."""

@@ -192,9 +192,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(values: Mapping[str, Any]) -> MixerConfig:
     """The mixer that `MixerConfig.to_dict` gave."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
+    fields = _tuples(values)
     kind = fields.pop("kind")
     check_choice("mixer", kind, MIXERS)
     return MIXERS[kind].config(**fields)
