@@ -82,8 +82,8 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
         takes_no_state: a state or gradient of one that is zero may be given as None.
         reads_queries_late: `summarize` reads no queries: they may be computed while the exchange is under way.
         traceable: torch.compile can follow the stages; it cannot where they take gradients of their own.
-        bad_gates_give_nan: a gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look
-            for one before.
+        bad_values_give_nan: a gate that is positive or NaN, or a beta outside [0, 2], makes outputs NaN from its chunk
+            on, so that nobody need look for one before.
         normalizes: they divide q and k by their lengths where `x.normalize` says so.
     """
 
@@ -100,7 +100,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     takes_no_state: bool = False
     reads_queries_late: bool = False
     traceable: bool = True
-    bad_gates_give_nan: bool = False
+    bad_values_give_nan: bool = False
     normalizes: bool = False
 
 

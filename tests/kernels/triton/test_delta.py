@@ -198,16 +198,17 @@ def test_ranks(gate: str, documents: tuple[int, ...] | None, device: torch.devic
         assert max(errors.values()) <= 4e-6, (rank, errors)
 
 
-@pytest.mark.parametrize("bad", [0.1, float("nan")])
-def test_what_is_no_decay_gives_nan(bad: float, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("name", "bad"), [("g", 0.1), ("g", float("nan")), ("beta", -0.1), ("beta", 2.1), ("beta", float("nan"))]
+)
+def test_what_is_no_decay_or_beta_gives_nan(name: str, bad: float, device: torch.device) -> None:
     """In its head, from its chunk on."""
     from lasp.kernels.triton.delta.stages import STAGES
     from lasp.recurrence.inputs import DeltaInputs
 
     p = problem(Case("scalar", T=100, initial=False))
-    g = p.x["g"].to(device)
-    g[0, 40, 1] = bad
-    q, k, v, beta = (p.x[name].to(device) for name in ("q", "k", "v", "beta"))
+    p.x[name][0, 40, 1] = bad
+    q, k, v, beta, g = (p.x[tensor].to(device) for tensor in ("q", "k", "v", "beta", "g"))
     x = STAGES.prepare(DeltaInputs(q, k, v, beta, g, 1.0), True)
     segments = STAGES.unsummarized.totals(x)
     o, saved = STAGES.outputs(x, segments, STAGES.local_outputs(x, segments), None)

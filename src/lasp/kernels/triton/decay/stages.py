@@ -204,5 +204,5 @@ STAGES = Stages(
     grouped_heads=True,
     takes_no_state=True,
     reads_queries_late=True,
-    bad_gates_give_nan=True,
+    bad_values_give_nan=True,
 )

@@ -171,6 +171,6 @@ STAGES = Stages(
     grouped_heads=True,
     takes_no_state=True,
     traceable=False,
-    bad_gates_give_nan=True,
+    bad_values_give_nan=True,
     normalizes=True,
 )
