@@ -217,6 +217,23 @@ def test_what_is_no_decay_or_beta_gives_nan(name: str, bad: float, device: torch
     assert state[:, 0].isfinite().all() and not state[:, 1].isfinite().any()
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("over_ranks", [False, True])
+def test_what_is_saved_is_foretold(gate: str, over_ranks: bool, device: torch.device, short_segments: None) -> None:
+    """As compiled graphs ask: every tensor's shape and dtype."""
+    from lasp.kernels.triton.delta.stages import STAGES, empty_saved
+    from lasp.recurrence.inputs import DeltaInputs
+
+    p = problem(Case(gate, BF16, K=20, V=36, T=130))
+    q, k, v, beta = (p.x[name].to(device) for name in ("q", "k", "v", "beta"))
+    given = DeltaInputs(q, k, v, beta, p.x["g"].to(device) if gate != "none" else None, 1.0, None, True)
+    x, state = STAGES.prepare(given, False), p.x["initial_state"].to(device)
+    segments = STAGES.summarize(x)[1] if over_ranks else STAGES.unsummarized.totals(x)
+    _, saved = STAGES.outputs(x, segments, STAGES.local_outputs(x, segments), state)
+    foretold = empty_saved(given, True, over_ranks, False)
+    assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in foretold]
+
+
 @pytest.mark.parametrize("mistake", ["no state", "later gate", "less beta"])
 def test_the_check_sees(mistake: str, device: torch.device) -> None:
     p = problem(Case("scalar", T=40, strongest=0.05))

@@ -173,8 +173,9 @@ def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
     return gradient.unflatten(2, (heads, -1)).sum(3).to(x.q.dtype)
 
 
-def empty_saved(x: DecayInputs, alone: bool, want_gate: bool) -> list[Tensor]:
+def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
     """Tensors of the shapes and dtypes that `outputs` saves; want_gate: the gradient of g will be wanted."""
+    alone = not (from_state or over_ranks)
     q, v, g = x.q, x.v, x.g
     (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g, alone)
 
@@ -205,4 +206,5 @@ STAGES = Stages(
     takes_no_state=True,
     reads_queries_late=True,
     bad_values_give_nan=True,
+    multiplies=False,
 )

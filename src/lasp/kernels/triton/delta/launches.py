@@ -273,16 +273,16 @@ def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int,
     )
 
 
-def launches_of(x: DeltaInputs, from_zero: bool) -> DeltaLaunches:
+def launches_of(x: DeltaInputs, from_zero: bool, with_gate: bool) -> DeltaLaunches:
     """The launches for such a run.
 
-    from_zero: it is the whole sequence and starts from no state.
+    from_zero: it is the whole sequence and starts from no state. with_gate: the gradient of the gate will be wanted.
 
     Raises:
         ValueError: the kernels do not take such tensors.
     """
     shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
-    others = (x.g is not None and x.g.requires_grad, x.normalize, x.scale, from_zero)
+    others = (with_gate, x.normalize, x.scale, from_zero)
     if x.documents is None:
         return _launches(*shapes, *others)
     kept = x.documents.layouts
