@@ -1,4 +1,4 @@
-"""Is a parallelized model the same model? Logits and gradients of a few tokens, split and whole, say."""
+"""Compare a parallelized model with itself unsplit, by logits and gradients of a few tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Comparison(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether the split model is the same model."""
+        """The split model is the same model."""
         return max(self.loss, self.logits, self.gradients) < self.bound
 
 

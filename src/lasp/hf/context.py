@@ -1,4 +1,4 @@
-"""What is running in this thread: passes through whole models, and within them, or in backward, a layer's mixer."""
+"""Passes and mixers that are running in this thread; a mixer runs within a pass, or in backward."""
 
 from __future__ import annotations
 

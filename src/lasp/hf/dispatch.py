@@ -17,7 +17,7 @@ from lasp.ops.autograd import untraced
 
 
 class Dispatcher:
-    """In the place of `original`, by its name: `operator` within a split pass, told of it."""
+    """Stands in the place of `original`: within a split pass it runs `operator`, which is told of the pass."""
 
     def __init__(self, name: str, original: Any, operator: Operator) -> None:
         self.__name__ = name
@@ -41,7 +41,7 @@ _dispatched = untraced(Dispatcher.run)
 
 
 def functions_of(family: ModelFamily) -> dict[str, Operator]:
-    """What is to be dispatched of a file, by global name."""
+    """Operators of the functions to be dispatched of a file, by global name."""
     found = {name: operator for functions in family.mixers.values() for name, operator in functions.items()}
     module = import_module(PACKAGE + family.file)
     others = {**OPTIONAL, **OF_MODEL}
@@ -64,7 +64,7 @@ def dispatch(family: ModelFamily) -> None:
 
 
 def release(family: ModelFamily) -> None:
-    """Where no model needs them any longer, leave the file as it was."""
+    """Leave the file as it was, where no model needs its dispatchers any longer."""
     if is_used(family.file):
         return
     module = import_module(PACKAGE + family.file)

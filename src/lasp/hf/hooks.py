@@ -24,35 +24,35 @@ Keywords = dict[str, Any]
 
 
 class Hook:
-    """What hooks of this library have in common: by it they are found again, also on a model's copy."""
+    """Base of this library's hooks, by which they are found again, also on a model's copy."""
 
     def __init__(self, split: ModelSplit, name: str) -> None:
         self.split, self.name = split, name
 
 
 class ModelEnters(Hook):
-    """Before a whole model, or one within it: the outermost begins the pass, the others are told of it."""
+    """Runs before a model, or one within it: the outermost begins the pass, the others are told of it."""
 
     def __call__(self, module: nn.Module, arguments: Any, options: Keywords) -> tuple[Any, Keywords]:
         return _enter_model(self, module, arguments, options)
 
 
 class ModelLeaves(Hook):
-    """After a model: the outermost ends the pass."""
+    """Runs after a model: the outermost ends the pass."""
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
         _leave_model(module)
 
 
 class LayerEnters(Hook):
-    """Before a layer that may be recomputed: it is told of the pass, and so is its recomputation."""
+    """Tells a layer of the pass before it runs, and so its recomputation."""
 
     def __call__(self, module: nn.Module, arguments: Any, options: Keywords) -> tuple[Any, Keywords]:
         return arguments, _told(self.split, options)
 
 
 class MixerEnters(Hook):
-    """Before a mixer. wanted: the functions that it must call in a split pass."""
+    """Runs before a mixer. wanted: the functions that it must call in a split pass."""
 
     def __init__(self, split: ModelSplit, name: str, wanted: frozenset[str]) -> None:
         super().__init__(split, name)
@@ -63,7 +63,7 @@ class MixerEnters(Hook):
 
 
 class MixerLeaves(Hook):
-    """After a mixer, also where it failed: it has called what it must."""
+    """Runs after a mixer, also where it failed, and sees that it has called what it must."""
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
         _leave_mixer(self, module, output)

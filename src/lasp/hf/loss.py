@@ -14,7 +14,7 @@ from lasp.sequence import SequenceParallel
 
 
 class SharedLoss:
-    """In the place of a model's loss function, `original`: the same for whole batches.
+    """Stands in the place of a model's loss function, `original`, which it calls for whole batches.
 
     former: what the model itself had for one, where it did not have its class's.
     """

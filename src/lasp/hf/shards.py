@@ -1,4 +1,4 @@
-"""What a rank gets of a batch: its tokens, their positions and targets, and a record of how the batch is split."""
+"""A rank's part of a batch: its tokens, their positions and targets, and a record of how the batch is split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENS = ("input_ids", "attention_mask", "position_ids", "labels", "shift_label
 # Compared by identity: a compiler that was given one would otherwise look into it, and compile anew in every step.
 @dataclass(frozen=True, eq=False)
 class BatchShard:
-    """How a batch is split, and which part is here. It can be pickled.
+    """Says how a batch is split, and which part is here. It can be pickled.
 
     Attributes:
         lengths: tokens of every rank, of each of the batch's sequences.
@@ -126,7 +126,7 @@ def _laid_out(given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _flattened(rows: dict[str, Tensor]) -> tuple[tuple[int, ...] | None, dict[str, Tensor]]:
-    """Where documents start, and the rows one after another; None and the rows, where each is one document."""
+    """Bounds of documents and the rows one after another; None and the rows, where each is one document."""
     positions, mask = rows["position_ids"], rows.pop("attention_mask", None)
     starts = torch.ones_like(positions, dtype=torch.bool)
     starts[:, 1:] = positions.diff(dim=1) != 1

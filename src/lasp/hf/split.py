@@ -1,4 +1,4 @@
-"""How the passes of one model are split: over which ranks, with which exchange of softmax layers, by which kernels."""
+"""The way in which one model's passes are split: ranks, the exchange of softmax layers, kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_LENGTHS = 64
 
 
 class SplitArguments(NamedTuple):
-    """What the operators of a split pass are given."""
+    """Arguments of the operators of a split pass."""
 
     sp: SequenceParallel | None
     cu_seqlens: tuple[int, ...] | None
@@ -40,7 +40,7 @@ class ModelSplit:
         _alive.add(self)
 
     def arguments(self, shard: BatchShard) -> SplitArguments:
-        """Of operators on tokens of this shard."""
+        """Arguments of operators on tokens of this shard."""
         if self.sp is None:
             return SplitArguments(None, shard.cu_seqlens)
         ranks = self._with_lengths.get(shard.lengths)
@@ -65,10 +65,10 @@ _alive: WeakSet[ModelSplit] = WeakSet()
 
 
 def is_used(file: str) -> bool:
-    """Whether there is a parallelized model of this file of transformers."""
+    """Returns whether there is a parallelized model of this file of transformers."""
     return any(file in split.files for split in _alive)
 
 
 def end(split: ModelSplit) -> None:
-    """Its model is restored."""
+    """Forget a model's that is restored."""
     _alive.discard(split)

@@ -77,7 +77,7 @@ class LayerKind(NamedTuple):
 
 
 def kind_of(layer: object) -> LayerKind | None:
-    """What a module is, also as a subclass that FSDP has made of its class; None if its tokens see no others."""
+    """The kind of a module, also of FSDP's subclass of its class; None if its tokens see no others."""
     for base in type(layer).__mro__:
         for family in FAMILIES:
             if base.__module__ == PACKAGE + family.file:
