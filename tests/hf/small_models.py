@@ -32,8 +32,7 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "layer_types": ["linear_attention", "linear_attention", "full_attention"],
             "intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2, "output_router_logits": True,
-            "router_aux_loss_coef": 0.1,
+            "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2, "router_aux_loss_coef": 0.1,
         },
     ),
     "qwen3_5_text": (
@@ -80,15 +79,17 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A model of a type, the same in every process."""
+def build(kind: str, dtype: torch.dtype = torch.float64, *, router_loss: bool = False) -> Any:
+    """A model of a type, the same in every process. router_loss: add that of the experts' balance, if it has one."""
     # Here, and not for every process of the suite that only collects these tests: it takes seconds.
     import transformers
 
     transformers.logging.set_verbosity_error()
     model_class, config_class, settings = SMALL[kind]
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**(_COMMON | settings | changes))
+    config = getattr(transformers, config_class)(**(_COMMON | settings))
+    if "router_aux_loss_coef" in settings:
+        config.output_router_logits = router_loss
     model = getattr(transformers, model_class)(config)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # others have no fp64
@@ -141,3 +142,20 @@ def measured(model: Any, *batches: dict[str, Any]) -> Measured:
 def tokens(*shape: int, seed: int = 1) -> Tensor:
     """Ids of no special token."""
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def recompute(model: Any, *, reentrant: bool) -> Any:
+    """The model in training, its layers recomputed in backward, there in fp64 too."""
+    from torch.utils.checkpoint import checkpoint
+
+    def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+        def exact(*arguments: Any) -> Any:
+            with exactly():
+                return function(*arguments)
+
+        return checkpoint(exact, *arguments, use_reentrant=reentrant)
+
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, recomputed
+    return model.train()
