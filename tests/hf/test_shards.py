@@ -55,8 +55,9 @@ def test_a_dense_batch_over_ranks() -> None:
              "attention_mask": rows([1, 1, 0], [0, 1, 1])},
             [1, 2, 5, 6], [0, 1, 0, 1], [2, -100, 6, -100], (0, 2, 4),
         ),
-        (  # positions that start anywhere are no new document
-            {"input_ids": rows([1, 2]), "position_ids": rows([7, 8]), "shift_labels": rows([2, 9])},
+        (  # positions that start anywhere are no new document; kinds of tokens, all text
+            {"input_ids": rows([1, 2]), "mm_token_type_ids": rows([0, 0]), "position_ids": rows([7, 8]),
+             "shift_labels": rows([2, 9])},
             [1, 2], [7, 8], [2, 9], None,
         ),
     ],
@@ -74,6 +75,7 @@ def test_documents_and_padding(batch: Any, ids: Any, positions: Any, targets: An
     ("changed", "message"),
     [
         ({"pixel_values": torch.zeros(1)}, "batch has pixel_values, of which it is not known how to split it"),
+        ({"token_type_ids": IDS}, "batch has token_type_ids"),
         ({"input_ids": torch.zeros(2, 6)}, r"input_ids must be integers \[B, T\]"),
         ({"input_ids": IDS[0]}, r"input_ids must be integers \[B, T\] with tokens, got torch.int64 \[6\]"),
         ({"labels": IDS[:, 1:]}, r"labels must have the shape of input_ids, \[2, 6\], got \[2, 5\]"),
