@@ -162,5 +162,5 @@ class Peer(Exchange):
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         others = model.size - 1
-        folds = (others + want_total) * model.fold() if model.load.is_dense else 0.0
+        folds = (others + want_total) * model.apply_summary() if model.load.is_dense else 0.0
         return model.peer(model.load.summary_bytes * others) + folds

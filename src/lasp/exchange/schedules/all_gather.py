@@ -57,4 +57,4 @@ class AllGather(Exchange):
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         others = model.size - 1
-        return model.gather(model.load.summary_bytes * others) + (others + want_total) * model.fold()
+        return model.gather(model.load.summary_bytes * others) + (others + want_total) * model.apply_summary()

@@ -100,4 +100,8 @@ class Pipelined(Exchange):
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         seconds = model.pipeline(self.blocks or model.best_blocks())
-        return seconds + model.fold(alone=True) + model.broadcast(model.load.state_bytes) if want_total else seconds
+        return (
+            seconds + model.apply_summary(alone=True) + model.broadcast(model.load.state_bytes)
+            if want_total
+            else seconds
+        )

@@ -56,5 +56,5 @@ class Ring(Exchange):
     def seconds(self, model: Model, *, want_total: bool) -> float:
         seconds = model.pipeline(1)
         if want_total:
-            seconds += model.fold(alone=True) + model.broadcast(model.load.state_bytes)
+            seconds += model.apply_summary(alone=True) + model.broadcast(model.load.state_bytes)
         return seconds
