@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, Transition
+from lasp.distributed.call import Line
 from lasp.distributed.comm import Comm
-from lasp.exchange.base import Exchange, Line
+from lasp.exchange.base import Exchange
 from lasp.exchange.cost import Constants, Link
 from lasp.exchange.payload import Payload
 from lasp.exchange.peer.exchange import Peer

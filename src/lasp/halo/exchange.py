@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.exchange.start import SequenceCall, adjoint_of, save_after
 from lasp.halo.rows import HaloPlan
 from lasp.recurrence.derivatives import first_derivatives
-from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 
 def extend(x: Tensor, initial: Tensor | None, plan: HaloPlan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:

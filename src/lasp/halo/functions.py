@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.exchange.start import SequenceCall
 from lasp.halo.exchange import extend
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
-from lasp.sequence.call import SequenceCall
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Summary, Transition
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.symmetric_memory import symmetric_memory
-from lasp.exchange.base import Exchange, ExchangeResult, Line, PendingExchange, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, PendingExchange, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 from lasp.exchange.schedules.all_gather import AllGather, fold

@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Gathering
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 

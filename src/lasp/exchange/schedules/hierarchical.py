@@ -18,9 +18,9 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from lasp.algebra import Summary, compose
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 from lasp.exchange.schedules.doubling import Doubling

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic, broadcast_traffic
 from lasp.exchange.cost import Constants, Model, defaults
 from lasp.exchange.payload import Cut, Payload, flat, flatten
 
