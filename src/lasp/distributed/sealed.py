@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lasp.distributed.call import Call, Calls
 from lasp.distributed.comm import Comm, Pending
-from lasp.distributed.record import Description, ExchangeError, Record, RecordedStep, digest_of
+from lasp.distributed.record import Description, Record, RecordedStep, digest_of
 
 WORDS = 4  # number, forward call's number, plan and documents, step
 HEADER_BYTES = 8 * WORDS
@@ -97,11 +97,13 @@ class SealedCalls(Calls):
         """Begin a call; see `Calls.begin`.
 
         Raises:
-            ExchangeError: a message came that belonged to another call, or the ranks differ in what is new.
+            ExchangeError: a message came that belonged to another call, on this rank or another, or the ranks differ in
+                what is new.
         """
         comm, record = self.comm, Record(0, description, documents)
+        comm.check_alarm()
         if self._seen[0]:
-            raise ExchangeError(self._said(comm))
+            raise comm.out_of_step(self._said(comm))
         if comm.step != self._step:
             self._step = comm.step
             self.state[1:].fill_((comm.step.number << _STEP_BITS) + comm.step.data % (1 << _STEP_BITS))
