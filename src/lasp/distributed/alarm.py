@@ -34,6 +34,7 @@ class Alarm:
         self.said: str | None = None
         """The message of another rank that ended the group's work, or None."""
         self._store, self._rank, self._abort, self._grace_s = store, rank, abort, grace_s
+        self._waits: list[Callable[[], None]] = []
         self._refused_at = -float("inf")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="lasp alarm", daemon=True)
@@ -45,6 +46,10 @@ class Alarm:
             self._refused_at = time.monotonic()
         number = self._store.add("raised", 1)
         self._store.set(str(number), json.dumps([self._rank, message, unless_all]))
+
+    def ends(self, wait: Callable[[], None]) -> None:
+        """Call `wait` too when the group's work ends: it ends what kernels wait for that are not the group's own."""
+        self._waits.append(wait)
 
     def silence(self) -> None:
         """Let the thread end, soon."""
@@ -77,4 +82,6 @@ class Alarm:
 
     def _end(self, message: str) -> None:
         self.said = message
+        for end_wait in self._waits:
+            end_wait()
         self._abort()

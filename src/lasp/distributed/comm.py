@@ -390,6 +390,11 @@ class Comm:
         if self._alarm is not None and self._alarm.said is not None:
             raise ExchangeError(self._alarm.said)
 
+    def ends_at_alarm(self, wait: Callable[[], None]) -> None:
+        """Call `wait`, which ends a wait of this rank's GPU, when another rank cannot go on."""
+        if self._alarm is not None:
+            self._alarm.ends(wait)
+
     def hear(self, posted: Posted) -> None:
         """Wait for the records of all ranks that belong to `posted`, and before that for those that came earlier.
 
