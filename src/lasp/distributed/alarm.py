@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import Store
+from torch.distributed import DistNetworkError, DistStoreError, Store
 
 _PERIOD_S = 0.5
 # Input that is refused on all ranks leaves them in step. They may come to it seconds apart.
@@ -62,15 +62,21 @@ class Alarm:
 
     def _listen(self) -> None:
         number = 1
-        # The process that keeps the store may end first: then there is nobody to hear.
-        with contextlib.suppress(RuntimeError):
-            while not self._stopped.wait(_PERIOD_S):
-                while self._store.check([str(number)]):
-                    rank, message, unless_all = json.loads(self._store.get(str(number)))
-                    number += 1
-                    if rank != self._rank and not (unless_all and self._refused_too()):
-                        self._end(message)
-                        return
+        while not self._stopped.wait(_PERIOD_S):
+            while (raised := self._raised(number)) is not None:
+                number += 1
+                rank, message, unless_all = raised
+                if rank != self._rank and not (unless_all and self._refused_too()):
+                    self._end(message)
+                    return
+
+    def _raised(self, number: int) -> tuple[int, str, bool] | None:
+        """The rank, the message, and if it stands unless all ranks refuse; None while there is no alarm `number`."""
+        with contextlib.suppress(DistStoreError, DistNetworkError):  # the process that keeps the store has ended
+            if self._store.check([str(number)]):
+                rank, message, unless_all = json.loads(self._store.get(str(number)))
+                return rank, message, unless_all
+        return None
 
     def _refused_too(self) -> bool:
         """True if this rank refuses its input too, within the grace after another did."""
