@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.distributed.alarm import Alarm
+from lasp.distributed.alarm import Alarm, Trail
 from lasp.distributed.clock import ExchangeClock
 from lasp.distributed.ending import before_exit
 from lasp.distributed.groups import gloo_group, shared_store
@@ -168,7 +168,7 @@ class Comm:
             self._group = gloo_group(group, _agreed_name(group, deadline), deadline) if uses_gloo else group
             if not uses_gloo:
                 store = shared_store(_agreed_name(group, deadline))
-                self._alarm = Alarm(store, self.rank, partial(_abort, weakref.ref(group)))
+                self._alarm = Alarm(store, self.rank, self.size, partial(_abort, weakref.ref(group)))
                 weakref.finalize(self, self._alarm.silence)
         own = [self._control, self._group] if uses_gloo else [self._control]
         # A process that ends takes its unsent messages with it, and a chain's first rank is done long before its last.
@@ -389,6 +389,11 @@ class Comm:
         """Raise ExchangeError if another rank said that it cannot go on; over NCCL the group is then no longer."""
         if self._alarm is not None and self._alarm.said is not None:
             raise ExchangeError(self._alarm.said)
+
+    def follow(self, trail: Trail, named: Callable[[tuple[int, ...]], str]) -> None:
+        """Compare the calls begun with those of the other ranks where all of them wait (`Alarm.follow`)."""
+        if self._alarm is not None:
+            self._alarm.follow(trail, named)
 
     def ends_at_alarm(self, wait: Callable[[], None]) -> None:
         """Call `wait`, which ends a wait of this rank's GPU, when another rank cannot go on."""
