@@ -115,7 +115,10 @@ class Alarm:
         return None if raised is None else (raised[0], raised[1], raised[2])
 
     def _out_of_step(self) -> str | None:
-        """A message about the first call in which a rank that waits differs from another that waits, if any does."""
+        """A message about the first call in which this rank waits and differs from the next one, if that waits too.
+
+        Of ranks that are not all at the same calls some rank and the next are not.
+        """
         waits, self._seen = self._trail.number == self._seen, self._trail.number
         if not waits or not self._seen:
             return None
@@ -124,13 +127,12 @@ class Alarm:
             self._written = self._seen
             with contextlib.suppress(DistStoreError, DistNetworkError):
                 self._store.set(f"at {self._rank}", json.dumps([(number, *call) for number, call in own.items()]))
-        for rank in range(self._size):
-            others = self._read(f"at {rank}") if rank != self._rank else None
-            for number, digest, name in others or ():
-                if number in own and own[number][0] != digest:
-                    calls = sorted([(self._rank, own[number][1]), (rank, name)])
-                    lines = [f"  rank {each}: call {number}, {call}" for each, call in calls]
-                    return "\n".join(["the ranks disagree about what to compute, and wait for each other:", *lines])
+        rank = (self._rank + 1) % self._size
+        for number, digest, name in self._read(f"at {rank}") or ():
+            if number in own and own[number][0] != digest:
+                calls = sorted([(self._rank, own[number][1]), (rank, name)])
+                lines = [f"  rank {each}: call {number}, {call}" for each, call in calls]
+                return "\n".join(["the ranks disagree about what to compute, and wait for each other:", *lines])
         return None
 
     def _read(self, key: str) -> list[Any] | None:
