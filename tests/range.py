@@ -21,6 +21,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 # The least and the usual PyTorch, with the Triton that each was released with; None is the newest that pip finds.
 OLDEST, USUAL = ("2.11.0", "3.6.0"), ("2.13.0", "3.7.1")
+# Triton 3.6's interpreter, in which kernels run here, takes arrays of one value for numbers: NumPy 2.4 refuses that.
+OTHERS = {"3.6.0": ["numpy<2.4"]}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 CORE = ("laws", "ops", "exchange", "distributed", "kernels", "layers", "models", "generate")
 DEADLINE_S = 3600
@@ -83,7 +85,9 @@ def run(versions: Versions, tests: list[str]) -> Outcome:
             [*(f"{name} {found.get(name)}" for name in ("Python", "torch", "triton")), last_line(done.stdout)]
         )
         if done.returncode:
-            sys.stdout.write(done.stdout[-6000:])
+            log = scratch() / f"{re.sub(r'[^a-z0-9.]+', '-', str(versions).lower())}.log"
+            log.write_text(done.stdout)
+            told += f"; all of it: {log.relative_to(ROOT)}"
         return Outcome("failed" if done.returncode else "passed", told)
 
 
@@ -91,7 +95,7 @@ def wanted_packages(versions: Versions) -> Iterator[list[str]]:
     """What pip installs, one call after another: PyTorch first, since it may ask for a Triton of its own."""
     yield [f"torch=={versions.torch}" if versions.torch else "torch"]
     yield ["--no-deps", f"triton=={versions.triton}" if versions.triton else "triton"]
-    yield ["-e", f"{ROOT}[report,dev]"]
+    yield ["-e", f"{ROOT}[report,dev]", *OTHERS.get(versions.triton or "", [])]
 
 
 def scratch() -> Path:
