@@ -1,8 +1,10 @@
-"""What every operator does around its scan: check its arguments, tell the other ranks, spread grouped heads."""
+"""Checks arguments, tells the other ranks and spreads grouped heads: every operator's work around its scan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -77,6 +79,8 @@ def check_gate_values(g: Tensor) -> None:
     Raises:
         ValueError: a value is positive or NaN, on CPU; on a GPU an assertion on the device fails.
     """
+    if _are_unchecked():
+        return
     message = "g is the natural logarithm of the decay and must be <= 0 (for a decay a in (0, 1], pass a.log())"
     _check_values(g <= 0, message, lambda: f"a largest value of {g.max().item():g}")
 
@@ -92,6 +96,8 @@ def check_beta(beta: Tensor, v: Tensor) -> None:
         raise ValueError(f"beta must be [B, T, H_v] {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
     if not beta.is_floating_point() or beta.device != v.device:
         raise ValueError(f"beta must be floating point on {v.device}, got {beta.dtype} on {beta.device}")
+    if _are_unchecked():
+        return
     _check_values(
         (beta >= 0) & (beta <= 2),
         "beta must be in [0, 2] (sigmoid, or twice it for negative eigenvalues)",
@@ -99,8 +105,32 @@ def check_beta(beta: Tensor, v: Tensor) -> None:
     )
 
 
+@contextmanager
+def values_unchecked() -> Iterator[None]:
+    """Within, gates may have any values: of a model whose own code makes them, so that only NaN can be wrong with one.
+
+    It then comes out as a NaN loss, which training programs report, where an assertion on a GPU ends the process.
+    """
+    before, _unchecked.now = _unchecked.now, True
+    try:
+        yield
+    finally:
+        _unchecked.now = before
+
+
+class _Unchecked(threading.local):
+    now = False
+
+
+_unchecked = _Unchecked()
+
+
+def _are_unchecked() -> bool:
+    return not torch.compiler.is_compiling() and _unchecked.now
+
+
 def _check_values(good: Tensor, message: str, found: Callable[[], str]) -> None:
-    """All `good`: checked where that needs no synchronisation (on CPU), asserted when it is computed elsewhere."""
+    """Check that all are `good`: at once where that needs no synchronisation (on CPU), else when it is computed."""
     if good.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(good.all(), message)
     elif not bool(good.all()):
@@ -108,7 +138,7 @@ def _check_values(good: Tensor, message: str, found: Callable[[], str]) -> None:
 
 
 def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """initial_state [B, H_v, K, V] in the state's dtype.
+    """Check that `state` is an initial_state [B, H_v, K, V] in the state's dtype.
 
     Raises:
         ValueError: it is not.

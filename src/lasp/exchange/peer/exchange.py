@@ -50,6 +50,7 @@ class _Shared:
             self.is_possible = buffers is not None
             if buffers is not None:
                 self.memory, self.largest = PeerMemory(comm.rank, buffers, slot, comm.timeout_s), slot - slot_needed(0)
+                comm.ends_at_alarm(self.memory.end_wait)
         return self.memory if self.is_possible else None
 
     def follow(self, device: torch.device) -> None:
@@ -73,7 +74,7 @@ def _shared_of(comm: Comm, device: torch.device) -> _Shared:
 
 
 def is_possible(comm: Comm, nbytes: int, device: torch.device) -> bool:
-    """Whether the ranks can write summaries into each other's memory. Collective when first asked for so many bytes."""
+    """True if the ranks can write summaries into each other's memory. Collective when first asked for so many bytes."""
     return _shared_of(comm, device).reserve(comm, nbytes, device) is not None
 
 
