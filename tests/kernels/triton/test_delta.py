@@ -224,7 +224,7 @@ def test_what_is_saved_is_foretold(gate: str, over_ranks: bool, device: torch.de
     from lasp.kernels.triton.delta.stages import STAGES, empty_saved
     from lasp.recurrence.inputs import DeltaInputs
 
-    p = problem(Case(gate, BF16, K=20, V=36, T=130))
+    p = problem(Case(gate, BF16, K=24, V=40, T=130))
     q, k, v, beta = (p.x[name].to(device) for name in ("q", "k", "v", "beta"))
     given = DeltaInputs(q, k, v, beta, p.x["g"].to(device) if gate != "none" else None, 1.0, None, True)
     x, state = STAGES.prepare(given, False), p.x["initial_state"].to(device)

@@ -17,8 +17,7 @@ Where gates are mild all tokens meet in the chunk's middle; other chunks go by l
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import begins_run, chunk_place
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,
