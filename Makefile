@@ -6,11 +6,12 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1,triton)
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST_TRITON := build/triton-oldest
 ORACLE := build/oracle
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test exhaustive fuzz lint docs packages range oracle trackers clean FORCE
+.PHONY: train test exhaustive fuzz lint docs packages range triton oracle trackers clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +43,9 @@ packages: $(VENV)/.installed-dev  ## build wheel and source archive, install the
 range:  ## the core of the tests on the oldest, usual and newest PyTorch and Triton, and on every Python that is here
 	$(PYTHON) -m tests.range $(ARGS)
 
+triton: $(OLDEST_TRITON)/.installed  ## read and compile a sample of the kernels by the oldest Triton, installed beside the environment
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/triton/test_compile.py $(ARGS)
+
 oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
 
@@ -69,6 +73,11 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[docs]'
 	@touch $@
 
+# As much as its language and compiler need no GPU.
+$(OLDEST_TRITON)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.0'
+	@touch $@
+
 # Not in the environment: importing it changes other libraries, and nothing else here needs it.
 $(ORACLE)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ORACLE) 'fla-core==0.6.0' einops
@@ -79,4 +88,4 @@ $(TRACKERS)/.installed: $(VENV)/.installed-dev
 	@touch $@
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(ORACLE) $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_TRITON) $(ORACLE) $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,14 +1,14 @@
 """Compiles what calls launch for a device that need not be there, and reports what it needs.
 
-    python tests/kernels/triton/compile_ahead.py [--every] cuda:90 ...  # cuda:80, cuda:100, hip:gfx942
-    python tests/kernels/triton/compile_ahead.py parse [--sample]
+    python tests/kernels/triton/compile_ahead.py [--sample | --every] [parse] [cuda:90 ...]
 
-Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
-compiles one kernel of each sort (--every: all kinds of decay and dtypes, dims of 128 and 256) and prints a JSON object
-for each: shared memory, spilled bytes per thread, matrix instructions, whether it orders memory with other devices. The
-second takes every kind of call, but no kernel further than through Triton's own language, whose rules the interpreter
-does not know: it prints what was refused, a control at the last, and how many were read. A script of its own: where
-tests run in the interpreter, kernels cannot be compiled.
+Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. For devices that
+are named, cuda:80, cuda:90, cuda:100 or hip:gfx942, one kernel of each sort is compiled (--sample: of a few; --every:
+all kinds of decay and dtypes, dims of 128 and 256), and a JSON object printed for each: shared memory, spilled bytes
+per thread, matrix instructions, whether it orders memory with other devices. `parse` takes every kind of call
+(--sample: three or four launches of a kernel), but no kernel further than through Triton's own language, whose rules
+the interpreter does not know: it prints what was refused, a control at the last, and how many were read. A script of
+its own: where tests run in the interpreter, kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -197,9 +197,13 @@ COMPILED = {
 }
 
 
-def one_of_each(target: str) -> list[Compilable]:
+# Those that come closest to what a device has, of each family.
+SAMPLED = {Call("scalar", learned=True, T=512): "output|key_gradient", Call("channel"): "channel_intra_chunk"}
+
+
+def one_of_each(target: str, wanted: dict[Call, str] = COMPILED) -> list[Compilable]:
     kernels = list(peer_kernels())
-    for call, names in COMPILED.items():
+    for call, names in wanted.items():
         first = {kernel.kernel.__name__: kernel for kernel in reversed(launched([call], target))}
         kernels += [kernel for name, kernel in first.items() if re.fullmatch(f"({names})_kernel", name)]
     return kernels
@@ -240,6 +244,14 @@ def every_call() -> list[Call]:
     return [*calls, *(call._replace(delta=True) for call in calls if call.kind != "constant")]
 
 
+def three_of_a_name(kernels: list[Compilable]) -> list[Compilable]:
+    """The first, the last, and one between."""
+    named: dict[str, list[Compilable]] = {}
+    for kernel in kernels:
+        named.setdefault(kernel.kernel.__name__, []).append(kernel)
+    return [each for same in named.values() for each in same[:: max(1, (len(same) - 1) // 2)]]
+
+
 def parse(kernels: list[Compilable]) -> None:
     kernels = [*kernels, Compilable(changing_kernel, {"x_ptr": "*fp32", "n": "i32"}, {}, {})]
     target = target_of("cuda:90")
@@ -260,11 +272,11 @@ def parse(kernels: list[Compilable]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "parse":
+    sample = "--sample" in sys.argv
+    if "parse" in sys.argv:
         calls = every_call()
-        parse(launched(calls[::61] if "--sample" in sys.argv else calls, "cuda:90"))
-    else:
-        kernels_of = every_one if "--every" in sys.argv else one_of_each
-        for name in LIMITS:
-            if name in sys.argv:
-                compile_for(name, kernels_of(name))
+        parse(three_of_a_name(launched(calls[::61], "cuda:90")) if sample else launched(calls, "cuda:90"))
+    wanted = SAMPLED if sample else COMPILED
+    for name in LIMITS:
+        if name in sys.argv:
+            compile_for(name, every_one(name) if "--every" in sys.argv else one_of_each(name, wanted))
