@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := build/triton-oldest
 ORACLE := build/oracle
+# The oldest that lasp.hf takes, one between, and the newest that pip finds for this Python.
+TRANSFORMERS ?= 5.17 5.20 5
 TRACKERS := build/trackers
 ARGS ?=
 
@@ -46,8 +48,11 @@ range:  ## the core of the tests on the oldest, usual and newest PyTorch and Tri
 triton: $(OLDEST_TRITON)/.installed  ## read and compile a sample of the kernels by the oldest Triton, installed beside the environment
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/triton/test_compile.py $(ARGS)
 
-oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed beside the environment, on the CPU
+oracle: $(ORACLE)/.installed $(TRANSFORMERS:%=$(ORACLE)-%/.installed)  ## compare with flash-linear-attention and with transformers, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
+	for version in $(TRANSFORMERS); do \
+	  echo "transformers $$version"; PYTHONPATH=$(ORACLE)-$$version $(BIN)/python -m pytest tests/hf -m "" -n auto --maxprocesses 4 $(ARGS) || exit 1; \
+	done
 
 trackers: $(TRACKERS)/.installed  ## write to the real TensorBoard and wandb, installed beside the environment
 	PYTHONPATH=$(TRACKERS) $(BIN)/python -m pytest tests/trackers $(ARGS)
@@ -73,7 +78,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[docs]'
 	@touch $@
 
-# As much as its language and compiler need no GPU.
+# Only its language and its compiler are used, which need no GPU.
 $(OLDEST_TRITON)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.0'
 	@touch $@
@@ -83,9 +88,13 @@ $(ORACLE)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ORACLE) 'fla-core==0.6.0' einops
 	@touch $@
 
+$(ORACLE)-%/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(ORACLE)-$* 'transformers==$*.*'
+	@touch $@
+
 $(TRACKERS)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(TRACKERS) tensorboard wandb
 	@touch $@
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(OLDEST_TRITON) $(ORACLE) $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_TRITON) $(ORACLE)* $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
-"""What the ranks of a group do together, under a number that they have told each other."""
+"""Calls: work that the ranks of a group do together, under a number that they have told each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Calls:
 
 
 class Call:
-    """What one rank does together with the others, under a number: messages with the verbs of `Comm`.
+    """One rank's side of work done together, under a number: messages with the verbs of `Comm`.
 
     The ranks have told each other which call it is. Before anything of it is sent they are heard, so a rank that came
     to another call sends nothing into this one.
@@ -74,7 +75,7 @@ class Call:
 
     @property
     def seal(self) -> tuple[Tensor, Tensor] | None:
-        """On a device what messages are sealed with: a header, and where to write it and another that was met."""
+        """A header to seal messages with on a device, and where to write it and another that was met; else None."""
         return None
 
     @property
@@ -122,3 +123,23 @@ class Call:
 
 Messages = Comm | Call
 """What carries the messages of an exchange: those of a call, or, where times are measured, of none."""
+
+
+class Line(NamedTuple):
+    """The ranks in the order in which the state passes them. A position is a place in that order."""
+
+    comm: Messages
+    reverse: bool
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    @property
+    def position(self) -> int:
+        """This rank's position in the line."""
+        return self.rank(self.comm.rank)
+
+    def rank(self, position: int) -> int:
+        """The rank at a position, and the position of a rank."""
+        return self.comm.size - 1 - position if self.reverse else position

@@ -15,7 +15,7 @@ from lasp.exchange.payload import Payload
 
 
 class ExchangeResult(NamedTuple):
-    """What an exchange brings.
+    """States that an exchange brings.
 
     Attributes:
         entering: the state that enters this rank's shard: all earlier ranks applied to the initial state.
@@ -51,26 +51,6 @@ class Traffic(NamedTuple):
         return Traffic(self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes)
 
 
-class Line(NamedTuple):
-    """The ranks in the order in which the state passes them. A position is a place in that order."""
-
-    comm: Messages
-    reverse: bool
-
-    @property
-    def size(self) -> int:
-        return self.comm.size
-
-    @property
-    def position(self) -> int:
-        """This rank's."""
-        return self.rank(self.comm.rank)
-
-    def rank(self, position: int) -> int:
-        """The rank at a position, and the position of a rank."""
-        return self.comm.size - 1 - position if self.reverse else position
-
-
 class PendingExchange(Protocol):
     """An exchange under way. Local work belongs between `begin` and `wait`."""
 
@@ -99,7 +79,7 @@ class Exchange(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the ranks must agree on: the schedule and all its parameters."""
+        """The schedule and all its parameters, on which the ranks must agree."""
         ...
 
     @abstractmethod
@@ -109,7 +89,7 @@ class Exchange(ABC):
 
     @classmethod
     def is_selectable(cls, nodes: tuple[int, ...], *, peers: bool) -> bool:
-        """Whether "auto" may select it. peers: the ranks can write into each other's memory."""
+        """True if "auto" may select it. peers: the ranks can write into each other's memory."""
         return True
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the fused kernels take, and where they have been run (docs/design/kernels.md)."""
+"""Limits of the fused kernels, and where they have been run (docs/design/kernels.md)."""
 
 import torch
 
@@ -10,6 +10,6 @@ MIN_PIECE = 64
 
 
 def value_pieces(columns: int) -> int:
-    """In how many equal parts, as few as possible, values of the delta rule are cut; one if there is no way."""
+    """Number of equal parts, as few as possible, that values of the delta rule are cut into; one if there is no way."""
     counts = range(1, columns // MIN_PIECE + 1)
     return next((n for n in counts if columns % n == 0 and columns // n <= FUSED_MAX_DIM), 1)

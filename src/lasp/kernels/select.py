@@ -1,4 +1,4 @@
-"""Which implementation runs a recurrence's stages.
+"""Selects the implementation that runs a recurrence's stages.
 
 Each backend is a package beside this file whose `STAGES` has a record for each family that it implements. It is
 imported when first asked for, by a plain statement, which torch.compile can follow.
@@ -49,7 +49,7 @@ def _choose(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> 
 
 
 def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """Why the fused kernels are not for these inputs; empty where they are."""
+    """The reason that the fused kernels are not for these inputs; empty where they are."""
     if family not in ("decay", "delta"):
         return "no fused kernels for it"
     if device.type != "cuda" or torch.version.cuda is None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from lasp.exchange.start import SequenceCall
 from lasp.ops.checks import called, ungrouped
 from lasp.ops.compiled import scan_operator
 from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
-from lasp.sequence.call import SequenceCall
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -41,8 +41,10 @@ def untraced(function: _Function) -> _Function:
     disabled = torch._disable_dynamo(function)
 
     @wraps(function)
-    def wrapped(*arguments: Any) -> Any:
-        return disabled(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return disabled(*arguments, **options)
+        return function(*arguments, **options)
 
     return cast(_Function, wrapped)
 

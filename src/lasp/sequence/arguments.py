@@ -1,4 +1,4 @@
-"""What public functions take, checked at their boundary before any work: ValueError, which names the argument."""
+"""Checks arguments of public functions at their boundary, before any work: ValueError, which names the argument."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_ids(name: str, ids: Tensor, count: int, form: str, *, ignored: int | N
 
 
 def check_flags(**flags: object) -> None:
-    """Each is True or False."""
+    """Check that each is True or False. Raises ValueError."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
@@ -77,6 +77,23 @@ def number(
     if not torch.compiler.is_compiling() and not good(result):
         raise ValueError(f"{name} must be {must_be}, got {value!r}")
     return result
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a finite float above 0."""
+    return number(name, value, "a number > 0", lambda value: 0 < value < math.inf)
+
+
+def check_kind(name: str, value: object, *kinds: type) -> None:
+    """An instance of one of these classes; None where NoneType is one of them."""
+    if not isinstance(value, kinds):
+        known = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be a {known}, got {type(value).__name__}")
+
+
+def check_generator(generator: object) -> None:
+    """A generator of PyTorch's, or None for the default one."""
+    check_kind("generator", generator, torch.Generator, type(None))
 
 
 def whole(name: str, value: Any, least: int) -> int:

@@ -1,4 +1,4 @@
-"""What launches are made for: a GPU's limits."""
+"""Limits of a GPU, for which launches are made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from lasp.kernels.triton.common.tiles import load_chunk
+from lasp.kernels.triton.common.program import load_chunk
 
 
 class DeviceLimits(NamedTuple):

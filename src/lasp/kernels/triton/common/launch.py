@@ -43,8 +43,13 @@ def use_scratch() -> None:
     triton.set_allocator(_scratch)
 
 
+def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """The argument of a kernel that reads `tensor`: `unread` in the place of None, where it reads none."""
+    return unread if tensor is None else tensor
+
+
 def _watched() -> bool:
-    """Whether a profiler wants to see every launch."""
+    """True if a profiler wants to see every launch."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
@@ -104,7 +109,7 @@ class Launch:
 
 
 def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Bound | None:
-    """What launches a binary over `grid`, with `others` after the addresses; None where this Triton is not known."""
+    """A function that launches a binary over `grid`, with `others` after the addresses; None for an unknown Triton."""
     x, y = grid
     try:
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata

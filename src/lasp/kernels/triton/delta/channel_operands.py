@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the sweeps of a gate per channel read, chunk by chunk: operands with their decays, scores and overlaps.
+"""Prepares, chunk by chunk, what sweeps of a gate per channel read: operands with their decays, scores, overlaps.
 
     P_ij = scale sum_K q_i k_j 2^between(i, j), j <= i        L_ij = sum_K k_i k_j 2^between(i, j), j < i
 
@@ -10,8 +10,7 @@ Others are marked, and left to `channel_scores`.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     MAX_TO_MIDDLE_LOG2,
     gate_operand,

@@ -1,4 +1,4 @@
-"""What the shapes of a run decide: its plan, and its kernels with everything but the tensors they work on.
+"""Launches of a run, as its shapes decide: its plan, and its kernels with everything but the tensors they work on.
 
 Made once for a shape, so that a call allocates and launches and does little else.
 """
@@ -13,9 +13,8 @@ import torch
 import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
-from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.decays import CHANNEL, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits
-from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import base_levels
@@ -54,7 +53,7 @@ def _once(make: Callable[..., Launch]) -> Callable[..., Launch]:
 
 
 class DeltaLaunches:
-    """What is done for runs of one shape.
+    """Launches for runs of one shape.
 
     Attributes:
         plan: how they are cut.
@@ -193,7 +192,7 @@ class DeltaLaunches:
 
     @cached_property
     def whole_adjoint(self) -> Launch:
-        """Where what the whole run adds to the gradient is wanted."""
+        """The adjoint sweep where what the whole run adds to the gradient is wanted."""
         return self._reverse(total=True, values=False)
 
     @cached_property
@@ -236,7 +235,7 @@ class DeltaLaunches:
         return self._by_chunk(delta_channel_scores_kernel, self._heads, warps, BK=columns, QUERIES=queries)
 
     def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
-        """What enters segments; given: a state enters the run. leaves: what leaves it is wanted too."""
+        """The scan over segments' states; given: a state enters the run. leaves: what leaves it is wanted too."""
         return self._scan(self.state[3], (GIVEN if given else ZERO).value, leaves, reverse)
 
     def transition_scan(self, *, reverse: bool) -> Launch:

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""From the last chunk of a segment to its first, with the gradient D of the state.
+"""Sweeps backward: from the last chunk of a segment to its first, with the gradient D of the state.
 
     dU = P^T do + 2^suffix (k D),   Y = A^T dU,   dv = beta Y
     D' = 2^total D + (scale 2^prefix q)^T do - (2^prefix k)^T dv
@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, state_tile, store_chunk, view
 from lasp.kernels.triton.delta.chunk import between, lengths, state_decay, token_sums
 
 

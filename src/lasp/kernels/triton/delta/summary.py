@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What each segment does to the state: the state that it adds, and its transition, by programs of one launch.
+"""Summarizes each segment: the state that it adds, and its transition, by programs of one launch.
 
 A transition is the same recurrence on the identity's columns with v = 0: S = M there.
 """
@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
+from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, state_tile, view
 from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums, written
 
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What `channel_intra_chunk` makes, for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
+"""Does `channel_intra_chunk`'s work for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
 
 With near_q = q 2^to and near_k = k 2^-to as in channel_bounded_prepare, 2^prefix = 2^(to + early) and 2^suffix =
 2^(late - to), early and late being the sums of gates of the chunk's halves:
@@ -17,8 +17,7 @@ gates are strong, dg is next to nothing a few tokens before a large `leaving`.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     gate_operand,
     load_channel_gates,

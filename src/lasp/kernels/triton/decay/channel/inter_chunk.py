@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the backward pass reads from states, for a gate per channel: sweeps of a slice of channels, all of V contracted.
+"""Reads from states, backward, for a gate per channel: sweeps of a slice of channels, all of V contracted.
 
     read_q_i = S do_i        S: the state entering i's chunk, of the decayed past
     read_k_j = D v_j         D: the gradient of the state leaving j's chunk, of the decayed future
@@ -21,8 +21,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, rows_of, run_bounds, run_of
-from lasp.kernels.triton.common.tiles import as_swept, load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.common.program import (
+    as_swept,
+    load_chunk,
+    place,
+    rows_of,
+    run_bounds,
+    run_of,
+    state_tile,
+    store_chunk,
+    view,
+)
 from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
 
 TIED = tl.constexpr(16)  # chunks at a time
@@ -54,7 +63,7 @@ class KeyOperands(NamedTuple):
 
 @triton.jit
 def _first_chunk(here, H_v, chunks, K: tl.constexpr, C: tl.constexpr):
-    """Where a segment's chunks are in [B, H_v, chunks, K], less its first token's."""
+    """Offset of a segment's chunks in [B, H_v, chunks, K], less its first token's."""
     return (run_of(here, H_v) * chunks + here.chunk - here.first // C) * K
 
 

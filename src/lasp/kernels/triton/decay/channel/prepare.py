@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What every sweep of a gate per channel reads, chunk by chunk: scores, and the operands with their decays.
+"""Prepares, chunk by chunk, what every sweep of a gate per channel reads: scores, and operands with their decays.
 
     scores_ij = sum_K q_i k_j 2^between(i, j), j <= i
 
@@ -22,8 +22,7 @@ This takes any gates. In bf16 it is left the chunks that `channel_bounded_prepar
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,
