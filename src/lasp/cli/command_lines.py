@@ -35,7 +35,7 @@ class Option(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """As it is written on a command line."""
+        """The option as it is written on a command line."""
         return " ".join([", ".join(self.names), self.values]).strip()
 
 
