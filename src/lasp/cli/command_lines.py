@@ -47,7 +47,7 @@ class CommandLine(NamedTuple):
 
 
 def command_line(command: Sequence[str]) -> CommandLine:
-    """What `lasp COMMAND` reads. Raises ValueError for a command that has no options of its own."""
+    """Parser of `lasp COMMAND`. Raises ValueError for a command that has no options of its own."""
     import tyro.extras
 
     name = COMMAND_LINES.get(tuple(command))

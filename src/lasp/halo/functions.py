@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.exchange.start import SequenceCall
 from lasp.halo.exchange import extend
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
-from lasp.sequence.call import SequenceCall
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
@@ -70,9 +70,9 @@ def short_convolution(
     read = _read(x, layout, initial_state, sp, call)
     with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
         y = _convolve(read.extended, weight, bias)
-        if read.fix is not None:
+        if read.override is not None:
             tokens = sum((read.back(j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
-            y = y.index_copy(1, read.fix.tokens, tokens if bias is None else tokens + bias)
+            y = y.index_copy(1, read.override.tokens, tokens if bias is None else tokens + bias)
         return F.silu(y) if activation == "silu" else y, read.final
 
 
@@ -110,26 +110,26 @@ def token_shift(
     call = _called(sp, "token_shift", x, initial_state, layout, gradients, ())
     read = _read(x, layout, initial_state, sp, call)
     y = read.extended[:, :-1]
-    if read.fix is not None:
-        y = y.index_copy(1, read.fix.tokens, read.back(1))
+    if read.override is not None:
+        y = y.index_copy(1, read.override.tokens, read.back(1))
     return y, None if read.final is None else read.final[..., 0]
 
 
 class _ReadRows(NamedTuple):
-    """Rows that the tokens here read: extended [B, w + T, C], but for the tokens of `fix`; and the final state."""
+    """Rows that the tokens here read: extended [B, w + T, C], but for the tokens of `override`; and the final state."""
 
     extended: Tensor
-    wish: Tensor
-    fix: BoundaryOverride | None
+    needed: Tensor
+    override: BoundaryOverride | None
     final: Tensor | None
 
     def back(self, tokens: int) -> Tensor:
-        """[B, A, C]: what the tokens of `fix` read so many tokens back."""
-        assert self.fix is not None
+        """[B, A, C]: what the tokens of `override` read so many tokens back."""
+        assert self.override is not None
         # Selected, not multiplied by zero: another document may hold NaN.
-        near = self.extended.index_select(1, self.fix.near[tokens])
-        far = self.wish.index_select(1, self.fix.far[tokens])
-        return torch.where(self.fix.is_near[tokens][:, None], near, far)
+        near = self.extended.index_select(1, self.override.near[tokens])
+        far = self.needed.index_select(1, self.override.far[tokens])
+        return torch.where(self.override.is_near[tokens][:, None], near, far)
 
 
 def _read(
@@ -144,12 +144,12 @@ def _read(
         documents = len(layout.bounds) - 1
         initial = initial_state.transpose(1, 2).reshape(x.shape[0], documents * layout.width, x.shape[2])
     scheme = plan(layout, 0 if sp is None else sp.rank, x.device)
-    extended, wish = extend(x, initial, scheme, call)
-    wish = F.pad(wish, (0, 0, 0, 1))  # and a row of zeros
+    extended, needed = extend(x, initial, scheme, call)
+    needed = F.pad(needed, (0, 0, 0, 1))  # and a row of zeros
     final = None
     if scheme.final is not None:
-        final = wish.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
-    return _ReadRows(extended, wish, scheme.fix, final)
+        final = needed.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
+    return _ReadRows(extended, needed, scheme.override, final)
 
 
 def _read_whole(x: Tensor, layout: HaloLayout, initial_state: Tensor | None) -> _ReadRows:
