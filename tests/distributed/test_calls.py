@@ -106,7 +106,7 @@ def test_groups_beside_others():
 
     def work(rank: int) -> list[bool]:
         dist.new_group([0])
-        pairs = [dist.new_group(ranks) for ranks in ([0, 1], [1, 2])]
+        pairs: list[Any] = [dist.new_group(ranks) for ranks in ([0, 1], [1, 2])]
         groups = [
             dist.group.WORLD,
             *(pair for pair, ranks in zip(pairs, ((0, 1), (1, 2)), strict=True) if rank in ranks),

@@ -27,6 +27,7 @@ from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import delta_rule_begin
 from lasp.ops.pending import PendingOutputs
+from lasp.sequence.arguments import whole
 
 DECAYS = ("none", "head", "channel")
 OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
@@ -68,6 +69,8 @@ class DeltaNet(Mixer):
             check_choice("learned_decay", self.learned_decay, DECAYS)
             check_choice("output_gate", self.output_gate, OUTPUT_GATES)
             check_width(self.conv_width)
+            if self.gate_rank is not None:
+                whole("gate_rank", self.gate_rank, 0)
 
         @property
         def key_heads(self) -> int:

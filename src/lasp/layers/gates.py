@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fields import check_activation, check_counts
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
 from lasp.recurrence.inputs import state_dtype
-from lasp.sequence.arguments import number
+from lasp.sequence.arguments import check_flags, check_generator, number
 
 # Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.
 RATES = (1.0, 16.0)
@@ -34,6 +35,7 @@ class SteppedDecay(ExactParameters):
 
     def __init__(self, num_heads: int, channels: int = 1) -> None:
         super().__init__()
+        check_counts(num_heads=num_heads, channels=channels)
         self.num_heads = num_heads
         self.channels = channels
         self.log_rate = exact_parameter(num_heads)
@@ -43,6 +45,7 @@ class SteppedDecay(ExactParameters):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Rates uniform in RATES; biases such that a zero input gives steps spread over STEPS."""
+        check_generator(generator)
         with torch.no_grad():
             self.log_rate.copy_(_drawn(self.num_heads, *RATES, generator).log())
             steps = _drawn(len(self.bias), math.log(STEPS[0]), math.log(STEPS[1]), generator).exp()
@@ -75,6 +78,8 @@ class LowRank(nn.Module):
 
     def __init__(self, dim_in: int, rank: int, dim_out: int, *, bias: bool = False) -> None:
         super().__init__()
+        check_counts(dim_in=dim_in, rank=rank, dim_out=dim_out)
+        check_flags(bias=bias)
         self.down = nn.Linear(dim_in, rank, bias=False)
         self.up = nn.Linear(rank, dim_out, bias=bias)
 
@@ -93,6 +98,8 @@ class GatedHeadNorm(nn.Module):
 
     def __init__(self, value_dim: int, eps: float, activation: Callable[[Tensor], Tensor] | None) -> None:
         super().__init__()
+        check_counts(value_dim=value_dim)
+        check_activation(activation)
         self.norm = RMSNorm(value_dim, eps)
         self.activation = activation
 

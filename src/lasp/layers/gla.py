@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fields import check_counts
 from lasp.layers.gates import GatedHeadNorm, LowRank
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.registry import family, mixer, shape
@@ -35,6 +36,10 @@ class GatedLinearAttention(Mixer):
         """
 
         decay_rank: int = 16
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_counts(decay_rank=self.decay_rank)
 
         def cost(self, context: LayerContext) -> MixerCost:
             heads, keys, values = self.num_heads, self.num_heads * self.key_dim, self.num_heads * self.value_dim

@@ -27,20 +27,37 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     Raises:
         ValueError: they are not.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_floats(name, tensor, "[B, T, H, D]", 4)
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {tensor.device}")
-    if k.shape != q.shape:
-        raise ValueError(f"k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:2] != q.shape[:2]:
-        raise ValueError(f"v must have q's batch and tokens {tuple(q.shape[:2])}, got {tuple(v.shape[:2])}")
-    if q.shape[3] == 0 or v.shape[3] == 0 or q.shape[2] == 0 or v.shape[2] % q.shape[2]:
+    _check_alike(q=q, k=k, v=v)
+
+
+def check_keys(k: Tensor, v: Tensor) -> None:
+    """Check what `check_inputs` does, where q is to come.
+
+    Raises:
+        ValueError: k or v does not fit.
+    """
+    _check_alike(k=k, v=v)
+
+
+def _check_alike(**inputs: Tensor) -> None:
+    *others, (_, v) = inputs.items()
+    name, first = others[0]
+    for other, tensor in inputs.items():
+        check_floats(other, tensor, "[B, T, H, D]", 4)
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"q, k and v must have one dtype, got {name} {first.dtype} and {other} {tensor.dtype}")
+        if tensor.device != first.device:
+            given = f"{name} on {first.device} and {other} on {tensor.device}"
+            raise ValueError(f"q, k and v must be on one device, got {given}")
+    for other, tensor in others[1:]:
+        if tensor.shape != first.shape:
+            raise ValueError(f"{other} must have {name}'s shape {tuple(first.shape)}, got {tuple(tensor.shape)}")
+    if v.shape[:2] != first.shape[:2]:
+        raise ValueError(f"v must have {name}'s batch and tokens {tuple(first.shape[:2])}, got {tuple(v.shape[:2])}")
+    if first.shape[3] == 0 or v.shape[3] == 0 or first.shape[2] == 0 or v.shape[2] % first.shape[2]:
         raise ValueError(
-            f"v's heads must be a multiple of q's and no dim but B and T may be 0; got q {tuple(q.shape)}, "
-            f"v {tuple(v.shape)}"
+            f"v's heads must be a multiple of {name}'s and no dim but B and T may be 0; got {name} "
+            f"{tuple(first.shape)}, v {tuple(v.shape)}"
         )
 
 
@@ -50,6 +67,7 @@ def check_queries(q: Tensor, k: Tensor) -> None:
     Raises:
         ValueError: it does not.
     """
+    check_tensor("q", q, "as k")
     if q.shape != k.shape or q.dtype != k.dtype or q.device != k.device:
         given = f"{tuple(q.shape)}, {q.dtype}, on {q.device}"
         raise ValueError(f"q must be as k, {tuple(k.shape)}, {k.dtype}, on {k.device}; got {given}")
