@@ -89,6 +89,10 @@ CASES = [
     *(Case(kind, BF16, 128, 128, **documents) for kind in KINDS for documents in (LONG_DOCUMENTS, SHORT_DOCUMENTS)),
     *(Case(kind, BF16, 256, 64, **LONG_DOCUMENTS) for kind in KINDS),
     *(Case(kind, dtype, 64, 64, **SHORT_DOCUMENTS) for kind in KINDS for dtype in (FP16, FP32)),
+    # Cut: values alone, keys too, into parts that fill no tile and those that do.
+    *(Case(kind, BF16, 256, 512) for kind in KINDS),
+    *(Case(kind, BF16, 300, 520, **LONG_DOCUMENTS) for kind in KINDS),
+    *(Case(kind, dtype, 512, 264, **SHORT) for kind in KINDS for dtype in (FP16, FP32)),
     # Wide heads in fp32, of which a compiler got one wrong: no multiple of its columns, documents of several segments.
     *(Case(kind, FP32, 256, V, H=1, H_v=3, **LONG_DOCUMENTS) for kind in KINDS[1:] for V in (112, 256)),
     *(Case(kind, BF16, D, D, **GATHERED) for kind in KINDS for D in (48, 64, 100, 128, 256)),
