@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -209,6 +210,33 @@ def test_only_kernels_are_untyped():
     """Triton's language has no Python types; the code around it has, and a launch is where they matter."""
     assert not [path for path in sources() if wrongly_untyped(path.read_text())]
     assert wrongly_untyped("# mypy: ignore-errors\nimport triton")
+
+
+# Words that neither say what is done nor what is returned.
+VAGUE = re.compile(
+    "(After|Also|And|Are|As|At|Before|By|For|From|How|If|In|Is|Its|Likewise|Not|Nothing|Of|On|Or|Over|So|That|Those|To"
+    r"|What|When|Where|Whether|Which|Who|Why|With)\b"
+)
+
+
+def vague_docstrings(path: Path, tree: ast.AST) -> list[str]:
+    """Docstrings that start neither with a verb nor with what is returned."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or ""
+            if VAGUE.match(text):
+                found.append(f"{path}: {text.splitlines()[0]}")
+    return found
+
+
+def test_docstrings_start_with_a_verb_or_what_is_returned():
+    assert not [vague for path, tree in sources().items() for vague in vague_docstrings(path, tree)]
+
+
+def test_a_vague_docstring_is_seen():
+    vague = """'What it does.'\nclass A:\n  'Likewise.'\n  def f():\n    'Whether.'\n  def g():\n    'Width.'"""
+    assert len(vague_docstrings(SOURCE / "a.py", ast.parse(vague))) == 3
 
 
 def doors(trees: dict[Path, ast.Module]) -> list[str]:

@@ -68,7 +68,7 @@ def __dir__() -> list[str]:
 
 
 def _is_program() -> bool:
-    """Whether the package is loaded to run the program `lasp`; `python -m` puts the module's path there later."""
+    """True if the package is loaded to run the program `lasp`; `python -m` puts the module's path there later."""
     return bool(sys.argv) and (sys.argv[0] == "-m" or Path(sys.argv[0]).stem == "lasp")
 
 

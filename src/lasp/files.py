@@ -46,7 +46,7 @@ def read(path: Path, most: int = MOST_JSON_BYTES, *, follow: bool = False) -> by
 
 
 def read_json(path: Path, *, follow: bool = False) -> Any:
-    """What a JSON file holds. Raises OSError, ValueError (whatever is wrong with the text), which name the file."""
+    """Read a JSON file. Raises OSError, ValueError (whatever is wrong with the text), which name the file."""
     text = read(path, follow=follow)
     try:
         return parse_json(text)
@@ -55,7 +55,7 @@ def read_json(path: Path, *, follow: bool = False) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """What JSON text holds. Raises ValueError, whatever is wrong with it."""
+    """Parse JSON text. Raises ValueError, whatever is wrong with it."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -83,7 +83,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def write_output(path: Path, content: str) -> None:
-    """As `write`, where a user asked for it: into a pipe or a device, and through a link. Raises OSError."""
+    """Write what a user asked for: into a pipe or a device, and through a link; else as `write`. Raises OSError."""
     if path.exists() and not path.is_file():
         with open(path, "wb") as stream:
             stream.write(content.encode())

@@ -63,7 +63,7 @@ class ParallelModel:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a process holds a share of the weights only, so that to run the model is collective."""
+        """True if a process holds a share of the weights only, so that to run the model is collective."""
         return isinstance(self.module, FSDPModule)
 
     def mean_loss(self, loss_sum: Tensor, global_tokens: int) -> Tensor:
@@ -108,7 +108,7 @@ class ParallelModel:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def release(self) -> None:
-        """After a forward pass without a backward pass: let go of weights that it gathered."""
+        """Let go of weights that a forward pass without a backward pass has gathered."""
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -1,4 +1,4 @@
-"""What goes to a terminal, a pipe or a log: with nothing in it that a terminal would obey, and never in the way.
+"""Writes to a terminal, a pipe or a log: nothing that a terminal would obey, and never in the way.
 
 All that the program prints goes through here (tests/test_terminal.py looks for what does not): `say`, or a `Terminal`
 where there are tables, colours or a moving line.
@@ -54,11 +54,11 @@ class Terminal(Console):
         super().__init__(markup=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich does, which would leave out some of what is not shown."""
+        """Make what is not shown visible, then do as rich does, which would leave out some of it."""
         return super().render_str(printable(text), **options)
 
     def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:  # type: ignore[override]
-        """As rich does: what its own orders to the terminal are, it marks as such."""
+        """Render, and make visible what is no order of rich's own, which it marks as such."""
         for segment in super().render(*arguments, **options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
@@ -110,7 +110,7 @@ class Outlet(io.TextIOBase):
             self._drain()
 
     def settle(self, timeout_s: float) -> None:
-        """At the end: give a slow reader so long to take what waits; where nothing could be written, one more try."""
+        """Give a slow reader so long, at the end, to take what waits; where nothing could be written, one more try."""
         end = time.monotonic() + timeout_s
         self.flush()
         while self._waiting and not self._told and time.monotonic() < end:
@@ -137,7 +137,7 @@ class Outlet(io.TextIOBase):
 
 
 def _takes(descriptor: int) -> bool:
-    """Whether a write would not wait."""
+    """True if a write would not wait."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(0))  # also where it would fail, and say why

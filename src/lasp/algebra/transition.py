@@ -1,4 +1,4 @@
-"""How a run of tokens transforms the state that enters it.
+"""Transitions: the map by which a run of tokens transforms the state that enters it.
 
 Every causal linear recurrence is S_t = A_t S_{t-1} + B_t on a state S of shape [..., K, V]. The product of the
 A_t of a run is its *transition*. The kinds differ only in what they store:
@@ -48,7 +48,7 @@ class Transition:
         raise NotImplementedError
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored."""
+        """All tensors stored, in the order of the fields."""
         return tuple(self.__dict__.values())
 
     def __getitem__(self: _Kind, index: int | slice) -> _Kind:

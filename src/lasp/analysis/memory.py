@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def chunks_of(each: Layer, tokens: int) -> int:
-    """How many chunks the PyTorch kernels of a layer cut `tokens` into; the backward pass keeps a state of each."""
+    """Number of chunks that a layer's PyTorch kernels cut `tokens` into; the backward pass keeps a state of each."""
     if each.operator.rule == "delta":
         chunk = delta.CHUNK
     else:
@@ -47,8 +47,8 @@ def entering_state_bytes(each: Layer, batch: int) -> float:
 
 
 def loss_bytes(config: ModelConfig, positions: int, precision: str, *, on_gpu: bool) -> float:
-    """What lasp.models.loss holds at once: a chunk of logits in fp32 and in the dtype of matrix products, and under
-    autocast a 16-bit copy of the head."""
+    """Bytes that lasp.models.loss holds at once: a chunk of logits in fp32 and in the dtype of matrix products, and
+    under autocast a 16-bit copy of the head."""
     logits = min(positions, default_chunk_tokens(config.vocab_size, on_gpu=on_gpu)) * config.vocab_size
     return logits * 8.0 if precision == "fp32" else logits * 6.0 + 2.0 * config.vocab_size * config.d_model
 

@@ -50,7 +50,7 @@ class Layer(NamedTuple):
         return self.operator.transition
 
     def load(self, batch: int) -> Payload:
-        """What the exchange of the layer's state carries, for `batch` sequences."""
+        """Payload of the exchange of the layer's state, for `batch` sequences."""
         operator = self.operator
         assert operator.transition is not None, "a softmax layer has no state to exchange"
         return Payload(batch * operator.num_heads, operator.key_dim, operator.value_dim, operator.transition)

@@ -1,4 +1,4 @@
-"""Which layouts of a run fit, how fast they are, and which is best: every method, by the models of this package.
+"""Estimates every layout of a run, of every method: if it fits, how fast it is, and which is best.
 
 A layout is a method, dp groups of sp ranks, a sharding of weights, and a recomputation. Methods:
     lasp      the state crosses ranks, by the schedule with the least predicted time
@@ -34,7 +34,7 @@ METHODS = ("lasp", "ulysses", "megatron", "ring", "data")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained on what.
+    """A model to train, its batches, and the devices to train it on.
 
     Attributes:
         batch: sequences of a step, over all devices.
@@ -103,13 +103,13 @@ class Estimate(NamedTuple):
 
 
 def nodes_of(device: Device, ranks: int) -> tuple[int, ...]:
-    """How many of consecutive ranks share a host."""
+    """Number of consecutive ranks that share a host, host after host."""
     whole, rest = divmod(ranks, device.per_node)
     return (device.per_node,) * whole + (rest,) * (rest > 0)
 
 
 def problem(job: Job, method: str, sp: int) -> str | None:
-    """Why a method cannot divide a sequence over `sp` devices; None if it can."""
+    """The reason that a method cannot divide a sequence over `sp` devices; None if it can."""
     dp, config = job.devices // sp, job.config
     if job.devices % sp:
         return f"{job.devices} devices are no multiple of sp={sp}"
@@ -130,7 +130,7 @@ def problem(job: Job, method: str, sp: int) -> str | None:
 
 
 def estimate(job: Job, layout: ParallelLayout) -> Estimate:
-    """What a layout costs.
+    """Estimate the time and memory of a step in a layout.
 
     Assumes: the exchange of a layer waits for nothing but hides behind the local part of attention's backward pass
     only; collectives of other methods hide behind nothing; gathering and reducing of weights and gradients hides

@@ -1,4 +1,4 @@
-"""What a plan says, as plain values: for JSON, for the table and for the plot."""
+"""A plan as plain values: for JSON, for the table and for the plot."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def row(estimate: Estimate) -> dict[str, Any]:
 
 
 def why_not(job: Job, method: str) -> str:
-    """Why a method has no layout: the reason at the largest division that the devices allow."""
+    """The reason that a method has no layout, at the largest division that the devices allow."""
     if method == "data":
         return f"a batch of {job.batch} cannot be spread over {job.devices} devices"
     reasons = [problem(job, method, sp) for sp in range(job.devices, 1, -1) if job.devices % sp == 0]
@@ -93,7 +93,7 @@ def plan(job: Job) -> dict[str, Any]:
 
 
 def ties(recommended: dict[str, Any] | None, fitting: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of `fitting`, beside the recommended one, whose predicted steps are longer by less than `TIE`."""
+    """Layouts of `fitting`, beside the recommended one, whose predicted steps are longer by less than `TIE`."""
     if recommended is None:
         return []
     limit = recommended["step_s"] * (1 + TIE)
@@ -101,7 +101,7 @@ def ties(recommended: dict[str, Any] | None, fitting: list[dict[str, Any]]) -> l
 
 
 def trains(entry: dict[str, Any]) -> bool:
-    """Whether `lasp train` runs a layout without further options."""
+    """True if `lasp train` runs a layout without further options."""
     trained = entry["sharding"] in TRAINED_SHARDINGS and entry["recomputation"] in TRAINED_RECOMPUTATIONS
     return trained and entry["method"] in TRAINED_METHODS
 
@@ -121,7 +121,7 @@ def alternatives(job: Job) -> list[dict[str, Any]]:
 
 
 def curves(job: Job) -> dict[str, Any]:
-    """For the plot: bytes received against length, and longest sequence and throughput against devices."""
+    """Curves for the plot: bytes received against length, and longest sequence and throughput against devices."""
     lengths = [1 << power for power in range(11, max(job.seq_len.bit_length(), 22))]
     counts = [1 << power for power in range(max(job.devices.bit_length() + 1, 4))]
     result: dict[str, Any] = {"lengths": lengths, "devices": counts, "volume": {}, "longest": {}, "throughput": {}}

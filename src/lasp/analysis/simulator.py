@@ -49,7 +49,7 @@ Program = Iterator[Operation]
 
 
 class SimulatedMachine(NamedTuple):
-    """Where ranks run.
+    """Hosts that ranks run on, and the links between them.
 
     Attributes:
         nodes: how many consecutive ranks share a host, host after host.

@@ -64,7 +64,7 @@ class ShardShape:
 
     @property
     def width_bytes(self) -> int:
-        """Of the layer's input here, [B, n, D]."""
+        """Bytes of the layer's input on this rank, [B, n, D]."""
         return self.batch * self.tokens * self.d_model * self.itemsize
 
 
@@ -197,6 +197,6 @@ def zero3(
 
 
 def _shares(nbytes: int, size: int) -> Traffic:
-    """Each rank has a share of `nbytes` and gets those of the others, or sends each other rank its share."""
+    """Traffic of a rank that has a share of `nbytes` and gets the others', or sends each other rank its share."""
     moved = nbytes * (size - 1) // size
     return Traffic(moved, moved)

@@ -1,4 +1,4 @@
-"""What every way of carrying the state takes on these processes, and what the cost model says."""
+"""Times every exchange of the state on these processes, beside the cost model's prediction."""
 
 from __future__ import annotations
 

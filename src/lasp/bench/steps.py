@@ -72,7 +72,7 @@ class BenchTrainConfig:
 
     @property
     def num_processes(self) -> int:
-        """To start, where no launcher has."""
+        """Number of processes to start, where no launcher has."""
         return (self.parallel.dp or 1) * self.parallel.sp if self.nproc is None else self.nproc
 
     def validate(self, *, writes: bool = True) -> None:
@@ -105,7 +105,7 @@ class BenchTrainConfig:
 
 
 def for_device(name: str) -> BenchTrainConfig:
-    """What is measured unless told otherwise, with --device `name`."""
+    """The default settings for --device `name`."""
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return BenchTrainConfig()
     return BenchTrainConfig(
@@ -160,7 +160,7 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
 
 
 def _lengths(config: BenchTrainConfig, figures: dict[str, Any]) -> Iterator[int]:
-    """Those asked for; then, if wanted, longer ones until one does not fit."""
+    """Yield the lengths asked for; then, if wanted, longer ones until one does not fit."""
     yield from config.tokens
     if not config.longest or any(row["step_s"] is None for row in figures["rows"]):
         return
@@ -264,7 +264,7 @@ def _step(model: ParallelModel, precision: str, world: World) -> Callable[[torch
 
 
 class _Times(NamedTuple):
-    """Of the first step and of those after it, and the most memory held since the first."""
+    """Seconds of the first step and of each later one, and the most memory held since the first."""
 
     first_s: float
     steps_s: list[float]
@@ -327,7 +327,7 @@ def _shown(step: Callable[[], None], tokens: int, count: int) -> Callable[[], No
 
 
 def heading(figures: dict[str, Any]) -> str:
-    """What is measured, and the names of the columns."""
+    """Lines above the table: the settings, and the names of the columns."""
     ways = [figures["precision"], "compiled" if figures["compile"] else "eager"]
     ways.append(f"recomputation {figures['recomputation']}")
     if figures["dp"] * figures["sp"] > 1:
@@ -354,7 +354,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def kernels(figures: dict[str, Any]) -> str:
-    """What one step spent its time on."""
+    """Table of the kernels that one step spent its time in."""
     lines = ["", f"one step of {figures['rows'][0]['tokens']:,} tokens, the kernels that took longest:"]
     lines += [
         f"{row['share']:>7.1%}{row['s'] * 1e3:>10.2f} ms{row['calls']:>7} x  {row['name'][:100]}"

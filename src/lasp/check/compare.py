@@ -1,4 +1,4 @@
-"""Is a model split over processes the same model? Loss, every gradient and generated logits say."""
+"""Compares a model split over processes with the same model on one: loss, every gradient and generated logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison found, as a table."""
+"""Prints a comparison as a table."""
 
 from collections.abc import Sequence
 

@@ -14,12 +14,12 @@ C = TypeVar("C")
 
 
 def is_launched() -> bool:
-    """Whether a launcher has started this process, which then joins the others."""
+    """True if a launcher has started this process, which then joins the others."""
     return "RANK" in os.environ
 
 
 def is_first() -> bool:
-    """Whether this process speaks to the user: the first of those that a launcher started, or the only one."""
+    """True if this process speaks to the user: the first of those that a launcher started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -33,7 +33,7 @@ Lines = dict[tuple[str, ...], list[Option]]
 
 
 def _words(lines: Lines) -> dict[str, list[str]]:
-    """What may follow each word, or pair of words, after `lasp`: commands, then options."""
+    """Words that may follow each word, or pair of words, after `lasp`: commands, then options."""
     from lasp.cli.main import COMMANDS
 
     found: dict[str, list[str]] = {"": [*COMMANDS, "--help", "--version"], "completion": list(_SHELLS)}

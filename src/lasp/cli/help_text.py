@@ -1,4 +1,4 @@
-"""What `lasp COMMAND --help` says, read from the program itself: for shell completion and its reference."""
+"""Reads the text of `lasp COMMAND --help` from the program itself: for shell completion and its reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Option(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """As it is written on a command line."""
+        """The option as it is written on a command line."""
         return " ".join([", ".join(self.names), self.values]).strip()
 
     @property

@@ -84,7 +84,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _for_users(error: BaseException) -> tuple[str, int] | None:
-    """What to say of an error that a user can cause or mend, and the exit code; None for faults of the program."""
+    """The message and the exit code of an error that a user can cause or mend; None for faults of the program."""
     if isinstance(error, RunError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Which tokens step s trains on: a pure function of (seed, s, global_batch, T), whatever the ranks.
+"""Chooses the tokens that step s trains on: a pure function of (seed, s, global_batch, T), whatever the ranks.
 
 A sequence is a slice of T consecutive tokens of the stream; its labels are the T tokens one place on. Labels are
 taken from the stream *before* sharding, so the last token of a shard is trained to predict the first token of the
@@ -31,7 +31,7 @@ _MASK = (1 << 64) - 1
 
 
 class Batch(NamedTuple):
-    """What one rank sees of a batch."""
+    """One rank's part of a batch."""
 
     tokens: np.ndarray
     """[rows, T / sp] int64; packed [1, rows T / sp], consecutive tokens of all rows one after another."""
@@ -63,7 +63,7 @@ class Shard:
 
 
 def num_sequences(stream: Tokens, seq_len: int) -> int:
-    """How many whole sequences of `seq_len` tokens the stream holds, each with a label for its last token."""
+    """Number of whole sequences of `seq_len` tokens the stream holds, each with a label for its last token."""
     return max(0, (len(stream) - 1) // seq_len)
 
 
@@ -108,7 +108,7 @@ class Sequences:
         return read_packed(self.stream, self.bounds, numbers, self.seq_len, shard)
 
     def numbers(self, step: int, global_batch: int, shard: Shard, *, part: int = 0, num_parts: int = 1) -> list[int]:
-        """Which sequences of the stream `batch` reads: the same for all ranks that share them."""
+        """Numbers of the sequences of the stream that `batch` reads: the same for all ranks that share them."""
         rows_per_part = global_batch // num_parts
         rows = [part * rows_per_part + row for row in shard.rows(rows_per_part)]
         return [self.number(step, row, global_batch) for row in rows]
@@ -118,7 +118,7 @@ class Sequences:
         return global_batch * self.seq_len
 
     def number(self, step: int, row: int, global_batch: int) -> int:
-        """Which sequence of the stream is row `row` of the batch of `step`."""
+        """Number of the sequence of the stream that is row `row` of the batch of `step`."""
         if not self.consecutive:
             origin, first = self.origin
             return self.shuffled(first + (step - origin) * global_batch + row)
@@ -174,7 +174,7 @@ def read(stream: Tokens, numbers: Sequence[int | None], seq_len: int, shard: Sha
 
 
 def read_packed(stream: Tokens, bounds: Bounds, numbers: Sequence[int | None], seq_len: int, shard: Shard) -> Batch:
-    """As `read`, one sequence after another, cut where documents start; `bounds` as `Sequences` takes them."""
+    """Read one sequence after another, cut where documents start; `bounds` as `Sequences` takes them."""
     run = shard.tokens(len(numbers) * seq_len)
     cuts, rows = [0], []
     for row, number in enumerate(numbers):
@@ -201,13 +201,13 @@ def _window(stream: Tokens, number: int | None, run: range, seq_len: int) -> tup
 
 
 def _starts(bounds: Bounds, start: int, seq_len: int) -> list[int]:
-    """Where documents start within a sequence, from 1: at separators, each the last token of the document before."""
+    """Places in a sequence, from 1, where documents start: separators, each the last token of the document before."""
     low, high = bisect_left(bounds, start + 2), bisect_left(bounds, start + seq_len + 1)
     return [int(bound) - 1 - start for bound in bounds[low:high]]
 
 
 def permute(place: int, size: int, seed: int) -> int:
-    """Where a shuffle of range(size), chosen by `seed`, puts `place`.
+    """The place to which a shuffle of range(size), chosen by `seed`, moves `place`.
 
     A four-round Feistel network on the smallest even number of bits that holds `size`, repeated until the result
     is in range. It needs no list of all numbers, and unlike a library's shuffle it never changes with a version.

@@ -118,7 +118,7 @@ class _HashedFile:
         self.num_bytes += len(data)
 
     def close(self) -> dict[str, str]:
-        """What the index says of the file, besides its length."""
+        """Close the file; its name and digests for the index."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
@@ -143,7 +143,7 @@ class _SplitWriter:
         self._write_bound()
 
     def add(self, document: Document, tokenizer: Tokenizer) -> bool:
-        """Whether there was any text in the document."""
+        """Write a document; False if it has no text."""
         before = self.num_tokens
         for ids in tokenizer.encode_blocks(self._counted(document.blocks)):
             check_ids(ids, tokenizer.vocab_size, Path(document.name), self.num_tokens - before)

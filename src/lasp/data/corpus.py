@@ -1,4 +1,4 @@
-"""Which files are the text, and in which order.
+"""Chooses the files that are the text, and their order.
 
 The default text is the Python standard library of the running interpreter: it is on every machine that can run
 this package, it is real text with long documents, and nothing is downloaded. Left out of it are
@@ -33,7 +33,7 @@ class TextFile(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a folder holds."""
+    """Text files of a folder, and those of other kinds."""
 
     files: list[TextFile]
     left_out: Counter[str]

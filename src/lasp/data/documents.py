@@ -45,7 +45,7 @@ class Document(NamedTuple):
 
 @dataclass
 class Reading:
-    """What became of the documents read."""
+    """Counts of the documents read, by what became of them."""
 
     read: int = 0
     """With text in them."""
@@ -78,7 +78,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Which side a document is on."""
+    """A rule that puts each document on the side of training or of validation."""
 
     fraction: float
     """Share held out."""
@@ -134,7 +134,7 @@ def documents_of(
 
 
 def choose_split(files: Iterable[TextFile], field: str, fraction: float, *, skip_bad: bool) -> Split:
-    """By hash where that puts documents on both sides; reads no more than what it takes to see it.
+    """Choose a split by hash where that puts documents on both sides; reads no more than what it takes to see it.
 
     Else, of so many documents that `fraction` of them is at least one, the one whose hash is nearest is held out, with
     its copies; of fewer the last part of every one.
@@ -154,12 +154,12 @@ def choose_split(files: Iterable[TextFile], field: str, fraction: float, *, skip
 
 
 def is_records(path: Path) -> bool:
-    """Whether the file holds many documents."""
+    """True if the file holds many documents."""
     return path.name.lower().endswith((*JSONL, *PARQUET))
 
 
 def _cut_of_file(path: Path, fraction: float) -> int:
-    """Where the last `fraction` of a file begins, at a line's start or at least a character's; 0 if it is too short."""
+    """Byte where the last `fraction` of a file begins, a line or at least a character; 0 if the file is too short."""
     size = path.stat().st_size
     place = size - max(1, round(fraction * size))
     if place <= 0:
@@ -215,7 +215,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(text: str) -> str:
-    """What can be printed of a name that is no Unicode."""
+    """A name as it can be printed, also where it is no Unicode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -50,7 +50,7 @@ class TokenStore:
 
 
 def is_store(folder: Path | None) -> bool:
-    """Whether the folder is built data and not text."""
+    """True if the folder is built data and not text."""
     # Any of its other files may be lost: that is damage, to be named, and does not make it text.
     return folder is not None and (folder / "index.json").is_file() and any(folder.glob("*.bin"))
 
@@ -169,7 +169,7 @@ def open_store(folder: Path, *, verify: bool, verified: Verified | None = None) 
 
 
 def _seal(folder: Path) -> dict[str, Any]:
-    """What the index says, after it proved itself."""
+    """Read the index and verify its digest. Raises DataError."""
     index: dict[str, Any] = files.read_json(folder / "index.json", follow=True)
     seal: dict[str, Any] = index["sealed"]
     if seal["format"] != FORMAT:

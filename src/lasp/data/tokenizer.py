@@ -25,7 +25,7 @@ SEPARATOR_TEXT = "\n\f\n"
 
 
 class Tokenizer(Protocol):
-    """What the data and the generator need of a tokenizer."""
+    """A tokenizer, as the data and the generator need it."""
 
     name: str
     """Names the mapping: two tokenizers with the same name give the same ids."""
@@ -235,5 +235,5 @@ def read_tokenizer(folder: Path, name: str) -> Tokenizer:
 
 
 def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What to write beside what was made with `tokenizer`, so that `read_tokenizer` finds it: content by file name."""
+    """Files, by name, to write beside what was made with `tokenizer`, so that `read_tokenizer` finds it."""
     return {} if tokenizer.content is None else {TOKENIZER_FILE: tokenizer.content}

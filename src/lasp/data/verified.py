@@ -1,4 +1,4 @@
-"""What is known of files that were read whole once: their SHA-256, as long as size and time of change stay."""
+"""Remembers the SHA-256 of files that were read whole once, as long as their size and time of change stay."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What the ranks of a group do together, under a number that they have told each other."""
+"""Calls: work that the ranks of a group do together, under a number that they have told each other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Calls:
 
 
 class Call:
-    """What one rank does together with the others, under a number: messages with the verbs of `Comm`.
+    """One rank's side of work done together, under a number: messages with the verbs of `Comm`.
 
     The ranks have told each other which call it is. Before anything of it is sent they are heard, so a rank that came
     to another call sends nothing into this one.
@@ -74,7 +74,7 @@ class Call:
 
     @property
     def seal(self) -> tuple[Tensor, Tensor] | None:
-        """On a device what messages are sealed with: a header, and where to write it and another that was met."""
+        """A header to seal messages with on a device, and where to write it and another that was met; else None."""
         return None
 
     @property

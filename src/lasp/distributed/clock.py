@@ -1,4 +1,4 @@
-"""Where a rank's time goes while messages are under way: waiting for them, or working on something else.
+"""Measures a rank's time while messages are under way: waiting for them, or working on something else.
 
 Over NCCL the host does not wait, the GPU's stream does. There the marks are CUDA events in that stream, read once the
 step has ended: nothing is synchronised for the sake of the clock.
@@ -76,7 +76,7 @@ class ExchangeClock:
         self._since = now
 
     def wait_ends(self, messages: int) -> None:
-        """So many of those begun have come."""
+        """End the wait for so many of the messages that have begun: they have come."""
         if self._elsewhere():
             return
         now = self._marks.now()

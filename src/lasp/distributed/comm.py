@@ -48,9 +48,9 @@ class Posted:
 
 @dataclass
 class Counters:
-    """What this rank sent and received: bytes of payload, once for every rank that gets them.
+    """Counts of this rank's messages: bytes of payload sent and received, once for every rank that gets them.
 
-    What tells the ranks which call a payload belongs to is none of it; `header_bytes` are those of such messages sent.
+    Headers, which tell the ranks which call a payload belongs to, are not counted there but in `header_bytes`.
     """
 
     sent_bytes: int = 0
@@ -59,7 +59,7 @@ class Counters:
     header_bytes: int = 0
 
     def exempt(self, extra: int, *, sent: int = 0, received: int = 0) -> None:
-        """Of so many messages `extra` bytes each are headers."""
+        """Count `extra` bytes of each of so many messages as headers."""
         self.sent_bytes -= sent * extra
         self.received_bytes -= received * extra
         self.header_bytes += sent * extra
@@ -114,7 +114,7 @@ class _Explained:
 
 
 class _Waiting(_Explained):
-    """Also adds the time spent inside to the clock, as waiting for so many messages that have begun."""
+    """Adds the time spent inside to the clock, as waiting for so many messages that have begun."""
 
     def __init__(self, comm: Comm, what: str, messages: int) -> None:
         super().__init__(comm, what)
@@ -182,7 +182,7 @@ class Comm:
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        """How many consecutive ranks share a host, host after host. Collective when first asked for."""
+        """Number of consecutive ranks that share a host, host after host. Collective when first asked for."""
         if self._nodes is None:
             name = int.from_bytes(hashlib.sha256(_host().encode()).digest()[:8], "little", signed=True)
             hosts = self._gathered(name, _SHARED_HOSTS)
@@ -195,7 +195,7 @@ class Comm:
         return self
 
     def check(self) -> Comm:
-        """As a call's: nothing was told that would have to be heard."""
+        """Give the communicator, as a call does: nothing was told that would have to be heard."""
         return self
 
     @property
@@ -212,7 +212,7 @@ class Comm:
         return [number] if self.size == 1 else self._gathered(number, _COMPARED)
 
     def everywhere(self, condition: bool) -> bool:
-        """Whether it holds on every rank."""
+        """True if the condition holds on every rank."""
         return all(self.gathered(int(condition)))
 
     def all_gather(self, tensor: Tensor) -> Pending[Tensor]:
@@ -238,7 +238,7 @@ class Comm:
             self._await_oldest()
 
     def wait_for_sends(self) -> None:
-        """At the end of an exchange: over NCCL, let the stream wait until what was sent has left.
+        """Let the stream wait, at the end of an exchange over NCCL, until what was sent has left.
 
         What sends is a kernel. Sweeps queued before it has begun take every multiprocessor for as long as they run, and
         the next rank of a chain waits for them too.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 
 def before_exit(owner: Any, groups: Sequence[dist.ProcessGroup], leave: Callable[[], None]) -> None:
-    """When the interpreter ends, but before it is too late: call `leave`, then end `groups` and their threads.
+    """Call `leave`, then end `groups` and their threads, when the interpreter ends but before it is too late.
 
     owner: what holds the groups; its `forget_groups` lets go of them. Neither is kept alive.
     """

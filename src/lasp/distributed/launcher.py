@@ -170,7 +170,7 @@ def _exit_code(code: int) -> int:
 
 
 def follow() -> None:
-    """In a process that `launch` started: leave at once when the launcher is gone."""
+    """Leave at once when the launcher is gone; called in a process that `launch` started."""
     end_with_parent()
     lifeline = int(os.environ.pop(LIFELINE))
 

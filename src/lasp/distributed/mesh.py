@@ -81,7 +81,7 @@ def weights_mesh(mesh: DeviceMesh, *, offload: bool = False, timeout_s: float = 
 
 
 def data_rank(mesh: DeviceMesh) -> tuple[int, int]:
-    """Which of how many sequence groups this process belongs to, counted over both data-parallel axes."""
+    """The sequence group of this process, and the number of groups, counted over both data-parallel axes."""
     shards = mesh[SHARD_AXIS].size()
     rank = mesh.get_local_rank(REPLICATE_AXIS) * shards + mesh.get_local_rank(SHARD_AXIS)
     return rank, mesh[REPLICATE_AXIS].size() * shards

@@ -1,5 +1,4 @@
-"""How the processes that a launcher started (`lasp`, torchrun, Slurm) meet, and become one group: the same for every
-command.
+"""Joins the processes that a launcher started (`lasp`, torchrun, Slurm) into one group, in one way for every command.
 
 They are told by RANK and WORLD_SIZE who they are and by LOCAL_WORLD_SIZE how many share their machine; where they meet
 is LASP_RENDEZVOUS, if `lasp` started them, else torchrun's variables say it.
@@ -20,8 +19,8 @@ RENDEZVOUS = "LASP_RENDEZVOUS"
 
 
 def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Where the processes tell each other their addresses. They end with their launcher, and on one machine none can be
-    reached from another.
+    """The store in which the processes tell each other their addresses. They end with their launcher, and on one
+    machine none can be reached from another.
 
     torchrun keeps one store for all its tries, with the addresses of a try that failed still in it. The number of the
     try tells them apart: on one machine, and over several with the static rendezvous, where every agent starts again

@@ -1,4 +1,4 @@
-"""What the ranks of a group tell each other, over their hosts, before they exchange anything.
+"""Records that the ranks of a group tell each other, over their hosts, before they exchange anything.
 
 A record says what a rank is about to do: which call of its group, of which operator and in which direction, on which
 plan and documents, in which step, on shards of which tensors. All ranks see all records, so where two differ all of
@@ -32,7 +32,7 @@ class ExchangeError(RuntimeError):
 
 
 class Description:
-    """What ranks compare of a plan, written out once for all calls that follow it.
+    """A plan as ranks compare it, written out once for all calls that follow it.
 
     Args:
         operator: what is computed.
@@ -59,14 +59,14 @@ def digest_of(text: str) -> bytes:
 
 
 class RecordedStep(NamedTuple):
-    """Where a program is: the number of its step, and a number that stands for the data of it; -1 for unknown."""
+    """A program's position: the number of its step, and a number that stands for the step's data; -1 for unknown."""
 
     number: int = -1
     data: int = -1
 
 
 class Record(NamedTuple):
-    """What one rank is about to do.
+    """The call that one rank is about to make.
 
     Attributes:
         number: of its calls within the group.
@@ -151,18 +151,18 @@ def compare(gathered: Tensor) -> None:
 
 
 def number_given(record: Tensor) -> int:
-    """By one rank's record."""
+    """The number `given` in one rank's record."""
     return _Read.of(record.numpy().tobytes()).given
 
 
 def failures(of_ranks: Mapping[int, object]) -> str:
-    """What to say of ranks that failed."""
+    """The message about ranks that failed."""
     lines = [f"  rank {rank}: {error}" for rank, error in of_ranks.items()]
     return "\n".join(["invalid input to a sequence-parallel operation:", *lines])
 
 
 def _differences(records: Sequence[_Read]) -> str:
-    """What differs between the ranks, one line a field; empty if nothing does."""
+    """Describe what differs between the ranks, one line a field; empty if nothing does."""
     failed = {rank: r.shown().get("error") for rank, r in enumerate(records) if r.error}
     if failed:
         return failures(failed)
@@ -194,7 +194,7 @@ def _differences(records: Sequence[_Read]) -> str:
 
 @lru_cache(maxsize=64)
 def _places(shape: torch.Size) -> tuple[Tensor, ...]:
-    """Where to look at a tensor: spread over it, in no step that its contents might have."""
+    """Indices at which to sample a tensor: spread over it, in no step that its contents might have."""
     flat = torch.randint(0, max(1, shape.numel()), (64,), generator=torch.Generator().manual_seed(shape.numel()))
     return torch.unravel_index(flat, shape)
 

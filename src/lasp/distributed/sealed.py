@@ -28,7 +28,7 @@ _STEP_BITS = 31
 
 
 class Stamps(Protocol):
-    """What runs on the device."""
+    """Operations on headers and sealed messages, as they run on the device."""
 
     def begin(self, state: Tensor, forward: Tensor | None, plan: int) -> Tensor:
         """Count a call: its header, int64 [WORDS]. state: int64 [2], calls so far and the step; forward: a header."""
@@ -42,7 +42,7 @@ class Stamps(Protocol):
 
 
 class TorchStamps:
-    """By PyTorch, on any device."""
+    """Stamps by PyTorch, on any device."""
 
     def __init__(self) -> None:
         self._plans: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""How a run is asked to stop, and how it ends with whoever started it."""
+"""Lets signals stop a run, and ends a process with whoever started it."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def symmetric_memory(comm: Comm, nbytes: int, device: torch.device) -> list[Tens
 
 
 def _reach_each_other(comm: Comm, device: torch.device) -> bool:
-    """Whether this rank's GPU can write to those of all others."""
+    """True if this rank's GPU can write to those of all others."""
     if device.type != "cuda" or comm.backend != "nccl" or len(comm.nodes) > 1:
         comm.gathered(-1)
         return False

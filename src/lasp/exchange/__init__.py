@@ -1,4 +1,4 @@
-"""How the state crosses ranks: interchangeable schedules behind one interface."""
+"""Carries the state across ranks: interchangeable schedules behind one interface."""
 
 from lasp.exchange.auto import Auto, resolve
 from lasp.exchange.base import Exchange, ExchangeResult, PendingExchange, Traffic

@@ -15,7 +15,7 @@ from lasp.exchange.payload import Payload
 
 
 class ExchangeResult(NamedTuple):
-    """What an exchange brings.
+    """States that an exchange brings.
 
     Attributes:
         entering: the state that enters this rank's shard: all earlier ranks applied to the initial state.
@@ -63,7 +63,7 @@ class Line(NamedTuple):
 
     @property
     def position(self) -> int:
-        """This rank's."""
+        """This rank's position in the line."""
         return self.rank(self.comm.rank)
 
     def rank(self, position: int) -> int:
@@ -99,7 +99,7 @@ class Exchange(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the ranks must agree on: the schedule and all its parameters."""
+        """The schedule and all its parameters, on which the ranks must agree."""
         ...
 
     @abstractmethod
@@ -109,7 +109,7 @@ class Exchange(ABC):
 
     @classmethod
     def is_selectable(cls, nodes: tuple[int, ...], *, peers: bool) -> bool:
-        """Whether "auto" may select it. peers: the ranks can write into each other's memory."""
+        """True if "auto" may select it. peers: the ranks can write into each other's memory."""
         return True
 
     @classmethod

@@ -31,7 +31,7 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What the model knows of a group of ranks. Bytes are those that one rank receives.
+    """Measured links and speeds of a group of ranks. Bytes are those that one rank receives.
 
     Attributes:
         message: one message to the next rank while the others wait, as in a chain.
@@ -141,7 +141,7 @@ class Model:
         return (self.size - 1 - between) * c.message.seconds(nbytes) + between * c.across.seconds(nbytes)
 
     def hop(self, nbytes: float, senders: int | None = None) -> float:
-        """So many ranks, by default all but the last, send one message each at the same time."""
+        """Seconds in which so many ranks, by default all but the last, send one message each at the same time."""
         c = self.constants
         # Between one pair and all pairs: where ranks share cores or wires, each more makes it slower.
         most = self.size - 1

@@ -1,4 +1,4 @@
-"""What an exchange carries, as every rank knows it, and how it is cut into parts that evolve on their own.
+"""Sizes of what an exchange carries, the same on every rank, and its cut into parts that evolve on their own.
 
 A state is cut along its heads (batch x heads: they never mix), or along V where there are fewer heads than parts.
 Both are right for every transition; a cut along K would be wrong for dense ones.

@@ -1,4 +1,4 @@
-"""What exchanges brought in the forward pass of a region that backward recomputes, kept for its recomputation.
+"""Keeps what exchanges brought in the forward pass of a region that backward recomputes, for its recomputation.
 
 Recomputing a recurrence costs local work only if the state that came from other ranks need not come again. It is one
 K x V state a head, whatever the number of tokens. So in a recomputation nothing is sent, on any rank.
@@ -25,19 +25,19 @@ def keeping_exchanges() -> tuple[AbstractContextManager[None], AbstractContextMa
 
 
 def is_replaying() -> bool:
-    """Whether this is a recomputation that has what its exchanges brought."""
+    """True in a recomputation that has what its exchanges brought."""
     region = _region.get()
     return region is not None and region[0]
 
 
 def recorded() -> Any:
-    """In a recomputation, what the next exchange brought; None elsewhere."""
+    """The result of the next exchange, in a recomputation that has it; None elsewhere."""
     region = _region.get()
     return region[1].popleft()[0] if region is not None and region[0] else None
 
 
 def reserve() -> Callable[[Any], None]:
-    """Where an exchange begins: what to call with what it brought. In such a region's forward pass that is kept."""
+    """The function to call with what an exchange that begins will bring. In a region's forward pass that is kept."""
     region = _region.get()
     place: list[Any] = []
     if region is not None and not region[0]:

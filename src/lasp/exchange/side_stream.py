@@ -54,6 +54,6 @@ class SideStream:
             self._clock.wait_ends(1)
 
     def hand_over(self, tensor: Tensor | None) -> None:
-        """What the exchange allocated is now the compute stream's: its memory is not reused before that is done."""
+        """Give the compute stream what the exchange allocated: its memory is not reused before that is done."""
         if tensor is not None:
             tensor.record_stream(torch.cuda.current_stream(self._device))

@@ -28,7 +28,7 @@ class Pass(Protocol):
 
     @property
     def messages(self) -> Call:
-        """What carries this pass's messages. Not asked for in a recomputation that has what its exchanges brought."""
+        """The call that carries this pass's messages; not read where a recomputation has what its exchanges brought."""
         ...
 
 
@@ -119,7 +119,7 @@ def start(
 
 
 def _dropped(result: ExchangeResult) -> None:
-    """Nothing that a backward pass brings is needed again."""
+    """Drop the result of a backward pass's exchange: it is not needed again."""
 
 
 def _state(summary: Summary, initial: Tensor | None) -> Tensor:

@@ -116,7 +116,7 @@ def token_shift(
 
 
 class _ReadRows(NamedTuple):
-    """What the tokens here read: extended [B, w + T, C], but for the tokens of `fix`; and the final state."""
+    """Rows that the tokens here read: extended [B, w + T, C], but for the tokens of `fix`; and the final state."""
 
     extended: Tensor
     wish: Tensor
@@ -153,7 +153,7 @@ def _read(
 
 
 def _read_whole(x: Tensor, layout: HaloLayout, initial_state: Tensor | None) -> _ReadRows:
-    """Of whole sequences that are all here: they need no plan, which the compiler could not follow."""
+    """Rows that whole sequences read which are all here: no plan is needed, which the compiler could not follow."""
     before = x.new_zeros(x.shape[0], layout.width, x.shape[2]) if initial_state is None else initial_state.mT
     extended = torch.cat([before, x], 1)
     final = extended[:, x.shape[1] :].transpose(1, 2) if layout.final else None

@@ -1,4 +1,4 @@
-"""Which rows of a sequence each rank must have before its own, and who holds them.
+"""Plans which rows of a sequence each rank must have before its own, and who holds them.
 
 w = width, how many tokens back are read. Rows are numbered globally: the tokens of the whole sequence 0 .. total - 1,
 then the w rows before each document's first token, its initial state: row total + n w + i for document n, oldest
@@ -19,7 +19,7 @@ NONE = -1
 
 
 class HaloLayout(NamedTuple):
-    """What the rows depend on.
+    """Sizes on which the rows depend.
 
     Attributes:
         starts: global index of every rank's first token, and the total: size + 1 numbers.
@@ -37,7 +37,7 @@ class HaloLayout(NamedTuple):
 
 
 class NeededRows(NamedTuple):
-    """What one rank wants.
+    """Rows that one rank needs.
 
     Attributes:
         rows: int64 [M], rising, without NONE.
@@ -64,7 +64,7 @@ def final_rows(layout: HaloLayout) -> Tensor:
 
 @lru_cache(maxsize=32)
 def wishes(layout: HaloLayout) -> tuple[NeededRows, ...]:
-    """What every rank wants."""
+    """Rows that every rank needs."""
     bounds, width = torch.tensor(layout.bounds), layout.width
     everywhere = [final_rows(layout).flatten()] if layout.final else []
     found = []
@@ -115,7 +115,7 @@ class Rows:
 
 
 class Route(NamedTuple):
-    """How rows reach this rank, and what of this rank's goes elsewhere; indices on the tensors' device.
+    """The ways of rows to this rank and from it; indices on the tensors' device.
 
     Attributes:
         here: (positions in the wish, tokens here) of own rows.
@@ -151,7 +151,7 @@ class BoundaryOverride(NamedTuple):
 
 
 class HaloPlan(NamedTuple):
-    """All of one layout on one rank.
+    """Rows of one layout on one rank.
 
     Attributes:
         fix: None where no token's reads are replaced.
@@ -175,7 +175,7 @@ def plan(layout: HaloLayout, rank: int, device: torch.device) -> HaloPlan:
 
 
 def _position(rows: Rows, wanted: Tensor) -> Tensor:
-    """Where in the wish the rows are; its length for NONE."""
+    """Positions of the rows in the wish; its length for NONE."""
     found = torch.searchsorted(rows.wish.rows, wanted)
     return torch.where(wanted == NONE, len(rows.wish.rows), found)
 

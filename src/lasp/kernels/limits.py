@@ -1,4 +1,4 @@
-"""What the fused kernels take, and where they have been run (docs/design/kernels.md)."""
+"""Limits of the fused kernels, and where they have been run (docs/design/kernels.md)."""
 
 import torch
 

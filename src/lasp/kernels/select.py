@@ -1,4 +1,4 @@
-"""Which implementation runs a recurrence's stages.
+"""Selects the implementation that runs a recurrence's stages.
 
 Each backend is a package beside this file whose `STAGES` has a record for each family that it implements. It is
 imported when first asked for, by a plain statement, which torch.compile can follow.
@@ -39,7 +39,7 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
 
 
 def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:
-    """Says once what it chose: as a warning where a GPU falls to PyTorch, many times slower."""
+    """Choose, and say once what: as a warning where a GPU falls to PyTorch, many times slower."""
     key = (family, device, dtype, keys)
     if key not in _chosen:
         reason = _against_triton(*key)
@@ -56,7 +56,7 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:
-    """Why the fused kernels are not for these inputs; empty where they are."""
+    """The reason that the fused kernels are not for these inputs; empty where they are."""
     if family not in FUSED_FAMILIES:
         return "no fused kernels for it"
     if device.type != "cuda" or torch.version.cuda is None:

@@ -90,7 +90,7 @@ class LinearAttention(Mixer):
             return self.positions != "none"
 
         def positions_of(self, layer: int) -> str:
-            """What layer `layer` (from 0) does to its queries and keys: "none", "rotary" or "lrpe"."""
+            """Position encoding of queries and keys in layer `layer` (from 0): "none", "rotary" or "lrpe"."""
             return self.positions if self.positions_in == "all" or layer == 0 else "none"
 
         def log_decay(self, context: LayerContext) -> tuple[float, ...] | None:

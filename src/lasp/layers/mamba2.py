@@ -89,7 +89,7 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(inner, context.d_model, bias=False)
 
     def reset_parameters(self) -> None:
-        """Those of the layer itself; its modules have their own."""
+        """Reset the parameters of the layer itself; its modules reset their own."""
         nn.init.ones_(self.skip)
         nn.init.ones_(self.gain)
 

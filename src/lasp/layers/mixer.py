@@ -101,7 +101,7 @@ class SavedActivations(NamedTuple):
 
 
 class MixerCost(NamedTuple):
-    """What a mixer needs beside its parameters, which are counted.
+    """The needs of a mixer besides its parameters, which are counted.
 
     Attributes:
         operator: all that is exchanged but the halo follows from it.
@@ -150,12 +150,12 @@ class MixerConfig:
         return self.layer(self, context)
 
     def cost(self, context: LayerContext) -> MixerCost:
-        """What the layer needs: for `lasp plan`, model FLOP utilisation and `lasp report`."""
+        """The layer's needs: for `lasp plan`, model FLOP utilisation and `lasp report`."""
         raise NotImplementedError(f"mixer {self.kind!r} does not say what it costs")
 
     @property
     def knows_positions(self) -> bool:
-        """Whether the layer tells positions apart; softmax layers beside it then rotate queries and keys."""
+        """True if the layer tells positions apart; softmax layers beside it then rotate queries and keys."""
         return True
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class MixerConfig:
 
 
 class MixerInputs(NamedTuple):
-    """What `Mixer.before` hands on.
+    """Results of `Mixer.before`.
 
     Attributes:
         k: [B, T, H, K]. v: [B, T, H_v, V].

@@ -1,4 +1,4 @@
-"""What a module says of its own parameters: which dtype they live in, and whether weight decay pulls at them."""
+"""Marks of a module on its own parameters: the dtype they live in, and whether weight decay pulls at them."""
 
 from __future__ import annotations
 

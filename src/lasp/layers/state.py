@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RecurrentState(NamedTuple):
-    """What such a layer remembers.
+    """Memory of a layer with a recurrence behind a short convolution.
 
     Attributes:
         memory: [B, H, K, V], the recurrence's state, fp32 (fp64 for an fp64 layer).

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Cache(NamedTuple):
-    """What a model remembers of the tokens so far. Only a softmax layer's part grows with their number.
+    """A model's memory of the tokens so far. Only a softmax layer's part grows with their number.
 
     Attributes:
         states: one per layer: [B, H, K, V] in fp32 (fp64 for an fp64 model), or that and a convolution's window; of

@@ -86,7 +86,7 @@ class ModelConfig:
         return self.mixers[layer % len(self.mixers)]
 
     def context(self, layer: int) -> LayerContext:
-        """What layer `layer` (from 0) knows of the model around it."""
+        """Settings of the model that layer `layer` (from 0) depends on."""
         return LayerContext(self.d_model, layer, self.num_layers, self.norm_eps, self.backend)
 
     def build_mixer(self, layer: int) -> Mixer:

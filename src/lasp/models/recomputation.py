@@ -44,14 +44,14 @@ def run_in_pieces(ffn: nn.Module, piece_tokens: int) -> None:
 
 
 class CompiledShapes:
-    """For which shapes the blocks of one model are compiled: the first eight. Each takes the compiler seconds."""
+    """The shapes that the blocks of one model are compiled for: the first eight. Each takes the compiler seconds."""
 
     def __init__(self) -> None:
         self._known: set[Any] = set()
         self._is_full = False
 
     def admit(self, x: Tensor, sp: Any) -> bool:
-        """Whether a block's input is to run compiled. All ranks of `sp` find the same: their shapes change together."""
+        """True if a block's input is to run compiled. All ranks of `sp` find the same: their shapes change together."""
         shape = (x.shape, None if sp is None else sp.key)
         if shape in self._known:
             return True
@@ -81,7 +81,7 @@ def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
-    """How the module runs: as its class says, or as a function here has already made it.
+    """The module's forward: its class's, or the one that a function here has already put in its place.
 
     No closure and no bound method, which a copy of the module would share with it and run on the original's weights:
     partial functions are copied and pickled with the module that they hold.

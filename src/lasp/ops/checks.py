@@ -1,4 +1,4 @@
-"""What every operator does around its scan: check its arguments, tell the other ranks, spread grouped heads."""
+"""Checks arguments, tells the other ranks and spreads grouped heads: every operator's work around its scan."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def check_beta(beta: Tensor, v: Tensor) -> None:
 
 
 def _check_values(good: Tensor, message: str, found: Callable[[], str]) -> None:
-    """All `good`: checked where that needs no synchronisation (on CPU), asserted when it is computed elsewhere."""
+    """Check that all are `good`: at once where that needs no synchronisation (on CPU), else when it is computed."""
     if good.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(good.all(), message)
     elif not bool(good.all()):
@@ -108,7 +108,7 @@ def _check_values(good: Tensor, message: str, found: Callable[[], str]) -> None:
 
 
 def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """initial_state [B, H_v, K, V] in the state's dtype.
+    """Check that `state` is an initial_state [B, H_v, K, V] in the state's dtype.
 
     Raises:
         ValueError: it is not.

@@ -20,7 +20,7 @@ ALONE = -1
 
 
 def scan_operator(plan: ScanPlan, x: DecayInputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As `lasp.ops.autograd.scan`, inside a compiled region."""
+    """Compute outputs and the final state inside a compiled region: `lasp.ops.autograd.scan` as operators."""
     ranks = ALONE if plan.ranks is None else plan.ranks.key
     want_gate = x.g is not None and x.g.requires_grad
     o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_gate, plan.want_final, ranks)

@@ -127,7 +127,7 @@ def _planned(
     normalize_qk: bool,
     erase_key: Tensor | None,
 ) -> tuple[ScanPlan, DeltaInputs]:
-    """How to compute, and the inputs with k in the place of q, which is laid out alike."""
+    """Check the arguments. The plan, and the inputs with k in the place of q, which is laid out alike."""
     check_flags(output_final_state=output_final_state, normalize_qk=normalize_qk)
     check_shard(sp, k.shape[1])
     check_beta(beta, v)

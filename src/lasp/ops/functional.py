@@ -135,7 +135,7 @@ def _planned(
     sp: SequenceParallel | None,
     backend: str,
 ) -> tuple[ScanPlan, DecayInputs]:
-    """How to compute, and the inputs; for queries yet to come k stands, which is laid out alike."""
+    """Check the arguments. The plan, and the inputs; k stands for queries yet to come, which are laid out alike."""
     check_flags(causal=causal, output_final_state=output_final_state)
     check_shard(sp, k.shape[1])
     if g is not None:

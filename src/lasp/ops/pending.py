@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PendingOutputs:
-    """What `linear_attention_begin` and the like return: a call whose queries come later. Finish it once."""
+    """A call whose queries come later, begun by `linear_attention_begin` and the like. Finish it once."""
 
     def __init__(self, finish: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> None:
         self._finish = finish

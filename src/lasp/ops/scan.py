@@ -27,7 +27,7 @@ from lasp.sequence.call import SequenceCall
 
 
 class ScanPlan(NamedTuple):
-    """How a recurrence is computed.
+    """A plan: everything that decides how a recurrence is computed, but its inputs.
 
     Attributes:
         operator: that the user called.
@@ -51,7 +51,7 @@ class ScanPlan(NamedTuple):
 
 
 def _packed(plan: ScanPlan, call: SequenceCall | None) -> PackedDocuments | None:
-    """How the documents' states meet what crosses the ranks in this pass."""
+    """The documents' states beside what crosses the ranks in this pass; None without packing."""
     return None if plan.documents is None else PackedDocuments(plan.documents, call)
 
 
@@ -110,7 +110,7 @@ def _begin_adjoint(
     d_final: Tensor | None,
     want_initial: bool,
 ) -> tuple[Begun, Tensor | None]:
-    """Also gives the gradient of the final states, which over ranks is the sum of their shares."""
+    """Begin the adjoint exchange. Gives also the final states' gradient, over ranks the sum of their shares."""
     stages, ranks = plan.stages, plan.ranks
     if ranks is None and stages.unsummarized is not None:
         if not want_initial:

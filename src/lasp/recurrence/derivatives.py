@@ -1,4 +1,4 @@
-"""What an autograd function whose backward pass has no derivative must do when one is asked for: say so.
+"""Raises where a derivative is asked of a backward pass that has none.
 
 PyTorch's `once_differentiable` raises only where the gradients that come in depend on something, and then only if the
 way back leads through them. What else the backward pass reads, queries in the gradient of keys, is a constant to it:

@@ -1,4 +1,4 @@
-"""Where the documents of a packed sequence lie: globally, and on one rank."""
+"""Places of the documents of a packed sequence: globally, and on one rank."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Documents:
 
     @cached_property
     def layouts(self) -> dict[Any, Any]:
-        """What kernels made of these documents, by keys of theirs: every layer of a model asks for the same."""
+        """Cache of what kernels made of these documents, by keys of theirs: all layers of a model ask for the same."""
         return {}
 
 

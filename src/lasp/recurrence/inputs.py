@@ -1,4 +1,4 @@
-"""What a rank gives a recurrence's stages: tensors, the outputs' factor, and where packed documents lie."""
+"""Inputs of a recurrence's stages on a rank: tensors, the outputs' factor, and where packed documents lie."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def num_states(x: Inputs) -> int:
-    """How many states the run has: one for each document here, else for each sequence of the batch."""
+    """Number of the run's states: one for each document here, else for each sequence of the batch."""
     return int(x.q.shape[0]) if x.documents is None else len(x.documents.ids)
 
 

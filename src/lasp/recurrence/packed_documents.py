@@ -1,4 +1,4 @@
-"""How the states of a rank's sequences or documents meet the one state that crosses ranks.
+"""Joins the states of a rank's sequences or documents with the one state that crosses ranks.
 
 The stages know a state for every sequence of the batch, or for every document here; the exchange knows the state
 that crosses a rank border. Without packing these are the same. With packed documents only the document that lies on
@@ -45,7 +45,7 @@ class SumOverRanks(Protocol):
     """The ranks that share the sequence."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, added in their order."""
+        """Sum over the ranks, in their order."""
         ...
 
 
@@ -112,7 +112,7 @@ class PackedDocuments:
         return carried.new_zeros(len(self._documents.ids) - 1, *carried.shape[1:])
 
     def _spread(self, values: Tensor, wanted: Sequence[int]) -> Tensor:
-        """Each rank knows some documents' values; together, all but those of empty documents, which are zero."""
+        """Share documents' values. Ranks together know all but those of empty documents, which are zero."""
         d = self._documents
         if self._ranks is None and len(wanted) == d.count:
             return values

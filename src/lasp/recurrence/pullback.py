@@ -21,7 +21,7 @@ class _Pullback(torch.autograd.Function):
 
 
 def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """As `torch.autograd.grad(outputs, inputs, gradients)`.
+    """Gradients of `inputs`, given those of `outputs`, as `torch.autograd.grad` gives them.
 
     That one, given gradients, imports half of PyTorch's compiler to compare their shapes: 0.4 s in the middle of a
     program's first step.

@@ -43,7 +43,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class RunInputs(Protocol):
-    """What the scan asks of a run as stages take it; see `lasp.recurrence.inputs.Inputs`."""
+    """A run as the scan and the stages take it; see `lasp.recurrence.inputs.Inputs`."""
 
     @property
     def v(self) -> Tensor: ...
@@ -55,7 +55,7 @@ class RunInputs(Protocol):
 
 @dataclass(frozen=True)
 class Unsummarized(Generic[Run, Totals, TotalsAdjoint]):
-    """How a backend computes on one device without a summary.
+    """Stages of a backend that needs no summary on one device.
 
     Attributes:
         totals: (x) -> totals, as `summarize` gives them.

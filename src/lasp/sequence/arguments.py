@@ -1,4 +1,4 @@
-"""What public functions take, checked at their boundary before any work: ValueError, which names the argument."""
+"""Checks arguments of public functions at their boundary, before any work: ValueError, which names the argument."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_ids(name: str, ids: Tensor, count: int, form: str, *, ignored: int | N
 
 
 def check_flags(**flags: object) -> None:
-    """Each is True or False."""
+    """Check that each is True or False. Raises ValueError."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")

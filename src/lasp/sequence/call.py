@@ -22,7 +22,7 @@ class SequenceCall:
 
     @property
     def messages(self) -> Call:
-        """What carries this pass's messages."""
+        """The call that carries this pass's messages."""
         assert self._messages is not None, "a recomputation that exchanges nothing"
         return self._messages
 
@@ -31,7 +31,7 @@ class SequenceCall:
         return SequenceCall(self.rank, self.messages.adjoint(part), is_forward=False)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, added in their order."""
+        """Sum over the ranks, in their order."""
         if not self._is_forward:
             return self.messages.sum(tensor)
         kept = recorded()
@@ -45,7 +45,7 @@ class SequenceCall:
 
 
 def save_after(ctx: Any, tensor: Tensor) -> None:
-    """At the end of an exchange in an autograd function's forward: save something, if it is nothing.
+    """Save something, if it is nothing, at the end of an exchange in an autograd function's forward.
 
     torch.utils.checkpoint runs a region again only as far as to its last saved tensor. Whether an exchange runs again
     must not depend on what else a rank saves: where one rank sends again and another does not, a later exchange takes
@@ -56,7 +56,7 @@ def save_after(ctx: Any, tensor: Tensor) -> None:
 
 
 def adjoint_of(ctx: Any, part: str = "backward") -> Any:
-    """At the beginning of that function's backward: its call, if the forward one, `ctx.call`, is not None.
+    """The call of such a function's backward, begun at its start; None if the forward one, `ctx.call`, is None.
 
     What was saved is asked for before, on every rank, because that may run a region again, with calls of its own.
     """

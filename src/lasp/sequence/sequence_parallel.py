@@ -1,4 +1,4 @@
-"""Which ranks share a sequence, and which of its tokens each holds."""
+"""The ranks that share a sequence, and the tokens that each holds."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class SequenceParallel:
         return SequenceCall(self.rank, self.calls.begin(description, documents, sources=sources), is_forward=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, added in their order. All of them must call, with tensors of one shape and dtype."""
+        """Sum over the ranks, in their order. All of them must call, with tensors of one shape and dtype."""
         return tensor if self.size == 1 else self._alone("sum", tensor).sum(tensor)
 
     def _alone(self, operator: str, tensor: Tensor, **fields: object) -> Call:
@@ -193,7 +193,7 @@ class SequenceParallel:
         return tensor if self.size == 1 else self._alone("broadcast", tensor, source=source).broadcast(tensor, source)
 
     def _written(self, operator: str, key: Hashable, fields: Callable[[], Mapping[str, object]]) -> Description:
-        """What the ranks compare of an operator's call, written out once for every key.
+        """The description of an operator's call that the ranks compare, written out once for every key.
 
         fields: gives what must be the same on every rank, besides the schedule and the shards' lengths.
         """
@@ -245,7 +245,7 @@ class broadcast_errors:
 
 
 def check_shard(sp: SequenceParallel | None, tokens: int) -> None:
-    """This rank holds as many tokens as `sp` says.
+    """Check that this rank holds as many tokens as `sp` says.
 
     Raises:
         ValueError: it does not, or `sp` is something else.

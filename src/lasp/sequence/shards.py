@@ -1,4 +1,4 @@
-"""Who holds which tokens of a sequence, and where its documents start."""
+"""Shards: the tokens of a sequence that each rank holds, and where its documents start."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def document_bounds(
     name: str = "cu_seqlens",
     whole: str = "the whole sequence (of all ranks together)",
 ) -> tuple[int, ...]:
-    """Where each document starts in the whole sequence, and its end: N + 1 numbers. Without packing, (0, total).
+    """Token where each document starts in the whole sequence, and its end: N + 1 numbers. Without packing, (0, total).
 
     Args:
         cu_seqlens: integers [N + 1], the same on every rank. Keep them on the host: to read them, a GPU is waited for.
@@ -56,5 +56,5 @@ def document_bounds(
 
 @lru_cache(maxsize=32)
 def document_digest(bounds: tuple[int, ...]) -> str:
-    """What ranks compare to know that they mean the same documents."""
+    """The digest by which ranks know that they mean the same documents."""
     return f"{len(bounds) - 1} documents, {hashlib.sha256(repr(bounds).encode()).hexdigest()[:16]}"

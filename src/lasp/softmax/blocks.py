@@ -1,4 +1,4 @@
-"""Which keys each query sees, as few dense blocks: a block is one call of PyTorch's attention for all its documents.
+"""Divides the keys that queries see into few dense blocks: one call of PyTorch's attention for several documents each.
 
 Documents are separated by reading only their own keys, never by a mask: a mask multiplies what it hides by zero, and
 zero times NaN is NaN. Parts of documents with equally many queries and keys here form one block, so thousands of

@@ -1,4 +1,4 @@
-"""How queries, keys, values and outputs cross ranks, each with the exchange that takes their gradients back.
+"""Carries queries, keys, values and outputs across ranks, each with the exchange that takes their gradients back.
 
 LASP-2H (arXiv 2502.07563) gathers keys and values. Ulysses (arXiv 2309.14509) trades tokens for heads: in between,
 each rank has all tokens of some heads. Sums of gradients are taken in rank order, in fp32 for 16-bit inputs.
@@ -35,7 +35,7 @@ def _all_to_all(
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
-    """In order, and in fp32 where the parts have 16 bits."""
+    """Sum in order, and in fp32 where the parts have 16 bits."""
     total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
     for part in parts[1:]:
         total = total + part
@@ -78,7 +78,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
-        """Each rank's share of every gradient goes to the tokens' rank; no rank sees keys of later ones."""
+        """Send each rank's share of every gradient to the tokens' rank; no rank sees keys of later ones."""
         messages, starts = adjoint_of(ctx, "backward of keys and values").messages, ctx.starts
         parts, shapes = [], []
         for rank, (start, end) in enumerate(pairwise(starts)):
@@ -95,7 +95,7 @@ def _view(flat: Tensor, like: Tensor, tokens: int) -> Tensor:
 
 
 class Heads(NamedTuple):
-    """Which heads each rank works on.
+    """Heads that each rank works on.
 
     Attributes:
         queries: (first, last + 1) query heads of every rank.

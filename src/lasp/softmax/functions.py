@@ -138,7 +138,7 @@ def _across_ranks(
 
 
 def _after(state: Tensor | None, k: Tensor, v: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
-    """Each document's keys and values after those of its state."""
+    """Keys and values of each document, after those of its state."""
     if state is None:
         return k, v
     tokens = k.shape[1]
@@ -207,7 +207,7 @@ def _kind(tensor: Tensor) -> str:
 def _rows_before(
     initial_state: Tensor | None, cu_seqlens: Tensor | Sequence[int] | None, documents: int | None
 ) -> tuple[int, ...]:
-    """Where each document's rows start in the initial state, and how many it has. documents: None without packing."""
+    """Row where each document starts in the initial state, and the number of rows. documents: None without packing."""
     rows = 0 if initial_state is None else initial_state.shape[1]
     if cu_seqlens is not None and (documents is None or initial_state is None):
         raise ValueError("initial_cu_seqlens divides initial_state among documents: give cu_seqlens and initial_state")

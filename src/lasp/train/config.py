@@ -273,7 +273,7 @@ class TrainConfig:
             )
 
     def _check_shares(self, num_dp: int | None) -> None:
-        """How weights are spread fits. Raises ConfigError."""
+        """Check the settings by which weights are spread. Raises ConfigError."""
         parallel = self.parallel
         if parallel.data_parallel in ("ddp", "zero1"):
             for name, given in (("--dp-replicate", parallel.dp_replicate > 1), ("--cpu-offload", parallel.cpu_offload)):

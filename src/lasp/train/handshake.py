@@ -1,4 +1,4 @@
-"""Before any work, every process of a run says what it was started with; all must have said the same.
+"""Compares, before any work, what the processes of a run were started with: it must be the same.
 
 They meet at the store through which they would connect to each other: a process that was given another layout, or
 another device, could not take part in anything else.
@@ -60,7 +60,7 @@ def compare(own: Mapping[str, Any], *, rank: int, size: int, store: dist.Store, 
 
 
 def _verdict(records: list[dict[str, Any]]) -> str:
-    """What differs, a line each; empty if nothing does."""
+    """Describe what differs, a line each; empty if nothing does."""
     errors = [f"  rank {rank}: {record['error']}" for rank, record in enumerate(records) if "error" in record]
     lines = []
     described = {rank: record for rank, record in enumerate(records) if "error" not in record}
@@ -79,7 +79,7 @@ def _verdict(records: list[dict[str, Any]]) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """In words, at most eight of them."""
+    """Name the ranks, at most eight of them."""
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 

@@ -1,4 +1,4 @@
-"""What a run trains: the model, spread over the processes, and its optimizer, with the weights it begins with."""
+"""Builds what a run trains: the model, spread over the processes, its first weights, and its optimizer."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""How far a run is, and what a checkpoint settles for the run that goes on from it: text, schedule, paths."""
+"""A run's position in its text, and what a checkpoint settles for a run that goes on from it: text, schedule, paths."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ _UNNAMED = (
 
 
 class Position(NamedTuple):
-    """Where in its text a run is.
+    """A run's position in its text.
 
     Attributes:
         step: finished optimizer steps.
@@ -32,13 +32,13 @@ class Position(NamedTuple):
     tokens: int = 0
 
     def at(self, step: int, config: TrainConfig) -> "Position":
-        """After step `step`, from here on with the batches of `config`."""
+        """The position after step `step`, from here on with the batches of `config`."""
         sequences = (step - self.step) * config.global_batch
         return Position(step, self.sequence + sequences, self.tokens + sequences * config.seq_len)
 
 
 def position_of(state: dict[str, Any], config: TrainConfig) -> Position:
-    """Where the checkpoint with this state is in the text, in sequences of `config`: its batches may have been others.
+    """Position of the checkpoint with this state, in sequences of `config`: its batches may have been others.
 
     Sequences of another length are another list; there the run goes on after as many tokens.
     """
@@ -95,8 +95,8 @@ def _check(config: TrainConfig, state: dict[str, Any]) -> None:
 
 
 def tokenizer_of_run(config: TrainConfig, resumed: Checkpoint | None) -> Tokenizer:
-    """As asked for, or of built data; of a resumed run that which it was begun with, kept in the checkpoint; of weights
-    to start with theirs, kept in the export.
+    """The tokenizer asked for, or that of built data; of a resumed run that which it was begun with, kept in the
+    checkpoint; of weights to start with theirs, kept in the export.
 
     Raises CheckpointError if another one is asked for.
     """
@@ -141,7 +141,7 @@ def changes(config: TrainConfig, state: dict[str, Any]) -> list[str]:
 
 
 def record(config: TrainConfig) -> dict[str, Any]:
-    """What config.json and checkpoints keep of the settings: paths that mean the same from any working folder."""
+    """The settings as config.json and checkpoints keep them: paths that mean the same from any working folder."""
 
     def absolute(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,4 +1,4 @@
-"""What commands refuse before they begin: files that could not be written at the end, devices that are not there."""
+"""Refuses before a command begins: files that could not be written at the end, devices that are not there."""
 
 import importlib
 import os

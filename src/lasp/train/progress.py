@@ -1,4 +1,4 @@
-"""How far work in the background has come: enough to tell slow work from work that stands still."""
+"""Progress of work in the background: enough to tell slow work from work that stands still."""
 
 import time
 

@@ -80,7 +80,7 @@ class RunFolder:
         self.path = Path()
 
     def open(self) -> Path:
-        """On the first process: the folder, which is the run's from here on. Raises ConfigError for one in use."""
+        """Take the folder, on the first process: it is the run's from here on. Raises ConfigError for one in use."""
         run_dir = self._choose()
         if self._lock is None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ class RunFolder:
             raise
 
     def _claim(self) -> dict[str, Any]:
-        """On the first process: take the run folder, where there is one."""
+        """Take the run folder, on the first process, where there is one."""
         home, resume = None, self._resume
         if resume is not None and resume != AUTO:
             checkpoint.candidates(resume)
@@ -125,7 +125,7 @@ class RunFolder:
         return checkpoint.find(resume, report=report, world=self._world)
 
     def _choose(self) -> Path:
-        """As configured, that of the run continued, or a new one. Raises ConfigError.
+        """Choose the folder: as configured, that of the run continued, or a new one. Raises ConfigError.
 
         With AUTO, what is in it may be of an earlier try that ended before its first checkpoint.
         """

@@ -116,7 +116,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
     def carried_tensors(self, finished: int) -> dict[str, Tensor]:
-        """What the rows of this process carry into step `finished`, by name, to save; the same on the processes of a
+        """Tensors that this process's rows carry into step `finished`, by name, to save; the same on the processes of a
         sequence. After `rehearse`, places to load it into."""
         if self._steps_carried(finished) == 0:
             return {}
@@ -129,7 +129,7 @@ class Stepper:
         return tensors
 
     def resume_carried(self, finished: int) -> None:
-        """After `carried_tensors` were loaded in place."""
+        """Resume from what was loaded into the places of `carried_tensors`."""
         position = self._steps_carried(finished) * self.config.seq_len
         self.carried = {part: Cache(cache.states, position) for part, cache in self.carried.items()}
 

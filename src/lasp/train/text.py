@@ -1,4 +1,4 @@
-"""What a run trains on: its text as tokens, the order of its sequences, and the words that its sample begins with."""
+"""Prepares a run's text: its tokens, the order of its sequences, and the words that its sample begins with."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class RunText(NamedTuple):
 
 
 def prepare(config: TrainConfig, tokenizer: Tokenizer) -> Path:
-    """On the first process: the folder of the run's tokens, built if it is not there. Raises DataError."""
+    """Find the folder of the run's tokens, and build it if it is not there, on the first process. Raises DataError."""
     return token_store.prepare(
         folder=config.data.path,
         suffixes=config.data.suffixes,

@@ -154,7 +154,7 @@ class Trainer:
             self.stepper.resume_carried(self.finished)
 
     def train(self) -> TrainResult:
-        """All steps that are left, then the score, the sample and the curve."""
+        """Run all steps that are left, then the score, the sample and the curve."""
         config, stopped = self.config, False
         signals: list[int] = []
         with stop_signals(signals.append, once=True):
@@ -199,7 +199,7 @@ class Trainer:
         return TrainResult(self.run_dir, self.finished, stopped, bits, end["trigram"])
 
     def _machine(self) -> Machine:
-        """What utilisation is counted against."""
+        """The work and the speed that utilisation is counted against."""
         device, peak = self.world.device, None
         if device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device), self.config.precision)
@@ -273,7 +273,7 @@ class Trainer:
             self.output.line(f"{unsaved}; older checkpoints are as they were, and training goes on")
 
     def _conclude(self, score: Score | None, seconds: float) -> dict[str, Any]:
-        """On the first process: the score to beat, the curve, and where everything is."""
+        """Write, on the first process, the score to beat, the curve, and where everything is."""
         store, run_dir, output = self.text.store, self.run_dir, self.output
         baseline, by_byte = None, store.tokenizer == "bytes"
         if score is not None and by_byte:

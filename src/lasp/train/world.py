@@ -37,7 +37,7 @@ _LOOK_S, _ROLL_CALL_S = 1.0, 3.0
 
 @dataclass
 class Place:
-    """Where in a run this process is, for messages."""
+    """This process's place in a run, for messages."""
 
     text: str = "starting"
 

@@ -73,7 +73,7 @@ def _shared_of(comm: Comm, device: torch.device) -> _Shared:
 
 
 def is_possible(comm: Comm, nbytes: int, device: torch.device) -> bool:
-    """Whether the ranks can write summaries into each other's memory. Collective when first asked for so many bytes."""
+    """True if the ranks can write summaries into each other's memory. Collective when first asked for so many bytes."""
     return _shared_of(comm, device).reserve(comm, nbytes, device) is not None
 
 

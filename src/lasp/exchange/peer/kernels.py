@@ -21,7 +21,7 @@ WORDS = tl.constexpr(4)  # of int64 at the head of a slot: which call the summar
 
 @triton.jit
 def _slot(memory, epoch, rank, slot_bytes, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """Where `rank` writes its summary in an epoch into the memory at address `memory`."""
+    """Address at which `rank` writes its summary of an epoch into the memory at address `memory`."""
     address = _head(memory, epoch, rank, slot_bytes, SIZE) + 8 * WORDS
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
@@ -35,7 +35,7 @@ def _head(memory, epoch, rank, slot_bytes, SIZE: tl.constexpr):
 
 @triton.jit
 def _is_of_another(memory, epoch, source, slot_bytes, header_ptr, found_ptr, SIZE: tl.constexpr):
-    """Whether what `source` wrote belongs to another call; then both headers are told to the host."""
+    """True if what `source` wrote belongs to another call; then both headers are told to the host."""
     word = tl.arange(0, WORDS)
     own = tl.load(header_ptr + word)
     head = _head(memory, epoch, source, slot_bytes, SIZE).to(tl.pointer_type(tl.int64))

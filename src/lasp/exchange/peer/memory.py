@@ -29,7 +29,7 @@ def slot_needed(nbytes: int) -> int:
 
 
 def bytes_needed(ranks: int, slot_bytes: int) -> int:
-    """Of every rank's memory."""
+    """Bytes of every rank's memory."""
     return int(FLAG_BYTES.value) + 2 * ranks * slot_bytes
 
 

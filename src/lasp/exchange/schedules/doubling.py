@@ -63,7 +63,7 @@ class PendingDoubling:
 
 
 def _is_state(sender: int, distance: int) -> bool:
-    """Whether the rank at position `sender` has heard of the first rank before it sends over `distance`."""
+    """True if the rank at position `sender` has heard of the first rank before it sends over `distance`."""
     return sender < distance
 
 

@@ -27,7 +27,7 @@ from lasp.exchange.schedules.doubling import Doubling
 
 
 class _Place(NamedTuple):
-    """Where a position is: its node, the positions of that node, and its place among them."""
+    """A position's node, the positions of that node, and its place among them."""
 
     node: int
     positions: range

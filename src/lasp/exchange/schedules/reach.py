@@ -39,7 +39,7 @@ ZERO_BELOW = {torch.float32: -104.0, torch.float64: -746.0}
 
 
 def forgets(transition: Transition, state: Tensor) -> Tensor:
-    """Which heads' transitions are exactly zero, for a flat summary's parts; bool [heads]."""
+    """Mask of the heads whose transitions are exactly zero, for a flat summary's parts; bool [heads]."""
     # Elementwise maps show on a column of ones what they do; others on every basis vector.
     size = state.shape[-2]
     probe = state.new_ones(size, 1) if "K" in transition.sliceable else torch.eye(size).to(state)
@@ -48,7 +48,7 @@ def forgets(transition: Transition, state: Tensor) -> Tensor:
 
 
 def forgets_constant(log_decay: Tensor, lengths: Sequence[int], batch: int, dtype: torch.dtype) -> Tensor:
-    """Which heads with a constant decay forget on which ranks, without communication.
+    """Mask of the heads with a constant decay that forget, on every rank, without communication.
 
     Args:
         log_decay: [H], natural logarithm of the decay of one token; the same on all ranks.
@@ -64,7 +64,7 @@ def forgets_constant(log_decay: Tensor, lengths: Sequence[int], batch: int, dtyp
 
 
 class _Route(NamedTuple):
-    """Which heads this rank handles how; every field holds indices of heads.
+    """Heads by the way in which this rank handles them; every field holds indices of heads.
 
     Attributes:
         near, far: those of the chain, those of the base exchange.
@@ -221,7 +221,7 @@ class Reach(Exchange):
     def traffic(
         self, load: Payload, position: int, nodes: tuple[int, ...], *, want_total: bool, known: Tensor | None = None
     ) -> Traffic:
-        """As for every exchange, where no head forgets. With `known`, as in `begin`, in the exchange's direction."""
+        """Traffic where no head forgets; with `known`, which heads do, as in `begin`, in the exchange's direction."""
         size = sum(nodes)
         mask_bytes = 0 if known is not None or size == 2 else load.heads * (size - 1)
         if known is None:
@@ -244,7 +244,7 @@ class Reach(Exchange):
         return total
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
-        """As if no head forgot: what is known when the exchange is chosen."""
+        """Seconds where no head forgets: more is not known when the exchange is chosen."""
         if model.size == 2:
             return Ring().seconds(model, want_total=want_total)
         return model.gather(model.load.heads * (model.size - 1)) + self.base.seconds(model, want_total=want_total)

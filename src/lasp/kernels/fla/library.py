@@ -19,7 +19,7 @@ VERSION = "0.6.0"
 
 
 class Kernels(NamedTuple):
-    """What the adapter calls, by module of `fla.ops`."""
+    """Functions that the adapter calls, by module of `fla.ops`."""
 
     cumsum: Any
     states: Any

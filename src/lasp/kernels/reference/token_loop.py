@@ -122,7 +122,7 @@ def _pieces(x: _Inputs, tensor: Tensor) -> list[Tensor]:
 
 
 def _rows(x: _Inputs) -> list[tuple[int, int]]:
-    """Which states each part has."""
+    """First and last + 1 state of each part of the batch."""
     return [(0, x.q.shape[0])] if x.documents is None else [(n, n + 1) for n in range(num_states(x))]
 
 

@@ -29,7 +29,7 @@ class Chunking:
 
     @property
     def is_padded(self) -> bool:
-        """Whether some chunk has fewer tokens than C."""
+        """True if some chunk has fewer tokens than C."""
         return self._layout is not None or self._tokens % self.size > 0
 
     def cut(self, tensor: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def _scores_gradient_k(c: Chunks, d_scores: Tensor) -> Tensor:
 
 
 def _scores_gradient_decay(c: Chunks, d_scores: Tensor) -> Tensor:
-    """What pairs of tokens on either side of a decay contribute to its gradient; [.., C, G]."""
+    """Sum what pairs of tokens on either side of a decay contribute to its gradient; [.., C, G]."""
     size = c.q.shape[3]
     if not _per_channel(c):
         pairs = d_scores * _scores(c)

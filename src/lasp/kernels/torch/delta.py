@@ -81,7 +81,7 @@ class DeltaAdjoint(NamedTuple):
 
 
 class DeltaLocalGradients(NamedTuple):
-    """What `local_gradients` finds: the writes, and the part of their gradient that comes from the outputs."""
+    """Results of `local_gradients`: the writes, and the part of their gradient that comes from the outputs."""
 
     writes: Tensor
     d_writes: Tensor
@@ -169,7 +169,7 @@ class _Chunk(Transition):
 
 
 def _transitions(c: ChunkFactors, inputs: list[Tensor]) -> _Chunk:
-    """What each chunk does to its entering state, on a leading axis: [N, B, H, ...]."""
+    """Transitions of each chunk's entering state, on a leading axis: [N, B, H, ...]."""
     erased = (c.stores.mT @ c.erases).movedim(2, 0)
     if c.kept is None:
         return _Chunk(erased.new_ones((*erased.shape[:-2], 1, 1), dtype=torch.float64), erased)

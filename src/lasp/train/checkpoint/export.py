@@ -80,7 +80,7 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether `folder` is one that `export` wrote."""
+    """True if `folder` is one that `export` wrote."""
     return (folder / _WEIGHTS).exists() and (folder / _ABOUT).exists()
 
 

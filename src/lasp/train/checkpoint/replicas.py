@@ -1,4 +1,4 @@
-"""Are the copies of the weights still copies? Asked before they are saved.
+"""Checks, before weights are saved, that their copies are still copies.
 
 Processes that hold the same tensor step it by the same gradient, so it stays the same to the bit. Where it does not
 (memory that flipped a bit, a kernel that is not deterministic, a process with other settings), a checkpoint would mix
@@ -70,7 +70,7 @@ def digest(tensor: Tensor) -> Tensor:
 
 
 def _place(parameters: object) -> int:
-    """Which share of the weights this process holds; all those of one place hold the same."""
+    """Number of the share of the weights that this process holds; processes with one number hold the same."""
     for parameter in parameters:  # type: ignore[attr-defined]
         if isinstance(parameter, DTensor):
             place, mesh = 0, parameter.device_mesh
@@ -82,7 +82,7 @@ def _place(parameters: object) -> int:
 
 
 def _odd(bits: dict[int, int]) -> str:
-    """Who differs from whom."""
+    """Name the ranks that differ from the others."""
     (usual, most), *others = Counter(bits.values()).most_common()
     if most == max(count for _, count in others):
         groups = [[rank for rank, value in bits.items() if value == each] for each in dict.fromkeys(bits.values())]

@@ -32,7 +32,7 @@ _REPLACED = re.compile(r"\.replaced-(step-\d{8,})-[0-9a-f]{8}")
 
 
 class FileSeal(NamedTuple):
-    """What the manifest says of one file."""
+    """The manifest's entry of one file."""
 
     name: str
     num_bytes: int
@@ -121,12 +121,12 @@ def candidates(path: Path) -> list[Path]:
 
 
 def exists(run_dir: Path) -> bool:
-    """Whether a run folder has a checkpoint, good or damaged."""
+    """True if a run folder has a checkpoint, good or damaged."""
     return bool(_folders(run_dir / "checkpoints"))
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` names one checkpoint, good or not; it is then never exchanged for another."""
+    """True if `path` names one checkpoint, good or not; it is then never exchanged for another."""
     if (path / "checkpoints").is_dir():  # a run folder, whatever its name
         return False
     return (path / MANIFEST).exists() or _NAME.fullmatch(path.name) is not None
@@ -218,7 +218,7 @@ def _verify(folder: Path, world: World | None, contents: bool) -> Checkpoint:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each file, after it proved itself and names what the folder holds, to the byte."""
+    """Read the manifest's entries by file; verify its digest, and that it names what the folder holds, to the byte."""
     try:
         manifest = files.read_json(folder / MANIFEST)
         sealed = manifest["sealed"]

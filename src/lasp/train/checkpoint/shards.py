@@ -106,7 +106,7 @@ class Saver:
         return self._ended()
 
     def leave(self, timeout_s: float) -> str | None:
-        """As `finish`, where the others may be gone: wait for this process's write, not longer than that."""
+        """Wait for this process's write, not longer than that: `finish` where the others may be gone."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -283,7 +283,7 @@ def load_others(found: Checkpoint, tensors: dict[str, Tensor], world: World) -> 
 
 
 def _saved(found: Checkpoint) -> dict[str, Any]:
-    """What the files say of every tensor in them."""
+    """Read the files' metadata of every tensor in them."""
     try:
         return dict(_CarefulReader(found.folder).read_metadata().state_dict_metadata)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -414,5 +414,5 @@ def _quiet_about_one_process() -> None:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The configuration as JSON gives it back."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}

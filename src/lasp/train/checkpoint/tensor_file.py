@@ -33,7 +33,7 @@ _DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in its file: bytes `start` to `end`."""
+    """A tensor's place in its file: bytes `start` to `end`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

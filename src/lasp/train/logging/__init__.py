@@ -1,1 +1,1 @@
-"""What a run tells: on the terminal, in its folder, to trackers and in traces."""
+"""Reports of a run: on the terminal, in its folder, to trackers and in traces."""

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: one JSON object a line in metrics.jsonl, and a picture of the loss curve.
+"""Writes metrics.jsonl, one JSON object a line, and a picture of the loss curve.
 
 lasp.train.logging.run_logger says what the lines are.
 """

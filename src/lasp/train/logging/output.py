@@ -1,4 +1,4 @@
-"""What a run prints: once, on the first process. A moving bar on a terminal, a line every N steps elsewhere."""
+"""Prints a run's progress: once, on the first process. A moving bar on a terminal, a line every N steps elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ class Output:
         return True
 
     def close(self, timeout_s: float) -> None:
-        """At the end: wait so long, and not long, for a slow reader."""
+        """Wait so long, and not long, for a slow reader."""
         self._outlet.settle(min(timeout_s, _LAST_WAIT_S))
 
     def start(self, finished: int, total: int) -> None:
@@ -101,7 +101,7 @@ class Output:
 
 
 def _fitting(parts: list[str], width: int) -> str:
-    """As many of `parts`, the first first, as a line has room for."""
+    """Join as many of `parts`, the first first, as a line has room for."""
     while len(parts) > 1 and len("  ".join(parts)) > width:
         parts = parts[:-1]
     return "  ".join(parts)

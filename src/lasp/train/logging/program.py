@@ -1,4 +1,4 @@
-"""How a user starts this program again: what printed commands begin with, so that they work as they are printed."""
+"""Finds the words by which a user starts this program again, so that printed commands work as they are printed."""
 
 import os
 import shlex
@@ -24,7 +24,7 @@ def lasp_command(*arguments: object) -> str:
 
 
 def _found(name: str, path: Path) -> bool:
-    """Whether the shell finds `path` by `name`. Not by what a link leads to: that makes a virtual environment."""
+    """True if the shell finds `path` by `name`. Not by what a link leads to: that makes a virtual environment."""
     found = shutil.which(name)
     return found is not None and os.path.abspath(found) == os.path.abspath(path)
 

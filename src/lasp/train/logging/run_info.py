@@ -1,4 +1,4 @@
-"""What a run is: model, layout, machine, text and versions, written to run.json when it starts."""
+"""Describes a run: model, layout, machine, text and versions, written to run.json when it starts."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from lasp.train.step import StepResult
 
 
 class RunLogger:
-    """On the first process; the others have none."""
+    """Writes a run's figures, on the first process; the others have none."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class RunLogger:
 
 
 def _rounded(figures: StepFigures) -> dict[str, float]:
-    """As written: results to their last digit, because a resumed run is compared by them; measurements to a few."""
+    """Figures as written: results to the last digit, since resumed runs are compared by them; measurements to a few."""
     exact = ("loss", "lr", "grad_norm")
     return {
         name: value if name in exact or not isinstance(value, float) else _short(value)

@@ -52,7 +52,7 @@ class StepFigures(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What utilisation is counted against.
+    """The work and the speed that utilisation is counted against.
 
     Attributes:
         flops_per_token: of a training step.
@@ -114,7 +114,7 @@ class SlowRank(NamedTuple):
         )
 
     def is_news_after(self, said: SlowRank | None) -> bool:
-        """Whether it is another rank than was said last, or the others wait twice as long for it."""
+        """True if it is another rank than was said last, or the others wait twice as long for it."""
         return said is None or self.rank != said.rank or self.own_s - self.others_s > 2 * (said.own_s - said.others_s)
 
 

@@ -1,4 +1,4 @@
-"""What a step cost one rank: its own work, its waits, its bytes, its memory.
+"""Measures what a step cost one rank: its own work, its waits, its bytes, its memory.
 
     start ............ gradients of the first layer ............ gradients of all ranks summed
     |  own work, and waits in the exchange of states  |  waiting for the sum  |
@@ -68,7 +68,7 @@ class StepWatch:
             self._comm.clock = None
 
     def read(self) -> RankStep:
-        """Of the step that ended. On a GPU, once its work has."""
+        """Measurements of the step that ended. On a GPU, once its work has."""
         exposed, hidden = (0.0, 0.0) if self._clock is None else self._clock.read()
         back = self._end if self._back is None else self._back
         passes = self._marks.seconds(self._start, back)

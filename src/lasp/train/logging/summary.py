@@ -23,7 +23,7 @@ def introduction(
     step_seconds: float,
     resumed: Checkpoint | None,
 ) -> dict[str, str]:
-    """What is about to be done, by whom, and where it will be. finished: steps before. step_seconds: of one."""
+    """Rows printed before the first step. finished: steps made before. step_seconds: of one step."""
     optimizer, tokens = config.optimizer, config.global_batch * config.seq_len
     source = config.data.path or "the Python standard library of this machine"
     tokenizer = config.data.tokenizer or store.tokenizer
@@ -80,7 +80,7 @@ def scores(score: Score, trigram: float | None) -> dict[str, str]:
 def whereabouts(
     config: TrainConfig, run_dir: Path, *, finished: int, seconds: float, prompt: str, curve: str
 ) -> dict[str, str]:
-    """Where everything is, and the commands for what one may want next. curve: its picture, or why there is none."""
+    """Rows printed at the end: files, and commands to go on with. curve: its picture, or why there is none."""
     rows = {
         "time": f"{duration(seconds)} for {finished} of {config.steps} steps and start-up",
         "run folder": str(run_dir),

@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 def missing(names: Sequence[str]) -> str | None:
-    """What to say if a tracker among `names` is not installed; None if all are."""
+    """The message if a tracker among `names` is not installed; None if all are."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             return f"--track {name}: {name} is not installed; pip install {name}, or leave it out"

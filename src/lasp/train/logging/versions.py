@@ -1,4 +1,4 @@
-"""What a run is computed with."""
+"""Versions of what a run is computed with."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -8,7 +8,7 @@ _PACKAGES = ("lasp-torch", "torch", "numpy", "safetensors", "triton", "fla-core"
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that are here, by name."""
+    """Versions of Python and of the libraries that are here, by name."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Where time, memory and bytes of a step went: measured by the run, and what the closed forms say beside it."""
+"""Breaks down a step's time, memory and bytes: measured by the run, beside what the closed forms say."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 def typical_ranks(run: LoadedRun) -> dict[str, list[float]]:
-    """By figure and global rank: the median over the run's windows. Empty before the first window's end."""
+    """Medians over the run's windows, by figure and global rank. Empty before the first window's end."""
     if not run.ranks:
         return {}
     names = run.ranks[0]["ranks"]
@@ -144,7 +144,7 @@ def exchanged(run: LoadedRun, ranks: dict[str, list[float]]) -> str:
 
 
 def _sharding(run: LoadedRun) -> str:
-    """How weights are spread, by its name in lasp.parallelize."""
+    """The name in lasp.parallelize of how weights are spread."""
     return str(run.config["parallel"].get("data_parallel", "ddp"))
 
 

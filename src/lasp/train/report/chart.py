@@ -149,7 +149,7 @@ def _line(one: Series, width: float, height: float, across: Scale, down: Scale) 
 
 
 def _shorter(one: Series) -> tuple[list[float], list[float]]:
-    """Its finite points, neighbours averaged where there are too many to draw."""
+    """Finite points of a line, neighbours averaged where there are too many to draw."""
     points = [(a, b) for a, b in zip(one.x, one.y, strict=False) if math.isfinite(b)]
     size = -(-len(points) // _MOST_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)] if points else []

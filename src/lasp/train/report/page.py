@@ -213,7 +213,7 @@ def _sample(run: LoadedRun) -> str:
 
 
 def _is_usual(value: Any, default: Any) -> bool:
-    """Whether a setting is the default; of a path, which is recorded in full, its end."""
+    """True if a setting is the default; a path, which is recorded in full, may begin otherwise."""
     return value == default or (isinstance(value, str) and default and value.endswith(f"/{default}"))
 
 

@@ -11,7 +11,7 @@ from lasp.train.logging.metrics import read_metrics
 
 
 class LoadedRun(NamedTuple):
-    """What the page is made from.
+    """A finished run, from which the page is made.
 
     Attributes:
         folder: of the run.

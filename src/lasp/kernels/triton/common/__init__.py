@@ -1,1 +1,1 @@
-"""What the kernels of every recurrence share."""
+"""Shared by the kernels of every recurrence."""

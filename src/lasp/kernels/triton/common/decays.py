@@ -40,7 +40,7 @@ def log2_gate(ptr, mask):
 
 @triton.jit
 def head_gates(g_ptr, batch, head, T, H_v, KIND: tl.constexpr):
-    """Where a batch's and head's gates begin, in g [H_v] or [B, T, H_v]."""
+    """Pointer to the first gate of a batch and head, in g [H_v] or [B, T, H_v]."""
     if KIND == TOKEN:
         g_ptr += tl.cast(batch, tl.int64) * T * H_v
     return g_ptr + head

@@ -1,4 +1,4 @@
-"""What launches are made for: a GPU's limits."""
+"""Limits of a GPU, for which launches are made."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def use_scratch() -> None:
 
 
 def _watched() -> bool:
-    """Whether a profiler wants to see every launch."""
+    """True if a profiler wants to see every launch."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
@@ -104,7 +104,7 @@ class Launch:
 
 
 def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Bound | None:
-    """What launches a binary over `grid`, with `others` after the addresses; None where this Triton is not known."""
+    """A function that launches a binary over `grid`, with `others` after the addresses; None for an unknown Triton."""
     x, y = grid
     try:
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata

@@ -1,4 +1,4 @@
-"""Where packed documents lie among segments and chunks.
+"""Places of packed documents among segments and chunks.
 
 Documents are cut into chunks and segments each from its own first token, so that no chunk holds tokens of two and a
 segment's state belongs to one: nothing can leak, not even a NaN. A document takes at least one segment, so very short
@@ -20,7 +20,7 @@ DESCRIPTOR_CHUNKS = 8
 
 
 class RunPlan(Protocol):
-    """What the plans of all families say of how a run is cut, and of where packed documents lie among its segments."""
+    """Fields that the plans of all families share: the cut of a run, and the places of packed documents in it."""
 
     @property
     def chunk(self) -> int: ...
@@ -33,7 +33,7 @@ class RunPlan(Protocol):
 
 
 class Tables(NamedTuple):
-    """What programs look up, int32; and what follows from it.
+    """Tables that programs look up, int32; and what follows from them.
 
     Attributes:
         segments: [segments, 7]: first token, the one after the last, first chunk, document, whether it is the last of
@@ -81,7 +81,7 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
 
 
 def packed_changes(p: RunPlan, documents: Documents, device: torch.device) -> dict[str, Any]:
-    """What of `p`, which was made for the tokens in one run, is another for `documents`."""
+    """Fields of `p`, which was made for the tokens in one run, that differ for `documents`, with their values."""
     key = (p.chunk, p.segment_chunks, device)
     tables = documents.layouts.get(key)
     if tables is None:
@@ -108,5 +108,5 @@ def bounds_of(p: RunPlan, otherwise: Tensor) -> Tensor:
 
 
 def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
-    """What a kernel gets that reads `tensor`, or nothing."""
+    """The argument of a kernel that reads `tensor`: `unread` in the place of None."""
     return unread if tensor is None else tensor

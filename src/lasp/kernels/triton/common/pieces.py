@@ -29,13 +29,13 @@ PART = 8
 
 
 def _widened(tensor: Tensor, dim: int, columns: int) -> Tensor:
-    """With zeros behind, up to so many columns of `dim` (negative)."""
+    """Add zeros behind, up to so many columns of `dim` (negative)."""
     missing = columns - tensor.shape[dim]
     return tensor if missing == 0 else pad(tensor, (0, 0) * (-dim - 1) + (0, missing))
 
 
 class HeadCut(NamedTuple):
-    """How heads are cut: [H, G] of them, K and V of each, into `keys` parts of K and `values` of V."""
+    """A way to cut heads: [H, G] of them, K and V of each, into `keys` parts of K and `values` of V."""
 
     heads: tuple[int, int]
     K: int
@@ -50,7 +50,7 @@ class HeadCut(NamedTuple):
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Of the parts; the last may end in zeros."""
+        """Channels of a part of K and of V; the last may end in zeros."""
         k, v = -(-self.K // self.keys), -(-self.V // self.values)
         return k if self.keys == 1 else -(-k // PART) * PART, v if self.values == 1 else -(-v // PART) * PART
 
@@ -120,7 +120,7 @@ class HeadCut(NamedTuple):
         return x.with_tensors((keys if q is k else self.of_keys(q), keys, self.of_values(v), *cut))
 
     def _of_gate(self, gate: Tensor) -> Tensor:
-        """Whose gradient is wanted where the whole gate's is, which launches go by."""
+        """Cut it, its gradient wanted where the whole one's is, which launches go by."""
         return self.of_gates(gate.detach()).requires_grad_(gate.requires_grad)
 
     def whole_gradients(self, gradients: Gradients) -> Gradients:
@@ -131,7 +131,7 @@ class HeadCut(NamedTuple):
 
 
 def cut_of(x: Given, *, rows: bool) -> HeadCut | None:
-    """How x's heads are cut; None where the kernels take them as they are. rows: those of states may be cut."""
+    """The way to cut x's heads; None where the kernels take them as they are. rows: those of states may be cut."""
     (H, K), (H_v, V) = x.q.shape[2:], x.v.shape[2:]
     keys, values = -(-K // FUSED_MAX_DIM) if rows else 1, -(-V // FUSED_MAX_DIM)
     return None if keys == values == 1 else HeadCut((H, H_v // H), K, V, keys, values)
@@ -162,7 +162,7 @@ class CutRun:
         return CutRun(self._given.with_tensors(tensors), self._alone, self.cut, self._stages)
 
     def saved(self, whole: Saved) -> Saved:
-        """As the narrower stages save it: first the state that leaves the run."""
+        """Give back what the narrower stages save: first the state that leaves the run."""
         leaving = self.cut.of_state(whole[0])
         assert leaving is not None
         return leaving, *whole[1:]

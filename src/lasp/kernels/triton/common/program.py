@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Where a program is among segments, chunks and documents."""
+"""A program's place among segments, chunks and documents."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ CHUNK_PLACE = tl.constexpr(3)  # likewise of a chunk
 
 
 class ProgramPlace(NamedTuple):
-    """Where a program is among slices of columns, heads, batches and segments.
+    """A program's place among slices of columns, heads, batches and segments.
 
     Attributes:
         part, head, batch, segment: its slice, value head, batch and segment.
@@ -76,7 +76,7 @@ def run_of(here, H_v):
 
 @triton.jit
 def rows_of(here, T, H, H_v):
-    """Where the batch's rows of a program's head begin, in [B, T, H] and in [B, T, H_v]."""
+    """First rows of a program's batch and head, in [B, T, H] and in [B, T, H_v]."""
     row = tl.cast(here.batch, tl.int64) * T
     return row * H + here.head // (H_v // H), row * H_v + here.head
 
@@ -96,8 +96,8 @@ def run_bounds(places_ptr, T, PACKED: tl.constexpr):
 def needed_chunks(
     places_ptr, first, last, ends, C: tl.constexpr, REVERSE: tl.constexpr, TOTAL: tl.constexpr, PACKED: tl.constexpr
 ):
-    """How many of a segment's chunks its summary must read: none if it is the run's last (REVERSE: first) and the run's
-    TOTAL is not wanted."""
+    """Number of a segment's chunks that its summary must read: none if it is the run's last (REVERSE: first) and the
+    run's TOTAL is not wanted."""
     chunks = tl.cdiv(last - first, C)
     if TOTAL:
         return chunks
@@ -108,8 +108,8 @@ def needed_chunks(
 
 @triton.jit
 def chunk_rows(slices, chunks, T, H, H_v):
-    """Of a program that has a chunk, and one of `slices` of its channels: the slice; the run; the chunk among those of
-    all runs; where the batch's rows of its head begin in [B, T, H] and [B, T, H_v]."""
+    """The place of a program that has a chunk, and one of `slices` of its channels: the slice; the run; the chunk among
+    those of all runs; the first rows of its batch and head in [B, T, H] and [B, T, H_v]."""
     part = tl.program_id(0) % slices
     head = tl.program_id(0) // slices % H_v
     batch = tl.cast(tl.program_id(0) // slices // H_v, tl.int64)
@@ -134,5 +134,5 @@ def chunk_place(places_ptr, chunk, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def begins_run(places_ptr, chunk, PACKED: tl.constexpr):
-    """Whether a chunk is the first of its run; places_ptr as in `chunk_place`."""
+    """True if a chunk is the first of its run; places_ptr as in `chunk_place`."""
     return tl.load(places_ptr + chunk * CHUNK_PLACE + 2) != 0 if PACKED else chunk == 0

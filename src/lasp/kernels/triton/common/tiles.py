@@ -17,7 +17,7 @@ DESCRIPTORS = tl.constexpr(False)
 
 
 class StateTile(NamedTuple):
-    """Which tile of a state [R, S] a program has: from r_first and s_first on, of strides row and column.
+    """A program's tile of a state [R, S]: from r_first and s_first on, of strides row and column.
 
     Its own shape goes beside it: Triton makes tensors of the constants in a tuple that is assigned, and Triton 3.6 of
     those in one that is handed on.
@@ -91,7 +91,7 @@ def tile_at(ptr, tile, BR: tl.constexpr, BS: tl.constexpr):
 
 @triton.jit
 def segment_state(pointers, mask, GATHER: tl.constexpr):
-    """What is known of a segment's state before the sweep: nothing if it is not read."""
+    """Load a segment's state before the sweep: zeros where the sweep gathers it."""
     if GATHER:
         return tl.zeros(pointers.shape, tl.float32)
     else:

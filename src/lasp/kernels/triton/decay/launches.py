@@ -1,4 +1,4 @@
-"""What the shapes of a run decide: its plan, and its kernels with everything but the tensors they work on.
+"""Launches of a run, as its shapes decide: its plan, and its kernels with everything but the tensors they work on.
 
 Made once for a shape, so that a call allocates and launches and does little else. Here is what both families share;
 `scalar.launches` and `channel.launches` have the rest.
@@ -23,7 +23,7 @@ FORGETS = {torch.bfloat16: -9.0, torch.float16: -12.0, torch.float32: -25.0}
 
 
 class RunShape(NamedTuple):
-    """What launches are made for, but their plan.
+    """The shape of a run that launches are made for, besides their plan.
 
     Attributes:
         q, v: shapes [B, T, H, K] and [B, T, H_v, V].
@@ -117,5 +117,5 @@ class DecayLaunches:
 
 
 def partial_dtype(dtype: torch.dtype, heads: int, value_heads: int) -> torch.dtype:
-    """Of dq and dk per value head: fp32 where heads of one group are still to be summed."""
+    """The dtype of dq and dk per value head: fp32 where heads of one group are still to be summed."""
     return dtype if heads == value_heads else torch.float32

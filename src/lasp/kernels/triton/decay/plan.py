@@ -39,14 +39,14 @@ class Tiles(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """How a run is cut whose sweeps gather states: chunks per segment, and whether every program has a processor."""
+    """The cut of a run whose sweeps gather states: chunks per segment, and whether every program has a processor."""
 
     segment_chunks: int
     alone: bool
 
 
 class LaunchPlan(NamedTuple):
-    """How a run of one shape is cut and launched.
+    """Cut and tiles of the launches for runs of one shape.
 
     Attributes:
         chunk: tokens per chunk.
@@ -99,7 +99,7 @@ class LaunchPlan(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether every run is a single segment."""
+        """True if every run is a single segment."""
         return bool(self.segments == 1 if self.tables is None else self.tables.whole)
 
     @property
@@ -116,7 +116,7 @@ def kind_of(g: Tensor | None) -> int:
 
 
 def keeps_states(p: LaunchPlan, with_decay: bool) -> bool:
-    """Whether the states entering segments are kept for the backward pass.
+    """True if the states entering segments are kept for the backward pass.
 
     Where sweeps gather, only where a decay's gradient is wanted: the sweep of dq is slow enough then. Where runs are
     single segments there is nothing to keep.
@@ -159,7 +159,7 @@ def segment_chunks(chunks: int, heads: int, processors: int, summaries: float = 
 
 
 def gathered(chunks: int, heads: int, slices: int, kind: int, processors: int) -> Gathered | None:
-    """Likewise where sweeps gather the states of segments themselves; None where summaries are cheaper.
+    """The cut where sweeps gather the states of segments themselves; None where summaries are cheaper.
 
     slices: programs that share a segment.
     """
@@ -174,7 +174,7 @@ def gathered(chunks: int, heads: int, slices: int, kind: int, processors: int) -
 
 
 def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool, cut: Gathered | None = None) -> Tiles:
-    """Of the sweeps that yield outputs of `columns` columns and contract `contracted`."""
+    """Tiles of the sweeps that yield outputs of `columns` columns and contract `contracted`."""
     # Where not on Hopper, half the state a program, and half of that a warp: Blackwell's tensor memory and others'
     # registers have no room for more.
     large = contracted > 128 and not hopper
@@ -198,14 +198,14 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool
 
 
 def _scalar_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool) -> Tiles:
-    """Of the sweeps of dq and dk that yield decay gradients too."""
+    """Tiles of the sweeps of dq and dk that yield decay gradients too."""
     if dtype != torch.bfloat16 or contracted > 128:
         return _sweep_tiles(columns, contracted, dtype, hopper)
     return Tiles(64, 4, 3 if contracted <= 64 else 2)
 
 
 def _row_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles | None:
-    """Of the sweeps in rows, where there is one for such heads."""
+    """Tiles of the sweeps in rows; None where there is none for such heads."""
     if dtype != torch.bfloat16:
         return None
     widest = max(tile(K, dtype), tile(V, dtype))

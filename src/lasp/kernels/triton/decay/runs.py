@@ -1,4 +1,4 @@
-"""Which plan and which launches a run gets: made once for its shapes."""
+"""Chooses the plan and the launches of a run: made once for its shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _plan(shape: RunShape, device: torch.device) -> LaunchPlan:
 
 
 def _packed_plan(shape: RunShape, documents: Documents, device: torch.device) -> LaunchPlan:
-    """As for so many runs of the longest document's length if those gather; else as for one run."""
+    """The plan for so many runs of the longest document's length if those gather; else that for one run."""
     tokens, longest = shape.v[1], max((end - start for start, end in documents.spans), default=0)
     if shape.from_zero and longest > 0:
         alike = -(-tokens // longest)

@@ -1,4 +1,4 @@
-"""What each segment adds to the state, and the scan over segments."""
+"""Sums that each segment adds to the state, and the scan over segments."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def summarize(x: DecayRun) -> tuple[Summary, Segments]:
 
 
 def totals(x: DecayRun) -> Segments:
-    """What is known of the run's segments; nothing where sweeps gather."""
+    """Totals of the run's segments; none where sweeps gather."""
     work = x.work
     prepared = channel.local_outputs(x, work) if isinstance(work, ChannelLaunches) else None
     return _totals(x, prepared, summarized=False)[1]
@@ -73,7 +73,7 @@ def summarize_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> tuple[Summary, 
 
 
 def totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> Segments:
-    """As `totals`, of gradients."""
+    """Totals of the gradients of the run's segments; none where sweeps gather."""
     return _totals_adjoint(x, saved, d_o, summarized=False)[1]
 
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the sweeps of a gate per channel read, chunk by chunk: operands with their decays, scores and overlaps.
+"""Prepares, chunk by chunk, what sweeps of a gate per channel read: operands with their decays, scores, overlaps.
 
     P_ij = scale sum_K q_i k_j 2^between(i, j), j <= i        L_ij = sum_K k_i k_j 2^between(i, j), j < i
 

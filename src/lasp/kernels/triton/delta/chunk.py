@@ -37,7 +37,7 @@ def token_sums(prefix_ptr, suffix_ptr, at, KIND: tl.constexpr, C: tl.constexpr, 
 
 @triton.jit
 def lengths(norms_ptr, at, C: tl.constexpr, NORMALIZE: tl.constexpr):
-    """What the chunk's keys or queries are to be multiplied by, [C]."""
+    """Factors that normalise the chunk's keys or queries, [C]."""
     if NORMALIZE:
         return tl.load(norms_ptr + at + tl.arange(0, C))
     else:
@@ -46,7 +46,7 @@ def lengths(norms_ptr, at, C: tl.constexpr, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def state_decay(totals_ptr, chunk, total, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr):
-    """By what a chunk multiplies each channel of a state, [BK]; totals_ptr: [chunks, K] of the head."""
+    """The factors by which a chunk multiplies the channels of a state, [BK]; totals_ptr: [chunks, K] of the head."""
     if KIND == CHANNEL:
         d = tl.arange(0, BK)
         return tl.exp2(tl.load(totals_ptr + tl.cast(chunk, tl.int64) * K + d, mask=d < K, other=0.0))
@@ -81,7 +81,7 @@ def token_pairs(C: tl.constexpr):
 
 @triton.jit
 def written(state, keys_t, v_t, beta, read_decay, inverse, PRECISION: tl.constexpr):
-    """What the chunk's tokens write, transposed, [BV, C] in fp32.
+    """The writes of the chunk's tokens, transposed, [BV, C] in fp32.
 
     Args:
         state: [BV, BK], transposed. keys_t: [BK, C]. v_t: [BV, C] in fp32.

@@ -1,4 +1,4 @@
-"""What the shapes of a run decide: its plan, and its kernels with everything but the tensors they work on.
+"""Launches of a run, as its shapes decide: its plan, and its kernels with everything but the tensors they work on.
 
 Made once for a shape, so that a call allocates and launches and does little else.
 """
@@ -54,7 +54,7 @@ def _once(make: Callable[..., Launch]) -> Callable[..., Launch]:
 
 
 class DeltaLaunches:
-    """What is done for runs of one shape.
+    """Launches for runs of one shape.
 
     Attributes:
         plan: how they are cut.
@@ -189,7 +189,7 @@ class DeltaLaunches:
 
     @cached_property
     def whole_adjoint(self) -> Launch:
-        """Where what the whole run adds to the gradient is wanted."""
+        """The adjoint sweep where what the whole run adds to the gradient is wanted."""
         return self._reverse(total=True, values=False)
 
     @cached_property
@@ -232,7 +232,7 @@ class DeltaLaunches:
         return self._by_chunk(delta_channel_scores_kernel, self._heads, warps, BK=columns, QUERIES=queries)
 
     def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
-        """What enters segments; given: a state enters the run. leaves: what leaves it is wanted too."""
+        """The scan over segments' states; given: a state enters the run. leaves: what leaves it is wanted too."""
         return self._scan(self.state[3], (GIVEN if given else ZERO).value, leaves, reverse)
 
     def transition_scan(self, *, reverse: bool) -> Launch:

@@ -15,7 +15,7 @@ from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chun
 
 @triton.jit
 def _place(places_ptr, T, H, chunks, C: tl.constexpr, PACKED: tl.constexpr):
-    """Of a program that has a chunk of a head: its first token and the one after its last, batch, head and slot."""
+    """The place of a program that has a chunk of a head: first token, the one after the last, batch, head and slot."""
     first, last = chunk_place(places_ptr, tl.program_id(0), T, C, PACKED)
     head = tl.program_id(1) % H
     batch = tl.cast(tl.program_id(1) // H, tl.int64)

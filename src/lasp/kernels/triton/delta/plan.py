@@ -24,7 +24,7 @@ SMALL_CHUNK = 32
 
 
 class DeltaPlan(NamedTuple):
-    """How a run of one shape is cut and launched.
+    """Cut and tiles of the launches for runs of one shape.
 
     Attributes:
         chunk: tokens per chunk.
@@ -65,7 +65,7 @@ class DeltaPlan(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether every run is a single segment."""
+        """True if every run is a single segment."""
         return bool(self.segments == 1 if self.tables is None else self.tables.whole)
 
 

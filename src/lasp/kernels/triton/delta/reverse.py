@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""From the last chunk of a segment to its first, with the gradient D of the state.
+"""Sweeps backward: from the last chunk of a segment to its first, with the gradient D of the state.
 
     dU = P^T do + 2^suffix (k D),   Y = A^T dU,   dv = beta Y
     D' = 2^total D + (scale 2^prefix q)^T do - (2^prefix k)^T dv

@@ -47,7 +47,7 @@ class ChannelKeys(NamedTuple):
 
 
 class DeltaQueries(NamedTuple):
-    """What queries have before the sweep of outputs.
+    """Queries as they are before the sweep of outputs.
 
     Attributes:
         q: as in `DeltaRun`; of a gate per channel scale q 2^prefix [B, T, H_v, K].
@@ -61,7 +61,7 @@ class DeltaQueries(NamedTuple):
 
 
 class DeltaChunks(NamedTuple):
-    """What is made of every chunk before any sweep.
+    """Matrices and decays made of every chunk before any sweep.
 
     Attributes:
         inverse: A - I, [B, H_v, chunks, C, C].
@@ -79,7 +79,7 @@ class DeltaChunks(NamedTuple):
 
 
 class DeltaSegments(NamedTuple):
-    """What segments do to the state: added [B, H_v, segments, K, V] and moves [.., K, K]; None of single ones. And what
+    """Segments' maps of the state: added [B, H_v, segments, K, V] and moves [.., K, K]; None of single ones. And what
     was made on the way."""
 
     added: Tensor | None
@@ -89,7 +89,7 @@ class DeltaSegments(NamedTuple):
 
 
 class DeltaSaved(NamedTuple):
-    """What backward needs: the state leaving the run, u, those that enter segments (None for zero), and `moves`."""
+    """Saved for backward: the state leaving the run, u, those that enter segments (None for zero), and `moves`."""
 
     leaving: Tensor
     u: Tensor
@@ -118,7 +118,7 @@ def _norms(x: DeltaRun, tensor: Tensor) -> Tensor | None:
 
 
 def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQueries | None]:
-    """What is made of chunks; with_queries: also what is made of queries, of a gate per channel in the same launch."""
+    """Launch what is made of chunks; with_queries: and of queries, with a gate per channel in the same launch."""
     work, places = x.work, chunks_of(x.work.plan, x.beta)
     gates: tuple[Tensor, ...] = ()
     if work.kind == TOKEN.value:
@@ -182,7 +182,7 @@ def _channels_made(
 
 
 def queries_made(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
-    """What queries have, unless it has been made with the keys'."""
+    """Queries before the sweep of outputs, made now unless they were with the keys."""
     if segments.queries is not None:
         return segments.queries
     keys, k_norms = segments.chunks.channels, segments.chunks.k_norms
@@ -194,7 +194,7 @@ def queries_made(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
 
 
 def _sweep_operands(x: DeltaRun, chunks: DeltaChunks, unread: Tensor) -> dict[str, Tensor]:
-    """What all sweeps read: keys, by how much chunks decay, and what was made of them."""
+    """Operands of all sweeps: keys, by how much chunks decay, and what was made of them."""
     reading, storing, decays = (x.k, x.k, unread) if chunks.channels is None else chunks.channels[:3]
     return {
         "reading_ptr": reading,
@@ -207,7 +207,7 @@ def _sweep_operands(x: DeltaRun, chunks: DeltaChunks, unread: Tensor) -> dict[st
 
 
 def _query_operands(x: DeltaRun, chunks: DeltaChunks, queries: DeltaQueries, unread: Tensor) -> dict[str, Tensor]:
-    """What sweeps with queries read beside them."""
+    """Operands of sweeps with queries, beside those of all sweeps."""
     return {
         "q_ptr": queries.q,
         "scores_ptr": given(queries.scores, x.v),
@@ -226,7 +226,7 @@ def totals(x: DeltaRun, *, summarized: bool) -> DeltaSegments:
 
 
 def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:
-    """What segments add to the state, and their transitions."""
+    """Launch the summaries: what segments add to the state, and their transitions."""
     work = x.work
     added, moves = _fp32(x, work.states), _fp32(x, work.moves)
     work.summary(
@@ -298,7 +298,7 @@ def outputs(
 
 
 def totals_adjoint(x: DeltaRun, saved: DeltaSaved, d_o: Tensor, *, summarized: bool) -> Tensor | None:
-    """What segments add to the gradient of the state; None where there is but one and it is not wanted."""
+    """Launch what segments add to the gradient of the state; None where there is but one and it is not wanted."""
     work = x.work
     if work.plan.whole and not summarized:
         return None
@@ -333,7 +333,7 @@ def _reverse(
 def gradients(
     x: DeltaRun, saved: DeltaSaved, added: Tensor | None, d_o: Tensor, d_state_out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Of q, k, v, beta and g; d_state_out is zero if None."""
+    """Gradients of q, k, v, beta and g; d_state_out is zero if None."""
     work, chunks, unread = x.work, saved.chunks, saved.leaving
     entering = d_state_out
     if added is not None and not work.plan.whole:

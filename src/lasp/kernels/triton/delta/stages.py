@@ -39,7 +39,7 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
 
 
 def _summary(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> Summary:
-    """What the run does to the state, or to its gradient."""
+    """Summary of the run: its map of the state, or of the state's gradient."""
     _, state = run.scanned(x, added, moves, None, leaves=True, reverse=reverse)
     return Summary(Dense(run.transition_of(x, moves, reverse=reverse)), state)
 
@@ -51,7 +51,7 @@ def summarize(x: DeltaRun) -> tuple[Summary, DeltaSegments]:
 
 
 def totals(x: DeltaRun) -> DeltaSegments:
-    """What segments do to the state; nothing where runs are single segments."""
+    """Segments' maps of the state; none where runs are single segments."""
     return run.totals(x, summarized=False)
 
 
@@ -78,7 +78,7 @@ def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, 
 
 
 def totals_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> Tensor | None:
-    """As `totals`, of gradients."""
+    """Segments' sums of the state's gradient; None where runs are single segments."""
     use_scratch()
     return run.totals_adjoint(x, _unflat(saved), _d_o(x, d_o), summarized=False)
 
@@ -88,7 +88,7 @@ def _d_o(x: DeltaRun, d_o: Tensor) -> Tensor:
 
 
 def local_gradients(x: DeltaRun, saved: Saved, added: Tensor | None, d_o: Tensor) -> None:
-    """Nothing: what needs no other rank is made with what does."""
+    """Give nothing: what needs no other rank is made with what does."""
 
 
 def gradients(
@@ -106,7 +106,7 @@ def _leaving(saved: Saved) -> Tensor:
 
 
 def _flat(saved: DeltaSaved) -> Saved:
-    """Its tensors, the state that leaves the run first; empty ones for what there is not."""
+    """All tensors of `saved`, the state that leaves the run first; empty ones for what there is not."""
     chunks, queries = saved.chunks, saved.queries
     channels = (None,) * 4 if chunks.channels is None else tuple(chunks.channels)
     gates = (*chunks.gates, None, None)[:2]

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What each segment does to the state: the state that it adds, and its transition, by programs of one launch.
+"""Summarizes each segment: the state that it adds, and its transition, by programs of one launch.
 
 A transition is the same recurrence on the identity's columns with v = 0: S = M there.
 """

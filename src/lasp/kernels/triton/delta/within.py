@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the gradients of a chunk have of products over V, whatever the gate.
+"""Products over V for the gradients of a chunk, whatever the gate.
 
 Where V fits they take tiles that were loaded once, else they load pieces of BV columns. Transposes are products of
 their own: see docs/design/kernels.md on transposed accumulators.
@@ -68,7 +68,7 @@ def from_state(
 
 @triton.jit
 def store_d_beta(d_beta_ptr, beta_ptr, m, start, last, H_v, C: tl.constexpr):
-    """From dv u^T: u is beta times what was missing, dv beta times its gradient."""
+    """Store d_beta, found from dv u^T: u is beta times what was missing, dv beta times its gradient."""
     t = tl.arange(0, C)
     beta = tl.load(beta_ptr + t)
     d_beta = tl.sum(tl.where(t[:, None] == t[None, :], m, 0.0), 1) / beta / beta

@@ -15,7 +15,7 @@ _WORDS = int(WORDS.value)
 
 
 class TritonStamps:
-    """On tensors of a GPU; `found` is memory of the host that the GPU can write."""
+    """Stamps on tensors of a GPU; `found` is memory of the host that the GPU can write."""
 
     def begin(self, state: Tensor, forward: Tensor | None, plan: int) -> Tensor:
         header = state.new_empty(_WORDS)

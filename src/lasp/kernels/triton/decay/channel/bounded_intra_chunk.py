@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What `channel_intra_chunk` makes, for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
+"""Does `channel_intra_chunk`'s work for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
 
 With near_q = q 2^to and near_k = k 2^-to as in channel_bounded_prepare, 2^prefix = 2^(to + early) and 2^suffix =
 2^(late - to), early and late being the sums of gates of the chunk's halves:

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What `channel_prepare` makes, for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
+"""Does `channel_prepare`'s work for chunks whose gates are bounded: all their tokens meet in the chunk's middle.
 
     scores_ij = sum_K (q_i 2^to_i) (k_j 2^-to_j),     to: sums of gates from the middle, negative for tokens before it
 

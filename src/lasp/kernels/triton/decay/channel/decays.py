@@ -106,7 +106,7 @@ def in_base_block(BASE: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def is_done(unbounded_ptr, chunk, UNBOUNDED: tl.constexpr):
-    """Whether a kernel for bounded chunks has done a chunk: if UNBOUNDED, where it did not mark it."""
+    """True if a kernel for bounded chunks has done a chunk: if UNBOUNDED, where it did not mark it."""
     if UNBOUNDED:
         return tl.load(unbounded_ptr + chunk) == 0
     else:

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the backward pass reads from states, for a gate per channel: sweeps of a slice of channels, all of V contracted.
+"""Reads from states, backward, for a gate per channel: sweeps of a slice of channels, all of V contracted.
 
     read_q_i = S do_i        S: the state entering i's chunk, of the decayed past
     read_k_j = D v_j         D: the gradient of the state leaving j's chunk, of the decayed future
@@ -54,7 +54,7 @@ class KeyOperands(NamedTuple):
 
 @triton.jit
 def _first_chunk(here, H_v, chunks, K: tl.constexpr, C: tl.constexpr):
-    """Where a segment's chunks are in [B, H_v, chunks, K], less its first token's."""
+    """Offset of a segment's chunks in [B, H_v, chunks, K], less its first token's."""
     return (run_of(here, H_v) * chunks + here.chunk - here.first // C) * K
 
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What every sweep of a gate per channel reads, chunk by chunk: scores, and the operands with their decays.
+"""Prepares, chunk by chunk, what every sweep of a gate per channel reads: scores, and operands with their decays.
 
     scores_ij = sum_K q_i k_j 2^between(i, j), j <= i
 

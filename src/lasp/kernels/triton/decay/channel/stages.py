@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
 
 
 class QueryReads(NamedTuple):
-    """What do reads from the states [B, T, H_v, K], and what that adds to dg, per chunk [B, H_v, chunks, K]."""
+    """Reads by do from the states [B, T, H_v, K], and what they add to dg, per chunk [B, H_v, chunks, K]."""
 
     read_q: Tensor
     sums: Tensor
@@ -66,7 +66,7 @@ def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
 
 
 def summaries(x: DecayRun, work: ChannelLaunches) -> SegmentSums:
-    """Of every segment, from the inputs."""
+    """Summarize every segment, from the inputs."""
     found = segment_sums(work, x.q)
     work.summary(k_ptr=x.k, v_ptr=x.v, g_ptr=x.g, **found.written(work))
     return found
@@ -199,5 +199,5 @@ def gradients(
 
 
 def read_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is read from states lacks their decays: it may exceed fp16's range."""
+    """The dtype of what is read from states: it lacks their decays and may exceed fp16's range."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

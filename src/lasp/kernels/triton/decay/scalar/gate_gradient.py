@@ -184,8 +184,8 @@ def _paired(state_ptr, d_state_ptr, known, SIZE: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _across(q, k, cut, start, end, count, c):
-    """What passes each chunk, of the sums of reads [chunks] by q and by k: nothing where `cut`. Of a stretch of others
-    it is followed from the known d_g after the last, and tied to the known one before the first, `drift` a chunk."""
+    """Sum what passes each chunk, from the sums of reads [chunks] by q and by k: nothing where `cut`. Of a stretch of
+    others it is followed from the known d_g after the last, and tied to that before the first, `drift` a chunk."""
     here = c[:, None]
     other = c[None, :]
     is_cut = cut[None, :]

@@ -35,7 +35,7 @@ def next_leg(turn, chunks, REVERSE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def inner_borders(ptr, run, chunks, chunk, size, EXACT: tl.constexpr):
-    """Where the states, of `size` elements, at the ends of a segment's legs are, but for the last: the n-th at n size.
+    """Pointer to the states, of `size` elements, at the ends of a segment's legs but the last: the n-th at n size.
 
     ptr: [runs, legs, K, V], a place for every leg's length of the chunks of all segments. Inner borders are so far
     apart, also of short segments.

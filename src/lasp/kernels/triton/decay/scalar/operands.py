@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What a sweep takes: rows, the decay, what it leaves for the decay's gradient, tokens, sizes."""
+"""Operands of a sweep: rows, the decay, what it leaves for the decay's gradient, tokens, sizes."""
 
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Decay(NamedTuple):
 
 
 class GateTerms(NamedTuple):
-    """What a sweep leaves for the decay's gradient.
+    """Pointers to what a sweep leaves for the decay's gradient.
 
     Attributes:
         x_ptr: q for the sweep of dq, k for that of dk: laid out like c.

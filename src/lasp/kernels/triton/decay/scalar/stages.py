@@ -49,7 +49,7 @@ def _gates(x: DecayRun, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, T
 def summaries(
     x: DecayRun, work: ScalarLaunches, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, reverse: bool
 ) -> SegmentSums:
-    """Of every segment; reverse: of q and the gradient of outputs in the places of k and v."""
+    """Summarize every segment; reverse: with q and the gradient of outputs in the places of k and v."""
     found = segment_sums(work, k)
     launch = work.summary_adjoint if reverse else work.summary
     launch(k_ptr=k, v_ptr=v, **_gates(x, gates, found.states), **found.written(work))
@@ -156,5 +156,5 @@ def gradients(
 
 
 def _inner_states(work: ScalarLaunches, unread: Tensor) -> Tensor:
-    """For what the sweeps of dq and dk leave within segments, where they do."""
+    """Memory for the states that the sweeps of dq and dk leave within segments; `unread` where they leave none."""
     return unread.new_empty(work.inner) if work.with_decay and work.inner is not None else unread

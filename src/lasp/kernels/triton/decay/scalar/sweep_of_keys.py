@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the sweeps of dq and dk share: by which loop they go, and where they leave what the decay's gradient takes."""
+"""Shared by the sweeps of dq and dk: the choice of loop, and the place of what the decay's gradient takes."""
 
 import triton
 import triton.language as tl
@@ -44,7 +44,7 @@ def sweep_of_keys(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `sweep`."""
+    """Sweep the keys, in rows or in columns: see `sweep`."""
     if ROWS:
         return sweep_rows(
             operands, decay, terms, state, span, sizes,
