@@ -50,9 +50,18 @@ def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int) ->
     return _chosen[key]
 
 
-# torch.compile calls it as it stands while it traces. `torch.compiler.assume_constant_result` says the same, and loads
-# the compiler.
+def has_fused_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the kernels of what stands around recurrences run there."""
+    key = ("neighbours", device, dtype, 0)
+    if key not in _chosen:
+        _chosen[key] = "torch" if _against_triton("decay", device, dtype, 0) else "triton"
+    return _chosen[key] == "triton"
+
+
+# torch.compile calls them as they stand while it traces: `torch.compiler.assume_constant_result` says the same, and
+# loads the compiler.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:

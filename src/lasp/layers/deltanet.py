@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_choice, check_divisor
@@ -29,7 +28,7 @@ from lasp.ops import delta_rule_begin
 from lasp.ops.pending import PendingOutputs
 
 DECAYS = ("none", "head", "channel")
-OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
+OUTPUT_GATES = ("none", "silu", "sigmoid")
 
 
 @mixer("kda", learned_decay="channel", output_gate="sigmoid", gate_rank=None)
@@ -125,7 +124,7 @@ class DeltaNet(Mixer):
             self.gate_proj = (
                 nn.Linear(d_model, values, bias=False) if is_full else LowRank(d_model, config.rank, values, bias=True)
             )
-        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps, OUTPUT_GATES[config.output_gate])
+        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps, config.output_gate)
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -6,12 +6,12 @@ All decays come in the state's dtype, fp32 or fp64: in 16 bits a decay of 0.999 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fused import gated_norm, stepped_values
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
 from lasp.recurrence.inputs import state_dtype
@@ -63,6 +63,10 @@ class SteppedDecay(ExactParameters):
             dt, rate = dt.unflatten(-1, (self.num_heads, self.channels)), rate[:, None]
         return dt, -rate * dt
 
+    def values(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values dt x [B, T, H, P] and log-decays [B, T, H], of raw [B, T, H] and x [B, T, H, P]."""
+        return stepped_values(raw, x, self.bias, self.log_rate)
+
 
 def _drawn(count: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:
     """Uniform values, drawn on the generator's device (CPU): the same wherever they are used."""
@@ -88,15 +92,14 @@ class GatedHeadNorm(nn.Module):
     Args:
         value_dim: V.
         eps: added to the mean square.
-        activation: of the gate; None for a norm without one.
+        activation: of the gate, "silu" or "sigmoid".
     """
 
-    def __init__(self, value_dim: int, eps: float, activation: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, value_dim: int, eps: float, activation: str = "silu") -> None:
         super().__init__()
         self.norm = RMSNorm(value_dim, eps)
         self.activation = activation
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """o [B, T, H, V], gate [B, T, H * V] or None -> [B, T, H * V]."""
-        o = self.norm(o).flatten(-2)
-        return o if gate is None or self.activation is None else o * self.activation(gate)
+        return gated_norm(o, gate, self.norm.weight, activation=self.activation, eps=self.norm.eps)

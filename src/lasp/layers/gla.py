@@ -53,7 +53,7 @@ class GatedLinearAttention(Mixer):
         self.v_proj = nn.Linear(d_model, values, bias=False)
         self.decay_proj = LowRank(d_model, config.decay_rank, keys, bias=True)
         self.gate_proj = nn.Linear(d_model, values, bias=False)
-        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps, F.silu)
+        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps)
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
