@@ -1,9 +1,10 @@
 """Programs of two ranks that are at different calls, and such that are not: what each rank raises.
 
-    torchrun --nproc-per-node 2 tests/distributed/calls.py [cuda]
+    torchrun --nproc-per-node 2 tests/distributed/calls.py [cuda|nccl]
 
-Runs every schedule over gloo, on CPUs or with both processes on one GPU; the first rank prints, as JSON, how many
-programs were told apart and the longest that any of it took. It exits with 1 where one was not.
+Runs every schedule over gloo, on CPUs or with both processes on one GPU, or over NCCL with a GPU for each; the first
+rank prints, as JSON, how many programs were told apart and the longest that any of it took. It exits with 1 where one
+was not.
 """
 
 from __future__ import annotations
@@ -176,16 +177,50 @@ def told_apart(
     return found
 
 
+def told_apart_over_nccl(device: str) -> list[tuple[str, str, str, float]]:
+    """The same over NCCL, where an error ends the group: every program in a group of its own.
+
+    A rank raises at one of the calls that follow. Shards are not compared there (`SequenceParallel.shard`).
+    """
+    found = []
+    for schedule in (*SCHEDULES, "peer"):
+        for program in [program for program in WRONG if program is not other_tensor]:
+            group = dist.new_group(backend="nccl", timeout=timedelta(seconds=60))
+            ranks = Ranks(lasp.SequenceParallel(group, exchange=schedule, timeout_s=40), device)
+            right(ranks)
+            torch.cuda.synchronize()
+            start, said = time.monotonic(), "no error"
+            try:
+                program(ranks, OPERATORS[0])
+                for _ in range(3):
+                    torch.cuda.synchronize()
+                    ranks.loss(ranks.a).backward()
+            except lasp.ExchangeError as error:
+                said = str(error)
+            found.append((f"{schedule} {program.__name__}", "", said, time.monotonic() - start))
+            if ranks.rank == 0:
+                print(found[-1], file=sys.stderr, flush=True)
+            torch.cuda.synchronize()
+            dist.barrier()
+    return found
+
+
 def main() -> None:
-    device = "cuda:0" if "cuda" in sys.argv[1:] else "cpu"
+    mode = sys.argv[1] if sys.argv[1:] else "cpu"
+    device = {"cpu": "cpu", "cuda": "cuda:0", "nccl": f"cuda:{os.environ['LOCAL_RANK']}"}[mode]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, told_apart(device, SCHEDULES, OPERATORS))
+    if mode == "nccl":
+        torch.cuda.set_device(device)
+        dist.all_gather_object(everywhere, told_apart_over_nccl(device))
+    else:
+        dist.all_gather_object(everywhere, told_apart(device, SCHEDULES, OPERATORS))
     bad = [
-        first[0]
+        (first[0], first[2:], second[2:]) if mode == "nccl" else first[0]
         for first, second in zip(*everywhere, strict=True)
-        if first[2] != second[2] or first[1] not in first[2] or max(first[3], second[3]) > 5
+        if (mode != "nccl" and first[2] != second[2])
+        or any(each[1] not in each[2] or each[2] == "no error" or each[3] > 10 for each in (first, second))
     ]
     if int(os.environ["RANK"]) == 0:
         slowest = max(seconds for each in everywhere for *_, seconds in each)

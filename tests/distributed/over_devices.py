@@ -55,11 +55,12 @@ def recurrences(sps: dict[str, lasp.SequenceParallel], backends: Backends, devic
             for name, sp in sps.items():
                 found[f"{backend} {name} {gate}"] = errors(sp, problem, expected, backend, dtype=dtype, device=device)
     for gate in delta.GATES:
-        dense = delta.make(gate, tokens=TOKENS, batch=1, keys=8, values=8)
+        dense = delta.make(gate, tokens=TOKENS, batch=1, keys=16, values=16)
         references = delta.solve(dense, "reference")
-        for name, sp in sps.items():
-            values = delta.solve(dense, sp=sp, device=device)
-            found[f"delta {name} {gate}"] = delta.errors(values, references, sp)
+        for backend, dtype in backends:
+            for name, sp in sps.items():
+                values = delta.solve(dense, backend, dtype, sp=sp, device=device)
+                found[f"{backend} {name} delta, {gate}"] = delta.errors(values, references, sp)
     return found
 
 
@@ -72,13 +73,12 @@ def packed_documents(sps: dict[str, lasp.SequenceParallel], backends: Backends, 
         d_o = torch.randn(inputs["v"].shape, generator=random, dtype=torch.float64)
         d_final = torch.randn(inputs["initial_state"].shape, generator=random, dtype=torch.float64)
         expected = on(device, packed.alone(inputs, d_o, d_final, BOUNDARIES))
-        for backend, dtype in backends if kind in GATES else backends[:1]:
+        for backend, dtype in backends:
             given = on(device, {**inputs, "d_o": d_o, "d_final": d_final}, dtype)
             d_outputs = (given.pop("d_o"), given.pop("d_final"))
             for name, sp in sps.items():
                 error = packed.shard_errors(sp, given, *d_outputs, BOUNDARIES, expected, backend)
-                label = "delta" if "beta" in inputs else backend
-                found[f"{label} {name} {kind}, packed"] = {"worst": error}
+                found[f"{backend} {name} {kind}, packed"] = {"worst": error}
     return found
 
 

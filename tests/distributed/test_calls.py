@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from world import run
 
 import lasp
+from lasp.distributed.alarm import Alarm, Trail
 from lasp.distributed.sealed import SealedCalls, TorchStamps
 
 
@@ -104,7 +106,7 @@ def test_groups_beside_others():
 
     def work(rank: int) -> list[bool]:
         dist.new_group([0])
-        pairs = [dist.new_group(ranks) for ranks in ([0, 1], [1, 2])]
+        pairs: list[Any] = [dist.new_group(ranks) for ranks in ([0, 1], [1, 2])]
         groups = [
             dist.group.WORLD,
             *(pair for pair, ranks in zip(pairs, ((0, 1), (1, 2)), strict=True) if rank in ranks),
@@ -179,3 +181,40 @@ def test_sealed_messages_of_another_call_are_poisoned():
     assert poisoned
     for said, own, other in ((first, backward, forward), (second, forward, backward)):
         assert f"it was at call 6, {own}\n" in said and said.endswith(f"the message was of call 6, {other}"), said
+
+
+@pytest.mark.parametrize(
+    ("refused_by", "ended"), [((0, 1), False), ((0,), True), ((), True)], ids=["by all", "by one", "out of step"]
+)
+def test_an_alarm_ends_what_a_rank_waits_for(refused_by, ended):
+    """As over NCCL, where nothing of the program runs meanwhile: unless both refuse their input, and stay in step."""
+    store, aborted = dist.HashStore(), [Event(), Event()]
+    alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set, grace_s=2.0) for rank in range(2)]
+    for rank in refused_by:
+        alarms[rank].raise_for_all(f"rank {rank}: refused", unless_all=True)
+    if not refused_by:
+        alarms[0].raise_for_all("rank 0: refused")
+    assert aborted[1].wait(10.0 if ended else 1.5) == ended
+    for alarm in alarms:
+        alarm.stop()
+    assert [alarm.said for alarm in alarms] == [None, "rank 0: refused" if ended else None]
+    assert not aborted[0].is_set()
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["in step", "out of step"])
+def test_ranks_that_wait_for_each_other_compare_their_calls(wrong):
+    """As over NCCL, where each waits for a message of another call and neither finds one; a late rank is no such."""
+    store, aborted = dist.HashStore(), [Event(), Event()]
+    alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set) for rank in range(2)]
+    for rank, calls in enumerate([(1, 2, 3), (1, 4 if wrong else 2)]):
+        trail = Trail()
+        for call in calls:
+            trail.add(call)
+        alarms[rank].follow(trail, lambda words: f"operator {words[0]}")
+    assert [event.wait(10.0 if wrong else 1.5) for event in aborted] == [wrong] * 2
+    for alarm in alarms:
+        alarm.stop()
+    first, second = (alarm.said for alarm in alarms)
+    assert first == second, "both raise the same"
+    if wrong:
+        assert "rank 0: call 2, operator 2" in first and "rank 1: call 2, operator 4" in first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def test_all_schedules(grouped):
 def test_ranks_of_one_host():
     def work(rank: int) -> tuple:
         comm = Comm(dist.group.WORLD, 30.0)
-        pair = dist.new_group([0, 2]) if rank != 1 else dist.new_group([0, 2]) and None
+        pair: Any = dist.new_group([0, 2]) if rank != 1 else dist.new_group([0, 2]) and None
         return comm.nodes, None if rank == 1 else Comm(pair, 30.0).nodes
 
     assert run(3, work) == [((3,), (2,)), ((3,), None), ((3,), (2,))]

@@ -70,7 +70,8 @@ class Ranks:
         )  # fmt: skip
         self.rank, self._control, self._sp = rank, {}, {}
         for size in range(MAX_REAL_RANKS, 1, -1):
-            self._control[size], group = (dist.new_group(list(range(size))) for _ in range(2))
+            groups: list[Any] = [dist.new_group(list(range(size))) for _ in range(2)]  # a number elsewhere
+            self._control[size], group = groups
             if rank < size:
                 self._sp[size] = lasp.SequenceParallel(group, timeout_s=TIMEOUT_S)
 

@@ -47,7 +47,7 @@ def normed(layer, o, x):
     o = o.flatten(2)
     if layer.gate_proj is not None:
         gate = linear(layer.gate_proj, x)
-        o = o * gate.sigmoid() * (1 if layer.norm.activation == "sigmoid" else gate)
+        o = o * gate.sigmoid() * (1 if layer.norm.activation is torch.sigmoid else gate)
     return o @ layer.out_proj.weight.T
 
 

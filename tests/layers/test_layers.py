@@ -97,11 +97,11 @@ def test_scaled_decays_survive_a_move():
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match=r"unknown feature map 'exp'; known: identity, elu\+1"):
+    with pytest.raises(ValueError, match=r"unknown feature map name 'exp'; known: identity, elu\+1"):
         feature_map("exp", 1, 1)
-    with pytest.raises(ValueError, match="unknown norm 'batch'; known: rmsnorm"):
+    with pytest.raises(ValueError, match="unknown norm name 'batch'; known: rmsnorm"):
         norm("batch", 1, 1e-6)
-    with pytest.raises(ValueError, match="unknown ffn 'glu'; known: sglu"):
+    with pytest.raises(ValueError, match="unknown ffn name 'glu'; known: sglu"):
         feedforward("glu", 1, 1)
     with pytest.raises(ValueError, match="must be <= 0"):
         ConstantDecay([0.1])

@@ -86,7 +86,7 @@ def test_lrpe_is_in_the_first_layer_only_and_decay_slows_with_depth():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: preset("gpt", "tiny"), "unknown model 'gpt'; known: linear-transformer, transnormer, retnet"),
+        (lambda: preset("gpt", "tiny"), "unknown model name 'gpt'; known: linear-transformer, transnormer, retnet"),
         (lambda: preset("retnet", "3b"), "unknown size '3b' of retnet; known: tiny, 0.4b, 1b, 7b"),
         (lambda: preset("retnet", "tiny", heads=2), "no field heads; it has vocab_size, d_model"),
         (lambda: preset("retnet", "tiny", num_heads=0), "num_heads must be a whole number >= 1, got 0"),

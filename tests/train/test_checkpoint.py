@@ -22,6 +22,7 @@ from lasp import files
 from lasp.cli import main as cli
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
+from lasp.distributed.groups import new_group
 from lasp.errors import CheckpointError
 from lasp.train import checkpoint, trainer
 from lasp.train.checkpoint import shards
@@ -190,9 +191,7 @@ def test_one_process_that_cannot_write_is_told_by_all(tmp_path: Path) -> None:
     write(tmp_path, 1, model, optimizer)
 
     def problems(rank: int) -> list[str | None]:
-        everyone = World(
-            rank, 2, torch.device("cpu"), Shard(), control=Comm(dist.new_group(), 30), files=dist.new_group()
-        )
+        everyone = World(rank, 2, torch.device("cpu"), Shard(), control=Comm(new_group(), 30), files=new_group())
         original = checkpoint.seal_file
 
         def refuses(path: Path, progress: Progress) -> checkpoint.FileSeal:

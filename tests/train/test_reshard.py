@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
+from lasp.distributed.groups import new_group
 from lasp.distributed.mesh import build_mesh
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint
@@ -85,8 +86,8 @@ SAMPLE = (
 
 def layouts(rank: int, names: Collection[str]) -> dict[str, Run]:
     """Those of `names`, or one on every mesh with every way of keeping the weights, on four processes; collective."""
-    control = Comm(dist.new_group(backend="gloo"), 30)
-    everyone = World(rank, 4, CPU, Shard(), control=control, files=dist.new_group(backend="gloo"))
+    control = Comm(new_group(backend="gloo"), 30)
+    everyone = World(rank, 4, CPU, Shard(), control=control, files=new_group(backend="gloo"))
     found = {}
     for dp, sp in MESHES:
         for copies, kind in [(1, "ddp"), (1, "zero1"), (1, "zero2"), (1, "zero3"), (2, "zero3")]:
@@ -148,7 +149,7 @@ def test_a_weight_with_fewer_rows_than_processes(tmp_path: Path) -> None:
         return module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
 
     def load_elsewhere(rank: int) -> float:
-        everyone = World(rank, 4, CPU, Shard(), control=Comm(dist.new_group(), 30), files=dist.new_group())
+        everyone = World(rank, 4, CPU, Shard(), control=Comm(new_group(), 30), files=new_group())
         module, optimizer = new(1)
         fully_shard(module)
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)

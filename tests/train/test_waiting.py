@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import world
 from test_checkpoint import toy, try_to_write
 
 from lasp import files
 from lasp.data.batches import Shard
 from lasp.distributed.comm import Comm
+from lasp.distributed.groups import new_group
 from lasp.errors import CheckpointError, PeerLostError
 from lasp.train import checkpoint
 from lasp.train.progress import Progress
@@ -26,8 +26,8 @@ DEADLINE_S = 1.5
 
 
 def together(rank: int) -> World:
-    control = Comm(dist.new_group(), DEADLINE_S)
-    return World(rank, 2, torch.device("cpu"), Shard(), control=control, files=dist.new_group(), timeout_s=DEADLINE_S)
+    control = Comm(new_group(), DEADLINE_S)
+    return World(rank, 2, torch.device("cpu"), Shard(), control=control, files=new_group(), timeout_s=DEADLINE_S)
 
 
 def slowly(work: Callable[..., object], pieces: int) -> Callable[..., object]:

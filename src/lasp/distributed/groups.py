@@ -31,3 +31,8 @@ def gloo_group(beside: dist.ProcessGroup, name: str, timeout: timedelta) -> dist
     assert isinstance(group, dist.ProcessGroup)
     distributed_c10d._world.pg_group_ranks[group] = {each: place for place, each in enumerate(ranks)}
     return group
+
+
+def shared_store(name: str) -> dist.Store:
+    """The store in which all processes of the world met, with keys that begin with `name`."""
+    return dist.PrefixStore(name, distributed_c10d._get_default_store())

@@ -17,9 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lasp.distributed.alarm import Trail
 from lasp.distributed.call import Call, Calls
 from lasp.distributed.comm import Comm, Pending
-from lasp.distributed.record import Description, ExchangeError, Record, RecordedStep, digest_of
+from lasp.distributed.record import Description, Record, RecordedStep, digest_of
 
 WORDS = 4  # number, forward call's number, plan and documents, step
 HEADER_BYTES = 8 * WORDS
@@ -83,8 +84,10 @@ class SealedCalls(Calls):
         super().__init__(comm)
         self.stamps, self.state = stamps, torch.zeros(2, dtype=torch.int64, device=device)
         self.found = torch.zeros(2 * WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._seen, self._step = self.found.numpy(), RecordedStep()
+        self._seen, self._step, self._place = self.found.numpy(), RecordedStep(), 0
         self._known: dict[int, str] = {}
+        self._trail = Trail()
+        comm.follow(self._trail, self._named)
 
     def begin(
         self,
@@ -97,16 +100,21 @@ class SealedCalls(Calls):
         """Begin a call; see `Calls.begin`.
 
         Raises:
-            ExchangeError: a message came that belonged to another call, or the ranks differ in what is new.
+            ExchangeError: a message came that belonged to another call, on this rank or another, or the ranks differ in
+                what is new.
         """
         comm, record = self.comm, Record(0, description, documents)
+        comm.check_alarm()
         if self._seen[0]:
-            raise ExchangeError(self._said(comm))
+            raise comm.out_of_step(self._said(comm))
         if comm.step != self._step:
             self._step = comm.step
-            self.state[1:].fill_((comm.step.number << _STEP_BITS) + comm.step.data % (1 << _STEP_BITS))
+            self._place = (comm.step.number << _STEP_BITS) + comm.step.data % (1 << _STEP_BITS)
+            self.state[1:].fill_(self._place)
         plan = self._agreed(comm, record)
-        header = forward.header if isinstance(forward, SealedCall) else None
+        header, of = (forward.header, forward.number) if isinstance(forward, SealedCall) else (None, 0)
+        self._trail.add(of, plan, self._place)
+        record = record._replace(number=self._trail.number)
         return SealedCall(self, record, self.stamps.begin(self.state, header, plan))
 
     def _agreed(self, comm: Comm, record: Record) -> int:
@@ -136,18 +144,18 @@ class SealedCalls(Calls):
         self._known[word] = named
 
     def _said(self, comm: Comm) -> str:
-        own, other = (self._named(words) for words in self.found.view(2, WORDS).tolist())
+        own, other = (f"call {number}, {self._named(words)}" for number, *words in self.found.view(2, WORDS).tolist())
         self.found.zero_()
         return (
             f"rank {comm.rank} received a message of another call; what it took from it is NaN:\n"
             f"  it was at {own}\n  the message was of {other}"
         )
 
-    def _named(self, words: list[int]) -> str:
-        number, forward, plan, step = words
+    def _named(self, words: Sequence[int]) -> str:
+        forward, plan, step = words
         of = f" of call {forward}" if forward else ""
         where = f", in step {step >> _STEP_BITS}" if step > 0 else ""
-        return f"call {number}, {self._known.get(plan, 'an unknown plan')}{of}{where}"
+        return f"{self._known.get(plan, 'an unknown plan')}{of}{where}"
 
 
 def _word(digest: bytes) -> int:

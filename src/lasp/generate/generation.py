@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lasp.generate.sampling import check_sampling, sample
-from lasp.models import Cache, CausalLM
-from lasp.sequence.arguments import check_ids, whole
-from lasp.sequence.sequence_parallel import broadcast_errors
+from lasp.models import Cache, CausalLM, ModelConfig
+from lasp.sequence.arguments import check_ids, check_kind, whole
+from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -57,7 +57,7 @@ def prefill(
         ValueError: the whole prompt is empty, or an argument does not fit.
     """
     with broadcast_errors(sp):
-        check_ids("prompt", prompt, model.config.vocab_size, "[B, T]")
+        _check_prompt(model, prompt, sp)
         whole("chunk_tokens", chunk_tokens, 1)
     if sp is not None:
         return _prefill_shards(model, prompt, cache, sp)
@@ -69,6 +69,12 @@ def prefill(
         logits, cache = out.logits, out.cache
     assert logits is not None and cache is not None
     return Prefilled(logits[:, -1], cache)
+
+
+def _check_prompt(model: CausalLM, prompt: Tensor, sp: SequenceParallel | None) -> None:
+    check_kind("model.config", getattr(model, "config", None), ModelConfig)
+    check_ids("prompt", prompt, model.config.vocab_size, "[B, T]")
+    check_shard(sp, prompt.shape[1])
 
 
 def _prefill_shards(model: CausalLM, shard: Tensor, cache: Cache | None, sp: SequenceParallel) -> Prefilled:
@@ -96,8 +102,20 @@ def decode(
 
     Time and memory of a token do not depend on how many came before it.
     """
-    check_sampling(temperature, top_k)
-    whole("max_new_tokens", max_new_tokens, 0)
+    check_kind("model.config", getattr(model, "config", None), ModelConfig)
+    check_kind("prefilled", prefilled, Prefilled)
+    check_sampling(temperature, top_k, generator)
+    return _decoded(model, prefilled, whole("max_new_tokens", max_new_tokens, 0), temperature, top_k, generator)
+
+
+def _decoded(
+    model: CausalLM,
+    prefilled: Prefilled,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
     logits, cache = prefilled
     for remaining in range(max_new_tokens, 0, -1):
         tokens = sample(logits, temperature=temperature, top_k=top_k, generator=generator)
@@ -134,8 +152,10 @@ def stream(
     Raises:
         ValueError: an argument means nothing, or sampling with `sp` lacks a generator.
     """
-    check_sampling(temperature, top_k)
-    whole("max_new_tokens", max_new_tokens, 0)
+    with broadcast_errors(sp):
+        _check_prompt(model, prompt, sp)
+        check_sampling(temperature, top_k, generator)
+        whole("max_new_tokens", max_new_tokens, 0)
     if sp is not None and sp.size > 1 and temperature > 0 and generator is None:
         raise ValueError(
             "sampling on several ranks needs a generator seeded alike on all of them: "

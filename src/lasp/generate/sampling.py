@@ -7,11 +7,12 @@ from math import inf
 import torch
 from torch import Tensor
 
-from lasp.sequence.arguments import number, whole
+from lasp.sequence.arguments import check_floats, check_generator, number, whole
 
 
-def check_sampling(temperature: float, top_k: int | None) -> None:
-    """Raise ValueError for a temperature or top_k that means nothing."""
+def check_sampling(temperature: float, top_k: int | None, generator: torch.Generator | None) -> None:
+    """Raise ValueError for an argument that means nothing."""
+    check_generator(generator)
     number("temperature", temperature, ">= 0 (0 takes the likeliest token)", lambda t: 0 <= t < inf)
     if top_k is not None:
         whole("top_k", top_k, 1)
@@ -27,7 +28,10 @@ def sample(
         top_k: draw among the k likeliest tokens only.
         generator: on the logits' device; torch's default generator if None.
     """
-    check_sampling(temperature, top_k)
+    check_floats("logits", logits, "[B, vocab]", 2)
+    if logits.shape[1] == 0:
+        raise ValueError("logits must be [B, vocab] of at least one token id, got none")
+    check_sampling(temperature, top_k, generator)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

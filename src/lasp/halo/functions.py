@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.exchange.start import SequenceCall
 from lasp.halo.exchange import read_rows
 from lasp.halo.fused import convolution
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
@@ -16,7 +17,6 @@ from lasp.kernels.select import has_fused_kernels
 from lasp.recurrence.untraced import untraced
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
-from lasp.sequence.call import SequenceCall
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
@@ -74,14 +74,14 @@ def short_convolution(
     read = _read(x, layout, initial_state, sp, call)
     with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
         fixed = None
-        if read.fix is not None:
+        if read.override is not None:
             fixed = sum((read.back(x, j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
             fixed = _activated(fixed if bias is None else fixed + bias, activation)
         if width < FUSED_WIDTH and has_fused_kernels(x.device, x.dtype):
             y = convolution(x, weight, bias, read.before, activation == "silu")
         else:
             y = _activated(_convolve(read.extended(x), weight, bias), activation)
-        return y if read.fix is None else y.index_copy(1, read.fix.tokens, fixed), read.final
+        return y if read.override is None else y.index_copy(1, read.override.tokens, fixed), read.final
 
 
 def token_shift(
@@ -118,8 +118,8 @@ def token_shift(
     call = _called(sp, "token_shift", x, initial_state, layout, gradients, ())
     read = _read(x, layout, initial_state, sp, call)
     y = read.extended(x)[:, :-1]
-    if read.fix is not None:
-        y = y.index_copy(1, read.fix.tokens, read.back(x, 1))
+    if read.override is not None:
+        y = y.index_copy(1, read.override.tokens, read.back(x, 1))
     return y, None if read.final is None else read.final[..., 0]
 
 
@@ -127,14 +127,14 @@ class _ReadRows(NamedTuple):
     """Rows that the tokens here read beside one another.
 
     Attributes:
-        before: [B, w, C], those before the first token, zero if None; but for the tokens of `fix`.
-        wish: [B, M + 1, C], those of the plan, and zeros.
+        before: [B, w, C], those before the first token, zero if None; but for the tokens of `override`.
+        needed: [B, M + 1, C], those that the plan needs, and zeros.
     """
 
     width: int
     before: Tensor | None
-    wish: Tensor
-    fix: BoundaryOverride | None
+    needed: Tensor
+    override: BoundaryOverride | None
     final: Tensor | None
 
     def extended(self, x: Tensor) -> Tensor:
@@ -143,12 +143,12 @@ class _ReadRows(NamedTuple):
         return torch.cat((before, x), 1)
 
     def back(self, x: Tensor, tokens: int) -> Tensor:
-        """[B, A, C]: what the tokens of `fix` read so many tokens back."""
-        assert self.fix is not None
+        """[B, A, C]: what the tokens of `override` read so many tokens back."""
+        assert self.override is not None
         # Selected, not multiplied by zero: another document may hold NaN.
-        near = x.index_select(1, self.fix.near[tokens])
-        far = self.wish.index_select(1, self.fix.far[tokens])
-        return torch.where(self.fix.is_near[tokens][:, None], near, far)
+        near = x.index_select(1, self.override.near[tokens])
+        far = self.needed.index_select(1, self.override.far[tokens])
+        return torch.where(self.override.is_near[tokens][:, None], near, far)
 
 
 def _read(
@@ -171,12 +171,12 @@ def _read_planned(
         documents = len(layout.bounds) - 1
         initial = initial_state.transpose(1, 2).reshape(x.shape[0], documents * layout.width, x.shape[2])
     scheme = plan(layout, rank, x.device)
-    before, wish = read_rows(x, initial, scheme, call)
-    wish = F.pad(wish, (0, 0, 0, 1))  # and a row of zeros
+    before, needed = read_rows(x, initial, scheme, call)
+    needed = F.pad(needed, (0, 0, 0, 1))  # and a row of zeros
     final = None
     if scheme.final is not None:
-        final = wish.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
-    return _ReadRows(layout.width, before, wish, scheme.fix, final)
+        final = needed.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
+    return _ReadRows(layout.width, before, needed, scheme.override, final)
 
 
 def _read_whole(x: Tensor, layout: HaloLayout, initial_state: Tensor | None) -> _ReadRows:

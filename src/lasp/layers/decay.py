@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lasp.sequence.arguments import number
+from lasp.layers.fields import check_counts
+from lasp.sequence.arguments import number, whole
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -19,6 +20,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
     Source: Press et al., "Train short, test long" (ALiBi); TransNormerLLM's released code uses the same values.
     """
+    check_counts(num_heads=num_heads)
     lower = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (head + 1) / lower) for head in range(lower)]
     if lower < num_heads:
@@ -31,12 +33,20 @@ def transnormer_log_decay(num_heads: int, layer: int, num_layers: int) -> list[f
 
     The released code divides by L - 1 and adds 1e-5 instead, which leaves its last layer all but undecayed.
     """
+    _check_layer(layer, num_layers)
     return [-slope * (1 - layer / num_layers) for slope in alibi_slopes(num_heads)]
 
 
 def retnet_log_decay(num_heads: int, layer: int, num_layers: int) -> list[float]:
     """log(1 - 2^(-5-h)), the same in every layer (RetNet, section 2.2)."""
+    check_counts(num_heads=num_heads)
+    _check_layer(layer, num_layers)
     return [math.log1p(-(2.0 ** (-5 - head))) for head in range(num_heads)]
+
+
+def _check_layer(layer: int, num_layers: int) -> None:
+    if whole("layer", layer, 0) >= whole("num_layers", num_layers, 1):
+        raise ValueError(f"layer must be below num_layers = {num_layers}, got {layer}")
 
 
 DECAYS: dict[str, Callable[[int, int, int], list[float]] | None] = {

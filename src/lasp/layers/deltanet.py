@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_choice, check_divisor
@@ -26,9 +27,10 @@ from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import delta_rule_begin
 from lasp.ops.pending import PendingOutputs
+from lasp.sequence.arguments import whole
 
 DECAYS = ("none", "head", "channel")
-OUTPUT_GATES = ("none", "silu", "sigmoid")
+OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 @mixer("kda", learned_decay="channel", output_gate="sigmoid", gate_rank=None)
@@ -67,6 +69,8 @@ class DeltaNet(Mixer):
             check_choice("learned_decay", self.learned_decay, DECAYS)
             check_choice("output_gate", self.output_gate, OUTPUT_GATES)
             check_width(self.conv_width)
+            if self.gate_rank is not None:
+                whole("gate_rank", self.gate_rank, 0)
 
         @property
         def key_heads(self) -> int:
@@ -124,7 +128,7 @@ class DeltaNet(Mixer):
             self.gate_proj = (
                 nn.Linear(d_model, values, bias=False) if is_full else LowRank(d_model, config.rank, values, bias=True)
             )
-        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps, config.output_gate)
+        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps, OUTPUT_GATES[config.output_gate])
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:

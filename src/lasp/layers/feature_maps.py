@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fields import check_choice, check_counts
+
 
 class FeatureMap(nn.Module):
     """Takes [B, T, H, head_dim] to [B, T, H, dim_out] in the same dtype."""
@@ -94,6 +96,6 @@ NON_NEGATIVE = frozenset(name for name, kind in FEATURE_MAPS.items() if kind.is_
 
 def feature_map(name: str, num_heads: int, head_dim: int) -> FeatureMap:
     """A new feature map for `num_heads` heads of `head_dim` channels; ValueError for an unknown name."""
-    if name not in FEATURE_MAPS:
-        raise ValueError(f"unknown feature map {name!r}; known: {', '.join(FEATURE_MAPS)}")
+    check_choice("feature map name", name, FEATURE_MAPS)
+    check_counts(num_heads=num_heads, head_dim=head_dim)
     return FEATURE_MAPS[name].build(num_heads, head_dim)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fields import check_choice, check_counts
+
 
 class GatedLinearUnit(nn.Module):
     """down(activation(gate(x)) * up(x)). SGLU, TransNormerLLM's, is the one whose activation is the identity."""
@@ -72,6 +74,6 @@ FEEDFORWARDS = {
 
 def feedforward(name: str, d_model: int, ffn_dim: int) -> nn.Module:
     """A new channel mixer [..., d_model] -> [..., d_model]; ValueError for an unknown name."""
-    if name not in FEEDFORWARDS:
-        raise ValueError(f"unknown ffn {name!r}; known: {', '.join(FEEDFORWARDS)}")
+    check_choice("ffn name", name, FEEDFORWARDS)
+    check_counts(d_model=d_model, ffn_dim=ffn_dim)
     return FEEDFORWARDS[name].build(d_model, ffn_dim)

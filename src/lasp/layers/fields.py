@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
 
+from lasp.sequence.arguments import whole
+
 # A field's annotation -> what its values are, for Python and for people.
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
@@ -38,8 +40,20 @@ def kind_of(field: dataclasses.Field[Any]) -> str:
 
 def check_choice(name: str, value: object, known: Sequence[str] | Mapping[str, Any]) -> None:
     """Raise ValueError for a name that is not known."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def check_counts(**counts: Any) -> None:
+    """Raise ValueError unless each is a whole number >= 1."""
+    for name, value in counts.items():
+        whole(name, value, 1)
+
+
+def check_activation(activation: object) -> None:
+    """Raise ValueError for what is neither a function nor None."""
+    if activation is not None and not callable(activation):
+        raise ValueError(f"activation must be a function of a tensor, or None, got {activation!r}")
 
 
 def check_divisor(name: str, value: int | None, total_name: str, total: int) -> None:

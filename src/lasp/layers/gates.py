@@ -6,16 +6,18 @@ All decays come in the state's dtype, fp32 or fp64: in 16 bits a decay of 0.999 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.layers.fused import gated_norm, stepped_values
+from lasp.layers.fields import check_activation, check_counts
+from lasp.layers.fused import ACTIVATIONS, gated_norm, stepped_values
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
 from lasp.recurrence.inputs import state_dtype
-from lasp.sequence.arguments import number
+from lasp.sequence.arguments import check_flags, check_generator, number
 
 # Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.
 RATES = (1.0, 16.0)
@@ -34,6 +36,7 @@ class SteppedDecay(ExactParameters):
 
     def __init__(self, num_heads: int, channels: int = 1) -> None:
         super().__init__()
+        check_counts(num_heads=num_heads, channels=channels)
         self.num_heads = num_heads
         self.channels = channels
         self.log_rate = exact_parameter(num_heads)
@@ -43,6 +46,7 @@ class SteppedDecay(ExactParameters):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Rates uniform in RATES; biases such that a zero input gives steps spread over STEPS."""
+        check_generator(generator)
         with torch.no_grad():
             self.log_rate.copy_(_drawn(self.num_heads, *RATES, generator).log())
             steps = _drawn(len(self.bias), math.log(STEPS[0]), math.log(STEPS[1]), generator).exp()
@@ -79,6 +83,8 @@ class LowRank(nn.Module):
 
     def __init__(self, dim_in: int, rank: int, dim_out: int, *, bias: bool = False) -> None:
         super().__init__()
+        check_counts(dim_in=dim_in, rank=rank, dim_out=dim_out)
+        check_flags(bias=bias)
         self.down = nn.Linear(dim_in, rank, bias=False)
         self.up = nn.Linear(rank, dim_out, bias=bias)
 
@@ -92,14 +98,21 @@ class GatedHeadNorm(nn.Module):
     Args:
         value_dim: V.
         eps: added to the mean square.
-        activation: of the gate, "silu" or "sigmoid".
+        activation: of the gate; None for a norm without one. Kernels know silu and the sigmoid.
     """
 
-    def __init__(self, value_dim: int, eps: float, activation: str = "silu") -> None:
+    def __init__(self, value_dim: int, eps: float, activation: Callable[[Tensor], Tensor] | None) -> None:
         super().__init__()
+        check_counts(value_dim=value_dim)
+        check_activation(activation)
         self.norm = RMSNorm(value_dim, eps)
         self.activation = activation
+        self.fused = next((name for name, known in ACTIVATIONS.items() if known is activation), None)
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """o [B, T, H, V], gate [B, T, H * V] or None -> [B, T, H * V]."""
-        return gated_norm(o, gate, self.norm.weight, activation=self.activation, eps=self.norm.eps)
+        if self.activation is None:
+            gate = None
+        if self.fused is None and gate is not None and self.activation is not None:
+            return self.norm(o).flatten(-2) * self.activation(gate)
+        return gated_norm(o, gate, self.norm.weight, activation=self.fused or "silu", eps=self.norm.eps)

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fields import check_counts
 from lasp.layers.gates import GatedHeadNorm, LowRank
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.registry import family, mixer, shape
@@ -36,6 +37,10 @@ class GatedLinearAttention(Mixer):
 
         decay_rank: int = 16
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_counts(decay_rank=self.decay_rank)
+
         def cost(self, context: LayerContext) -> MixerCost:
             heads, keys, values = self.num_heads, self.num_heads * self.key_dim, self.num_heads * self.value_dim
             return MixerCost(
@@ -53,7 +58,7 @@ class GatedLinearAttention(Mixer):
         self.v_proj = nn.Linear(d_model, values, bias=False)
         self.decay_proj = LowRank(d_model, config.decay_rank, keys, bias=True)
         self.gate_proj = nn.Linear(d_model, values, bias=False)
-        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps)
+        self.norm = GatedHeadNorm(config.value_dim, context.norm_eps, F.silu)
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:

@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lasp.layers.fields import check_fields
+from lasp.kernels.select import BACKENDS
+from lasp.layers.fields import check_choice, check_fields
 from lasp.layers.short_convolution import ShortConvolution
 from lasp.layers.state import RecurrentState
 from lasp.ops.pending import PendingOutputs
+from lasp.sequence.arguments import check_flags, check_floats, check_kind, positive, whole
+from lasp.sequence.sequence_parallel import broadcast_errors
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -191,7 +195,9 @@ class Mixer(nn.Module):
 
     def __init__(self, config: MixerConfig, context: LayerContext) -> None:
         super().__init__()
-        self.config, self.backend = config, context.backend
+        check_kind("config", config, getattr(type(self), "Config", MixerConfig))
+        _check_context(context)
+        self.config, self.backend, self.d_model = config, context.backend, context.d_model
         self.convolution: ShortConvolution | None = None
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -240,10 +246,10 @@ class Mixer(nn.Module):
             y [B, T, D] and the state, or None unless asked for.
 
         Raises:
-            ValueError: the state is of another kind of layer; else as the operator.
+            ValueError: an argument does not fit, or the state is of another kind of layer; else as the operator.
         """
-        if state is not None and isinstance(state, RecurrentState) == (self.convolution is None):
-            raise ValueError(f"state must be one that a {type(self).__name__} gave, got {type(state).__name__}")
+        with broadcast_errors(sp):
+            self._check(x, start, state, output_state)
         memory, window = state if isinstance(state, RecurrentState) else (state, None)
         parts = self.project(x)
         if self.convolution is not None:
@@ -261,3 +267,22 @@ class Mixer(nn.Module):
         if self.convolution is None or memory is None or window is None:
             return y, memory
         return y, RecurrentState(memory, window)
+
+    def _check(self, x: Tensor, start: int, state: LayerState | None, output_state: bool) -> None:
+        check_floats("x", x, "[B, T, D]", 3)
+        if x.shape[2] != self.d_model:
+            raise ValueError(f"x must be [B, T, D] with D = {self.d_model}, got shape {tuple(x.shape)}")
+        if state is not None and isinstance(state, RecurrentState) == (self.convolution is None):
+            raise ValueError(f"state must be one that a {type(self).__name__} gave, got {type(state).__name__}")
+        check_flags(output_state=output_state)
+        if not torch.compiler.is_compiling():  # where a position may be a symbol
+            whole("start", start, 0)
+
+
+def _check_context(context: LayerContext) -> None:
+    """Raise ValueError for a context, or a field of it, that is none."""
+    check_kind("context", context, LayerContext)
+    for name, least in (("d_model", 1), ("layer", 0), ("num_layers", 1)):
+        whole(f"context.{name}", getattr(context, name), least)
+    positive("context.norm_eps", context.norm_eps)
+    check_choice("context.backend", context.backend, BACKENDS)

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.layers.fields import check_choice
+from lasp.sequence.arguments import positive, whole
+
 
 class SimpleRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), without parameters (TransNormerLLM, section 3.1.4)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.dim = dim
-        self.eps = eps
+        self.dim, self.eps = whole("dim", dim, 1), positive("eps", eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.dim,), eps=self.eps)
@@ -27,8 +29,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.dim = dim
-        self.eps = eps
+        self.dim, self.eps = whole("dim", dim, 1), positive("eps", eps)
         self.weight = nn.Parameter(torch.ones(dim))
 
     def reset_parameters(self) -> None:
@@ -62,6 +63,5 @@ NORMS = {
 
 def norm(name: str, dim: int, eps: float) -> nn.Module:
     """A new normalisation of `dim` channels; ValueError for an unknown name."""
-    if name not in NORMS:
-        raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
-    return NORMS[name].build(dim, eps)
+    check_choice("norm name", name, NORMS)
+    return NORMS[name].build(whole("dim", dim, 1), positive("eps", eps))

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lasp.layers.fields import check_counts
 from lasp.layers.parameters import ExactParameters, exact_parameter
+from lasp.sequence.arguments import FLOATS, check_floats, positive, whole
 
 
 def global_positions(start: int, length: int, device: torch.device) -> Tensor:
@@ -29,9 +31,20 @@ def sinusoids(positions: Tensor, dim: int, *, base: float, dtype: torch.dtype) -
 
     Source: Vaswani et al., "Attention is all you need", section 3.5 (there sines and cosines alternate).
     """
+    check_floats("positions", positions, "[T]", 1)
+    _check_pairs("dim", dim)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {[str(known) for known in FLOATS]}, got {dtype!r}")
+    base = positive("base", base)
     pairs = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
     angles = positions[:, None] * base ** (-2 * pairs / dim)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
+
+
+def _check_pairs(name: str, dim: int) -> None:
+    """Raise ValueError unless `dim` channels make pairs."""
+    if whole(name, dim, 1) % 2:
+        raise ValueError(f"{name} must be even, because positions turn pairs of channels; got {dim}")
 
 
 class Rotary(nn.Module):
@@ -42,11 +55,10 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of channels: the head dim must be even, got {head_dim}")
+        _check_pairs("head_dim", head_dim)
         self.dim_out = head_dim
         self.head_dim = head_dim
-        self.base = base
+        self.base = positive("base", base)
 
     def forward(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """q, k [B, T, H, K] whose first token is at global position `start` -> the same shapes and dtypes."""
@@ -76,8 +88,9 @@ class LRPE(ExactParameters):
 
     def __init__(self, num_heads: int, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
+        check_counts(num_heads=num_heads, head_dim=head_dim)
         self.dim_out = 2 * head_dim
-        self.base = base
+        self.base = positive("base", base)
         self.theta = exact_parameter(num_heads, head_dim)
         self.reset_parameters()
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lasp.halo import short_convolution
-from lasp.halo.functions import MAX_WIDTH
+from lasp.halo.functions import ACTIVATIONS, MAX_WIDTH
+from lasp.layers.fields import check_counts
+from lasp.sequence.arguments import check_flags, check_generator
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -27,6 +29,11 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int = 4, *, bias: bool = False, activation: str | None = "silu") -> None:
         super().__init__()
+        check_counts(channels=channels, width=width)
+        check_width(width, "width")
+        check_flags(bias=bias)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be None or 'silu', got {activation!r}")
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
@@ -40,6 +47,7 @@ class ShortConvolution(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Uniform within W ** -0.5, as torch.nn.Conv1d starts; drawn on the generator's device (CPU), then copied."""
+        check_generator(generator)
         bound = self.weight.shape[1] ** -0.5
         device = "cpu" if generator is None else generator.device
         with torch.no_grad():
@@ -80,7 +88,7 @@ class ShortConvolution(nn.Module):
         )
 
 
-def check_width(conv_width: int) -> None:
+def check_width(width: int, name: str = "conv_width") -> None:
     """Raise ValueError for a width that no convolution has."""
-    if not 1 <= conv_width <= MAX_WIDTH:
-        raise ValueError(f"conv_width must be from 1 to {MAX_WIDTH}, got {conv_width}")
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"{name} must be from 1 to {MAX_WIDTH}, got {width}")

@@ -18,7 +18,7 @@ from lasp.layers.positions import global_positions
 from lasp.models.config import ModelConfig
 from lasp.models.initialize import initialize
 from lasp.models.loss import IGNORED_LABEL, cross_entropy_sum
-from lasp.sequence.arguments import check_flags, check_ids, whole
+from lasp.sequence.arguments import check_flags, check_generator, check_ids, check_kind, whole
 from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds
 
@@ -101,6 +101,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_kind("config", config, ModelConfig)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -111,6 +112,7 @@ class CausalLM(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Set every parameter anew. The same generator state gives the same weights at any number of ranks."""
+        check_generator(generator)
         initialize(self, self.config, generator)
 
     def forward(

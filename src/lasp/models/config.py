@@ -58,7 +58,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.mixers or not all(isinstance(each, MixerConfig) for each in self.mixers):
+        pattern = self.mixer if isinstance(self.mixer, (tuple, list)) and len(self.mixer) > 0 else (self.mixer,)
+        if not all(isinstance(each, MixerConfig) for each in pattern):
             raise ValueError(f"mixer must be a configuration of one of {', '.join(MIXERS)}, or several of them")
         for name in ("vocab_size", "d_model", "num_layers", "ffn_dim"):
             value = getattr(self, name)
@@ -137,8 +138,11 @@ def from_settings(settings: Mapping[str, Any]) -> ModelConfig:
         positions: "sinusoidal" is the model's, others the mixer's.
 
     Raises:
-        ValueError: an unknown name, a value that its field refuses, or a field that the mixers do not have.
+        ValueError: no mapping of names, an unknown name, a value that its field refuses, or a field that the mixers do
+            not have.
     """
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise ValueError(f"settings must be a mapping of names to values, got {settings!r}")
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }

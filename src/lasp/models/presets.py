@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from lasp.layers import FAMILIES
+from lasp.layers.fields import check_choice
 from lasp.models.config import ModelConfig, from_settings
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end of a document
@@ -16,8 +17,7 @@ SIZES = tuple(dict.fromkeys(size for family in FAMILIES.values() for size in fam
 
 def sizes(name: str) -> tuple[str, ...]:
     """The sizes of a family."""
-    if name not in FAMILIES:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
+    check_choice("model name", name, NAMES)
     return tuple(FAMILIES[name].sizes)
 
 

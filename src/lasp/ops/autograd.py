@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from lasp.exchange.start import SequenceCall
 from lasp.ops.checks import called, ungrouped
 from lasp.ops.compiled import scan_operator
 from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
@@ -17,7 +18,6 @@ from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
 from lasp.recurrence.untraced import untraced
-from lasp.sequence.call import SequenceCall
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

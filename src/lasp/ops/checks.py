@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lasp.exchange.start import SequenceCall
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_floats, check_tensor, number
-from lasp.sequence.call import SequenceCall
 from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)
@@ -25,20 +27,37 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     Raises:
         ValueError: they are not.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_floats(name, tensor, "[B, T, H, D]", 4)
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {tensor.device}")
-    if k.shape != q.shape:
-        raise ValueError(f"k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:2] != q.shape[:2]:
-        raise ValueError(f"v must have q's batch and tokens {tuple(q.shape[:2])}, got {tuple(v.shape[:2])}")
-    if q.shape[3] == 0 or v.shape[3] == 0 or q.shape[2] == 0 or v.shape[2] % q.shape[2]:
+    _check_alike(q=q, k=k, v=v)
+
+
+def check_keys(k: Tensor, v: Tensor) -> None:
+    """Check what `check_inputs` does, where q is to come.
+
+    Raises:
+        ValueError: k or v does not fit.
+    """
+    _check_alike(k=k, v=v)
+
+
+def _check_alike(**inputs: Tensor) -> None:
+    *others, (_, v) = inputs.items()
+    name, first = others[0]
+    for other, tensor in inputs.items():
+        check_floats(other, tensor, "[B, T, H, D]", 4)
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"q, k and v must have one dtype, got {name} {first.dtype} and {other} {tensor.dtype}")
+        if tensor.device != first.device:
+            given = f"{name} on {first.device} and {other} on {tensor.device}"
+            raise ValueError(f"q, k and v must be on one device, got {given}")
+    for other, tensor in others[1:]:
+        if tensor.shape != first.shape:
+            raise ValueError(f"{other} must have {name}'s shape {tuple(first.shape)}, got {tuple(tensor.shape)}")
+    if v.shape[:2] != first.shape[:2]:
+        raise ValueError(f"v must have {name}'s batch and tokens {tuple(first.shape[:2])}, got {tuple(v.shape[:2])}")
+    if first.shape[3] == 0 or v.shape[3] == 0 or first.shape[2] == 0 or v.shape[2] % first.shape[2]:
         raise ValueError(
-            f"v's heads must be a multiple of q's and no dim but B and T may be 0; got q {tuple(q.shape)}, "
-            f"v {tuple(v.shape)}"
+            f"v's heads must be a multiple of {name}'s and no dim but B and T may be 0; got {name} "
+            f"{tuple(first.shape)}, v {tuple(v.shape)}"
         )
 
 
@@ -48,6 +67,7 @@ def check_queries(q: Tensor, k: Tensor) -> None:
     Raises:
         ValueError: it does not.
     """
+    check_tensor("q", q, "as k")
     if q.shape != k.shape or q.dtype != k.dtype or q.device != k.device:
         given = f"{tuple(q.shape)}, {q.dtype}, on {q.device}"
         raise ValueError(f"q must be as k, {tuple(k.shape)}, {k.dtype}, on {k.device}; got {given}")
@@ -77,6 +97,8 @@ def check_gate_values(g: Tensor) -> None:
     Raises:
         ValueError: a value is positive or NaN, on CPU; on a GPU an assertion on the device fails.
     """
+    if _are_unchecked():
+        return
     message = "g is the natural logarithm of the decay and must be <= 0 (for a decay a in (0, 1], pass a.log())"
     _check_values(g <= 0, message, lambda: f"a largest value of {g.max().item():g}")
 
@@ -92,11 +114,37 @@ def check_beta(beta: Tensor, v: Tensor) -> None:
         raise ValueError(f"beta must be [B, T, H_v] {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
     if not beta.is_floating_point() or beta.device != v.device:
         raise ValueError(f"beta must be floating point on {v.device}, got {beta.dtype} on {beta.device}")
+    if _are_unchecked():
+        return
     _check_values(
         (beta >= 0) & (beta <= 2),
         "beta must be in [0, 2] (sigmoid, or twice it for negative eigenvalues)",
         lambda: f"values from {beta.min().item():g} to {beta.max().item():g}",
     )
+
+
+@contextmanager
+def values_unchecked() -> Iterator[None]:
+    """Within, gates may have any values: of a model whose own code makes them, so that only NaN can be wrong with one.
+
+    It then comes out as a NaN loss, which training programs report, where an assertion on a GPU ends the process.
+    """
+    before, _unchecked.now = _unchecked.now, True
+    try:
+        yield
+    finally:
+        _unchecked.now = before
+
+
+class _Unchecked(threading.local):
+    now = False
+
+
+_unchecked = _Unchecked()
+
+
+def _are_unchecked() -> bool:
+    return not torch.compiler.is_compiling() and _unchecked.now
 
 
 def _check_values(good: Tensor, message: str, found: Callable[[], str]) -> None:

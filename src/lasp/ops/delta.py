@@ -15,6 +15,7 @@ from lasp.ops.checks import (
     check_gate_values,
     check_initial,
     check_inputs,
+    check_keys,
     check_queries,
     packed,
     scale_of,
@@ -100,7 +101,7 @@ def delta_rule_begin(
 ) -> PendingOutputs:
     """Start `delta_rule` before its queries are known; see `linear_attention_begin`."""
     with broadcast_errors(sp):
-        check_inputs(k, k, v)
+        check_keys(k, v)
         plan, x = _planned(
             k, v, beta, g, scale, initial_state, output_final_state, cu_seqlens, sp, backend, normalize_qk, erase_key
         )

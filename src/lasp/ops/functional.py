@@ -15,6 +15,7 @@ from lasp.ops.checks import (
     check_gate_values,
     check_initial,
     check_inputs,
+    check_keys,
     check_queries,
     packed,
     scale_of,
@@ -108,7 +109,7 @@ def linear_attention_begin(
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time; also by `finish`.
     """
     with broadcast_errors(sp):
-        check_inputs(k, k, v)
+        check_keys(k, v)
         plan, x = _planned(k, k, v, g, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend)
     break_graph_for_sums(plan, initial_state)
     begun = begin_early(plan, x, initial_state)
@@ -225,7 +226,7 @@ def normalized_linear_attention_begin(
 ) -> PendingOutputs:
     """Start `normalized_linear_attention` before its queries are known; see `linear_attention_begin`."""
     with broadcast_errors(sp):
-        check_inputs(k, k, v)
+        check_keys(k, v)
         eps = _checked(eps)
     dtype = state_dtype(v.dtype)
     pending = linear_attention_begin(

@@ -20,7 +20,9 @@ def untraced(function: _Function) -> _Function:
     disabled = torch._disable_dynamo(function)
 
     @wraps(function)
-    def wrapped(*arguments: Any) -> Any:
-        return disabled(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return disabled(*arguments, **options)
+        return function(*arguments, **options)
 
     return cast(_Function, wrapped)

@@ -79,6 +79,23 @@ def number(
     return result
 
 
+def positive(name: str, value: Any) -> float:
+    """`value` as a finite float above 0."""
+    return number(name, value, "a number > 0", lambda value: 0 < value < math.inf)
+
+
+def check_kind(name: str, value: object, *kinds: type) -> None:
+    """An instance of one of these classes; None where NoneType is one of them."""
+    if not isinstance(value, kinds):
+        known = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be a {known}, got {type(value).__name__}")
+
+
+def check_generator(generator: object) -> None:
+    """A generator of PyTorch's, or None for the default one."""
+    check_kind("generator", generator, torch.Generator, type(None))
+
+
 def whole(name: str, value: Any, least: int) -> int:
     """`value` as a whole number >= least."""
     try:

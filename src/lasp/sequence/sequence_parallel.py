@@ -18,10 +18,8 @@ from lasp.distributed.comm import Comm, Counters
 from lasp.distributed.record import Description, ExchangeError, RecordedStep, digest_of, source_of
 from lasp.distributed.sealed import SealedCalls, Stamps, TorchStamps
 from lasp.exchange import Exchange, resolve
-from lasp.exchange.replay import is_replaying
-from lasp.exchange.start import register
-from lasp.sequence.arguments import check_tensor, number, wholes
-from lasp.sequence.call import SequenceCall
+from lasp.exchange.start import SequenceCall, is_replaying, register
+from lasp.sequence.arguments import check_tensor, number, whole, wholes
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
 _MAX_DESCRIBED = 1024
@@ -88,7 +86,11 @@ class SequenceParallel:
         Args:
             number: of the step, from 0.
             data: what stands for its data, such as a position or a digest, the same on every rank; any repr will do.
+
+        Raises:
+            ValueError: `number` is none.
         """
+        number = whole("number", number, 0)
         digest = -1 if data is None else int.from_bytes(digest_of(repr(data))[:7], "little")
         self.comm.step = RecordedStep(number, digest)
 
@@ -124,6 +126,8 @@ class SequenceParallel:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in their order. All of them must call, with tensors of one shape and dtype."""
+        with broadcast_errors(self):
+            check_tensor("tensor", tensor, "to sum")
         return tensor if self.size == 1 else self._alone("sum", tensor).sum(tensor)
 
     def _alone(self, operator: str, tensor: Tensor, **fields: object) -> Call:
@@ -190,6 +194,10 @@ class SequenceParallel:
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """`tensor` of group rank `source` on every rank; elsewhere it gives the shape, dtype and device."""
+        with broadcast_errors(self):
+            check_tensor("tensor", tensor, "to send or of its shape")
+            if whole("source", source, 0) >= self.size:
+                raise ValueError(f"source must be one of the {self.size} ranks, got {source}")
         return tensor if self.size == 1 else self._alone("broadcast", tensor, source=source).broadcast(tensor, source)
 
     def _written(self, operator: str, key: Hashable, fields: Callable[[], Mapping[str, object]]) -> Description:

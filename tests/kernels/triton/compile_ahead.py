@@ -106,7 +106,7 @@ def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | No
     def check_tensor(name: str, value: object, form: str) -> None:
         """Public functions refuse tensors without numbers, and launches recorded need none."""
 
-    runs._launches_of.cache_clear()
+    runs.launches_of.cache_clear()
     delta_launches._launches.cache_clear()
     device = DeviceLimits(132, LIMITS[target], target == "cuda:90")
     with ExitStack() as stack:

@@ -23,6 +23,7 @@ from lasp.kernels.limits import FUSED_MAX_DIM
 from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.plan import kind_of, plan
+from lasp.kernels.triton.decay.stages import STAGES as fused
 from lasp.recurrence.inputs import DecayInputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -171,7 +172,7 @@ def limits(case: Case) -> tuple[int, int, bool]:
 
 def check(case: Case, record: Callable[[str, object], None]) -> None:
     x, d_o, d_final = inputs(case)
-    runs._launches_of.cache_clear()  # which shapes and the device decide
+    runs.launches_of.cache_clear()  # which shapes and the device decide
     with patch.dict(devices._devices, {DEVICE: limits(case)}):
         values = solve(x, d_o, d_final, "triton", None, case.documents)
     if "LASP_TEST_PART" in os.environ:
@@ -253,10 +254,10 @@ def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) ->
     x, d_o, d_final = inputs(case)
     names = [name for name in x if name != "g"]
     leaves = [x[name].requires_grad_() for name in names]
-    runs._launches_of.cache_clear()
+    runs.launches_of.cache_clear()
     with patch.dict(devices._devices, {DEVICE: limits(case)}):
         q, k, v = (x[name][..., :FUSED_MAX_DIM] for name in "qkv")
-        found = runs.launches_of(DecayInputs(q, k, v, x.get("g"), 1.0), not case.initial)
+        found = fused.prepare(DecayInputs(q, k, v, x.get("g"), 1.0), not case.initial).work
         assert found.paired == bool(dims)  # type: ignore[union-attr]
         o, final = lasp.linear_attention(**x, output_final_state=True, cu_seqlens=case.documents, backend="triton")
     values = torch.autograd.grad((o, final), leaves, (d_o, d_final))

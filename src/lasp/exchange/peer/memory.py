@@ -53,6 +53,9 @@ class PeerMemory:
         # Of what belongs to no call, and where nobody looks.
         self._no_header = torch.zeros(int(WORDS.value), dtype=torch.int64, device=device)
         self._unseen = torch.zeros(2 * int(WORDS.value), dtype=torch.int64, device=device)
+        # Copied over the flags to end a wait: by then no kernel may be loaded, which waits for the GPU.
+        pinned = device.type == "cuda"
+        self._raised = torch.full((len(memories),), MOST_POLLS, dtype=torch.int32, pin_memory=pinned)
         self._polls = min(MOST_POLLS, int(timeout_s * POLLS_PER_S))
 
     def push(self, transition: Tensor | None, state: Tensor, header: Tensor | None = None) -> None:
@@ -123,6 +126,12 @@ class PeerMemory:
             collected_ptr=collected,
         )
         return collected
+
+    def end_wait(self) -> None:
+        """Raise all flags here for good, from another thread: what a kernel then takes belongs to no call of now."""
+        own = self._memories[self._rank]
+        with torch.cuda.stream(torch.cuda.Stream(own.device)):
+            own[: 4 * len(self._memories)].view(torch.int32).copy_(self._raised, non_blocking=True)
 
     def _unsealed(self) -> tuple[Tensor, Tensor]:
         return self._no_header, self._unseen

@@ -43,6 +43,11 @@ def use_scratch() -> None:
     triton.set_allocator(_scratch)
 
 
+def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """The argument of a kernel that reads `tensor`: `unread` in the place of None, where it reads none."""
+    return unread if tensor is None else tensor
+
+
 def _watched() -> bool:
     """True if a profiler wants to see every launch."""
     runtime = triton.knobs.runtime

@@ -13,9 +13,8 @@ import torch
 import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
-from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.decays import CHANNEL, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits
-from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import base_levels

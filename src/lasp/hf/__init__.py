@@ -1,0 +1,14 @@
+"""Models of Hugging Face transformers with their sequences over ranks: recurrences, convolutions and softmax layers.
+
+    sp = lasp.SequenceParallel(mesh["sp"])
+    model = lasp.hf.parallelize(model, sp)                   # the same object
+    loss = model(**lasp.hf.shard(batch, sp)).loss            # that of the whole batch, on every rank
+
+Gradients are to be averaged over the ranks, as DDP, FSDP and accelerate do. transformers is loaded when first used.
+"""
+
+from lasp.hf.check import Comparison, check
+from lasp.hf.parallelize import parallelize, restore
+from lasp.hf.shards import BatchShard, shard
+
+__all__ = ["BatchShard", "Comparison", "check", "parallelize", "restore", "shard"]

@@ -1,0 +1,28 @@
+"""transformers, loaded when it is first needed."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch.torch_version import TorchVersion
+
+OLDEST = "5.17"
+
+
+@cache
+def load(module: str = "") -> Any:
+    """The package, or a module of it.
+
+    Raises:
+        ValueError: it is not installed, or too old.
+    """
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        raise ValueError("lasp.hf needs transformers: pip install 'lasp-torch[hf]'") from None
+    if TorchVersion(found) < OLDEST:
+        raise ValueError(f"lasp.hf needs transformers {OLDEST} or newer, found {found}: pip install 'lasp-torch[hf]'")
+    return import_module(f"transformers.{module}" if module else "transformers")
