@@ -7,6 +7,8 @@ TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1,triton)
 VENV := .venv
 BIN := $(VENV)/bin
 ORACLE := build/oracle
+# The oldest that lasp.hf takes, one between, and the newest that pip finds for this Python.
+TRANSFORMERS ?= 5.17 5.20 5
 TRACKERS := build/trackers
 ARGS ?=
 
@@ -42,8 +44,11 @@ packages: $(VENV)/.installed-dev  ## build wheel and source archive, install the
 range:  ## the core of the tests on the oldest, usual and newest PyTorch and Triton, and on every Python that is here
 	$(PYTHON) -m tests.range $(ARGS)
 
-oracle: $(ORACLE)/.installed  ## compare with flash-linear-attention, installed beside the environment, on the CPU
+oracle: $(ORACLE)/.installed $(TRANSFORMERS:%=$(ORACLE)-%/.installed)  ## compare with flash-linear-attention and with transformers, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
+	for version in $(TRANSFORMERS); do \
+	  echo "transformers $$version"; PYTHONPATH=$(ORACLE)-$$version $(BIN)/python -m pytest tests/hf -m "" -n auto --maxprocesses 4 $(ARGS) || exit 1; \
+	done
 
 trackers: $(TRACKERS)/.installed  ## write to the real TensorBoard and wandb, installed beside the environment
 	PYTHONPATH=$(TRACKERS) $(BIN)/python -m pytest tests/trackers $(ARGS)
@@ -74,9 +79,13 @@ $(ORACLE)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ORACLE) 'fla-core==0.6.0' einops
 	@touch $@
 
+$(ORACLE)-%/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(ORACLE)-$* 'transformers==$*.*'
+	@touch $@
+
 $(TRACKERS)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(TRACKERS) tensorboard wandb
 	@touch $@
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(ORACLE) $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLE)* $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
