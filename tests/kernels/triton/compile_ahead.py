@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.delta import launches as delta_launches
+from lasp.kernels.triton.neighbours import launches
 from lasp.ops import checks
 from lasp.sequence import arguments
 
@@ -84,7 +85,7 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
 
 
-def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
+def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | None = None) -> list[Compilable]:
     """What calls, forward and backward, launch on such a device of 132 processors: each once."""
     found: dict[str, Compilable] = {}
 
@@ -116,11 +117,11 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
         for call in calls:
-            make(call)
+            (make or attend)(call)
     return list(found.values())
 
 
-def make(call: Call) -> None:
+def attend(call: Call) -> None:
     T, H, D, H_v, runs = call.T, call.H, call.D, 16, 2 if call.packed else 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
@@ -142,6 +143,29 @@ def make(call: Call) -> None:
     else:
         o, final = lasp.linear_attention(q, k, v, g, **ways)
     (o.sum() + final.sum() if call.final else o.sum()).backward()
+
+
+def around(dtype: torch.dtype) -> None:
+    """What mixers do beside their recurrence, of Mamba-2's and GLA's shapes, forward and backward."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    x, weight, bias, before = empty(1, 4096, 4352), empty(4352, 4), empty(4352), empty(1, 3, 4352)
+    for silu, rows in itertools.product((False, True), (None, before)):
+        launches.convolve(x, weight, bias, rows, silu)
+        launches.convolve_gradients(x, x, weight, None if silu else bias, rows, silu)
+    wide, skip, steps = empty(1, 4096, 64, 64), empty(64), torch.float32
+    for gate, activation in ((wide, "silu"), (wide, "sigmoid"), (None, "none")):
+        ways = (wide, gate, None, None, empty(512), 8, activation, False, 1e-5)
+        launches.gated_norm(*ways)
+        launches.gated_norm_gradients(wide, *ways)
+    skipped = (wide, wide, wide, skip, empty(4096), 1, "silu", True, 1e-5)
+    launches.gated_norm(*skipped)
+    launches.gated_norm_gradients(wide, *skipped)
+    rates, raw = (empty(64, dtype=steps), empty(64, dtype=steps)), empty(1, 4096, 64)
+    launches.stepped_decay(raw, wide, *rates)
+    launches.stepped_decay_gradients(wide, empty(1, 4096, 64, dtype=steps), raw, wide, *rates)
 
 
 def peer_kernels() -> Iterator[Compilable]:
@@ -214,7 +238,7 @@ def every_one(target: str) -> list[Compilable]:
     kinds += [("none", True), ("scalar", True), ("channel", True)]
     cases = itertools.product(kinds, (128, 256), TYPES_OF_INPUTS)
     calls = [Call(kind, D=D, dtype=dtype, learned=True, delta=delta) for (kind, delta), D, dtype in cases]
-    return launched(calls, target)
+    return [*launched(calls, target), *launched(TYPES_OF_INPUTS, target, around)]
 
 
 def compile_for(name: str, kernels: list[Compilable]) -> None:
@@ -275,7 +299,8 @@ if __name__ == "__main__":
     sample = "--sample" in sys.argv
     if "parse" in sys.argv:
         calls = every_call()
-        parse(three_of_a_name(launched(calls[::61], "cuda:90")) if sample else launched(calls, "cuda:90"))
+        kernels = three_of_a_name(launched(calls[::61], "cuda:90")) if sample else launched(calls, "cuda:90")
+        parse([*kernels, *launched(TYPES_OF_INPUTS, "cuda:90", around)])
     wanted = SAMPLED if sample else COMPILED
     for name in LIMITS:
         if name in sys.argv:
