@@ -95,7 +95,7 @@ def launches(p: Problem) -> list[dict[str, Any]]:
     rows = []
     for launch, tensors in found:
         times = graph_milliseconds(partial(launch, **tensors))
-        rows.append({"kernel": launch.kernel.__name__, "grid": launch._grid, "ms": times["median"]})
+        rows.append({"kernel": launch.kernel.__name__, "grid": launch.grid, "ms": times["median"]})
     return rows
 
 
