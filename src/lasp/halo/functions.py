@@ -14,6 +14,7 @@ from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
 from lasp.sequence.call import SequenceCall
+from lasp.sequence.graph import untraced_over_ranks
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
@@ -21,6 +22,7 @@ ACTIVATIONS = (None, "silu")
 MAX_WIDTH = 8
 
 
+@untraced_over_ranks
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -76,6 +78,7 @@ def short_convolution(
         return F.silu(y) if activation == "silu" else y, read.final
 
 
+@untraced_over_ranks
 def token_shift(
     x: Tensor,
     *,

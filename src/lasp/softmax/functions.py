@@ -11,6 +11,7 @@ from torch import Tensor
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number
 from lasp.sequence.call import SequenceCall
+from lasp.sequence.graph import untraced_over_ranks
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 from lasp.softmax.blocks import blocks_of, keys_of
@@ -21,6 +22,7 @@ METHODS = ("all_gather", "ulysses")
 BACKENDS = ("auto", "torch", "reference")
 
 
+@untraced_over_ranks
 def softmax_attention(
     q: Tensor,
     k: Tensor,
