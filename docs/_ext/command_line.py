@@ -1,4 +1,4 @@
-"""The directive `{command} train`: what `lasp train --help` says, as the program itself says it."""
+"""The directive `{command} train`: the options of `lasp train`, from the parser that reads them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from lasp.cli.help_text import help_of
+from lasp.cli.command_lines import command_line
 
 
 class Command(SphinxDirective):
@@ -17,7 +17,7 @@ class Command(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        told = help_of(self.arguments[0].split())
+        told = command_line(self.arguments[0].split())
         found: list[nodes.Node] = [nodes.paragraph(text=text) for text in told.description]
         listing = nodes.definition_list(classes=["options"])
         for option in told.options:

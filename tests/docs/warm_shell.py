@@ -1,8 +1,8 @@
 """A shell in which Python and PyTorch have started already: `lasp`, `python` and `torchrun` are forks of this process.
 
 The blocks of the documentation are run by bash as they stand. On the PATH are small programs by those names; each hands
-its arguments, folder, variables and streams to a server, which forks a child that has everything imported. torchrun's
-children are forks too, over gloo. Nothing else differs, but that training is shortened: see `shortened`.
+its arguments, folder, variables and streams to a server, which forks what a new interpreter would be (`forked`), and so
+do the processes that it starts. Nothing else differs, but that training is shortened: see `shortened`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import array
 import contextlib
 import json
 import os
-import runpy
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+import forked
 
 # What the programs import when they are used; their forks have it.
+# ruff: noqa: F401
+import torch.distributed.run
+
 import lasp.cli.check
 import lasp.cli.generate
 import lasp.cli.plan
 import lasp.cli.train
 import lasp.parallelize
-import lasp.train.trainer  # noqa: F401
+import lasp.train.trainer
 
 _CLIENT = """#!{python} -SE
 import array, json, os, socket, sys
@@ -120,9 +121,7 @@ class WarmShell:
 
 
 def _serve(door: socket.socket) -> None:
-    """Fork a child for everyone who comes; the child answers with its exit code."""
-    import torch._dynamo  # noqa: F401 - as every optimizer does when it is made; here once
-
+    """Fork a child for everyone who comes; the child answers with the exit code."""
     while True:
         caller, _ = door.accept()
         with contextlib.suppress(ChildProcessError):
@@ -145,78 +144,18 @@ def _answer(caller: socket.socket) -> int:
     while len(told) < int.from_bytes(size, "big"):
         told += caller.recv(1 << 16)
     program, arguments, folder, variables = json.loads(told)
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(variables)
-    if program == "torchrun":
-        return _torchrun(arguments)
-    return _forked([lambda: _program(program, arguments)])
-
-
-def _torchrun(arguments: list[str]) -> int:
-    """Start the processes of one host; all options but their number are those of an agent that is not there."""
-    options, size = list(arguments), 1
-    while options and options[0].startswith("--"):
-        name = options.pop(0)
-        value = options.pop(0)
-        size = int(value) if name == "--nproc-per-node" else size
-    with socket.socket() as free:
+    with socket.socket() as free:  # where the processes of torchrun meet
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-
-    def rank(number: int) -> int:
-        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        return _program("python", options)
-
-    return _forked([lambda number=number: rank(number) for number in range(size)])  # type: ignore[misc]
+        variables["PET_MASTER_PORT"] = str(free.getsockname()[1])
+    command = [sys.executable, *_words(program, arguments)]
+    process = forked.Popen(command, stdin=streams[0], stdout=streams[1], stderr=streams[2], cwd=folder, env=variables)
+    return process.wait() % 256
 
 
-def _forked(programs: list) -> int:  # type: ignore[type-arg]
-    """Run each in a child; the first exit code that is not 0."""
-    children = []
-    for program in programs:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                code = program()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    return next((code for code in codes if code), 0)
-
-
-def _program(name: str, arguments: list[str]) -> int:
-    # Streams that Python made for the parent may hold its text.
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    if name == "lasp" or arguments[:2] == ["-m", "lasp"]:
-        return _lasp(arguments if name == "lasp" else arguments[2:])
-    if arguments[0] == "-c":
-        exec(arguments[1], {"__name__": "__main__"})
-    elif arguments[0] == "-m":
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = list(arguments)
-        runpy.run_path(arguments[0], run_name="__main__")
-    return 0
-
-
-def _lasp(arguments: list[str]) -> int:
-    from lasp.cli import main
-    from lasp.distributed import launcher
-
-    # `lasp` starts processes of its own; here they are forks, which meet as torchrun's do.
-    launcher.launch = lambda words, count: _torchrun(["--nproc-per-node", str(count), "-m", "lasp", *words])  # type: ignore[assignment]
-    sys.argv = ["lasp", *arguments]
-    return main.main(shortened(arguments))
+def _words(program: str, arguments: list[str]) -> list[str]:
+    """What Python is given, the arguments of `lasp` shortened wherever it stands."""
+    words = {"python": [], "lasp": ["-m", "lasp"], "torchrun": ["-m", "torch.distributed.run"]}[program] + arguments
+    for after in range(2, len(words)):
+        if words[after - 2 : after] == ["-m", "lasp"]:
+            return words[:after] + shortened(words[after:])
+    return words

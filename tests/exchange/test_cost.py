@@ -22,7 +22,7 @@ MIB = Payload(heads=16, keys=128, values=128, transition=0)
 def ideal(latency: float, bytes_per_s: float, **others) -> Constants:
     """A network in which every operation costs a message, and folding nothing."""
     link, free = Link(latency, bytes_per_s), Link(0.0, 1e30)
-    links = {**dict.fromkeys(LINKS, link), "fold": free, "fold_alone": free, **others}
+    links = {**dict.fromkeys(LINKS, link), "apply_summary": free, "apply_summary_alone": free, **others}
     return Constants(**links, flops_per_s=1e30, source="ideal")
 
 
@@ -99,9 +99,9 @@ def test_where_each_schedule_wins():
     assert Auto(slow_start).choose(MIB, one).name == "all_gather"
     assert Auto(ideal(4e-6, 300e9)).choose(MIB, one).name == "all_to_all"
     assert Auto(ideal(1e-5, 1e8)).choose(MIB, one).name.startswith("pipelined")
-    cores_shared = ideal(1e-5, 1e9, shift=Link(1e-4, 1e8), gather=Link(1e-4, 1e8), swap=Link(1e-4, 1e8))
+    cores_shared = ideal(1e-5, 1e9, shift=Link(1e-4, 1e8), gather=Link(1e-4, 1e8), all_to_all=Link(1e-4, 1e8))
     assert Auto(cores_shared).choose(MIB, one).name == "ring"
-    streaming = ideal(1e-6, 1e9, gather=Link(1e-6, 1e8), swap=Link(1e-6, 1e8))
+    streaming = ideal(1e-6, 1e9, gather=Link(1e-6, 1e8), all_to_all=Link(1e-6, 1e8))
     assert Auto(streaming).choose(MIB, (4,)).name.startswith("pipelined")
     assert Auto(NCCL).choose(MIB, (8,) * 32).name.startswith("hierarchical")
     assert Auto(NCCL).choose(MIB, (1,)).name == "local"
@@ -121,6 +121,10 @@ def test_constants_in_a_file(tmp_path):
     GLOO.save(path)
     assert Constants.load(path) == GLOO and defaults("gloo") is GLOO and defaults("nccl") is NCCL
     good = json.loads(path.read_text())
+    for earlier, now in (("swap", "all_to_all"), ("fold", "apply_summary"), ("fold_alone", "apply_summary_alone")):
+        good[earlier] = good.pop(now)
+    path.write_text(json.dumps(good))
+    assert Constants.load(path) == GLOO, "as an earlier version wrote it"
     for damage in (
         {"message": [1e-6]},
         {"message": [1e-6, 0.0, 0.0]},

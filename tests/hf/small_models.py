@@ -7,6 +7,8 @@ the model's dtype; `exactly` makes that fp64, so that its code can be the refere
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +23,14 @@ _DELTA = {
 }  # fmt: skip
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 16}
 
+_LATENT = {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "intermediate_size": 48,
+    "moe_intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
 # Model type -> class of the model, class of its configuration, settings.
-SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
+_ALL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_next": (
         "Qwen3NextForCausalLM",
         "Qwen3NextConfig",
@@ -32,8 +40,7 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "layer_types": ["linear_attention", "linear_attention", "full_attention"],
             "intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2, "output_router_logits": True,
-            "router_aux_loss_coef": 0.1,
+            "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2, "router_aux_loss_coef": 0.1,
         },
     ),
     "qwen3_5_text": (
@@ -77,19 +84,152 @@ SMALL: dict[str, tuple[str, str, dict[str, Any]]] = {
             "shared_intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        {
+            "text_config": _COMMON
+            | _HEADS
+            | _DELTA
+            | {
+                "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "intermediate_size": 48,
+            },
+            "vision_config": {
+                "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4,
+                "out_hidden_size": 32, "num_position_embeddings": 16,
+            },
+            # Ids that no text has.
+            "image_token_id": 200, "video_token_id": 201, "vision_start_token_id": 202, "vision_end_token_id": 203,
+        },
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        _HEADS
+        | _DELTA
+        | {
+            "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+            "router_aux_loss_coef": 0.1,
+        },
+    ),
+    "olmo_hybrid": (
+        "OlmoHybridForCausalLM",
+        "OlmoHybridConfig",
+        _DELTA
+        | {
+            "num_attention_heads": 4, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"],
+            "intermediate_size": 48,
+        },
+    ),
+    "lara_mini": (
+        "LaraMiniForCausalLM",
+        "LaraMiniConfig",
+        _HEADS
+        | _DELTA
+        | {
+            "num_hidden_layers": 2, "layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 100,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "router_aux_loss_coef": 0.1,
+        },
+    ),
+    "kimi_linear": (
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        _LATENT
+        | {
+            "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
+            "linear_head_dim": 8, "linear_num_heads": 4,
+        },
+    ),
+    "bailing_hybrid": (
+        "BailingHybridForCausalLM",
+        "BailingHybridConfig",
+        _LATENT
+        | {
+            "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
+            "head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0,
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        _HEADS | _MAMBA | {"num_hidden_layers": 2, "intermediate_size": 48, "mamba_d_ssm": 64},
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        "Zamba2Config",
+        {
+            "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+            "num_attention_heads": 4, "n_mamba_heads": 8, "mamba_ngroups": 2, "mamba_d_state": 8, "chunk_size": 16,
+            "intermediate_size": 48, "use_mem_rope": True, "use_shared_attention_adapter": True, "adapter_rank": 4,
+        },
+    ),
+    "minimax": (
+        "MiniMaxForCausalLM",
+        "MiniMaxConfig",
+        _HEADS
+        | {
+            "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16,
+            "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1,
+        },
+    ),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        "Lfm2Config",
+        {
+            "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 48,
+            "layer_types": ["conv", "conv", "full_attention"],
+        },
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeForCausalLM",
+        "Lfm2MoeConfig",
+        {
+            "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 48,
+            "layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        },
+    ),
+    "lfm3": (
+        "Lfm3ForCausalLM",
+        "Lfm3Config",
+        _HEADS
+        | {
+            "num_hidden_layers": 3, "intermediate_size": 48, "sliding_window": 100,
+            "layer_types": ["conv", "sliding_attention", "full_attention"],
+        },
+    ),
 }  # fmt: skip
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A model of a type, the same in every process."""
+def _is_there(kind: str) -> bool:
+    """Whether this transformers, which is not loaded to find out, has a model type."""
+    found = find_spec("transformers")
+    folder = kind.removesuffix("_text")
+    return found is not None and (Path(str(found.origin)).parent / "models" / folder).is_dir()
+
+
+SMALL = {kind: settings for kind, settings in _ALL.items() if _is_there(kind)}
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64, *, router_loss: bool = False) -> Any:
+    """A model of a type, the same in every process. router_loss: add that of the experts' balance, if it has one."""
     # Here, and not for every process of the suite that only collects these tests: it takes seconds.
     import transformers
 
     transformers.logging.set_verbosity_error()
     model_class, config_class, settings = SMALL[kind]
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**(_COMMON | settings | changes))
-    model = getattr(transformers, model_class)(config)
+    config = getattr(transformers, config_class)(**({} if "text_config" in settings else _COMMON), **settings)
+    if "router_aux_loss_coef" in settings:
+        config.output_router_logits = router_loss
+    # Decays that are buffers are computed when a model is made.
+    torch.set_default_dtype(dtype)
+    try:
+        model = getattr(transformers, model_class)(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # others have no fp64
     with torch.no_grad():
@@ -141,3 +281,20 @@ def measured(model: Any, *batches: dict[str, Any]) -> Measured:
 def tokens(*shape: int, seed: int = 1) -> Tensor:
     """Ids of no special token."""
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def recompute(model: Any, *, reentrant: bool) -> Any:
+    """The model in training, its layers recomputed in backward, there in fp64 too."""
+    from torch.utils.checkpoint import checkpoint
+
+    def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+        def exact(*arguments: Any) -> Any:
+            with exactly():
+                return function(*arguments)
+
+        return checkpoint(exact, *arguments, use_reentrant=reentrant)
+
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, recomputed
+    return model.train()

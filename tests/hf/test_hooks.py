@@ -87,7 +87,9 @@ def test_a_function_that_is_not_called_is_an_error() -> None:
         file.mamba2_chunk_scan = dispatcher
     # Nothing of the failed pass is left.
     assert model(**lasp.hf.shard(BATCH, None)).loss.isfinite()
+    # A mixer that nobody tells what splits its batch.
     model.backbone.layers[0].mixer.register_forward_pre_hook(drop, with_kwargs=True, prepend=True)
+    model.backbone.layers[0]._forward_pre_hooks.clear()
     with pytest.raises(RuntimeError, match="not told how its batch is split"):
         model(**lasp.hf.shard(BATCH, None))
 
@@ -101,6 +103,16 @@ def test_a_bad_number_is_a_bad_loss_as_in_transformers() -> None:
     q, g = torch.ones(1, 2, 1, 4), torch.full((1, 2, 1), torch.nan)
     with pytest.raises(ValueError, match="g is the natural logarithm"):
         lasp.delta_rule(q, q, q, torch.ones(1, 2, 1), g)
+
+
+def test_windows_shorter_than_documents_are_refused() -> None:
+    model = build("minimax")
+    model.config.sliding_window = 8
+    lasp.hf.parallelize(model, None)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn sees 8 tokens back, and the longest document has 12"):
+        model(**lasp.hf.shard(BATCH, None))
+    positions = torch.arange(6).repeat(2)[None]
+    assert model(**lasp.hf.shard(BATCH | {"position_ids": positions}, None)).loss.isfinite()
 
 
 def drop(module: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:

@@ -3,83 +3,205 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 import world
-from hf.small_models import SMALL, Measured, build, exactly, measured, tokens
+from hf.small_models import SMALL, Measured, build, exactly, measured, recompute, tokens
 from tolerances import relative_error
 
 import lasp
 import lasp.hf
 
 T = 61
+IDS = tokens(2, T)
+DENSE = {"input_ids": IDS, "labels": IDS.masked_fill(tokens(2, T, seed=2) < 20, -100)}
 # Shards of one token, shorter than a convolution, and as equal as can be.
-LAYOUTS: dict[int, tuple[tuple[int, ...], ...]] = {2: ((31, 30),), 3: ((20, 20, 21), (25, 2, 34), (40, 1, 20))}
-IN_SHORT = {"qwen3_next", "mamba2", "nemotron_h"}
-KINDS = [pytest.param(kind, marks=() if kind in IN_SHORT else pytest.mark.exhaustive) for kind in SMALL]
+LAYOUTS: dict[int, tuple[tuple[int, ...], ...]] = {2: ((31, 30), (1, 60)), 3: ((20, 20, 21), (25, 2, 34), (40, 1, 20))}
+DOCUMENTS = (0, 1, 17, 40, T)
 BOUND = 1e-11
+
+
+class Case(NamedTuple):
+    """A batch, and what it must give; recomputed: how layers are recomputed in backward, reentrant or not."""
+
+    name: str
+    batch: dict[str, Any]
+    whole: Measured
+    layouts: Sequence[tuple[int, ...]]
+    recomputed: bool | None = None
+
+
+def packed() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Documents in one row, as a collator packs them, and each by itself, its loss a part of the whole's mean."""
+    ids = tokens(1, T)
+    lengths = [end - start for start, end in pairwise(DOCUMENTS)]
+    labels = ids.clone()
+    labels[:, list(DOCUMENTS[:-1])] = -100
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "seq_idx": positions}
+    targets = T - len(lengths)
+    return batch, [{"input_ids": part, "labels": part, "num_items_in_batch": targets} for part in ids.split(lengths, 1)]
+
+
+def padded(side: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rows of 40 and 21 tokens filled up, and each by itself."""
+    rows = [tokens(1, 40), tokens(1, 21, seed=2)]
+    gap = torch.zeros(1, 19, dtype=torch.int64)
+    ids = torch.cat([rows[0], torch.cat([gap, rows[1]] if side == "left" else [rows[1], gap], 1)])
+    mask = (ids > 0).to(torch.int64)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return batch, [{"input_ids": row, "labels": row, "num_items_in_batch": T - 2} for row in rows]
+
+
+def cases(kind: str, size: int, *, thorough: bool) -> list[Case]:
+    """What a model is tried with, over so many ranks; all of it if thorough."""
+    model, layouts = build(kind), LAYOUTS[size]
+    found = [Case("dense", DENSE, measured(build(kind, router_loss=True), DENSE), layouts)]
+    # Layers that are recomputed give no router's loss a gradient if reentrant, also in transformers.
+    plain = measured(model, DENSE)
+    found += [Case(f"recomputed, {way}", DENSE, plain, layouts[-1:], way) for way in (False, True)[: 1 + thorough]]
+    batches = {"packed": packed(), "left": padded("left"), "right": padded("right")}
+    for name, (batch, documents) in batches.items():
+        if thorough or name != "right":
+            found.append(Case(name, batch, measured(model, *documents), layouts if thorough else layouts[:1]))
+    if thorough:  # transformers itself computes rows so that are filled up at their ends
+        assert relative_error(measured(model, batches["right"][0]).loss, found[-1].whole.loss) < 1e-12
+    return found
 
 
 def errors(found: Measured, whole: Measured, part: Any, sp: Any) -> dict[str, float]:
     """Relative errors of a rank's results. Gradients: the mean over ranks is that of the whole."""
     start = sum(part["lasp_shard"].lengths[: part["lasp_shard"].rank])
-    logits = whole.logits[:, start : start + found.logits.shape[1]]
     size = 1 if sp is None else sp.size
-    assert size > 1 or found.gradients.keys() == whole.gradients.keys()
     zero = {name: torch.zeros_like(gradient) for name, gradient in whole.gradients.items()}
-    gradients = {
-        name: gradient if sp is None else sp.sum(gradient) for name, gradient in (zero | found.gradients).items()
-    }
-    worst = max(relative_error(gradients[name] / size, whole.gradients[name]) for name in whole.gradients)
+    gradients = zero | found.gradients
+    if sp is not None:
+        gradients = {name: sp.sum(gradient) / size for name, gradient in gradients.items()}
     return {
         "loss": relative_error(found.loss, whole.loss),
-        "logits": relative_error(found.logits, logits),
-        "gradients": worst,
+        "logits": relative_error(found.logits, whole.logits[:, start : start + found.logits.shape[1]]),
+        "gradients": max(relative_error(gradients[name], whole.gradients[name]) for name in whole.gradients),
     }
 
 
-def over_ranks(
-    model: Any, batch: dict[str, Any], whole: Measured, size: int, layouts: Sequence[Any], **options: Any
-) -> dict[str, float]:
-    """The largest errors of a model that so many ranks split, over all layouts and ranks."""
-
-    def work(rank: int) -> list[dict[str, float]]:
-        sp = lasp.SequenceParallel(dist.group.WORLD)
+def solve(kind: str, sp: Any, tried: Sequence[Case], **options: Any) -> dict[str, float]:
+    """The largest error of each case on this rank, over its layouts."""
+    found: dict[str, float] = {}
+    for case in tried:
+        model = build(kind, router_loss=case.name == "dense")
+        if case.recomputed is not None:
+            recompute(model, reentrant=case.recomputed)
         lasp.hf.parallelize(model, sp, **options)
-        found = []
-        for lengths in layouts:
-            part = lasp.hf.shard(batch, sp, lengths)
-            found.append(errors(measured(model, part), whole, part, sp))
-        return found
-
-    found = [one for rank in world.run(size, work) for one in rank]
-    return {name: max(one[name] for one in found) for name in found[0]}
+        for lengths in case.layouts:
+            part = lasp.hf.shard(case.batch, sp, lengths if sp is not None else None)
+            largest = max(errors(measured(model, part), case.whole, part, sp).values())
+            found[case.name] = max(found.get(case.name, 0.0), largest)
+    return found
 
 
-def alone(model: Any, batch: dict[str, Any], whole: Measured, lengths: tuple[int, ...]) -> float:
+def alone(kind: str, whole: Measured, lengths: tuple[int, ...]) -> float:
     """The control: how far logits are off where a rank computes its tokens by itself, here the last."""
     start = sum(lengths[:-1])
-    part = {"input_ids": batch["input_ids"][:, start:], "position_ids": torch.arange(start, sum(lengths))[None]}
+    part = {"input_ids": IDS[:, start:], "position_ids": torch.arange(start, T)[None]}
     with exactly(), torch.no_grad():
-        logits = model(**part, use_cache=False).logits
+        logits = build(kind)(**part, use_cache=False).logits
     return relative_error(logits, whole.logits[:, start:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_split_model_is_the_same_model(kind: str) -> None:
-    model = build(kind)
-    ids = tokens(2, T)
-    batch = {"input_ids": ids, "labels": ids.masked_fill(tokens(2, T, seed=2) < 20, -100)}
-    whole = measured(model, batch)
-    for size, layouts in LAYOUTS.items():
-        for method in ("auto",) if size == 3 else ("auto", "all_gather"):
-            found = over_ranks(model, batch, whole, size, layouts, softmax_method=method)
-            assert max(found.values()) < BOUND, (size, method, found)
-    assert alone(model, batch, whole, LAYOUTS[3][0]) > 1e-3
-    # By one process, with this library's operators.
-    part = lasp.hf.shard(batch, None)
-    found = errors(measured(lasp.hf.parallelize(model, None), part), whole, part, None)
+def compare(kind: str, size: int, *exchanges: str, thorough: bool = False, **options: Any) -> None:
+    """Every case with the first exchange, packed documents with the others too."""
+    tried = cases(kind, size, thorough=thorough)
+    fewer = [case for case in tried if case.name == "packed"]
+
+    def work(rank: int) -> list[dict[str, float]]:
+        groups = [lasp.SequenceParallel(dist.group.WORLD, exchange=exchange) for exchange in exchanges]
+        return [solve(kind, sp, fewer if number else tried, **options) for number, sp in enumerate(groups)]
+
+    for found in chain(*world.run(size, work, deadline_s=300)):
+        assert max(found.values()) < BOUND, found
+    assert alone(kind, tried[0].whole, LAYOUTS[size][0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "exchange", "method"),
+    [
+        ("qwen3_next", 2, "auto", "all_gather"),
+        ("mamba2", 3, "ring", "auto"),
+        ("nemotron_h", 2, "auto", "ulysses"),
+        ("minimax", 2, "auto", "auto"),
+    ],
+)
+def test_a_split_model_is_the_same_model(kind: str, size: int, exchange: str, method: str) -> None:
+    compare(kind, size, exchange, softmax_method=method)
+
+
+def test_one_process_with_our_operators() -> None:
+    found = solve("qwen3_next", None, [case._replace(layouts=[()]) for case in cases("qwen3_next", 2, thorough=False)])
     assert max(found.values()) < BOUND, found
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_type(kind: str, size: int) -> None:
+    compare(kind, size, "ring", "all_gather", "doubling", "pipelined", thorough=True)
+
+
+def test_two_batches_before_their_gradients() -> None:
+    """What splits a batch is its own, also where its layers are recomputed after another batch has come."""
+    model = build("qwen3_next")
+    parts = measured(model, DENSE).gradients, measured(model, *packed()[1]).gradients
+
+    def work(rank: int) -> float:
+        sp = lasp.SequenceParallel(dist.group.WORLD)
+        model = lasp.hf.parallelize(recompute(build("qwen3_next"), reentrant=False), sp)
+        with exactly():
+            first = model(**lasp.hf.shard(DENSE, sp)).loss
+            (first + model(**lasp.hf.shard(packed()[0], sp, (1, 60))).loss).backward()
+        return max(
+            relative_error(sp.sum(p.grad) / 2, parts[0][name] + parts[1][name])
+            for name, p in model.named_parameters()
+            if name in parts[0]
+        )
+
+    assert max(world.run(2, work)) < BOUND
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
+def test_compiled_by_layer(kind: str) -> None:
+    """Graphs break around what crosses ranks, and are not made anew for other tokens."""
+    model = build(kind, torch.float32)
+
+    def step(model: Any, batch: dict[str, Any]) -> Measured:
+        model.zero_grad(set_to_none=True)
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return Measured(output.loss.detach(), output.logits.detach(), gradients)
+
+    whole = step(model, DENSE)
+
+    def work(rank: int) -> tuple[float, list[int]]:
+        sp = lasp.SequenceParallel(dist.group.WORLD)
+        lasp.hf.parallelize(model, sp)
+        for module in model.modules():
+            if type(module).__name__.endswith(("DecoderLayer", "Block")):
+                module.compile(backend="eager")
+        graphs, largest = [], 0.0
+        for shift in (0, 1):
+            batch = {name: value.roll(shift, 0) for name, value in DENSE.items()}
+            part = lasp.hf.shard(batch, sp)
+            found = step(model, part)
+            if shift == 0:
+                largest = max(errors(found, whole, part, sp).values())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return largest, graphs
+
+    for largest, graphs in world.run(2, work, deadline_s=400):
+        assert largest < 1e-4 and graphs[0] > 0 and graphs[1] == graphs[0]

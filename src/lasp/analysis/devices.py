@@ -84,7 +84,7 @@ def _network(inside: float, across: float) -> tuple[Link, Link, Constants]:
         message=Link(NCCL.message.latency_s, inside),
         shift=Link(NCCL.shift.latency_s, inside),
         gather=NCCL.gather._replace(bytes_per_s=inside),
-        swap=NCCL.swap._replace(bytes_per_s=inside),
+        all_to_all=NCCL.all_to_all._replace(bytes_per_s=inside),
         broadcast=NCCL.broadcast._replace(bytes_per_s=inside),
         across=Link(NCCL.across.latency_s, across),
         source=f"NCCL's default latencies; {inside / 1e9:.0f} GB/s in a host, {across / 1e9:.0f} GB/s between hosts",

@@ -56,7 +56,7 @@ def program(step: Step) -> Callable[[int], Program]:
     size = sum(step.nodes)
     model = Model(step.load, step.nodes, step.constants)
     together = step.exchange.seconds(model, want_total=False) if size > 1 else 0.0
-    fold, blocks = model.fold(alone=True), model.best_blocks() if step.name == "pipelined" else 1
+    fold, blocks = model.apply_summary(alone=True), model.best_blocks() if step.name == "pipelined" else 1
 
     def begin(rank: int, key: object, reverse: bool) -> Program:
         place = size - 1 - rank if reverse else rank

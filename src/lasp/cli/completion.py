@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 
-from lasp.cli.help_text import COMMAND_LINES, Option, help_of
+from lasp.cli.command_lines import COMMAND_LINES, Option, command_line
 from lasp.errors import ConfigError
 from lasp.terminal import say
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if len(arguments) != 1 or arguments[0] not in _SHELLS:
         raise ConfigError(f"lasp completion needs the name of a shell, one of {', '.join(_SHELLS)}")
-    say(_SHELLS[arguments[0]]({line: help_of(line).options for line in COMMAND_LINES}))
+    say(_SHELLS[arguments[0]]({line: command_line(line).options for line in COMMAND_LINES}))
     return 0
 
 

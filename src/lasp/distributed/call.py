@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -122,3 +123,23 @@ class Call:
 
 Messages = Comm | Call
 """What carries the messages of an exchange: those of a call, or, where times are measured, of none."""
+
+
+class Line(NamedTuple):
+    """The ranks in the order in which the state passes them. A position is a place in that order."""
+
+    comm: Messages
+    reverse: bool
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    @property
+    def position(self) -> int:
+        """This rank's position in the line."""
+        return self.rank(self.comm.rank)
+
+    def rank(self, position: int) -> int:
+        """The rank at a position, and the position of a rank."""
+        return self.comm.size - 1 - position if self.reverse else position

@@ -51,26 +51,6 @@ class Traffic(NamedTuple):
         return Traffic(self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes)
 
 
-class Line(NamedTuple):
-    """The ranks in the order in which the state passes them. A position is a place in that order."""
-
-    comm: Messages
-    reverse: bool
-
-    @property
-    def size(self) -> int:
-        return self.comm.size
-
-    @property
-    def position(self) -> int:
-        """This rank's position in the line."""
-        return self.rank(self.comm.rank)
-
-    def rank(self, position: int) -> int:
-        """The rank at a position, and the position of a rank."""
-        return self.comm.size - 1 - position if self.reverse else position
-
-
 class PendingExchange(Protocol):
     """An exchange under way. Local work belongs between `begin` and `wait`."""
 

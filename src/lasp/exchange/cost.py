@@ -36,11 +36,11 @@ class Constants:
     Attributes:
         message: one message to the next rank while the others wait, as in a chain.
         shift: every rank sends one message and receives one, at the same time.
-        gather, swap, broadcast: the collectives; an all-to-all is a swap.
+        gather, all_to_all, broadcast: the collectives.
         across: one message to a rank on another host.
         peer: every rank writes into every other rank's memory; None where they cannot.
-        fold, fold_alone: apply a summary to a state of so many bytes, without matrix products, on all ranks at once and
-            on one while the others wait. They differ where ranks share cores or memory.
+        apply_summary, apply_summary_alone: to a state of so many bytes, without matrix products, on all ranks at once
+            and on one while the others wait. They differ where ranks share cores or memory.
         flops_per_s: of matrix products in the state's dtype, for dense transitions.
         source: where the numbers come from, for the reader.
     """
@@ -48,11 +48,11 @@ class Constants:
     message: Link
     shift: Link
     gather: Link
-    swap: Link
+    all_to_all: Link
     broadcast: Link
     across: Link
-    fold: Link
-    fold_alone: Link
+    apply_summary: Link
+    apply_summary_alone: Link
     flops_per_s: float
     source: str
     peer: Link | None = None
@@ -69,6 +69,7 @@ class Constants:
         """
         try:
             values = files.read_json(Path(path), follow=True)
+            values = {_EARLIER.get(name, name): value for name, value in values.items()}
             links: dict[str, Any] = {name: _link(values.pop(name)) for name in LINKS}
             peer = values.pop("peer", None)
             links["peer"] = None if peer is None else _link(peer)
@@ -85,6 +86,8 @@ class Constants:
 
 
 LINKS = tuple(field.name for field in dataclasses.fields(Constants) if field.type == "Link")
+# Names in files of earlier versions.
+_EARLIER = {"swap": "all_to_all", "fold": "apply_summary", "fold_alone": "apply_summary_alone"}
 
 # Starting points, for groups that were not measured. gloo's are rounded from 2 to 8 processes on a two-core machine.
 # NCCL's are times of the GPU, not of the host that launches: message, gather and peer from whole exchanges on two H100s
@@ -93,11 +96,11 @@ GLOO = Constants(
     message=Link(200e-6, 2e9),
     shift=Link(150e-6, 1e9, 150e-6),
     gather=Link(200e-6, 0.4e9, 400e-6),
-    swap=Link(300e-6, 0.5e9, 500e-6),
+    all_to_all=Link(300e-6, 0.5e9, 500e-6),
     broadcast=Link(200e-6, 1e9, 400e-6),
     across=Link(200e-6, 1e9),
-    fold=Link(100e-6, 1.5e9),
-    fold_alone=Link(80e-6, 2e9),
+    apply_summary=Link(100e-6, 1.5e9),
+    apply_summary_alone=Link(80e-6, 2e9),
     flops_per_s=50e9,
     source="defaults for gloo",
 )
@@ -105,11 +108,11 @@ NCCL = Constants(
     message=Link(12e-6, 200e9),
     shift=Link(14e-6, 200e9),
     gather=Link(16e-6, 250e9, 1e-6),
-    swap=Link(18e-6, 250e9, 1e-6),
+    all_to_all=Link(18e-6, 250e9, 1e-6),
     broadcast=Link(16e-6, 200e9, 0.5e-6),
     across=Link(20e-6, 40e9),
-    fold=Link(12e-6, 1e12),
-    fold_alone=Link(12e-6, 1e12),
+    apply_summary=Link(12e-6, 1e12),
+    apply_summary_alone=Link(12e-6, 1e12),
     flops_per_s=30e12,
     source="defaults for NCCL",
     peer=Link(15e-6, 250e9, 0.5e-6),
@@ -140,7 +143,7 @@ class Model:
         c = self.constants
         return (self.size - 1 - between) * c.message.seconds(nbytes) + between * c.across.seconds(nbytes)
 
-    def hop(self, nbytes: float, senders: int | None = None) -> float:
+    def send(self, nbytes: float, senders: int | None = None) -> float:
         """Seconds in which so many ranks, by default all but the last, send one message each at the same time."""
         c = self.constants
         # Between one pair and all pairs: where ranks share cores or wires, each more makes it slower.
@@ -152,8 +155,8 @@ class Model:
     def gather(self, nbytes: float) -> float:
         return self._collective(self.constants.gather, nbytes)
 
-    def swap(self, nbytes: float) -> float:
-        return self._collective(self.constants.swap, nbytes)
+    def all_to_all(self, nbytes: float) -> float:
+        return self._collective(self.constants.all_to_all, nbytes)
 
     def broadcast(self, nbytes: float) -> float:
         return self._collective(self.constants.broadcast, nbytes)
@@ -163,11 +166,11 @@ class Model:
         link = self.constants.peer
         return math.inf if link is None or len(self.nodes) > 1 else link.seconds(nbytes, self.size - 1)
 
-    def fold(self, load: Payload | None = None, *, alone: bool = False) -> float:
+    def apply_summary(self, load: Payload | None = None, *, alone: bool = False) -> float:
         """Apply a summary, on all ranks at once or on one alone."""
         load = self.load if load is None else load
         # Of two ranks only one has something to apply.
-        link = self.constants.fold_alone if alone or self.size == 2 else self.constants.fold
+        link = self.constants.apply_summary_alone if alone or self.size == 2 else self.constants.apply_summary
         seconds = link.seconds(load.state_bytes)
         if load.is_dense:
             seconds += 2 * load.heads * load.keys**2 * load.values / self.constants.flops_per_s
@@ -176,7 +179,7 @@ class Model:
     def compose(self) -> float:
         """Compose two summaries."""
         load = self.load
-        seconds = self.fold()
+        seconds = self.apply_summary()
         if load.is_dense:
             seconds += 2 * load.heads * load.keys**3 / self.constants.flops_per_s
         return seconds
@@ -185,8 +188,12 @@ class Model:
         """A state streams down the chain in blocks, (size - 2 + P)(a + b / P) for P blocks; one is the plain chain."""
         state, c = self.load.state_bytes, self.constants
         if blocks == 1:
-            return self.chain(state) + (self.size - 1) * self.fold(alone=True)
-        stage = self.hop(state / blocks) + c.fold.latency_s + (self.fold() - c.fold.latency_s) / blocks
+            return self.chain(state) + (self.size - 1) * self.apply_summary(alone=True)
+        stage = (
+            self.send(state / blocks)
+            + c.apply_summary.latency_s
+            + (self.apply_summary() - c.apply_summary.latency_s) / blocks
+        )
         return (self.size - 2 + blocks) * stage
 
     def best_blocks(self) -> int:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary, Transition
+from lasp.distributed.call import Line
 from lasp.distributed.comm import Comm
-from lasp.exchange.base import Exchange, Line
+from lasp.exchange.base import Exchange
 from lasp.exchange.cost import Constants, Link
 from lasp.exchange.payload import Payload
 from lasp.exchange.peer.exchange import Peer
@@ -144,11 +145,11 @@ def operations(
             for message in comm.batch_send_recv(sends, receives):
                 message.wait()
 
-    def swap(part: Tensor) -> None:
+    def all_to_all(part: Tensor) -> None:
         for message in [comm.all_to_all([part] * size, [part.numel()] * size)]:
             message.wait()
 
-    def fold(payload: Tensor, active: bool) -> None:
+    def apply_summary(payload: Tensor, active: bool) -> None:
         if active:
             state = payload.view(1, 1, -1)
             Summary(Scalar(payload[:1]), state).apply(state)
@@ -167,10 +168,10 @@ def operations(
         "message": (lambda n: _bound(chain, floats(n)), 2 * others),
         "shift": (lambda n: _bound(shift, floats(n)), 2),
         "gather": (lambda n: _bound(lambda part: comm.all_gather(part).wait(), floats(n / others)), 1),
-        "swap": (lambda n: _bound(swap, floats(n / others)), 1),
+        "all_to_all": (lambda n: _bound(all_to_all, floats(n / others)), 1),
         "broadcast": (lambda n: _bound(lambda whole: comm.broadcast(whole, 0), floats(n)), 1),
-        "fold": (lambda n: _bound(fold, floats(n), True), 1),
-        "fold_alone": (lambda n: _bound(fold, floats(n), comm.rank == 0), 1),
+        "apply_summary": (lambda n: _bound(apply_summary, floats(n), True), 1),
+        "apply_summary_alone": (lambda n: _bound(apply_summary, floats(n), comm.rank == 0), 1),
     }
     if peers_are_possible(comm, max(sizes) // others, device):
         probes["peer"] = (lambda n: _bound(peer, floats(n / others)), 1)

@@ -1,14 +1,21 @@
 """The door to an exchange: on the stream that suits it, replayed in a recomputation, or inside a compiled graph.
 
+Recomputing a recurrence costs local work only if the state that came from other ranks need not come again. It is one
+K x V state a head, whatever the number of tokens. So what exchanges brought in the forward pass of a region that
+backward recomputes is kept, and in the recomputation nothing is sent, on any rank.
+
 torch.compile traces a recurrence's stages and calls the whole exchange between them as one operator: no local work runs
 beside it, the compiler fuses that instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from itertools import count
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,18 +25,8 @@ from lasp.algebra import Dense, Diagonal, Identity, Scalar, Summary
 from lasp.distributed.call import Call
 from lasp.distributed.comm import Comm
 from lasp.exchange.base import ConstantDecays, Exchange, ExchangeResult, PendingExchange
-from lasp.exchange.replay import recorded, reserve
 from lasp.exchange.schedules.local import Local, Ready
 from lasp.exchange.side_stream import SideStream
-
-
-class Pass(Protocol):
-    """An operator's pass over the ranks: `lasp.sequence.call.SequenceCall`."""
-
-    @property
-    def messages(self) -> Call:
-        """The call that carries this pass's messages; not read where a recomputation has what its exchanges brought."""
-        ...
 
 
 class Ranks(Protocol):
@@ -55,7 +52,7 @@ class Ranks(Protocol):
         inputs: Sequence[Tensor | None] = (),
         *,
         replays: bool = False,
-    ) -> Pass | None:
+    ) -> SequenceCall | None:
         """Begin an operator's forward pass."""
         ...
 
@@ -78,7 +75,7 @@ def ranks_of(key: int) -> Ranks:
 
 def start(
     ranks: Ranks | None,
-    call: Pass | None,
+    call: SequenceCall | None,
     summary: Summary,
     initial: Tensor | None,
     *,
@@ -156,6 +153,103 @@ class Started:
             side.hand_over(result.total)
         self._place(result)
         return result
+
+
+class SequenceCall:
+    """One operator's pass over the ranks of a sequence, forward or backward.
+
+    In the recomputation of a region that keeps what its exchanges brought there is nothing to call for: `messages` is
+    None, on all ranks alike.
+    """
+
+    def __init__(self, rank: int, messages: Call | None, *, is_forward: bool) -> None:
+        self.rank, self._messages, self._is_forward = rank, messages, is_forward
+
+    @property
+    def messages(self) -> Call:
+        """The call that carries this pass's messages."""
+        assert self._messages is not None, "a recomputation that exchanges nothing"
+        return self._messages
+
+    def adjoint(self, part: str = "backward") -> SequenceCall:
+        """Begin the pass that takes this one's gradients. part: what to call it, where there are several."""
+        return SequenceCall(self.rank, self.messages.adjoint(part), is_forward=False)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in their order."""
+        if not self._is_forward:
+            return self.messages.sum(tensor)
+        kept = recorded()
+        if kept is not None:
+            total: Tensor = kept
+            return total
+        place = reserve()
+        total = self.messages.sum(tensor)
+        place(total)
+        return total
+
+
+def save_after(ctx: Any, tensor: Tensor) -> None:
+    """Save something, if it is nothing, at the end of an exchange in an autograd function's forward.
+
+    torch.utils.checkpoint runs a region again only as far as to its last saved tensor. Whether an exchange runs again
+    must not depend on what else a rank saves: where one rank sends again and another does not, a later exchange takes
+    the message for its own.
+    """
+    if ctx.call is not None:
+        ctx.save_for_backward(tensor.new_empty(0))
+
+
+def adjoint_of(ctx: Any, part: str = "backward") -> Any:
+    """The call of such a function's backward, begun at its start; None if the forward one, `ctx.call`, is None.
+
+    What was saved is asked for before, on every rank, because that may run a region again, with calls of its own.
+    """
+    _ = ctx.saved_tensors
+    return None if ctx.call is None else ctx.call.adjoint(part)
+
+
+# Recording and what was recorded, or replaying and what is left. Each thread has its own: a GPU's backward pass, and
+# so its recomputation, runs in a thread of autograd's. A place is reserved where an exchange begins and filled where
+# it ends, because another may begin and end meanwhile.
+_region: ContextVar[tuple[bool, deque[list[Any]]] | None] = ContextVar("region", default=None)
+
+
+def keeping_exchanges() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a region's forward pass and of its recomputation: a `context_fn` of torch.utils.checkpoint."""
+    kept: deque[list[Any]] = deque()
+    return _within(False, kept), _within(True, kept)
+
+
+def is_replaying() -> bool:
+    """True in a recomputation that has what its exchanges brought."""
+    region = _region.get()
+    return region is not None and region[0]
+
+
+def recorded() -> Any:
+    """The result of the next exchange, in a recomputation that has it; None elsewhere."""
+    region = _region.get()
+    return region[1].popleft()[0] if region is not None and region[0] else None
+
+
+def reserve() -> Callable[[Any], None]:
+    """The function to call with what an exchange that begins will bring. In a region's forward pass that is kept."""
+    region = _region.get()
+    place: list[Any] = []
+    if region is not None and not region[0]:
+        region[1].append(place)
+    return place.append
+
+
+@contextmanager
+def _within(replaying: bool, kept: deque[list[Any]]) -> Iterator[None]:
+    # A copy: what is taken out is still there for another backward pass through a retained graph.
+    token = _region.set((replaying, deque(kept) if replaying else kept))
+    try:
+        yield
+    finally:
+        _region.reset(token)
 
 
 _KINDS = {kind.__name__: kind for kind in (Identity, Scalar, Diagonal, Dense)}

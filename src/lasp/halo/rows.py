@@ -2,7 +2,7 @@
 
 w = width, how many tokens back are read. Rows are numbered globally: the tokens of the whole sequence 0 .. total - 1,
 then the w rows before each document's first token, its initial state: row total + n w + i for document n, oldest
-first. NONE is a row of zeros that nobody holds. Every rank computes every rank's wishes from the shards and the
+first. NONE is a row of zeros that nobody holds. Every rank computes the rows every rank needs from the shards and the
 documents alone, so nothing is asked for: rows are sent.
 """
 
@@ -63,7 +63,7 @@ def final_rows(layout: HaloLayout) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def wishes(layout: HaloLayout) -> tuple[NeededRows, ...]:
+def needed_rows(layout: HaloLayout) -> tuple[NeededRows, ...]:
     """Rows that every rank needs."""
     bounds, width = torch.tensor(layout.bounds), layout.width
     everywhere = [final_rows(layout).flatten()] if layout.final else []
@@ -91,8 +91,8 @@ class Rows:
         self.layout, self.rank = layout, rank
         self.total, self.start, self.end = layout.starts[-1], layout.starts[rank], layout.starts[rank + 1]
         self._bounds = torch.tensor(layout.bounds)
-        self.wishes = wishes(layout)
-        self.wish = self.wishes[rank]
+        self.needs = needed_rows(layout)
+        self.needed = self.needs[rank]
 
     def owner(self, rows: Tensor) -> Tensor:
         """The rank that holds each row: of initial states, which all have, the first, which gets their gradient."""
@@ -118,12 +118,12 @@ class Route(NamedTuple):
     """The ways of rows to this rank and from it; indices on the tensors' device.
 
     Attributes:
-        here: (positions in the wish, tokens here) of own rows.
-        state: (positions in the wish, rows of the initial states).
-        receives: (rank, positions in the wish) for every rank that sends rows here.
+        here: (positions in the needed rows, tokens here) of own rows.
+        state: (positions in the needed rows, rows of the initial states).
+        receives: (rank, positions in the needed rows) for every rank that sends rows here.
         sends: (rank, tokens here) for every rank that wants some.
         state_of: for the first rank, (rank, rows of the initial states) that other ranks use.
-        halo: slice of the wish that goes right before the first token.
+        halo: slice of the needed rows that goes right before the first token.
     """
 
     here: tuple[Tensor, Tensor]
@@ -139,8 +139,8 @@ class BoundaryOverride(NamedTuple):
 
     Attributes:
         tokens: int64 [A], tokens here.
-        near: int64 [w + 1, A], rows of the extended shard.
-        far: int64 [w + 1, A], rows of the wish, its length for zeros.
+        near: int64 [w + 1, A], tokens here.
+        far: int64 [w + 1, A], indices of needed rows, its length for zeros.
         is_near: bool [w + 1, A], read the former.
     """
 
@@ -154,14 +154,14 @@ class HaloPlan(NamedTuple):
     """Rows of one layout on one rank.
 
     Attributes:
-        fix: None where no token's reads are replaced.
-        final: int64 [N * w], rows of the wish that are final states, its length for zeros; None unless wanted.
+        override: None where no token's reads are replaced.
+        final: int64 [N * w], indices of needed rows that are final states, its length for zeros; None unless wanted.
     """
 
     width: int
     num_rows: int
     route: Route
-    fix: BoundaryOverride | None
+    override: BoundaryOverride | None
     final: Tensor | None
 
 
@@ -171,20 +171,20 @@ def plan(layout: HaloLayout, rank: int, device: torch.device) -> HaloPlan:
     with torch.inference_mode(False):  # a plan made while generating may serve training, which saves its indices
         rows = Rows(layout, rank)
         final = _position(rows, final_rows(layout).flatten()).to(device) if layout.final else None
-        return HaloPlan(layout.width, len(rows.wish.rows), _route(rows, device), _fix(rows, device), final)
+        return HaloPlan(layout.width, len(rows.needed.rows), _route(rows, device), _override(rows, device), final)
 
 
 def _position(rows: Rows, wanted: Tensor) -> Tensor:
-    """Positions of the rows in the wish; its length for NONE."""
-    found = torch.searchsorted(rows.wish.rows, wanted)
-    return torch.where(wanted == NONE, len(rows.wish.rows), found)
+    """Positions of the rows in the needed rows; its length for NONE."""
+    found = torch.searchsorted(rows.needed.rows, wanted)
+    return torch.where(wanted == NONE, len(rows.needed.rows), found)
 
 
 def _route(rows: Rows, device: torch.device) -> Route:
-    wanted, total = rows.wish.rows, rows.total
+    wanted, total = rows.needed.rows, rows.total
     owner, is_token = rows.owner(wanted), wanted < total
     receives, sends, state_of = [], [], []
-    for rank, other in enumerate(rows.wishes):
+    for rank, other in enumerate(rows.needs):
         if rank == rows.rank:
             continue
         positions = ((owner == rank) & is_token).nonzero()[:, 0]
@@ -205,17 +205,17 @@ def _route(rows: Rows, device: torch.device) -> Route:
         tuple(receives),
         tuple(sends),
         tuple(state_of),
-        slice(end - rows.wish.halo, end),
+        slice(end - rows.needed.halo, end),
     )
 
 
-def _fix(rows: Rows, device: torch.device) -> BoundaryOverride | None:
+def _override(rows: Rows, device: torch.device) -> BoundaryOverride | None:
     tokens, documents = rows.exceptions()
     if not len(tokens):
         return None
     # A row for each token back, from none to w.
     wanted = before(rows.layout, tokens - torch.arange(rows.layout.width + 1)[:, None], documents)
-    is_near = (wanted != NONE) & (wanted < rows.total)
-    near = torch.where(is_near, wanted - rows.start + rows.layout.width, 0)
-    far = torch.where(is_near, len(rows.wish.rows), _position(rows, wanted))
+    is_near = (wanted >= rows.start) & (wanted < rows.end)
+    near = torch.where(is_near, wanted - rows.start, 0)
+    far = torch.where(is_near, len(rows.needed.rows), _position(rows, wanted))
     return BoundaryOverride((tokens - rows.start).to(device), near.to(device), far.to(device), is_near.to(device))

@@ -38,9 +38,18 @@ class MixerFrame(NamedTuple):
     wanted: set[str]
 
 
+class LayerFrame(NamedTuple):
+    """A layer that is running, in a pass or in a recomputation, which may not hand on what it was told."""
+
+    split: ModelSplit
+    shard: BatchShard | None
+    module: nn.Module
+
+
 class _Running(threading.local):
     def __init__(self) -> None:
         self.passes: list[ModelPass] = []
+        self.layers: list[LayerFrame] = []
         self.frames: list[MixerFrame] = []
 
 

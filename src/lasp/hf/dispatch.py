@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
 from lasp.hf.context import MixerFrame, ModelPass, split_frame, split_pass
 from lasp.hf.split import is_used
 from lasp.hf.table import OF_MODEL, OPTIONAL, PACKAGE, ModelFamily, Operator
-from lasp.sequence.graph import untraced
+from lasp.recurrence.untraced import untraced
 
 
 class Dispatcher:
@@ -26,6 +27,10 @@ class Dispatcher:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return _dispatched(self, arguments, options)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Bind it, where it stands in the place of a method."""
+        return self if instance is None else MethodType(self, instance)
 
     def run(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         current = self._current()
@@ -41,34 +46,38 @@ _dispatched = untraced(Dispatcher.run)
 
 
 def functions_of(family: ModelFamily) -> dict[str, Operator]:
-    """Operators of the functions to be dispatched of a file, by global name."""
+    """Operators of the functions to be dispatched of a file, by their names there, of methods "Class.method"."""
     found = {name: operator for functions in family.mixers.values() for name, operator in functions.items()}
-    module = import_module(PACKAGE + family.file)
     others = {**OPTIONAL, **OF_MODEL}
-    return found | {name: operator for name, operator in others.items() if hasattr(module, name)}
+    return found | {name: operator for name, operator in others.items() if _found(family, name) is not None}
 
 
 def missing(family: ModelFamily) -> list[str]:
     """Functions that the mixers of this file are to call, and which it does not have."""
-    module = import_module(PACKAGE + family.file)
-    return [name for name in functions_of(family) if not callable(getattr(module, name, None))]
+    return [name for name in functions_of(family) if not callable(_found(family, name))]
 
 
 def dispatch(family: ModelFamily) -> None:
     """Bind a file's functions to dispatchers, where they are not."""
-    module = import_module(PACKAGE + family.file)
     for name, operator in functions_of(family).items():
-        original = getattr(module, name)
+        original = _found(family, name)
         if not isinstance(original, Dispatcher):
-            setattr(module, name, Dispatcher(name, original, operator))
+            setattr(_holder(family, name), name.split(".")[-1], Dispatcher(name, original, operator))
 
 
 def release(family: ModelFamily) -> None:
     """Leave the file as it was, where no model needs its dispatchers any longer."""
-    if is_used(family.file):
-        return
-    module = import_module(PACKAGE + family.file)
-    for name in functions_of(family):
-        found = getattr(module, name, None)
+    for name in functions_of(family) if not is_used(family.file) else ():
+        found = _found(family, name)
         if isinstance(found, Dispatcher):
-            setattr(module, name, found.__wrapped__)
+            setattr(_holder(family, name), name.split(".")[-1], found.__wrapped__)
+
+
+def _holder(family: ModelFamily, name: str) -> Any:
+    """The file's module, or the class in it that has the method."""
+    module = import_module(PACKAGE + family.file)
+    return getattr(module, name.split(".")[0], None) if "." in name else module
+
+
+def _found(family: ModelFamily, name: str) -> Any:
+    return getattr(_holder(family, name), name.split(".")[-1], None)

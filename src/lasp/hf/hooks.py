@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lasp.hf.context import MixerFrame, ModelPass, running, split_pass
+from lasp.hf.context import LayerFrame, MixerFrame, ModelPass, running, split_pass
 from lasp.hf.shards import BatchShard
 from lasp.hf.split import ModelSplit
-from lasp.sequence.graph import untraced
+from lasp.recurrence.untraced import untraced
 from lasp.sequence.sequence_parallel import broadcast_errors
 
 KEY = "lasp_shard"
@@ -48,7 +48,14 @@ class LayerEnters(Hook):
     """Tells a layer of the pass before it runs, and so its recomputation."""
 
     def __call__(self, module: nn.Module, arguments: Any, options: Keywords) -> tuple[Any, Keywords]:
-        return arguments, _told(self.split, options)
+        return _enter_layer(self, module, arguments, options)
+
+
+class LayerLeaves(Hook):
+    """Runs after a layer, also where it failed."""
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        _leave_layer(module)
 
 
 class MixerEnters(Hook):
@@ -75,6 +82,7 @@ def _enter_model(hook: ModelEnters, module: nn.Module, arguments: Any, options: 
     # An interrupt leaves no time to end a pass; a model is not within itself.
     while any(begun.module is module for begun in passes):
         passes.pop()
+        running.layers.clear()
         running.frames.clear()
     if passes and passes[-1].split is hook.split:
         return arguments, _told(hook.split, options)
@@ -104,6 +112,18 @@ def _leave_model(module: nn.Module) -> None:
 
 
 @untraced
+def _enter_layer(hook: LayerEnters, module: nn.Module, arguments: Any, options: Keywords) -> tuple[Any, Keywords]:
+    options = _told(hook.split, options)
+    running.layers.append(LayerFrame(hook.split, options.get(KEY), module))
+    return arguments, options
+
+
+@untraced
+def _leave_layer(module: nn.Module) -> None:
+    while running.layers and running.layers.pop().module is not module:
+        pass
+
+
 def _told(split: ModelSplit, options: Keywords) -> Keywords:
     """The arguments, with what splits the pass, if one of this model is under way."""
     current = split_pass()
@@ -115,6 +135,8 @@ def _told(split: ModelSplit, options: Keywords) -> Keywords:
 @untraced
 def _enter_mixer(hook: MixerEnters, module: nn.Module, arguments: Any, options: Keywords) -> tuple[Any, Keywords]:
     shard = options.pop(KEY, None)
+    if shard is None and running.layers and running.layers[-1].split is hook.split:
+        shard = running.layers[-1].shard
     if shard is None and not hook.split.is_whole:
         current = split_pass()
         is_backward = torch._C._current_graph_task_id() != -1

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -105,7 +106,23 @@ def state_space_scan(
         o, _state = linear_attention(
             C, B, values, step * A.to(dtype), scale=1.0, cu_seqlens=documents, sp=sp, backend=frame.split.backend
         )
-    return o if D is None else o + D.to(o.dtype)[:, None] * hidden_states
+    # Callers take views of it.
+    return (o if D is None else o + D.to(o.dtype)[:, None] * hidden_states).contiguous()
+
+
+def lightning_attention(frame: MixerFrame, layer: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Any, None]:
+    """MiniMaxLightningAttention.forward, whose recurrence is a loop in the layer itself: hidden_states [B, T, D]."""
+    sp, documents = frame.split.arguments(_shard(frame))
+    heads = (layer.num_attention_heads, 3 * layer.head_dim)
+    q, k, v = layer.act_fn(layer.qkv_proj(hidden_states)).unflatten(-1, heads).chunk(3, -1)
+    # The buffer has the model's dtype, and 16 bits are too few for a decay.
+    rate = layer.slope_rate
+    if rate.dtype not in (torch.float32, torch.float64):
+        rate = layer.get_slope_rate(hidden_states.device)
+    o, _state = linear_attention(
+        q, k, v, -rate.flatten(), scale=1.0, cu_seqlens=documents, sp=sp, backend=frame.split.backend
+    )
+    return layer.out_proj(layer.output_gate(hidden_states).sigmoid() * layer.norm(o.flatten(-2))), None
 
 
 def no_shortcut(frame: MixerFrame, *_: Any, **__: Any) -> None:

@@ -11,7 +11,17 @@ from lasp.halo.functions import MAX_WIDTH
 from lasp.hf import library
 from lasp.hf.attention import FUNCTION, former_of, name_for
 from lasp.hf.dispatch import dispatch, missing, release
-from lasp.hf.hooks import LayerEnters, MixerEnters, MixerLeaves, ModelEnters, ModelLeaves, add, hooks_of, remove
+from lasp.hf.hooks import (
+    LayerEnters,
+    LayerLeaves,
+    MixerEnters,
+    MixerLeaves,
+    ModelEnters,
+    ModelLeaves,
+    add,
+    hooks_of,
+    remove,
+)
 from lasp.hf.loss import SharedLoss
 from lasp.hf.split import ModelSplit, end
 from lasp.hf.table import TYPES, LayerKind, ModelFamily, kind_of
@@ -68,7 +78,7 @@ def parallelize(
     windows = {
         name: window
         for name, kind in layers.items()
-        if kind.is_attention and (window := getattr(model.get_submodule(name), "sliding_window", None))
+        if kind.is_attention and (window := _window(model.get_submodule(name)))
     }
     split = ModelSplit(sp, softmax_method, backend, frozenset(family.file for family in families.values()), windows)
     for family in families.values():
@@ -115,8 +125,12 @@ def _checked(model: nn.Module, models: Mapping[str, Any], layers: Mapping[str, L
         ValueError: some part of it is unknown, or is known not to be split.
     """
     families = {}
+    outermost = _outermost(models)
     for name, module in models.items():
         kind = module.config.model_type
+        # Of a model in another, as for images, the layers count: it has none that see tokens of the text.
+        if module not in outermost and not any(_is_within(layer, name) for layer in layers):
+            continue
         if kind not in TYPES:
             raise ValueError(
                 f"{name or type(module).__name__} is of the type {kind!r}, which cannot be split yet; known: "
@@ -135,8 +149,7 @@ def _checked(model: nn.Module, models: Mapping[str, Any], layers: Mapping[str, L
                 f"this transformers has no {', '.join(gone)} in {family.file}: use a version that lasp.hf knows"
             )
     for name, module in model.named_modules():
-        inside = any(name == known or name.startswith(known + ".") for known in layers)
-        if isinstance(module, _STATEFUL) and not inside:
+        if isinstance(module, _STATEFUL) and not any(_is_within(name, layer) for layer in layers):
             raise ValueError(f"{name} is a {type(module).__name__} outside of the known layers: it cannot be split")
         if isinstance(module, nn.Conv1d) and module.kernel_size[0] > MAX_WIDTH:
             raise ValueError(f"{name} is {module.kernel_size[0]} tokens wide; convolutions have up to {MAX_WIDTH}")
@@ -172,6 +185,12 @@ def _check_heads(model: nn.Module, layers: Mapping[str, LayerKind], sp: Sequence
             )
 
 
+def _window(layer: Any) -> int | None:
+    """Tokens that a softmax layer sees back, by itself or by its configuration; None for all."""
+    window: int | None = getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None))
+    return window
+
+
 def _add_hooks(model: nn.Module, models: Mapping[str, Any], layers: Mapping[str, LayerKind], split: ModelSplit) -> None:
     recomputed = library.load("modeling_layers").GradientCheckpointingLayer
     for name, module in model.named_modules():
@@ -180,6 +199,7 @@ def _add_hooks(model: nn.Module, models: Mapping[str, Any], layers: Mapping[str,
             add(ModelLeaves(split, name), module)
         elif isinstance(module, recomputed):
             add(LayerEnters(split, name), module)
+            add(LayerLeaves(split, name), module)
         if name in layers:
             wanted = layers[name].functions or (FUNCTION,)
             add(MixerEnters(split, name, frozenset(wanted)), module)
@@ -187,11 +207,17 @@ def _add_hooks(model: nn.Module, models: Mapping[str, Any], layers: Mapping[str,
 
 
 def _outermost(models: Mapping[str, Any]) -> list[Any]:
+    """Models that are in no other."""
     return [
         module
         for name, module in models.items()
-        if not any(name != other and (name.startswith(other + ".") or not other) for other in models)
+        if not any(_is_within(name, other) for other in models if name != other)
     ]
+
+
+def _is_within(name: str, other: str) -> bool:
+    """Returns whether a module's name is another's, or of one in it."""
+    return not other or name == other or name.startswith(other + ".")
 
 
 def _rename_attention(module: Any, rename: Any) -> None:

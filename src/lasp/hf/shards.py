@@ -17,6 +17,8 @@ from lasp.sequence.arguments import check_tensor, wholes
 IGNORED = -100
 # Of a collator for flash attention and Mamba's kernels: documents once more, which position_ids say.
 _DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Of a processor for images and text: what kind of token each is, 0 for text.
+_KINDS = ("token_type_ids", "mm_token_type_ids")
 _TOKENS = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels")
 
 
@@ -66,7 +68,7 @@ def shard(
         raise ValueError("batch must be a mapping with input_ids [B, T], and labels [B, T] to train")
     if sp is not None and not isinstance(sp, SequenceParallel):
         raise ValueError(f"sp must be a SequenceParallel or None, got {type(sp).__name__}")
-    given = {name: value for name, value in batch.items() if value is not None}
+    given = {name: value for name, value in batch.items() if value is not None and not _is_text(name, value)}
     _check(given)
     rows = _laid_out(given)
     digest = _digest(rows)
@@ -81,6 +83,10 @@ def shard(
     if "shift_labels" in part:
         part.setdefault("labels", part["shift_labels"])
     return {**part, "lasp_shard": BatchShard(cut, rank, bounds, targets, digest)}
+
+
+def _is_text(name: str, value: Any) -> bool:
+    return name in _KINDS and isinstance(value, Tensor) and not bool(value.any())
 
 
 def _check(given: Mapping[str, Any]) -> None:

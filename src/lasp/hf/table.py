@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lasp.hf.loss import load_balancing_loss
-from lasp.hf.operators import Operator, convolution, gated_delta_rule, no_shortcut, state_space_scan
+from lasp.hf.operators import (
+    Operator,
+    convolution,
+    gated_delta_rule,
+    lightning_attention,
+    no_shortcut,
+    state_space_scan,
+)
 
 _CONVOLUTION = {"causal_conv1d_fn": convolution}
 _GATED_DELTA = _CONVOLUTION | {"torch_chunk_gated_delta_rule": gated_delta_rule}
+_KIMI_DELTA = _CONVOLUTION | {"chunk_kimi_delta_attention": gated_delta_rule}
 _STATE_SPACE = _CONVOLUTION | {"mamba2_chunk_scan": state_space_scan}
 # Functions that a mixer tries first, and need not call.
 OPTIONAL: Mapping[str, Operator] = {"mamba2_split_conv1d_scan_combined": no_shortcut}
@@ -33,33 +41,39 @@ class ModelFamily(NamedTuple):
     attention: tuple[str, ...] = ()
 
 
+def _family(folder: str, prefix: str, mixers: Mapping[str, Mapping[str, Operator]], *other_types: str) -> ModelFamily:
+    """Returns that of a folder of transformers.models, whose classes begin with `prefix`."""
+    return ModelFamily(
+        f"{folder}.modeling_{folder}",
+        (folder, *other_types),
+        {prefix + name: functions for name, functions in mixers.items()},
+        (f"{prefix}Attention",) if prefix else (),
+    )
+
+
 FAMILIES = (
-    ModelFamily(
-        "qwen3_next.modeling_qwen3_next",
-        ("qwen3_next",),
-        {"Qwen3NextGatedDeltaNet": _GATED_DELTA},
-        ("Qwen3NextAttention",),
-    ),
-    ModelFamily(
-        "qwen3_5.modeling_qwen3_5",
-        ("qwen3_5", "qwen3_5_text"),
-        {"Qwen3_5GatedDeltaNet": _GATED_DELTA},
-        ("Qwen3_5Attention",),
-    ),
-    ModelFamily("mamba2.modeling_mamba2", ("mamba2",), {"Mamba2Mixer": _STATE_SPACE}),
-    ModelFamily("bamba.modeling_bamba", ("bamba",), {"BambaMixer": _STATE_SPACE}, ("BambaAttention",)),
-    ModelFamily(
-        "nemotron_h.modeling_nemotron_h",
-        ("nemotron_h",),
-        {"NemotronHMamba2Mixer": _STATE_SPACE},
-        ("NemotronHAttention",),
-    ),
-    ModelFamily(
-        "granitemoehybrid.modeling_granitemoehybrid",
-        ("granitemoehybrid",),
-        {"GraniteMoeHybridMambaLayer": _STATE_SPACE},
-        ("GraniteMoeHybridAttention",),
-    ),
+    # Gated DeltaNet
+    _family("qwen3_next", "Qwen3Next", {"GatedDeltaNet": _GATED_DELTA}),
+    _family("qwen3_5", "Qwen3_5", {"GatedDeltaNet": _GATED_DELTA}, "qwen3_5_text"),
+    _family("qwen3_5_moe", "Qwen3_5Moe", {"GatedDeltaNet": _GATED_DELTA}, "qwen3_5_moe_text"),
+    _family("olmo_hybrid", "OlmoHybrid", {"GatedDeltaNet": _GATED_DELTA}),
+    _family("lara_mini", "LaraMini", {"GatedDeltaNet": _GATED_DELTA}),
+    # Kimi delta attention
+    _family("kimi_linear", "KimiLinear", {"DeltaAttention": _KIMI_DELTA}),
+    _family("bailing_hybrid", "BailingHybrid", {"DeltaAttention": _KIMI_DELTA}),
+    # Mamba-2
+    _family("mamba2", "", {"Mamba2Mixer": _STATE_SPACE}),
+    _family("bamba", "Bamba", {"Mixer": _STATE_SPACE}),
+    _family("nemotron_h", "NemotronH", {"Mamba2Mixer": _STATE_SPACE}),
+    _family("granitemoehybrid", "GraniteMoeHybrid", {"MambaLayer": _STATE_SPACE}),
+    _family("falcon_h1", "FalconH1", {"Mixer": _STATE_SPACE}),
+    _family("zamba2", "Zamba2", {"MambaMixer": _STATE_SPACE}),
+    # lightning attention
+    _family("minimax", "MiniMax", {"LightningAttention": {"MiniMaxLightningAttention.forward": lightning_attention}}),
+    # short convolutions
+    _family("lfm2", "Lfm2", {"ShortConv": _CONVOLUTION}),
+    _family("lfm2_moe", "Lfm2Moe", {"ShortConv": _CONVOLUTION}),
+    _family("lfm3", "Lfm3", {"ShortConv": _CONVOLUTION}),
 )
 TYPES: Mapping[str, ModelFamily] = {name: family for family in FAMILIES for name in family.types}
 PACKAGE = "transformers.models."

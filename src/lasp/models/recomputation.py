@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lasp.exchange.replay import keeping_exchanges
+from lasp.exchange.start import keeping_exchanges
 from lasp.layers import Mixer, ShortConvolution
 from lasp.ops.autograd import TRACEABLE
 

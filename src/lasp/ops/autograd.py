@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from lasp.exchange.start import SequenceCall
 from lasp.ops.checks import called, ungrouped
 from lasp.ops.compiled import scan_operator
 from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
-from lasp.sequence.call import SequenceCall
-from lasp.sequence.graph import break_graph, untraced
+from lasp.recurrence.untraced import break_graph, untraced
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lasp.exchange.start import SequenceCall
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_floats, check_tensor, number
-from lasp.sequence.call import SequenceCall
 from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)

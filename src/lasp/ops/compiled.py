@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.exchange.start import ranks_of
+from lasp.exchange.start import SequenceCall, ranks_of
 from lasp.kernels.select import load
 from lasp.ops.scan import ScanPlan, backward, begin, forward
 from lasp.recurrence.inputs import DecayInputs
-from lasp.sequence.call import SequenceCall
 
 ALONE = -1
 

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from lasp.algebra import Summary
 from lasp.exchange.base import ConstantDecays, PendingExchange
-from lasp.exchange.start import start
+from lasp.exchange.start import SequenceCall, start
 from lasp.recurrence.documents import Documents
 from lasp.recurrence.packed_documents import PackedDocuments, zero_finals
 from lasp.recurrence.stages import AnyStages, Gradients, RunInputs, Saved
 from lasp.sequence import SequenceParallel
-from lasp.sequence.call import SequenceCall
 
 
 class ScanPlan(NamedTuple):

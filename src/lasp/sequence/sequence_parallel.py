@@ -18,10 +18,8 @@ from lasp.distributed.comm import Comm, Counters
 from lasp.distributed.record import Description, ExchangeError, RecordedStep, digest_of, source_of
 from lasp.distributed.sealed import SealedCalls, Stamps, TorchStamps
 from lasp.exchange import Exchange, resolve
-from lasp.exchange.replay import is_replaying
-from lasp.exchange.start import register
+from lasp.exchange.start import SequenceCall, is_replaying, register
 from lasp.sequence.arguments import check_tensor, number, whole, wholes
-from lasp.sequence.call import SequenceCall
 
 _START = "start the program with torchrun and call torch.distributed.init_process_group() first"
 _MAX_DESCRIBED = 1024

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lasp.distributed.call import Call
+from lasp.exchange.start import SequenceCall, adjoint_of, save_after
 from lasp.recurrence.derivatives import first_derivatives
-from lasp.sequence.call import SequenceCall, adjoint_of, save_after
 
 Shape = tuple[int, ...]
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp.exchange.start import SequenceCall
+from lasp.recurrence.untraced import untraced_over_ranks
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number
-from lasp.sequence.call import SequenceCall
-from lasp.sequence.graph import untraced_over_ranks
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 from lasp.softmax.blocks import blocks_of, keys_of

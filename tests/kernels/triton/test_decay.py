@@ -22,9 +22,8 @@ from lasp.kernels.triton.decay.channel import inter_chunk as channel_inter_chunk
 from lasp.kernels.triton.decay.channel import launches as channel
 from lasp.kernels.triton.decay.channel import stages as channel_stages
 from lasp.kernels.triton.decay.launches import RunShape
-from lasp.kernels.triton.decay.scalar import intervals as legs
 from lasp.kernels.triton.decay.scalar import launches as scalar
-from lasp.kernels.triton.decay.scalar import sweep
+from lasp.kernels.triton.decay.scalar import operands, sweep
 from lasp.kernels.triton.decay.scalar import sweep_row_major as rows_module
 from lasp.kernels.triton.decay.stages import STAGES as fused
 from lasp.recurrence.inputs import DecayInputs
@@ -115,7 +114,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
         return p._replace(descriptors=True, rows=True, scalar_keys=plans.Tiles(64, 4, 1))
 
     monkeypatch.setattr(runs, "plan", short)
-    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
+    monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,8 +137,8 @@ def test_gradients_of_keys_and_values_in_one_launch(
     p = problem(kind, dims, device, torch.float32)
     p = p._replace(x=p.x._replace(g=None if p.x.g is None else p.x.g.detach()))
     monkeypatch.setattr(scalar, "PAIRED_CHUNKS", 1)
-    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
-    assert runs.launches_of(p.x).paired  # type: ignore[union-attr]
+    monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
+    assert fused.prepare(p.x, False).work.paired  # type: ignore[union-attr]
     references = solution(p)
     references.pop("dg", None)
     check(run(fused, p), references, BOUNDS[torch.float32])
@@ -150,7 +149,7 @@ def test_gradients_of_keys_and_values_in_one_launch(
 def test_all_results_bf16(kind: str, dims: Dims, device: torch.device) -> None:
     """Grouped heads, of which dims are unlike, and ungrouped ones; decays that are learned, in rows."""
     p = problem(kind, dims, device, torch.bfloat16)
-    assert kind == "channel" or runs.launches_of(p.x).plan.rows
+    assert kind == "channel" or fused.prepare(p.x, False).work.plan.rows
     check(run(fused, p), solution(p), BOUNDS[torch.bfloat16])
 
 
@@ -209,12 +208,12 @@ def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device)
 def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     from_zero: bool, device: torch.device
 ) -> None:
-    """The kernel alone, given sums that do not fit <S, D> at legs' borders, as if much had been rounded: of two
-    segments, the first of two legs, the other of one; in one leg a chunk forgets."""
-    C, leg = 64, 64 * legs.leg_chunks(False)
-    bounds, H_v, K = (0, leg, leg + 256, leg + 326), 2, 16
+    """The kernel alone, given sums that do not fit <S, D> at intervals' borders, as if much had been rounded: of two
+    segments, the first of two intervals, the other of one; in one interval a chunk forgets."""
+    C, interval = 64, 64 * operands.interval_chunks(False)
+    bounds, H_v, K = (0, interval, interval + 256, interval + 326), 2, 16
     p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20, True)
-    p = p._replace(segment_chunks=(leg + 256) // C, segments=2)
+    p = p._replace(segment_chunks=(interval + 256) // C, segments=2)
     shape = RunShape((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, plans.TOKEN, True, 1.0, from_zero)
     launches = scalar.ScalarLaunches(shape, p)
     random = torch.Generator().manual_seed(0)
@@ -317,7 +316,7 @@ def test_what_the_kernels_do_not_take() -> None:
 @pytest.mark.parametrize("bounded", [True, False])
 def test_one_middle_and_base_blocks(bounded: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 a gate per channel takes a chunk or blocks of 16 tokens at once: here in fp32, whose bound is tighter."""
-    original = runs._launches_of.__wrapped__
+    original = runs.launches_of.__wrapped__
 
     def made(*arguments: Any) -> runs.Launches:
         found = original(*arguments)
@@ -325,7 +324,7 @@ def test_one_middle_and_base_blocks(bounded: bool, device: torch.device, monkeyp
         return found
 
     monkeypatch.setattr(channel, "base_levels", lambda dtype: channel.BASE_LEVELS)
-    monkeypatch.setattr(runs, "_launches_of", made)
+    monkeypatch.setattr(runs, "launches_of", made)
     p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
     check(run(fused, p), solution(p), BOUNDS[torch.float32])
 
@@ -337,7 +336,7 @@ def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.
     """Of a gate per channel in bf16: chunks whose tokens all meet in the middle, and one whose gates are too strong for
     that, which goes by blocks of 16 tokens and by levels. Here in fp32, whose bound is tighter."""
     monkeypatch.setattr(channel, "base_levels", lambda dtype: channel.BASE_LEVELS)
-    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
+    monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
     p = problem("channel", Dims(T=70), device, torch.float32, strongest=2.0)
     g = p.x.g.detach().clone()
     g[:, 32:64] = -4.5 - g[:, 32:64].abs()
@@ -356,7 +355,7 @@ def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_gates_per_token_gather_little_rounding_over_a_leg(
+def test_gates_per_token_gather_little_rounding_over_an_interval(
     rows: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of gates that forget within a few chunks, by both kinds of sweeps: what one rounds of a token with its decay, the
@@ -366,12 +365,12 @@ def test_gates_per_token_gather_little_rounding_over_a_leg(
 
     def one_segment(*arguments: object) -> plans.LaunchPlan:
         found = plans.plan(*arguments[:-1], False)  # not gathered
-        assert found.rows and legs.leg_chunks(False) == found.chunks
+        assert found.rows and operands.interval_chunks(False) == found.chunks
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
         return found._replace(segment_chunks=found.chunks, segments=1, rows=rows, scalar_keys=keys)
 
     monkeypatch.setattr(runs, "plan", one_segment)
-    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
+    monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
     q, k, v = (tensor.double() for tensor in (p.x.q, p.x.k, p.x.v))
     exact_g = g.detach().double().requires_grad_()
     o, _ = linear_attention(q, k, v, exact_g, backend="torch")
@@ -415,8 +414,8 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
         return found._replace(segment_chunks=found.chunks, segments=1)
 
     monkeypatch.setattr(runs, "plan", one_segment)
-    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
-    assert runs.launches_of(p.x).plan.chunks == plans.LONGEST_CHANNELS
+    monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
+    assert fused.prepare(p.x, False).work.plan.chunks == plans.LONGEST_CHANNELS
     expected = solution(p)["dg"]
     assert relative_error(run(fused, p)["dg"], expected) < 8e-3
     if device.type == "cpu":  # the control: a compiled kernel is not patched

@@ -16,7 +16,7 @@ from torch import Tensor
 import lasp
 from lasp.kernels.triton.decay import plan as plans
 from lasp.kernels.triton.decay import runs
-from lasp.kernels.triton.decay.scalar import intervals as legs
+from lasp.kernels.triton.decay.scalar import operands
 
 BOUND = 4e-6
 TOKENS, H, K, V = 110, 1, 16, 16
@@ -26,11 +26,11 @@ BOUNDS = (0, 0, 1, 3, 38, 38, 109, 110)
 
 @pytest.fixture(autouse=True)
 def _short_segments(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a segment, so that few tokens make several; in the interpreter a leg for each chunk, too (compiled
-    kernels are not patched: test_gpu has long legs)."""
+    """Two chunks a segment, so that few tokens make several; in the interpreter an interval for each chunk, too
+    (compiled kernels are not patched: test_gpu has long intervals)."""
     monkeypatch.setattr(runs, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
     if device.type == "cpu":
-        monkeypatch.setattr(legs, "EXACT_LEG", tl.constexpr(1))
+        monkeypatch.setattr(operands, "EXACT_INTERVAL", tl.constexpr(1))
 
 
 def problem(gate: str, H_v: int = 2) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -16,6 +16,7 @@ import lasp
 from lasp.kernels.triton.common.decays import CHANNEL, HEAD, TOKEN
 from lasp.kernels.triton.decay import plan as plans
 from lasp.kernels.triton.decay import runs
+from lasp.kernels.triton.decay.stages import STAGES as fused
 from lasp.recurrence.inputs import DecayInputs
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -34,7 +35,7 @@ def _two_chunks_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
         return found._replace(segment_chunks=2, segments=-(-found.chunks // 2), gathers=gathers, rows=rows)
 
     monkeypatch.setattr(runs, "plan", cut)
-    monkeypatch.setattr(runs, "_launches_of", runs._launches_of.__wrapped__)
+    monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
 
 
 def problem(kind: str, dtype: torch.dtype, H: int, packed: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -147,4 +148,4 @@ def test_where_states_are_gathered() -> None:
 def test_an_initial_state_is_no_start_from_zero(device: torch.device) -> None:
     x, _, _ = problem("constant", FP32, 1, False)
     run = DecayInputs(*(tensor.to(device) for tensor in x.values()), 1.0)  # type: ignore[arg-type, call-arg]
-    assert runs.launches_of(run, True).plan.gathers and not runs.launches_of(run).plan.gathers
+    assert fused.prepare(run, True).work.plan.gathers and not fused.prepare(run, False).work.plan.gathers

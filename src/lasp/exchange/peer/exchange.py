@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Summary, Transition
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Comm, ExchangeError
 from lasp.distributed.symmetric_memory import symmetric_memory
-from lasp.exchange.base import Exchange, ExchangeResult, Line, PendingExchange, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, PendingExchange, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 from lasp.exchange.schedules.all_gather import AllGather, fold
@@ -163,5 +163,5 @@ class Peer(Exchange):
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         others = model.size - 1
-        folds = (others + want_total) * model.fold() if model.load.is_dense else 0.0
+        folds = (others + want_total) * model.apply_summary() if model.load.is_dense else 0.0
         return model.peer(model.load.summary_bytes * others) + folds

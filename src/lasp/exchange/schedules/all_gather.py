@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Gathering
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 
@@ -57,4 +57,4 @@ class AllGather(Exchange):
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         others = model.size - 1
-        return model.gather(model.load.summary_bytes * others) + (others + want_total) * model.fold()
+        return model.gather(model.load.summary_bytes * others) + (others + want_total) * model.apply_summary()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Collective
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload, flat, flatten
 
@@ -106,5 +106,10 @@ class AllToAll(Exchange):
         there = (size - 1) * largest.summary_bytes
         back = load.state_bytes * (1 + want_total) * (size - 1) / size
         # Slices are copied out and in again on both ways.
-        copies = 4 * model.fold()
-        return model.swap(there) + (size - 1 + want_total) * model.fold(largest) + model.swap(back) + copies
+        copies = 4 * model.apply_summary()
+        return (
+            model.all_to_all(there)
+            + (size - 1 + want_total) * model.apply_summary(largest)
+            + model.all_to_all(back)
+            + copies
+        )

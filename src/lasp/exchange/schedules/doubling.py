@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary, compose
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 
@@ -91,9 +91,13 @@ class Doubling(Exchange):
         while distance < model.size:
             # The ranks at the end of the line still send summaries where any but the first `distance` send.
             is_state = model.size - 1 - distance < distance
-            seconds += model.hop(load.state_bytes if is_state else load.summary_bytes, model.size - distance)
+            seconds += model.send(load.state_bytes if is_state else load.summary_bytes, model.size - distance)
             # What came joins what is known of the ranks before; for the next message the own summary goes in front.
             first = distance == 1
-            seconds += model.fold() if first else model.fold() + (model.fold() if is_state else model.compose())
+            seconds += (
+                model.apply_summary()
+                if first
+                else model.apply_summary() + (model.apply_summary() if is_state else model.compose())
+            )
             distance *= 2
-        return seconds + model.fold(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds
+        return seconds + model.apply_summary(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds

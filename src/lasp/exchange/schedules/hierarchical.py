@@ -18,9 +18,9 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from lasp.algebra import Summary, compose
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 from lasp.exchange.schedules.doubling import Doubling
@@ -164,9 +164,11 @@ class Hierarchical(Exchange):
         load, most = model.load, max(model.nodes)
         inside = Model(load, (most,), model.constants)
         # Ranks send to later ones only: half of an all-gather.
-        seconds = inside.gather((most - 1) * load.summary_bytes / 2) + (most - 1) * model.compose() + model.fold()
+        seconds = (
+            inside.gather((most - 1) * load.summary_bytes / 2) + (most - 1) * model.compose() + model.apply_summary()
+        )
         if len(model.nodes) > 1:
             leaders = Model(load, (1,) * len(model.nodes), model.constants)
             seconds += self.across.seconds(leaders, want_total=False)
             seconds += model.constants.message.seconds((most - 1) * load.state_bytes)
-        return seconds + model.fold(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds
+        return seconds + model.apply_summary(alone=True) + model.broadcast(load.state_bytes) if want_total else seconds

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic, broadcast_traffic
 from lasp.exchange.cost import Constants, Model, defaults
 from lasp.exchange.payload import Cut, Payload, flat, flatten
 
@@ -100,4 +100,8 @@ class Pipelined(Exchange):
 
     def seconds(self, model: Model, *, want_total: bool) -> float:
         seconds = model.pipeline(self.blocks or model.best_blocks())
-        return seconds + model.fold(alone=True) + model.broadcast(model.load.state_bytes) if want_total else seconds
+        return (
+            seconds + model.apply_summary(alone=True) + model.broadcast(model.load.state_bytes)
+            if want_total
+            else seconds
+        )

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Summary, Transition
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import ConstantDecays, Exchange, ExchangeResult, Line, PendingExchange, Traffic
+from lasp.exchange.base import ConstantDecays, Exchange, ExchangeResult, PendingExchange, Traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload, flat, flatten, select_heads
 from lasp.exchange.schedules.all_gather import AllGather

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lasp.algebra import Summary
-from lasp.distributed.call import Messages
+from lasp.distributed.call import Line, Messages
 from lasp.distributed.comm import Pending as Message
-from lasp.exchange.base import Exchange, ExchangeResult, Line, Traffic, broadcast_traffic
+from lasp.exchange.base import Exchange, ExchangeResult, Traffic, broadcast_traffic
 from lasp.exchange.cost import Model
 from lasp.exchange.payload import Payload
 
@@ -56,5 +56,5 @@ class Ring(Exchange):
     def seconds(self, model: Model, *, want_total: bool) -> float:
         seconds = model.pipeline(1)
         if want_total:
-            seconds += model.fold(alone=True) + model.broadcast(model.load.state_bytes)
+            seconds += model.apply_summary(alone=True) + model.broadcast(model.load.state_bytes)
         return seconds

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from lasp.kernels.triton.common.tiles import load_chunk
+from lasp.kernels.triton.common.program import load_chunk
 
 
 class DeviceLimits(NamedTuple):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from operator import or_
-from typing import Any
+from operator import itemgetter, or_
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,8 +19,17 @@ from torch import Tensor
 from triton.runtime import driver
 
 ALIGNMENT = 16
-_Bound = Callable[[int, list[int]], None]  # takes a stream and addresses
+_Start = Callable[[int, list[int]], None]  # takes a stream and addresses
 _scratch_of_stream: dict[int | None, Tensor] = {}
+_address = Tensor.data_ptr
+
+
+class _Bound(NamedTuple):
+    """How a binary is started, how its tensors are picked in the kernel's order, and addresses for those left out."""
+
+    start: _Start
+    pick: Callable[[dict[str, Any]], tuple[Tensor, ...]]
+    absent: tuple[int, ...]
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -43,6 +52,11 @@ def use_scratch() -> None:
     triton.set_allocator(_scratch)
 
 
+def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """The argument of a kernel that reads `tensor`: `unread` in the place of None, where it reads none."""
+    return unread if tensor is None else tensor
+
+
 def _watched() -> bool:
     """True if a profiler wants to see every launch."""
     runtime = triton.knobs.runtime
@@ -59,7 +73,7 @@ class Launch:
         warps, stages, options: the compiler's.
     """
 
-    __slots__ = ("_bound", "_device", "_grid", "_last", "_others", "fixed", "kernel", "options", "tensors")
+    __slots__ = ("_bound", "_device", "_last", "_others", "fixed", "grid", "kernel", "options", "tensors")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: bool
@@ -67,7 +81,7 @@ class Launch:
         names = kernel.arg_names
         self.tensors = tuple(names[: len(names) - len(fixed)])
         assert set(names[len(self.tensors) :]) == set(fixed), f"{kernel} takes {names}, not {tuple(fixed)} at the end"
-        self.kernel, self._grid, self.fixed = kernel, grid, fixed
+        self.kernel, self.grid, self.fixed = kernel, grid, fixed
         self.options = {"num_warps": warps, "num_stages": stages, **options}
         self._others = tuple(fixed[name] for name in names[len(self.tensors) :])
         self._last, self._device = self.tensors[-1], -1
@@ -76,34 +90,39 @@ class Launch:
     def __call__(self, **tensors: Tensor | None) -> None:
         """Runs the kernel on `tensors`: whenever it is called, of the same names and dtypes and on the same device.
 
-        The last of the kernel's may be None where it can do without it.
+        The last of the kernel's, or always the same last ones, may be None where it can do without them.
         """
         bound = self._bound[tensors[self._last] is None]
         if bound is None:
             self._first(tensors)
             return
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in map(tensors.__getitem__, self.tensors)]
+        start, pick, absent = bound
+        addresses = [*map(_address, pick(tensors)), *absent]
         if reduce(or_, addresses) % ALIGNMENT or torch._C._cuda_getDevice() != self._device or _watched():
             self._by_triton(tensors)
         else:
-            bound(driver.active.get_current_stream(self._device), addresses)
+            start(driver.active.get_current_stream(self._device), addresses)
 
     def _first(self, tensors: dict[str, Tensor | None]) -> None:
-        if 0 in self._grid:
+        if 0 in self.grid:
             return
-        given = [tensor for tensor in tensors.values() if tensor is not None]
-        self._device = given[0].get_device()
+        given = {name: tensor for name in self.tensors if (tensor := tensors[name]) is not None}
+        assert (*given,) == self.tensors[: len(given)], f"only the last tensors of {self.kernel} may be None"
+        self._device = next(iter(given.values())).get_device()
         compiled = self._by_triton(tensors)
-        if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given):
-            self._bound[tensors[self._last] is None] = _bind(compiled, self._grid, self._others)
+        if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given.values()):
+            start = _bind(compiled, self.grid, self._others)
+            pick = itemgetter(*given) if len(given) > 1 else lambda tensors: tuple(tensors[name] for name in given)
+            absent = (0,) * (len(self.tensors) - len(given))
+            self._bound[tensors[self._last] is None] = None if start is None else _Bound(start, pick, absent)
 
     def _by_triton(self, tensors: dict[str, Tensor | None]) -> Any:
         """Leaves the launch to Triton, which finds the binary, calls hooks, and gives the binary."""
         with torch.cuda.device(self._device):  # of no effect below 0
-            return self.kernel[self._grid](**tensors, **self.fixed, **self.options)
+            return self.kernel[self.grid](**tensors, **self.fixed, **self.options)
 
 
-def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Bound | None:
+def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Start | None:
     """A function that launches a binary over `grid`, with `others` after the addresses; None for an unknown Triton."""
     x, y = grid
     try:

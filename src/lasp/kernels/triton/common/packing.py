@@ -105,8 +105,3 @@ def chunks_of(p: RunPlan, otherwise: Tensor) -> Tensor:
 def bounds_of(p: RunPlan, otherwise: Tensor) -> Tensor:
     """The documents' segments, likewise."""
     return otherwise if p.tables is None else p.tables.bounds
-
-
-def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
-    """The argument of a kernel that reads `tensor`: `unread` in the place of None."""
-    return unread if tensor is None else tensor

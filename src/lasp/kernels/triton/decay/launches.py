@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
@@ -20,6 +21,9 @@ from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_
 MAX_GRID = 65535  # of a launch's second and third dims
 # Base-2 log-decay of a chunk that forgets what was before it: what passes it is less than what rounding changes.
 FORGETS = {torch.bfloat16: -9.0, torch.float16: -12.0, torch.float32: -25.0}
+
+# States [B, H_v, segments, K, V] that each segment adds, and its decays [B, H_v, segments] or [.., K] (base 2).
+SegmentSums: TypeAlias = tuple[Tensor, Tensor]
 
 
 class RunShape(NamedTuple):
@@ -52,6 +56,8 @@ class DecayLaunches:
         keeps_states: whether the states entering segments are kept for the backward pass.
         state, total_decay: shapes of a state at a run's end and of the decay of a whole run.
         states, decays: of those at the ends of segments.
+        places, chunk_places, bounds: tables of packed documents (`packing.Tables`): of segments, of chunks, and of the
+            documents' segments; None without documents.
         gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
             group are still to be summed.
     """
@@ -73,7 +79,12 @@ class DecayLaunches:
         self.plan, self.scale, self.with_decay, self.from_zero = p, shape.scale, shape.with_decay, shape.from_zero
         self.keeps_states = keeps_states(p, shape.with_decay)
         self._dtype, self._heads, self._dims = dtype, B * H_v, (K, V)
-        runs = B if p.tables is None else len(p.tables.bounds) - 1
+        self.places: Tensor | None = None
+        self.chunk_places: Tensor | None = None
+        self.bounds: Tensor | None = None
+        if p.tables is not None:
+            self.places, self.chunk_places, self.bounds, _ = p.tables
+        runs = B if self.bounds is None else len(self.bounds) - 1
         each = (K,) if per_channel else ()
         self.state, self.total_decay = (runs, H_v, K, V), (runs, H_v, *each)
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common import decays
-from lasp.kernels.triton.common.packing import DESCRIPTOR_CHUNKS
+from lasp.kernels.triton.common.packing import DESCRIPTOR_CHUNKS, Tables
 
 NONE, HEAD, TOKEN, CHANNEL = decays.NONE.value, decays.HEAD.value, decays.TOKEN.value, decays.CHANNEL.value
+KINDS = {0: NONE, 1: HEAD, 3: TOKEN, 4: CHANNEL}  # of decay, by the dims of g
 CHUNK = 64
 CHUNK_SMALL = 32
 CHUNK_SMALLEST = 16
@@ -91,7 +92,7 @@ class LaunchPlan(NamedTuple):
     gathers: bool
     descriptors: bool
     precision: str
-    tables: Any = None
+    tables: Tables | None = None
 
     @property
     def packed(self) -> bool:
@@ -110,9 +111,7 @@ class LaunchPlan(NamedTuple):
 
 def kind_of(g: Tensor | None) -> int:
     """The kind of decay, as in `decays`."""
-    if g is None:
-        return NONE
-    return HEAD if g.dim() == 1 else TOKEN if g.dim() == 3 else CHANNEL
+    return KINDS[0 if g is None else g.dim()]
 
 
 def keeps_states(p: LaunchPlan, with_decay: bool) -> bool:

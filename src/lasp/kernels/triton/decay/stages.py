@@ -7,25 +7,69 @@ What is kept for backward is one state per segment, not per chunk, with other ra
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
-from lasp.kernels.triton.common.launch import use_scratch
+from lasp.kernels.triton.common.launch import given, use_scratch
+from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.channel import stages as channel
 from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
-from lasp.kernels.triton.decay.inputs import DecayRun, prepare
-from lasp.kernels.triton.decay.plan import CHANNEL, TOKEN, keeps_states, kind_of
-from lasp.kernels.triton.decay.runs import plan_of
+from lasp.kernels.triton.decay.launches import RunShape, SegmentSums
+from lasp.kernels.triton.decay.plan import CHANNEL, KINDS, TOKEN, keeps_states
 from lasp.kernels.triton.decay.scalar import stages as scalar
-from lasp.kernels.triton.decay.segments import SegmentSums, scanned
+from lasp.recurrence.documents import Documents
 from lasp.recurrence.inputs import DecayInputs
 from lasp.recurrence.stages import Gradients, Saved, Stages, Unsummarized
 
 Segments: TypeAlias = scalar.ScalarSegments | channel.ChannelSegments
 Local: TypeAlias = scalar.QueryGradient | channel.QueryReads
+
+
+class DecayRun(NamedTuple):
+    """Contiguous inputs, as in `DecayInputs`, and the launches that runs of their shapes take."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    scale: float
+    documents: Documents | None
+    work: runs.Launches
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> DecayRun:
+        return DecayRun(*tensors, *self[4:])  # type: ignore[arg-type, call-arg]
+
+
+def prepare(x: DecayInputs, alone: bool) -> DecayRun:
+    """x with dense tensors, and the work on it.
+
+    alone: x is the whole sequence and starts from no state.
+
+    Raises:
+        ValueError: the kernels do not take such tensors.
+    """
+    q, k, v, g, scale, documents = x
+    shape = _shape(x, g is not None and g.requires_grad, alone)
+    if documents is None:
+        work = runs.launches_of(shape, q.device)
+    else:
+        work = runs.packed_launches_of(shape, documents, q.device)
+    use_scratch()
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and (g is None or g.is_contiguous())):
+        q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), None if g is None else g.contiguous()
+    return DecayRun(q, k, v, g, scale, documents, work)
+
+
+def _shape(x: DecayInputs, with_decay: bool, from_zero: bool) -> RunShape:
+    kind = KINDS[0 if x.g is None else x.g.dim()]
+    return RunShape(x.q.shape, x.v.shape, x.q.dtype, kind, with_decay, x.scale, from_zero)
 
 
 def _leaving(saved: Saved) -> Tensor:
@@ -54,18 +98,17 @@ def _totals(x: DecayRun, prepared: channel.Prepared | None, *, summarized: bool)
     if isinstance(work, ChannelLaunches):
         if gathers:
             return None, channel.ChannelSegments(None, None, prepared)
-        if prepared is None:
-            sums = channel.summaries(x, work)
-        else:
-            sums = channel.prepared_summaries(work, prepared, x.v, reverse=False)
+        sums = _new_sums(x)
+        channel.summarize(x, work, sums, prepared, x.v, reverse=False)
         summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
-        return summary, channel.ChannelSegments(sums.states, before, prepared)
+        return summary, channel.ChannelSegments(sums[0], before, prepared)
     gates = scalar.gate_sums(x, work)
     if gathers:
         return None, scalar.ScalarSegments(None, None, gates)
-    sums = scalar.summaries(x, work, x.k, x.v, gates, reverse=False)
+    sums = _new_sums(x)
+    scalar.summarize(x, work, sums, x.k, x.v, gates, reverse=False)
     summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
-    return summary, scalar.ScalarSegments(sums.states, before, gates)
+    return summary, scalar.ScalarSegments(sums[0], before, gates)
 
 
 def summarize_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Segments]:
@@ -86,14 +129,16 @@ def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool)
         prepared = channel.Prepared(*others)
         if gathers:
             return None, channel.ChannelSegments(None, None, prepared)
-        sums = channel.prepared_summaries(work, prepared, d_o, reverse=True)
+        sums = _new_sums(x)
+        channel.summarize(x, work, sums, prepared, d_o, reverse=True)
         summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
-        return summary, channel.ChannelSegments(sums.states, after, prepared)
+        return summary, channel.ChannelSegments(sums[0], after, prepared)
     if gathers:
         return None, scalar.ScalarSegments(None, None, others)
-    sums = scalar.summaries(x, work, x.q, d_o, others, reverse=True)
+    sums = _new_sums(x)
+    scalar.summarize(x, work, sums, x.q, d_o, others, reverse=True)
     summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
-    return summary, scalar.ScalarSegments(sums.states, after, others)
+    return summary, scalar.ScalarSegments(sums[0], after, others)
 
 
 def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, Segments]:
@@ -101,15 +146,36 @@ def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, S
     return summary, segments
 
 
+def _new_sums(x: DecayRun) -> SegmentSums:
+    states = torch.empty(x.work.states, dtype=torch.float32, device=x.v.device)
+    return states, states.new_empty(x.work.decays)
+
+
 def _scanned(x: DecayRun, sums: SegmentSums, *, reverse: bool, summarized: bool) -> tuple[Summary | None, Tensor]:
-    """The run's summary if it is wanted; the decays to the segments."""
-    decays, total_decay, total = scanned(x.work, sums, reverse=reverse, summarized=summarized)
+    """Replace the segments' states by those at their starts (reverse: ends), from zero.
+
+    Returns:
+        The run's summary if it is wanted; the decays from the run's end on that side to the segments.
+    """
+    work, (states, decays) = x.work, sums
+    before = states.new_empty(work.decays)
+    total = states.new_empty(work.state) if summarized else None
+    total_decay = states.new_empty(work.total_decay) if summarized else None
+    scan = work.scan_adjoint if reverse else work.scan
+    scan(
+        states_ptr=states,
+        decays_ptr=decays,
+        before_ptr=before,
+        bounds_ptr=given(work.bounds, states),
+        total_decay_ptr=total_decay,
+        total_ptr=total,
+    )
     if total is None or total_decay is None:
-        return None, decays
+        return None, before
     if x.g is None:
-        return Summary(Identity(), total), decays
-    per_channel = isinstance(x.work, ChannelLaunches)
-    return Summary(Diagonal(total_decay) if per_channel else Scalar(total_decay), total), decays
+        return Summary(Identity(), total), before
+    per_channel = isinstance(work, ChannelLaunches)
+    return Summary(Diagonal(total_decay) if per_channel else Scalar(total_decay), total), before
 
 
 def local_outputs(x: DecayRun, totals: Segments) -> channel.Prepared | None:
@@ -175,18 +241,18 @@ def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
 
 def empty_saved(x: DecayInputs, alone: bool, want_gate: bool) -> list[Tensor]:
     """Tensors of the shapes and dtypes that `outputs` saves; want_gate: the gradient of g will be wanted."""
-    q, v, g = x.q, x.v, x.g
-    (B, _, H_v, V), K, p = v.shape, q.shape[3], plan_of(q, v, g, alone)
+    shape = _shape(x, want_gate, alone)
+    (B, _, H_v, V), K, p = shape.v, shape.q[3], runs.plan_of(shape, x.q.device)
 
-    def state(*shape: int) -> Tensor:
-        return q.new_empty(shape, dtype=torch.float32)
+    def state(*size: int) -> Tensor:
+        return x.q.new_empty(size, dtype=torch.float32)
 
     results = [state(B, H_v, K, V)]
     if keeps_states(p, want_gate):
         results.append(state(B, H_v, p.segments, K, V))
-    if kind_of(g) == CHANNEL:
-        return [*results, *channel.empty_prepared(q, v, p)]
-    if kind_of(g) == TOKEN:
+    if shape.kind == CHANNEL:
+        return [*results, *channel.empty_prepared(x.q, x.v, p)]
+    if shape.kind == TOKEN:
         return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
     return results
 

@@ -17,8 +17,7 @@ Where gates are mild all tokens meet in the chunk's middle; other chunks go by l
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, store_chunk, view
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,

@@ -10,8 +10,7 @@ Others are marked, and left to `channel_scores`.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     MAX_TO_MIDDLE_LOG2,
     gate_operand,

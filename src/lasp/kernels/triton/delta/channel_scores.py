@@ -7,8 +7,7 @@ By levels, as in `decay.channel_prepare`: two tokens meet in the middle of one b
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,

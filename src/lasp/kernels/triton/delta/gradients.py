@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import TOKEN
-from lasp.kernels.triton.common.program import place
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
+from lasp.kernels.triton.common.program import load_chunk, place, store_chunk, view
 from lasp.kernels.triton.delta.chunk import between, lengths, token_pairs, token_sums
 from lasp.kernels.triton.delta.within import (
     between_tokens,

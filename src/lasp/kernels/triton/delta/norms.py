@@ -9,8 +9,7 @@ if n were a constant. Then dx = e - n^2 x (x.e).
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk, store_chunk
 
 
 @triton.jit

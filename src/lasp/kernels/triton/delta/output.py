@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
-from lasp.kernels.triton.common.program import place
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.common.program import load_chunk, place, state_tile, store_chunk, view
 from lasp.kernels.triton.delta.chunk import after_chunk, between, lengths, state_decay, token_sums, written
 
 

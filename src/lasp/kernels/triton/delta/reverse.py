@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, state_tile, store_chunk, view
 from lasp.kernels.triton.delta.chunk import between, lengths, state_decay, token_sums
 
 

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common.decays import TOKEN
-from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.common.packing import bounds_of, chunks_of, given, places_of
+from lasp.kernels.triton.common.launch import Launch, given
+from lasp.kernels.triton.common.packing import bounds_of, chunks_of, places_of
 from lasp.kernels.triton.decay.channel.stages import stretch_matrices
 from lasp.kernels.triton.delta.launches import DeltaLaunches
 
 
 class DeltaRun(NamedTuple):
-    """A run as the kernels take it: dense tensors of their dtype, values cut into as many heads as that takes
-    (`DeltaLaunches.pieces`), and its launches."""
+    """A run as the kernels take it: dense tensors of their dtype, and its launches."""
 
     q: Tensor
     k: Tensor

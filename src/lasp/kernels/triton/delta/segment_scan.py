@@ -7,7 +7,7 @@ S' = M S + added;  of gradients, from the last segment to the first, D' = M^T D 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import state_tile
+from lasp.kernels.triton.common.program import state_tile
 
 ZERO = tl.constexpr(0)  # what enters the run: nothing,
 GIVEN = tl.constexpr(1)  # a state that is given,

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
+from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, state_tile, view
 from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums, written
 
 

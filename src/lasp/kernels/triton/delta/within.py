@@ -8,7 +8,7 @@ their own: see docs/design/kernels.md on transposed accumulators.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.tiles import load_chunk
+from lasp.kernels.triton.common.program import load_chunk
 
 
 @triton.jit

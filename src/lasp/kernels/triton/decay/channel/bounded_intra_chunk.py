@@ -17,8 +17,7 @@ gates are strong, dg is next to nothing a few tokens before a large `leaving`.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     gate_operand,
     load_channel_gates,

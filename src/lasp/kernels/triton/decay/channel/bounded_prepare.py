@@ -12,8 +12,7 @@ registers would halve the speed of this kernel if they were one.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     MAX_TO_MIDDLE_LOG2,
     gate_operand,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import floored_log2
-from lasp.kernels.triton.common.tiles import StateTile, load_chunk, segment_state, tile_at
+from lasp.kernels.triton.common.program import StateTile, load_chunk, segment_state, tile_at
 
 MIN_BASE_LOG2 = tl.constexpr(-13.5)
 # Operands divided by such a decay are inside bf16's range up to 2^27; products of gradients and these inside fp32's.

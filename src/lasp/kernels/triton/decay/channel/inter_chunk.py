@@ -21,8 +21,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, rows_of, run_bounds, run_of
-from lasp.kernels.triton.common.tiles import as_swept, load_chunk, state_tile, store_chunk, view
+from lasp.kernels.triton.common.program import (
+    as_swept,
+    load_chunk,
+    place,
+    rows_of,
+    run_bounds,
+    run_of,
+    state_tile,
+    store_chunk,
+    view,
+)
 from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
 
 TIED = tl.constexpr(16)  # chunks at a time

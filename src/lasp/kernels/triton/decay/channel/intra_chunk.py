@@ -14,8 +14,7 @@ and in bf16 what `channel_bounded_intra_chunk` cannot do.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import begins_run, chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, rows_of, run_of
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, tile_at, view
+from lasp.kernels.triton.common.program import load_chunk, place, rows_of, run_of, store_chunk, tile_at, view
 from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
 
 

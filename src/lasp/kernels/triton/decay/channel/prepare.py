@@ -22,8 +22,7 @@ This takes any gates. In bf16 it is left the chunks that `channel_bounded_prepar
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import chunk_place, chunk_rows
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,

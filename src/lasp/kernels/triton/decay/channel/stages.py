@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.common.packing import chunks_of, given, places_of
+from lasp.kernels.triton.common.launch import given
 from lasp.kernels.triton.decay.channel.launches import BASE_LEVELS, ChannelLaunches
-from lasp.kernels.triton.decay.inputs import DecayRun
+from lasp.kernels.triton.decay.launches import SegmentSums
 from lasp.kernels.triton.decay.plan import LaunchPlan
-from lasp.kernels.triton.decay.segments import SegmentSums, segment_sums
+from lasp.recurrence.inputs import Inputs
 
 
 class ChannelSegments(NamedTuple):
@@ -65,27 +65,26 @@ def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
     return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
 
 
-def summaries(x: DecayRun, work: ChannelLaunches) -> SegmentSums:
-    """Summarize every segment, from the inputs."""
-    found = segment_sums(work, x.q)
-    work.summary(k_ptr=x.k, v_ptr=x.v, g_ptr=x.g, **found.written(work))
-    return found
-
-
-def prepared_summaries(work: ChannelLaunches, ready: Prepared, v: Tensor, *, reverse: bool) -> SegmentSums:
-    """The same from what was prepared; reverse: of the gradient v of outputs."""
-    found = segment_sums(work, v)
+def summarize(
+    x: Inputs, work: ChannelLaunches, sums: SegmentSums, ready: Prepared | None, v: Tensor, *, reverse: bool
+) -> None:
+    """Write the sums of every segment, from the inputs or from what was prepared; reverse: of the gradient v of
+    outputs."""
+    states, decays = sums
+    written = {"totals_ptr": states, "decays_ptr": decays, "places_ptr": given(work.places, states)}
+    if ready is None:
+        work.summary(k_ptr=x.k, v_ptr=v, g_ptr=x.g, **written)
+        return
     launch = work.summary_adjoint if reverse else work.prepared_summary
     operand = ready.from_start if reverse else ready.to_end
-    launch(k_ptr=operand, v_ptr=v, g_ptr=ready.totals, **found.written(work))
-    return found
+    launch(k_ptr=operand, v_ptr=v, g_ptr=ready.totals, **written)
 
 
-def local_outputs(x: DecayRun, work: ChannelLaunches) -> Prepared:
+def local_outputs(x: Inputs, work: ChannelLaunches) -> Prepared:
     p = work.plan
     ready = empty_prepared(x.q, x.v, p)
     stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    places = chunks_of(p, ready.totals)
+    places = given(work.chunk_places, ready.totals)
     tensors = {
         "q_ptr": x.q, "k_ptr": x.k, "g_ptr": x.g, "stretches_ptr": stretches, "scores_ptr": ready.scores,
         "from_start_ptr": ready.from_start, "to_end_ptr": ready.to_end, "totals_ptr": ready.totals,
@@ -98,7 +97,7 @@ def local_outputs(x: DecayRun, work: ChannelLaunches) -> Prepared:
 
 
 def outputs(
-    x: DecayRun,
+    x: Inputs,
     work: ChannelLaunches,
     totals: ChannelSegments,
     ready: Prepared,
@@ -117,12 +116,12 @@ def outputs(
         states_ptr=states,
         before_ptr=before,
         state_out_ptr=leaving,
-        places_ptr=places_of(work.plan, leaving),
+        places_ptr=given(work.places, leaving),
         state_in_ptr=state_in,
     )
 
 
-def local_gradients(x: DecayRun, work: ChannelLaunches, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
+def local_gradients(x: Inputs, work: ChannelLaunches, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
     read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
     work.query_inter_chunk(
@@ -134,13 +133,13 @@ def local_gradients(x: DecayRun, work: ChannelLaunches, ready: Prepared, enterin
         read_q_ptr=read_q,
         sums_ptr=sums,
         states_ptr=entering,
-        places_ptr=places_of(work.plan, sums),
+        places_ptr=given(work.places, sums),
     )
     return QueryReads(read_q, sums)
 
 
 def gradients(
-    x: DecayRun,
+    x: Inputs,
     work: ChannelLaunches,
     entering: Tensor,
     leaving: Tensor,
@@ -153,7 +152,7 @@ def gradients(
     p, ready = work.plan, adjoint.prepared
     assert ready is not None
     d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)
-    places = places_of(p, d_states)
+    places = given(work.places, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     work.key_inter_chunk(
         from_start_ptr=ready.from_start,
@@ -177,7 +176,7 @@ def gradients(
     operands = {
         "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": d_o, "g_ptr": x.g, "stretches_ptr": stretches,
         "unbounded_ptr": ready.unbounded, "read_q_ptr": local.read_q, "read_k_ptr": read_k, "through_ptr": through,
-        "dq_ptr": dq, "dk_ptr": dk, "dg_ptr": dg, "places_ptr": chunks_of(p, through),
+        "dq_ptr": dq, "dk_ptr": dk, "dg_ptr": dg, "places_ptr": given(work.chunk_places, through),
     }  # fmt: skip
     if work.bounded:
         work.bounded_intra_chunk(**operands)

@@ -4,8 +4,7 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import needed_chunks, place
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
+from lasp.kernels.triton.common.program import load_chunk, needed_chunks, place, state_tile, view
 from lasp.kernels.triton.decay.channel.decays import gate_operand, load_channel_gates, prefix_sums, suffix_sums
 
 

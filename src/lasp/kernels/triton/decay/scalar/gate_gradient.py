@@ -6,8 +6,8 @@
 
 reads_q_i is what q_i reads from the state that enters the chunk, times do_i; reads_k_j what k_j adds to the state that
 leaves it, times that state's gradient. The sweeps of dq and dk left both in parts. `across` passes the whole chunk,
-from the states before it to what comes after it, and is not known as such. But d_g is <S, D> at both ends of a leg
-(`legs`), and from one chunk to the next
+from the states before it to what comes after it, and is not known as such. But d_g is <S, D> at both ends of an
+interval (`operands`), and from one chunk to the next
 
     d_g before a chunk = across + sum reads_q,        after it = across + sum reads_k
 
@@ -25,9 +25,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import TOKEN, head_gates, head_rate, pair_decay
-from lasp.kernels.triton.common.program import place, run_bounds
-from lasp.kernels.triton.common.tiles import DESCRIPTORS, as_swept, load_chunk
-from lasp.kernels.triton.decay.scalar.intervals import inner_borders, legs_in
+from lasp.kernels.triton.common.program import DESCRIPTORS, as_swept, load_chunk, place, run_bounds
+from lasp.kernels.triton.decay.scalar.operands import inner_borders, intervals_in
 
 
 @triton.jit(do_not_specialize=["scale", "T", "rows", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -41,7 +40,7 @@ def gate_gradient_kernel(
     q_sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C]: q . dq, of the state and, unless EXACT, of the chunk
     k_sums_ptr,  # likewise: k . dk
     states_ptr,  # fp32 [B, H_v, segments, K, V]: S, entering each segment; if FROM_ZERO, not read of a run's first
-    inner_ptr,  # fp32 [B, H_v, legs, K, V]: within segments, see `inner_borders`
+    inner_ptr,  # fp32 [B, H_v, intervals, K, V]: within segments, see `inner_borders`
     state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
     d_states_ptr,  # fp32 as states: D, leaving each segment but a run's last
     d_inner_ptr,  # fp32 as inner
@@ -62,7 +61,7 @@ def gate_gradient_kernel(
     BD: tl.constexpr,  # columns of q, k, v, do at a time
     BLOCK: tl.constexpr,  # elements of a state at a time
     C: tl.constexpr,
-    LEG_CHUNKS: tl.constexpr,
+    INTERVAL_CHUNKS: tl.constexpr,
     PARTS: tl.constexpr,
     KIND: tl.constexpr,
     FORGETS: tl.constexpr,  # base-2 log-decay below which a chunk has forgotten what was before it
@@ -73,22 +72,22 @@ def gate_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     SIZE: tl.constexpr = K * V
-    leg, head, batch, segment, first, last, chunk, border, ends = place(
-        places_ptr, legs_in(segment_chunks, EXACT), segments, segment_chunks, T, H_v, C, PACKED
+    interval, head, batch, segment, first, last, chunk, border, ends = place(
+        places_ptr, intervals_in(segment_chunks, EXACT), segments, segment_chunks, T, H_v, C, PACKED
     )
-    legs = legs_in(tl.cdiv(last - first, C), EXACT)
-    if leg >= legs:  # of a short segment
+    intervals = intervals_in(tl.cdiv(last - first, C), EXACT)
+    if interval >= intervals:  # of a short segment
         return
     run = tl.cast(batch, tl.int64) * H_v + head
     index = run * segments + segment
     begin, _ = run_bounds(places_ptr, T, PACKED)
 
-    inner = inner_borders(inner_ptr, run, chunks, chunk, SIZE, EXACT) + leg * SIZE
-    d_inner = inner_borders(d_inner_ptr, run, chunks, chunk, SIZE, EXACT) + leg * SIZE
+    inner = inner_borders(inner_ptr, run, chunks, chunk, SIZE, EXACT) + interval * SIZE
+    d_inner = inner_borders(d_inner_ptr, run, chunks, chunk, SIZE, EXACT) + interval * SIZE
     state = inner
     d_state = d_inner
     from_nothing = False
-    if leg == 0:
+    if interval == 0:
         state = states_ptr + index * SIZE
         d_state = d_states_ptr + (index - 1) * SIZE
         if first == begin:
@@ -98,7 +97,7 @@ def gate_gradient_kernel(
     state = inner + SIZE
     d_state = d_inner + SIZE
     to_nothing = False
-    if leg == legs - 1:
+    if interval == intervals - 1:
         state = states_ptr + (index + 1) * SIZE
         d_state = d_states_ptr + index * SIZE
         if ends:
@@ -109,16 +108,16 @@ def gate_gradient_kernel(
     end = _paired(state, d_state, to_nothing == 0, SIZE, BLOCK, ROUND)
 
     slot = chunk * C - first
-    first += leg * LEG_CHUNKS * C
-    last = tl.minimum(first + LEG_CHUNKS * C, last)
+    first += interval * INTERVAL_CHUNKS * C
+    last = tl.minimum(first + INTERVAL_CHUNKS * C, last)
     count = tl.cdiv(last - first, C)
-    c = tl.arange(0, LEG_CHUNKS)
+    c = tl.arange(0, INTERVAL_CHUNKS)
     i = tl.arange(0, C)[None, :]
     at = first + c[:, None] * C + i
     inside = at < last
-    reads_q = tl.zeros((LEG_CHUNKS, C), tl.float32)
-    reads_k = tl.zeros((LEG_CHUNKS, C), tl.float32)
-    pairs = tl.zeros((LEG_CHUNKS, C), tl.float32)
+    reads_q = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
+    reads_k = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
+    pairs = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
     padded = chunks * C
     for part in range(PARTS):
         here = (part * 2 * rows + run) * padded + slot + at

@@ -4,10 +4,16 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, rows_of, run_bounds, run_of
-from lasp.kernels.triton.common.tiles import tile_at
-from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
-from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state, key_tile
+from lasp.kernels.triton.common.program import place, rows_of, run_bounds, run_of, tile_at
+from lasp.kernels.triton.decay.scalar.operands import (
+    GATHERED,
+    Operands,
+    Sizes,
+    border_state,
+    decay_of,
+    key_tile,
+    span_of,
+)
 from lasp.kernels.triton.decay.scalar.sweep import gather
 from lasp.kernels.triton.decay.scalar.sweep_of_keys import sweep_of_keys, terms_of
 
@@ -23,7 +29,7 @@ def key_gradient_kernel(
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: k . dk, of the state and of chunks
-    inner_ptr,  # fp32 [B, H_v, legs, K, V], written if SUMS: see `inner_borders`
+    inner_ptr,  # fp32 [B, H_v, intervals, K, V], written if SUMS: see `inner_borders`
     d_state_in_ptr,  # fp32 [B, H_v, K, V], written if SUMS and not FROM_ZERO: gradients of those entering the run
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero, not read if GATHER;
     # replaced, if SUMS, by those with d_state_out; see KEEPS

@@ -9,10 +9,8 @@ from memory once and from L2 the second time.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, run_of
-from lasp.kernels.triton.common.tiles import StateTile
-from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
-from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state
+from lasp.kernels.triton.common.program import StateTile, place, run_of
+from lasp.kernels.triton.decay.scalar.operands import GATHERED, Operands, Sizes, border_state, decay_of, span_of
 from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
 
 

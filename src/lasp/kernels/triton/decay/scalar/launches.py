@@ -8,17 +8,16 @@ from typing import Any
 import torch
 import triton
 
-from lasp.kernels.triton.common.gate_sums import gate_sums_kernel
+from lasp.kernels.triton.common.decays import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.launches import DecayLaunches, RunShape
 from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan, narrow, tile
 from lasp.kernels.triton.decay.scalar.gate_gradient import gate_gradient_kernel
-from lasp.kernels.triton.decay.scalar.intervals import leg_chunks
 from lasp.kernels.triton.decay.scalar.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.scalar.key_value_gradient import key_value_gradient_kernel
+from lasp.kernels.triton.decay.scalar.operands import GATHERED, ZERO, interval_chunks
 from lasp.kernels.triton.decay.scalar.output import output_kernel
 from lasp.kernels.triton.decay.scalar.query_gradient import query_gradient_kernel
-from lasp.kernels.triton.decay.scalar.states import GATHERED, ZERO
 from lasp.kernels.triton.decay.scalar.summary import summary_kernel
 from lasp.kernels.triton.decay.scalar.sweep import PART_ROWS
 from lasp.kernels.triton.decay.scalar.value_gradient import value_gradient_kernel
@@ -34,16 +33,17 @@ class ScalarLaunches(DecayLaunches):
 
     Attributes:
         per_token: whether there is a gate per token.
+        num_gates: sums that such a gate leaves for the sweeps: prefixes and, where decays are exact, suffixes.
         paired: whether dk and dv are made in one launch.
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
-        inner: of the states at the inner borders of legs (see `intervals`), or None where segments are single legs.
+        inner: of the states at the borders of intervals (see `operands`), or None where segments are single ones.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
         super().__init__(shape, p)
         (B, _, H, K), (H_v, V) = shape.q, shape.v[2:]
-        self.per_token = shape.kind == TOKEN
+        self.per_token, self.num_gates = shape.kind == TOKEN, p.num_gates
         alike = not shape.with_decay and H_v == H and K == V
         self.paired = alike and (p.segment_chunks >= PAIRED_CHUNKS or (p.gathers and not p.descriptors))
         self._gather = (ZERO.value if p.whole else GATHERED.value) if p.gathers else 0
@@ -51,8 +51,8 @@ class ScalarLaunches(DecayLaunches):
         slices = -(-K // p.scalar_keys.columns)
         parts = slices if p.rows else slices * p.scalar_keys.columns // PART_ROWS.value
         self.sums = (parts, 2, *self.gates)
-        leg = leg_chunks(p.exact)
-        self.inner = (B, H_v, -(-p.chunks // leg), K, V) if p.segment_chunks > leg else None
+        interval = interval_chunks(p.exact)
+        self.inner = (B, H_v, -(-p.chunks // interval), K, V) if p.segment_chunks > interval else None
 
     @cached_property
     def gate_sums(self) -> Launch:
@@ -128,18 +128,18 @@ class ScalarLaunches(DecayLaunches):
 
     @cached_property
     def gate_gradient(self) -> Launch:
-        """A program for each leg of each head."""
+        """A program for each interval of each head."""
         (K, V), p = self._dims, self.plan
-        leg = leg_chunks(p.exact)
+        interval = interval_chunks(p.exact)
         return self._launch(
             gate_gradient_kernel,
-            (-(-p.segment_chunks // leg) * self._heads, p.segments),
+            (-(-p.segment_chunks // interval) * self._heads, p.segments),
             GATE_WARPS,
             1,
             rows=self._heads,
             BD=narrow(max(K, V), self._dtype),
             BLOCK=min(GATE_BLOCK, triton.next_power_of_2(K * V)),
-            LEG_CHUNKS=leg,
+            INTERVAL_CHUNKS=interval,
             PARTS=self.sums[0],
             ROUND=self._dtype == torch.bfloat16,
         )

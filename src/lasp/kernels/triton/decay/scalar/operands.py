@@ -1,5 +1,9 @@
 # mypy: ignore-errors
-"""Operands of a sweep: rows, the decay, what it leaves for the decay's gradient, tokens, sizes."""
+"""Operands of a sweep: rows, the decay, tokens, sizes, the state that it begins with, and what it leaves.
+
+Intervals are so many chunks of a segment, at whose borders a decay's gradient is known from <S, D> (`gate_gradient`).
+S, the state, and D, its gradient, come by there in sweeps of two directions: that of dq leaves S, that of dk leaves D.
+"""
 
 from typing import NamedTuple
 
@@ -7,7 +11,15 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import head_gates
-from lasp.kernels.triton.common.program import run_of
+from lasp.kernels.triton.common.program import StateTile, run_of, segment_state, tile_at
+
+# How sweeps come by the state of a segment's start, where not from summaries (then GATHER is 0):
+GATHERED = tl.constexpr(1)  # from the tokens before it
+ZERO = tl.constexpr(2)  # there are none before it: runs are single segments
+# Chunks. Rounding gathers between two borders: shorter intervals gather less, but at a border a sweep starts anew, and
+# states are written and read. Exactness is worth that to fp32 inputs.
+INTERVAL = tl.constexpr(32)
+EXACT_INTERVAL = tl.constexpr(4)
 
 
 class Operands(NamedTuple):
@@ -96,3 +108,75 @@ def decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C: tl.c
 @triton.jit
 def span_of(here, column, C: tl.constexpr):
     return Span(first=here.first, last=here.last, slot=here.chunk * C - here.first, column=column)
+
+
+@triton.jit
+def value_tile(v_first, K: tl.constexpr, V: tl.constexpr):
+    """The `StateTile` [BV, BK] from v_first on, as `sweep` holds it for o and dv."""
+    return StateTile(r_first=v_first, s_first=0, R=V, S=K, row=1, column=V)
+
+
+@triton.jit
+def key_tile(k_first, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr):
+    """The `StateTile` [BK, BV] from k_first on, as `sweep` holds it for dq and dk; or with ROWS [BV, BK], as
+    `sweep_rows` does."""
+    if ROWS:
+        return StateTile(r_first=0, s_first=k_first, R=V, S=K, row=1, column=V)
+    else:
+        return StateTile(r_first=k_first, s_first=0, R=K, S=V, row=V, column=1)
+
+
+@triton.jit
+def border_state(states_ptr, decays_ptr, outside_ptr, index, border, tile, BR: tl.constexpr, BS: tl.constexpr,
+                 GATHER: tl.constexpr):  # fmt: skip
+    """A segment's state at its border, with what comes from beyond the run if that is not None, decayed to the segment;
+    and where the state stands, with a mask. index: of the segment's state and decay; border: of the run's."""
+    pointers, mask = tile_at(states_ptr + index * tile.R * tile.S, tile, BR, BS)
+    state = segment_state(pointers, mask, GATHER)
+    if outside_ptr is not None:
+        outside, _ = tile_at(outside_ptr + border * tile.R * tile.S, tile, BR, BS)
+        state += decay_to_segment(decays_ptr + index, GATHER) * tl.load(outside, mask=mask, other=0.0)
+    return state, pointers, mask
+
+
+@triton.jit
+def decay_to_segment(decay_ptr, GATHER: tl.constexpr):
+    """The decay of what enters the run on its way to a segment; `gather` applies it itself."""
+    return 1.0 if GATHER else tl.exp2(tl.load(decay_ptr))
+
+
+def interval_chunks(exact: bool) -> int:
+    return (EXACT_INTERVAL if exact else INTERVAL).value
+
+
+@triton.jit
+def intervals_in(chunks, EXACT: tl.constexpr):
+    """Intervals of a segment of so many chunks."""
+    return tl.cdiv(chunks, EXACT_INTERVAL if EXACT else INTERVAL)
+
+
+@triton.jit
+def next_interval(turn, chunks, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """The interval that a sweep walks next: its first chunk and the one after its last."""
+    interval = intervals_in(chunks, EXACT) - 1 - turn if REVERSE else turn
+    length = EXACT_INTERVAL if EXACT else INTERVAL
+    return interval * length, tl.minimum((interval + 1) * length, chunks)
+
+
+@triton.jit
+def inner_borders(ptr, run, chunks, chunk, size, EXACT: tl.constexpr):
+    """Pointer to the states, of `size` elements, at the ends of a segment's intervals but the last: the n-th at n size.
+
+    ptr: [runs, intervals, K, V], a place for every interval's length of the chunks of all segments. Inner borders are
+    so far apart, also of short segments.
+    """
+    return ptr + (run * intervals_in(chunks, EXACT) + chunk // (EXACT_INTERVAL if EXACT else INTERVAL)) * size
+
+
+@triton.jit
+def leave(inner_ptr, border, chunks, state, tile, EXACT: tl.constexpr):
+    """Stores a state where it is, after so many of the segment's chunks, if that is at an inner border."""
+    if (border > 0) & (border < chunks):
+        inner_ptr += border // (EXACT_INTERVAL if EXACT else INTERVAL) * tile.R * tile.S
+        pointers, mask = tile_at(inner_ptr, tile, state.shape[0], state.shape[1])
+        tl.store(pointers, state, mask=mask)

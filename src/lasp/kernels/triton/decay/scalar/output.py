@@ -4,10 +4,16 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, rows_of, run_of
-from lasp.kernels.triton.common.tiles import tile_at
-from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
-from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state, value_tile
+from lasp.kernels.triton.common.program import place, rows_of, run_of, tile_at
+from lasp.kernels.triton.decay.scalar.operands import (
+    GATHERED,
+    Operands,
+    Sizes,
+    border_state,
+    decay_of,
+    span_of,
+    value_tile,
+)
 from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
 
 

@@ -5,8 +5,15 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import place, rows_of, run_of
-from lasp.kernels.triton.decay.scalar.operands import Operands, Sizes, decay_of, span_of
-from lasp.kernels.triton.decay.scalar.states import GATHERED, border_state, key_tile
+from lasp.kernels.triton.decay.scalar.operands import (
+    GATHERED,
+    Operands,
+    Sizes,
+    border_state,
+    decay_of,
+    key_tile,
+    span_of,
+)
 from lasp.kernels.triton.decay.scalar.sweep import gather
 from lasp.kernels.triton.decay.scalar.sweep_of_keys import sweep_of_keys, terms_of
 
@@ -22,7 +29,7 @@ def query_gradient_kernel(
     suffix_ptr,  # likewise
     dq_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: q . dq, of the state and of chunks
-    inner_ptr,  # fp32 [B, H_v, legs, K, V], written if SUMS: see `inner_borders`
+    inner_ptr,  # fp32 [B, H_v, intervals, K, V], written if SUMS: see `inner_borders`
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,

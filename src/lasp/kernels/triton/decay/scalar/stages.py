@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.common.packing import chunks_of, given, places_of
-from lasp.kernels.triton.decay.inputs import DecayRun
+from lasp.kernels.triton.common.launch import given
+from lasp.kernels.triton.decay.launches import SegmentSums
 from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
-from lasp.kernels.triton.decay.segments import SegmentSums, segment_sums
+from lasp.recurrence.inputs import Inputs
 
 
 class ScalarSegments(NamedTuple):
@@ -25,39 +25,46 @@ class ScalarSegments(NamedTuple):
 
 class QueryGradient(NamedTuple):
     """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts
-    [parts, 2, B, H_v, chunks C] and the states at the inner borders of legs [B, H_v, legs, K, V]."""
+    [parts, 2, B, H_v, chunks C] and the states at the inner borders of intervals [B, H_v, intervals, K, V]."""
 
     dq: Tensor
     sums: Tensor
     inner: Tensor
 
 
-def gate_sums(x: DecayRun, work: ScalarLaunches) -> tuple[Tensor, ...]:
+def gate_sums(x: Inputs, work: ScalarLaunches) -> tuple[Tensor, ...]:
     if not work.per_token:
         return ()
-    gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.plan.num_gates))
-    work.gate_sums(**_gates(x, gates, gates[0]), places_ptr=chunks_of(work.plan, gates[0]))
+    gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.num_gates))
+    work.gate_sums(**_gates(x, gates, gates[0]), places_ptr=given(work.chunk_places, gates[0]))
     return gates
 
 
-def _gates(x: DecayRun, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
+def _gates(x: Inputs, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
     """The decay, and its prefix and suffix sums of a gate per token; `unread` for what there is not."""
     prefix, suffix = (*sums, unread, unread)[:2]
     return {"g_ptr": x.q if x.g is None else x.g, "prefix_ptr": prefix, "suffix_ptr": suffix}
 
 
-def summaries(
-    x: DecayRun, work: ScalarLaunches, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], *, reverse: bool
-) -> SegmentSums:
-    """Summarize every segment; reverse: with q and the gradient of outputs in the places of k and v."""
-    found = segment_sums(work, k)
+def summarize(
+    x: Inputs,
+    work: ScalarLaunches,
+    sums: SegmentSums,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, ...],
+    *,
+    reverse: bool,
+) -> None:
+    """Write the sums of every segment; reverse: with q and the gradient of outputs in the places of k and v."""
+    states, decays = sums
     launch = work.summary_adjoint if reverse else work.summary
-    launch(k_ptr=k, v_ptr=v, **_gates(x, gates, found.states), **found.written(work))
-    return found
+    places = given(work.places, states)
+    launch(k_ptr=k, v_ptr=v, **_gates(x, gates, states), totals_ptr=states, decays_ptr=decays, places_ptr=places)
 
 
 def outputs(
-    x: DecayRun, work: ScalarLaunches, totals: ScalarSegments, o: Tensor, leaving: Tensor, state_in: Tensor | None
+    x: Inputs, work: ScalarLaunches, totals: ScalarSegments, o: Tensor, leaving: Tensor, state_in: Tensor | None
 ) -> Tensor | None:
     """The states entering segments, where they are kept."""
     states, decays, gates = totals
@@ -72,14 +79,14 @@ def outputs(
         states_ptr=given(states, leaving),
         before_ptr=given(decays, leaving),
         state_out_ptr=leaving,
-        places_ptr=places_of(work.plan, leaving),
+        places_ptr=given(work.places, leaving),
         state_in_ptr=state_in,
     )
     return states
 
 
 def local_gradients(
-    x: DecayRun, work: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
+    x: Inputs, work: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
 ) -> QueryGradient:
     dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
     sums = unread.new_empty(work.sums) if work.with_decay else unread
@@ -94,13 +101,13 @@ def local_gradients(
         sums_ptr=sums,
         inner_ptr=inner,
         states_ptr=entering,
-        places_ptr=places_of(work.plan, dq),
+        places_ptr=given(work.places, dq),
     )
     return QueryGradient(dq, sums, inner)
 
 
 def gradients(
-    x: DecayRun,
+    x: Inputs,
     work: ScalarLaunches,
     entering: Tensor,
     leaving: Tensor,
@@ -114,7 +121,7 @@ def gradients(
     d_states, after = given(adjoint.states, unread), given(adjoint.decays, unread)
     operands = {"q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o}
     gates = _gates(x, adjoint.gates, unread)
-    places = places_of(work.plan, d_states)
+    places = given(work.places, d_states)
     states = {"d_states_ptr": d_states, "after_ptr": after, "places_ptr": places, "d_state_out_ptr": d_state_out}
 
     dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)

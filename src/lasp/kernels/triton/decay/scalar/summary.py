@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import chunk_decays, head_gates, head_rate
-from lasp.kernels.triton.common.program import needed_chunks, place, rows_of, run_of
-from lasp.kernels.triton.common.tiles import load_chunk, state_tile, view
+from lasp.kernels.triton.common.program import load_chunk, needed_chunks, place, rows_of, run_of, state_tile, view
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])

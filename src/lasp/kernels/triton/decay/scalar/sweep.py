@@ -17,17 +17,15 @@ so the state is the left operand of its product, taken from registers, and no ac
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
 gate_gradient), what comes of the state apart from what comes of the chunk, each in parts of PART_ROWS columns of out:
-so much a warp adds up by itself. They leave states within the segment (`intervals`).
+so much a warp adds up by itself. They leave states within the segment (`leave`).
 """
 
 import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import NONE, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.common.program import run_bounds
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.scalar.intervals import leave, legs_in, next_leg
-from lasp.kernels.triton.decay.scalar.states import key_tile
+from lasp.kernels.triton.common.program import load_chunk, run_bounds, store_chunk, view
+from lasp.kernels.triton.decay.scalar.operands import intervals_in, key_tile, leave, next_interval
 
 PART_ROWS = tl.constexpr(16)
 MIN_ROUNDED = tl.constexpr(2.0**-12)  # fp16's precision ends at 2^-14
@@ -67,10 +65,10 @@ def sweep(
     if SUMS:
         x_view = view(terms.x_ptr, last, operands.c_row, N, C, BC, DESCRIPTORS)
     chunks = tl.cdiv(last - first, C)
-    for turn in range(legs_in(chunks, EXACT) if SUMS else 1):
+    for turn in range(intervals_in(chunks, EXACT) if SUMS else 1):
         begin, end = 0, chunks
         if SUMS:
-            begin, end = next_leg(turn, chunks, REVERSE, EXACT)
+            begin, end = next_interval(turn, chunks, REVERSE, EXACT)
             border = end if REVERSE else begin
             leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, False), EXACT)
         for step in range(begin, end):

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import run_of
-from lasp.kernels.triton.decay.scalar.intervals import inner_borders
-from lasp.kernels.triton.decay.scalar.operands import GateTerms
+from lasp.kernels.triton.decay.scalar.operands import GateTerms, inner_borders
 from lasp.kernels.triton.decay.scalar.sweep import PART_ROWS, sweep
 from lasp.kernels.triton.decay.scalar.sweep_row_major import sweep_rows
 
@@ -15,8 +14,8 @@ from lasp.kernels.triton.decay.scalar.sweep_row_major import sweep_rows
 def terms_of(
     x_ptr, sums_ptr, inner_ptr, here, B, H_v, chunks, sizes: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr
 ):
-    """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C] and inner states [B, H_v, legs, K, V]; x_ptr
-    at the head's rows."""
+    """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C] and inner states [B, H_v, intervals, K, V];
+    x_ptr at the head's rows."""
     run = run_of(here, H_v)
     sums_row = tl.cast(B, tl.int64) * H_v * (chunks * sizes.C)
     parts: tl.constexpr = 1 if ROWS else sizes.BC // PART_ROWS

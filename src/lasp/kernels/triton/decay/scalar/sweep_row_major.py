@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import NONE, TOKEN, chunk_decays, head_rate, pair_decay
-from lasp.kernels.triton.common.tiles import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.scalar.intervals import leave, legs_in, next_leg
-from lasp.kernels.triton.decay.scalar.states import key_tile
+from lasp.kernels.triton.common.program import load_chunk, store_chunk, view
+from lasp.kernels.triton.decay.scalar.operands import intervals_in, key_tile, leave, next_interval
 from lasp.kernels.triton.decay.scalar.sweep import add_chunk
 
 
@@ -53,8 +52,8 @@ def sweep_rows(
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
     chunks = tl.cdiv(last - first, C)
-    for turn in range(legs_in(chunks, False)):
-        begin, end = next_leg(turn, chunks, REVERSE, False)
+    for turn in range(intervals_in(chunks, False)):
+        begin, end = next_interval(turn, chunks, REVERSE, False)
         border = end if REVERSE else begin
         leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, True), False)
         for step in range(begin, end):

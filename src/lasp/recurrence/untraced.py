@@ -1,4 +1,4 @@
-"""Where a compiled graph ends: before what torch.compile cannot follow."""
+"""Where a compiled graph ends: around what torch.compile cannot follow."""
 
 from __future__ import annotations
 
