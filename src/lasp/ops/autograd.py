@@ -17,7 +17,7 @@ from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
-from lasp.recurrence.untraced import untraced
+from lasp.recurrence.untraced import break_graph, untraced
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,16 +26,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
 
 
-_SUM_IN_GRAPH = (
-    "output_final_state=True over several ranks, or an initial_state of packed documents with a gradient, cannot be "
-    "part of a compiled graph: leave fullgraph=True out, and the graph breaks around the operator, or call it outside "
-    "of the compiled function"
-)
-
-
 def not_traced_before(function: _Function) -> _Function:
     """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
-    return function if TRACEABLE else untraced(function)
+    return function if TRACEABLE else untraced(function, f"a scan, with PyTorch {torch.__version__},")
 
 
 def break_graph_for_sums(plan: ScanPlan, initial: Tensor | None) -> None:
@@ -46,7 +39,9 @@ def break_graph_for_sums(plan: ScanPlan, initial: Tensor | None) -> None:
     if plan.ranks is None or not torch.compiler.is_compiling():
         return
     if plan.want_final or (plan.documents is not None and initial is not None and initial.requires_grad):
-        torch._dynamo.graph_break(msg=_SUM_IN_GRAPH)
+        break_graph(
+            "output_final_state=True over several ranks, or an initial_state of packed documents with a gradient,"
+        )
 
 
 def begin_early(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> Begun | None:
@@ -88,7 +83,7 @@ def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | Non
     return result
 
 
-_untraced = untraced(_eager)
+_untraced = untraced(_eager, "a delta rule, or packed documents,")
 _traced = not_traced_before(_eager)
 
 
