@@ -6,13 +6,14 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1,triton)
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST_TRITON := build/triton-oldest
 ORACLE := build/oracle
 # The oldest that lasp.hf takes, one between, and the newest that pip finds for this Python.
 TRANSFORMERS ?= 5.17 5.20 5
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test exhaustive fuzz lint docs packages range oracle trackers clean FORCE
+.PHONY: train test exhaustive fuzz lint docs packages range triton oracle trackers clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,6 +45,9 @@ packages: $(VENV)/.installed-dev  ## build wheel and source archive, install the
 range:  ## the core of the tests on the oldest, usual and newest PyTorch and Triton, and on every Python that is here
 	$(PYTHON) -m tests.range $(ARGS)
 
+triton: $(OLDEST_TRITON)/.installed  ## read and compile a sample of the kernels by the oldest Triton, installed beside the environment
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/triton/test_compile.py $(ARGS)
+
 oracle: $(ORACLE)/.installed $(TRANSFORMERS:%=$(ORACLE)-%/.installed)  ## compare with flash-linear-attention and with transformers, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
 	for version in $(TRANSFORMERS); do \
@@ -74,6 +78,11 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[docs]'
 	@touch $@
 
+# Only its language and its compiler are used, which need no GPU.
+$(OLDEST_TRITON)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST_TRITON) 'triton==3.6.0'
+	@touch $@
+
 # Not in the environment: importing it changes other libraries, and nothing else here needs it.
 $(ORACLE)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ORACLE) 'fla-core==0.6.0' einops
@@ -88,4 +97,4 @@ $(TRACKERS)/.installed: $(VENV)/.installed-dev
 	@touch $@
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(ORACLE)* $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_TRITON) $(ORACLE)* $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,9 @@ torch.set_num_threads(1)
 # Read when Triton is first imported, which any test may do: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # Autograd counts devices once, at its first backward pass, and starts a thread for each; forks of a process that
+    # has such threads cannot go backward. In a PyTorch for CUDA fake tensors claim eight GPUs: the first pass is here.
+    torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 from training_runs import write_text
 
 from lasp.analysis.devices import DEVICES, described, device
+from lasp.analysis.measured import MEASURED
 from lasp.analysis.planner import METHODS, Job, ParallelLayout, best, estimate, longest, nodes_of
 from lasp.analysis.report import alternatives, plan, row
 from lasp.cli import main as cli
@@ -115,6 +116,26 @@ def test_json(capsys):
     assert found["recommended"]["method"] == "lasp" and found["seq_len"] == 1 << 20
     assert "reason" in next(entry for entry in found["methods"] if entry["method"] == "ulysses")
     assert any(basis.startswith("assumed") for basis in found["rests_on"].values())
+
+
+def test_what_nobody_measured_is_marked(capsys):
+    """Of the model, the device, or a hybrid of which one half was."""
+    for family, kind, is_measured in (
+        ("transnormer", "H200", True),
+        ("mamba2", "H200", False),
+        ("transnormer", "A100", False),
+    ):
+        config, where = preset(family, "1b"), device(f"{kind}-80G" if kind == "A100" else kind)
+        found = plan(job(config=config, device=where, devices=1, seq_len=1 << 14, batch=1))
+        assert (found["measured"] is not None) == is_measured
+        assert found["rests_on"]["steps"].startswith("measured" if is_measured else "not measured")
+    assert cli.main(["plan", "--model.family", "gla", "--model.size", "1b", "--seq-len", "16K"]) == 0
+    assert capsys.readouterr().out.count("not measured") >= 3
+
+
+def test_the_files_of_measured_steps_are_there():
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    assert all(list(results.glob(steps.source)) for steps in MEASURED)
 
 
 def test_table_and_plot(capsys, tmp_path):

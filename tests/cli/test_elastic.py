@@ -20,7 +20,7 @@ from lasp.train import trainer
 from lasp.train.config import AUTO
 from lasp.train.logging.metrics import read_metrics
 
-STEPS = 60
+STEPS = 40
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_packed_documents_with_states_over_processes():
 
 @pytest.mark.parametrize(
     ("lengths", "every"),
-    [((3, 3, 3, 3), 7), ((1, 0, 2, 9), 13), pytest.param((3, 3, 3, 3), 1, marks=pytest.mark.exhaustive)],
+    [((3, 3, 3, 3), 11), ((1, 0, 2, 9), 17), pytest.param((3, 3, 3, 3), 1, marks=pytest.mark.exhaustive)],
 )
 def test_all_document_boundaries(lengths, every):
     """T = 12 over 4 ranks, the 2^11 ways to cut it into documents, against a matrix that knows the documents."""
@@ -408,3 +409,19 @@ def test_ranks_that_differ_and_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=text):
             lasp.short_convolution(**{"x": x, "weight": weight, **arguments})
+
+
+def test_packed_documents_compile_without_a_word() -> None:
+    """The graph breaks around the rows' plan, which the compiler would trace, with a page of warnings."""
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 20, 8), (8, 4)))
+
+    def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * lasp.short_convolution(2 * x, weight, activation="silu", cu_seqlens=(0, 3, 11, 20))[0]
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo detected")
+        compiled = torch.compile(convolve, backend="aot_eager")(x, weight)
+    assert torch.equal(compiled, convolve(x, weight))
+    (d_compiled,), (d_eager,) = (torch.autograd.grad(y.sum(), x) for y in (compiled, convolve(x, weight)))
+    assert relative_error(d_compiled, d_eager) < 1e-6

@@ -187,7 +187,7 @@ def test_sets_of_boundaries_in_real_processes(kind):
             lasp.SequenceParallel(dist.group.WORLD, exchange=name, lengths=lengths)
             for name in EXCHANGES for lengths in (None, (5, 0, 6, 1))
         ]  # fmt: skip
-        return worst_of(lambda number: groups[number % len(groups)], range(0, 2048, 53), problem)
+        return worst_of(lambda number: groups[number % len(groups)], range(0, 2048, 97), problem)
 
     assert max(run(RANKS, work)) < 1e-12
 

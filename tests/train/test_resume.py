@@ -39,28 +39,28 @@ def key(lines: list[dict]) -> list[tuple]:
     ],
 )
 def test_resumed_equals_uninterrupted(tmp_path: Path, dp: int, sp: int) -> None:
-    config = small_config(tmp_path, dp=dp, sp=sp, accumulation=2, steps=8)
+    config = small_config(tmp_path, dp=dp, sp=sp, accumulation=2, steps=6)
     whole = train(config, dp * sp)
-    assert len(whole) == 8
+    assert len(whole) == 6
 
-    # The same run, killed by an exception in step 6; its last checkpoint is of step 3.
-    halves = dataclasses.replace(config, run_dir=tmp_path / "halves", save_every=3, keep_checkpoints=1)
+    # The same run, killed by an exception in step 4; its last checkpoint is of step 2.
+    halves = dataclasses.replace(config, run_dir=tmp_path / "halves", save_every=2, keep_checkpoints=1)
 
     def killed(_rank: int) -> None:
         original = step.Stepper.step
 
-        def until_six(self: step.Stepper, number: int, **options: object) -> step.StepResult:
-            if number == 5:
+        def until_four(self: step.Stepper, number: int, **options: object) -> step.StepResult:
+            if number == 3:
                 raise KeyError("killed")
             return original(self, number, **options)  # type: ignore[arg-type]
 
-        step.Stepper.step = until_six  # type: ignore[method-assign,assignment]
+        step.Stepper.step = until_four  # type: ignore[method-assign,assignment]
         with pytest.raises(KeyError):
             trainer.train(halves)
 
     world.run(dp * sp, killed)
     assert halves.run_dir is not None
-    assert checkpoint.find(halves.run_dir, report=pytest.fail).state["step"] == 3
+    assert checkpoint.find(halves.run_dir, report=pytest.fail).state["step"] == 2
     assert key(train(halves, dp * sp, resume=halves.run_dir)) == key(whole)
 
 

@@ -28,7 +28,7 @@ def show(found: dict[str, Any], console: Terminal) -> None:
     table = Table(
         title=f"{found['model']} ({found['model_parameters'] / 1e6:,.0f}M parameters), {found['batch']} x "
         f"{length_text(found['seq_len'])} tokens on {found['devices']} x {found['device']}, "
-        f"{found['precision']}"
+        f"{found['precision']}" + ("" if found["measured"] else "; not measured")
     )
     columns = ("method", "fits", "GB each", "tokens/s", "step", "waits", "received", "dp x sp", "data-parallel")
     for column in (*columns, "recomputation", "exchange", "longest"):
@@ -58,12 +58,13 @@ def show(found: dict[str, Any], console: Terminal) -> None:
             console.print(f"{entry['method']}: {entry['reason']}")
     if found["recommended"] is None:
         console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.")
+    unseen = "" if found["measured"] else " (not measured)"
     for title, which in (("Recommended", ""), ("With lasp train's defaults", "_for_lasp_train")):
         best, ties = found[f"recommended{which}"], found[f"ties{which}"]
         if best is None:
             continue
         console.print(
-            f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s, "
+            f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s{unseen}, "
             f"{best['memory_bytes'] / 1e9:.1f} GB.",
         )
         if ties:
@@ -75,7 +76,7 @@ def show(found: dict[str, Any], console: Terminal) -> None:
             )
     if found["command"] is not None:
         best = found["recommended_of_lasp_train"]
-        rate = f"{best['tokens_per_s']:,.0f} tokens/s, {best['memory_bytes'] / 1e9:.1f} GB"
+        rate = f"{best['tokens_per_s']:,.0f} tokens/s{unseen}, {best['memory_bytes'] / 1e9:.1f} GB"
         console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:")
         console.print(f"  {found['command']}", soft_wrap=True)
         if found["hosts"] > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lasp.analysis.measured import measured
 from lasp.analysis.model import num_parameters
 from lasp.analysis.planner import METHODS, Estimate, Job, best, estimate, layouts, longest, nodes_of, problem
 
@@ -18,6 +19,8 @@ BASIS = {
     "exchange behind the local part of attention's backward pass",
     "step floor": "device.host",
 }
+
+NOT_MEASURED = "not measured: no step of such a model on such a device is known; times may be off by several times"
 
 # Steps whose predictions differ by less are not told apart: quartiles of one layout's measured steps span as much, and
 # so do the errors of two layouts' predictions against each other (docs/results/predictions.md).
@@ -68,7 +71,7 @@ def plan(job: Job) -> dict[str, Any]:
             entry |= row(found)
         entry["longest_tokens"] = longest(job.config, job.device, job.devices, method, batch=job.batch)
         methods.append(entry)
-    fitting = alternatives(job)
+    fitting, source = alternatives(job), measured(job.config, job.device.name)
     recommended = next(iter(fitting), None)
     trained = next((each for each in fitting if trains(each)), None)
     runs = next((each for each in fitting if each["method"] in TRAINED_METHODS), None)
@@ -88,7 +91,10 @@ def plan(job: Job) -> dict[str, Any]:
         "ties_for_lasp_train": ties(trained, [each for each in fitting if trains(each)]),
         "tie": TIE,
         "methods": methods,
-        "rests_on": BASIS | {f"device.{name}": source for name, source in job.device.sources.items()},
+        "measured": source,
+        "rests_on": BASIS
+        | {"steps": NOT_MEASURED if source is None else f"measured: benchmarks/results/{source}"}
+        | {f"device.{name}": source for name, source in job.device.sources.items()},
     }
 
 

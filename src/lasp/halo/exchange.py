@@ -17,8 +17,8 @@ from lasp.halo.rows import HaloPlan
 from lasp.recurrence.derivatives import first_derivatives
 
 
-def extend(x: Tensor, initial: Tensor | None, plan: HaloPlan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:
-    """The shard with what stands before it.
+def read_rows(x: Tensor, initial: Tensor | None, plan: HaloPlan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:
+    """The rows that a shard reads and does not hold.
 
     Args:
         x: [B, T, C].
@@ -26,14 +26,14 @@ def extend(x: Tensor, initial: Tensor | None, plan: HaloPlan, call: SequenceCall
             first rank and zero elsewhere. None for none.
 
     Returns:
-        extended [B, w + T, C]: x after the w rows before it, zero where its document has not begun there; and the
-        the plan's needed rows [B, M, C].
+        the w rows before x [B, w, C], zero where its document has not begun there, and the rows that the plan needs
+        [B, M, C].
     """
-    extended, needed = _Extend.apply(plan, call, x, initial)
-    return extended, needed
+    before, needed = _ReadFromRanks.apply(plan, call, x, initial)
+    return before, needed
 
 
-class _Extend(torch.autograd.Function):
+class _ReadFromRanks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, plan: HaloPlan, call: SequenceCall | None, x: Tensor, initial: Tensor | None
@@ -55,16 +55,16 @@ class _Extend(torch.autograd.Function):
         save_after(ctx, needed)
         halo = needed[:, route.halo]
         missing = x.new_zeros(batch, plan.width - halo.shape[1], channels)
-        return torch.cat((missing, halo, x), 1), needed
+        return torch.cat((missing, halo), 1), needed
 
     @staticmethod
     @first_derivatives("short_convolution or token_shift", linear=True)
-    def backward(ctx: Any, d_extended: Tensor, d_wish: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_before: Tensor, d_needed: Tensor) -> tuple[Any, ...]:
         plan, route, (shape, initial_shape), call = ctx.plan, ctx.plan.route, ctx.like, adjoint_of(ctx)
-        d_rows = d_wish.clone()
+        d_rows = d_needed.clone()
         count = route.halo.stop - route.halo.start
-        d_rows[:, route.halo] += d_extended[:, plan.width - count : plan.width]
-        d_x = d_extended[:, plan.width :].clone()
+        d_rows[:, route.halo] += d_before[:, plan.width - count :]
+        d_x = d_rows.new_zeros(shape)
         first = call is None or call.rank == 0
         # To the first rank go, after the gradients of its tokens, those of the initial states.
         going = dict(route.receives)

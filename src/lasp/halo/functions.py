@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.exchange.start import SequenceCall
-from lasp.halo.exchange import extend
+from lasp.halo.exchange import read_rows
+from lasp.halo.fused import convolution
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
+from lasp.kernels.select import has_fused_kernels
+from lasp.recurrence.untraced import untraced
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
@@ -19,6 +22,7 @@ from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
 ACTIVATIONS = (None, "silu")
 MAX_WIDTH = 8
+FUSED_WIDTH = 4  # up to which there are fused kernels
 
 
 def short_convolution(
@@ -69,11 +73,15 @@ def short_convolution(
     call = _called(sp, "short_convolution", x, initial_state, layout, gradients, (bias is not None, activation))
     read = _read(x, layout, initial_state, sp, call)
     with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
-        y = _convolve(read.extended, weight, bias)
+        fixed = None
         if read.override is not None:
-            tokens = sum((read.back(j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
-            y = y.index_copy(1, read.override.tokens, tokens if bias is None else tokens + bias)
-        return F.silu(y) if activation == "silu" else y, read.final
+            fixed = sum((read.back(x, j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
+            fixed = _activated(fixed if bias is None else fixed + bias, activation)
+        if width < FUSED_WIDTH and has_fused_kernels(x.device, x.dtype):
+            y = convolution(x, weight, bias, read.before, activation == "silu")
+        else:
+            y = _activated(_convolve(read.extended(x), weight, bias), activation)
+        return y if read.override is None else y.index_copy(1, read.override.tokens, fixed), read.final
 
 
 def token_shift(
@@ -109,25 +117,36 @@ def token_shift(
     gradients = tuple(t is not None and t.requires_grad for t in (x, initial_state))
     call = _called(sp, "token_shift", x, initial_state, layout, gradients, ())
     read = _read(x, layout, initial_state, sp, call)
-    y = read.extended[:, :-1]
+    y = read.extended(x)[:, :-1]
     if read.override is not None:
-        y = y.index_copy(1, read.override.tokens, read.back(1))
+        y = y.index_copy(1, read.override.tokens, read.back(x, 1))
     return y, None if read.final is None else read.final[..., 0]
 
 
 class _ReadRows(NamedTuple):
-    """Rows that the tokens here read: extended [B, w + T, C], but for the tokens of `override`; and the final state."""
+    """Rows that the tokens here read beside one another.
 
-    extended: Tensor
+    Attributes:
+        before: [B, w, C], those before the first token, zero if None; but for the tokens of `override`.
+        needed: [B, M + 1, C], those that the plan needs, and zeros.
+    """
+
+    width: int
+    before: Tensor | None
     needed: Tensor
     override: BoundaryOverride | None
     final: Tensor | None
 
-    def back(self, tokens: int) -> Tensor:
+    def extended(self, x: Tensor) -> Tensor:
+        """[B, w + T, C]: x after what stands before it."""
+        before = x.new_zeros(x.shape[0], self.width, x.shape[2]) if self.before is None else self.before
+        return torch.cat((before, x), 1)
+
+    def back(self, x: Tensor, tokens: int) -> Tensor:
         """[B, A, C]: what the tokens of `override` read so many tokens back."""
         assert self.override is not None
         # Selected, not multiplied by zero: another document may hold NaN.
-        near = self.extended.index_select(1, self.override.near[tokens])
+        near = x.index_select(1, self.override.near[tokens])
         far = self.needed.index_select(1, self.override.far[tokens])
         return torch.where(self.override.is_near[tokens][:, None], near, far)
 
@@ -138,26 +157,40 @@ def _read(
     """Exchange rows, where there is another rank or another document."""
     if len(layout.bounds) == 2 and (sp is None or sp.size == 1):
         return _read_whole(x, layout, initial_state)
+    return _read_planned(x, layout, initial_state, 0 if sp is None else sp.rank, call)
+
+
+@untraced
+def _read_planned(
+    x: Tensor, layout: HaloLayout, initial_state: Tensor | None, rank: int, call: SequenceCall | None
+) -> _ReadRows:
+    """Read them by a plan, which is made of numbers that the compiler has not."""
     states = (x.shape[0] if len(layout.bounds) == 2 else len(layout.bounds) - 1, layout.width)
     initial = None
     if initial_state is not None:  # [B, C, w] -> [B, w, C], packed [N, C, w] -> [1, N * w, C]
         documents = len(layout.bounds) - 1
         initial = initial_state.transpose(1, 2).reshape(x.shape[0], documents * layout.width, x.shape[2])
-    scheme = plan(layout, 0 if sp is None else sp.rank, x.device)
-    extended, needed = extend(x, initial, scheme, call)
+    scheme = plan(layout, rank, x.device)
+    before, needed = read_rows(x, initial, scheme, call)
     needed = F.pad(needed, (0, 0, 0, 1))  # and a row of zeros
     final = None
     if scheme.final is not None:
         final = needed.index_select(1, scheme.final).reshape(*states, x.shape[2]).transpose(1, 2)
-    return _ReadRows(extended, needed, scheme.override, final)
+    return _ReadRows(layout.width, before, needed, scheme.override, final)
 
 
 def _read_whole(x: Tensor, layout: HaloLayout, initial_state: Tensor | None) -> _ReadRows:
     """Rows that whole sequences read which are all here: no plan is needed, which the compiler could not follow."""
-    before = x.new_zeros(x.shape[0], layout.width, x.shape[2]) if initial_state is None else initial_state.mT
-    extended = torch.cat([before, x], 1)
-    final = extended[:, x.shape[1] :].transpose(1, 2) if layout.final else None
-    return _ReadRows(extended, extended[:, :0], None, final)
+    read = _ReadRows(layout.width, None if initial_state is None else initial_state.mT, x[:, :0], None, None)
+    if not layout.final:
+        return read
+    # Of the last rows alone, where they are all here.
+    last = x[:, x.shape[1] - layout.width :] if x.shape[1] >= layout.width else read.extended(x)[:, x.shape[1] :]
+    return read._replace(final=last.transpose(1, 2))
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    return F.silu(y) if activation == "silu" else y
 
 
 def _convolve(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -139,7 +139,7 @@ class BoundaryOverride(NamedTuple):
 
     Attributes:
         tokens: int64 [A], tokens here.
-        near: int64 [w + 1, A], rows of the extended shard.
+        near: int64 [w + 1, A], tokens here.
         far: int64 [w + 1, A], indices of needed rows, its length for zeros.
         is_near: bool [w + 1, A], read the former.
     """
@@ -215,7 +215,7 @@ def _override(rows: Rows, device: torch.device) -> BoundaryOverride | None:
         return None
     # A row for each token back, from none to w.
     wanted = before(rows.layout, tokens - torch.arange(rows.layout.width + 1)[:, None], documents)
-    is_near = (wanted != NONE) & (wanted < rows.total)
-    near = torch.where(is_near, wanted - rows.start + rows.layout.width, 0)
+    is_near = (wanted >= rows.start) & (wanted < rows.end)
+    near = torch.where(is_near, wanted - rows.start, 0)
     far = torch.where(is_near, len(rows.needed.rows), _position(rows, wanted))
     return BoundaryOverride((tokens - rows.start).to(device), near.to(device), far.to(device), is_near.to(device))

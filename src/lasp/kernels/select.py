@@ -12,12 +12,13 @@ from collections.abc import Mapping
 
 import torch
 
-from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
+from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.recurrence.inputs import Inputs
 from lasp.recurrence.stages import AnyStages
 
 logger = logging.getLogger(__name__)
 
+FUSED_FAMILIES = ("decay", "delta")
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
 _loaded: dict[tuple[str, str], AnyStages] = {}
 _chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
@@ -32,32 +33,49 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        columns = x.v.shape[3]
-        dim = max(x.q.shape[3], columns // value_pieces(columns) if family == "delta" else columns)
-        key = (family, x.q.device, x.q.dtype, dim)
-        backend = _chosen.get(key) or _choose(*key)
+        keys = int(x.q.shape[3]) if family == "delta" else 0  # whose heads of wide keys cannot be cut
+        backend = _choose(family, x.q.device, x.q.dtype, keys)
     return load(family, backend)
 
 
-def _choose(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    reason = _against_triton(family, device, dtype, dim)
-    backend = "torch" if reason else "triton"
-    if not torch.compiler.is_compiling():  # which keeps no choices, and calls no logger
-        _chosen[family, device, dtype, dim] = backend
-        logger.info("backend auto of the %s recurrence: %s%s", family, backend, f" ({reason})" if reason else "")
-    return backend
+def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:
+    """Choose, and say once what: as a warning where a GPU falls to PyTorch, many times slower."""
+    key = (family, device, dtype, keys)
+    if key not in _chosen:
+        reason = _against_triton(*key)
+        _chosen[key] = "torch" if reason else "triton"
+        slow = reason and device.type == "cuda" and family in FUSED_FAMILIES
+        what = f"backend auto of the {family} recurrence: {_chosen[key]}" + (f" ({reason})" if reason else "")
+        logger.log(logging.WARNING if slow else logging.INFO, what)
+    return _chosen[key]
 
 
-def _against_triton(family: str, device: torch.device, dtype: torch.dtype, dim: int) -> str:
+def has_fused_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the kernels of what stands around recurrences run there."""
+    key = ("neighbours", device, dtype, 0)
+    if key not in _chosen:
+        _chosen[key] = "torch" if _against_triton("decay", device, dtype, 0) else "triton"
+    return _chosen[key] == "triton"
+
+
+# torch.compile calls them as they stand while it traces: `torch.compiler.assume_constant_result` says the same, and
+# loads the compiler.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:
     """The reason that the fused kernels are not for these inputs; empty where they are."""
-    if family not in ("decay", "delta"):
+    if family not in FUSED_FAMILIES:
         return "no fused kernels for it"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the tensors are on {device.type}, the fused kernels run on CUDA"
     if torch.cuda.get_device_properties(device).major < FUSED_CAPABILITY:
         return f"the GPU's compute capability is below {FUSED_CAPABILITY}.0"
-    if dtype not in FUSED_DTYPES or dim > FUSED_MAX_DIM:
-        return f"{dtype} with heads of {dim} channels; the fused kernels take 16 and 32 bits up to {FUSED_MAX_DIM}"
+    if dtype not in FUSED_DTYPES:
+        return f"the fused kernels take 16 and 32 bits, not {dtype}"
+    if keys > FUSED_MAX_DIM:
+        return f"keys have {keys} channels, the delta rule's fused kernels take up to {FUSED_MAX_DIM}"
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 

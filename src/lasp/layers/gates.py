@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_activation, check_counts
+from lasp.layers.fused import ACTIVATIONS, gated_norm, stepped_values
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
 from lasp.recurrence.inputs import state_dtype
@@ -66,6 +67,10 @@ class SteppedDecay(ExactParameters):
             dt, rate = dt.unflatten(-1, (self.num_heads, self.channels)), rate[:, None]
         return dt, -rate * dt
 
+    def values(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values dt x [B, T, H, P] and log-decays [B, T, H], of raw [B, T, H] and x [B, T, H, P]."""
+        return stepped_values(raw, x, self.bias, self.log_rate)
+
 
 def _drawn(count: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:
     """Uniform values, drawn on the generator's device (CPU): the same wherever they are used."""
@@ -93,7 +98,7 @@ class GatedHeadNorm(nn.Module):
     Args:
         value_dim: V.
         eps: added to the mean square.
-        activation: of the gate; None for a norm without one.
+        activation: of the gate; None for a norm without one. Kernels know silu and the sigmoid.
     """
 
     def __init__(self, value_dim: int, eps: float, activation: Callable[[Tensor], Tensor] | None) -> None:
@@ -102,8 +107,12 @@ class GatedHeadNorm(nn.Module):
         check_activation(activation)
         self.norm = RMSNorm(value_dim, eps)
         self.activation = activation
+        self.fused = next((name for name, known in ACTIVATIONS.items() if known is activation), None)
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """o [B, T, H, V], gate [B, T, H * V] or None -> [B, T, H * V]."""
-        o = self.norm(o).flatten(-2)
-        return o if gate is None or self.activation is None else o * self.activation(gate)
+        if self.activation is None:
+            gate = None
+        if self.fused is None and gate is not None and self.activation is not None:
+            return self.norm(o).flatten(-2) * self.activation(gate)
+        return gated_norm(o, gate, self.norm.weight, activation=self.fused or "silu", eps=self.norm.eps)

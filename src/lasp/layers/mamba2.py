@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_divisor
+from lasp.layers.fused import gated_skip_norm
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
-from lasp.layers.norms import SimpleRMSNorm
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import linear_attention_begin
@@ -83,8 +82,7 @@ class Mamba2(Mixer):
         self.convolution = ShortConvolution(config.convolved, config.conv_width, bias=True)
         self.decay = SteppedDecay(self.num_heads)
         self.skip = nn.Parameter(torch.ones(self.num_heads))
-        # Statistics over each group's channels, a gain for every channel.
-        self.norm = SimpleRMSNorm(inner // self.num_groups, context.norm_eps)
+        self.norm_eps = context.norm_eps
         self.gain = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, context.d_model, bias=False)
 
@@ -103,16 +101,15 @@ class Mamba2(Mixer):
         values, keys, queries = mixed.split([math.prod(heads), math.prod(groups), math.prod(groups)], -1)
         values = values.unflatten(-1, heads)
         keys, queries = (t.unflatten(-1, groups) for t in (keys, queries))
-        dt, log_decay = self.decay(dt)
-        return MixerInputs(keys, (dt[..., None] * values).to(values.dtype), log_decay, q=queries, kept=(z, values))
+        stepped, log_decay = self.decay.values(dt, values)
+        return MixerInputs(keys, stepped, log_decay, q=queries, kept=(z, values))
 
     def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
         return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         z, values = kept
-        y = (o + self.skip.to(o.dtype)[:, None] * values).flatten(-2) * F.silu(z)
-        y = self.norm(y.unflatten(-1, (self.num_groups, -1))).flatten(-2) * self.gain.to(y.dtype)
+        y = gated_skip_norm(o, z, values, self.skip, self.gain, groups=self.num_groups, eps=self.norm_eps)
         return self.out_proj(y)
 
 

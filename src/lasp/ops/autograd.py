@@ -17,6 +17,7 @@ from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
+from lasp.recurrence.untraced import untraced
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,23 +30,6 @@ _NO_OPERATORS = (
     "output_final_state=True or packed documents over several ranks cannot be part of a compiled graph: leave "
     "fullgraph=True out, and the graph breaks around the operator, or call it outside of the compiled function"
 )
-
-
-def untraced(function: _Function) -> _Function:
-    """`function`, around which a compiled graph breaks.
-
-    As `torch.compiler.disable`, which loads the compiler: half of the time that importing this library would take.
-    PyTorch's own way loads it at the first call, so uncompiled calls do not go by it.
-    """
-    disabled = torch._disable_dynamo(function)
-
-    @wraps(function)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return disabled(*arguments, **options)
-        return function(*arguments, **options)
-
-    return cast(_Function, wrapped)
 
 
 def not_traced_before(function: _Function) -> _Function:

@@ -66,9 +66,9 @@ def linear_attention(
             sequence, over all ranks of `sp` (int tensor, best on the CPU, or ints). B must be 1; states are then
             [documents, H_v, K, V]. Documents may cross any number of ranks and may be empty; nothing leaks between.
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
-        backend: "torch" (chunked, any device), "triton" (fused kernels on a GPU; bf16, fp16 and fp32, K and V up to
-            256) or "reference" (token by token, slow, exact); "auto" is "triton" where that
-            runs, else "torch", and logs which (`lasp.kernels.select`, level INFO).
+        backend: "torch" (chunked, any device), "triton" (fused kernels on a GPU; bf16, fp16 and fp32) or "reference"
+            (token by token, slow, exact); "auto" is "triton" where that runs, else "torch", and logs which
+            (`lasp.kernels.select`; a GPU left to PyTorch as a warning).
 
     Returns:
         o [B, T, H_v, V] in v's dtype, and the final state [B, H_v, K, V] or None.

@@ -1,14 +1,14 @@
 """Compiles what calls launch for a device that need not be there, and reports what it needs.
 
-    python tests/kernels/triton/compile_ahead.py [--every] cuda:90 ...  # cuda:80, cuda:100, hip:gfx942
-    python tests/kernels/triton/compile_ahead.py parse [--sample]
+    python tests/kernels/triton/compile_ahead.py [--sample | --every] [parse] [cuda:90 ...]
 
-Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. The first form
-compiles one kernel of each sort (--every: all kinds of decay and dtypes, dims of 128 and 256) and prints a JSON object
-for each: shared memory, spilled bytes per thread, matrix instructions, whether it orders memory with other devices. The
-second takes every kind of call, but no kernel further than through Triton's own language, whose rules the interpreter
-does not know: it prints what was refused, a control at the last, and how many were read. A script of its own: where
-tests run in the interpreter, kernels cannot be compiled.
+Calls are made with tensors that have shapes and no data, and their launches recorded instead of done. For devices that
+are named, cuda:80, cuda:90, cuda:100 or hip:gfx942, one kernel of each sort is compiled (--sample: of a few; --every:
+all kinds of decay and dtypes, dims of 128 and 256), and a JSON object printed for each: shared memory, spilled bytes
+per thread, matrix instructions, whether it orders memory with other devices. `parse` takes every kind of call
+(--sample: three or four launches of a kernel), but no kernel further than through Triton's own language, whose rules
+the interpreter does not know: it prints what was refused, a control at the last, and how many were read. A script of
+its own: where tests run in the interpreter, kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.delta import launches as delta_launches
+from lasp.kernels.triton.neighbours import launches
 from lasp.ops import checks
 from lasp.sequence import arguments
 
@@ -84,7 +85,7 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
 
 
-def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
+def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | None = None) -> list[Compilable]:
     """What calls, forward and backward, launch on such a device of 132 processors: each once."""
     found: dict[str, Compilable] = {}
 
@@ -116,11 +117,11 @@ def launched(calls: Iterable[Call], target: str) -> list[Compilable]:
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
         for call in calls:
-            make(call)
+            (make or attend)(call)
     return list(found.values())
 
 
-def make(call: Call) -> None:
+def attend(call: Call) -> None:
     T, H, D, H_v, runs = call.T, call.H, call.D, 16, 2 if call.packed else 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
@@ -142,6 +143,29 @@ def make(call: Call) -> None:
     else:
         o, final = lasp.linear_attention(q, k, v, g, **ways)
     (o.sum() + final.sum() if call.final else o.sum()).backward()
+
+
+def around(dtype: torch.dtype) -> None:
+    """What mixers do beside their recurrence, of Mamba-2's and GLA's shapes, forward and backward."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    x, weight, bias, before = empty(1, 4096, 4352), empty(4352, 4), empty(4352), empty(1, 3, 4352)
+    for silu, rows in itertools.product((False, True), (None, before)):
+        launches.convolve(x, weight, bias, rows, silu)
+        launches.convolve_gradients(x, x, weight, None if silu else bias, rows, silu)
+    wide, skip, steps = empty(1, 4096, 64, 64), empty(64), torch.float32
+    for gate, activation in ((wide, "silu"), (wide, "sigmoid"), (None, "none")):
+        ways = (wide, gate, None, None, empty(512), 8, activation, False, 1e-5)
+        launches.gated_norm(*ways)
+        launches.gated_norm_gradients(wide, *ways)
+    skipped = (wide, wide, wide, skip, empty(4096), 1, "silu", True, 1e-5)
+    launches.gated_norm(*skipped)
+    launches.gated_norm_gradients(wide, *skipped)
+    rates, raw = (empty(64, dtype=steps), empty(64, dtype=steps)), empty(1, 4096, 64)
+    launches.stepped_decay(raw, wide, *rates)
+    launches.stepped_decay_gradients(wide, empty(1, 4096, 64, dtype=steps), raw, wide, *rates)
 
 
 def peer_kernels() -> Iterator[Compilable]:
@@ -197,9 +221,13 @@ COMPILED = {
 }
 
 
-def one_of_each(target: str) -> list[Compilable]:
+# Those that come closest to what a device has, of each family.
+SAMPLED = {Call("scalar", learned=True, T=512): "output|key_gradient", Call("channel"): "channel_intra_chunk"}
+
+
+def one_of_each(target: str, wanted: dict[Call, str] = COMPILED) -> list[Compilable]:
     kernels = list(peer_kernels())
-    for call, names in COMPILED.items():
+    for call, names in wanted.items():
         first = {kernel.kernel.__name__: kernel for kernel in reversed(launched([call], target))}
         kernels += [kernel for name, kernel in first.items() if re.fullmatch(f"({names})_kernel", name)]
     return kernels
@@ -210,7 +238,7 @@ def every_one(target: str) -> list[Compilable]:
     kinds += [("none", True), ("scalar", True), ("channel", True)]
     cases = itertools.product(kinds, (128, 256), TYPES_OF_INPUTS)
     calls = [Call(kind, D=D, dtype=dtype, learned=True, delta=delta) for (kind, delta), D, dtype in cases]
-    return launched(calls, target)
+    return [*launched(calls, target), *launched(TYPES_OF_INPUTS, target, around)]
 
 
 def compile_for(name: str, kernels: list[Compilable]) -> None:
@@ -240,6 +268,14 @@ def every_call() -> list[Call]:
     return [*calls, *(call._replace(delta=True) for call in calls if call.kind != "constant")]
 
 
+def three_of_a_name(kernels: list[Compilable]) -> list[Compilable]:
+    """The first, the last, and one between."""
+    named: dict[str, list[Compilable]] = {}
+    for kernel in kernels:
+        named.setdefault(kernel.kernel.__name__, []).append(kernel)
+    return [each for same in named.values() for each in same[:: max(1, (len(same) - 1) // 2)]]
+
+
 def parse(kernels: list[Compilable]) -> None:
     kernels = [*kernels, Compilable(changing_kernel, {"x_ptr": "*fp32", "n": "i32"}, {}, {})]
     target = target_of("cuda:90")
@@ -260,11 +296,12 @@ def parse(kernels: list[Compilable]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "parse":
+    sample = "--sample" in sys.argv
+    if "parse" in sys.argv:
         calls = every_call()
-        parse(launched(calls[::61] if "--sample" in sys.argv else calls, "cuda:90"))
-    else:
-        kernels_of = every_one if "--every" in sys.argv else one_of_each
-        for name in LIMITS:
-            if name in sys.argv:
-                compile_for(name, kernels_of(name))
+        kernels = three_of_a_name(launched(calls[::61], "cuda:90")) if sample else launched(calls, "cuda:90")
+        parse([*kernels, *launched(TYPES_OF_INPUTS, "cuda:90", around)])
+    wanted = SAMPLED if sample else COMPILED
+    for name in LIMITS:
+        if name in sys.argv:
+            compile_for(name, every_one(name) if "--every" in sys.argv else one_of_each(name, wanted))

@@ -19,6 +19,7 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
+from lasp.kernels.limits import FUSED_MAX_DIM
 from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.plan import kind_of, plan
@@ -90,6 +91,10 @@ CASES = [
     *(Case(kind, BF16, 128, 128, **documents) for kind in KINDS for documents in (LONG_DOCUMENTS, SHORT_DOCUMENTS)),
     *(Case(kind, BF16, 256, 64, **LONG_DOCUMENTS) for kind in KINDS),
     *(Case(kind, dtype, 64, 64, **SHORT_DOCUMENTS) for kind in KINDS for dtype in (FP16, FP32)),
+    # Cut: values alone, keys too, into parts that fill no tile and those that do.
+    *(Case(kind, BF16, 256, 512) for kind in KINDS if kind != "constant"),
+    *(Case(kind, BF16, 300, 520, **LONG_DOCUMENTS) for kind in KINDS),
+    *(Case(kind, dtype, 512, 264, **SHORT) for kind in KINDS for dtype in (FP16, FP32)),
     # Wide heads in fp32, of which a compiler got one wrong: no multiple of its columns, documents of several segments.
     *(Case(kind, FP32, 256, V, H=1, H_v=3, **LONG_DOCUMENTS) for kind in KINDS[1:] for V in (112, 256)),
     *(Case(kind, BF16, D, D, **GATHERED) for kind in KINDS for D in (48, 64, 100, 128, 256)),
@@ -240,7 +245,9 @@ LONG = {"T": 4090, "H": 4}
     [{}, LONG, LONG | {"documents": (0, 2500, 2501, 4090)}, GATHERED | {"H_v": 4}],
     ids=["short", "long", "packed", "gathered"],
 )
-@pytest.mark.parametrize(("kind", "D"), [*((kind, 128) for kind in KINDS[:3]), ("constant", 64), ("constant", 256)])
+@pytest.mark.parametrize(
+    ("kind", "D"), [*((kind, 128) for kind in KINDS[:3]), *(("constant", D) for D in (64, 256, 512))]
+)
 def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) -> None:
     """Other sweeps than where the gate's gradient is wanted; of long runs dk and dv are made in one launch."""
     case = Case(kind, BF16, D, D, **dims)
@@ -249,7 +256,8 @@ def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) ->
     leaves = [x[name].requires_grad_() for name in names]
     runs.launches_of.cache_clear()
     with patch.dict(devices._devices, {DEVICE: limits(case)}):
-        found = fused.prepare(DecayInputs(x["q"], x["k"], x["v"], x.get("g"), 1.0), not case.initial).work
+        q, k, v = (x[name][..., :FUSED_MAX_DIM] for name in "qkv")
+        found = fused.prepare(DecayInputs(q, k, v, x.get("g"), 1.0), not case.initial).work
         assert found.paired == bool(dims)  # type: ignore[union-attr]
         o, final = lasp.linear_attention(**x, output_final_state=True, cu_seqlens=case.documents, backend="triton")
     values = torch.autograd.grad((o, final), leaves, (d_o, d_final))

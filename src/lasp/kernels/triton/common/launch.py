@@ -73,7 +73,7 @@ class Launch:
         warps, stages, options: the compiler's.
     """
 
-    __slots__ = ("_bound", "_device", "_grid", "_last", "_others", "fixed", "kernel", "options", "tensors")
+    __slots__ = ("_bound", "_device", "_last", "_others", "fixed", "grid", "kernel", "options", "tensors")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: bool
@@ -81,7 +81,7 @@ class Launch:
         names = kernel.arg_names
         self.tensors = tuple(names[: len(names) - len(fixed)])
         assert set(names[len(self.tensors) :]) == set(fixed), f"{kernel} takes {names}, not {tuple(fixed)} at the end"
-        self.kernel, self._grid, self.fixed = kernel, grid, fixed
+        self.kernel, self.grid, self.fixed = kernel, grid, fixed
         self.options = {"num_warps": warps, "num_stages": stages, **options}
         self._others = tuple(fixed[name] for name in names[len(self.tensors) :])
         self._last, self._device = self.tensors[-1], -1
@@ -104,14 +104,14 @@ class Launch:
             start(driver.active.get_current_stream(self._device), addresses)
 
     def _first(self, tensors: dict[str, Tensor | None]) -> None:
-        if 0 in self._grid:
+        if 0 in self.grid:
             return
         given = {name: tensor for name in self.tensors if (tensor := tensors[name]) is not None}
         assert (*given,) == self.tensors[: len(given)], f"only the last tensors of {self.kernel} may be None"
         self._device = next(iter(given.values())).get_device()
         compiled = self._by_triton(tensors)
         if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given.values()):
-            start = _bind(compiled, self._grid, self._others)
+            start = _bind(compiled, self.grid, self._others)
             pick = itemgetter(*given) if len(given) > 1 else lambda tensors: tuple(tensors[name] for name in given)
             absent = (0,) * (len(self.tensors) - len(given))
             self._bound[tensors[self._last] is None] = None if start is None else _Bound(start, pick, absent)
@@ -119,7 +119,7 @@ class Launch:
     def _by_triton(self, tensors: dict[str, Tensor | None]) -> Any:
         """Leaves the launch to Triton, which finds the binary, calls hooks, and gives the binary."""
         with torch.cuda.device(self._device):  # of no effect below 0
-            return self.kernel[self._grid](**tensors, **self.fixed, **self.options)
+            return self.kernel[self.grid](**tensors, **self.fixed, **self.options)
 
 
 def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Start | None:

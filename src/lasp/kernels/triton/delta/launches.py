@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM, value_pieces
+from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.decays import CHANNEL, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits
 from lasp.kernels.triton.common.launch import Launch
@@ -58,8 +58,6 @@ class DeltaLaunches:
     Attributes:
         plan: how they are cut.
         scale: of the outputs.
-        values_shape, pieces: [H_v, V], and in how many heads of the kernels each is cut: value columns do not know of
-            one another.
         dtype: of the inputs.
         operand: the dtype that the kernels take for inputs of `dtype`: that, or fp32 for fp16, which lacks the range.
         kind, per_channel: of decay, as in `gates`; whether that is a gate per channel.
@@ -88,13 +86,11 @@ class DeltaLaunches:
         scale: float,
         from_zero: bool,
     ) -> None:
-        B, T, H, K = q
-        self.values_shape, self.pieces = v[2:], value_pieces(v[3])
-        H_v, V = v[2] * self.pieces, v[3] // self.pieces
+        (B, T, H, K), (H_v, V) = q, v[2:]
         if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
             raise ValueError(
-                f"backend 'triton' takes bf16, fp16 and fp32 with K up to {FUSED_MAX_DIM} and V up to as much or cut "
-                f"into equal parts of it, got {dtype} with K = {K}, V = {v[3]}; use backend='torch'"
+                f"backend 'triton' takes bf16, fp16 and fp32 with K up to {FUSED_MAX_DIM} for the delta rule, got "
+                f"{dtype} with K = {K}, V = {V}; use backend='torch'"
             )
         if max(p.segments, B * H_v) > MAX_GRID:
             raise ValueError(
@@ -265,10 +261,7 @@ def _launches(
 
 def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
     B, T, H_v, V = v
-    pieces = value_pieces(V)
-    return delta_plan(
-        T, B * H_v * pieces, q[3], V // pieces, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device)
-    )
+    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
 
 
 def launches_of(x: DeltaInputs, from_zero: bool) -> DeltaLaunches:

@@ -20,8 +20,7 @@ from lasp.kernels.triton.delta.launches import DeltaLaunches
 
 
 class DeltaRun(NamedTuple):
-    """A run as the kernels take it: dense tensors of their dtype, values cut into as many heads as that takes
-    (`DeltaLaunches.pieces`), and its launches."""
+    """A run as the kernels take it: dense tensors of their dtype, and its launches."""
 
     q: Tensor
     k: Tensor

@@ -35,36 +35,13 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
     use_scratch()
     q, k, v = (t.to(work.operand).contiguous() for t in (x.q, x.k, x.v))
     beta, g = x.beta.contiguous(), None if x.g is None else x.g.contiguous()
-    if work.pieces > 1:
-        v, beta = _cut_values(v, work.pieces), beta.repeat_interleave(work.pieces, 2)
-        g = None if g is None else g.repeat_interleave(work.pieces, 2)
     return DeltaRun(q, k, v, beta, g, work)
-
-
-def _cut_values(tensor: Tensor, pieces: int) -> Tensor:
-    """[B, T, H_v, V] -> [B, T, H_v pieces, V / pieces]."""
-    return tensor.unflatten(3, (pieces, -1)).flatten(2, 3)
-
-
-def _cut_state(x: DeltaRun, state: Tensor | None) -> Tensor | None:
-    """[.., H_v, K, V] -> [.., H_v pieces, K, V / pieces]."""
-    if state is None or x.work.pieces == 1:
-        return None if state is None else state.contiguous()
-    return state.unflatten(3, (x.work.pieces, -1)).movedim(3, 2).flatten(1, 2).contiguous()
-
-
-def _whole_state(x: DeltaRun, state: Tensor) -> Tensor:
-    """The inverse of `_cut_state`."""
-    if x.work.pieces == 1:
-        return state
-    return state.unflatten(1, (-1, x.work.pieces)).movedim(2, 3).flatten(3, 4)
 
 
 def _summary(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> Summary:
     """Summary of the run: its map of the state, or of the state's gradient."""
     _, state = run.scanned(x, added, moves, None, leaves=True, reverse=reverse)
-    matrix = run.transition_of(x, moves, reverse=reverse)[:, :: x.work.pieces].contiguous()
-    return Summary(Dense(matrix), _whole_state(x, state))
+    return Summary(Dense(run.transition_of(x, moves, reverse=reverse)), state)
 
 
 def summarize(x: DeltaRun) -> tuple[Summary, DeltaSegments]:
@@ -86,9 +63,8 @@ def outputs(
     x: DeltaRun, segments: DeltaSegments, queries: DeltaQueries, state_in: Tensor | None
 ) -> tuple[Tensor, Saved]:
     """state_in is zero if None."""
-    o, saved = run.outputs(x, segments, queries, _cut_state(x, state_in))
-    saved = saved._replace(leaving=_whole_state(x, saved.leaving))
-    return o.view(*o.shape[:2], *x.work.values_shape).to(x.work.dtype), _flat(saved)
+    o, saved = run.outputs(x, segments, queries, None if state_in is None else state_in.contiguous())
+    return o.to(x.work.dtype), _flat(saved)
 
 
 def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Tensor]:
@@ -108,7 +84,7 @@ def totals_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> Tensor | None:
 
 
 def _d_o(x: DeltaRun, d_o: Tensor) -> Tensor:
-    return d_o.to(x.work.operand).reshape(x.v.shape).contiguous()
+    return d_o.to(x.work.operand).contiguous()
 
 
 def local_gradients(x: DeltaRun, saved: Saved, added: Tensor | None, d_o: Tensor) -> None:
@@ -120,15 +96,9 @@ def gradients(
 ) -> Gradients:
     """d_state_out is zero if None."""
     work = x.work
-    dq, dk, dv, d_beta, dg = run.gradients(x, _unflat(saved), added, _d_o(x, d_o), _cut_state(x, d_state_out))
-    if work.pieces > 1:
-        dv, d_beta = dv.view(*dv.shape[:2], *work.values_shape), _sum_pieces(x, d_beta)
-        dg = None if dg is None else _sum_pieces(x, dg)
+    d_state_out = None if d_state_out is None else d_state_out.contiguous()
+    dq, dk, dv, d_beta, dg = run.gradients(x, _unflat(saved), added, _d_o(x, d_o), d_state_out)
     return dq.to(work.dtype), dk.to(work.dtype), dv.to(work.dtype), d_beta, dg
-
-
-def _sum_pieces(x: DeltaRun, gradient: Tensor) -> Tensor:
-    return gradient.unflatten(2, (-1, x.work.pieces)).sum(3)
 
 
 def _leaving(saved: Saved) -> Tensor:

@@ -1,0 +1,172 @@
+# mypy: ignore-errors
+"""RMS norms over groups of channels, with a gate: after the norm, or before it as in Mamba-2, and their gradients.
+
+u = o [+ skip x], n = u / rms(u), y = gain n act(z); or u = (o [+ skip x]) act(z), y = gain n. A row is one group of one
+token. Nothing is kept: the gradient's kernel has a whole row at a time and takes its statistics again.
+"""
+
+import triton
+import triton.language as tl
+
+NONE, SILU, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _activation(z, ACT: tl.constexpr):
+    """act(z), and its derivative."""
+    s = tl.sigmoid(z)
+    if ACT == SILU:
+        return z * s, s * (1.0 + z * (1.0 - s))
+    else:
+        return s, s * (1.0 - s)
+
+
+@triton.jit
+def _row_of_group(ptr, rows, mask, columns, ROW: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr):
+    """[R, BN]: addresses of rows of a tensor [tokens, GROUPS N] with ROW elements from a token to the next."""
+    token, group = rows // GROUPS, rows % GROUPS
+    return ptr + token[:, None] * ROW + group[:, None] * N + columns[None, :]
+
+
+@triton.jit
+def _load(ptr, rows, mask, columns, ROW: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr):
+    return tl.load(_row_of_group(ptr, rows, mask, columns, ROW, GROUPS, N), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _gain(gain_ptr, rows, mask, columns, GROUPS: tl.constexpr, N: tl.constexpr, GAIN: tl.constexpr):
+    """Load that of every row: GAIN 1 for one that all groups share, GROUPS for one of each group's own."""
+    if GAIN == 1:
+        return tl.load(gain_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    else:
+        group = rows % GROUPS
+        return tl.load(gain_ptr + group[:, None] * N + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _skip(skip_ptr, rows, mask, columns, GROUPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
+    """A number for each P channels."""
+    places = ((rows % GROUPS)[:, None] * N + columns[None, :]) // P
+    return tl.load(skip_ptr + places, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["eps", "count"])
+def gated_norm_kernel(
+    o_ptr,  # [tokens, GROUPS N]
+    z_ptr,  # likewise, Z_ROW elements from a token to the next; unless ACT is NONE
+    x_ptr,  # likewise with X_ROW, if SKIP
+    skip_ptr,  # [GROUPS N / SKIP], if SKIP
+    gain_ptr,  # [GAIN N]
+    y_ptr,  # [tokens, GROUPS N], written
+    eps,
+    count,  # rows
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    Z_ROW: tl.constexpr,
+    X_ROW: tl.constexpr,
+    GAIN: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    SKIP: tl.constexpr,  # channels that share a number; 0 without
+    R: tl.constexpr,
+):
+    """A program for R rows."""
+    rows = tl.cast(tl.program_id(0), tl.int64) * R + tl.arange(0, R)
+    columns = tl.arange(0, BN)
+    mask = (rows < count)[:, None] & (columns < N)[None, :]
+    u = _load(o_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
+    if SKIP > 0:
+        x = _load(x_ptr, rows, mask, columns, X_ROW, GROUPS, N)
+        u += x * _skip(skip_ptr, rows, mask, columns, GROUPS, N, SKIP)
+    gate = 1.0
+    if ACT != NONE:
+        gate, _ = _activation(_load(z_ptr, rows, mask, columns, Z_ROW, GROUPS, N), ACT)
+    if GATE_FIRST:
+        u *= gate
+    y = u * tl.rsqrt(tl.sum(u * u, 1) / N + eps)[:, None]
+    y *= _gain(gain_ptr, rows, mask, columns, GROUPS, N, GAIN)
+    if not GATE_FIRST:
+        y *= gate
+    tl.store(_row_of_group(y_ptr, rows, mask, columns, GROUPS * N, GROUPS, N), y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["eps", "count", "steps"])
+def gated_norm_gradient_kernel(
+    o_ptr,  # as above
+    z_ptr,
+    x_ptr,
+    skip_ptr,
+    gain_ptr,
+    d_y_ptr,  # [tokens, GROUPS N]
+    d_o_ptr,  # likewise, written; so are those of z and x
+    d_z_ptr,
+    d_x_ptr,
+    d_gain_ptr,  # fp32 [programs, GAIN N], written: in parts
+    d_skip_ptr,  # fp32 [programs, GROUPS N], written: for every channel, in parts; if SKIP
+    eps,
+    count,
+    steps,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    Z_ROW: tl.constexpr,
+    X_ROW: tl.constexpr,
+    GAIN: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    SKIP: tl.constexpr,
+    R: tl.constexpr,
+):
+    """A program for `steps` times R rows, all of group program_id(1) where groups have gains or skips of their own."""
+    columns = tl.arange(0, BN)
+    d_gain, d_skip = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
+    own: tl.constexpr = GAIN > 1 or SKIP > 0
+    groups = GROUPS if own else 1
+    for step in range(steps):
+        rows = (tl.cast(tl.program_id(0), tl.int64) * steps + step) * R + tl.arange(0, R)
+        rows = rows * groups + tl.program_id(1)
+        mask = (rows < count)[:, None] & (columns < N)[None, :]
+        o = _load(o_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
+        d_y = _load(d_y_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
+        gain = _gain(gain_ptr, rows, mask, columns, GROUPS, N, GAIN)
+        x, skip = o, 1.0
+        if SKIP > 0:
+            x = _load(x_ptr, rows, mask, columns, X_ROW, GROUPS, N)
+            skip = _skip(skip_ptr, rows, mask, columns, GROUPS, N, SKIP)
+            o += skip * x
+        gate, slope = 1.0, 0.0
+        if ACT != NONE:
+            gate, slope = _activation(_load(z_ptr, rows, mask, columns, Z_ROW, GROUPS, N), ACT)
+        u = o * gate if GATE_FIRST else o
+        r = tl.rsqrt(tl.sum(u * u, 1) / N + eps)[:, None]
+        n = u * r
+        d_n = d_y * gain
+        if GATE_FIRST:
+            d_gain += d_y * n
+        else:
+            d_gain += d_y * n * gate
+            d_z = d_n * n * slope
+            d_n *= gate
+        d_o = r * (d_n - n * (tl.sum(d_n * n, 1) / N)[:, None])
+        if GATE_FIRST:
+            d_z = d_o * o * slope
+            d_o *= gate
+        if ACT != NONE:
+            places = _row_of_group(d_z_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
+            tl.store(places, d_z.to(d_z_ptr.dtype.element_ty), mask=mask)
+        places = _row_of_group(d_o_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
+        tl.store(places, d_o.to(d_o_ptr.dtype.element_ty), mask=mask)
+        if SKIP > 0:
+            d_skip += d_o * x
+            places = _row_of_group(d_x_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
+            tl.store(places, (d_o * skip).to(d_x_ptr.dtype.element_ty), mask=mask)
+    inside, program = columns < N, tl.cast(tl.program_id(0), tl.int64)
+    if GAIN == 1:
+        program = program * groups + tl.program_id(1)
+        tl.store(d_gain_ptr + program * N + columns, tl.sum(d_gain, 0), mask=inside)
+    else:
+        tl.store(d_gain_ptr + (program * GROUPS + tl.program_id(1)) * N + columns, tl.sum(d_gain, 0), mask=inside)
+    if SKIP > 0:
+        places = d_skip_ptr + (tl.program_id(0) * GROUPS + tl.program_id(1)) * N + columns
+        tl.store(places, tl.sum(d_skip, 0), mask=inside)

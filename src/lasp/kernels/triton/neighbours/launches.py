@@ -1,0 +1,297 @@
+"""Launches of what mixers do beside their recurrence.
+
+Tensors are [B, T, ..], of 16 or 32 bits; those said to be strided may be slices of the last dim of a wider tensor. Sums
+over tokens, the gradients of parameters, are taken in fp32, in parts of fixed size: the same bits each time.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.neighbours.convolution import convolution_gradient_kernel, convolution_kernel
+from lasp.kernels.triton.neighbours.gated_norm import NONE, SIGMOID, SILU, gated_norm_gradient_kernel, gated_norm_kernel
+from lasp.kernels.triton.neighbours.stepped_decay import stepped_decay_gradient_kernel, stepped_decay_kernel
+
+ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
+WARPS = 4
+# Stretches of a convolution's program, tokens of each, channels.
+STRETCHES, LENGTH, CHANNELS = 16, 32, 64
+# Elements of a program at a time, and of one that sums over them in all.
+ELEMENTS, SUMMED = 2048, 1 << 17
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """It, if its rows lie at one distance and are dense; else a copy."""
+    width = tensor.shape[2:].numel()
+    row = tensor.stride(1) if tensor.shape[1] > 1 else max(tensor.stride(1), width)
+    dense = tensor[0, 0].is_contiguous() if tensor.shape[0] and tensor.shape[1] else tensor.is_contiguous()
+    even = tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * row
+    return tensor if dense and even and row >= width else tensor.contiguous()
+
+
+def _row(tensor: Tensor) -> int:
+    return tensor.stride(1) if tensor.shape[1] > 1 else tensor.shape[2:].numel()
+
+
+class _Convolution(NamedTuple):
+    tokens: int
+    row: int
+    batch: int
+    channels: int
+    width: int
+    bias: bool
+    silu: bool
+
+
+@lru_cache(maxsize=256)
+def _convolution(shape: _Convolution, backward: bool) -> Launch:
+    covered = shape.tokens + shape.width - 1 if backward else shape.tokens
+    blocks = -(-covered // (STRETCHES * LENGTH))
+    fixed: dict[str, Any] = {
+        "T": shape.tokens, "blocks": blocks, "C": shape.channels, "ROW": shape.row, "W": shape.width,
+        "BIAS": shape.bias, "SILU": shape.silu, "S": STRETCHES, "LENGTH": LENGTH, "BC": CHANNELS,
+    }  # fmt: skip
+    kernel = convolution_gradient_kernel if backward else convolution_kernel
+    grid = (blocks * shape.batch, -(-shape.channels // CHANNELS))
+    return Launch(kernel, grid, fixed, warps=WARPS, stages=1)
+
+
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> _Convolution:
+    batch, tokens, channels = x.shape
+    return _Convolution(tokens, _row(x), batch, channels, weight.shape[1], bias is not None, silu)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
+    """[B, T, C] of x [B, T, C], strided; weight [C, W], bias [C], the rows before [B, W - 1, C]."""
+    x, weight = _strided(x), weight.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _convolution(_shape(x, weight, bias, silu), False)(
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=weight if bias is None else bias,
+        y_ptr=y,
+        before_ptr=None if before is None else before.contiguous(),
+    )
+    return y
+
+
+def convolve_gradients(
+    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the rows before; of what there is not, something."""
+    x, weight = _strided(x), weight.contiguous()
+    launch = _convolution(_shape(x, weight, bias, silu), True)
+    B, C, W = x.shape[0], x.shape[2], weight.shape[1]
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = torch.empty(launch.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
+    d_before = x.new_empty(B, W - 1, C)
+    launch(
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=weight if bias is None else bias,
+        d_y_ptr=d_y.contiguous(),
+        d_x_ptr=d_x,
+        sums_ptr=sums,
+        d_before_ptr=d_before,
+        before_ptr=None if before is None else before.contiguous(),
+    )
+    d_weight, d_bias = sums[:, :W].sum(0).t().contiguous(), sums[:, W].sum(0)
+    return d_x, d_weight.to(weight.dtype), d_bias.to(weight.dtype), d_before
+
+
+class _GatedNorm(NamedTuple):
+    rows: int
+    columns: int
+    groups: int
+    z_row: int
+    x_row: int
+    gain: int
+    activation: int
+    gate_first: bool
+    skip: int
+    eps: float
+
+
+@lru_cache(maxsize=256)
+def _gated_norm(shape: _GatedNorm, backward: bool) -> Launch:
+    columns = triton.next_power_of_2(shape.columns)
+    rows = max(1, ELEMENTS // columns)
+    warps = min(16, max(WARPS, rows * columns // 256))
+    fixed: dict[str, Any] = {
+        "eps": shape.eps, "count": shape.rows, "N": shape.columns, "BN": columns, "GROUPS": shape.groups,
+        "Z_ROW": shape.z_row, "X_ROW": shape.x_row, "GAIN": shape.gain, "ACT": shape.activation,
+        "GATE_FIRST": shape.gate_first, "SKIP": shape.skip, "R": rows,
+    }  # fmt: skip
+    kernel = gated_norm_gradient_kernel if backward else gated_norm_kernel
+    if backward:
+        own = shape.groups if shape.gain > 1 or shape.skip else 1
+        count = shape.rows // own
+        fixed["steps"] = max(1, min(SUMMED // (rows * columns), -(-count // rows)))
+        grid = (-(-count // (rows * fixed["steps"])), own)
+    else:
+        grid = (-(-shape.rows // rows), 1)
+    return Launch(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=warps, stages=1)
+
+
+def _norm_shape(
+    o: Tensor,
+    z: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    groups: int,
+    act: int,
+    first: bool,
+    eps: float,
+) -> _GatedNorm:
+    width = o.shape[2:].numel()
+    columns = width // groups
+    return _GatedNorm(
+        o.shape[0] * o.shape[1] * groups, columns, groups, 0 if z is None else _row(z), 0 if x is None else _row(x),
+        gain.numel() // columns, act, first, 0 if skip is None else width // skip.numel(), eps,
+    )  # fmt: skip
+
+
+def gated_norm(
+    o: Tensor,
+    z: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> Tensor:
+    """[B, T, D], normalized by groups of D / groups channels.
+
+    Args:
+        o: [B, T, D], or any dims that make D.
+        z: likewise, strided; the gate.
+        x: likewise, strided; added, times skip [any divisor of D], or None and so is skip.
+        gain: [D / groups] for all groups alike, or [D].
+    """
+    o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
+    act = ACTIVATIONS["none" if z is None else activation]
+    y = torch.empty(*o.shape[:2], o.shape[2:].numel(), dtype=o.dtype, device=o.device)
+    _gated_norm(_norm_shape(o, z, x, skip, gain, groups, act, gate_first, eps), False)(
+        o_ptr=o,
+        z_ptr=o if z is None else z,
+        x_ptr=o if x is None else x,
+        skip_ptr=gain if skip is None else skip,
+        gain_ptr=gain.contiguous(),
+        y_ptr=y,
+    )
+    return y
+
+
+def gated_norm_gradients(
+    d_y: Tensor,
+    o: Tensor,
+    z: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of o, z, x, skip and gain; of what there is not, something."""
+    o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
+    act = ACTIVATIONS["none" if z is None else activation]
+    launch = _gated_norm(_norm_shape(o, z, x, skip, gain, groups, act, gate_first, eps), True)
+    width = o.shape[2:].numel()
+    d_o, d_z, d_x = torch.empty_like(o), o.new_empty(0), o.new_empty(0)
+    if z is not None:
+        d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    if x is not None:
+        d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    programs, own = launch.grid
+    parts = (programs * own, width // groups) if gain.numel() * groups == width else (programs, gain.numel())
+    d_gain = torch.empty(parts, dtype=torch.float32, device=o.device)
+    d_skip = torch.empty(programs if skip is not None else 0, width, dtype=torch.float32, device=o.device)
+    launch(
+        o_ptr=o,
+        z_ptr=o if z is None else z,
+        x_ptr=o if x is None else x,
+        skip_ptr=gain if skip is None else skip,
+        gain_ptr=gain.contiguous(),
+        d_y_ptr=d_y.contiguous(),
+        d_o_ptr=d_o,
+        d_z_ptr=d_o if z is None else d_z,
+        d_x_ptr=d_o if x is None else d_x,
+        d_gain_ptr=d_gain,
+        d_skip_ptr=d_gain if skip is None else d_skip,
+    )
+    skips = o.new_empty(0) if skip is None else d_skip.sum(0).unflatten(0, (skip.numel(), -1)).sum(1).to(skip.dtype)
+    return d_o, d_z, d_x, skips, d_gain.sum(0).to(gain.dtype)
+
+
+class _SteppedDecay(NamedTuple):
+    tokens: int
+    heads: int
+    channels: int
+    raw_row: int
+    x_row: int
+
+
+@lru_cache(maxsize=256)
+def _stepped_decay(shape: _SteppedDecay, backward: bool) -> Launch:
+    columns = triton.next_power_of_2(shape.channels)
+    tokens = max(16, ELEMENTS // columns)
+    fixed: dict[str, Any] = {
+        "tokens": shape.tokens, "H": shape.heads, "P": shape.channels, "BP": columns, "RAW_ROW": shape.raw_row,
+        "X_ROW": shape.x_row, "BT": tokens,
+    }  # fmt: skip
+    steps = max(1, min(SUMMED // (tokens * columns), -(-shape.tokens // tokens))) if backward else 1
+    kernel = stepped_decay_gradient_kernel if backward else stepped_decay_kernel
+    if backward:
+        fixed["steps"] = steps
+    grid = (-(-shape.tokens // (tokens * steps)), shape.heads)
+    return Launch(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=WARPS, stages=1)
+
+
+def _decay_shape(raw: Tensor, x: Tensor) -> _SteppedDecay:
+    return _SteppedDecay(raw.shape[0] * raw.shape[1], x.shape[2], x.shape[3], _row(raw), _row(x))
+
+
+def stepped_decay(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Values dt x [B, T, H, P] and log-decays [B, T, H], fp32, of raw [B, T, H] and x [B, T, H, P], both strided."""
+    raw, x = _strided(raw), _strided(x)
+    values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    decay = torch.empty(raw.shape, dtype=torch.float32, device=x.device)
+    _stepped_decay(_decay_shape(raw, x), False)(
+        raw_ptr=raw, x_ptr=x, bias_ptr=bias, rate_ptr=log_rate, values_ptr=values, decay_ptr=decay
+    )
+    return values, decay
+
+
+def stepped_decay_gradients(
+    d_values: Tensor, d_decay: Tensor, raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of raw, x, bias and log_rate."""
+    raw, x = _strided(raw), _strided(x)
+    launch = _stepped_decay(_decay_shape(raw, x), True)
+    d_raw = torch.empty(raw.shape, dtype=raw.dtype, device=x.device)
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = torch.empty(launch.grid[0], 2, raw.shape[2], dtype=torch.float32, device=x.device)
+    launch(
+        raw_ptr=raw,
+        x_ptr=x,
+        bias_ptr=bias,
+        rate_ptr=log_rate,
+        d_values_ptr=d_values.contiguous(),
+        d_decay_ptr=d_decay.contiguous(),
+        d_raw_ptr=d_raw,
+        d_x_ptr=d_x,
+        sums_ptr=sums,
+    )
+    d_bias, d_rate = (sums[:, n].sum(0) for n in range(2))
+    return d_raw, d_x, d_bias, d_rate

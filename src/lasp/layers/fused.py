@@ -1,0 +1,193 @@
+"""Gated norms and Mamba-2's steps: fused kernels where they run, else PyTorch's, which define them.
+
+The kernels are operators, which compiled graphs take as they are. Kept for the backward pass are the inputs alone.
+"""
+
+# No postponed annotations: the operators' schemas are read from them.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lasp.kernels.select import has_fused_kernels
+from lasp.recurrence.inputs import state_dtype
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+@torch.library.custom_op("lasp::gated_norm", mutates_args=())
+def _gated_norm(
+    o: Tensor,
+    gate: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> Tensor:
+    from lasp.kernels.triton.neighbours import launches
+
+    return launches.gated_norm(o, gate, x, skip, gain, groups, activation, gate_first, eps)
+
+
+@_gated_norm.register_fake
+def _(
+    o: Tensor,
+    gate: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> Tensor:
+    return o.new_empty(*o.shape[:2], o.shape[2:].numel())
+
+
+@torch.library.custom_op("lasp::gated_norm_gradients", mutates_args=())
+def _gated_norm_gradients(
+    d_y: Tensor,
+    o: Tensor,
+    gate: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from lasp.kernels.triton.neighbours import launches
+
+    return launches.gated_norm_gradients(d_y, o, gate, x, skip, gain, groups, activation, gate_first, eps)
+
+
+@_gated_norm_gradients.register_fake
+def _(
+    d_y: Tensor,
+    o: Tensor,
+    gate: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor | None) -> Tensor:
+        return o.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+    return like(o), like(gate), like(x), like(skip), like(gain)
+
+
+def _keep_gated_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.ways = inputs[5:]
+
+
+def _gated_norm_backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    o, gate, x, skip, gain = ctx.saved_tensors
+    groups, activation, gate_first, eps = ctx.ways
+    gradients = _gated_norm_gradients(d_y, o, gate, x, skip, gain, groups, activation, gate_first, eps)
+    given = zip((o, gate, x, skip, gain), gradients, strict=True)
+    return *(None if tensor is None else d for tensor, d in given), None, None, None, None
+
+
+_gated_norm.register_autograd(_gated_norm_backward, setup_context=_keep_gated_norm)
+
+
+def gated_norm(o: Tensor, gate: Tensor | None, gain: Tensor, *, activation: str, eps: float) -> Tensor:
+    """Normalize each head by its root mean square, times the gain, times activation(gate).
+
+    Args:
+        o: [B, T, H, V].
+        gate: [B, T, H V], or None for none.
+        gain: [V].
+
+    Returns:
+        [B, T, H V] in o's dtype.
+    """
+    if has_fused_kernels(o.device, o.dtype):
+        return _gated_norm(o, gate, None, None, gain, o.shape[2], activation, False, eps)  # type: ignore[no-any-return]
+    y = F.rms_norm(o, (o.shape[3],), gain.to(o.dtype), eps).flatten(-2)
+    return y if gate is None else y * ACTIVATIONS[activation](gate)
+
+
+def gated_skip_norm(
+    o: Tensor, gate: Tensor, x: Tensor, skip: Tensor, gain: Tensor, *, groups: int, eps: float
+) -> Tensor:
+    """Normalize (o + skip x) silu(gate) by the root mean square of each of `groups` groups of channels, times the gain.
+
+    Args:
+        o, x: [B, T, H, P].
+        gate: [B, T, H P].
+        skip: [H].
+        gain: [H P].
+
+    Returns:
+        [B, T, H P] in o's dtype.
+    """
+    if has_fused_kernels(o.device, o.dtype):
+        return _gated_norm(o, gate, x, skip, gain, groups, "silu", True, eps)  # type: ignore[no-any-return]
+    y = (o + skip.to(o.dtype)[:, None] * x).flatten(-2) * F.silu(gate)
+    y = y.unflatten(-1, (groups, -1))
+    return F.rms_norm(y, y.shape[-1:], eps=eps).flatten(-2) * gain.to(y.dtype)
+
+
+@torch.library.custom_op("lasp::stepped_decay", mutates_args=())
+def _stepped_decay(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+    from lasp.kernels.triton.neighbours import launches
+
+    return launches.stepped_decay(raw, x, bias, log_rate)
+
+
+@_stepped_decay.register_fake
+def _(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), raw.new_empty(raw.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("lasp::stepped_decay_gradients", mutates_args=())
+def _stepped_decay_gradients(
+    d_values: Tensor, d_decay: Tensor, raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from lasp.kernels.triton.neighbours import launches
+
+    return launches.stepped_decay_gradients(d_values, d_decay, raw, x, bias, log_rate)
+
+
+@_stepped_decay_gradients.register_fake
+def _(
+    d_values: Tensor, d_decay: Tensor, raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (raw, x, bias, log_rate))  # type: ignore[return-value]
+
+
+def _keep_stepped_decay(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _stepped_decay_backward(ctx: Any, d_values: Tensor, d_decay: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_stepped_decay_gradients(d_values, d_decay, *ctx.saved_tensors))
+
+
+_stepped_decay.register_autograd(_stepped_decay_backward, setup_context=_keep_stepped_decay)
+
+
+def stepped_values(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Values dt x [B, T, H, P] in x's dtype and log-decays -exp(log_rate) dt [B, T, H], dt = softplus(raw + bias).
+
+    Args:
+        raw: [B, T, H], of x's dtype. x: [B, T, H, P].
+        bias, log_rate: [H], fp32 (fp64 for fp64 x).
+    """
+    if has_fused_kernels(x.device, x.dtype):
+        return _stepped_decay(raw, x, bias.float(), log_rate.float())  # type: ignore[no-any-return]
+    dtype = state_dtype(raw.dtype)
+    dt = F.softplus(raw.to(dtype) + bias.to(dtype))
+    return (dt[..., None] * x).to(x.dtype), -log_rate.to(dtype).exp() * dt

@@ -1,0 +1,213 @@
+"""The fused kernels of what stands around recurrences, against the same in PyTorch in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from exchange.simulated import run as simulate
+from exchange.simulated import sequence_parallel
+from tolerances import relative_error
+from torch import Tensor
+
+import lasp
+from lasp.halo import functions as halo
+from lasp.halo.fused import convolution
+from lasp.kernels.triton.neighbours import launches
+from lasp.layers import MIXERS, LayerContext
+from lasp.layers import fused as layers
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def results(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], dtype: Any) -> Any:
+    """Outputs and all gradients, for gradients of the outputs that are the same for all."""
+    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    d_outputs = [normal(*y.shape, seed=n).to(y) for n, y in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, list(leaves.values()), d_outputs)
+    named = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
+    return named | {f"d_{name}": d for name, d in zip(leaves, found, strict=True)}
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    errors = {name: relative_error(found[name].cpu(), expected[name]) for name in expected}
+    assert max(errors.values()) <= bound, errors
+
+
+def rounded(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype).double() for name, tensor in inputs.items()}
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the kernels, which here may be interpreted."""
+    for module in (halo, layers):
+        monkeypatch.setattr(module, "has_fused_kernels", lambda device, dtype: dtype != torch.float64)
+
+
+def inputs_of_convolution(B: int = 2, T: int = 13, C: int = 72, W: int = 4, bias: bool = True) -> dict[str, Tensor]:
+    found = {"x": normal(B, T, C), "weight": normal(C, W, seed=1), "initial_state": normal(B, C, W - 1, seed=2)}
+    return found | ({"bias": normal(C, seed=3)} if bias else {})
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype", "T", "W", "bias"),
+    [
+        ("silu", FP32, 37, 4, True),
+        (None, BF16, 20, 2, False),
+        ("silu", BF16, 9, 4, True),
+        ("silu", FP16, 2, 3, True),
+        (None, FP32, 5, 1, True),
+    ],
+)
+def test_convolution(
+    activation: str | None, dtype: torch.dtype, T: int, W: int, bias: bool, fused: None, device: torch.device
+) -> None:
+    def convolve(**x: Tensor) -> tuple[Tensor, ...]:
+        return lasp.short_convolution(**x, activation=activation, output_final_state=True)  # type: ignore[arg-type, return-value]
+
+    inputs = inputs_of_convolution(T=T, W=W, bias=bias)
+    found = results(convolve, {n: t.to(device) for n, t in inputs.items()}, dtype)
+    compare(found, results(convolve, rounded(inputs, dtype), torch.float64), BOUNDS[dtype])
+
+
+def test_convolution_of_a_slice_without_what_came_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of a wider tensor are read where they lie; over several programs' tokens."""
+    monkeypatch.setattr(launches, "LENGTH", 2)
+    launches._convolution.cache_clear()
+    wide, weight = normal(2, 70, 160).to(device, FP32), normal(72, 4, seed=1).to(device, FP32)
+    x = wide[..., 16:88]
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return convolution(x, weight, None, None, True)
+
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return lasp.short_convolution(x, weight, activation="silu")[0]
+
+    assert not x.is_contiguous()
+    found = convolve(x, weight)
+    expected = exact(x.cpu().double(), weight.cpu().double())
+    assert relative_error(found.cpu(), expected) <= 2e-6 and relative_error(found.cpu().roll(1, 1), expected) > 0.1
+    given = {"x": x.cpu(), "weight": weight.cpu()}
+    own = results(convolve, {n: t.to(device) for n, t in given.items()}, FP32)
+    compare(own, results(exact, rounded(given, FP32), torch.float64), 2e-6)
+
+
+@pytest.mark.parametrize("documents", [None, (0, 1, 9, 9, 20, 24)])
+def test_convolution_over_ranks(documents: tuple[int, ...] | None, fused: None, device: torch.device) -> None:
+    """Rows from several ranks before, one shorter than the width, one empty."""
+    inputs = inputs_of_convolution(B=1, T=24, C=16)
+    lengths = (11, 2, 0, 11)
+    if documents is not None:
+        inputs["initial_state"] = normal(len(documents) - 1, 16, 3, seed=2)
+
+    def convolve(**x: Any) -> Tensor:
+        y, _ = lasp.short_convolution(**x, activation="silu", cu_seqlens=documents)
+        return y
+
+    expected = results(convolve, rounded(inputs, FP32), torch.float64)
+
+    def work(comm: Any) -> dict[str, Tensor]:
+        sp = sequence_parallel(comm, "ring", lengths)
+        local = {name: (sp.shard(t) if name == "x" else t).to(device, FP32) for name, t in inputs.items()}
+        leaves = {name: t.requires_grad_() for name, t in local.items()}
+        y = convolve(**leaves, sp=sp)
+        d_y = sp.shard(normal(1, 24, 16)).to(y)
+        found = torch.autograd.grad(y, list(leaves.values()), d_y)
+        return {"output 0": y.detach()} | {f"d_{n}": d for n, d in zip(leaves, found, strict=True)}
+
+    parts = simulate(len(lengths), work)
+    found = {name: torch.cat([part[name] for part in parts], 1) for name in ("output 0", "d_x")}
+    found |= {name: sum(part[name] for part in parts) for name in expected if name not in found}
+    compare(found, expected, 2e-6)
+
+
+def test_a_tap_in_another_place_shows(fused: None, device: torch.device) -> None:
+    inputs = inputs_of_convolution()
+
+    def convolve(**x: Tensor) -> Tensor:
+        return lasp.short_convolution(**x, activation="silu")[0]  # type: ignore[arg-type]
+
+    expected = results(convolve, rounded(inputs, FP32), torch.float64)
+    inputs["weight"] = inputs["weight"].roll(1, 1)
+    found = results(convolve, {n: t.to(device) for n, t in inputs.items()}, FP32)
+    assert min(relative_error(found[n].cpu(), expected[n]) for n in ("output 0", "d_x", "d_weight")) > 0.1
+
+
+def inputs_of_norm(*, heads: int, channels: int, per_channel: bool, gate: bool) -> dict[str, Tensor]:
+    found = {"o": normal(2, 11, heads, channels), "gain": normal(heads * channels if per_channel else channels, seed=1)}
+    return found | ({"gate": normal(2, 11, heads * channels, seed=2)} if gate else {})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "gate"), [(FP32, "silu", True), (FP32, "none", False), (BF16, "sigmoid", True)]
+)
+def test_gated_norm(dtype: torch.dtype, activation: str, gate: bool, fused: None, device: torch.device) -> None:
+    def norm(o: Tensor, gain: Tensor, gate: Tensor | None = None) -> Tensor:
+        return layers.gated_norm(o, gate, gain, activation=activation, eps=1e-5)
+
+    inputs = inputs_of_norm(heads=3, channels=40, per_channel=False, gate=gate)
+    found = results(norm, {n: t.to(device) for n, t in inputs.items()}, dtype)
+    compare(found, results(norm, rounded(inputs, dtype), torch.float64), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "groups"), [(FP32, 1), (FP32, 2), (BF16, 1)])
+def test_gated_norm_with_a_skip(dtype: torch.dtype, groups: int, fused: None, device: torch.device) -> None:
+    def norm(**x: Tensor) -> Tensor:
+        return layers.gated_skip_norm(**x, groups=groups, eps=1e-5)  # type: ignore[arg-type]
+
+    inputs = inputs_of_norm(heads=4, channels=10, per_channel=True, gate=True)
+    inputs |= {"x": normal(2, 11, 4, 10, seed=4), "skip": normal(4, seed=5)}
+    found = results(norm, {n: t.to(device) for n, t in inputs.items()}, dtype)
+    expected = results(norm, rounded(inputs, dtype), torch.float64)
+    compare(found, expected, BOUNDS[dtype])
+    inputs["skip"] = inputs["skip"].roll(1)
+    moved = results(norm, {n: t.to(device) for n, t in inputs.items()}, dtype)
+    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 0", "d_gate", "d_x")) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_stepped_values(dtype: torch.dtype, fused: None, device: torch.device) -> None:
+    """Steps from next to nothing to many."""
+    inputs = {"raw": 8 * normal(2, 19, 3), "x": normal(2, 19, 3, 20, seed=1)}
+    rates = {"bias": normal(3, seed=2), "log_rate": normal(3, seed=3)}
+
+    def step(**x: Tensor) -> tuple[Tensor, ...]:
+        exact = {name: x[name].to(torch.promote_types(x[name].dtype, FP32)) for name in rates}
+        return layers.stepped_values(**{**x, **exact})  # type: ignore[arg-type]
+
+    inputs |= rates
+    found = results(step, {n: t.to(device) for n, t in inputs.items()}, dtype)
+    expected = results(step, rounded(inputs, dtype), torch.float64)
+    compare(found, expected, BOUNDS[dtype])
+    inputs["bias"] = inputs["bias"].roll(1)
+    moved = results(step, {n: t.to(device) for n, t in inputs.items()}, dtype)
+    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 1", "d_raw", "d_x")) > 0.05
+
+
+def test_a_layer_compiles_whole(fused: None, device: torch.device) -> None:
+    """Its fused neighbours are part of its graph; gradients are the eager ones."""
+    config = MIXERS["mamba2"].config(num_heads=2, key_dim=16, value_dim=16)
+    torch.manual_seed(0)
+    layer = config.build(LayerContext(24)).to(device)
+    x = normal(1, 5, 24).to(device, FP32).requires_grad_()
+    leaves = [x, *layer.parameters()]
+
+    def gradients(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    eager = layer(x)[0]
+    expected = gradients(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0]
+    for got, reference in zip((compiled, *gradients(compiled)), (eager, *expected), strict=True):
+        assert relative_error(got, reference) <= 2e-6
