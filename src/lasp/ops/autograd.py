@@ -31,19 +31,6 @@ def not_traced_before(function: _Function) -> _Function:
     return function if TRACEABLE else untraced(function, f"a scan, with PyTorch {torch.__version__},")
 
 
-def break_graph_for_sums(plan: ScanPlan, initial: Tensor | None) -> None:
-    """Break the compiler's graph where gradients of states are summed over ranks; with fullgraph=True, say so.
-
-    The message that sums them is no operator yet.
-    """
-    if plan.ranks is None or not torch.compiler.is_compiling():
-        return
-    if plan.want_final or (plan.documents is not None and initial is not None and initial.requires_grad):
-        break_graph(
-            "output_final_state=True over several ranks, or an initial_state of packed documents with a gradient,"
-        )
-
-
 def begin_early(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> Begun | None:
     """Start the exchange before the queries are known, where that gains anything: k stands for q in `x`."""
     if plan.ranks is None or not plan.stages.reads_queries_late or torch.compiler.is_compiling():
@@ -60,6 +47,10 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
         initial: [B, H_v, K, V], or one for every document of the whole sequence; zero if None.
         begun: what `begin_early` gave for the same run.
     """
+    if torch.compiler.is_compiling() and plan.ranks is not None and (plan.want_final or plan.documents is not None):
+        # Gradients of states are summed over ranks, and documents' states carried over them, by messages of the pass.
+        break_graph("output_final_state=True, or packed documents, over several ranks")
+        return _untraced(plan, x, initial, begun)
     if plan.stages.empty_saved is None:
         return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
     if plan.documents is not None:  # the operators of a compiled graph take none: the graph breaks around them

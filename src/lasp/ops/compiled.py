@@ -26,9 +26,9 @@ def scan_operator(plan: ScanPlan, x: DecayInputs, initial: Tensor | None) -> tup
     return o, (others[0] if plan.ranks is None else others[-1]) if plan.want_final else None
 
 
-def _plan(want_final: bool, key: int) -> ScanPlan:
+def _plan(x: DecayInputs, want_final: bool, key: int) -> ScanPlan:
     ranks = None if key == ALONE else ranks_of(key)
-    return ScanPlan("linear_attention", load("decay", "triton"), ranks, want_final)  # type: ignore[arg-type]
+    return ScanPlan("linear_attention", load("decay", "triton", x), ranks, want_final)  # type: ignore[arg-type]
 
 
 def _called(plan: ScanPlan, q: Tensor, v: Tensor, *, backward: bool = False) -> SequenceCall | None:
@@ -60,8 +60,9 @@ def decay_forward(
 
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
-    plan = _plan(want_final, ranks)
-    x = plan.stages.prepare(_inputs(q, k, v, g, scale, want_gate), initial is None and ranks == ALONE)
+    given = _inputs(q, k, v, g, scale, want_gate)
+    plan = _plan(given, want_final, ranks)
+    x = plan.stages.prepare(given, initial is None and ranks == ALONE)
     initial = None if initial is None else initial.contiguous()
     o, final, saved = forward(plan, begin(plan, _called(plan, q, v), x, initial), x, initial)
     # An exchange may give back its input, an operator must not.
@@ -81,9 +82,10 @@ def _(
     ranks: int,
 ) -> list[Tensor]:
     final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
-    empty_saved = load("decay", "triton").empty_saved
+    x = DecayInputs(q, k, v, g, scale)
+    empty_saved = load("decay", "triton", x).empty_saved
     assert empty_saved is not None
-    saved = empty_saved(DecayInputs(q, k, v, g, scale), initial is None and ranks == ALONE, want_gate)
+    saved = empty_saved(x, initial is None and ranks == ALONE, want_gate)
     return [v.new_empty(v.shape), *saved, *(final if want_final and ranks != ALONE else [])]
 
 
@@ -105,8 +107,9 @@ def decay_backward(
 ) -> list[Tensor]:
     """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`:
     there are no ranks and was no initial state."""
-    plan = _plan(want_final, ranks)
-    x = plan.stages.prepare(_inputs(q, k, v, g, scale, want_gate), from_zero)
+    given = _inputs(q, k, v, g, scale, want_gate)
+    plan = _plan(given, want_final, ranks)
+    x = plan.stages.prepare(given, from_zero)
     call = _called(plan, q, v, backward=True)
     d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()

@@ -84,6 +84,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
         traceable: torch.compile can follow the stages; it cannot where they take gradients of their own.
         bad_gates_give_nan: a gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look
             for one before.
+        wide: the stages for heads wider than the fused kernels take; None where these take any, or refuse them.
         normalizes: they divide q and k by their lengths where `x.normalize` says so.
     """
 
@@ -102,6 +103,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     traceable: bool = True
     bad_gates_give_nan: bool = False
     normalizes: bool = False
+    wide: Stages[Any, Any, Any, Any, Any, Any] | None = None
 
 
 # Those of any family: what they hand from one to the next is their own.
