@@ -15,7 +15,7 @@ from lasp.ops.checks import called, ungrouped
 from lasp.ops.compiled import scan_operator
 from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
 from lasp.recurrence.derivatives import first_derivatives
-from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
+from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
 from lasp.recurrence.untraced import break_graph, untraced
 
@@ -56,7 +56,7 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
     if plan.documents is not None:  # the operators of a compiled graph take none: the graph breaks around them
         return _untraced(plan, x, initial, begun)
     if torch.compiler.is_compiling():
-        return scan_operator(plan, cast(DecayInputs, x), initial)
+        return scan_operator(plan, x, initial)
     return _eager(plan, x, initial, begun)
 
 
@@ -113,7 +113,8 @@ class _Scan(torch.autograd.Function):
         run = given.with_tensors(tensors) if is_traced else given
         x = plan.stages.prepare(run, initial is None and plan.ranks is None)
         initial = None if initial is None else initial.contiguous()
-        o, final, saved = (_exact_forward if is_traced else _forward)(plan, call, x, initial, begun)
+        compute = _exact_forward if plan.stages.multiplies else _forward
+        o, final, saved = compute(plan, call, x, initial, begun)
         kept = x.tensors()
         ctx.plan, ctx.call, ctx.shell, ctx.count = plan, call, x.with_tensors((None,) * len(kept)), len(kept)
         ctx.set_materialize_grads(False)
@@ -131,6 +132,6 @@ class _Scan(torch.autograd.Function):
         x, saved = ctx.shell.with_tensors(tensors[: ctx.count]), tuple(tensors[ctx.count :])
         d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
-        compute = backward if plan.stages.empty_saved is not None else _exact_backward
+        compute = _exact_backward if plan.stages.multiplies else backward
         gradients, d_initial = compute(plan, call, x, saved, d_o, d_final, ctx.needs_input_grad[4])
         return None, None, None, None, d_initial, *gradients
