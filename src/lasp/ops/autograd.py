@@ -17,7 +17,7 @@ from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
-from lasp.recurrence.untraced import untraced
+from lasp.recurrence.untraced import break_graph, untraced
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,27 +26,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
 
 
-_SUM_IN_GRAPH = (
-    "output_final_state=True over several ranks, or an initial_state of packed documents with a gradient, cannot be "
-    "part of a compiled graph: leave fullgraph=True out, and the graph breaks around the operator, or call it outside "
-    "of the compiled function"
-)
-
-
 def not_traced_before(function: _Function) -> _Function:
     """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
-    return function if TRACEABLE else untraced(function)
-
-
-def break_graph_for_sums(plan: ScanPlan, initial: Tensor | None) -> None:
-    """Break the compiler's graph where gradients of states are summed over ranks; with fullgraph=True, say so.
-
-    The message that sums them is no operator yet.
-    """
-    if plan.ranks is None or not torch.compiler.is_compiling():
-        return
-    if plan.want_final or (plan.documents is not None and initial is not None and initial.requires_grad):
-        torch._dynamo.graph_break(msg=_SUM_IN_GRAPH)
+    return function if TRACEABLE else untraced(function, f"a scan, with PyTorch {torch.__version__},")
 
 
 def begin_early(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> Begun | None:
@@ -65,6 +47,10 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
         initial: [B, H_v, K, V], or one for every document of the whole sequence; zero if None.
         begun: what `begin_early` gave for the same run.
     """
+    if torch.compiler.is_compiling() and plan.ranks is not None and (plan.want_final or plan.documents is not None):
+        # Gradients of states are summed over ranks, and documents' states carried over them, by messages of the pass.
+        break_graph("output_final_state=True, or packed documents, over several ranks")
+        return _untraced(plan, x, initial, begun)
     if plan.stages.empty_saved is None:
         return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
     if plan.documents is not None:  # the operators of a compiled graph take none: the graph breaks around them
@@ -88,7 +74,7 @@ def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | Non
     return result
 
 
-_untraced = untraced(_eager)
+_untraced = untraced(_eager, "a delta rule, or packed documents,")
 _traced = not_traced_before(_eager)
 
 

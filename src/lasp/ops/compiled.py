@@ -31,14 +31,14 @@ def scan_operator(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> tuple[Te
     return o, (others[0] if plan.ranks is None else others[-1]) if plan.want_final else None
 
 
-def _stages(beta: Tensor | None) -> AnyStages:
-    return load("decay" if beta is None else "delta", "triton")
+def _stages(x: Inputs) -> AnyStages:
+    return load("delta" if isinstance(x, DeltaInputs) else "decay", "triton", x)
 
 
-def _plan(beta: Tensor | None, want_final: bool, key: int) -> ScanPlan:
+def _plan(x: Inputs, want_final: bool, key: int) -> ScanPlan:
     ranks = None if key == ALONE else ranks_of(key)
-    operator = "linear_attention" if beta is None else "delta_rule"
-    return ScanPlan(operator, _stages(beta), ranks, want_final)  # type: ignore[arg-type]
+    operator = "delta_rule" if isinstance(x, DeltaInputs) else "linear_attention"
+    return ScanPlan(operator, _stages(x), ranks, want_final)  # type: ignore[arg-type]
 
 
 def _called(plan: ScanPlan, x: Inputs, normalize: bool, *, backward: bool = False) -> SequenceCall | None:
@@ -84,7 +84,8 @@ def scan_forward(
 
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
-    plan, given = _plan(beta, want_final, ranks), _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    given = _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, initial is None and ranks == ALONE)
     initial = None if initial is None else initial.contiguous()
     with torch.autocast(v.device.type, enabled=False):
@@ -110,9 +111,9 @@ def _(
     ranks: int,
 ) -> list[Tensor]:
     final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
-    empty_saved = _stages(beta).empty_saved
-    assert empty_saved is not None
     given = DecayInputs(q, k, v, g, scale) if beta is None else DeltaInputs(q, k, v, beta, g, scale, None, normalize)
+    empty_saved = _stages(given).empty_saved
+    assert empty_saved is not None
     saved = empty_saved(given, initial is not None, ranks != ALONE, want_gate)
     return [v.new_empty(v.shape), *saved, *(final if want_final and ranks != ALONE else [])]
 
@@ -137,7 +138,8 @@ def scan_backward(
 ) -> list[Tensor]:
     """The gradients of q, k, v and beta, and, if wanted, of g and of the initial state; `from_zero`:
     there are no ranks and was no initial state."""
-    plan, given = _plan(beta, want_final, ranks), _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    given = _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, from_zero)
     call = _called(plan, given, normalize, backward=True)
     d_o = torch.zeros_like(v) if d_o is None else d_o.contiguous()
