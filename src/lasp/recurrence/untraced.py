@@ -1,4 +1,4 @@
-"""Where a compiled graph ends: around what torch.compile cannot follow."""
+"""The end of a compiled graph: around what torch.compile cannot follow."""
 
 from __future__ import annotations
 
