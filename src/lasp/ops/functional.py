@@ -148,7 +148,7 @@ def _planned(
     x = DecayInputs(q, k, v, g, scale_of(k, scale), documents)
     check_initial(x, initial_state)
     stages = select("decay" if causal else "unmasked", backend, x)
-    if g is not None and not (g.is_cuda and stages.bad_gates_give_nan):
+    if g is not None and not (g.is_cuda and stages.bad_values_give_nan):
         check_gate_values(g)
     ranks = sp if sp is not None and sp.size > 1 else None
     options = {"causal": causal}

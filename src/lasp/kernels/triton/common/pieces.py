@@ -198,10 +198,10 @@ def cutting(stages: AnyStages, *, rows: bool) -> AnyStages:
         inner = (x.inner, x.saved(saved), totals, local, x.cut.of_values(d_o), x.cut.of_state(d_state_out))
         return x.cut.whole_gradients(stages.gradients(*inner))  # type: ignore[arg-type]
 
-    def empty_saved(x: Any, from_zero: bool, want_gate: bool) -> list[Tensor]:
+    def empty_saved(x: Any, *ways: bool) -> list[Tensor]:
         assert stages.empty_saved is not None
         cut = cut_of(x, rows=rows)
-        leaving, *others = stages.empty_saved(cut.of_inputs(x), from_zero, want_gate)
+        leaving, *others = stages.empty_saved(cut.of_inputs(x), *ways)
         return [cut.whole_state(leaving), *others]
 
     wide = replace(
