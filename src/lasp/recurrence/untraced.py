@@ -1,4 +1,4 @@
-"""Where a compiled graph ends: around what torch.compile cannot follow."""
+"""Ends a compiled graph around what torch.compile cannot follow."""
 
 from __future__ import annotations
 
