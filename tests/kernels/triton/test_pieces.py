@@ -16,6 +16,7 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
+from lasp.kernels import select
 from lasp.kernels.triton.common import pieces
 from lasp.kernels.triton.common.pieces import HeadCut
 
@@ -27,7 +28,8 @@ WIDE = {"batch": 1, "tokens": 40, "heads": 2, "value_heads": 4, "keys": 20, "val
 @pytest.fixture(autouse=True)
 def _narrow_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "real" not in request.node.name:
-        monkeypatch.setattr(pieces, "FUSED_MAX_DIM", 16)
+        for module in (pieces, select):
+            monkeypatch.setattr(module, "FUSED_MAX_DIM", 16)
 
 
 def test_real_widths(device: torch.device) -> None:
