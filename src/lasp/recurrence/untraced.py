@@ -1,4 +1,4 @@
-"""Where a compiled graph ends: around what torch.compile cannot follow."""
+"""Keeps out of compiled graphs what torch.compile cannot follow."""
 
 from __future__ import annotations
 
