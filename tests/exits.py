@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.kernels.select import load
+import lasp.kernels.torch  # forked processes inherit what they would load each
 
 SWITCH_S = 60.0
 BOUNDS = {1: [0, 3, 20], 2: [0, 3, 17, 30, 40], 3: [0, 3, 17, 30, 45, 60]}
@@ -170,8 +170,6 @@ def main() -> int:
         for number in range(options.runs)
         for name in options.programs
     ]
-    for family in ("decay", "delta"):  # forked processes inherit what they would load each
-        load(family, "torch")
     parent, root = os.getpid(), Path(tempfile.mkdtemp(prefix="lasp-exits-"))
     under_way: list[Run] = []
     counts, failed, started = Counter[str](), Counter[str](), 0
