@@ -12,7 +12,7 @@ from lasp.kernels.triton.common.program import DESCRIPTORS, load_chunk
 
 @triton.jit
 def gradient_place(parts, B, H, H_v):
-    """Of a program that has `BK` channels of a chunk: the channels' part, head, batch, head of keys and chunk.
+    """Place of a program that has `BK` channels of a chunk: the channels' part, head, batch, head of keys and chunk.
 
     Heads are the fastest: what programs read at a time is together in memory.
     """
@@ -99,7 +99,7 @@ def from_state_t(
 
 @triton.jit
 def passing(d_state, s_ptr, d_ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
-    """What of S^T meets D^T, summed over V, [BK]; S is read once more rather than kept."""
+    """Sum over V of S^T times D^T, [BK]; S is read once more rather than kept."""
     if V <= BV:
         return tl.sum(_state_piece(s_ptr, 0, column, BV, BK, COLUMNS).to(tl.float32) * d_state.to(tl.float32), 0)
     else:
