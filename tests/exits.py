@@ -107,6 +107,7 @@ class Run:
         self.began, self.folder = time.monotonic(), folder
         self.codes: dict[Any, Any] = {}
         self.is_late = False
+        self._started: list[subprocess.Popen[bytes]] = []
         folder.mkdir()
         start = self._start if fresh else self._fork
         self.pids = {start(name, rank, size, destroys): rank for rank in range(size)}
@@ -125,7 +126,9 @@ class Run:
         arguments = [name, str(rank), str(size), str(self.folder / "store"), str(int(destroys))]
         with open(self.folder / f"{rank}.err", "wb") as errors:
             command = [sys.executable, "-X", "faulthandler", __file__, "--process", *arguments]
-            return subprocess.Popen(command, stderr=errors).pid
+            # Kept: whatever Popen starts next would wait for one that was forgotten, and its exit code be lost.
+            self._started.append(subprocess.Popen(command, stderr=errors))
+            return self._started[-1].pid
 
     def ended(self, pid: int, status: int) -> None:
         self.codes[self.pids[pid]] = os.waitstatus_to_exitcode(status)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lasp.data.arguments import check, check_whole
 from lasp.data.stream import Bounds, Tokens
 from lasp.errors import DataError
 
@@ -89,8 +90,12 @@ class Sequences:
             origin: a step and the place in the endless list of its first sequence; not of consecutive ones.
 
         Raises:
-            DataError: the stream holds no whole sequence.
+            DataError: an argument is of another kind, or the stream holds no whole sequence.
         """
+        check("stream", stream, hasattr(stream, "__len__") and hasattr(stream, "__getitem__"), "numbers in order")
+        check_whole("seq_len", seq_len, 1)
+        check_whole("seed", seed, None)
+        check("consecutive", consecutive, isinstance(consecutive, bool), "True or False")
         self.stream, self.seq_len, self.seed, self.bounds = stream, seq_len, seed, bounds
         self.consecutive, self.origin = consecutive, origin
         self.count = num_sequences(stream, seq_len)

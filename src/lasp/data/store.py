@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lasp import files
+from lasp.data.arguments import VERIFY, check, check_path, check_text, check_tokenizer, check_whole
 from lasp.data.blocks import CheckedFile, read_sums
 from lasp.data.build import BOUNDS, FORMAT, SPLITS, Progress, write_store
 from lasp.data.documents import Reading
@@ -82,6 +83,11 @@ def prepare(
     "full" checks the SHA-256 of all files, "changed" of those whose size or time of change differs from when they were
     checked last. Raises DataError if there is no usable text, or built data is damaged.
     """
+    check_path("folder", folder, or_none=True)
+    check_path("cache", cache)
+    check_tokenizer(tokenizer)
+    check_text(suffixes, field, validation_fraction, seed, validation_path, on_bad_record)
+    check("verify", verify, isinstance(verify, str) and verify in VERIFY, " or ".join(VERIFY))
     place = hashlib.sha256(str((folder or Path("/")).absolute()).encode("utf-8", "surrogateescape")).hexdigest()
     verified = Verified(cache / f"verified-{place[:16]}.json", full=verify == "full")
     if folder is not None and is_store(folder):
@@ -137,6 +143,13 @@ def build(
 
     sources: files and folders; none of them is the standard library of the running interpreter.
     """
+    check_path("target", target)
+    is_paths = isinstance(sources, tuple) and all(isinstance(source, Path) for source in sources)
+    check("sources", sources, is_paths, "a tuple of paths")
+    check_tokenizer(tokenizer)
+    check_text(suffixes, field, validation_fraction, seed, validation_path, on_bad_record)
+    check_whole("shard_tokens", shard_tokens, 1)
+    check("progress", progress, callable(progress), "a function of bytes and tokens")
     if target.exists():
         raise DataError(f"{target} exists: name a new folder, or delete it")
     text = Sources.find(sources or (None,), suffixes, field, validation_fraction, seed, validation_path, on_bad_record)
@@ -150,6 +163,9 @@ def open_store(folder: Path, *, verify: bool, verified: Verified | None = None) 
 
     Raises DataError naming the file if anything differs from the index.
     """
+    check_path("folder", folder)
+    check("verify", verify, isinstance(verify, bool), "True or False")
+    check("verified", verified, isinstance(verified, Verified | None), "a Verified or None")
     with _naming_damage(folder):
         seal = _seal(folder)
         streams = {split: _open_split(folder, split, seal, verify, verified) for split in SPLITS}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lasp import files
+from lasp.data.arguments import check
 from lasp.errors import DataError
 
 # A vocabulary of millions is tens of MB.
@@ -210,6 +211,7 @@ _CONTEXT = 15
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`: "bytes", or the path of a `tokenizers` JSON file. Raises DataError."""
+    check("name", name, isinstance(name, str), "'bytes' or the path of a file, as a word")
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
