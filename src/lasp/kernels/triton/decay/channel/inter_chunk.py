@@ -21,6 +21,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import decayed
 from lasp.kernels.triton.common.program import (
     as_swept,
     load_chunk,
@@ -122,7 +123,8 @@ def _sweep(
             out = tl.dot(state.to(tl.bfloat16), tl.trans(a))
         else:
             out = tl.dot(state, tl.trans(a).to(tl.float32), input_precision=PRECISION)
-        state = tl.dot(tl.trans(c), b, state * tl.exp2(total)[:, None], input_precision=PRECISION)
+        state = decayed(state, total[:, None], dtype == tl.float32)
+        state = tl.dot(tl.trans(c), b, state, input_precision=PRECISION)
         # In two steps: Triton 3.7.1 fails to compile one for sm_100.
         own = tl.reshape(tl.trans(x).to(tl.float32) * out, (BK, 2, C // 2))
         sums = tl.sum(tl.sum(own, 2), 1)
