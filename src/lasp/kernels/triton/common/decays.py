@@ -66,6 +66,13 @@ def constant_gates(rate, length, C: tl.constexpr):
 
 
 @triton.jit
+def beyond_one(total, length):
+    """Return how much less passes a chunk of `length` tokens than one of them: its log-decay beyond the mean token's,
+    zero for a single token."""
+    return total * (1 - 1 / tl.maximum(length, 1))
+
+
+@triton.jit
 def decayed(state, log2, EXACT: tl.constexpr):
     """Return state 2^log2, of log-decays that broadcast to it.
 
