@@ -89,7 +89,8 @@ $(ORACLE)/.installed: $(VENV)/.installed-dev
 	@touch $@
 
 $(ORACLE)-%/.installed: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(ORACLE)-$* 'transformers==$*.*'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(ORACLE)-$* 'transformers==$*.*' psutil
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(ORACLE)-$* accelerate peft
 	@touch $@
 
 $(TRACKERS)/.installed: $(VENV)/.installed-dev

@@ -15,8 +15,8 @@ from page_blocks import DOCS, ROOT, Block, blocks
 from training_runs import write_text
 from warm_shell import WarmShell, shortened
 
-# Of the quickstarts these two are mostly `lasp plan`, which has tests of its own.
-_LATER = {"million-tokens", "plan"}
+# Of the quickstarts two are mostly `lasp plan`, which has tests of its own, and one loads transformers for seconds.
+_LATER = {"million-tokens", "plan", "transformers"}
 QUICKSTARTS = sorted((DOCS / "quickstart").glob("*.md"))
 OTHERS = [ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md"))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ import torch.distributed as dist
 import world
 from hf.small_models import SMALL, Measured, build, exactly, measured, recompute, tokens
 from tolerances import relative_error
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import lasp
 import lasp.hf
@@ -162,11 +166,46 @@ def test_two_batches_before_their_gradients() -> None:
         model = lasp.hf.parallelize(recompute(build("qwen3_next"), reentrant=False), sp)
         with exactly():
             first = model(**lasp.hf.shard(DENSE, sp)).loss
-            (first + model(**lasp.hf.shard(packed()[0], sp, (1, 60))).loss).backward()
+            both = first + model(**lasp.hf.shard(packed()[0], sp, (1, 60))).loss
+            # In a thread of its own, as a GPU's backward pass runs.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(both.backward).result()
         return max(
             relative_error(sp.sum(p.grad) / 2, parts[0][name] + parts[1][name])
             for name, p in model.named_parameters()
             if name in parts[0]
+        )
+
+    assert max(world.run(2, work)) < BOUND
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp before", "fsdp after"])
+def test_averaged_by_data_parallelism(wrapped: str) -> None:
+    """Its mean of gradients over the same ranks is the gradient of the whole."""
+    whole = measured(build("qwen3_next"), DENSE)
+
+    def work(rank: int) -> float:
+        sp, model = lasp.SequenceParallel(dist.group.WORLD), build("qwen3_next")
+        if wrapped != "fsdp before":
+            lasp.hf.parallelize(model, sp)
+        training = model
+        if wrapped == "ddp":
+            training = DistributedDataParallel(model)
+        else:
+            mesh = dist.init_device_mesh("cpu", (2,))
+            for module in (*model.model.layers, model):
+                fully_shard(module, mesh=mesh)
+        if wrapped == "fsdp before":
+            lasp.hf.parallelize(model, sp)
+        with exactly():
+            loss = training(**lasp.hf.shard(DENSE, sp, (25, 36))).loss
+            loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+        return max(
+            relative_error(loss, whole.loss),
+            *(relative_error(gradients[name], expected) for name, expected in whole.gradients.items()),
         )
 
     assert max(world.run(2, work)) < BOUND

@@ -14,7 +14,7 @@ from lasp.halo.exchange import read_rows
 from lasp.halo.fused import convolution
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.kernels.select import has_fused_kernels
-from lasp.recurrence.untraced import untraced
+from lasp.recurrence.untraced import untraced, untraced_over_ranks
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
@@ -25,6 +25,7 @@ MAX_WIDTH = 8
 FUSED_WIDTH = 4  # up to which there are fused kernels
 
 
+@untraced_over_ranks
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -84,6 +85,7 @@ def short_convolution(
         return y if read.override is None else y.index_copy(1, read.override.tokens, fixed), read.final
 
 
+@untraced_over_ranks
 def token_shift(
     x: Tensor,
     *,

@@ -10,5 +10,6 @@ Gradients are to be averaged over the ranks, as DDP, FSDP and accelerate do. tra
 from lasp.hf.check import Comparison, check
 from lasp.hf.parallelize import parallelize, restore
 from lasp.hf.shards import BatchShard, shard
+from lasp.hf.training import attach
 
-__all__ = ["BatchShard", "Comparison", "check", "parallelize", "restore", "shard"]
+__all__ = ["BatchShard", "Comparison", "attach", "check", "parallelize", "restore", "shard"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lasp.hf import library
 from lasp.hf.context import MixerFrame, split_frame, split_pass
-from lasp.ops.autograd import untraced
+from lasp.recurrence.untraced import untraced
 from lasp.softmax import softmax_attention
 
 FUNCTION = "attention function"

@@ -14,7 +14,7 @@ from typing import Any
 from lasp.hf.context import MixerFrame, ModelPass, split_frame, split_pass
 from lasp.hf.split import is_used
 from lasp.hf.table import OF_MODEL, OPTIONAL, PACKAGE, ModelFamily, Operator
-from lasp.ops.autograd import untraced
+from lasp.recurrence.untraced import untraced
 
 
 class Dispatcher:

@@ -15,7 +15,7 @@ from torch import nn
 from lasp.hf.context import LayerFrame, MixerFrame, ModelPass, running, split_pass
 from lasp.hf.shards import BatchShard
 from lasp.hf.split import ModelSplit
-from lasp.ops.autograd import untraced
+from lasp.recurrence.untraced import untraced
 from lasp.sequence.sequence_parallel import broadcast_errors
 
 KEY = "lasp_shard"

@@ -26,3 +26,9 @@ def load(module: str = "") -> Any:
     if TorchVersion(found) < OLDEST:
         raise ValueError(f"lasp.hf needs transformers {OLDEST} or newer, found {found}: pip install 'lasp-torch[hf]'")
     return import_module(f"transformers.{module}" if module else "transformers")
+
+
+def seedable_sampler(data: Any, generator: Any, seed: int) -> Any:
+    """accelerate's sampler of `data` in random order, the same on every process and another in every epoch."""
+    kind = import_module("accelerate.data_loader").SeedableRandomSampler
+    return kind(data, generator=generator, data_seed=seed)

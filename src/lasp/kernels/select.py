@@ -35,7 +35,7 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
     if backend == "auto":
         keys = int(x.q.shape[3]) if family == "delta" else 0  # whose heads of wide keys cannot be cut
         backend = _choose(family, x.q.device, x.q.dtype, keys)
-    return load(family, backend)
+    return load(family, backend, x)
 
 
 def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:
@@ -79,12 +79,17 @@ def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def load(family: str, backend: str) -> AnyStages:
-    """The stages of `family` that `backend` has.
+def load(family: str, backend: str, x: Inputs) -> AnyStages:
+    """The stages of `family` that `backend` has for heads as wide as those of `x`.
 
     Raises:
         ValueError: it has none.
     """
+    stages = _load(family, backend)
+    return stages if stages.wide is None or max(x.q.shape[3], x.v.shape[3]) <= FUSED_MAX_DIM else stages.wide
+
+
+def _load(family: str, backend: str) -> AnyStages:
     stages = _loaded.get((family, backend))
     if stages is not None:
         return stages

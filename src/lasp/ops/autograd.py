@@ -15,9 +15,9 @@ from lasp.ops.checks import called, ungrouped
 from lasp.ops.compiled import scan_operator
 from lasp.ops.scan import Begun, ScanPlan, backward, begin, forward
 from lasp.recurrence.derivatives import first_derivatives
-from lasp.recurrence.inputs import DecayInputs, Inputs, initial_shape, state_dtype
+from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import RunInputs, Saved
-from lasp.recurrence.untraced import untraced
+from lasp.recurrence.untraced import break_graph, untraced
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,27 +26,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 TRACEABLE: bool = TorchVersion(torch.__version__) >= "2.13"
 
 
-_SUM_IN_GRAPH = (
-    "output_final_state=True over several ranks, or an initial_state of packed documents with a gradient, cannot be "
-    "part of a compiled graph: leave fullgraph=True out, and the graph breaks around the operator, or call it outside "
-    "of the compiled function"
-)
-
-
 def not_traced_before(function: _Function) -> _Function:
     """`function`, around which the graph breaks where PyTorch cannot be let trace a scan."""
-    return function if TRACEABLE else untraced(function)
-
-
-def break_graph_for_sums(plan: ScanPlan, initial: Tensor | None) -> None:
-    """Break the compiler's graph where gradients of states are summed over ranks; with fullgraph=True, say so.
-
-    The message that sums them is no operator yet.
-    """
-    if plan.ranks is None or not torch.compiler.is_compiling():
-        return
-    if plan.want_final or (plan.documents is not None and initial is not None and initial.requires_grad):
-        torch._dynamo.graph_break(msg=_SUM_IN_GRAPH)
+    return function if TRACEABLE else untraced(function, f"a scan, with PyTorch {torch.__version__},")
 
 
 def begin_early(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> Begun | None:
@@ -65,12 +47,16 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
         initial: [B, H_v, K, V], or one for every document of the whole sequence; zero if None.
         begun: what `begin_early` gave for the same run.
     """
+    if torch.compiler.is_compiling() and plan.ranks is not None and (plan.want_final or plan.documents is not None):
+        # Gradients of states are summed over ranks, and documents' states carried over them, by messages of the pass.
+        break_graph("output_final_state=True, or packed documents, over several ranks")
+        return _untraced(plan, x, initial, begun)
     if plan.stages.empty_saved is None:
         return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
     if plan.documents is not None:  # the operators of a compiled graph take none: the graph breaks around them
         return _untraced(plan, x, initial, begun)
     if torch.compiler.is_compiling():
-        return scan_operator(plan, cast(DecayInputs, x), initial)
+        return scan_operator(plan, x, initial)
     return _eager(plan, x, initial, begun)
 
 
@@ -88,7 +74,7 @@ def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | Non
     return result
 
 
-_untraced = untraced(_eager)
+_untraced = untraced(_eager, "a delta rule, or packed documents,")
 _traced = not_traced_before(_eager)
 
 
@@ -127,7 +113,8 @@ class _Scan(torch.autograd.Function):
         run = given.with_tensors(tensors) if is_traced else given
         x = plan.stages.prepare(run, initial is None and plan.ranks is None)
         initial = None if initial is None else initial.contiguous()
-        o, final, saved = (_exact_forward if is_traced else _forward)(plan, call, x, initial, begun)
+        compute = _exact_forward if plan.stages.multiplies else _forward
+        o, final, saved = compute(plan, call, x, initial, begun)
         kept = x.tensors()
         ctx.plan, ctx.call, ctx.shell, ctx.count = plan, call, x.with_tensors((None,) * len(kept)), len(kept)
         ctx.set_materialize_grads(False)
@@ -145,6 +132,6 @@ class _Scan(torch.autograd.Function):
         x, saved = ctx.shell.with_tensors(tensors[: ctx.count]), tuple(tensors[ctx.count :])
         d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
-        compute = backward if plan.stages.empty_saved is not None else _exact_backward
+        compute = _exact_backward if plan.stages.multiplies else backward
         gradients, d_initial = compute(plan, call, x, saved, d_o, d_final, ctx.needs_input_grad[4])
         return None, None, None, None, d_initial, *gradients

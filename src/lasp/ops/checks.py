@@ -104,16 +104,24 @@ def check_gate_values(g: Tensor) -> None:
 
 
 def check_beta(beta: Tensor, v: Tensor) -> None:
-    """beta [B, T, H_v], in [0, 2].
+    """Check that beta is [B, T, H_v].
 
     Raises:
-        ValueError: the shape, dtype or device does not fit, or a value is outside or NaN.
+        ValueError: the shape, dtype or device does not fit.
     """
     check_tensor("beta", beta, "[B, T, H_v]")
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta must be [B, T, H_v] {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
     if not beta.is_floating_point() or beta.device != v.device:
         raise ValueError(f"beta must be floating point on {v.device}, got {beta.dtype} on {beta.device}")
+
+
+def check_beta_values(beta: Tensor) -> None:
+    """Check that beta is in [0, 2].
+
+    Raises:
+        ValueError: a value is outside or NaN, on CPU; on a GPU an assertion on the device fails.
+    """
     if _are_unchecked():
         return
     _check_values(

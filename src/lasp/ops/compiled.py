@@ -1,7 +1,8 @@
 """Scans as operators of PyTorch's, which torch.compile puts into its graphs without looking inside.
 
-For stages that are fused kernels. The operators know the ranks by a number and take no packed documents. Their lists
-end with what backward takes as `saved`, whose number depends on the kind of decay.
+For stages that are fused kernels: of the delta rule where a beta is given, else of a decay. The operators know the
+ranks by a number and take no packed documents. Their lists end with what backward takes as `saved`, whose number
+depends on the recurrence.
 """
 
 # No postponed annotations: the operators' schemas are read from them.
@@ -13,147 +14,181 @@ from torch import Tensor
 from lasp.exchange.start import SequenceCall, ranks_of
 from lasp.kernels.select import load
 from lasp.ops.scan import ScanPlan, backward, begin, forward
-from lasp.recurrence.inputs import DecayInputs
+from lasp.recurrence.inputs import DecayInputs, DeltaInputs, Inputs
+from lasp.recurrence.stages import AnyStages
 
 ALONE = -1
 
 
-def scan_operator(plan: ScanPlan, x: DecayInputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def scan_operator(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Compute outputs and the final state inside a compiled region: `lasp.ops.autograd.scan` as operators."""
     ranks = ALONE if plan.ranks is None else plan.ranks.key
     want_gate = x.g is not None and x.g.requires_grad
-    o, *others = decay_forward(x.q, x.k, x.v, x.g, initial, x.scale, want_gate, plan.want_final, ranks)
+    beta, normalize = (x.beta, x.normalize) if isinstance(x, DeltaInputs) else (None, False)
+    o, *others = scan_forward(
+        x.q, x.k, x.v, beta, x.g, initial, x.scale, normalize, want_gate, plan.want_final, ranks
+    )  # fmt: skip
     return o, (others[0] if plan.ranks is None else others[-1]) if plan.want_final else None
 
 
-def _plan(want_final: bool, key: int) -> ScanPlan:
+def _stages(x: Inputs) -> AnyStages:
+    return load("delta" if isinstance(x, DeltaInputs) else "decay", "triton", x)
+
+
+def _plan(x: Inputs, want_final: bool, key: int) -> ScanPlan:
     ranks = None if key == ALONE else ranks_of(key)
-    return ScanPlan("linear_attention", load("decay", "triton"), ranks, want_final)  # type: ignore[arg-type]
+    operator = "delta_rule" if isinstance(x, DeltaInputs) else "linear_attention"
+    return ScanPlan(operator, _stages(x), ranks, want_final)  # type: ignore[arg-type]
 
 
-def _called(plan: ScanPlan, q: Tensor, v: Tensor, *, backward: bool = False) -> SequenceCall | None:
+def _called(plan: ScanPlan, x: Inputs, normalize: bool, *, backward: bool = False) -> SequenceCall | None:
     """Tell the other ranks what is about to be computed."""
     if plan.ranks is None:
         return None
-    state = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    state = (x.v.shape[0], x.v.shape[2], x.q.shape[3], x.v.shape[3])
     fields = {"pass": "backward" if backward else "forward", "state": state, "output_final_state": plan.want_final}
-    return plan.ranks.call("compiled linear_attention", tuple(fields.values()), lambda: fields, replays=not backward)
+    if plan.operator == "delta_rule":
+        fields["normalize_qk"] = normalize
+    return plan.ranks.call(f"compiled {plan.operator}", tuple(fields.values()), lambda: fields, replays=not backward)
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, want_gate: bool) -> DecayInputs:
-    return DecayInputs(q, k, v, None if g is None else g.detach().requires_grad_(want_gate), scale)
-
-
-@torch.library.custom_op("lasp::decay_forward", mutates_args=())
-def decay_forward(
+def _inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    scale: float,
+    normalize: bool,
+    want_gate: bool,
+) -> Inputs:
+    g = None if g is None else g.detach().requires_grad_(want_gate)
+    return DecayInputs(q, k, v, g, scale) if beta is None else DeltaInputs(q, k, v, beta, g, scale, None, normalize)
+
+
+@torch.library.custom_op("lasp::scan_forward", mutates_args=())
+def scan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
+    normalize: bool,
     want_gate: bool,
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    """o [B, T, H_v, V], and what `decay_backward` takes as `saved`, first the state [B, H_v, K, V] that leaves.
+    """o [B, T, H_v, V], and what `scan_backward` takes as `saved`, first the state [B, H_v, K, V] that leaves.
 
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
-    plan = _plan(want_final, ranks)
-    x = plan.stages.prepare(_inputs(q, k, v, g, scale, want_gate), initial is None and ranks == ALONE)
+    given = _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    plan = _plan(given, want_final, ranks)
+    x = plan.stages.prepare(given, initial is None and ranks == ALONE)
     initial = None if initial is None else initial.contiguous()
-    o, final, saved = forward(plan, begin(plan, _called(plan, q, v), x, initial), x, initial)
-    # An exchange may give back its input, an operator must not.
+    with torch.autocast(v.device.type, enabled=False):
+        o, final, saved = forward(plan, begin(plan, _called(plan, given, normalize), x, initial), x, initial)
+    # An exchange may give back its input, stages may keep it, an operator must not.
+    own = None if initial is None else initial.untyped_storage().data_ptr()
+    saved = tuple(tensor.clone() if tensor.untyped_storage().data_ptr() == own else tensor for tensor in saved)
     return [o, *saved, *([final.clone()] if plan.ranks is not None and want_final and final is not None else [])]
 
 
-@decay_forward.register_fake
+@scan_forward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
+    normalize: bool,
     want_gate: bool,
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
     final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
-    empty_saved = load("decay", "triton").empty_saved
+    given = DecayInputs(q, k, v, g, scale) if beta is None else DeltaInputs(q, k, v, beta, g, scale, None, normalize)
+    empty_saved = _stages(given).empty_saved
     assert empty_saved is not None
-    saved = empty_saved(DecayInputs(q, k, v, g, scale), initial is None and ranks == ALONE, want_gate)
+    saved = empty_saved(given, initial is not None, ranks != ALONE, want_gate)
     return [v.new_empty(v.shape), *saved, *(final if want_final and ranks != ALONE else [])]
 
 
-@torch.library.custom_op("lasp::decay_backward", mutates_args=())
-def decay_backward(
+@torch.library.custom_op("lasp::scan_backward", mutates_args=())
+def scan_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
     scale: float,
+    normalize: bool,
     from_zero: bool,
     want_gate: bool,
     want_initial: bool,
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    """The gradients of q, k and v, and, if wanted, of g and of the initial state; `from_zero`:
+    """The gradients of q, k, v and beta, and, if wanted, of g and of the initial state; `from_zero`:
     there are no ranks and was no initial state."""
-    plan = _plan(want_final, ranks)
-    x = plan.stages.prepare(_inputs(q, k, v, g, scale, want_gate), from_zero)
-    call = _called(plan, q, v, backward=True)
-    d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
+    given = _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    plan = _plan(given, want_final, ranks)
+    x = plan.stages.prepare(given, from_zero)
+    call = _called(plan, given, normalize, backward=True)
+    d_o = torch.zeros_like(v) if d_o is None else d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
-    (dq, dk, dv, dg), d_initial = backward(plan, call, x, tuple(saved), d_o, d_final, want_initial)
-    assert dq is not None and dk is not None and dv is not None
-    others = (None if dg is None else dg.contiguous(), d_initial)
-    return [dq, dk, dv, *[tensor for tensor in others if tensor is not None]]
+    with torch.autocast(v.device.type, enabled=False):
+        gradients, d_initial = backward(plan, call, x, tuple(saved), d_o, d_final, want_initial)
+    return [tensor.contiguous() for tensor in (*gradients, d_initial) if tensor is not None]
 
 
-@decay_backward.register_fake
+@scan_backward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    beta: Tensor | None,
     g: Tensor | None,
     saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
     scale: float,
+    normalize: bool,
     from_zero: bool,
     want_gate: bool,
     want_initial: bool,
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    wanted = [q, k, v, *([g] if want_gate and g is not None else []), *(saved[:1] if want_initial else [])]
-    return [tensor.new_empty(tensor.shape) for tensor in wanted]
+    wanted = [q, k, v, beta, g if want_gate else None, saved[0] if want_initial else None]
+    return [tensor.new_empty(tensor.shape) for tensor in wanted if tensor is not None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, g, initial, ctx.scale, _, ctx.want_final, ctx.ranks = inputs
+    q, k, v, beta, g, initial, ctx.scale, ctx.normalize, _, ctx.want_final, ctx.ranks = inputs
     ctx.ends_with_final = ctx.want_final and ctx.ranks != ALONE
     ctx.from_zero = initial is None and ctx.ranks == ALONE
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, *(output[1:-1] if ctx.ends_with_final else output[1:]))
+    ctx.save_for_backward(q, k, v, beta, g, *(output[1:-1] if ctx.ends_with_final else output[1:]))
 
 
 def _backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    q, k, v, g, *saved = ctx.saved_tensors
-    want_gate, want_initial = ctx.needs_input_grad[3:5]
+    q, k, v, beta, g, *saved = ctx.saved_tensors
+    want_gate, want_initial = ctx.needs_input_grad[4:6]
     d_final = d_output[-1] if ctx.ends_with_final else d_output[1] if ctx.ranks == ALONE else None
-    dq, dk, dv, *others = decay_backward(
-        q, k, v, g, saved, d_output[0], d_final, ctx.scale, ctx.from_zero, want_gate, want_initial,
+    dq, dk, dv, *others = scan_backward(
+        q, k, v, beta, g, saved, d_output[0], d_final, ctx.scale, ctx.normalize, ctx.from_zero, want_gate, want_initial,
         ctx.want_final, ctx.ranks,
     )  # fmt: skip
-    dg, d_initial = others.pop(0) if want_gate else None, others.pop() if want_initial else None
-    return dq, dk, dv, dg, d_initial, None, None, None, None
+    d_beta, dg = (others.pop(0) if wanted else None for wanted in (beta is not None, want_gate))
+    return dq, dk, dv, d_beta, dg, others.pop() if want_initial else None, None, None, None, None, None
 
 
-decay_forward.register_autograd(_backward, setup_context=_keep)
+scan_forward.register_autograd(_backward, setup_context=_keep)

@@ -11,6 +11,7 @@ from lasp.kernels.select import select
 from lasp.ops.autograd import scan
 from lasp.ops.checks import (
     check_beta,
+    check_beta_values,
     check_gate,
     check_gate_values,
     check_initial,
@@ -143,8 +144,10 @@ def _planned(
     if erase_key is not None:
         backend = _check_erase_key(erase_key, k, backend, normalize_qk)
     stages = select("delta", backend, x)
-    if g is not None and not (g.is_cuda and stages.bad_gates_give_nan):
-        check_gate_values(g)
+    if not (k.is_cuda and stages.bad_values_give_nan):
+        check_beta_values(beta)
+        if g is not None:
+            check_gate_values(g)
     change = _unit_length if normalize_qk and not stages.normalizes else None
     x = x._replace(normalize=normalize_qk and stages.normalizes, erase_key=_of_value_heads(erase_key, v))
     options = {"normalize_qk": normalize_qk, "erase_key": erase_key is not None}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lasp.kernels.select import select
-from lasp.ops.autograd import begin_early, break_graph_for_sums, scan
+from lasp.ops.autograd import begin_early, scan
 from lasp.ops.checks import (
     check_gate,
     check_gate_values,
@@ -80,7 +80,6 @@ def linear_attention(
     with broadcast_errors(sp):
         check_inputs(q, k, v)
         plan, x = _planned(q, k, v, g, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend)
-    break_graph_for_sums(plan, initial_state)
     return scan(plan, x, initial_state)
 
 
@@ -111,7 +110,6 @@ def linear_attention_begin(
     with broadcast_errors(sp):
         check_keys(k, v)
         plan, x = _planned(k, k, v, g, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend)
-    break_graph_for_sums(plan, initial_state)
     begun = begin_early(plan, x, initial_state)
 
     def finish(q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -150,7 +148,7 @@ def _planned(
     x = DecayInputs(q, k, v, g, scale_of(k, scale), documents)
     check_initial(x, initial_state)
     stages = select("decay" if causal else "unmasked", backend, x)
-    if g is not None and not (g.is_cuda and stages.bad_gates_give_nan):
+    if g is not None and not (g.is_cuda and stages.bad_values_give_nan):
         check_gate_values(g)
     ranks = sp if sp is not None and sp.size > 1 else None
     options = {"causal": causal}

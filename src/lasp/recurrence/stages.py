@@ -75,16 +75,19 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     Attributes:
         prepare: (x, alone) -> x as the stages take it; alone: it is the whole sequence and starts from no state.
         unsummarized: what one device does instead of summarizing; None where it cannot be spared.
-        empty_saved: (x, alone, want_gate) -> tensors of the shapes that `outputs` saves, if the gradient of g is wanted
-            or not, without computing: a backend that has it is an operator of compiled graphs, which do not look
-            inside. Others are traced.
+        empty_saved: (x, from_state, over_ranks, want_gate) -> tensors of the shapes that `outputs` saves without
+            computing: whether an initial state is given, ranks share the sequence, the gradient of g is wanted. A
+            backend that has it is an operator of compiled graphs, which do not look inside, and saves no input but that
+            state. Others are traced.
         grouped_heads: q and k may have fewer heads than v.
         takes_no_state: a state or gradient of one that is zero may be given as None.
         reads_queries_late: `summarize` reads no queries: they may be computed while the exchange is under way.
         traceable: torch.compile can follow the stages; it cannot where they take gradients of their own.
-        bad_gates_give_nan: a gate that is positive or NaN makes outputs NaN from its token on, so that nobody need look
-            for one before.
+        bad_values_give_nan: a gate that is positive or NaN, or a beta outside [0, 2], makes outputs NaN from its chunk
+            on, so that nobody need look for one before.
+        wide: the stages for heads wider than the fused kernels take; None where these take any, or refuse them.
         normalizes: they divide q and k by their lengths where `x.normalize` says so.
+        multiplies: PyTorch multiplies matrices in them or for their summaries, which autocast must not round.
     """
 
     prepare: Callable[[Given, bool], Run]
@@ -95,13 +98,15 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     local_gradients: Callable[[Run, Saved, TotalsAdjoint, Tensor], Local]
     gradients: Callable[[Run, Saved, TotalsAdjoint, Local, Tensor, Tensor], Gradients]
     unsummarized: Unsummarized[Run, Totals, TotalsAdjoint] | None = None
-    empty_saved: Callable[[Given, bool, bool], list[Tensor]] | None = None
+    empty_saved: Callable[[Given, bool, bool, bool], list[Tensor]] | None = None
     grouped_heads: bool = False
     takes_no_state: bool = False
     reads_queries_late: bool = False
     traceable: bool = True
-    bad_gates_give_nan: bool = False
+    bad_values_give_nan: bool = False
     normalizes: bool = False
+    wide: Stages[Any, Any, Any, Any, Any, Any] | None = None
+    multiplies: bool = True
 
 
 # Those of any family: what they hand from one to the next is their own.

@@ -1,4 +1,4 @@
-"""Functions that torch.compile leaves alone."""
+"""Where a compiled graph ends: around what torch.compile cannot follow."""
 
 from __future__ import annotations
 
@@ -11,18 +11,41 @@ import torch
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def untraced(function: _Function) -> _Function:
-    """`function`, around which a compiled graph breaks.
+def break_graph(what: str) -> None:
+    """End the compiler's graph here; under fullgraph=True its error says so and names `what`."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg=f"{what} cannot be part of a compiled graph: leave fullgraph=True out, and the graph breaks around the "
+            "operator, or call it outside of the compiled function"
+        )
+
+
+def untraced(function: _Function, what: str | None = None) -> _Function:
+    """`function`, around which a compiled graph breaks. what: it is, for those who ask for a whole graph; its name.
 
     As `torch.compiler.disable`, which loads the compiler: half of the time that importing this library would take.
     PyTorch's own way loads it at the first call, so uncompiled calls do not go by it.
     """
-    disabled = torch._disable_dynamo(function)
+    disabled, named = torch._disable_dynamo(function), what or function.__qualname__
 
     @wraps(function)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
+            break_graph(named)
             return disabled(*arguments, **options)
         return function(*arguments, **options)
+
+    return cast(_Function, wrapped)
+
+
+def untraced_over_ranks(function: _Function) -> _Function:
+    """`function`, which takes a keyword `sp`: a compiled graph breaks around it where other ranks take part."""
+    outside = untraced(function, f"{function.__name__} over several ranks")
+
+    @wraps(function)
+    def wrapped(*arguments: Any, sp: Any = None, **options: Any) -> Any:
+        if torch.compiler.is_compiling() and sp is not None and sp.size > 1:
+            return outside(*arguments, sp=sp, **options)
+        return function(*arguments, sp=sp, **options)
 
     return cast(_Function, wrapped)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.exchange.start import SequenceCall
+from lasp.recurrence.untraced import untraced_over_ranks
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
@@ -21,6 +22,7 @@ METHODS = ("all_gather", "ulysses")
 BACKENDS = ("auto", "torch", "reference")
 
 
+@untraced_over_ranks
 def softmax_attention(
     q: Tensor,
     k: Tensor,

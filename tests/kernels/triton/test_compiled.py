@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import GATES, make
@@ -10,20 +12,29 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lasp
-from lasp.ops.compiled import ALONE, decay_forward
+from lasp.ops.compiled import ALONE, scan_forward
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
+# The kind of decay; whether of a delta rule.
+CASES = [*((gate, False) for gate in GATES), ("scalar", True), ("channel", True)]
 
 
-def leaves_of(gate: str, device: torch.device) -> tuple[list[Tensor | None], Tensor]:
+def leaves_of(gate: str, device: torch.device, delta: bool = False) -> tuple[list[Tensor | None], Tensor]:
+    """q, k, v, beta (of the delta rule), g and the initial state; the gradient of the output."""
     problem = make(gate, **DIMS)
-    inputs = [problem.inputs[name] for name in ("q", "k", "v", "g", "initial_state")]
+    q, k, v, g, initial = (problem.inputs[name] for name in ("q", "k", "v", "g", "initial_state"))
+    beta = torch.rand(v.shape[:3], generator=torch.Generator().manual_seed(0)) if delta else None
+    inputs = (q, k, v, beta, g, initial)
     leaves = [None if t is None else t.to(device, torch.float32).requires_grad_() for t in inputs]
     return leaves, problem.d_o.to(device, torch.float32)
 
 
-def model(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None) -> Tensor:
-    o, final = lasp.linear_attention(q * 2.0, k, v, g, initial_state=initial, output_final_state=True, backend="triton")
+def model(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, initial: Tensor | None) -> Tensor:
+    ways: dict[str, Any] = {"initial_state": initial, "output_final_state": True, "backend": "triton"}
+    if beta is None:
+        o, final = lasp.linear_attention(q * 2.0, k, v, g, **ways)
+    else:
+        o, final = lasp.delta_rule(q * 2.0, k, v, beta, g, **ways, normalize_qk=True)
     return o * final.sum()
 
 
@@ -31,9 +42,9 @@ def gradients(output: Tensor, leaves: list[Tensor | None], d_o: Tensor) -> tuple
     return torch.autograd.grad(output, [leaf for leaf in leaves if leaf is not None and leaf.requires_grad], d_o)
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_compiles_without_breaks(gate: str, device: torch.device) -> None:
-    leaves, d_o = leaves_of(gate, device)
+@pytest.mark.parametrize(("gate", "delta"), CASES)
+def test_compiles_without_breaks(gate: str, delta: bool, device: torch.device) -> None:
+    leaves, d_o = leaves_of(gate, device, delta)
     eager = model(*leaves)
     expected = gradients(eager, leaves, d_o)
     torch._dynamo.reset()
@@ -48,8 +59,8 @@ def test_compiles_without_breaks(gate: str, device: torch.device) -> None:
 def test_compiles_what_is_not_wanted_and_under_autocast(device: torch.device) -> None:
     """Without a gate's gradient and an initial state, from projections that autocast rounds."""
     leaves, d_o = leaves_of("scalar", device)
-    leaves[3].requires_grad_(False)
-    leaves[4] = None
+    leaves[4].requires_grad_(False)
+    leaves[5] = None
     weight = torch.eye(16, device=device).requires_grad_()
 
     def projected(q: Tensor, *others: Tensor | None) -> Tensor:
@@ -69,9 +80,9 @@ def test_compiles_what_is_not_wanted_and_under_autocast(device: torch.device) ->
 
 def test_packed_documents_break_the_graph_and_no_result(device: torch.device) -> None:
     leaves, d_o = leaves_of("scalar", device)
-    leaves[4] = None
+    leaves[5] = None
 
-    def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, _: None) -> Tensor:
+    def packed(q: Tensor, k: Tensor, v: Tensor, _: None, g: Tensor, __: None) -> Tensor:
         doubled = 2.0 * q
 
         pending = lasp.linear_attention_begin(k, v, g, cu_seqlens=(0, 30, 70), backend="triton")
@@ -85,9 +96,9 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
         assert torch.equal(got, reference)
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_operator_contract(gate: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("gate", "delta"), CASES)
+def test_operator_contract(gate: str, delta: bool, device: torch.device) -> None:
     """Schema, fake shapes and autograd registration, as PyTorch checks them."""
-    leaves, _ = leaves_of(gate, device)
+    leaves, _ = leaves_of(gate, device, delta)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(decay_forward, (*leaves, 0.25, gate != "none", True, ALONE), test_utils=tests)
+    torch.library.opcheck(scan_forward, (*leaves, 0.25, delta, gate != "none", True, ALONE), test_utils=tests)

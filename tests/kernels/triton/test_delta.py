@@ -198,22 +198,40 @@ def test_ranks(gate: str, documents: tuple[int, ...] | None, device: torch.devic
         assert max(errors.values()) <= 4e-6, (rank, errors)
 
 
-@pytest.mark.parametrize("bad", [0.1, float("nan")])
-def test_what_is_no_decay_gives_nan(bad: float, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("name", "bad"), [("g", 0.1), ("g", float("nan")), ("beta", -0.1), ("beta", 2.1), ("beta", float("nan"))]
+)
+def test_what_is_no_decay_or_beta_gives_nan(name: str, bad: float, device: torch.device) -> None:
     """In its head, from its chunk on."""
     from lasp.kernels.triton.delta.stages import STAGES
     from lasp.recurrence.inputs import DeltaInputs
 
     p = problem(Case("scalar", T=100, initial=False))
-    g = p.x["g"].to(device)
-    g[0, 40, 1] = bad
-    q, k, v, beta = (p.x[name].to(device) for name in ("q", "k", "v", "beta"))
+    p.x[name][0, 40, 1] = bad
+    q, k, v, beta, g = (p.x[tensor].to(device) for tensor in ("q", "k", "v", "beta", "g"))
     x = STAGES.prepare(DeltaInputs(q, k, v, beta, g, 1.0), True)
     segments = STAGES.unsummarized.totals(x)
     o, saved = STAGES.outputs(x, segments, STAGES.local_outputs(x, segments), None)
     finite, state = o.isfinite(), STAGES.unsummarized.leaving(saved)
     assert finite[:, :, 0].all() and finite[:, :32].all() and not finite[:, 40:, 1].any()
     assert state[:, 0].isfinite().all() and not state[:, 1].isfinite().any()
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("over_ranks", [False, True])
+def test_what_is_saved_is_foretold(gate: str, over_ranks: bool, device: torch.device, short_segments: None) -> None:
+    """As compiled graphs ask: every tensor's shape and dtype."""
+    from lasp.kernels.triton.delta.stages import STAGES, empty_saved
+    from lasp.recurrence.inputs import DeltaInputs
+
+    p = problem(Case(gate, BF16, K=24, V=40, T=130))
+    q, k, v, beta = (p.x[name].to(device) for name in ("q", "k", "v", "beta"))
+    given = DeltaInputs(q, k, v, beta, p.x["g"].to(device) if gate != "none" else None, 1.0, None, True)
+    x, state = STAGES.prepare(given, False), p.x["initial_state"].to(device)
+    segments = STAGES.summarize(x)[1] if over_ranks else STAGES.unsummarized.totals(x)
+    _, saved = STAGES.outputs(x, segments, STAGES.local_outputs(x, segments), state)
+    foretold = empty_saved(given, True, over_ranks, False)
+    assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in foretold]
 
 
 @pytest.mark.parametrize("mistake", ["no state", "later gate", "less beta"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,9 +67,12 @@ def solved(
     called_after = []
     before = sp.counters.messages
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor | None]:
-        pending = lasp.linear_attention_begin(
-            k, v, g, initial_state=initial, output_final_state=final, cu_seqlens=problem.cu_seqlens, sp=sp,
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, initial: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        begin = lasp.linear_attention_begin if beta is None else partial(lasp.delta_rule_begin, beta=beta)
+        pending = begin(
+            k, v, g=g, initial_state=initial, output_final_state=final, cu_seqlens=problem.cu_seqlens, sp=sp,
             backend="triton",
         )  # fmt: skip
         if not torch.compiler.is_compiling():
@@ -76,8 +80,10 @@ def solved(
         return pending.finish(1.0 * q)
 
     run_it = torch.compile(attend, fullgraph=not final, backend="aot_eager") if compiled else attend
-    o, final_state = run_it(*(leaves.get(name) for name in ("q", "k", "v", "g", "initial_state")))
-    assert compiled or called_after == [1], "queries are computed while the exchange is under way"
+    o, final_state = run_it(*(leaves.get(name) for name in ("q", "k", "v", "beta", "g", "initial_state")))
+    assert compiled or called_after == [int("beta" not in leaves)], (
+        "queries are computed while the exchange is under way"
+    )
     share = (1 + 2 * sp.rank) / sp.size**2  # of the final states' gradient, the sum over ranks of which is 1
     outputs, d_outputs = {"o": o}, [sp.shard(problem.d_o).to(o)]
     if final:
@@ -90,6 +96,10 @@ def solved(
 def main() -> None:
     problems = {gate: make(gate, **DIMS) for gate in GATES}
     problems |= {f"{gate}, packed": make(gate, **DIMS, cu_seqlens=BOUNDS) for gate in GATES}
+
+    delta = make("scalar", **DIMS)
+    delta.inputs["k"] = torch.nn.functional.normalize(delta.inputs["k"], dim=-1)
+    delta.inputs["beta"] = torch.rand(delta.inputs["v"].shape[:3], generator=torch.Generator().manual_seed(0))
 
     def work(rank: int) -> dict[str, float]:
         # Here and not before the fork: autograd's engine looks for GPUs, and then no child can use one.
@@ -116,6 +126,9 @@ def main() -> None:
                 elif name not in ("final_state", "d_initial_state"):
                     reference = sp.shard(reference)
                 errors[f"{gate} {name}"] = relative_error(value, reference)
+        leaves = leaves_of(delta, sp)
+        plain, compiled = (solved(delta, leaves, sp, compiled=way, final=False) for way in (False, True))
+        errors |= {f"delta {name}, compiled whole": relative_error(compiled[name], plain[name]) for name in plain}
         return errors
 
     print(json.dumps(run(2, work)))

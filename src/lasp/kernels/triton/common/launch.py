@@ -25,7 +25,7 @@ _address = Tensor.data_ptr
 
 
 class _Bound(NamedTuple):
-    """How a binary is started, how its tensors are picked in the kernel's order, and addresses for those left out."""
+    """A binary's start, the way to pick its tensors in the kernel's order, and addresses for those left out."""
 
     start: _Start
     pick: Callable[[dict[str, Any]], tuple[Tensor, ...]]

@@ -130,11 +130,10 @@ class HeadCut(NamedTuple):
         return self.whole_keys(dq), self.whole_keys(dk), self.whole_values(dv), *own
 
 
-def cut_of(x: Given, *, rows: bool) -> HeadCut | None:
-    """The way to cut x's heads; None where the kernels take them as they are. rows: those of states may be cut."""
+def cut_of(x: Given, *, rows: bool) -> HeadCut:
+    """The way to cut x's heads. rows: those of states may be cut."""
     (H, K), (H_v, V) = x.q.shape[2:], x.v.shape[2:]
-    keys, values = -(-K // FUSED_MAX_DIM) if rows else 1, -(-V // FUSED_MAX_DIM)
-    return None if keys == values == 1 else HeadCut((H, H_v // H), K, V, keys, values)
+    return HeadCut((H, H_v // H), K, V, -(-K // FUSED_MAX_DIM) if rows else 1, -(-V // FUSED_MAX_DIM))
 
 
 class CutRun:
@@ -169,78 +168,58 @@ class CutRun:
 
 
 def cutting(stages: AnyStages, *, rows: bool) -> AnyStages:
-    """`stages` for heads of any width; rows: those of states may be cut.
+    """`stages` with those for heads wider than they take; rows: those of states may be cut.
 
-    What `stages` save must begin with the state that leaves the run. Of heads that need no cut they do all themselves.
+    What `stages` save must begin with the state that leaves the run.
     """
     alone = stages.unsummarized
     assert alone is not None
 
-    def prepare(given: Given, from_zero: bool) -> Any:
-        cut = cut_of(given, rows=rows)
-        if cut is None:
-            return stages.prepare(given, from_zero)
-        run = CutRun(given, from_zero, cut, stages)
+    def prepare(given: Given, from_zero: bool) -> CutRun:
+        run = CutRun(given, from_zero, cut_of(given, rows=rows), stages)
         run.inner  # noqa: B018  raises where the kernels do not take such tensors
         return run
 
-    def summarize(x: Any) -> tuple[Summary, Any]:
-        if not isinstance(x, CutRun):
-            return stages.summarize(x)
+    def summarize(x: CutRun) -> tuple[Summary, Any]:
         summary, totals = stages.summarize(x.inner)
         return x.cut.whole_summary(summary), totals
 
-    def local_outputs(x: Any, totals: Any) -> Any:
-        return stages.local_outputs(x.inner if isinstance(x, CutRun) else x, totals)
-
-    def outputs(x: Any, totals: Any, partial: Any, state_in: Tensor | None) -> tuple[Tensor, Saved]:
-        if not isinstance(x, CutRun):
-            return stages.outputs(x, totals, partial, state_in)  # type: ignore[arg-type]
+    def outputs(x: CutRun, totals: Any, partial: Any, state_in: Tensor | None) -> tuple[Tensor, Saved]:
         o, saved = stages.outputs(x.inner, totals, partial, x.cut.of_state(state_in))  # type: ignore[arg-type]
         return x.cut.whole_values(o), (x.cut.whole_state(saved[0]), *saved[1:])
 
-    def summarize_adjoint(x: Any, saved: Saved, d_o: Tensor) -> tuple[Summary, Any]:
-        if not isinstance(x, CutRun):
-            return stages.summarize_adjoint(x, saved, d_o)
+    def summarize_adjoint(x: CutRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Any]:
         summary, totals = stages.summarize_adjoint(x.inner, x.saved(saved), x.cut.of_values(d_o))
         return x.cut.whole_summary(summary), totals
 
-    def local_gradients(x: Any, saved: Saved, totals: Any, d_o: Tensor) -> Any:
-        if not isinstance(x, CutRun):
-            return stages.local_gradients(x, saved, totals, d_o)
-        return stages.local_gradients(x.inner, x.saved(saved), totals, x.cut.of_values(d_o))
-
-    def gradients(x: Any, saved: Saved, totals: Any, local: Any, d_o: Tensor, d_state_out: Tensor | None) -> Gradients:
-        if not isinstance(x, CutRun):
-            return stages.gradients(x, saved, totals, local, d_o, d_state_out)  # type: ignore[arg-type]
+    def gradients(
+        x: CutRun, saved: Saved, totals: Any, local: Any, d_o: Tensor, d_state_out: Tensor | None
+    ) -> Gradients:
         inner = (x.inner, x.saved(saved), totals, local, x.cut.of_values(d_o), x.cut.of_state(d_state_out))
         return x.cut.whole_gradients(stages.gradients(*inner))  # type: ignore[arg-type]
 
-    def totals(x: Any) -> Any:
-        return alone.totals(x.inner if isinstance(x, CutRun) else x)
-
-    def totals_adjoint(x: Any, saved: Saved, d_o: Tensor) -> Any:
-        if not isinstance(x, CutRun):
-            return alone.totals_adjoint(x, saved, d_o)
-        return alone.totals_adjoint(x.inner, x.saved(saved), x.cut.of_values(d_o))
-
-    def empty_saved(x: Any, from_zero: bool, want_gate: bool) -> list[Tensor]:
+    def empty_saved(x: Any, *ways: bool) -> list[Tensor]:
         assert stages.empty_saved is not None
         cut = cut_of(x, rows=rows)
-        if cut is None:
-            return stages.empty_saved(x, from_zero, want_gate)
-        leaving, *others = stages.empty_saved(cut.of_inputs(x), from_zero, want_gate)
+        leaving, *others = stages.empty_saved(cut.of_inputs(x), *ways)
         return [cut.whole_state(leaving), *others]
 
-    return replace(
+    wide = replace(
         stages,
         prepare=prepare,
         summarize=summarize,
-        local_outputs=local_outputs,
+        local_outputs=lambda x, totals: stages.local_outputs(x.inner, totals),
         outputs=outputs,
         summarize_adjoint=summarize_adjoint,
-        local_gradients=local_gradients,
+        local_gradients=lambda x, saved, totals, d_o: stages.local_gradients(
+            x.inner, x.saved(saved), totals, x.cut.of_values(d_o)
+        ),
         gradients=gradients,
-        unsummarized=Unsummarized(totals, totals_adjoint, alone.leaving),
+        unsummarized=Unsummarized(
+            lambda x: alone.totals(x.inner),
+            lambda x, saved, d_o: alone.totals_adjoint(x.inner, x.saved(saved), x.cut.of_values(d_o)),
+            alone.leaving,
+        ),
         empty_saved=None if stages.empty_saved is None else empty_saved,
     )
+    return replace(stages, wide=wide)

@@ -239,9 +239,9 @@ def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
     return gradient.unflatten(2, (heads, -1)).sum(3).to(x.q.dtype)
 
 
-def empty_saved(x: DecayInputs, alone: bool, want_gate: bool) -> list[Tensor]:
+def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
     """Tensors of the shapes and dtypes that `outputs` saves; want_gate: the gradient of g will be wanted."""
-    shape = _shape(x, want_gate, alone)
+    shape = _shape(x, want_gate, not (from_state or over_ranks))
     (B, _, H_v, V), K, p = shape.v, shape.q[3], runs.plan_of(shape, x.q.device)
 
     def state(*size: int) -> Tensor:
@@ -270,5 +270,6 @@ STAGES = Stages(
     grouped_heads=True,
     takes_no_state=True,
     reads_queries_late=True,
-    bad_gates_give_nan=True,
+    bad_values_give_nan=True,
+    multiplies=False,
 )

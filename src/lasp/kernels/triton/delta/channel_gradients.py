@@ -17,7 +17,7 @@ Where gates are mild all tokens meet in the chunk's middle; other chunks go by l
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, store_chunk, view
+from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,
@@ -26,23 +26,20 @@ from lasp.kernels.triton.decay.channel.decays import (
     load_channel_gates,
     load_stretches,
     meets,
-    prefix_sums,
-    suffix_sums,
-    sum_over,
-    sums_to_end,
-    sums_to_middle,
 )
 from lasp.kernels.triton.delta.chunk import lengths
 from lasp.kernels.triton.delta.within import (
     between_tokens,
-    from_state,
+    from_state_t,
+    gradient_place,
+    passing,
     state_tile_of,
     store_d_beta,
     token_tile,
 )
 
 
-@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "chunks"])
 def delta_channel_gradients_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -55,21 +52,18 @@ def delta_channel_gradients_kernel(
     beta_ptr,  # fp32 [B, H_v, chunks C]
     stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
     steep_ptr,  # int32 [B, H_v, chunks] if MARKED
-    passing_ptr,  # fp32 [PASSING, B, H_v, chunks, K], if GATE: in parts, what passes each chunk
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     d_beta_ptr,  # fp32 [B, T, H_v], written
     dg_ptr,  # fp32 [B, T, H_v, K], written if GATE
-    places_ptr,  # int32 [segments, 7] if PACKED
+    places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     B,
     T,
     H,
     H_v,
-    segments,
-    segment_chunks,
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -78,7 +72,6 @@ def delta_channel_gradients_kernel(
     C: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,
-    PASSING: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     MILD: tl.constexpr,  # whether it does mild chunks; if not others
@@ -86,222 +79,187 @@ def delta_channel_gradients_kernel(
     BASE: tl.constexpr,
     LEVELS: tl.constexpr,
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
-    DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (K + BK - 1) // BK
     dtype: tl.constexpr = k_ptr.dtype.element_ty
-    part, head, batch, _segment, first, last, chunk, _border, _ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
-    begin, _end = run_bounds(places_ptr, T, PACKED)
+    part, head, batch, key_head, chunk = gradient_place((K + BK - 1) // BK, B, H, H_v)
+    at = (batch * H_v + head) * chunks + chunk
+    if _is_others(steep_ptr, at, MILD, MARKED):
+        return
+    start, last = chunk_place(places_ptr, chunk, T, C, PACKED)
     column = part * BK
-    token = tl.cast(batch, tl.int64) * T
-    key_head = head // (H_v // H)
-    qk = (token * H + key_head) * K
-    tokens = token * H_v + head
+    tokens = batch * T * H_v + head
     row = H_v * V
-    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    k_view = view(k_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    g_view = view(g_ptr + tokens * K, last, H_v * K, K, C, BK, DESCRIPTORS)
-    do_view = view(do_ptr + tokens * V, last, row, V, C, BV, DESCRIPTORS)
-    u_view = view(u_ptr + tokens * V, last, row, V, C, BV, DESCRIPTORS)
-    dv_view = view(dv_ptr + tokens * V, last, row, V, C, BV, DESCRIPTORS)
-    dq_at = dq_ptr + tokens * K
-    dk_at = dk_ptr + tokens * K
-    dg_at = dg_ptr + tokens * K
-    count = tl.cdiv(last - first, C)
-    at = (tl.cast(batch, tl.int64) * H_v + head) * chunks + chunk
-    rows = count * ROWS
-    s_view = view(s_chunks_ptr + at * (ROWS * COLUMNS), rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
-    d_view = view(d_chunks_ptr + at * (ROWS * COLUMNS), rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
-    norms_at = ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
-    d_beta_ptr += tokens
+    keys = H_v * K
+    q_ptr += (batch * T * H + key_head) * K
+    k_ptr += (batch * T * H + key_head) * K
+    do_ptr += tokens * V
+    u_ptr += tokens * V
+    dv_ptr += tokens * V
+    dq_ptr += tokens * K
+    dk_ptr += tokens * K
+    dg_ptr += tokens * K
+    s_chunks_ptr += at * (ROWS * COLUMNS)
+    d_chunks_ptr += at * (ROWS * COLUMNS)
+    norms_at = ((batch * H + key_head) * chunks + chunk) * C
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    for c in range(count):
-        here = c * ROWS
-        start = first + c * C
-        mine = c >= 0
-        if MARKED:
-            mine = (tl.load(steep_ptr + at + c) == 0) == MILD
-        if mine:
-            q_norms = lengths(q_norms_ptr, norms_at + c * C, C, NORMALIZE)[:, None]
-            k_norms = lengths(k_norms_ptr, norms_at + c * C, C, NORMALIZE)[:, None]
-            u = token_tile(u_view, start, last, row, V, BV, C, DESCRIPTORS)
-            do = token_tile(do_view, start, last, row, V, BV, C, DESCRIPTORS)
-            dv = token_tile(dv_view, start, last, row, V, BV, C, DESCRIPTORS)
-            state = state_tile_of(s_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
-            d_state = state_tile_of(d_view, here, rows, column, V, BV, BK, COLUMNS, DESCRIPTORS)
-            gates = load_channel_gates(g_view, start, last, column, last, H_v * K, K, C, BK, DESCRIPTORS)
-            operand = gate_operand(gates, dtype)
-            q = load_chunk(q_view, start, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * q_norms
-            k = load_chunk(k_view, start, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * k_norms
-            if MILD:
-                # In an order that holds few tiles at a time.
-                to_middle = sums_to_middle(stretches_ptr, operand, C)
-                # Of gates as rounded, so that they and `to_middle` cancel.
-                rounded = operand.to(tl.float32)
-                early = tl.exp2(tl.sum(tl.where(i < C // 2, rounded, 0.0), 0))[None, :]
-                late = tl.exp2(tl.sum(tl.where(i < C // 2, 0.0, rounded), 0))[None, :]
-                to = tl.exp2(to_middle)
-                near_q = (q * to).to(dtype)
-                near_k = (k * to).to(dtype)
-                far_k = (k * tl.exp2(-to_middle)).to(dtype)
-                read = from_state(
-                    do,
-                    state,
-                    do_view,
-                    s_view,
-                    start,
-                    last,
-                    row,
-                    here,
-                    rows,
-                    column,
-                    V,
-                    BV,
-                    BK,
-                    C,
-                    COLUMNS,
-                    DESCRIPTORS,
-                    PRECISION,
-                )
-                z = between_tokens(do, u, do_view, u_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION)
-                z = tl.where(i >= j, z * scale, 0.0).to(dtype)
-                d_q = tl.dot(z, far_k, read * (early * scale), input_precision=PRECISION)
-                dq = to * d_q * q_norms
-                store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), start, column, last, H_v * K, K, C, BK, False)
-                terms = near_q * d_q
-                read = from_state(
-                    dv,
-                    state,
-                    dv_view,
-                    s_view,
-                    start,
-                    last,
-                    row,
-                    here,
-                    rows,
-                    column,
-                    V,
-                    BV,
-                    BK,
-                    C,
-                    COLUMNS,
-                    DESCRIPTORS,
-                    PRECISION,
-                )
-                m = between_tokens(dv, u, dv_view, u_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION)
-                if part == 0:
-                    store_d_beta(d_beta_ptr, beta_ptr + (at + c) * C, m, start, last, H_v, C)
-                m = tl.where(i > j, -m, 0.0).to(dtype)
-                d_reads = tl.dot(m, far_k, -(read * early), input_precision=PRECISION)
-                terms += near_k * d_reads
-                written = from_state(
-                    u, d_state, u_view, d_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS,
-                    DESCRIPTORS, PRECISION,
-                ) * late  # fmt: skip
-                if GATE:
-                    leaving = tl.sum(far_k * written, 0)
-                z = between_tokens(u, do, u_view, do_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION)
-                z = tl.where(i <= j, z * scale, 0.0).to(dtype)
-                written = tl.dot(z, near_q, written, input_precision=PRECISION)
-                m = between_tokens(u, dv, u_view, dv_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION)
-                m = tl.where(i < j, -m, 0.0).to(dtype)
-                written = tl.dot(m, near_k, written, input_precision=PRECISION)
-                dk = to * d_reads + tl.exp2(-to_middle) * written
-                terms -= far_k * written
-            else:
-                z = between_tokens(do, u, do_view, u_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION) * scale
-                m = between_tokens(dv, u, dv_view, u_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION)
-                if part == 0:
-                    store_d_beta(d_beta_ptr, beta_ptr + (at + c) * C, m, start, last, H_v, C)
-                z_t = between_tokens(u, do, u_view, do_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION) * scale
-                m_t = between_tokens(u, dv, u_view, dv_view, start, last, row, V, BV, C, DESCRIPTORS, PRECISION)
-                dq = from_state(
-                    do, state, do_view, s_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS,
-                    DESCRIPTORS, PRECISION,
-                ) * scale  # fmt: skip
-                dk = from_state(
-                    dv,
-                    state,
-                    dv_view,
-                    s_view,
-                    start,
-                    last,
-                    row,
-                    here,
-                    rows,
-                    column,
-                    V,
-                    BV,
-                    BK,
-                    C,
-                    COLUMNS,
-                    DESCRIPTORS,
-                    PRECISION,
-                )
-                written = from_state(
-                    u, d_state, u_view, d_view, start, last, row, here, rows, column, V, BV, BK, C, COLUMNS,
-                    DESCRIPTORS, PRECISION,
-                )  # fmt: skip
-                diagonal = tl.sum(tl.where(i == j, z, 0.0), 1)[:, None]
-                z = tl.where(i > j, z, tl.where(i < j, z_t, 0.0)).to(dtype)
-                m = -tl.where(i > j, m, tl.where(i < j, m_t, 0.0))
-                m = m.to(dtype)
-                from_start = tl.exp2(prefix_sums(operand, C))
-                dq *= from_start
-                dk *= -from_start
-                written *= tl.exp2(suffix_sums(operand, C))
-                if GATE:
-                    leaving = tl.sum(k * written, 0)
-                terms = q * dq + k * dk - k * written
-                # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
-                dq += diagonal * k
-                dk += written + diagonal * q
-                if BASE > 0:
-                    to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
-                    to = tl.exp2(to_middle)
-                    back = tl.exp2(-to_middle)
-                    block = in_base_block(BASE, C)
-                    near_q = (q * to).to(dtype)
-                    near_k = (k * to).to(dtype)
-                    far_k = (k * back).to(dtype)
-                    d_q = tl.dot(tl.where(block & (i > j), z, 0.0), far_k, input_precision=PRECISION)
-                    dq += to * d_q
-                    d_reads = tl.dot(tl.where(block & (i > j), m, 0.0), far_k, input_precision=PRECISION)
-                    d_writes = tl.dot(tl.where(block & (i < j), z, 0.0), near_q, input_precision=PRECISION)
-                    d_writes = tl.dot(tl.where(block & (i < j), m, 0.0), near_k, d_writes, input_precision=PRECISION)
-                    dk += to * d_reads + back * d_writes
-                    terms += near_q * d_q + near_k * d_reads - far_k * d_writes
-                for level in range(BASE, LEVELS):
-                    is_reading = is_late(level, C)
-                    decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
-                    met = meets(level, C)
-                    x = (tl.where(is_reading, q, k) * decay).to(dtype)
-                    found = tl.dot(tl.where(met, z, 0.0), x, input_precision=PRECISION)
-                    d_x = decay * found
-                    dq += tl.where(is_reading, d_x, 0.0)
-                    dk += tl.where(is_reading, 0.0, d_x)
-                    own = x * found
-                    x = (k * decay).to(dtype)
-                    found = tl.dot(tl.where(met, m, 0.0), x, input_precision=PRECISION)
-                    dk += decay * found
-                    own += x * found
-                    terms += tl.where(is_reading, own, -own)
-                dq *= q_norms
-                store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), start, column, last, H_v * K, K, C, BK, False)
-            dk *= k_norms
-            store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), start, column, last, H_v * K, K, C, BK, False)
-            if GATE:
-                d = column + tl.arange(0, BK)
-                for n in range(PASSING):
-                    passing = passing_ptr + (tl.cast(n, tl.int64) * B * H_v * chunks + at + c) * K + d
-                    leaving += tl.load(passing, mask=d < K, other=0.0)
-                dg = sums_to_end(terms, dtype, C) + leaving[None, :]
-                if FROM_ZERO:
-                    # Nothing precedes a run's first token: exactly, not but for rounding.
-                    dg = tl.where((i == 0) & (start == begin), 0.0, dg)
-                store_chunk(dg_at, dg, start, column, last, H_v * K, K, C, BK, False)
+
+    u = token_tile(u_ptr, start, last, row, V, BV, C)
+    do = token_tile(do_ptr, start, last, row, V, BV, C)
+    gates = tl.trans(load_channel_gates(g_ptr + tokens * K, start, last, column, last, keys, K, C, BK, DESCRIPTORS))
+    operand = gate_operand(gates, dtype)
+    q_norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE)[None, :]
+    k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)[None, :]
+    q = load_chunk(q_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
+    k = load_chunk(k_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
+    q = tl.trans(q).to(tl.float32) * q_norms
+    k = tl.trans(k).to(tl.float32) * k_norms
+    z = between_tokens(do, u, do_ptr, u_ptr, start, last, row, V, BV, C, PRECISION) * scale
+    if MILD:
+        # In an order that holds few tiles at a time.
+        to_middle = _sums(operand, stretches_ptr, -2, C)
+        # Of gates as rounded, so that they and `to_middle` cancel.
+        rounded = operand.to(tl.float32)
+        early = tl.exp2(tl.sum(tl.where(j < C // 2, rounded, 0.0), 1))
+        late = tl.exp2(tl.sum(tl.where(j < C // 2, 0.0, rounded), 1))
+        to = tl.exp2(to_middle)
+        near_q = (q * to).to(dtype)
+        near_k = (k * to).to(dtype)
+        far_k = (k * tl.exp2(-to_middle)).to(dtype)
+        state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
+        z = tl.where(i >= j, z, 0.0).to(dtype)
+        read = from_state_t(
+            state, do, s_chunks_ptr, do_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        )  # fmt: skip
+        d_q = tl.dot(far_k, tl.trans(z), read * (early * scale)[:, None], input_precision=PRECISION)
+        dq = tl.trans((to * d_q * q_norms).to(dq_ptr.dtype.element_ty))
+        store_chunk(dq_ptr, dq, start, column, last, keys, K, C, BK, DESCRIPTORS)
+        terms = near_q * d_q
+        dv = token_tile(dv_ptr, start, last, row, V, BV, C)
+        m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
+        if part == 0:
+            store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
+        m = tl.where(i > j, -m, 0.0).to(dtype)
+        read = from_state_t(
+            state, dv, s_chunks_ptr, dv_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        )  # fmt: skip
+        d_reads = tl.dot(far_k, tl.trans(m), read * -early[:, None], input_precision=PRECISION)
+        terms += near_k * d_reads
+        dk = to * d_reads
+        d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
+        written = from_state_t(
+            d_state, u, d_chunks_ptr, u_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        ) * late[:, None]  # fmt: skip
+        if GATE:
+            leaving = tl.sum(far_k * written, 1)
+            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
+            leaving += passed * early * late
+        written = tl.dot(near_q, z, written, input_precision=PRECISION)
+        written = tl.dot(near_k, m, written, input_precision=PRECISION)
+        dk += written / to
+        terms -= far_k * written
+    else:
+        state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
+        dv = token_tile(dv_ptr, start, last, row, V, BV, C)
+        m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
+        if part == 0:
+            store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
+        z_t = between_tokens(u, do, u_ptr, do_ptr, start, last, row, V, BV, C, PRECISION) * scale
+        m_t = between_tokens(u, dv, u_ptr, dv_ptr, start, last, row, V, BV, C, PRECISION)
+        dq = from_state_t(
+            state, do, s_chunks_ptr, do_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        ) * scale  # fmt: skip
+        dk = from_state_t(
+            state, dv, s_chunks_ptr, dv_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        )  # fmt: skip
+        d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
+        written = from_state_t(
+            d_state, u, d_chunks_ptr, u_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        )  # fmt: skip
+        diagonal = tl.sum(tl.where(i == j, z, 0.0), 0)[None, :]
+        # Both symmetric, without a diagonal.
+        z = tl.where(i > j, z, tl.where(i < j, z_t, 0.0)).to(dtype)
+        m = -tl.where(i > j, m, tl.where(i < j, m_t, 0.0))
+        m = m.to(dtype)
+        from_start = tl.exp2(tl.dot(operand, (i <= j).to(operand.dtype), input_precision="ieee"))
+        dq *= from_start
+        dk *= -from_start
+        written *= tl.exp2(tl.dot(operand, (i > j).to(operand.dtype), input_precision="ieee"))
+        if GATE:
+            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
+            leaving = tl.sum(k * written, 1) + passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
+        terms = q * dq + k * dk - k * written
+        # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
+        dq += diagonal * k
+        dk += written + diagonal * q
+        if BASE > 0:
+            to_middle = _sums(base_operand(gates, dtype), stretches_ptr, -1, C)
+            to = tl.exp2(to_middle)
+            back = tl.exp2(-to_middle)
+            block = in_base_block(BASE, C)
+            near_q = (q * to).to(dtype)
+            near_k = (k * to).to(dtype)
+            far_k = (k * back).to(dtype)
+            d_q = tl.dot(far_k, tl.where(block & (i < j), z, 0.0), input_precision=PRECISION)
+            dq += to * d_q
+            d_reads = tl.dot(far_k, tl.where(block & (i < j), m, 0.0), input_precision=PRECISION)
+            d_writes = tl.dot(near_q, tl.where(block & (i > j), z, 0.0), input_precision=PRECISION)
+            d_writes = tl.dot(near_k, tl.where(block & (i > j), m, 0.0), d_writes, input_precision=PRECISION)
+            dk += to * d_reads + back * d_writes
+            terms += near_q * d_q + near_k * d_reads - far_k * d_writes
+        for level in range(BASE, LEVELS):
+            is_reading = tl.trans(is_late(level, C))
+            decay = tl.exp2(_sums(operand, stretches_ptr, level, C))
+            met = meets(level, C)
+            x = (tl.where(is_reading, q, k) * decay).to(dtype)
+            found = tl.dot(x, tl.where(met, z, 0.0), input_precision=PRECISION)
+            d_x = decay * found
+            dq += tl.where(is_reading, d_x, 0.0)
+            dk += tl.where(is_reading, 0.0, d_x)
+            own = x * found
+            x = (k * decay).to(dtype)
+            found = tl.dot(x, tl.where(met, m, 0.0), input_precision=PRECISION)
+            dk += decay * found
+            own += x * found
+            terms += tl.where(is_reading, own, -own)
+        dq = tl.trans((dq * q_norms).to(dq_ptr.dtype.element_ty))
+        store_chunk(dq_ptr, dq, start, column, last, keys, K, C, BK, DESCRIPTORS)
+    dk = tl.trans((dk * k_norms).to(dk_ptr.dtype.element_ty))
+    store_chunk(dk_ptr, dk, start, column, last, keys, K, C, BK, DESCRIPTORS)
+    if GATE:
+        dg = _sums_to_end(terms, dtype, C) + leaving[:, None]
+        if FROM_ZERO:
+            # Nothing precedes a run's first token: exactly, not but for rounding.
+            dg = tl.where((j == 0) & begins_run(places_ptr, chunk, PACKED), 0.0, dg)
+        store_chunk(dg_ptr, tl.trans(dg), start, column, last, keys, K, C, BK, DESCRIPTORS)
+
+
+@triton.jit
+def _is_others(steep_ptr, at, MILD: tl.constexpr, MARKED: tl.constexpr):
+    if MARKED:
+        return (tl.load(steep_ptr + at) == 0) != MILD
+    else:
+        return False
+
+
+@triton.jit
+def _sums(operand, stretches_ptr, level, C: tl.constexpr):
+    """[BK, C]: of gates [BK, C] over a level's stretches, see `load_stretches`."""
+    stretch = tl.trans(load_stretches(stretches_ptr, level, C)).to(operand.dtype)
+    return tl.dot(operand, stretch, input_precision="ieee")
+
+
+@triton.jit
+def _sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
+    """[BK, C]: each token's term and those of all later tokens of the chunk."""
+    if dtype == tl.bfloat16:
+        # In two parts, each as products of bf16 take it.
+        high = terms.to(tl.bfloat16)
+        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
+        stretch = (tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]).to(tl.bfloat16)
+        return tl.dot(low, stretch, tl.dot(high, stretch))
+    else:
+        # Terms, unlike gates, may exceed fp16.
+        return tl.cumsum(terms, 1, reverse=True)

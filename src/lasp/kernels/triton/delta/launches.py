@@ -69,7 +69,7 @@ class DeltaLaunches:
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
         state_chunks: of S at the starts of chunks, or D at their ends.
-        passing: of the parts of what passes chunks. gates: of those of dg. totals: of the decays of chunks.
+        gates: of the parts of dg. totals: of the decays of chunks.
         operands: of keys that have their decays.
         gradient, gradient_dtype: of dq and dk per value head.
     """
@@ -109,22 +109,21 @@ class DeltaLaunches:
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
-        passing = (self.state_chunks[3] // p.values.columns, B, H_v, p.chunks)
-        self.passing = (*passing, K) if kind == CHANNEL.value else passing
         self.gates = (-(-K // p.keys.columns), B, T, H_v)
         self.per_channel = kind == CHANNEL.value
         self.mild = self.per_channel and base_levels(self.operand) > 0
         self.totals, self.operands = (B, H_v, p.chunks, K), (B, T, H_v, K)
         self.summed = H_v > H or normalize
         self.gradient = (B, T, H_v, K)
-        self.gradient_dtype = torch.float32 if self.summed else self.operand
+        # To take the part along a key out of its gradient may cancel; to add up a group's heads does not.
+        self.gradient_dtype = torch.float32 if normalize else self.operand
         sweeps = {"H": H_v if self.per_channel else H, "NORMALIZE": normalize and not self.per_channel}
         # What these names mean in every kernel; of sweeps, whose keys may have decays, some mean something else.
         self._known: dict[str, Any] = {
             "scale": scale, "B": B, "T": T, "H": H, "H_v": H_v, "K": K, "V": V, "eps": NORM_EPS,
             "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
             "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
-            "PASSING": self.passing[0], "KIND": kind, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
+            "KIND": kind, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
             "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.mild, "STEEP": self.mild,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
             "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
@@ -140,13 +139,10 @@ class DeltaLaunches:
         own = {name: value for name, value in own.items() if name in kernel.arg_names}
         return Launch(kernel, grid, {**known, **own}, warps=warps, stages=stages)
 
-    def _by_segment(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
-        """A program for each segment of each head, and for each of so many slices of what it makes."""
-        grid = (slices * self._heads, self.plan.segments)
-        return self._launch(kernel, grid, tiles.warps, tiles.stages, **own)
-
     def _sweep(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
-        return self._by_segment(kernel, slices, tiles, BV=tiles.columns, **self._sweeps, **own)
+        """A program for each segment of each head, and for each of so many slices of its states' columns."""
+        grid = (slices * self._heads, self.plan.segments)
+        return self._launch(kernel, grid, tiles.warps, tiles.stages, BV=tiles.columns, **self._sweeps, **own)
 
     def _by_chunk(self, kernel: Any, heads: int, warps: int, **own: Any) -> Launch:
         """A program for each chunk of each of so many heads."""
@@ -196,24 +192,29 @@ class DeltaLaunches:
         return self._reverse(total=True, values=True)
 
     def _reverse(self, *, total: bool, values: bool) -> Launch:
-        return self._sweep(delta_reverse_kernel, self.passing[0], self.plan.values, TOTAL=total, VALUES=values)
+        return self._state_sweep(delta_reverse_kernel, self.plan.values, TOTAL=total, VALUES=values)
 
     @cached_property
     def chunk_states(self) -> Launch:
-        return self._sweep(delta_states_kernel, self.passing[0], self.plan.values)
+        return self._state_sweep(delta_states_kernel, self.plan.states)
+
+    def _state_sweep(self, kernel: Any, tiles: Tiles, **own: Any) -> Launch:
+        """A sweep that writes the states of chunks, or their gradients: all their rows."""
+        return self._sweep(kernel, self.state_chunks[3] // tiles.columns, tiles, **own)
 
     @cached_property
     def gradients(self) -> Launch:
-        tiles = self.plan.keys
-        return self._by_segment(
-            delta_gradients_kernel, self.gates[0], tiles, BK=tiles.columns, BV=self._values(tiles.columns)
-        )
+        return self._of_channels(delta_gradients_kernel, self.plan.keys)
 
     @_once
     def channel_gradients(self, *, mild: bool) -> Launch:
-        tiles = self.plan.channel
-        slices, values = -(-self.state[2] // tiles.columns), self._values(tiles.columns)
-        return self._by_segment(delta_channel_gradients_kernel, slices, tiles, BK=tiles.columns, BV=values, MILD=mild)
+        return self._of_channels(delta_channel_gradients_kernel, self.plan.channel, MILD=mild)
+
+    def _of_channels(self, kernel: Any, tiles: Tiles, **own: Any) -> Launch:
+        """A program for some channels of each chunk of each value head, in the order of `gradient_place`."""
+        grid = (-(-self.state[2] // tiles.columns) * self._heads * self.plan.chunks, 1)
+        sizes = {"BK": tiles.columns, "BV": self._values(tiles.columns)}
+        return self._launch(kernel, grid, tiles.warps, tiles.stages, **sizes, **own)
 
     def _values(self, columns: int) -> int:
         """Columns of values at a time: few where a thread holds what it contracts, or where V is wide."""
@@ -221,13 +222,13 @@ class DeltaLaunches:
 
     @_once
     def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
-        columns, warps, _ = self.plan.channel
+        columns, warps, _ = self.plan.operands
         ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "MILD": self.mild}
         return self._by_chunk(delta_channel_operands_kernel, self._heads, warps, **ways)
 
     @_once
     def channel_scores(self, *, queries: bool) -> Launch:
-        columns, warps, _ = self.plan.channel
+        columns, warps, _ = self.plan.operands
         return self._by_chunk(delta_channel_scores_kernel, self._heads, warps, BK=columns, QUERIES=queries)
 
     def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
@@ -264,16 +265,16 @@ def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int,
     return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
 
 
-def launches_of(x: DeltaInputs, from_zero: bool) -> DeltaLaunches:
+def launches_of(x: DeltaInputs, from_zero: bool, with_gate: bool) -> DeltaLaunches:
     """The launches for such a run.
 
-    from_zero: it is the whole sequence and starts from no state.
+    from_zero: it is the whole sequence and starts from no state. with_gate: the gradient of the gate will be wanted.
 
     Raises:
         ValueError: the kernels do not take such tensors.
     """
     shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
-    others = (x.g is not None and x.g.requires_grad, x.normalize, x.scale, from_zero)
+    others = (with_gate, x.normalize, x.scale, from_zero)
     if x.documents is None:
         return _launches(*shapes, *others)
     kept = x.documents.layouts

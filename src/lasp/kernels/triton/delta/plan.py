@@ -18,8 +18,8 @@ from lasp.kernels.triton.decay.plan import (
 )
 
 CHUNK = 64
-# Of fp32: products by vector instructions, and gates summed pair by pair. And where gates per channel are fp32 tiles of
-# wide heads.
+# Of fp32: products by vector instructions, and gates summed pair by pair. And of gates per channel of wide heads, whose
+# sweeps read three tiles of keys; but on Hopper not of narrow values, whose gradients Triton 3.6 then makes wrong.
 SMALL_CHUNK = 32
 
 
@@ -32,10 +32,11 @@ class DeltaPlan(NamedTuple):
         segments: of one head.
         chunks: of one head.
         solve: warps of the kernel that inverts chunks.
-        summary, values: of the sweeps that hold states of few columns: summaries; o, and dv.
-        keys: of the sweep of dq and dk.
+        summary, values, states: of the sweeps that hold states of few columns: summaries; o, and dv; states.
+        keys: of dq and dk.
         scan: of the scan over segments.
-        channel: of the kernels of gates per channel that have a program a chunk.
+        channel: of the gradients of a gate per channel.
+        operands: of what such gates make of chunks before any sweep.
         exact: whether decays between tokens are summed pair by pair.
         descriptors: whether chunks are moved by tensor descriptors.
         precision: of products of fp32 operands.
@@ -50,9 +51,11 @@ class DeltaPlan(NamedTuple):
     solve: int
     summary: Tiles
     values: Tiles
+    states: Tiles
     keys: Tiles
     scan: Tiles
     channel: Tiles
+    operands: Tiles
     exact: bool
     descriptors: bool
     precision: str
@@ -92,17 +95,23 @@ def delta_plan(
     """
     exact = dtype == torch.float32
     wide = max(K, V) > 128
-    chunk = SMALL_CHUNK if exact or (per_channel and wide) else CHUNK
+    most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
+    short = exact or (per_channel and (V > 128 or (K > 128 and most < 3)))
+    chunk = SMALL_CHUNK if short else CHUNK
     chunks = max(1, -(-tokens // chunk))
     length = segment_chunks(chunks, heads, processors)
-    most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
     if exact:
         values = keys = Tiles(16, 8, 1) if wide else Tiles(32, 4, 1)
-        summary = values
+        summary = states = values
     else:
         values = Tiles(64, 8 if wide or most == 1 else 4, 1 if wide or most == 1 else 2)
         summary = values if wide or most < 3 else values._replace(stages=3)
-        keys = Tiles(64, 8 if wide or most == 1 else 4, 1)
+        states = values
+        if per_channel and not wide and min(K, V) > 64 and most == 3:
+            # Keys have decays of their own: two tiles more a stage, so one program a processor, which has all of V.
+            values = Tiles(128, 8, 2)
+        # With all channels what lies between tokens is made once; a processor then has one program.
+        keys = Tiles(128, 4, 1) if most == 3 and not wide else Tiles(64, 8 if wide or most == 1 else 4, 1)
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     three = "tf32x3" if most > 1 else "ieee"
@@ -114,9 +123,11 @@ def delta_plan(
         solve=4 if chunk < CHUNK else 1 if per_channel else 2,
         summary=summary._replace(columns=min(summary.columns, tile(max(K, V), dtype))),
         values=values._replace(columns=min(values.columns, tile(V, dtype))),
+        states=states._replace(columns=min(states.columns, tile(V, dtype))),
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),
         scan=Tiles(16, 4, 2 if most > 1 else 1),
         channel=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
+        operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
         exact=exact,
         descriptors=aligned and not exact and length >= DESCRIPTOR_CHUNKS,
         precision="ieee",

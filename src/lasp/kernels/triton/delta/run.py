@@ -342,9 +342,6 @@ def gradients(
     dv = torch.empty_like(x.v)
     s_chunks, d_chunks = (x.v.new_empty(work.state_chunks) for _ in range(2))
     _reverse(x, saved, d_o, work.values, unread, dv, d_chunks, entering)
-    passing = _fp32(x, work.passing) if work.with_gate else unread
-    places = places_of(work.plan, unread)
-    of_chunks = {"passing_ptr": passing, "s_chunks_ptr": s_chunks, "d_chunks_ptr": d_chunks, "places_ptr": places}
     operands = _sweep_operands(x, chunks, unread)
     work.chunk_states(
         storing_ptr=operands["storing_ptr"],
@@ -352,7 +349,8 @@ def gradients(
         norms_ptr=given(chunks.k_norms, unread),
         **_gates(chunks.gates, unread),
         totals_ptr=operands["totals_ptr"],
-        **of_chunks,
+        s_chunks_ptr=s_chunks,
+        places_ptr=places_of(work.plan, unread),
         entering_ptr=saved.entering,
     )
     dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
@@ -370,7 +368,9 @@ def gradients(
         "dq_ptr": dq,
         "dk_ptr": dk,
         "d_beta_ptr": d_beta,
-        **of_chunks,
+        "s_chunks_ptr": s_chunks,
+        "d_chunks_ptr": d_chunks,
+        "places_ptr": chunks_of(work.plan, unread),
     }
     dg: Tensor | None = None
     if chunks.channels is not None:
@@ -381,7 +381,8 @@ def gradients(
     else:
         parts = _fp32(x, work.gates) if work.with_gate else unread
         work.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
-        dg = parts.sum(0) if work.with_gate else None
+        if work.with_gate:
+            dg = parts[0] if parts.shape[0] == 1 else parts.sum(0)
     if work.summed:
         dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
     return dq, dk, dv, d_beta, dg

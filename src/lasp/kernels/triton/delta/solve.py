@@ -57,8 +57,7 @@ def solve_kernel(
     length = last - first
 
     i = tl.arange(0, C)
-    beta = tl.load(beta_ptr + i * H_v, mask=i < length, other=0.0)
-    tl.store(betas_ptr + slot + i, tl.where(beta < MIN_BETA, MIN_BETA, beta))
+    tl.store(betas_ptr + slot + i, _betas(beta_ptr, i, length, H_v))
 
     if C < 4 * BLOCK:
         # Small chunks: one block, whose gates are summed between tokens.
@@ -68,7 +67,7 @@ def solve_kernel(
         if KIND == TOKEN:
             prefix = tl.zeros((C,), tl.float32)
             overlaps *= between(g_ptr, H_v, prefix, first, last, KIND, C, True, EXACT)[None, :, :]
-        overlaps *= _betas(beta_ptr, late, length, H_v)
+        overlaps *= _betas(beta_ptr, late, length, H_v)[:, :, None]
         inverse = tl.reshape(_inverse(overlaps, C), (C, C))
         at = tl.arange(0, C)[:, None]
         column = tl.arange(0, C)[None, :]
@@ -80,17 +79,17 @@ def solve_kernel(
         all_four = tl.arange(0, 4)[:, None] * BLOCK + block
         diagonal = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, all_four, all_four, length, H * K, K, BK, C,
                              KIND, NORMALIZE, PRECISION)  # fmt: skip
-        diagonal *= _betas(beta_ptr, all_four, length, H_v)
+        diagonal *= _betas(beta_ptr, all_four, length, H_v)[:, :, None]
         early = tl.arange(0, 2)[:, None] * (2 * BLOCK) + block
         late = early + BLOCK
         pairs = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, late, early, length, H * K, K, BK, C,
                           KIND, NORMALIZE, PRECISION)  # fmt: skip
-        pairs *= _betas(beta_ptr, late, length, H_v)
+        pairs *= _betas(beta_ptr, late, length, H_v)[:, :, None]
         early = tl.arange(0, 2 * BLOCK)[None, :]
         late = early + 2 * BLOCK
         halves = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, late, early, length, H * K, K, BK, C,
                            KIND, NORMALIZE, PRECISION)  # fmt: skip
-        halves *= _betas(beta_ptr, late, length, H_v)
+        halves *= _betas(beta_ptr, late, length, H_v)[:, :, None]
 
         inverse = _inverse(diagonal, BLOCK)
         # [4, 16, 16]: the even blocks, and the odd.
@@ -152,9 +151,9 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _betas(beta_ptr, tokens, length, H_v):
-    """[N, S, 1]: beta of the tokens of a chunk."""
+    """beta of some tokens of a chunk; NaN for what is none (below 0, above 2 or NaN), and so for all that follows."""
     beta = tl.load(beta_ptr + tokens * H_v, mask=tokens < length, other=0.0)
-    return tl.where(beta < MIN_BETA, MIN_BETA, beta)[:, :, None]
+    return tl.where((beta >= 0.0) & (beta <= 2.0), tl.maximum(beta, MIN_BETA), float("nan"))
 
 
 @triton.jit

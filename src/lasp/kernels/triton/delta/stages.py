@@ -5,9 +5,11 @@ Kept for backward: A, u and what enters a segment and happens to it there, with 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lasp.algebra import Dense, Summary
+from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.launch import use_scratch
 from lasp.kernels.triton.delta import run
 from lasp.kernels.triton.delta.launches import launches_of
@@ -31,7 +33,7 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    work = launches_of(x, alone)
+    work = launches_of(x, alone, x.g is not None and x.g.requires_grad)
     use_scratch()
     q, k, v = (t.to(work.operand).contiguous() for t in (x.q, x.k, x.v))
     beta, g = x.beta.contiguous(), None if x.g is None else x.g.contiguous()
@@ -68,7 +70,7 @@ def outputs(
 
 
 def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Tensor]:
-    kept = _unflat(saved)
+    kept = _unflat(x, saved)
     use_scratch()  # backward passes have threads of their own
     added = run.totals_adjoint(x, kept, _d_o(x, d_o), summarized=True)
     assert added is not None
@@ -80,7 +82,7 @@ def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, 
 def totals_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> Tensor | None:
     """Segments' sums of the state's gradient; None where runs are single segments."""
     use_scratch()
-    return run.totals_adjoint(x, _unflat(saved), _d_o(x, d_o), summarized=False)
+    return run.totals_adjoint(x, _unflat(x, saved), _d_o(x, d_o), summarized=False)
 
 
 def _d_o(x: DeltaRun, d_o: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def gradients(
     """d_state_out is zero if None."""
     work = x.work
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
-    dq, dk, dv, d_beta, dg = run.gradients(x, _unflat(saved), added, _d_o(x, d_o), d_state_out)
+    dq, dk, dv, d_beta, dg = run.gradients(x, _unflat(x, saved), added, _d_o(x, d_o), d_state_out)
     return dq.to(work.dtype), dk.to(work.dtype), dv.to(work.dtype), d_beta, dg
 
 
@@ -106,27 +108,63 @@ def _leaving(saved: Saved) -> Tensor:
 
 
 def _flat(saved: DeltaSaved) -> Saved:
-    """All tensors of `saved`, the state that leaves the run first; empty ones for what there is not."""
+    """All tensors of `saved`, the state that leaves the run first; empty ones for what there is not, or is an input."""
     chunks, queries = saved.chunks, saved.queries
     channels = (None,) * 4 if chunks.channels is None else tuple(chunks.channels)
     gates = (*chunks.gates, None, None)[:2]
-    optional = (saved.entering, saved.moves, *gates, chunks.k_norms, *channels, queries.norms, queries.scores)
-    none = saved.leaving.new_empty(0)
+    made = None if chunks.channels is None else queries.q
+    optional = (saved.entering, saved.moves, *gates, chunks.k_norms, *channels, made, queries.norms, queries.scores)
     return (
-        saved.leaving, saved.u, chunks.inverse, chunks.betas, queries.q,
-        *(none if tensor is None else tensor for tensor in optional),
+        saved.leaving, saved.u, chunks.inverse, chunks.betas,
+        *(saved.leaving.new_empty(0) if tensor is None else tensor for tensor in optional),
     )  # fmt: skip
 
 
-def _unflat(saved: Saved) -> DeltaSaved:
-    leaving, u, inverse, betas, q = saved[:5]
-    entering, moves, prefix, suffix, k_norms, *channels, q_norms, scores = (
-        None if tensor.dim() == 1 else tensor for tensor in saved[5:]
+def _unflat(x: DeltaRun, saved: Saved) -> DeltaSaved:
+    leaving, u, inverse, betas = saved[:4]
+    entering, moves, prefix, suffix, k_norms, *channels, made, q_norms, scores = (
+        None if tensor.dim() == 1 else tensor for tensor in saved[4:]
     )
     gates = tuple(gate for gate in (prefix, suffix) if gate is not None)
     keys = None if channels[0] is None else ChannelKeys(*channels)  # type: ignore[arg-type]
     chunks = DeltaChunks(inverse, betas, gates, k_norms, keys)
-    return DeltaSaved(leaving, u, entering, moves, chunks, DeltaQueries(q, q_norms, scores))
+    queries = DeltaQueries(x.q if made is None else made, q_norms, scores)
+    return DeltaSaved(leaving, u, entering, moves, chunks, queries)
+
+
+def empty_saved(x: DeltaInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
+    """Tensors of the shapes and dtypes of `_flat`."""
+    work = launches_of(x, not (from_state or over_ranks), want_gate)
+    whole = work.plan.whole
+
+    def fp32(shape: tuple[int, ...], wanted: bool = True) -> Tensor:
+        return x.q.new_empty(shape if wanted else (0,), dtype=torch.float32)
+
+    def operand(shape: tuple[int, ...], wanted: bool = True) -> Tensor:
+        return x.q.new_empty(shape, dtype=work.operand) if wanted else fp32((0,))
+
+    def gate(number: int) -> Tensor:
+        return fp32(work.slots, work.kind == TOKEN.value and number < (2 if work.plan.exact else 1))
+
+    channel = work.per_channel
+    return [
+        fp32(work.state),
+        operand(tuple(x.v.shape)),
+        operand(work.tiles),
+        fp32(work.slots),
+        fp32(work.state if whole else work.states, from_state or over_ranks or not whole),
+        fp32(work.moves, over_ranks or not whole),
+        gate(0),
+        gate(1),
+        fp32(work.norms, work.normalize),
+        operand(work.operands, channel),
+        operand(work.operands, channel),
+        fp32(work.totals, channel),
+        x.q.new_empty(work.totals[:3], dtype=torch.int32) if channel else fp32((0,)),
+        operand(work.operands, channel),
+        fp32(work.norms, work.normalize),
+        operand(work.tiles, channel),
+    ]
 
 
 STAGES = Stages(
@@ -138,9 +176,9 @@ STAGES = Stages(
     local_gradients=local_gradients,
     gradients=gradients,
     unsummarized=Unsummarized(totals, totals_adjoint, _leaving),
+    empty_saved=empty_saved,
     grouped_heads=True,
     takes_no_state=True,
-    traceable=False,
-    bad_gates_give_nan=True,
+    bad_values_give_nan=True,
     normalizes=True,
 )

@@ -1,19 +1,14 @@
 # mypy: ignore-errors
-"""The states that enter a segment's chunks, made again from what its tokens wrote; and what passes each chunk.
-
-That is 2^total S . D, the part of a gate's gradient that is neither read nor written there: summed over V of a gate per
-channel, else over all of the state.
-"""
+"""The states that enter a segment's chunks, made again from what its tokens wrote."""
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import CHANNEL
 from lasp.kernels.triton.common.program import load_chunk, place, state_tile, store_chunk, view
 from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums
 
 
-@triton.jit(do_not_specialize=["B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def delta_states_kernel(
     storing_ptr,  # [B, T, H, K]: k, or what it is written at if CHANNEL
     u_ptr,  # [B, T, H_v, V]
@@ -22,11 +17,8 @@ def delta_states_kernel(
     suffix_ptr,  # likewise, and EXACT
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, BK], written: S^T at the start of each chunk, rounded
-    d_chunks_ptr,  # likewise, if GATE: D^T at the end of each chunk
-    passing_ptr,  # fp32 [slices, B, H_v, chunks] (CHANNEL: and K), written if GATE
     places_ptr,  # int32 [segments, 7] if PACKED
     entering_ptr,  # fp32 [B, H_v, segments, K, V], or None for zero
-    B,
     T,
     H,
     H_v,
@@ -42,7 +34,6 @@ def delta_states_kernel(
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    GATE: tl.constexpr,
     WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -62,9 +53,6 @@ def delta_states_kernel(
     count = tl.cdiv(last - first, C)
     at = run * chunks + chunk
     s_chunks = view(s_chunks_ptr + at * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
-    d_chunks = view(d_chunks_ptr + at * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
-    each: tl.constexpr = K if KIND == CHANNEL else 1
-    passing_ptr += (tl.cast(part, tl.int64) * B * H_v * chunks + at) * each
     norms_ptr += ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
     totals_ptr += at * K
 
@@ -81,12 +69,4 @@ def delta_states_kernel(
         norms = lengths(norms_ptr, c * C, C, NORMALIZE)
         store_chunk(s_chunks, state.to(dtype), c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
         decay = state_decay(totals_ptr, c, total, K, BK, KIND)
-        if GATE:
-            d_state = load_chunk(d_chunks, c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
-            passed = tl.sum(state * d_state.to(tl.float32), 0) * decay
-            if KIND == CHANNEL:
-                d = tl.arange(0, BK)
-                tl.store(passing_ptr + c * K + d, passed, mask=d < K)
-            else:
-                tl.store(passing_ptr + c, tl.sum(passed, 0))
         state = after_chunk(state, u_t, keys, norms * tl.exp2(suffix), decay, PRECISION)

@@ -1,19 +1,32 @@
 # mypy: ignore-errors
 """Products over V for the gradients of a chunk, whatever the gate.
 
-Where V fits they take tiles that were loaded once, else they load pieces of BV columns. Transposes are products of
-their own: see docs/design/kernels.md on transposed accumulators.
+Where V fits they take tiles that were loaded once, else they load pieces of BV columns.
 """
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import load_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, load_chunk
 
 
 @triton.jit
-def token_tile(source, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """[C, BV] of do, u or dv, a view of [T, V]; nothing if V does not fit."""
+def gradient_place(parts, B, H, H_v):
+    """Of a program that has `BK` channels of a chunk: the channels' part, head, batch, head of keys and chunk.
+
+    Heads are the fastest: what programs read at a time is together in memory.
+    """
+    programs = parts * B * H_v
+    chunk = tl.program_id(0) // programs
+    part = tl.program_id(0) % parts
+    head = tl.program_id(0) // parts % H_v
+    batch = tl.cast(tl.program_id(0) % programs // (parts * H_v), tl.int64)
+    return part, head, batch, head // (H_v // H), chunk
+
+
+@triton.jit
+def token_tile(source, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr):
+    """[C, BV] of do, u or dv, [T, V]; nothing if V does not fit."""
     if V <= BV:
         return load_chunk(source, start, 0, last, row, V, C, BV, DESCRIPTORS)
     else:
@@ -21,38 +34,39 @@ def token_tile(source, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: t
 
 
 @triton.jit
-def state_tile_of(
-    source, first, rows, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """[BV, BK] of a chunk's S^T or D^T, which begins at row `first` of a view of [rows, COLUMNS]; or nothing."""
+def state_tile_of(source, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
+    """[BV, BK] of a chunk's S^T or D^T [.., COLUMNS], which begins at `source`; nothing if V does not fit."""
     if V <= BV:
-        return load_chunk(source, first, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+        return _state_piece(source, 0, column, BV, BK, COLUMNS)
     else:
         return 0
 
 
 @triton.jit
+def _state_piece(source, row, column, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(source + (row + tl.arange(0, BV))[:, None] * COLUMNS + column + tl.arange(0, BK)[None, :])
+
+
+@triton.jit
 def between_tokens(
-    a, b, a_view, b_view, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    a, b, a_ptr, b_ptr, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
+):
     """a b^T, [C, C]."""
     if V <= BV:
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
     else:
         product = tl.zeros((C, C), tl.float32)
         for v in range(0, V, BV):
-            left = load_chunk(a_view, start, v, last, row, V, C, BV, DESCRIPTORS)
-            right = load_chunk(b_view, start, v, last, row, V, C, BV, DESCRIPTORS)
+            left = load_chunk(a_ptr, start, v, last, row, V, C, BV, DESCRIPTORS)
+            right = load_chunk(b_ptr, start, v, last, row, V, C, BV, DESCRIPTORS)
             product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
         return product
 
 
 @triton.jit
 def from_state(
-    a, state, a_view, state_view, start, last, row, first, rows, column, V: tl.constexpr, BV: tl.constexpr,
-    BK: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    a, state, a_ptr, state_ptr, start, last, row, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a S^T, [C, BK]."""
     if V <= BV:
@@ -60,10 +74,40 @@ def from_state(
     else:
         product = tl.zeros((C, BK), tl.float32)
         for v in range(0, V, BV):
-            left = load_chunk(a_view, start, v, last, row, V, C, BV, DESCRIPTORS)
-            right = load_chunk(state_view, first + v, column, rows, COLUMNS, COLUMNS, BV, BK, DESCRIPTORS)
+            left = load_chunk(a_ptr, start, v, last, row, V, C, BV, DESCRIPTORS)
+            right = _state_piece(state_ptr, v, column, BV, BK, COLUMNS)
             product = tl.dot(left, right, product, input_precision=PRECISION)
         return product
+
+
+@triton.jit
+def from_state_t(
+    state, a, state_ptr, a_ptr, start, last, row, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S a^T, [BK, C]."""
+    if V <= BV:
+        return tl.dot(tl.trans(state), tl.trans(a), input_precision=PRECISION)
+    else:
+        product = tl.zeros((BK, C), tl.float32)
+        for v in range(0, V, BV):
+            left = _state_piece(state_ptr, v, column, BV, BK, COLUMNS)
+            right = load_chunk(a_ptr, start, v, last, row, V, C, BV, DESCRIPTORS)
+            product = tl.dot(tl.trans(left), tl.trans(right), product, input_precision=PRECISION)
+        return product
+
+
+@triton.jit
+def passing(d_state, s_ptr, d_ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
+    """What of S^T meets D^T, summed over V, [BK]; S is read once more rather than kept."""
+    if V <= BV:
+        return tl.sum(_state_piece(s_ptr, 0, column, BV, BK, COLUMNS).to(tl.float32) * d_state.to(tl.float32), 0)
+    else:
+        met = tl.zeros((BK,), tl.float32)
+        for v in range(0, V, BV):
+            state = _state_piece(s_ptr, v, column, BV, BK, COLUMNS).to(tl.float32)
+            met += tl.sum(state * _state_piece(d_ptr, v, column, BV, BK, COLUMNS).to(tl.float32), 0)
+        return met
 
 
 @triton.jit

@@ -1,0 +1,193 @@
+"""Speed, extra memory, host cost and errors of the delta rule's kernels, in one run on one GPU.
+
+    python benchmarks/delta_kernels.py --output benchmarks/results
+
+For shapes that `benchmarks/kernels.py` has not (grouped heads, packed documents), and launch by launch. Times are
+medians of replays of CUDA graphs, kernels alone; extra memory is what forward and backward need beyond inputs, outputs
+and gradients; host times are of eager calls at T = 256, where the GPU is not waited for. `--report` prints the tables
+of docs/results/delta-rules.md from a file instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from kernels import DELTA_CASES, DELTA_KINDS, delta_inputs, errors, graph_milliseconds, ours, peak_bytes
+from torch import Tensor
+
+import lasp
+from lasp.kernels.triton.common.launch import Launch
+
+DIM, HOST_TOKENS, ROUNDS, CALLS = 128, 256, 15, 20
+
+
+class Shape(NamedTuple):
+    kind: str
+    tokens: int
+    heads: int = 16
+    value_heads: int = 16
+    documents: int = 1
+    strongest: float = 0.1  # log-decay; the mean is half of it
+    goal: tuple[float, float] | None = None  # forward and both, ms
+
+
+SHAPES = (
+    Shape("gated delta", 32768, goal=(0.40, 1.6)),
+    Shape("gated delta", 32768, value_heads=32, goal=(0.85, 3.0)),
+    Shape("gated delta", 8192, goal=(0.17, 0.6)),
+    Shape("delta", 65536, goal=(0.9, 3.0)),
+    Shape("gated delta", 65536),
+    Shape("kda", 65536, strongest=0.04, goal=(1.8, 5.0)),
+    Shape("gated delta", 32768, value_heads=32, documents=4, goal=(0.6, 2.6)),
+    Shape("gated delta", 65536, heads=4, value_heads=4),
+)
+
+
+class Problem(NamedTuple):
+    x: dict[str, Tensor]
+    bounds: tuple[int, ...] | None
+
+    def forward(self) -> Tensor:
+        x = self.x
+        return lasp.delta_rule(x["q"], x["k"], x["v"], x["beta"], x.get("g"), cu_seqlens=self.bounds, backend="triton")[
+            0
+        ]
+
+    def forward_alone(self) -> Tensor:
+        with torch.no_grad():
+            return self.forward()
+
+    def both(self) -> tuple[Tensor, ...]:
+        wanted = [tensor for tensor in self.x.values() if tensor.requires_grad]
+        o = self.forward()
+        return o.detach(), *torch.autograd.grad(o, wanted, self.x["d_o"])
+
+
+def problem(shape: Shape) -> Problem:
+    x = delta_inputs((1, shape.tokens, shape.value_heads, DIM), shape.kind, strongest=shape.strongest)
+    for name in ("q", "k"):
+        x[name] = x[name].detach()[:, :, : shape.heads].contiguous().requires_grad_()
+    each = shape.tokens // shape.documents
+    bounds = tuple(range(0, shape.tokens + 1, each)) if shape.documents > 1 else None
+    return Problem(x, bounds)
+
+
+def launches(p: Problem) -> list[dict[str, Any]]:
+    """Of each launch of a forward and backward pass: its kernel, programs and milliseconds."""
+    found: list[tuple[Launch, dict[str, Tensor | None]]] = []
+    call = Launch.__call__
+
+    def record(launch: Launch, **tensors: Tensor | None) -> None:
+        call(launch, **tensors)
+        found.append((launch, tensors))
+
+    with patch.object(Launch, "__call__", record):
+        p.both()
+    rows = []
+    for launch, tensors in found:
+        times = graph_milliseconds(partial(launch, **tensors))
+        rows.append({"kernel": launch.kernel.__name__, "grid": launch.grid, "ms": times["median"]})
+    return rows
+
+
+def extra_bytes(p: Problem) -> int:
+    """Beyond inputs, outputs and gradients."""
+    results = p.both()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in results)
+    del results
+    return peak_bytes(p.both) - size
+
+
+def host_milliseconds(call: Callable[[], Any]) -> float:
+    for _ in range(10):
+        call()
+    times = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append(1e3 * (time.perf_counter() - start) / CALLS)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def host(kind: str) -> dict[str, float]:
+    """On one thread too: autograd's hand-over to its own is paid once by a whole model, not once a layer."""
+    p = problem(Shape(kind, HOST_TOKENS))
+    found = {"forward": host_milliseconds(p.forward), "both": host_milliseconds(p.both)}
+    with torch.autograd.set_multithreading_enabled(False):
+        found["both on one thread"] = host_milliseconds(p.both)
+    return found
+
+
+def measured(shape: Shape, parts: bool) -> dict[str, Any]:
+    p = problem(shape)
+    row: dict[str, Any] = shape._asdict() | {"extra_gib": extra_bytes(p) / 2**30}
+    row["forward"], row["both"] = graph_milliseconds(p.forward_alone), graph_milliseconds(p.both)
+    return row | ({"launches": launches(p)} if parts else {})
+
+
+def tables(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}, bf16, K = V = {DIM}.",
+        "",
+        "| recurrence | T, heads of q and k / of v, documents | forward ms (goal) | both ms (goal) | extra GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        goals = ["" if row["goal"] is None else f" ({goal:g})" for goal in row["goal"] or (0, 0)]
+        times = (f"{row[part]['median']:.3f}{goal}" for part, goal in zip(("forward", "both"), goals, strict=True))
+        size = f"{row['tokens']}, {row['heads']}/{row['value_heads']}, {row['documents']}"
+        lines.append(f"| {row['kind']} | {size} | {' | '.join(times)} | {row['extra_gib']:.2f} |")
+    for row in result["rows"]:
+        if "launches" in row:
+            parts = (f"{each['kernel'].removesuffix('_kernel')} {each['ms']:.3f}" for each in row["launches"])
+            lines += ["", f"{row['kind']}, T = {row['tokens']}, launch by launch, ms: {', '.join(parts)}."]
+    hosts = (
+        f"{kind} " + ", ".join(f"{n} {ms:.2f}" for n, ms in each.items()) for kind, each in result["host_ms"].items()
+    )
+    lines += ["", f"Host ms of an eager call, T = {HOST_TOKENS}: {'; '.join(hosts)}."]
+    names = ("o", "dq", "dk", "dv", "dbeta", "dg")
+    lines += ["", f"| errors against fp64, T = 4096 | keys | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for kind, cases in result["errors"].items():
+        for case, found in cases.items():
+            cells = (f"{found[name]:.1e}" if name in found else "" for name in names)
+            lines.append(f"| {kind} | {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+    if options.report is not None:
+        print(tables(json.loads(options.report.read_text())))
+        return
+
+    import triton
+
+    device = torch.cuda.get_device_name()
+    result: dict[str, Any] = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "rows": []}
+    path = options.output / f"delta-kernels-{device.replace(' ', '-').lower()}.json"
+    for shape in SHAPES:
+        result["rows"].append(measured(shape, parts=shape[1:4] == (65536, 16, 16)))
+        path.write_text(json.dumps(result, indent=1))
+    result["host_ms"] = {kind: host(kind) for kind in DELTA_KINDS}
+    result["errors"] = {kind: {case: errors(kind, ours, case=case) for case in DELTA_CASES} for kind in DELTA_KINDS}
+    path.write_text(json.dumps(result, indent=1))
+    print(tables(result))
+
+
+if __name__ == "__main__":
+    main()
