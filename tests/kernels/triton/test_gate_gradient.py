@@ -7,6 +7,7 @@ backend in fp64; the sums of several sequences together, since one may be small 
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -23,27 +24,35 @@ BOUNDS = {BF16: (5e-3, 8e-3), FP16: (1e-3, 1.5e-3), FP32: (2e-6, 2e-6)}
 D_CONSTANT = {BF16: 2e-2, FP32: 2e-6}
 TOKENS, DIM = 200, 16
 RATES = (-1e-3, -0.1, -1.6, -6.0, -16.0)
+# From one token to the next; fp16 has no numbers for the last.
+FORGET = (-1.6, -6.0, -12.0, -30.0)
 
 
-def problem(kind: str, dtype: torch.dtype, tokens: int = TOKENS, batch: int = 2) -> tuple[dict[str, Tensor], Tensor]:
+def problem(
+    kind: str, dtype: torch.dtype, tokens: int = TOKENS, batch: int = 2, rates: tuple[float, ...] = RATES
+) -> tuple[dict[str, Tensor], Tensor]:
     """A head for each rate; gates per token and channel are between none and twice that."""
     random = torch.Generator().manual_seed(0)
-    shape = (batch, tokens, len(RATES), DIM)
+    shape = (batch, tokens, len(rates), DIM)
     q, k, v, d_o = (torch.randn(shape, generator=random).to(dtype) for _ in range(4))
-    rates = torch.tensor(RATES)
+    means = torch.tensor(rates)
     if kind == "constant":
-        g = rates
+        g = means
     elif kind == "scalar":
-        g = rates * 2 * torch.rand(shape[:3], generator=random)
+        g = means * 2 * torch.rand(shape[:3], generator=random)
     else:
-        g = rates[:, None] * 2 * torch.rand(shape, generator=random)
+        g = means[:, None] * 2 * torch.rand(shape, generator=random)
     return {"q": q, "k": k, "v": v, "g": g}, d_o
 
 
-def gate_gradient(x: dict[str, Tensor], d_o: Tensor, backend: str, **options: Any) -> Tensor:
+def gate_gradient(
+    x: dict[str, Tensor], d_o: Tensor, backend: str, d_final: Tensor | None = None, **options: Any
+) -> Tensor:
     leaves: dict[str, Any] = {name: tensor.detach().requires_grad_(name == "g") for name, tensor in x.items()}
-    o, _ = lasp.linear_attention(**leaves, backend=backend, **options)
-    return torch.autograd.grad(o, leaves["g"], d_o.to(o))[0].cpu()
+    o, final = lasp.linear_attention(**leaves, backend=backend, output_final_state=d_final is not None, **options)
+    if d_final is None:
+        return torch.autograd.grad(o, leaves["g"], d_o.to(o))[0].cpu()
+    return torch.autograd.grad((o, final), leaves["g"], (d_o.to(o), d_final.to(final)))[0].cpu()
 
 
 def errors_by_head(found: Tensor, expected: Tensor) -> list[tuple[float, float]]:
@@ -59,7 +68,7 @@ def expectation(x: dict[str, Tensor], d_o: Tensor, **options: Any) -> Tensor:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of masked overflows
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("scalar", BF16), ("scalar", FP16), ("scalar", FP32), ("channel", BF16), ("channel", FP32)],
+    [("scalar", BF16), ("scalar", FP16), ("scalar", FP32), ("channel", BF16), ("channel", FP16), ("channel", FP32)],
     ids=str,
 )
 def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -85,6 +94,30 @@ def test_a_learned_constant(dtype: torch.dtype, device: torch.device) -> None:
     found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")
     errors = ((found - expectation(x, d_o)).abs() / size).tolist()
     assert max(errors) <= D_CONSTANT[dtype], errors
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_next_to_nothing_beside_the_gradient_of_a_state(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Documents of few tokens, all of which forget: what the last one adds to the final state crosses no gate, and is
+    far larger than what does."""
+    lengths = (1,) * 4 + (2,) * 2 + (4,) + (67,)  # the last one a few tokens longer than a chunk
+    rates = FORGET[:2] if dtype == FP16 else FORGET
+    bounds = (0, *accumulate(lengths))
+    x, d_o = problem(kind, dtype, bounds[-1], batch=1, rates=rates)
+    x["g"] = torch.tensor(rates).view(-1, *(1,) * (x["g"].dim() - 3)).expand(x["g"].shape).contiguous()
+    random = torch.Generator().manual_seed(1)
+    shape = (len(lengths), len(rates), DIM, DIM)
+    x["initial_state"], d_final = (torch.randn(shape, generator=random) for _ in range(2))
+    expected = expectation(x, d_o, d_final=d_final, cu_seqlens=bounds)
+    x = {name: tensor.to(device) for name, tensor in x.items()}
+    found = gate_gradient(x, d_o.to(device), "triton", d_final.to(device), cu_seqlens=bounds)
+    for start, end in pairwise((0, 4, 8, 12, 79)):
+        errors = [error for error, _ in errors_by_head(found[:, start:end], expected[:, start:end])]
+        assert max(errors) <= BOUNDS[dtype][1], (start, errors)
+    # The control: one rounding of what is added to the final state, which cancels.
+    noise = torch.finfo(dtype).eps * torch.randn(found.shape, generator=random)
+    assert errors_by_head(found + noise, expected)[-1][0] > BOUNDS[dtype][1]
 
 
 # A document of a single token, an empty one, a short one, and one of several chunks.

@@ -321,3 +321,34 @@ def test_delta_rule(dtype: torch.dtype, K: int, V: int, kind: str, dims: dict[st
     for name, value in values.items():
         bound = BOUNDS[dtype].outputs if name in ("o", "final_state") else BOUNDS[dtype].gradients
         assert relative_error(value, references[name]) <= bound, name
+
+
+@pytest.mark.parametrize("heads", [1, 16])  # of which one has the more segments
+@pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
+def test_a_write_read_a_million_tokens_later(kind: str, heads: int) -> None:
+    """In fp32. A chunk's decay, or a segment's, rounded as a factor would be wrong alike every time: by 9e-5 here."""
+    T, D = 1 << 20, 16
+    random = torch.Generator().manual_seed(0)
+    q, k, v, d_o = (torch.zeros(1, T, heads, D) for _ in range(4))
+    for x, token in ((q, -1), (k, 0), (v, 0), (d_o, -1)):
+        x[:, token] = torch.randn(heads, D, generator=random)
+    rates = -3.0 / T * torch.linspace(1, 0.1, heads)
+    shape = {"constant": (heads,), "scalar": (1, T, heads), "channel": (1, T, heads, D)}[kind]
+    g = (rates[:, None] if kind == "channel" else rates).expand(shape).contiguous()
+    q, k, v, d_o, g = (x.to(DEVICE) for x in (q, k, v, d_o, g))
+    leaves = [x.requires_grad_() for x in (k, v)]
+    o, final = lasp.linear_attention(q, k, v, g, scale=1.0, output_final_state=True, backend="triton")
+    dk, dv = torch.autograd.grad(o, leaves, d_o)
+    decay = (rates.double() * (T - 1)).exp().to(DEVICE)[:, None]
+    q, k, v, d_o = q[0, -1].double(), k[0, 0].detach().double(), v[0, 0].detach().double(), d_o[0, -1].double()
+    far = {
+        "o": (o[0, -1], decay * (q * k).sum(1, keepdim=True) * v),
+        "final": (final[0], decay[..., None] * k[:, :, None] * v[:, None]),
+        "dk": (dk[0, 0], decay * q * (d_o * v).sum(1, keepdim=True)),
+        "dv": (dv[0, 0], decay * d_o * (q * k).sum(1, keepdim=True)),
+    }
+    errors = {name: relative_error(found, expected) for name, (found, expected) in far.items()}
+    assert max(errors.values()) < 1e-5, errors
+    # The control: one token fewer to decay over, in ten.
+    for found, expected in far.values():
+        assert relative_error(found, expected * (1 + 3e-5)) > 1e-5

@@ -19,7 +19,7 @@ from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, Tiles, keeps_sta
 from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 
 MAX_GRID = 65535  # of a launch's second and third dims
-# Base-2 log-decay of a chunk that forgets what was before it: what passes it is less than what rounding changes.
+# Base-2 log-decay of chunks that forget what was before them (`beyond_one`): less than what rounding changes.
 FORGETS = {torch.bfloat16: -9.0, torch.float16: -12.0, torch.float32: -25.0}
 
 # States [B, H_v, segments, K, V] that each segment adds, and its decays [B, H_v, segments] or [.., K] (base 2).

@@ -9,7 +9,7 @@ order (REVERSE: from the last to the first, for gradients); every state element 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import LOG2_E
+from lasp.kernels.triton.common.decays import LOG2_E, decayed
 
 SCAN_BLOCK, SCAN_WARPS = 256, 2
 UNROLL = tl.constexpr(4)  # loads in flight per thread; the body below is written out for it
@@ -31,6 +31,7 @@ def scan_kernel(
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     run = (tl.program_id(0) // blocks).to(tl.int64)
@@ -50,8 +51,9 @@ def scan_kernel(
     states_ptr += begin * SIZE + flat
     decays_ptr += begin * D + channel
     before_ptr += begin * D + channel
-    state = tl.zeros((BLOCK,), tl.float32)
-    decay = tl.zeros((BLOCK,), tl.float32)
+    # Between thousands of segments each rounding of a slow decay counts.
+    state = tl.zeros((BLOCK,), tl.float64 if EXACT else tl.float32)
+    decay = tl.zeros((BLOCK,), tl.float64)
     for block in range(tl.cdiv(segments, UNROLL)):
         # Loads first: a store in between would keep the compiler from issuing the next load early.
         i0 = block * UNROLL
@@ -75,19 +77,20 @@ def scan_kernel(
         d1 = tl.load(decays_ptr + i1 * D, mask=m1, other=0.0)
         d2 = tl.load(decays_ptr + i2 * D, mask=m2, other=0.0)
         d3 = tl.load(decays_ptr + i3 * D, mask=m3, other=0.0)
-        s1 = state * tl.exp2(d0) + x0
-        s2 = s1 * tl.exp2(d1) + x1
-        s3 = s2 * tl.exp2(d2) + x2
+        s1 = decayed(state, d0, EXACT) + x0
+        s2 = decayed(s1, d1, EXACT) + x1
+        s3 = decayed(s2, d2, EXACT) + x2
         tl.store(states_ptr + tl.cast(i0, tl.int64) * SIZE, state, mask=m0)
         tl.store(states_ptr + tl.cast(i1, tl.int64) * SIZE, s1, mask=m1)
         tl.store(states_ptr + tl.cast(i2, tl.int64) * SIZE, s2, mask=m2)
         tl.store(states_ptr + tl.cast(i3, tl.int64) * SIZE, s3, mask=m3)
-        state = s3 * tl.exp2(d3) + x3
-        tl.store(before_ptr + i0 * D, decay, mask=m0 & writes)
-        tl.store(before_ptr + i1 * D, decay + d0, mask=m1 & writes)
-        tl.store(before_ptr + i2 * D, decay + d0 + d1, mask=m2 & writes)
-        tl.store(before_ptr + i3 * D, decay + d0 + d1 + d2, mask=m3 & writes)
+        state = decayed(s3, d3, EXACT) + x3
+        before = decay.to(tl.float32)
+        tl.store(before_ptr + i0 * D, before, mask=m0 & writes)
+        tl.store(before_ptr + i1 * D, before + d0, mask=m1 & writes)
+        tl.store(before_ptr + i2 * D, before + d0 + d1, mask=m2 & writes)
+        tl.store(before_ptr + i3 * D, before + d0 + d1 + d2, mask=m3 & writes)
         decay += d0 + d1 + d2 + d3
     if total_ptr is not None:
         tl.store(total_ptr + run * SIZE + flat, state, mask=inside)
-        tl.store(total_decay_ptr + run * D + channel, decay / LOG2_E, mask=writes)
+        tl.store(total_decay_ptr + run * D + channel, decay.to(tl.float32) / LOG2_E, mask=writes)

@@ -5,8 +5,9 @@
 
 One operand is divided by a decay, by 2^100 at most where gates are bounded, and bf16 has the range for that: so where
 bf16 is the dtype, one product does what takes one per level otherwise. That needs half a chunk to be forgotten to
-2^-100, so chunks that are not bounded are rare. They are marked here and made again by `channel_prepare`, whose
-registers would halve the speed of this kernel if they were one.
+2^-100, so chunks that are not bounded are rare. Nor are those of a few tokens that may forget nearly all
+(`MIN_MEAN_LOG2`): beside a token with itself nothing would be left of what crosses one. They are marked here and made
+again by `channel_prepare`, whose registers would halve the speed of this kernel if they were one.
 """
 
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     MAX_TO_MIDDLE_LOG2,
+    MIN_MEAN_LOG2,
     gate_operand,
     load_channel_gates,
     prefix_sums,
@@ -72,7 +74,8 @@ def channel_bounded_prepare_kernel(
         near_k = (k * tl.exp2(-to_middle)).to(dtype)
         near_q = (q * tl.exp2(to_middle)).to(dtype)
         scores = tl.dot(near_q, tl.trans(near_k), scores, input_precision=PRECISION)
-    tl.store(unbounded_ptr + chunk, (longest > MAX_TO_MIDDLE_LOG2).to(tl.int32))
+    bound = tl.minimum((last - first - 1) * -MIN_MEAN_LOG2, MAX_TO_MIDDLE_LOG2)
+    tl.store(unbounded_ptr + chunk, (longest >= bound).to(tl.int32))
     # Scores of later keys may be anything, infinite and NaN too.
     past = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
     out = scores_ptr + run * T * C

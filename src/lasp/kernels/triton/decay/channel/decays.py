@@ -16,6 +16,8 @@ from lasp.kernels.triton.common.program import StateTile, load_chunk, segment_st
 MIN_BASE_LOG2 = tl.constexpr(-13.5)
 # Operands divided by such a decay are inside bf16's range up to 2^27; products of gradients and these inside fp32's.
 MAX_TO_MIDDLE_LOG2 = tl.constexpr(100.0)
+# And so where the mean gate of a few tokens is no stronger: in sums of bf16 in two parts 2^-11 is left of what crosses.
+MIN_MEAN_LOG2 = tl.constexpr(-6.0)
 
 
 @triton.jit
@@ -51,6 +53,13 @@ def suffix_sums(gates, C: tl.constexpr):
     """[C, BK]: from each token, its own excluded, to the chunk's end."""
     i = tl.arange(0, C)
     return sum_over(i[:, None] < i[None, :], gates)
+
+
+@triton.jit
+def ends_chunk(first, last, C: tl.constexpr):
+    """[C, 1]: whether a token is the last of its chunk."""
+    i = tl.arange(0, C)[:, None]
+    return (i == C - 1) | (first + i == last - 1)
 
 
 @triton.jit

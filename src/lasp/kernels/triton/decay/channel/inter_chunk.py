@@ -11,9 +11,11 @@ chunk and channel, what its reads add to dg,
 
 since dg at a chunk's end, S D summed over V, is that at the segment's end plus the first and minus the second of all
 later chunks. Less the second of the chunk itself it is `through`: what passes from before the chunk to after it.
-Nothing does in a channel that forgets within the chunk: there the sums start anew. What rounding adds to them, a random
-walk, is known at the segment's start, where S D can be taken again: it is taken off, all of it there and less towards
-the end. States and outputs are transposed as in `sweep`, so these sums run along a thread's own columns.
+Nothing does in a channel that forgets within the chunk: there the sums start anew, and what leaves the chunk is what
+its own tokens add. What rounding adds to the sums, a random walk, is known at the segment's start, where S D can be
+taken again: it is taken off, less towards the end. Through the segment's first chunk goes what S D leaves of it, all of
+which is decayed by the first gates as dg is. States and outputs are transposed as in `sweep`, so these sums run along a
+thread's own columns.
 """
 
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import beyond_one, decayed
 from lasp.kernels.triton.common.program import (
     as_swept,
     load_chunk,
@@ -107,6 +110,7 @@ def _sweep(
     channel = column + tl.arange(0, BK)
     chunks = tl.cdiv(last - first, C)
     walked = tl.zeros((BK,), tl.int32) + chunks
+    later_sums = carry
     for step in range(chunks):
         start = first + (chunks - 1 - step if REVERSE else step) * C
         a = load_chunk(a_view, start, 0, last, v_row, V, C, BV, DESCRIPTORS)
@@ -122,7 +126,8 @@ def _sweep(
             out = tl.dot(state.to(tl.bfloat16), tl.trans(a))
         else:
             out = tl.dot(state, tl.trans(a).to(tl.float32), input_precision=PRECISION)
-        state = tl.dot(tl.trans(c), b, state * tl.exp2(total)[:, None], input_precision=PRECISION)
+        state = decayed(state, total[:, None], dtype == tl.float32)
+        state = tl.dot(tl.trans(c), b, state, input_precision=PRECISION)
         # In two steps: Triton 3.7.1 fails to compile one for sm_100.
         own = tl.reshape(tl.trans(x).to(tl.float32) * out, (BK, 2, C // 2))
         sums = tl.sum(tl.sum(own, 2), 1)
@@ -131,16 +136,20 @@ def _sweep(
             sums += tl.sum(tl.dot(tl.trans(x), tl.zeros((C, 16), dtype)), 1)
         if REVERSE:
             cut = ((start == first) & from_nothing) | ((start + C >= last) & to_nothing)
-            forgets = (total < FORGETS) | cut
+            forgets = (beyond_one(total, tl.minimum(last - start, C)) < FORGETS) | cut
+            index = chunks - 1 - step
+            # Through the chunk after one that forgets, unless that forgets too: of what is known to leave this one.
+            tl.store(through_ptr + here + K, sums - later_sums, mask=forgets & (walked > index + 1) & (channel < K))
+            later_sums = other_sums
             carry = tl.where(forgets, 0.0, carry - sums)
-            walked = tl.where(forgets, chunks - 1 - step, walked)
+            walked = tl.where(forgets, index, walked)
             tl.store(through_ptr + here, carry, mask=channel < K)
             carry += other_sums
         else:
             tl.store(sums_ptr + here, sums, mask=channel < K)
         read = tl.trans(out).to(operands.out_ptr.dtype.element_ty)
         store_chunk(out_view, read, start, column, last, k_row, K, C, BK, DESCRIPTORS)
-    return state, carry, walked
+    return state, carry, walked, later_sums
 
 
 @triton.jit
@@ -154,13 +163,13 @@ def _pairing(states_ptr, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr,
 @triton.jit
 def _tie(through_ptr, drift, walked, first, last, k_first, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
     """Takes `drift`, what dg at the segment's start is off by, from what passes through the first `walked` of its
-    chunks, in proportion."""
+    chunks but the first, in proportion."""
     chunks = tl.cdiv(last - first, C)
     channel = k_first + tl.arange(0, BK)[None, :]
     for block in range(tl.cdiv(chunks, TIED)):
         chunk = block * TIED + tl.arange(0, TIED)[:, None]
         here = through_ptr + (tl.cast(first // C, tl.int64) + chunk) * K + channel
-        mask = (chunk < walked[None, :]) & (channel < K)
+        mask = (chunk > 0) & (chunk < walked[None, :]) & (channel < K)
         share = (walked[None, :] - 0.5 - chunk.to(tl.float32)) / walked[None, :]
         tl.store(here, tl.load(here, mask=mask, other=0.0) - share * drift[None, :], mask=mask)
 
@@ -234,7 +243,7 @@ def channel_key_inter_chunk_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,  # as in channel_output
-    FORGETS: tl.constexpr,  # base-2 log-decay below which a chunk has forgotten what was before it
+    FORGETS: tl.constexpr,  # what is less than rounding changes, base 2, see `beyond_one`
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -258,14 +267,19 @@ def channel_key_inter_chunk_kernel(
         a_ptr=v_ptr, b_ptr=do_ptr, c_ptr=from_start_ptr, x_ptr=to_end_ptr,
         totals_ptr=totals_ptr, out_ptr=read_k_ptr, sums_ptr=sums_ptr, through_ptr=through_ptr,
     )  # fmt: skip
-    state, carry, walked = _sweep(
+    state, carry, walked, first_sums = _sweep(
         operands, here, state, carry, from_nothing, to_nothing, k_first, T, H_v, chunks,
         K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=True, FORGETS=FORGETS, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
+    through_ptr += _first_chunk(here, H_v, chunks, K, C)
     drift = carry
-    if not WHOLE:
-        drift -= _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
+    if not WHOLE:  # else nothing enters
+        start = _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
+        drift -= start
     # Other threads read what these have stored.
     tl.debug_barrier()
-    through_ptr += _first_chunk(here, H_v, chunks, K, C)
+    if not WHOLE:
+        channel = k_first + tl.arange(0, BK)
+        at = through_ptr + tl.cast(here.first // C, tl.int64) * K + channel
+        tl.store(at, start - first_sums, mask=(walked > 0) & (channel < K))
     _tie(through_ptr, drift, walked, here.first, here.last, k_first, K, BK, C)

@@ -6,6 +6,9 @@
     dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + leaving                      per channel, s within the chunk
     leaving = through + sum_s k_s 2^suffix_s read_k_s                        S D at the chunk's end
 
+of which what the chunk's last token adds to S is left out on both sides: it crosses no token, and is far larger than
+all that does where gates forget and D is that of a final state.
+
 Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
 pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent. As there, any gates,
 and in bf16 what `channel_bounded_intra_chunk` cannot do.
@@ -16,7 +19,9 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, chunk_rows, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
+    MIN_BASE_LOG2,
     base_operand,
+    ends_chunk,
     gate_operand,
     in_base_block,
     is_done,
@@ -95,6 +100,8 @@ def channel_intra_chunk_kernel(
     symmetric = symmetric.to(dtype)
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
+    dq_at = dq_ptr + out
+    dk_at = dk_ptr + out
     dg_at = dg_ptr + out
     if BASE > 0:
         to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
@@ -109,9 +116,12 @@ def channel_intra_chunk_kernel(
         dq = to_q * d_q
         d_k = tl.dot(tl.where(i < j, block, 0.0), near_q, input_precision=PRECISION)
         dk = to_k * d_k
-        terms = near_q * d_q - near_k * d_k
-    else:
-        terms = tl.zeros((C, BK), tl.float32)
+        within = sums_to_end(near_q * d_q - near_k * d_k, dtype, C)
+        # What crosses a token whose gate is beyond the floor of `base_operand` is decayed by the rest of it too. It is
+        # kept in dk's place.
+        within *= tl.exp2(tl.minimum(gates - MIN_BASE_LOG2, 0.0))
+        store_chunk(dk_at, within.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    terms = tl.zeros((C, BK), tl.float32)
     # q dq - k dk of pairs, with operands as rounded: so those that do not cross a token cancel in its sum. They are
     # kept in dg until sums are taken: a third tile would not fit registers.
     store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
@@ -148,14 +158,16 @@ def channel_intra_chunk_kernel(
         suffix_sums(operand, C)
     )
     dk += read_k
-    own = k * read_k
+    own = tl.where(ends_chunk(first, last, C), 0.0, k * read_k)
     terms -= own
     channel = k_first + tl.arange(0, BK)
     leaving = tl.sum(own, 0)
     leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
     dg = sums_to_end(terms, dtype, C) + leaving[None, :]
-    dq_at = dq_ptr + out
-    dk_at = dk_ptr + out
+    if BASE > 0:
+        # Other threads may have stored it.
+        tl.debug_barrier()
+        dg += load_chunk(dk_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     if FROM_ZERO:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import decayed
 from lasp.kernels.triton.common.program import load_chunk, place, rows_of, run_of, store_chunk, tile_at, view
 from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
 
@@ -88,7 +89,8 @@ def _sweep(
         store_chunk(
             out_view, out.to(operands.out_ptr.dtype.element_ty), start, column, last, c_row, V, C, BV, DESCRIPTORS
         )
-        state = tl.dot(tl.trans(b), c, state * tl.exp2(total)[:, None], input_precision=PRECISION)
+        state = decayed(state, total[:, None], dtype == tl.float32)
+        state = tl.dot(tl.trans(b), c, state, input_precision=PRECISION)
     return state
 
 

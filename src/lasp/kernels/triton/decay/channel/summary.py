@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import decayed
 from lasp.kernels.triton.common.program import load_chunk, needed_chunks, place, state_tile, view
 from lasp.kernels.triton.decay.channel.decays import gate_operand, load_channel_gates, prefix_sums, suffix_sums
 
@@ -54,7 +55,7 @@ def channel_summary_kernel(
         g_view = view(g_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
     # Transposed, [BV, BK], so that a channel's decay is one column's.
     state = tl.zeros((BV, BK), tl.float32)
-    decay = tl.zeros((BK,), tl.float32)
+    decay = tl.zeros((BK,), tl.float64)
     steps = needed_chunks(places_ptr, first, last, ends, C, REVERSE, TOTAL, PACKED)
     for step in range(steps):
         start = first + (steps - 1 - step if REVERSE else step) * C
@@ -71,9 +72,10 @@ def channel_summary_kernel(
                 weighted = (k * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
             else:
                 weighted = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
-        state = tl.dot(tl.trans(v), weighted, state * tl.exp2(total)[None, :], input_precision=PRECISION)
+        state = decayed(state, total[None, :], dtype == tl.float32)
+        state = tl.dot(tl.trans(v), weighted, state, input_precision=PRECISION)
         decay += total
     out = (tl.cast(batch, tl.int64) * H_v + head) * segments + segment
     pointers, mask = state_tile(totals_ptr + out * K * V, 0, k_first, V, K, 1, V, BV, BK)
     tl.store(pointers, state, mask=mask)
-    tl.store(decays_ptr + out * K + channel, decay, mask=channel < K)
+    tl.store(decays_ptr + out * K + channel, decay.to(tl.float32), mask=channel < K)

@@ -12,9 +12,11 @@ interval (`operands`), and from one chunk to the next
     d_g before a chunk = across + sum reads_q,        after it = across + sum reads_k
 
 so it is followed through the chunks. States are rounded as they are read, S by one sweep and D by the other: what
-remains of that adds up as a random walk does, and is tied at both ends, a third of its variance. Where a chunk forgets
-what was before it, nothing passes it: `across` is zero, and the walk ends and starts anew. So it is, exactly, in the
-first chunk of a run that starts from no state, and in the last of one whose final state has no gradient.
+remains of that adds up as a random walk does, and is tied at both ends, a third of its variance. At a run's end the
+gradient of a final state may be large where gates forget, and d_g next to nothing: there `across` is what the d_g
+before the chunk leaves of it, all of which is decayed by the chunk's first gate as d_g is. Where far less passes a
+chunk than one of its tokens, nothing does: `across` is zero, and the walk ends and starts anew. So it is, exactly, in
+the first chunk of a run that starts from no state, and in the last of one whose final state has no gradient.
 
 Pairs within a chunk are the difference of what both sweeps sum of it: what does not cross t cancels to fp32, since they
 round the scores alike. That is next to all of it where gates forget within a few tokens: there, and for fp32 inputs,
@@ -24,7 +26,7 @@ w is formed and summed here.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import TOKEN, head_gates, head_rate, pair_decay
+from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate, pair_decay
 from lasp.kernels.triton.common.program import DESCRIPTORS, as_swept, load_chunk, place, run_bounds
 from lasp.kernels.triton.decay.scalar.operands import inner_borders, intervals_in
 
@@ -64,7 +66,7 @@ def gate_gradient_kernel(
     INTERVAL_CHUNKS: tl.constexpr,
     PARTS: tl.constexpr,
     KIND: tl.constexpr,
-    FORGETS: tl.constexpr,  # base-2 log-decay below which a chunk has forgotten what was before it
+    FORGETS: tl.constexpr,  # what is less than rounding changes, base 2, see `beyond_one`
     ROUND: tl.constexpr,  # see `as_swept`
     EXACT: tl.constexpr,
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
@@ -131,11 +133,11 @@ def gate_gradient_kernel(
     g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
     prefix_ptr += run * padded + slot
     rate = head_rate(g_ptr, KIND)
+    lengths = tl.minimum(last - first - c * C, C)
+    totals = lengths * rate
     if KIND == TOKEN:
         totals = tl.load(prefix_ptr + first + c * C + C - 1, mask=c < count, other=0.0)
-    else:
-        totals = tl.minimum(last - first - c * C, C) * rate
-    forgets = (totals < FORGETS) & (c < count)
+    forgets = (beyond_one(totals, lengths) < FORGETS) & (c < count)
     formed = c < count if EXACT else forgets
     dg_at = dg_ptr + batch * tl.cast(T, tl.int64) * H_v + head
     if tl.max(formed.to(tl.int32), 0) > 0:
@@ -163,7 +165,11 @@ def gate_gradient_kernel(
 
     first_cut = from_nothing & (c == 0)
     last_cut = to_nothing & (c == count - 1)
-    across = _across(tl.sum(reads_q, 1), tl.sum(reads_k, 1), forgets | first_cut | last_cut, start, end, count, c)
+    cut = forgets | first_cut | last_cut
+    ends &= interval == intervals - 1
+    across = _across(tl.sum(reads_q, 1), tl.sum(reads_k, 1), cut, start, end, ends, count, c)
+    # Nothing of a chunk's last token, large as it may be: it crosses none.
+    reads_k = tl.where((i == C - 1) | (at == last - 1), 0.0, reads_k)
     earlier = tl.cumsum(reads_k, 1) - reads_k
     dg = across[:, None] + tl.cumsum(reads_q, 1, reverse=True) + earlier + within
     tl.store(dg_at, dg, mask=inside)
@@ -182,22 +188,23 @@ def _paired(state_ptr, d_state_ptr, known, SIZE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _across(q, k, cut, start, end, count, c):
+def _across(q, k, cut, start, end, ends, count, c):
     """Sum what passes each chunk, from the sums of reads [chunks] by q and by k: nothing where `cut`. Of a stretch of
-    others it is followed from the known d_g after the last, and tied to that before the first, `drift` a chunk."""
+    others it is followed from the known d_g before the first, and tied to that after the last, `drift` a chunk."""
     here = c[:, None]
     other = c[None, :]
     is_cut = cut[None, :]
     right = tl.min(tl.where(is_cut & (other > here), other, count), 1)  # the first chunk after the stretch
     left = tl.max(tl.where(is_cut & (other < here), other + 1, 0), 1)  # the first of the stretch
-    gained = tl.where(cut, 0.0, q - k)[None, :]
+    gained = tl.where(cut, 0.0, k - q)[None, :]
     stretch = (other >= left[:, None]) & (other < right[:, None])
-    later = tl.sum(tl.where(stretch & (other > here), gained, 0.0), 1)
+    earlier = tl.sum(tl.where(stretch & (other < here), gained, 0.0), 1)
     whole = tl.sum(tl.where(stretch, gained, 0.0), 1)
     after = tl.sum(tl.where(other == right[:, None], q[None, :], 0.0), 1) + tl.where(right == count, end, 0.0)
     before = tl.sum(tl.where(other + 1 == left[:, None], k[None, :], 0.0), 1) + tl.where(left == 0, start, 0.0)
-    drift = (after + whole - before) / (right - left)
-    return tl.where(cut, 0.0, after + later - k - drift * (right - c - 0.5))
+    drift = (after - whole - before) / (right - left)
+    share = tl.where(ends & (right == count), 0.0, 0.5)
+    return tl.where(cut, 0.0, before + earlier - q + drift * (c - left + share))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ One program walks one segment of one head, for BV columns of the state, which st
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import chunk_decays, head_gates, head_rate
+from lasp.kernels.triton.common.decays import chunk_decays, decayed, head_gates, head_rate
 from lasp.kernels.triton.common.program import load_chunk, needed_chunks, place, rows_of, run_of, state_tile, view
 
 
@@ -57,7 +57,8 @@ def summary_kernel(
     g_ptr = head_gates(g_ptr, here.batch, here.head, T, H_v, KIND)
     rate = head_rate(g_ptr, KIND)
     state = tl.zeros((BK, BV), tl.float32)
-    decay = 0.0
+    # Of many slow decays a sum in fp32 loses as much.
+    decay = tl.full((), 0.0, tl.float64)
     slot = run * chunks * C + here.chunk * C - first
     steps = needed_chunks(places_ptr, first, last, here.ends, C, REVERSE, TOTAL, PACKED)
     for step in range(steps):
@@ -69,13 +70,13 @@ def summary_kernel(
             prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
         )
         if BACKWARDS and not REVERSE:
-            weight *= tl.exp2(decay)
+            weight *= tl.exp2(decay.to(tl.float32))
         if WEIGH_K:
             k = (k * weight[:, None]).to(k.dtype)
         else:
             v = (v * weight[:, None]).to(v.dtype)
         if REVERSE or not BACKWARDS:
-            state *= tl.exp2(total)
+            state = decayed(state, total, EXACT)
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
         decay += total
 
@@ -83,4 +84,4 @@ def summary_kernel(
     pointers, mask = state_tile(totals_ptr + out * K * V, 0, v_first, K, V, V, 1, BK, BV)
     tl.store(pointers, state, mask=mask)
     if v_first == 0:
-        tl.store(decays_ptr + out, decay)
+        tl.store(decays_ptr + out, decay.to(tl.float32))

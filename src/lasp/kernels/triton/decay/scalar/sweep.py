@@ -23,7 +23,7 @@ so much a warp adds up by itself. They leave states within the segment (`leave`)
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import NONE, chunk_decays, head_rate, pair_decay
+from lasp.kernels.triton.common.decays import NONE, chunk_decays, decayed, head_rate, pair_decay
 from lasp.kernels.triton.common.program import load_chunk, run_bounds, store_chunk, view
 from lasp.kernels.triton.decay.scalar.operands import intervals_in, key_tile, leave, next_interval
 
@@ -139,7 +139,7 @@ def add_chunk(
             y = (y * to_state[:, None]).to(y.dtype)
         else:
             x_t = (x_t * to_state[None, :]).to(y.dtype)
-    return tl.dot(x_t, y, state * tl.exp2(total), input_precision=PRECISION)
+    return tl.dot(x_t, y, decayed(state, total, y.dtype == tl.float32), input_precision=PRECISION)
 
 
 @triton.jit
