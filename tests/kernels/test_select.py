@@ -37,3 +37,20 @@ def test_a_gpu_left_to_pytorch_is_a_warning(caplog: pytest.LogCaptureFixture) ->
     for family in ("decay", "decay", "delta", "unmasked"):
         select._choose(family, gpu, torch.float64, 0)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+
+
+def test_kernels_not_known_to_be_right_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delta rule's of wide heads with a gate per channel; other gates and narrower heads are the controls."""
+
+    class Hopper:
+        major = 9
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper())
+    gpu = torch.device("cuda")
+    taken = {
+        (kind, width): select._choose(kind, gpu, torch.bfloat16, width)
+        for kind in ("delta", "delta, per channel")
+        for width in (128, 256)
+    }
+    assert [way for way, backend in taken.items() if backend == "torch"] == [("delta, per channel", 256)]

@@ -18,7 +18,10 @@ from lasp.recurrence.stages import AnyStages
 
 logger = logging.getLogger(__name__)
 
-FUSED_FAMILIES = ("decay", "delta")
+FUSED_FAMILIES = ("decay", "delta", "delta, per channel")
+# Wider heads of the delta rule with a gate per channel "auto" leaves to PyTorch: on an H200 gradients were wrong in a
+# form of these kernels, and the form that follows it has not been run there.
+SHOWN_CHANNEL_DIM = 128
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
 _loaded: dict[tuple[str, str], AnyStages] = {}
 _chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
@@ -34,7 +37,10 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
         keys = int(x.q.shape[3]) if family == "delta" else 0  # whose heads of wide keys cannot be cut
-        backend = _choose(family, x.q.device, x.q.dtype, keys)
+        kind = family
+        if family == "delta" and x.g is not None and x.g.dim() == 4:
+            kind, keys = "delta, per channel", max(keys, int(x.v.shape[3]))
+        backend = _choose(kind, x.q.device, x.q.dtype, keys)
     return load(family, backend, x)
 
 
@@ -74,6 +80,8 @@ def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys:
         return f"the GPU's compute capability is below {FUSED_CAPABILITY}.0"
     if dtype not in FUSED_DTYPES:
         return f"the fused kernels take 16 and 32 bits, not {dtype}"
+    if family == "delta, per channel" and keys > SHOWN_CHANNEL_DIM:
+        return f"of heads wider than {SHOWN_CHANNEL_DIM} the fused kernels are not known to be right on a GPU"
     if keys > FUSED_MAX_DIM:
         return f"keys have {keys} channels, the delta rule's fused kernels take up to {FUSED_MAX_DIM}"
     return "" if importlib.util.find_spec("triton") else "triton is not installed"

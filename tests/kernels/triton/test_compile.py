@@ -45,7 +45,7 @@ SPILLS = {
     "cuda:80": {
         "channel_bounded_intra_chunk_kernel": 288,
         "channel_bounded_prepare_kernel": 32,
-        "channel_intra_chunk_kernel": 576,
+        "channel_intra_chunk_kernel": 608,
         "channel_prepare_kernel": 128,
         "output_kernel": 256,
         "output_kernel of wide heads": 32,
@@ -58,7 +58,7 @@ SPILLS = {
         "channel_intra_chunk_kernel": 256,
         "output_kernel": 224,
         "output_kernel of wide heads": 400,
-        "channel_key_inter_chunk_kernel": 128,
+        "channel_key_inter_chunk_kernel": 168,
         "query_gradient_kernel": 8,  # outside of its loop over chunks
         "key_gradient_kernel": 48,
         "value_gradient_kernel of wide heads": 804,  # in fp32, by vector instructions
