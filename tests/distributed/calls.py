@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lasp
+from lasp.distributed.groups import new_group
 from lasp.exchange import EXCHANGES
 
 SCHEDULES = ("auto", *EXCHANGES)
@@ -185,7 +186,7 @@ def told_apart_over_nccl(device: str) -> list[tuple[str, str, str, float]]:
     found = []
     for schedule in (*SCHEDULES, "peer"):
         for program in [program for program in WRONG if program is not other_tensor]:
-            group = dist.new_group(backend="nccl", timeout=timedelta(seconds=60))
+            group = new_group(backend="nccl", timeout=timedelta(seconds=60))
             ranks = Ranks(lasp.SequenceParallel(group, exchange=schedule, timeout_s=40), device)
             right(ranks)
             torch.cuda.synchronize()

@@ -74,7 +74,7 @@ def test_a_trainer_over_ranks(size: int, split: int, tmp_path: Any) -> None:
     def over_ranks(rank: int) -> Any:
         as_process(rank, size)
         made = trainer(str(tmp_path), 2)
-        members = [dist.new_group(list(range(first, first + split))) for first in range(0, size, split)]
+        members: list[Any] = [dist.new_group(list(range(first, first + split))) for first in range(0, size, split)]
         losses, norms, evaluated, weights = trained(lasp.hf.attach(made, lasp.SequenceParallel(members[rank // split])))
         return losses, norms, evaluated, weights.numpy()
 
