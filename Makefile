@@ -23,10 +23,10 @@ train: $(VENV)/.installed  ## train transnormer-tiny, its sequences split over t
 	$(BIN)/lasp train $(ARGS)
 
 test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal $(ARGS)
 
 exhaustive: $(VENV)/.installed-dev  ## every case where `make test` takes a sample of them
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exhaustive $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal -m exhaustive $(ARGS)
 
 fuzz: $(VENV)/.installed-dev  ## random calls of every operator against loops in fp64 (ARGS="--seconds 600 --seed 1")
 	PYTHONPATH=src $(BIN)/python -m tests.fuzz $(ARGS)
@@ -46,12 +46,12 @@ range:  ## the core of the tests on the oldest, usual and newest PyTorch and Tri
 	$(PYTHON) -m tests.range $(ARGS)
 
 triton: $(OLDEST_TRITON)/.installed  ## read and compile a sample of the kernels by the oldest Triton, installed beside the environment
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/triton/test_compile.py $(ARGS)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/triton/test_compile.py -m exhaustive -k sample $(ARGS)
 
 oracle: $(ORACLE)/.installed $(TRANSFORMERS:%=$(ORACLE)-%/.installed)  ## compare with flash-linear-attention and with transformers, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
 	for version in $(TRANSFORMERS); do \
-	  echo "transformers $$version"; PYTHONPATH=$(ORACLE)-$$version $(BIN)/python -m pytest tests/hf -m "" -n auto --maxprocesses 4 $(ARGS) || exit 1; \
+	  echo "transformers $$version"; PYTHONPATH=$(ORACLE)-$$version $(BIN)/python -m pytest tests/hf -m "" -n auto --maxprocesses 5 $(ARGS) || exit 1; \
 	done
 
 trackers: $(TRACKERS)/.installed  ## write to the real TensorBoard and wandb, installed beside the environment

@@ -19,6 +19,11 @@ if not torch.cuda.is_available():
     torch.ones((), requires_grad=True).backward()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than cores: tests of several processes wait for each other, for files and for deadlines."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> None:
     # On a GPU a few of the reference's operations have no deterministic form.
