@@ -13,7 +13,7 @@ TRANSFORMERS ?= 5.17 5.20 5
 TRACKERS := build/trackers
 ARGS ?=
 
-.PHONY: train test exhaustive fuzz lint docs packages range triton oracle trackers clean FORCE
+.PHONY: train test exhaustive rest fuzz lint docs packages range triton oracle trackers clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ train: $(VENV)/.installed  ## train transnormer-tiny, its sequences split over t
 
 test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal $(ARGS)
+
+rest: $(VENV)/.installed-dev  ## the tests that `make test` leaves to continuous integration
+	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal -m 'ci and not exhaustive' $(ARGS)
 
 exhaustive: $(VENV)/.installed-dev  ## every case where `make test` takes a sample of them
 	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal -m exhaustive $(ARGS)
