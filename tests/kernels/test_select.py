@@ -49,8 +49,8 @@ def test_kernels_not_known_to_be_right_are_not_taken(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper())
     gpu = torch.device("cuda")
     taken = {
-        (kind, width): select._choose(kind, gpu, torch.bfloat16, width)
-        for kind in ("delta", "delta, per channel")
+        (channels, width): select._choose("delta", gpu, torch.bfloat16, width, width if channels else 0)
+        for channels in (False, True)
         for width in (128, 256)
     }
-    assert [way for way, backend in taken.items() if backend == "torch"] == [("delta, per channel", 256)]
+    assert [way for way, backend in taken.items() if backend == "torch"] == [(True, 256)]

@@ -18,13 +18,13 @@ from lasp.recurrence.stages import AnyStages
 
 logger = logging.getLogger(__name__)
 
-FUSED_FAMILIES = ("decay", "delta", "delta, per channel")
-# Wider heads of the delta rule with a gate per channel "auto" leaves to PyTorch: on an H200 gradients were wrong in a
-# form of these kernels, and the form that follows it has not been run there.
+FUSED_FAMILIES = ("decay", "delta")
+# The delta rule's of a gate per channel: on an H200 gradients of wider heads were wrong in a form of these kernels, and
+# the form that follows it has not been run there.
 SHOWN_CHANNEL_DIM = 128
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
 _loaded: dict[tuple[str, str], AnyStages] = {}
-_chosen: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
 
 
 def select(family: str, backend: str, x: Inputs) -> AnyStages:
@@ -36,17 +36,21 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        keys = int(x.q.shape[3]) if family == "delta" else 0  # whose heads of wide keys cannot be cut
-        kind = family
-        if family == "delta" and x.g is not None and x.g.dim() == 4:
-            kind, keys = "delta, per channel", max(keys, int(x.v.shape[3]))
-        backend = _choose(kind, x.q.device, x.q.dtype, keys)
+        keys = channels = 0
+        if family == "delta":  # whose heads of wide keys cannot be cut
+            keys = int(x.q.shape[3])
+            channels = max(keys, int(x.v.shape[3])) if x.g is not None and x.g.dim() == 4 else 0
+        backend = _choose(family, x.q.device, x.q.dtype, keys, channels)
     return load(family, backend, x)
 
 
-def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:
-    """Choose, and say once what: as a warning where a GPU falls to PyTorch, many times slower."""
-    key = (family, device, dtype, keys)
+def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int = 0, channels: int = 0) -> str:
+    """Choose, and say once what: as a warning where a GPU falls to PyTorch, many times slower.
+
+    keys: of heads that cannot be cut, else 0. channels: of the wider side of heads with a gate per channel of keys, of
+    a delta rule, else 0.
+    """
+    key = (family, device, dtype, keys, channels)
     if key not in _chosen:
         reason = _against_triton(*key)
         _chosen[key] = "torch" if reason else "triton"
@@ -58,9 +62,9 @@ def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int) ->
 
 def has_fused_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernels of what stands around recurrences run there."""
-    key = ("neighbours", device, dtype, 0)
+    key = ("neighbours", device, dtype, 0, 0)
     if key not in _chosen:
-        _chosen[key] = "torch" if _against_triton("decay", device, dtype, 0) else "triton"
+        _chosen[key] = "torch" if _against_triton("decay", device, dtype, 0, 0) else "triton"
     return _chosen[key] == "triton"
 
 
@@ -70,7 +74,7 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 has_fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int) -> str:
+def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int, channels: int) -> str:
     """The reason that the fused kernels are not for these inputs; empty where they are."""
     if family not in FUSED_FAMILIES:
         return "no fused kernels for it"
@@ -80,7 +84,7 @@ def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys:
         return f"the GPU's compute capability is below {FUSED_CAPABILITY}.0"
     if dtype not in FUSED_DTYPES:
         return f"the fused kernels take 16 and 32 bits, not {dtype}"
-    if family == "delta, per channel" and keys > SHOWN_CHANNEL_DIM:
+    if channels > SHOWN_CHANNEL_DIM:
         return f"of heads wider than {SHOWN_CHANNEL_DIM} the fused kernels are not known to be right on a GPU"
     if keys > FUSED_MAX_DIM:
         return f"keys have {keys} channels, the delta rule's fused kernels take up to {FUSED_MAX_DIM}"
