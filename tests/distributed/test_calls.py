@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from threading import Event
 from typing import Any
 
@@ -191,9 +192,9 @@ def test_an_alarm_ends_what_a_rank_waits_for(refused_by, ended):
     store, aborted = dist.HashStore(), [Event(), Event()]
     alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set, grace_s=2.0) for rank in range(2)]
     for rank in refused_by:
-        alarms[rank].raise_for_all(f"rank {rank}: refused", unless_all=True)
+        alarms[rank].raised(f"rank {rank}: refused", unless_all=True)
     if not refused_by:
-        alarms[0].raise_for_all("rank 0: refused")
+        alarms[0].raised("rank 0: refused")
     assert aborted[1].wait(10.0 if ended else 1.5) == ended
     for alarm in alarms:
         alarm.stop()
@@ -204,13 +205,19 @@ def test_an_alarm_ends_what_a_rank_waits_for(refused_by, ended):
 @pytest.mark.parametrize("wrong", [False, True], ids=["in step", "out of step"])
 def test_ranks_that_wait_for_each_other_compare_their_calls(wrong):
     """As over NCCL, where each waits for a message of another call and neither finds one; a late rank is no such."""
+
+    class Names:
+        def of(self, words: Sequence[int]) -> str:
+            return f"operator {words[0]}"
+
+    names = Names()
     store, aborted = dist.HashStore(), [Event(), Event()]
     alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set) for rank in range(2)]
     for rank, calls in enumerate([(1, 2, 3), (1, 4 if wrong else 2)]):
         trail = Trail()
         for call in calls:
             trail.add(call)
-        alarms[rank].follow(trail, lambda words: f"operator {words[0]}")
+        alarms[rank].follow(trail, names.of)
     assert [event.wait(10.0 if wrong else 1.5) for event in aborted] == [wrong] * 2
     for alarm in alarms:
         alarm.stop()

@@ -15,15 +15,20 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
+
+from lasp.distributed.record import ExchangeError
 
 _PERIOD_S = 0.5
 # Input that is refused on all ranks leaves them in step. They may come to it seconds apart.
 _GRACE_S = 5.0
 _COMPARED_CALLS = 64
+# The process that keeps the store may end first: then there is nobody to tell or to hear.
+_STORE_ENDED = (DistStoreError, DistNetworkError)
 
 
 class Trail:
@@ -45,7 +50,37 @@ class Trail:
         return list(self._last.copy())
 
 
-class Alarm:
+class NoAlarm:
+    """Stands for an alarm where hosts hear of a failure by themselves: nobody need be told, nothing ended."""
+
+    def raised(self, message: str, *, unless_all: bool = False) -> ExchangeError:
+        """Tell the other ranks that this one has failed. unless_all: they go on if they fail within seconds too.
+
+        Returns:
+            what to raise here.
+        """
+        return ExchangeError(message)
+
+    def check(self) -> None:
+        """Raise ExchangeError if another rank said that it cannot go on; the group is then no longer."""
+
+    def follow(self, trail: Trail, named: Callable[[Sequence[int]], str]) -> None:
+        """Compare this rank's calls with the others' while they wait.
+
+        named: a method that names one by its words. What it is of is not kept alive.
+        """
+
+    def ends(self, wait: Callable[[], None]) -> None:
+        """Call the method `wait` too when the group's work ends, while what it is of lives.
+
+        It ends what kernels wait for that are not the group's own.
+        """
+
+    def stop(self) -> None:
+        """Hear no more, before the store ends."""
+
+
+class Alarm(NoAlarm):
     """One rank's alarm, and its ear for those of the others.
 
     Args:
@@ -63,56 +98,54 @@ class Alarm:
         """The message of another rank that ended the group's work, or None."""
         self._store, self._rank, self._size, self._abort, self._grace_s = store, rank, size, abort, grace_s
         self._trail = Trail()
-        self._named: Callable[[tuple[int, ...]], str] = repr
-        self._seen = self._written = 0
-        self._waits: list[Callable[[], None]] = []
+        self._named: WeakMethod[Callable[[Sequence[int]], str]] | None = None
+        self._seen = 0
+        self._calls: list[tuple[int, int, str]] = []
+        self._waits: list[WeakMethod[Callable[[], None]]] = []
         self._refused_at = -float("inf")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="lasp alarm", daemon=True)
         self._thread.start()
 
-    def raise_for_all(self, message: str, *, unless_all: bool = False) -> None:
-        """Tell the other ranks that this one has failed. unless_all: they go on if they fail within seconds too."""
+    def raised(self, message: str, *, unless_all: bool = False) -> ExchangeError:
         if unless_all:
             self._refused_at = time.monotonic()
-        number = self._store.add("raised", 1)
-        self._store.set(str(number), json.dumps([self._rank, message, unless_all]))
+        with contextlib.suppress(*_STORE_ENDED):
+            number = self._store.add("raised", 1)
+            self._store.set(str(number), json.dumps([self._rank, message, unless_all]))
+        return ExchangeError(message)
+
+    def check(self) -> None:
+        if self.said is not None:
+            raise ExchangeError(self.said)
+
+    def follow(self, trail: Trail, named: Callable[[Sequence[int]], str]) -> None:
+        self._trail, self._named = trail, WeakMethod(named)
 
     def ends(self, wait: Callable[[], None]) -> None:
-        """Call `wait` too when the group's work ends: it ends what kernels wait for that are not the group's own."""
-        self._waits.append(wait)
-
-    def follow(self, trail: Trail, named: Callable[[tuple[int, ...]], str]) -> None:
-        """Compare this rank's calls with the others' while they wait. named: what people are told of one's words."""
-        self._trail, self._named = trail, named
+        self._waits.append(WeakMethod(wait))
 
     def silence(self) -> None:
         """Let the thread end, soon."""
         self._stopped.set()
 
     def stop(self) -> None:
-        """End the thread, before the store ends."""
         self.silence()
         self._thread.join()
 
     def _listen(self) -> None:
         number = 1
         while not self._stopped.wait(_PERIOD_S):
-            while (raised := self._raised(number)) is not None:
+            while (raised := self._read(str(number))) is not None:
                 number += 1
                 rank, message, unless_all = raised
                 if rank != self._rank and not (unless_all and self._refused_too()):
                     self._end(message)
                     return
             if (difference := self._out_of_step()) is not None:
-                self.raise_for_all(difference)
+                self.raised(difference)
                 self._end(difference)
                 return
-
-    def _raised(self, number: int) -> tuple[int, str, bool] | None:
-        """The rank, the message, and if it stands unless all ranks refuse; None while there is no alarm `number`."""
-        raised = self._read(str(number))
-        return None if raised is None else (raised[0], raised[1], raised[2])
 
     def _out_of_step(self) -> str | None:
         """A message about the first call in which this rank waits and differs from the next one, if that waits too.
@@ -120,13 +153,14 @@ class Alarm:
         Of ranks that are not all at the same calls some rank and the next are not.
         """
         waits, self._seen = self._trail.number == self._seen, self._trail.number
-        if not waits or not self._seen:
+        named = None if self._named is None else self._named()
+        if not waits or named is None:
             return None
-        own = {number: (digest, self._named(words)) for number, digest, words in self._trail.last()}
-        if self._written < self._seen:
-            self._written = self._seen
-            with contextlib.suppress(DistStoreError, DistNetworkError):
-                self._store.set(f"at {self._rank}", json.dumps([(number, *call) for number, call in own.items()]))
+        if not self._calls or self._calls[-1][0] < self._seen:
+            self._calls = [(number, digest, named(words)) for number, digest, words in self._trail.last()]
+            with contextlib.suppress(*_STORE_ENDED):
+                self._store.set(f"at {self._rank}", json.dumps(self._calls))
+        own = {number: (digest, name) for number, digest, name in self._calls}
         rank = (self._rank + 1) % self._size
         for number, digest, name in self._read(f"at {rank}") or ():
             if number in own and own[number][0] != digest:
@@ -137,7 +171,7 @@ class Alarm:
 
     def _read(self, key: str) -> list[Any] | None:
         """Read what a rank wrote, if it did."""
-        with contextlib.suppress(DistStoreError, DistNetworkError):  # the process that keeps the store has ended
+        with contextlib.suppress(*_STORE_ENDED):
             if self._store.check([key]):
                 written: list[Any] = json.loads(self._store.get(key))
                 return written
@@ -153,6 +187,9 @@ class Alarm:
 
     def _end(self, message: str) -> None:
         self.said = message
-        for end_wait in self._waits:
-            end_wait()
-        self._abort()
+        try:
+            for of_memory in self._waits:
+                if (end_wait := of_memory()) is not None:
+                    end_wait()
+        finally:
+            self._abort()

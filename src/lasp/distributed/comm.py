@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.distributed.alarm import Alarm, Trail
+from lasp.distributed.alarm import Alarm, NoAlarm
 from lasp.distributed.clock import ExchangeClock
 from lasp.distributed.ending import before_exit
 from lasp.distributed.groups import gloo_group, shared_store
@@ -108,8 +108,8 @@ class _Explained:
         if not isinstance(error, RuntimeError) or isinstance(error, ExchangeError):
             return
         c = self._comm
-        c.check_alarm()
-        raise c.out_of_step(
+        c.alarm.check()
+        raise c.alarm.raised(
             f"sequence-parallel rank {c.rank} of {c.size} (global rank {dist.get_rank()}) failed to {self._what}, "
             f"operation {c.operations}, deadline {c.timeout_s:g} s. Another rank stopped, is late, or runs "
             f"something else: look for the first error among global ranks {c.global_ranks}. Cause: {error}"
@@ -158,7 +158,8 @@ class Comm:
         self._unheard: deque[Posted] = deque()
         self._reports: deque[Any] = deque()
         self._nodes: tuple[int, ...] | None = (1,) if self.size == 1 else None
-        self._alarm: Alarm | None = None
+        self.alarm = NoAlarm()
+        """Tells other ranks that this one cannot go on, and hears it of them, where a GPU keeps hosts waiting."""
         if self.size == 1:
             self._group = group
             return
@@ -168,11 +169,11 @@ class Comm:
             self._group = gloo_group(group, _agreed_name(group, deadline), deadline) if uses_gloo else group
             if not uses_gloo:
                 store = shared_store(_agreed_name(group, deadline))
-                self._alarm = Alarm(store, self.rank, self.size, partial(_abort, weakref.ref(group)))
-                weakref.finalize(self, self._alarm.silence)
+                self.alarm = alarm = Alarm(store, self.rank, self.size, partial(_abort, weakref.ref(group)))
+                weakref.finalize(self, alarm.silence)
         own = [self._control, self._group] if uses_gloo else [self._control]
         # A process that ends takes its unsent messages with it, and a chain's first rank is done long before its last.
-        before_exit(self, own, partial(_let_messages_leave, self._sending, self._reports, self._alarm))
+        before_exit(self, own, partial(_let_messages_leave, self._sending, self._reports, self.alarm))
         # gloo cannot send CUDA tensors from one process to another: they pass through the host.
         self._through_host = uses_gloo
 
@@ -370,35 +371,7 @@ class Comm:
             # This rank knows: it does not hear of itself.
             record = Record(self.num_calls, Description("error", {"error": error[:1000]}), step=self.step, error=True)
             self._reports.append(self._post(record).work)
-        message = failures({self.rank: error[:1000]})
-        if self._alarm is not None:
-            self._alarm.raise_for_all(message, unless_all=True)
-        return ExchangeError(message)
-
-    def out_of_step(self, error: str) -> ExchangeError:
-        """Tell ranks whose GPU keeps them waiting, so that their hosts hear of nothing, that this one cannot go on.
-
-        Returns:
-            what to raise here.
-        """
-        if self._alarm is not None:
-            self._alarm.raise_for_all(error)
-        return ExchangeError(error)
-
-    def check_alarm(self) -> None:
-        """Raise ExchangeError if another rank said that it cannot go on; over NCCL the group is then no longer."""
-        if self._alarm is not None and self._alarm.said is not None:
-            raise ExchangeError(self._alarm.said)
-
-    def follow(self, trail: Trail, named: Callable[[tuple[int, ...]], str]) -> None:
-        """Compare the calls begun with those of the other ranks where all of them wait (`Alarm.follow`)."""
-        if self._alarm is not None:
-            self._alarm.follow(trail, named)
-
-    def ends_at_alarm(self, wait: Callable[[], None]) -> None:
-        """Call `wait`, which ends a wait of this rank's GPU, when another rank cannot go on."""
-        if self._alarm is not None:
-            self._alarm.ends(wait)
+        return self.alarm.raised(failures({self.rank: error[:1000]}), unless_all=True)
 
     def hear(self, posted: Posted) -> None:
         """Wait for the records of all ranks that belong to `posted`, and before that for those that came earlier.
@@ -491,9 +464,8 @@ def _abort(group: weakref.ref[dist.ProcessGroup]) -> None:
         alive.abort()
 
 
-def _let_messages_leave(sending: deque[tuple[Any, Tensor]], reports: deque[Any], alarm: Alarm | None) -> None:
-    if alarm is not None:
-        alarm.stop()
+def _let_messages_leave(sending: deque[tuple[Any, Tensor]], reports: deque[Any], alarm: NoAlarm) -> None:
+    alarm.stop()
     while sending:
         with contextlib.suppress(RuntimeError):  # the receiver is gone, or the group is
             sending.popleft()[0].wait()

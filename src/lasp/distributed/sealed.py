@@ -87,7 +87,7 @@ class SealedCalls(Calls):
         self._seen, self._step, self._place = self.found.numpy(), RecordedStep(), 0
         self._known: dict[int, str] = {}
         self._trail = Trail()
-        comm.follow(self._trail, self._named)
+        comm.alarm.follow(self._trail, self._named)
 
     def begin(
         self,
@@ -104,9 +104,9 @@ class SealedCalls(Calls):
                 what is new.
         """
         comm, record = self.comm, Record(0, description, documents)
-        comm.check_alarm()
+        comm.alarm.check()
         if self._seen[0]:
-            raise comm.out_of_step(self._said(comm))
+            raise comm.alarm.raised(self._said(comm))
         if comm.step != self._step:
             self._step = comm.step
             self._place = (comm.step.number << _STEP_BITS) + comm.step.data % (1 << _STEP_BITS)

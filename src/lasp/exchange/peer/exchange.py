@@ -50,7 +50,7 @@ class _Shared:
             self.is_possible = buffers is not None
             if buffers is not None:
                 self.memory, self.largest = PeerMemory(comm.rank, buffers, slot, comm.timeout_s), slot - slot_needed(0)
-                comm.ends_at_alarm(self.memory.end_wait)
+                comm.alarm.ends(self.memory.end_wait)
         return self.memory if self.is_possible else None
 
     def follow(self, device: torch.device) -> None:
