@@ -139,23 +139,42 @@ def _gated_norm(shape: _GatedNorm, backward: bool) -> Launch:
     return Launch(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=warps, stages=1)
 
 
-def _norm_shape(
+class _NormCall(NamedTuple):
+    """A launch, and what both passes read."""
+
+    launch: Launch
+    given: dict[str, Tensor]
+
+
+def _norm_call(
     o: Tensor,
     z: Tensor | None,
     x: Tensor | None,
     skip: Tensor | None,
     gain: Tensor,
     groups: int,
-    act: int,
-    first: bool,
+    activation: str,
+    gate_first: bool,
     eps: float,
-) -> _GatedNorm:
+    *,
+    backward: bool,
+) -> _NormCall:
+    o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
     width = o.shape[2:].numel()
     columns = width // groups
-    return _GatedNorm(
+    shape = _GatedNorm(
         o.shape[0] * o.shape[1] * groups, columns, groups, 0 if z is None else _row(z), 0 if x is None else _row(x),
-        gain.numel() // columns, act, first, 0 if skip is None else width // skip.numel(), eps,
+        gain.numel() // columns, ACTIVATIONS["none" if z is None else activation], gate_first,
+        0 if skip is None else width // skip.numel(), eps,
     )  # fmt: skip
+    given = {
+        "o_ptr": o,
+        "z_ptr": o if z is None else z,
+        "x_ptr": o if x is None else x,
+        "skip_ptr": gain if skip is None else skip,
+        "gain_ptr": gain.contiguous(),
+    }
+    return _NormCall(_gated_norm(shape, backward), given)
 
 
 def gated_norm(
@@ -177,17 +196,9 @@ def gated_norm(
         x: likewise, strided; added, times skip [any divisor of D], or None and so is skip.
         gain: [D / groups] for all groups alike, or [D].
     """
-    o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
-    act = ACTIVATIONS["none" if z is None else activation]
+    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, backward=False)
     y = torch.empty(*o.shape[:2], o.shape[2:].numel(), dtype=o.dtype, device=o.device)
-    _gated_norm(_norm_shape(o, z, x, skip, gain, groups, act, gate_first, eps), False)(
-        o_ptr=o,
-        z_ptr=o if z is None else z,
-        x_ptr=o if x is None else x,
-        skip_ptr=gain if skip is None else skip,
-        gain_ptr=gain.contiguous(),
-        y_ptr=y,
-    )
+    launch(**given, y_ptr=y)
     return y
 
 
@@ -204,10 +215,8 @@ def gated_norm_gradients(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of o, z, x, skip and gain; of what there is not, something."""
-    o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
-    act = ACTIVATIONS["none" if z is None else activation]
-    launch = _gated_norm(_norm_shape(o, z, x, skip, gain, groups, act, gate_first, eps), True)
-    width = o.shape[2:].numel()
+    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, backward=True)
+    width, o = o.shape[2:].numel(), given["o_ptr"]
     d_o, d_z, d_x = torch.empty_like(o), o.new_empty(0), o.new_empty(0)
     if z is not None:
         d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -218,11 +227,7 @@ def gated_norm_gradients(
     d_gain = torch.empty(parts, dtype=torch.float32, device=o.device)
     d_skip = torch.empty(programs if skip is not None else 0, width, dtype=torch.float32, device=o.device)
     launch(
-        o_ptr=o,
-        z_ptr=o if z is None else z,
-        x_ptr=o if x is None else x,
-        skip_ptr=gain if skip is None else skip,
-        gain_ptr=gain.contiguous(),
+        **given,
         d_y_ptr=d_y.contiguous(),
         d_o_ptr=d_o,
         d_z_ptr=d_o if z is None else d_z,
