@@ -70,10 +70,10 @@ def run(versions: Versions, tests: list[str], keep: bool) -> Outcome:
     python = interpreter(versions.python)
     if python is None:
         return Outcome("not run", f"there is no Python {versions.python}")
-    if shutil.disk_usage(scratch()).free < NEEDED_BYTES:
-        return Outcome("not run", f"{scratch()} has less than {NEEDED_BYTES >> 30} GiB free")
     name = re.sub(r"[^a-z0-9.]+", "-", str(versions).lower())
     folder = scratch() / name
+    if not folder.exists() and shutil.disk_usage(scratch()).free < NEEDED_BYTES:
+        return Outcome("not run", f"{scratch()} has less than {NEEDED_BYTES >> 30} GiB free")
     try:
         subprocess.run([python, "-m", "venv", folder], check=True)
         inside = str(folder / "bin" / "python")
