@@ -25,6 +25,36 @@ def options(entry: dict[str, Any]) -> list[str]:
 
 def show(found: dict[str, Any], console: Terminal) -> None:
     """Print what `lasp.analysis.report.plan` found, and the command that runs it."""
+    unseen = "" if found["measured"] else " (not measured)"
+    console.print(_methods(found))
+    for entry in found["methods"]:
+        if "reason" in entry:
+            console.print(f"{entry['method']}: {entry['reason']}")
+    if found["recommended"] is None:
+        console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.")
+    for title, which in (("Recommended", ""), ("With lasp train's defaults", "_for_lasp_train")):
+        if found[f"recommended{which}"] is not None:
+            _recommend(found, title, which, unseen, console)
+    if found["command"] is not None:
+        best = found["recommended_of_lasp_train"]
+        rate = f"{best['tokens_per_s']:,.0f} tokens/s{unseen}, {best['memory_bytes'] / 1e9:.1f} GB"
+        console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:")
+        console.print(f"  {found['command']}", soft_wrap=True)
+        if found["hosts"] > 1:
+            console.print(
+                f"  It starts all its processes on one machine: for {found['hosts']} hosts give these options to "
+                "examples/slurm/train.sbatch or to torchrun (docs/guide/training.md).",
+            )
+    console.print(
+        "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"
+        "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, by the layout\n"
+        "that saves most memory.\n\nWhat the numbers rest on:",
+    )
+    for name, basis in found["rests_on"].items():
+        console.print(f"  {name}: {basis}")
+
+
+def _methods(found: dict[str, Any]) -> Table:
     table = Table(
         title=f"{found['model']} ({found['model_parameters'] / 1e6:,.0f}M parameters), {found['batch']} x "
         f"{length_text(found['seq_len'])} tokens on {found['devices']} x {found['device']}, "
@@ -52,45 +82,21 @@ def show(found: dict[str, Any], console: Terminal) -> None:
             entry["schedule"],
             limit,
         )
-    console.print(table)
-    for entry in found["methods"]:
-        if "reason" in entry:
-            console.print(f"{entry['method']}: {entry['reason']}")
-    if found["recommended"] is None:
-        console.print("Nothing fits: take more devices, a shorter sequence or a smaller model.")
-    unseen = "" if found["measured"] else " (not measured)"
-    for title, which in (("Recommended", ""), ("With lasp train's defaults", "_for_lasp_train")):
-        best, ties = found[f"recommended{which}"], found[f"ties{which}"]
-        if best is None:
-            continue
-        console.print(
-            f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s{unseen}, "
-            f"{best['memory_bytes'] / 1e9:.1f} GB.",
-        )
-        if ties:
-            others = [" ".join(part for part in _parts(each) if part not in _parts(best)) for each in ties]
-            more = f"; and {len(others) - _TIES_SHOWN} more" if len(others) > _TIES_SHOWN else ""
-            console.print(
-                f"  By prediction within {found['tie']:.0%} of it, so as good: "
-                f"{'; '.join(others[:_TIES_SHOWN])}{more}.",
-            )
-    if found["command"] is not None:
-        best = found["recommended_of_lasp_train"]
-        rate = f"{best['tokens_per_s']:,.0f} tokens/s{unseen}, {best['memory_bytes'] / 1e9:.1f} GB"
-        console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:")
-        console.print(f"  {found['command']}", soft_wrap=True)
-        if found["hosts"] > 1:
-            console.print(
-                f"  It starts all its processes on one machine: for {found['hosts']} hosts give these options to "
-                "examples/slurm/train.sbatch or to torchrun (docs/guide/training.md).",
-            )
+    return table
+
+
+def _recommend(found: dict[str, Any], title: str, which: str, unseen: str, console: Terminal) -> None:
+    best, ties = found[f"recommended{which}"], found[f"ties{which}"]
     console.print(
-        "GB each: of the fullest device. waits: share of a step spent waiting for others. received: by one rank along\n"
-        "the sequence, a step. ring is the same model with softmax attention. longest: a power of two, by the layout\n"
-        "that saves most memory.\n\nWhat the numbers rest on:",
+        f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s{unseen}, "
+        f"{best['memory_bytes'] / 1e9:.1f} GB.",
     )
-    for name, basis in found["rests_on"].items():
-        console.print(f"  {name}: {basis}")
+    if ties:
+        others = [" ".join(part for part in _parts(each) if part not in _parts(best)) for each in ties]
+        more = f"; and {len(others) - _TIES_SHOWN} more" if len(others) > _TIES_SHOWN else ""
+        console.print(
+            f"  By prediction within {found['tie']:.0%} of it, so as good: {'; '.join(others[:_TIES_SHOWN])}{more}.",
+        )
 
 
 def _parts(entry: dict[str, Any]) -> list[str]:

@@ -90,6 +90,128 @@ class _Collective:
         self.joined, self.end, self.waiting = 0, float("inf"), list[int]()
 
 
+class _Simulation:
+    """Events in their order, and what they leave behind: messages on their way, collectives, ends."""
+
+    def __init__(self, machine: SimulatedMachine, running: list[Program]) -> None:
+        self.machine, self.running, self.ended = machine, running, [-1.0] * len(running)
+        self._host_of = [host for host, count in enumerate(machine.nodes) for _ in range(count)]
+        self._hosts = None if machine.cores is None else [_Host(machine.cores) for _ in machine.nodes]
+        self._mail: dict[tuple[int, int], deque[float]] = {}
+        self._listening: set[tuple[int, int]] = set()
+        self._leaves = [0.0] * len(running)
+        self._collectives: dict[object, _Collective] = {}
+        self._channels: dict[str, float] = {}
+        self._events: list[tuple[float, int, str, int, int]] = []
+        self._count = 0
+
+    def run(self) -> None:
+        for rank in range(len(self.running)):
+            self._at(0.0, "resume", rank)
+        while self._events:
+            now, _, kind, who, version = heapq.heappop(self._events)
+            if kind == "resume":
+                self._resume(who, now)
+            else:
+                self._work_ends(who, now, version)
+
+    def _at(self, time: float, kind: str, who: int, version: int = 0) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (time, self._count, kind, who, version))
+
+    def _resume(self, rank: int, now: float) -> None:
+        """Goes through a rank's operations up to one that it waits for."""
+        goes_on = True
+        while goes_on:
+            operation = next(self.running[rank], None)
+            if operation is None:
+                self.ended[rank] = now
+                return
+            if isinstance(operation, SimulatedWork):
+                goes_on = self._work(rank, now, operation.seconds)
+            elif isinstance(operation, Send):
+                goes_on = self._send(rank, now, operation)
+            elif isinstance(operation, Receive):
+                goes_on = self._receive(rank, now, operation.source)
+            elif isinstance(operation, Join):
+                goes_on = self._join(now, operation)
+            else:
+                goes_on = self._wait(rank, now, operation.key)
+
+    # Operations. Each says whether the rank goes on at once.
+
+    def _work(self, rank: int, now: float, seconds: float) -> bool:
+        seconds *= self.machine.slowness[rank] if self.machine.slowness else 1.0
+        if self._hosts is None:
+            self._at(now + seconds, "resume", rank)
+        else:
+            host = self._hosts[self._host_of[rank]]
+            host.advance(now)
+            host.left[rank] = seconds
+            self._plan_host(self._host_of[rank])
+        return False
+
+    def _send(self, rank: int, now: float, message: Send) -> bool:
+        in_a_host = self._host_of[rank] == self._host_of[message.to]
+        link = self.machine.inside if in_a_host else self.machine.across
+        self._leaves[rank] = max(now, self._leaves[rank]) + message.nbytes / link.bytes_per_s
+        comes, pair = self._leaves[rank] + link.latency_s, (rank, message.to)
+        if pair in self._listening:
+            self._listening.remove(pair)
+            self._at(comes, "resume", message.to)
+        else:
+            self._mail.setdefault(pair, deque()).append(comes)
+        return True
+
+    def _receive(self, rank: int, now: float, source: int) -> bool:
+        pair = (source, rank)
+        if self._mail.get(pair):
+            self._at(max(now, self._mail[pair].popleft()), "resume", rank)
+        else:
+            self._listening.add(pair)
+        return False
+
+    def _join(self, now: float, operation: Join) -> bool:
+        collective = self._collectives.setdefault(operation.key, _Collective())
+        collective.joined += 1
+        if collective.joined == len(self.running):
+            collective.end = max(now, self._channels.get(operation.channel, 0.0)) + operation.seconds
+            self._channels[operation.channel] = collective.end
+            for waiter in collective.waiting:
+                self._at(collective.end, "resume", waiter)
+        return True
+
+    def _wait(self, rank: int, now: float, key: object) -> bool:
+        collective = self._collectives.setdefault(key, _Collective())
+        if collective.joined < len(self.running):
+            collective.waiting.append(rank)
+            return False
+        if collective.end > now:
+            self._at(collective.end, "resume", rank)
+            return False
+        return True
+
+    # Hosts whose ranks share cores.
+
+    def _plan_host(self, number: int) -> None:
+        assert self._hosts is not None
+        host = self._hosts[number]
+        host.version += 1
+        if host.left:
+            self._at(host.next()[0], "host", number, host.version)
+
+    def _work_ends(self, number: int, now: float, version: int) -> None:
+        assert self._hosts is not None
+        host = self._hosts[number]
+        if version != host.version:  # planned anew since
+            return
+        host.advance(now)
+        _, rank = host.next()
+        del host.left[rank]
+        self._plan_host(number)
+        self._resume(rank, now)
+
+
 def simulate(
     machine: SimulatedMachine, programs: Sequence[Callable[[int], Program]] | Callable[[int], Program]
 ) -> list[float]:
@@ -103,98 +225,9 @@ def simulate(
     """
     size = sum(machine.nodes)
     make = programs if callable(programs) else (lambda rank: programs[rank](rank))
-    host_of = [host for host, count in enumerate(machine.nodes) for _ in range(count)]
-    hosts = None if machine.cores is None else [_Host(machine.cores) for _ in machine.nodes]
-    running = [make(rank) for rank in range(size)]
-    ended = [-1.0] * size
-    mail: dict[tuple[int, int], deque[float]] = {}
-    listening: dict[tuple[int, int], float] = {}
-    leaves = [0.0] * size
-    collectives: dict[object, _Collective] = {}
-    channels: dict[str, float] = {}
-    events: list[tuple[float, int, str, int, int]] = []
-    count = 0
-
-    def at(time: float, kind: str, who: int, version: int = 0) -> None:
-        nonlocal count
-        count += 1
-        heapq.heappush(events, (time, count, kind, who, version))
-
-    def plan_host(host: int) -> None:
-        assert hosts is not None
-        hosts[host].version += 1
-        if hosts[host].left:
-            at(hosts[host].next()[0], "host", host, hosts[host].version)
-
-    def work(rank: int, now: float, seconds: float) -> None:
-        seconds *= machine.slowness[rank] if machine.slowness else 1.0
-        if hosts is None:
-            at(now + seconds, "resume", rank)
-            return
-        host = hosts[host_of[rank]]
-        host.advance(now)
-        host.left[rank] = seconds
-        plan_host(host_of[rank])
-
-    def resume(rank: int, now: float) -> None:
-        while True:
-            operation = next(running[rank], None)
-            if operation is None:
-                ended[rank] = now
-                return
-            if isinstance(operation, SimulatedWork):
-                work(rank, now, operation.seconds)
-                return
-            if isinstance(operation, Send):
-                link = machine.inside if host_of[rank] == host_of[operation.to] else machine.across
-                start = max(now, leaves[rank])
-                leaves[rank] = start + operation.nbytes / link.bytes_per_s
-                comes, pair = leaves[rank] + link.latency_s, (rank, operation.to)
-                if pair in listening:
-                    at(max(comes, listening.pop(pair)), "resume", operation.to)
-                else:
-                    mail.setdefault(pair, deque()).append(comes)
-            elif isinstance(operation, Receive):
-                pair = (operation.source, rank)
-                if mail.get(pair):
-                    at(max(now, mail[pair].popleft()), "resume", rank)
-                else:
-                    listening[pair] = now
-                return
-            elif isinstance(operation, Join):
-                collective = collectives.setdefault(operation.key, _Collective())
-                collective.joined += 1
-                if collective.joined == size:
-                    collective.end = max(now, channels.get(operation.channel, 0.0)) + operation.seconds
-                    channels[operation.channel] = collective.end
-                    for waiter in collective.waiting:
-                        at(collective.end, "resume", waiter)
-            else:
-                collective = collectives.setdefault(operation.key, _Collective())
-                if collective.joined < size:
-                    collective.waiting.append(rank)
-                    return
-                if collective.end > now:
-                    at(collective.end, "resume", rank)
-                    return
-
-    for rank in range(size):
-        at(0.0, "resume", rank)
-    while events:
-        now, _, kind, who, version = heapq.heappop(events)
-        if kind == "resume":
-            resume(who, now)
-            continue
-        assert hosts is not None
-        host = hosts[who]
-        if version != host.version:
-            continue
-        host.advance(now)
-        _, rank = host.next()
-        del host.left[rank]
-        plan_host(who)
-        resume(rank, now)
-    stuck = [rank for rank, time in enumerate(ended) if time < 0]
+    simulation = _Simulation(machine, [make(rank) for rank in range(size)])
+    simulation.run()
+    stuck = [rank for rank, time in enumerate(simulation.ended) if time < 0]
     if stuck:
         raise RuntimeError(f"ranks {stuck[:8]} of {size} wait for what never comes")
-    return ended
+    return simulation.ended

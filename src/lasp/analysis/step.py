@@ -51,65 +51,77 @@ class Step(NamedTuple):
     gradient_bytes: tuple[float, float]
 
 
-def program(step: Step) -> Callable[[int], Program]:
-    """The step of every rank, for `simulate`."""
-    size = sum(step.nodes)
-    model = Model(step.load, step.nodes, step.constants)
-    together = step.exchange.seconds(model, want_total=False) if size > 1 else 0.0
-    fold, blocks = model.apply_summary(alone=True), model.best_blocks() if step.name == "pipelined" else 1
+class _SimulatedExchange:
+    """The exchange of one layer, forward or back, as operations of a rank."""
 
-    def begin(rank: int, key: object, reverse: bool) -> Program:
-        place = size - 1 - rank if reverse else rank
-        if size > 1 and step.name not in BY_MESSAGE:
-            yield Join(key, together, "exchange")
-        elif step.name == "doubling" and place + 1 < size:
-            yield Send(rank - 1 if reverse else rank + 1, step.load.summary_bytes)
+    def __init__(self, step: Step) -> None:
+        self.step, self.size = step, sum(step.nodes)
+        model = Model(step.load, step.nodes, step.constants)
+        self.together = step.exchange.seconds(model, want_total=False) if self.size > 1 else 0.0
+        self.apply_summary = model.apply_summary(alone=True)
+        self.blocks = model.best_blocks() if step.name == "pipelined" else 1
 
-    def finish(rank: int, key: object, reverse: bool) -> Program:
-        place, way = (size - 1 - rank, -1) if reverse else (rank, 1)
-        if size == 1:
+    def _line(self, rank: int, reverse: bool) -> tuple[int, int]:
+        """The rank's place in the line, and what is added to a rank to find the next one."""
+        return (self.size - 1 - rank, -1) if reverse else (rank, 1)
+
+    def begin(self, rank: int, key: object, reverse: bool) -> Program:
+        place, way = self._line(rank, reverse)
+        if self.size > 1 and self.step.name not in BY_MESSAGE:
+            yield Join(key, self.together, "exchange")
+        elif self.step.name == "doubling" and place + 1 < self.size:
+            yield Send(rank + way, self.step.load.summary_bytes)
+
+    def finish(self, rank: int, key: object, reverse: bool) -> Program:
+        place, way = self._line(rank, reverse)
+        if self.size == 1:
             return
-        if step.name in ("ring", "pipelined"):
-            for _ in range(blocks):
+        if self.step.name in ("ring", "pipelined"):
+            for _ in range(self.blocks):
                 if place > 0:
                     yield Receive(rank - way)
-                if place < size - 1:
-                    yield SimulatedWork(fold / blocks)
-                    yield Send(rank + way, step.load.state_bytes / blocks)
-        elif step.name == "doubling":
+                if place < self.size - 1:
+                    yield SimulatedWork(self.apply_summary / self.blocks)
+                    yield Send(rank + way, self.step.load.state_bytes / self.blocks)
+        elif self.step.name == "doubling":
             distance = 1
-            while distance < size:
+            while distance < self.size:
                 if place >= distance:
                     yield Receive(rank - way * distance)
-                    yield SimulatedWork(fold)
+                    yield SimulatedWork(self.apply_summary)
                 distance *= 2
-                if distance < size and place + distance < size:
-                    yield SimulatedWork(fold)
-                    yield Send(rank + way * distance, step.load.summary_bytes)
+                if distance < self.size and place + distance < self.size:
+                    yield SimulatedWork(self.apply_summary)
+                    yield Send(rank + way * distance, self.step.load.summary_bytes)
         else:
             yield Wait(key)
 
+
+def program(step: Step) -> Callable[[int], Program]:
+    """The step of every rank, for `simulate`."""
+    exchange = _SimulatedExchange(step)
+
+    def layer(rank: int, number: int, pieces: Pieces, reverse: bool) -> Program:
+        key = ("backward" if reverse else "forward", number)
+        yield SimulatedWork(pieces.before)
+        yield from exchange.begin(rank, key, reverse)
+        yield SimulatedWork(pieces.during)
+        yield from exchange.finish(rank, key, reverse)
+        yield SimulatedWork(pieces.after)
+
     def run(rank: int) -> Program:
         yield SimulatedWork(step.outside_forward)
-        for layer in range(step.layers):
-            yield SimulatedWork(step.forward.before)
-            yield from begin(rank, ("forward", layer), False)
-            yield SimulatedWork(step.forward.during)
-            yield from finish(rank, ("forward", layer), False)
-            yield SimulatedWork(step.forward.after)
+        for number in range(step.layers):
+            yield from layer(rank, number, step.forward, False)
         yield SimulatedWork(step.outside_backward)
         waiting, buckets = 0.0, 0
-        for layer in range(step.layers):
-            yield SimulatedWork(step.backward.before)
-            yield from begin(rank, ("backward", layer), True)
-            yield SimulatedWork(step.backward.during)
-            yield from finish(rank, ("backward", layer), True)
-            yield SimulatedWork(step.backward.after)
+        for number in range(step.layers):
+            yield from layer(rank, number, step.backward, True)
             waiting += step.gradient_bytes[0]
             if waiting >= BUCKET_BYTES:
                 yield Join(("gradients", buckets), step.reduce_s(waiting), "gradients")
                 waiting, buckets = 0.0, buckets + 1
-        if size > 1:
+        if exchange.size > 1:
             yield Join(("gradients", buckets), step.reduce_s(waiting + step.gradient_bytes[1]), "gradients")
             for bucket in range(buckets + 1):
                 yield Wait(("gradients", bucket))

@@ -1,57 +1,11 @@
 """`lasp data build`: text to token shards."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 from lasp.cli.arguments import parse
-from lasp.data import store
-from lasp.data.build import SHARD_TOKENS
-from lasp.data.tokenizer import load_tokenizer
 from lasp.errors import ConfigError
 from lasp.terminal import Terminal
-from lasp.train.config import DataOptions
-from lasp.train.logging.output import bytes_text, duration
-from lasp.train.logging.program import lasp_command
-from lasp.train.sizes import Tokens
-
-_DEFAULTS = DataOptions()
-# Seconds between two reports of progress: on a terminal, where one takes the other's place, and elsewhere.
-_REFRESH_S, _LINE_S = 0.2, 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """Tokenise text once into shards, for `lasp train --data.path OUT`.
-
-    Memory does not grow with the text. OUT appears when it is whole; a build that ends early leaves nothing.
-    """
-
-    sources: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Folders of text, JSONL and parquet files, or such files, read in this order; default: the Python standard
-    library's own source."""
-    out: Path
-    """Folder to make; must not exist."""
-    suffixes: tuple[str, ...] = _DEFAULTS.suffixes
-    """File name endings to read. A text file is a document; a JSONL line or parquet row (extra `parquet`) is one."""
-    field: str = _DEFAULTS.field
-    """Which field of a JSONL or parquet record is the text."""
-    tokenizer: str = "bytes"
-    """"bytes", or the path of a `tokenizers` JSON file (extra `hf`)."""
-    validation_fraction: float = _DEFAULTS.validation_fraction
-    """Share of documents held out for validation; of too few for that, the last part of every document."""
-    validation_path: Path | None = None
-    """Folder or file of text to validate on; nothing of SOURCES is held out then."""
-    on_bad_record: Literal["stop", "skip"] = _DEFAULTS.on_bad_record
-    """A JSONL or parquet record without text: end and name it, or leave it out and count it."""
-    seed: int = _DEFAULTS.seed
-    """Order of the files of a folder."""
-    shard_tokens: Tokens = SHARD_TOKENS
-    """Tokens of a shard file; 1M is 1048576."""
+from lasp.train.build_data import BuildOptions, build
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,48 +15,5 @@ def main(arguments: Sequence[str]) -> int:
             arguments = ["build", "--help"]
         else:
             raise ConfigError("usage: lasp data build SOURCE... --out FOLDER; lasp data build --help lists all")
-    options = parse(BuildOptions, arguments[1:], "lasp data build")
-    if options.shard_tokens < 1:
-        raise ConfigError(f"--shard-tokens must be at least 1, got {options.shard_tokens}")
-    if not 0 < options.validation_fraction < 1:
-        raise ConfigError(f"--validation-fraction must be above 0 and below 1, got {options.validation_fraction}")
-    console = Terminal(soft_wrap=True)
-    began = shown = time.monotonic()
-    with console.status("reading") as status:
-
-        def progress(num_bytes: int, num_tokens: int) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            if now - shown < (_REFRESH_S if console.is_terminal else _LINE_S):
-                return
-            shown = now
-            text = f"{bytes_text(num_bytes)} of text, {num_tokens:,} tokens, {bytes_text(num_bytes / (now - began))}/s"
-            if console.is_terminal:
-                status.update(text)
-            else:
-                console.print(text)
-
-        built = store.build(
-            options.out,
-            sources=options.sources,
-            suffixes=options.suffixes,
-            field=options.field,
-            tokenizer=load_tokenizer(options.tokenizer),
-            validation_fraction=options.validation_fraction,
-            seed=options.seed,
-            shard_tokens=options.shard_tokens,
-            progress=progress,
-            validation_path=options.validation_path,
-            on_bad_record=options.on_bad_record,
-        )
-    console.print(built.reading.summary())
-    for split, stream in (("train", built.train), ("validation", built.validation)):
-        console.print(
-            f"{split}: {len(stream):,} tokens of {built.num_documents[split]:,} documents "
-            f"({bytes_text(built.num_bytes[split])}) in {len(stream.files)} shards",
-        )
-    if len(built.validation) == 0:
-        console.print("nothing is held out, and `lasp train` will ask for it: raise --validation-fraction, or add text")
-    took = duration(time.monotonic() - began)
-    console.print(f"{took}; train on it: {lasp_command('train', '--data.path', options.out)}")
+    build(parse(BuildOptions, arguments[1:], "lasp data build"), Terminal(soft_wrap=True))
     return 0

@@ -120,67 +120,78 @@ class Operations(NamedTuple):
         return Constants(**links, across=links["message"], flops_per_s=self.flops_per_s, source=self.source)
 
 
+class _Probes:
+    """The elementary operations on payloads of a rank."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm, self._others = comm, comm.size - 1
+
+    def chain(self, payload: Tensor) -> None:
+        for reverse in (False, True):
+            line = Line(self._comm, reverse)
+            if line.position > 0:
+                self._comm.receive(payload, line.rank(line.position - 1)).wait()
+            if line.position < self._others:
+                self._comm.send(payload, line.rank(line.position + 1))
+
+    def shift(self, payload: Tensor) -> None:
+        for reverse in (False, True):
+            line = Line(self._comm, reverse)
+            sends = [(payload, line.rank(line.position + 1))] if line.position < self._others else []
+            receives = [(payload, line.rank(line.position - 1))] if line.position > 0 else []
+            for message in self._comm.batch_send_recv(sends, receives):
+                message.wait()
+
+    def gather(self, part: Tensor) -> None:
+        self._comm.all_gather(part).wait()
+
+    def all_to_all(self, part: Tensor) -> None:
+        self._comm.all_to_all([part] * self._comm.size, [part.numel()] * self._comm.size).wait()
+
+    def broadcast(self, payload: Tensor) -> None:
+        self._comm.broadcast(payload, 0)
+
+    def peer(self, payload: Tensor) -> None:
+        summary = Summary(Identity(), payload.view(1, 1, -1))
+        Peer().begin(self._comm, summary, None, reverse=False, want_total=False).wait()
+
+
+def _apply_summary(payload: Tensor) -> None:
+    Summary(Scalar(payload[:1]), payload.view(1, 1, -1)).apply(payload.view(1, 1, -1))
+
+
 def operations(
     comm: Comm, device: torch.device, *, sizes: tuple[int, ...] = PROBES, repetitions: int = 40
 ) -> Operations:
     """The times on a group of at least two ranks, the same on all. Takes seconds."""
     size, others = comm.size, comm.size - 1
+    do = _Probes(comm)
 
-    def floats(nbytes: float) -> Tensor:
-        return torch.zeros(max(1, int(nbytes / 4)), device=device)
+    def nothing(payload: Tensor) -> None:
+        pass
 
-    def chain(payload: Tensor) -> None:
-        for reverse in (False, True):
-            line = Line(comm, reverse)
-            if line.position > 0:
-                comm.receive(payload, line.rank(line.position - 1)).wait()
-            if line.position < others:
-                comm.send(payload, line.rank(line.position + 1))
-
-    def shift(payload: Tensor) -> None:
-        for reverse in (False, True):
-            line = Line(comm, reverse)
-            sends = [(payload, line.rank(line.position + 1))] if line.position < others else []
-            receives = [(payload, line.rank(line.position - 1))] if line.position > 0 else []
-            for message in comm.batch_send_recv(sends, receives):
-                message.wait()
-
-    def all_to_all(part: Tensor) -> None:
-        for message in [comm.all_to_all([part] * size, [part.numel()] * size)]:
-            message.wait()
-
-    def apply_summary(payload: Tensor, active: bool) -> None:
-        if active:
-            state = payload.view(1, 1, -1)
-            Summary(Scalar(payload[:1]), state).apply(state)
-
-    def whole(payload: Tensor) -> Summary:
-        return Summary(Identity(), payload.view(1, 1, -1))
-
-    def peer(payload: Tensor) -> None:
-        Peer().begin(comm, whole(payload), None, reverse=False, want_total=False).wait()
-
-    def product(matrix: Tensor) -> None:
-        matrix @ matrix
-
-    # Name, the work for so many received bytes, and how many operations in a row it is.
-    probes: dict[str, tuple[Callable[[int], Callable[[], object]], int]] = {
-        "message": (lambda n: _bound(chain, floats(n)), 2 * others),
-        "shift": (lambda n: _bound(shift, floats(n)), 2),
-        "gather": (lambda n: _bound(lambda part: comm.all_gather(part).wait(), floats(n / others)), 1),
-        "all_to_all": (lambda n: _bound(all_to_all, floats(n / others)), 1),
-        "broadcast": (lambda n: _bound(lambda whole: comm.broadcast(whole, 0), floats(n)), 1),
-        "apply_summary": (lambda n: _bound(apply_summary, floats(n), True), 1),
-        "apply_summary_alone": (lambda n: _bound(apply_summary, floats(n), comm.rank == 0), 1),
+    # Name, the work on a payload, which part of the received bytes that is, and how many operations in a row it is.
+    probes: dict[str, tuple[Callable[[Tensor], object], int, int]] = {
+        "message": (do.chain, 1, 2 * others),
+        "shift": (do.shift, 1, 2),
+        "gather": (do.gather, others, 1),
+        "all_to_all": (do.all_to_all, others, 1),
+        "broadcast": (do.broadcast, 1, 1),
+        "apply_summary": (_apply_summary, 1, 1),
+        "apply_summary_alone": (_apply_summary if comm.rank == 0 else nothing, 1, 1),
     }
     if peers_are_possible(comm, max(sizes) // others, device):
-        probes["peer"] = (lambda n: _bound(peer, floats(n / others)), 1)
-    works = [make(n) for make, _ in probes.values() for n in sizes]
+        probes["peer"] = (do.peer, others, 1)
+    works = [
+        _bound(work, torch.zeros(max(1, int(n / part / 4)), device=device))
+        for work, part, _ in probes.values()
+        for n in sizes
+    ]
     edge = 128
     matrix = torch.zeros(16, edge, edge, device=device)
-    *timed, products = timings(comm, [*works, _bound(product, matrix)], device, repetitions)
+    *timed, products = timings(comm, [*works, _bound(torch.matmul, matrix, matrix)], device, repetitions)
     times: dict[str, list[Timing]] = {}
-    for index, (name, (_, count)) in enumerate(probes.items()):
+    for index, (name, (_, _, count)) in enumerate(probes.items()):
         own = timed[index * len(sizes) : (index + 1) * len(sizes)]
         times[name] = [Timing(*(seconds / count for seconds in timing)) for timing in own]
     source = f"measured on {size} ranks over {comm.backend} on {device.type}"

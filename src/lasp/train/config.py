@@ -191,12 +191,29 @@ class TrainConfig:
 
     def validate(self, num_processes: int | None = None) -> None:
         """Check every field and, where the number of processes is known, the layout. Raises ConfigError."""
-        optimizer, parallel, sample = self.optimizer, self.parallel, self.sample
         self.model.build()
         check_seed("--seed", self.seed)
-        check_text("--sample.prompt", sample.prompt)
+        check_text("--sample.prompt", self.sample.prompt)
         check_folder("--run-dir", self.run_dir)
         check_folder("--data.cache", self.data.cache)
+        self._check_counts()
+        self._check_numbers()
+        self._check_schedule()
+        if (not_installed := missing(self.track)) is not None:
+            raise ConfigError(not_installed)
+        if self.profile_steps is not None and parse_range(self.profile_steps)[0] > self.steps:
+            raise ConfigError(f"--profile-steps starts after the last step, {self.steps}: got {self.profile_steps}")
+        if self.data.packed and self.data.carry:
+            raise ConfigError(
+                "--data.packed starts every sequence anew, --data.carry goes on where the step before ended: choose one"
+            )
+        if not self.data.suffixes:
+            raise ConfigError("--data.suffixes must name at least one file name ending, such as .txt")
+        self._check_layout(num_processes)
+
+    def _check_counts(self) -> None:
+        """Check numbers of things. Raises ConfigError."""
+        optimizer, parallel, sample = self.optimizer, self.parallel, self.sample
         at_least_one = {
             "--steps": self.steps,
             "--seq-len": self.seq_len,
@@ -217,12 +234,22 @@ class TrainConfig:
         for name, count in at_least_one.items():
             if count < 1:
                 raise ConfigError(f"{name} must be at least 1, got {count}")
+        for name, count in (
+            ("--optimizer.warmup-steps", optimizer.warmup(self.steps)),
+            ("--sample.num-tokens", sample.num_tokens),
+        ):
+            if count < 0:
+                raise ConfigError(f"{name} must not be negative, got {count}")
+
+    def _check_numbers(self) -> None:
+        """Check numbers that lie between two others. Raises ConfigError."""
+        optimizer = self.optimizer
         for name, value, low, high in (
             ("--optimizer.lr", optimizer.lr, 0.0, math.inf),
             ("--optimizer.eps", optimizer.eps, 0.0, math.inf),
             ("--optimizer.clip-norm", optimizer.clip_norm, 0.0, math.inf),
-            ("--timeout-s", parallel.timeout_s, 0.0, math.inf),
-            ("--sample.temperature", sample.temperature, -1e-300, math.inf),
+            ("--timeout-s", self.parallel.timeout_s, 0.0, math.inf),
+            ("--sample.temperature", self.sample.temperature, -1e-300, math.inf),
             ("--data.validation-fraction", self.data.validation_fraction, 0.0, 1.0),
         ):
             if not low < value < high:
@@ -234,30 +261,22 @@ class TrainConfig:
         ):
             if not 0.0 <= value <= 1.0 or (value == 1.0 and "beta" in name):
                 raise ConfigError(f"{name} must be in [0, 1], betas below 1, got {value}")
-        for name, count in (
-            ("--optimizer.warmup-steps", optimizer.warmup(self.steps)),
-            ("--sample.num-tokens", sample.num_tokens),
-        ):
-            if count < 0:
-                raise ConfigError(f"{name} must not be negative, got {count}")
+        if optimizer.weight_decay < 0:
+            raise ConfigError(f"--optimizer.weight-decay must not be negative, got {optimizer.weight_decay}")
+
+    def _check_schedule(self) -> None:
+        """Check how the learning rate goes up and down. Raises ConfigError."""
+        optimizer = self.optimizer
         schedule = self.steps if optimizer.schedule_steps is None else optimizer.schedule_steps
         if optimizer.warmup(schedule) > schedule:
             raise ConfigError(
                 f"--optimizer.warmup-steps must be at most the {schedule} steps of the schedule, got "
                 f"{optimizer.warmup_steps}: the learning rate would never reach --optimizer.lr"
             )
-        if (not_installed := missing(self.track)) is not None:
-            raise ConfigError(not_installed)
-        if self.profile_steps is not None and parse_range(self.profile_steps)[0] > self.steps:
-            raise ConfigError(f"--profile-steps starts after the last step, {self.steps}: got {self.profile_steps}")
-        if optimizer.weight_decay < 0:
-            raise ConfigError(f"--optimizer.weight-decay must not be negative, got {optimizer.weight_decay}")
-        if self.data.packed and self.data.carry:
-            raise ConfigError(
-                "--data.packed starts every sequence anew, --data.carry goes on where the step before ended: choose one"
-            )
-        if not self.data.suffixes:
-            raise ConfigError("--data.suffixes must name at least one file name ending, such as .txt")
+
+    def _check_layout(self, num_processes: int | None) -> None:
+        """Check how sequences and batches are spread. Raises ConfigError."""
+        parallel = self.parallel
         if parallel.exchange not in NAMES:
             raise ConfigError(f"--exchange must be one of {', '.join(NAMES)}, got {parallel.exchange!r}")
         if self.seq_len % parallel.sp:
