@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lasp
 from lasp.kernels import select
+from lasp.kernels.triton.decay.plan import CHANNEL
+from lasp.kernels.triton.delta.plan import delta_plan
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +44,18 @@ def test_a_gpu_left_to_pytorch_is_a_warning(caplog: pytest.LogCaptureFixture) ->
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
 
 
-def test_kernels_not_known_to_be_right_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The delta rule's of wide heads with a gate per channel; other gates and narrower heads are the controls."""
-
-    class Hopper:
-        major = 9
-
+def test_kernels_that_are_not_right_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delta rule's of wide keys with a gate per channel, of 16 bits, where a program has less shared memory than on
+    Hopper; other gates, narrower keys and Hopper are the controls."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper())
-    gpu = torch.device("cuda")
-    taken = {
-        (channels, width): select._choose("delta", gpu, torch.bfloat16, width, width if channels else 0)
-        for channels in (False, True)
-        for width in (128, 256)
-    }
-    assert [way for way, backend in taken.items() if backend == "torch"] == [(True, 256)]
+    taken = {}
+    for major, shared in ((8, 166912), (9, 232448)):
+        device = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, device=device: device)
+        gpu = torch.device("cuda", major)
+        ways = itertools.product((False, True), (128, 256), (torch.bfloat16, torch.float32))
+        taken |= {(major, *way): select._choose("delta", gpu, way[2], way[1], way[0]) for way in ways}
+        arguments = (1000, 4, 256, 128, torch.bfloat16, CHANNEL, 132, shared)
+        with nullcontext() if major == 9 else pytest.raises(ValueError, match="use backend='torch'"):
+            delta_plan(*arguments)
+    assert [way for way, backend in taken.items() if backend == "torch"] == [(8, True, 256, torch.bfloat16)]
