@@ -6,6 +6,7 @@ import itertools
 import logging
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_kernels_that_are_not_right_are_not_taken(monkeypatch: pytest.MonkeyPatc
     """The delta rule's of wide keys with a gate per channel, of 16 bits, where a program has less shared memory than on
     Hopper; other gates, narrower keys and Hopper are the controls."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    taken = {}
+    taken: dict[Any, str] = {}
     for major, shared in ((8, 166912), (9, 232448)):
         device = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, device=device: device)

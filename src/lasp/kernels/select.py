@@ -79,7 +79,7 @@ def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys:
     if dtype not in FUSED_DTYPES:
         return f"the fused kernels take 16 and 32 bits, not {dtype}"
     wide = per_channel and keys > 128 and dtype == torch.bfloat16
-    if wide and properties.shared_memory_per_block_optin < WIDE_CHANNELS_SHARED_BYTES:
+    if wide and getattr(properties, "shared_memory_per_block_optin", 0) < WIDE_CHANNELS_SHARED_BYTES:
         return f"gates per channel of {keys} channels need {WIDE_CHANNELS_SHARED_BYTES} bytes of shared memory"
     if keys > FUSED_MAX_DIM:
         return f"keys have {keys} channels, the delta rule's fused kernels take up to {FUSED_MAX_DIM}"

@@ -100,7 +100,7 @@ def solve_kernel(
 
 @triton.jit
 def _blocks(overlaps):
-    """Cut into four blocks of 16 tokens: those on the diagonal [4, 16, 16], the two beside it within halves [2, 16, 16],
+    """Cut into blocks of 16 tokens: the four on the diagonal [4, 16, 16], two beside it within halves [2, 16, 16],
     and what lies between the halves [32, 32]."""
     blocks = tl.reshape(overlaps, (4, BLOCK, 4, BLOCK))
     row = tl.arange(0, 4)[:, None, None, None]
