@@ -6,7 +6,6 @@ import itertools
 import logging
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -38,25 +37,33 @@ def test_what_is_taken_is_said_once(is_compiled: bool, caplog: pytest.LogCapture
     assert said.levelname == "INFO" and "decay recurrence: torch (the tensors are on cpu" in said.getMessage()
 
 
-def test_a_gpu_left_to_pytorch_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    gpu = torch.device("cuda")
+HOPPER, AMPERE = 9, 8
+SHARED_BYTES = {HOPPER: 232448, AMPERE: 166912}  # that a program may have
+
+
+def device(monkeypatch: pytest.MonkeyPatch, major: int) -> torch.device:
+    """A GPU of that generation, as far as the choice looks."""
+    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=SHARED_BYTES[major])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    return torch.device("cuda", major)
+
+
+def test_a_gpu_left_to_pytorch_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    gpu = device(monkeypatch, HOPPER)
     for family in ("decay", "decay", "delta", "unmasked"):
         select._choose(family, gpu, torch.float64, 0)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
 
 
-def test_kernels_that_are_not_right_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("major", [AMPERE, HOPPER])
+def test_kernels_that_are_not_right_are_not_taken(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The delta rule's of wide keys with a gate per channel, of 16 bits, where a program has less shared memory than on
     Hopper; other gates, narrower keys and Hopper are the controls."""
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    taken: dict[Any, str] = {}
-    for major, shared in ((8, 166912), (9, 232448)):
-        device = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, device=device: device)
-        gpu = torch.device("cuda", major)
-        ways = itertools.product((False, True), (128, 256), (torch.bfloat16, torch.float32))
-        taken |= {(major, *way): select._choose("delta", gpu, way[2], way[1], way[0]) for way in ways}
-        arguments = (1000, 4, 256, 128, torch.bfloat16, CHANNEL, 132, shared)
-        with nullcontext() if major == 9 else pytest.raises(ValueError, match="use backend='torch'"):
-            delta_plan(*arguments)
-    assert [way for way, backend in taken.items() if backend == "torch"] == [(8, True, 256, torch.bfloat16)]
+    gpu = device(monkeypatch, major)
+    ways = itertools.product((False, True), (128, 256), (torch.bfloat16, torch.float32))
+    taken = {way: select._choose("delta", gpu, way[2], way[1], way[0]) for way in ways}
+    left = [(True, 256, torch.bfloat16)] if major == AMPERE else []
+    assert [way for way, backend in taken.items() if backend == "torch"] == left
+    with pytest.raises(ValueError, match="use backend='torch'") if left else nullcontext():
+        delta_plan(1000, 4, 256, 128, torch.bfloat16, CHANNEL, 132, SHARED_BYTES[major])
