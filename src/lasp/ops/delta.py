@@ -138,7 +138,7 @@ def _planned(
     dtype = state_dtype(k.dtype)
     documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
     gate = None if g is None else g.to(dtype)
-    x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), documents)
+    x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), documents, False, erase_key)
     check_initial(x, initial_state)
     ranks = sp if sp is not None and sp.size > 1 else None
     if erase_key is not None:
