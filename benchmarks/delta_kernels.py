@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from kernels import DELTA_CASES, DELTA_KINDS, delta_inputs, errors, graph_milliseconds, ours, peak_bytes
+from kernels import (
+    DELTA_CASES,
+    DELTA_KINDS,
+    cold_start_seconds,
+    delta_inputs,
+    errors,
+    graph_milliseconds,
+    ours,
+    peak_bytes,
+)
 from torch import Tensor
 
 import lasp
@@ -48,7 +57,10 @@ SHAPES = (
     Shape("gated delta", 65536),
     Shape("kda", 65536, strongest=0.04, goal=(1.8, 5.0)),
     Shape("gated delta", 32768, value_heads=32, documents=4, goal=(0.6, 2.6)),
-    Shape("gated delta", 65536, heads=4, value_heads=4),
+    *(
+        Shape(kind, 65536, heads=4, value_heads=4, strongest=strongest)
+        for kind, strongest in (("delta", 0.1), ("gated delta", 0.1), ("kda", 0.04))
+    ),
 )
 
 
@@ -153,17 +165,30 @@ def tables(result: dict[str, Any]) -> str:
         if "launches" in row:
             parts = (f"{each['kernel'].removesuffix('_kernel')} {each['ms']:.3f}" for each in row["launches"])
             lines += ["", f"{row['kind']}, T = {row['tokens']}, launch by launch, ms: {', '.join(parts)}."]
-    hosts = (
-        f"{kind} " + ", ".join(f"{n} {ms:.2f}" for n, ms in each.items()) for kind, each in result["host_ms"].items()
-    )
-    lines += ["", f"Host ms of an eager call, T = {HOST_TOKENS}: {'; '.join(hosts)}."]
-    names = ("o", "dq", "dk", "dv", "dbeta", "dg")
-    lines += ["", f"| errors against fp64, T = 4096 | keys | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for kind, cases in result["errors"].items():
-        for case, found in cases.items():
-            cells = (f"{found[name]:.1e}" if name in found else "" for name in names)
-            lines.append(f"| {kind} | {case} | {' | '.join(cells)} |")
+    # A run that was cut off has the first of these.
+    for label, figures in (
+        (f"Host ms of an eager call, T = {HOST_TOKENS}", "host_ms"),
+        ("Cold start, s", "cold_start_s"),
+    ):
+        if figures in result:
+            lines += [
+                "",
+                f"{label}: {'; '.join(f'{kind} {_figures(each)}' for kind, each in result[figures].items())}.",
+            ]
+    if "errors" in result:
+        names = ("o", "dq", "dk", "dv", "dbeta", "dg")
+        lines += ["", f"| errors against fp64, T = 4096 | keys | {' | '.join(names)} |"]
+        lines.append("|---" * (len(names) + 2) + "|")
+        for kind, cases in result["errors"].items():
+            for case, found in cases.items():
+                cells = (f"{found[name]:.1e}" if name in found else "" for name in names)
+                lines.append(f"| {kind} | {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _figures(each: float | dict[str, float]) -> str:
+    """One figure, or several with their names."""
+    return ", ".join(f"{name} {ms:.2f}" for name, ms in each.items()) if isinstance(each, dict) else f"{each:.1f}"
 
 
 def main() -> None:
@@ -184,7 +209,10 @@ def main() -> None:
         result["rows"].append(measured(shape, parts=shape[1:4] == (65536, 16, 16)))
         path.write_text(json.dumps(result, indent=1))
     result["host_ms"] = {kind: host(kind) for kind in DELTA_KINDS}
+    path.write_text(json.dumps(result, indent=1))
     result["errors"] = {kind: {case: errors(kind, ours, case=case) for case in DELTA_CASES} for kind in DELTA_KINDS}
+    path.write_text(json.dumps(result, indent=1))
+    result["cold_start_s"] = {kind: cold_start_seconds("lasp", kind) for kind in DELTA_KINDS}
     path.write_text(json.dumps(result, indent=1))
     print(tables(result))
 

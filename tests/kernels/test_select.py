@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lasp
 from lasp.kernels import select
+from lasp.kernels.triton.decay.plan import CHANNEL
+from lasp.kernels.triton.delta.plan import delta_plan
 
 
 @pytest.fixture(autouse=True)
@@ -32,29 +37,40 @@ def test_what_is_taken_is_said_once(is_compiled: bool, caplog: pytest.LogCapture
     assert said.levelname == "INFO" and "decay recurrence: torch (the tensors are on cpu" in said.getMessage()
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A Hopper GPU, as far as the choice looks."""
+HOPPER, AMPERE = 9, 8
+SHARED_BYTES = {HOPPER: 232448, AMPERE: 166912}  # that a program may have
 
-    class Hopper:
-        major = 9
 
+def device(monkeypatch: pytest.MonkeyPatch, major: int) -> torch.device:
+    """A GPU of that generation, as far as the choice looks."""
+    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=SHARED_BYTES[major])
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper())
-    return torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    return torch.device("cuda", major)
 
 
-def test_a_gpu_left_to_pytorch_is_a_warning(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_left_to_pytorch_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    gpu = device(monkeypatch, HOPPER)
     for family in ("decay", "decay", "delta", "unmasked"):
         select._choose(family, gpu, torch.float64, 0)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
 
 
-def test_kernels_not_known_to_be_right_are_not_taken(gpu: torch.device) -> None:
-    """The delta rule's of wide heads with a gate per channel; other gates and narrower heads are the controls."""
-    taken = {
-        (channels, width): select._choose("delta", gpu, torch.bfloat16, width, width if channels else 0)
-        for channels in (False, True)
-        for width in (128, 256)
-    }
-    assert [way for way, backend in taken.items() if backend == "torch"] == [(True, 256)]
+def test_kernels_not_run_on_a_gpu_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delta rule's with an erase key."""
+    gpu = device(monkeypatch, HOPPER)
+    ways = ("delta", gpu, torch.bfloat16, 128, False)
+    assert [select._choose(*ways, erases) for erases in (False, True)] == ["triton", "torch"]
+
+
+@pytest.mark.parametrize("major", [AMPERE, HOPPER])
+def test_kernels_that_are_not_right_are_not_taken(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delta rule's of wide keys with a gate per channel, of 16 bits, where a program has less shared memory than on
+    Hopper; other gates, narrower keys and Hopper are the controls."""
+    gpu = device(monkeypatch, major)
+    ways = itertools.product((False, True), (128, 256), (torch.bfloat16, torch.float32))
+    taken = {way: select._choose("delta", gpu, way[2], way[1], way[0]) for way in ways}
+    left = [(True, 256, torch.bfloat16)] if major == AMPERE else []
+    assert [way for way, backend in taken.items() if backend == "torch"] == left
+    with pytest.raises(ValueError, match="use backend='torch'") if left else nullcontext():
+        delta_plan(1000, 4, 256, 128, torch.bfloat16, CHANNEL, 132, SHARED_BYTES[major])

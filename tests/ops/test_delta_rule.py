@@ -419,7 +419,7 @@ def test_what_an_erase_key_must_be():
     for options, message in (
         ({"erase_key": problem["k"][..., :2]}, "erase_key must be as k"),
         ({"erase_key": problem["k"], "normalize_qk": True}, "normalize_qk"),
-        ({"erase_key": problem["k"], "backend": "triton"}, "has no erase_key"),
+        ({"erase_key": problem["k"], "backend": "fla"}, "has no erase_key"),
     ):
         with pytest.raises(ValueError, match=message):
             lasp.delta_rule(**tensors, **options)

@@ -13,18 +13,15 @@ from collections.abc import Mapping
 
 import torch
 
-from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM
+from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM, WIDE_CHANNELS_SHARED_BYTES
 from lasp.recurrence.inputs import Inputs
 from lasp.recurrence.stages import AnyStages
 
 logger = logging.getLogger(__name__)
 
 FUSED_FAMILIES = ("decay", "delta")
-# The delta rule's of a gate per channel: on an H200 gradients of wider heads were wrong in a form of these kernels, and
-# the form that follows it has not been run there.
-SHOWN_CHANNEL_DIM = 128
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
-_chosen: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype, int, bool, bool], str] = {}
 
 
 def select(family: str, backend: str, x: Inputs) -> AnyStages:
@@ -36,21 +33,26 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        keys = channels = 0
-        if family == "delta":  # whose heads of wide keys cannot be cut
-            keys = int(x.q.shape[3])
-            channels = max(keys, int(x.v.shape[3])) if x.g is not None and x.g.dim() == 4 else 0
-        backend = _choose(family, x.q.device, x.q.dtype, keys, channels)
+        keys = int(x.q.shape[3]) if family == "delta" else 0  # whose heads of wide keys cannot be cut
+        per_channel, erases = x.g is not None and x.g.dim() == 4, getattr(x, "erase_key", None) is not None
+        backend = _choose(family, x.q.device, x.q.dtype, keys, per_channel, erases)
     return load(family, backend, x)
 
 
-def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int = 0, channels: int = 0) -> str:
+def _choose(
+    family: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    keys: int = 0,
+    per_channel: bool = False,
+    erases: bool = False,
+) -> str:
     """Choose, and say once what: as a warning where a GPU falls to PyTorch, many times slower.
 
-    keys: of heads that cannot be cut, else 0. channels: of the wider side of heads with a gate per channel of keys, of
-    a delta rule, else 0.
+    keys: channels of heads that cannot be cut, else 0. per_channel: whether there is a gate for each. erases: whether
+    there is an erase key.
     """
-    key = (family, device, dtype, keys, channels)
+    key = (family, device, dtype, keys, per_channel, erases)
     if key not in _chosen:
         reason = _against_triton(*key)
         _chosen[key] = "torch" if reason else "triton"
@@ -62,9 +64,9 @@ def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int = 0
 
 def has_fused_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernels of what stands around recurrences run there."""
-    key = ("neighbours", device, dtype, 0, 0)
+    key = ("neighbours", device, dtype, 0, False, False)
     if key not in _chosen:
-        _chosen[key] = "torch" if _against_triton("decay", device, dtype, 0, 0) else "triton"
+        _chosen[key] = "torch" if _against_triton("decay", *key[1:]) else "triton"
     return _chosen[key] == "triton"
 
 
@@ -74,18 +76,24 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 has_fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int, channels: int) -> str:
+def _against_triton(
+    family: str, device: torch.device, dtype: torch.dtype, keys: int, per_channel: bool, erases: bool
+) -> str:
     """The reason that the fused kernels are not for these inputs; empty where they are."""
     if family not in FUSED_FAMILIES:
         return "no fused kernels for it"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the tensors are on {device.type}, the fused kernels run on CUDA"
-    if torch.cuda.get_device_properties(device).major < FUSED_CAPABILITY:
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < FUSED_CAPABILITY:
         return f"the GPU's compute capability is below {FUSED_CAPABILITY}.0"
     if dtype not in FUSED_DTYPES:
         return f"the fused kernels take 16 and 32 bits, not {dtype}"
-    if channels > SHOWN_CHANNEL_DIM:
-        return f"of heads wider than {SHOWN_CHANNEL_DIM} the fused kernels are not known to be right on a GPU"
+    if erases:
+        return "with an erase key the fused kernels have not been run on a GPU"
+    wide = per_channel and keys > 128 and dtype == torch.bfloat16
+    if wide and getattr(properties, "shared_memory_per_block_optin", 0) < WIDE_CHANNELS_SHARED_BYTES:
+        return f"gates per channel of {keys} channels need {WIDE_CHANNELS_SHARED_BYTES} bytes of shared memory"
     if keys > FUSED_MAX_DIM:
         return f"keys have {keys} channels, the delta rule's fused kernels take up to {FUSED_MAX_DIM}"
     return "" if importlib.util.find_spec("triton") else "triton is not installed"

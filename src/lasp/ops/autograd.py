@@ -53,7 +53,8 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
         return _untraced(plan, x, initial, begun)
     if plan.stages.empty_saved is None:
         return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
-    if plan.documents is not None:  # the operators of a compiled graph take none: the graph breaks around them
+    if plan.documents is not None or plan.options.get("erase_key"):
+        # The operators of a compiled graph take neither: the graph breaks around them.
         return _untraced(plan, x, initial, begun)
     if torch.compiler.is_compiling():
         return scan_operator(plan, x, initial)
@@ -74,7 +75,7 @@ def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | Non
     return result
 
 
-_untraced = untraced(_eager, "a delta rule, or packed documents,")
+_untraced = untraced(_eager, "a delta rule, packed documents or an erase key,")
 _traced = not_traced_before(_eager)
 
 
@@ -83,7 +84,10 @@ def _exactly(function: _Function) -> _Function:
 
     @wraps(function)
     def wrapped(plan: ScanPlan, call: SequenceCall | None, x: RunInputs, *arguments: Any) -> Any:
-        with torch.autocast(x.v.device.type, enabled=False):
+        device = x.v.device.type
+        if not torch.is_autocast_enabled(device):  # to turn it off takes the host as long as a launch
+            return function(plan, call, x, *arguments)
+        with torch.autocast(device, enabled=False):
             return function(plan, call, x, *arguments)
 
     return cast(_Function, wrapped)

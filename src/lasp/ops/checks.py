@@ -116,6 +116,20 @@ def check_beta(beta: Tensor, v: Tensor) -> None:
         raise ValueError(f"beta must be floating point on {v.device}, got {beta.dtype} on {beta.device}")
 
 
+def check_erase_key(erase_key: Tensor, k: Tensor, normalize_qk: bool) -> None:
+    """Check that an erase key is as k, whose length nobody changes.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    check_tensor("erase_key", erase_key, "of k's shape")
+    if erase_key.shape != k.shape or erase_key.dtype != k.dtype or erase_key.device != k.device:
+        given = f"{tuple(erase_key.shape)}, {erase_key.dtype}, on {erase_key.device}"
+        raise ValueError(f"erase_key must be as k, {tuple(k.shape)}, {k.dtype}, on {k.device}; got {given}")
+    if normalize_qk:
+        raise ValueError("normalize_qk=True cannot be had with erase_key: normalize keys before, or leave it out")
+
+
 def check_beta_values(beta: Tensor) -> None:
     """Check that beta is in [0, 2].
 
@@ -257,6 +271,7 @@ def ungrouped(x: _Inputs) -> _Inputs:
     groups = x.v.shape[2] // x.q.shape[2]
     if groups == 1:
         return x
-    q, k, *others = x.tensors()
-    assert q is not None and k is not None
-    return x.with_tensors((q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2), *others))
+    q, k, v, *others = x.tensors()
+    gates, erase_key = others[:2], others[2:]  # beta and g
+    q, k, *erase_key = (None if t is None else t.repeat_interleave(groups, 2) for t in (q, k, *erase_key))
+    return x.with_tensors((q, k, v, *gates, *erase_key))

@@ -90,9 +90,12 @@ def scan_forward(
     initial = None if initial is None else initial.contiguous()
     with torch.autocast(v.device.type, enabled=False):
         o, final, saved = forward(plan, begin(plan, _called(plan, given, normalize), x, initial), x, initial)
-    # An exchange may give back its input, stages may keep it, an operator must not.
+    # An exchange may give back its input, stages may keep it, or one tensor in several places; an operator must not.
     own = None if initial is None else initial.untyped_storage().data_ptr()
-    saved = tuple(tensor.clone() if tensor.untyped_storage().data_ptr() == own else tensor for tensor in saved)
+    saved = tuple(
+        tensor.clone() if tensor.numel() == 0 or tensor.untyped_storage().data_ptr() == own else tensor
+        for tensor in saved
+    )
     return [o, *saved, *([final.clone()] if plan.ranks is not None and want_final and final is not None else [])]
 
 

@@ -12,6 +12,7 @@ from lasp.ops.autograd import scan
 from lasp.ops.checks import (
     check_beta,
     check_beta_values,
+    check_erase_key,
     check_gate,
     check_gate_values,
     check_initial,
@@ -25,7 +26,7 @@ from lasp.ops.pending import PendingOutputs
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.inputs import NORM_EPS, DeltaInputs, state_dtype
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import check_flags, check_tensor
+from lasp.sequence.arguments import check_flags
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 
 
@@ -63,8 +64,7 @@ def delta_rule(
             2 reflects (negative eigenvalues).
         g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's.
         normalize_qk: divide q and k by their lengths first, in the state's dtype: sqrt(sum of squares + 1e-6).
-        erase_key: r, of k's shape, dtype and device; k if None. Not with normalize_qk, and only by the backends "torch"
-            and "reference".
+        erase_key: r, of k's shape, dtype and device; k if None. Not with normalize_qk, nor by the backend "fla".
         scale, initial_state, output_final_state, cu_seqlens, sp: as in `linear_attention`.
         backend: "auto" ("triton" on a GPU, else "torch"), "triton" (fused kernels, on a GPU; with bf16 inputs products
             are of bf16, states fp32), "torch" (chunked, any device), "fla" (flash-linear-attention's kernels, on a GPU,
@@ -138,20 +138,22 @@ def _planned(
     dtype = state_dtype(k.dtype)
     documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
     gate = None if g is None else g.to(dtype)
-    x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), documents)
+    x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), documents, False, erase_key)
     check_initial(x, initial_state)
     ranks = sp if sp is not None and sp.size > 1 else None
     if erase_key is not None:
-        backend = _check_erase_key(erase_key, k, backend, normalize_qk)
+        check_erase_key(erase_key, k, normalize_qk)
     stages = select("delta", backend, x)
+    if erase_key is not None and not stages.erases:
+        raise ValueError(f"backend {backend!r} has no erase_key; use backend='auto'")
     if not (k.is_cuda and stages.bad_values_give_nan):
         check_beta_values(beta)
         if g is not None:
             check_gate_values(g)
     change = _unit_length if normalize_qk and not stages.normalizes else None
-    normalize, erase = normalize_qk and stages.normalizes, _of_value_heads(erase_key, v)
+    normalize = normalize_qk and stages.normalizes
     # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
-    x = DeltaInputs(k, k, v, x.beta, x.g, x.scale, documents, normalize, erase)
+    x = DeltaInputs(k, k, v, x.beta, x.g, x.scale, documents, normalize, erase_key)
     options = {"normalize_qk": normalize_qk, "erase_key": erase_key is not None}
     return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, options, change), x
 
@@ -161,29 +163,6 @@ def _finished(plan: ScanPlan, x: DeltaInputs, q: Tensor, initial_state: Tensor |
     return scan(
         plan, DeltaInputs(q, x.k, x.v, x.beta, x.g, x.scale, x.documents, x.normalize, x.erase_key), initial_state
     )
-
-
-def _check_erase_key(erase_key: Tensor, k: Tensor, backend: str, normalize_qk: bool) -> str:
-    """The backend for it.
-
-    Raises:
-        ValueError: it does not fit, or the backend does not know of one.
-    """
-    check_tensor("erase_key", erase_key, "of k's shape")
-    if erase_key.shape != k.shape or erase_key.dtype != k.dtype or erase_key.device != k.device:
-        given = f"{tuple(erase_key.shape)}, {erase_key.dtype}, on {erase_key.device}"
-        raise ValueError(f"erase_key must be as k, {tuple(k.shape)}, {k.dtype}, on {k.device}; got {given}")
-    if normalize_qk:
-        raise ValueError("normalize_qk=True cannot be had with erase_key: normalize keys before, or leave it out")
-    if backend in ("triton", "fla"):
-        raise ValueError(f"backend {backend!r} has no erase_key; use backend='torch'")
-    return "torch" if backend == "auto" else backend
-
-
-def _of_value_heads(erase_key: Tensor | None, v: Tensor) -> Tensor | None:
-    if erase_key is None or erase_key.shape[2] == v.shape[2]:
-        return erase_key
-    return erase_key.repeat_interleave(v.shape[2] // erase_key.shape[2], 2)
 
 
 def _unit_length(x: DeltaInputs) -> DeltaInputs:

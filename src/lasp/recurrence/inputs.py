@@ -76,7 +76,7 @@ class DeltaInputs(NamedTuple):
     Attributes:
         beta: [B, T, H_v], in [0, 2], in the state's dtype.
         g: None (DeltaNet), [B, T, H_v] (Gated DeltaNet) or [B, T, H_v, K] (KDA).
-        erase_key: r, [B, T, H_v, K]; k itself if None.
+        erase_key: r, as k; k itself if None.
         normalize: q and k are to be divided by their lengths, sqrt(sum of squares + NORM_EPS), by stages that do so.
     """
 

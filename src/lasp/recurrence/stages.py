@@ -87,6 +87,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
             on, so that nobody need look for one before.
         wide: the stages for heads wider than the fused kernels take; None where these take any, or refuse them.
         normalizes: they divide q and k by their lengths where `x.normalize` says so.
+        erases: they take an erase key of its own.
         multiplies: PyTorch multiplies matrices in them or for their summaries, which autocast must not round.
     """
 
@@ -105,6 +106,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     traceable: bool = True
     bad_values_give_nan: bool = False
     normalizes: bool = False
+    erases: bool = False
     wide: Stages[Any, Any, Any, Any, Any, Any] | None = None
     multiplies: bool = True
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -36,6 +36,7 @@ from triton.compiler import ASTSource, make_backend
 import lasp
 from lasp.exchange.peer.kernels import collect_kernel, fold_kernel, push_kernel
 from lasp.exchange.peer.memory import BLOCK, WARPS
+from lasp.kernels.limits import WIDE_CHANNELS_SHARED_BYTES
 from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
@@ -63,6 +64,7 @@ class Call(NamedTuple):
     final: bool = False
     packed: bool = False
     delta: bool = False  # the delta rule, or linear attention
+    erases: bool = False  # with a key of its own
 
 
 class Compilable(NamedTuple):
@@ -112,7 +114,7 @@ def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | No
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", record))
         # Autocast knows no such device.
-        stack.enter_context(patch.object(torch, "autocast", lambda *arguments, **options: nullcontext()))
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device: False))
         stack.enter_context(patch.dict(devices._devices, {META: device}))
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
@@ -139,7 +141,9 @@ def attend(call: Call) -> None:
         "backend": "triton",
     }
     if call.delta:
-        o, final = lasp.delta_rule(q, k, v, empty(1, T, H_v), g, **ways, normalize_qk=call.initial)
+        erase_key = empty(1, T, H, D, dtype=call.dtype) if call.erases else None
+        ways |= {"erase_key": erase_key, "normalize_qk": call.initial and not call.erases}
+        o, final = lasp.delta_rule(q, k, v, empty(1, T, H_v), g, **ways)
     else:
         o, final = lasp.linear_attention(q, k, v, g, **ways)
     (o.sum() + final.sum() if call.final else o.sum()).backward()
@@ -238,6 +242,8 @@ def every_one(target: str) -> list[Compilable]:
     kinds += [("none", True), ("scalar", True), ("channel", True)]
     cases = itertools.product(kinds, (128, 256), TYPES_OF_INPUTS)
     calls = [Call(kind, D=D, dtype=dtype, learned=True, delta=delta) for (kind, delta), D, dtype in cases]
+    if LIMITS[target] < WIDE_CHANNELS_SHARED_BYTES:  # where these are refused
+        calls.remove(Call("channel", D=256, learned=True, delta=True))
     return [*launched(calls, target), *launched(TYPES_OF_INPUTS, target, around)]
 
 
@@ -265,7 +271,8 @@ def every_call() -> list[Call]:
     kinds, dims = ("none", "constant", "scalar", "channel"), ((16, 128), (4, 72))
     cases = itertools.product(TYPES_OF_INPUTS, ways, kinds, (65536, 512), dims)
     calls = [Call(kind, T, H, D, dtype, *way) for dtype, way, kind, T, (H, D) in cases]
-    return [*calls, *(call._replace(delta=True) for call in calls if call.kind != "constant")]
+    delta = [call._replace(delta=True) for call in calls if call.kind != "constant"]
+    return [*calls, *delta, *(call._replace(erases=True) for call in delta if call.T == 512)]
 
 
 def three_of_a_name(kernels: list[Compilable]) -> list[Compilable]:

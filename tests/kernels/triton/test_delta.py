@@ -39,6 +39,7 @@ class Case(NamedTuple):
     initial: bool = True
     normalize: bool = False
     documents: tuple[int, ...] | None = None
+    erases: bool = False  # with a key of its own
 
 
 class DeltaProblem(NamedTuple):
@@ -62,6 +63,8 @@ def problem(case: Case) -> DeltaProblem:
     shape = {"none": None, "scalar": (B, T, H_v), "channel": (B, T, H_v, K)}[case.gate]
     if shape is not None:
         x["g"] = -case.strongest * torch.rand(shape, generator=random)
+    if case.erases:
+        x["erase_key"] = 0.7 * x["k"].roll(1, 1) + 0.2 * x["k"]
     states = (B if case.documents is None else len(case.documents) - 1, H_v, K, V)
     if case.initial:
         x["initial_state"] = normal(*states)
@@ -93,9 +96,12 @@ def errors_of(values: dict[str, Tensor], references: dict[str, Tensor]) -> dict[
 
 
 def check(case: Case, device: torch.device) -> None:
-    p = problem(case)
+    check_problem(problem(case), case.dtype, device)
+
+
+def check_problem(p: DeltaProblem, dtype: torch.dtype, device: torch.device) -> None:
     errors = errors_of(solve(p, device), solve(p, torch.device("cpu"), "torch", exact=True))
-    outputs, gradients = BOUNDS[case.dtype]
+    outputs, gradients = BOUNDS[dtype]
     bad = {n: e for n, e in errors.items() if e > (outputs if n in ("o", "final_state") else gradients)}
     assert not bad, errors
 
@@ -134,6 +140,16 @@ def test_all_results_bf16(gate: str, device: torch.device, short_segments: None)
 def test_strong_gates_bf16(gate: str, device: torch.device, short_segments: None) -> None:
     """Down to -20, so that of a gate per channel no chunk is mild; and values that are cut into two heads."""
     check(Case(gate, BF16, T=70, H=2, V=192, beta=1.0, strongest=20.0, normalize=True), device)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("gate", GATES)
+def test_an_erase_key_bf16(gate: str, device: torch.device, short_segments: None) -> None:
+    """Of grouped heads, which share it; mild gates per channel beside strong ones; values that are cut."""
+    p = problem(Case(gate, BF16, T=100, V=260, beta=1.0, erases=True))
+    if gate == "channel":
+        p.x["g"][:, 64:] *= 100
+    check_problem(p, BF16, device)
 
 
 @pytest.mark.parametrize("gate", ["none", "channel"])
@@ -177,10 +193,12 @@ def test_packed_documents(gate: str, single: bool, device: torch.device, request
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_ranks(gate: str, documents: tuple[int, ...] | None, device: torch.device, short_segments: None) -> None:
+@pytest.mark.parametrize(("documents", "erases"), [(None, False), (DOCUMENTS, False), (DOCUMENTS, True)])
+def test_ranks(
+    gate: str, documents: tuple[int, ...] | None, erases: bool, device: torch.device, short_segments: None
+) -> None:
     """Over three ranks, one without tokens: the exchange carries states and transitions."""
-    p = problem(Case(gate, T=80, documents=documents))
+    p = problem(Case(gate, T=80, documents=documents, erases=erases, beta=1.0 if erases else 2.0))
     references = solve(p, torch.device("cpu"), "torch", exact=True)
     lengths = (38, 30, 0, 12)
 

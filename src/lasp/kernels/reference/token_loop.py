@@ -79,6 +79,7 @@ class TokenLoop(Generic[_Inputs]):
             local_gradients=self.local_gradients,
             gradients=self.gradients,
             traceable=False,
+            erases=True,
         )
 
     def _loop(self, x: _Inputs, state: Tensor) -> tuple[Tensor, Tensor]:

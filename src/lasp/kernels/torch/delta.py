@@ -261,4 +261,5 @@ STAGES = Stages(
     local_gradients=local_gradients,
     gradients=gradients,
     traceable=False,
+    erases=True,
 )

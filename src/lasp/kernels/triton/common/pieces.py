@@ -26,6 +26,7 @@ from lasp.recurrence.stages import AnyStages, Gradients, Saved, Unsummarized
 Given: TypeAlias = DecayInputs | DeltaInputs
 # Parts are of a multiple of so many columns: rows of 16 bytes.
 PART = 8
+GATES = 2  # beta and g, which follow q, k and v; then an erase key, if there is one
 
 
 def _widened(tensor: Tensor, dim: int, columns: int) -> Tensor:
@@ -113,21 +114,24 @@ class HeadCut(NamedTuple):
         return Summary(self.whole_transition(summary.transition), self.whole_state(summary.state))
 
     def of_inputs(self, x: Given) -> Given:
-        q, k, v, *gates = x.tensors()
+        q, k, v, *others = x.tensors()
         assert q is not None and k is not None and v is not None
+        gates, erase_key = others[:GATES], others[GATES:]
         cut = [None if gate is None else self._of_gate(gate) for gate in gates]
-        keys = self.of_keys(k)
-        return x.with_tensors((keys if q is k else self.of_keys(q), keys, self.of_values(v), *cut))
+        keys, erasing = self.of_keys(k), (self.of_keys(r) for r in erase_key if r is not None)
+        return x.with_tensors((keys if q is k else self.of_keys(q), keys, self.of_values(v), *cut, *erasing))
 
     def _of_gate(self, gate: Tensor) -> Tensor:
         """Cut it, its gradient wanted where the whole one's is, which launches go by."""
         return self.of_gates(gate.detach()).requires_grad_(gate.requires_grad)
 
     def whole_gradients(self, gradients: Gradients) -> Gradients:
-        dq, dk, dv, *gates = gradients
+        dq, dk, dv, *others = gradients
         assert dq is not None and dk is not None and dv is not None
+        gates, erase_key = others[:GATES], others[GATES:]
         own = (None if gate is None else self.summed_gates(gate) for gate in gates)
-        return self.whole_keys(dq), self.whole_keys(dk), self.whole_values(dv), *own
+        erasing = (self.whole_keys(dr) for dr in erase_key if dr is not None)
+        return self.whole_keys(dq), self.whole_keys(dk), self.whole_values(dv), *own, *erasing
 
 
 def cut_of(x: Given, *, rows: bool) -> HeadCut:

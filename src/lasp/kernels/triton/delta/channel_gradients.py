@@ -4,12 +4,13 @@
 With z = scale tril(do u^T), m = -strict(dv u^T), both without decays:
 
     dq_i = sum_{j <= i} z_ij 2^between(i, j) k_j + scale 2^prefix_i (do S^T)_i
-    dk_i = reads_i + writes_i
+    dr_i = reads_i,  dk_i = writes_i
     reads_i  = sum_{j < i} m_ij 2^between(i, j) k_j - 2^prefix_i (dv S^T)_i
-    writes_j = sum_{i >= j} 2^between(i, j) (z_ij q_i + m_ij k_i) + 2^suffix_j (u D^T)_j
-    dg_t = sum_{s >= t} (q_s dq_s + k_s reads_s - k_s writes_s) + leaving            per channel, s within the chunk
+    writes_j = sum_{i >= j} 2^between(i, j) (z_ij q_i + m_ij r_i) + 2^suffix_j (u D^T)_j
+    dg_t = sum_{s >= t} (q_s dq_s + r_s reads_s - k_s writes_s) + leaving            per channel, s within the chunk
     leaving = 2^total S D + sum_s k_s 2^suffix_s (u D^T)_s                           S D at the chunk's end
 
+A token reads with k unless it has a key r of its own: k then has the sum of both gradients.
 What pairs within the chunk add to dg cancels where it should, to fp32, since both sides take the same rounded operands.
 Where gates are mild all tokens meet in the chunk's middle; other chunks go by levels, as in `decay.channel_within`.
 """
@@ -43,6 +44,7 @@ from lasp.kernels.triton.delta.within import (
 def delta_channel_gradients_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
+    r_ptr,  # likewise, if ERASES
     do_ptr,  # [B, T, H_v, V]
     u_ptr,  # [B, T, H_v, V]
     dv_ptr,  # [B, T, H_v, V]
@@ -56,6 +58,7 @@ def delta_channel_gradients_kernel(
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
+    dr_ptr,  # likewise, if ERASES
     d_beta_ptr,  # fp32 [B, T, H_v], written
     dg_ptr,  # fp32 [B, T, H_v, K], written if GATE
     places_ptr,  # int32 [chunks, 3] if PACKED
@@ -70,6 +73,7 @@ def delta_channel_gradients_kernel(
     BK: tl.constexpr,  # channels a program has
     BV: tl.constexpr,  # columns of dv, u, do at a time
     C: tl.constexpr,
+    ERASES: tl.constexpr,  # whether tokens read with a key of their own
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -116,6 +120,10 @@ def delta_channel_gradients_kernel(
     k = load_chunk(k_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     q = tl.trans(q).to(tl.float32) * q_norms
     k = tl.trans(k).to(tl.float32) * k_norms
+    r = k
+    if ERASES:
+        r = load_chunk(r_ptr + (batch * T * H + key_head) * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
+        r = tl.trans(r).to(tl.float32)
     z = between_tokens(do, u, do_ptr, u_ptr, start, last, row, V, BV, C, PRECISION) * scale
     if MILD:
         # In an order that holds few tiles at a time.
@@ -126,7 +134,7 @@ def delta_channel_gradients_kernel(
         late = tl.exp2(tl.sum(tl.where(j < C // 2, 0.0, rounded), 1))
         to = tl.exp2(to_middle)
         near_q = (q * to).to(dtype)
-        near_k = (k * to).to(dtype)
+        near_r = (r * to).to(dtype)
         far_k = (k * tl.exp2(-to_middle)).to(dtype)
         state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
         z = tl.where(i >= j, z, 0.0).to(dtype)
@@ -146,8 +154,8 @@ def delta_channel_gradients_kernel(
             state, dv, s_chunks_ptr, dv_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         )  # fmt: skip
         d_reads = tl.dot(far_k, tl.trans(m), read * -early[:, None], input_precision=PRECISION)
-        terms += near_k * d_reads
-        dk = to * d_reads
+        terms += near_r * d_reads
+        dr = to * d_reads
         d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
         written = from_state_t(
             d_state, u, d_chunks_ptr, u_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
@@ -157,8 +165,8 @@ def delta_channel_gradients_kernel(
             passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
             leaving += passed * early * late
         written = tl.dot(near_q, z, written, input_precision=PRECISION)
-        written = tl.dot(near_k, m, written, input_precision=PRECISION)
-        dk += written / to
+        written = tl.dot(near_r, m, written, input_precision=PRECISION)
+        dk = written / to if ERASES else dr + written / to
         terms -= far_k * written
     else:
         state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
@@ -171,7 +179,7 @@ def delta_channel_gradients_kernel(
         dq = from_state_t(
             state, do, s_chunks_ptr, do_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         ) * scale  # fmt: skip
-        dk = from_state_t(
+        dr = from_state_t(
             state, dv, s_chunks_ptr, dv_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         )  # fmt: skip
         d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
@@ -185,30 +193,34 @@ def delta_channel_gradients_kernel(
         m = m.to(dtype)
         from_start = tl.exp2(tl.dot(operand, (i <= j).to(operand.dtype), input_precision="ieee"))
         dq *= from_start
-        dk *= -from_start
+        dr *= -from_start
         written *= tl.exp2(tl.dot(operand, (i > j).to(operand.dtype), input_precision="ieee"))
         if GATE:
             passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
             leaving = tl.sum(k * written, 1) + passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
-        terms = q * dq + k * dk - k * written
+        terms = q * dq + r * dr - k * written
         # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
         dq += diagonal * k
-        dk += written + diagonal * q
+        dk = (written if ERASES else dr + written) + diagonal * q
         if BASE > 0:
             to_middle = _sums(base_operand(gates, dtype), stretches_ptr, -1, C)
             to = tl.exp2(to_middle)
             back = tl.exp2(-to_middle)
             block = in_base_block(BASE, C)
             near_q = (q * to).to(dtype)
-            near_k = (k * to).to(dtype)
+            near_r = (r * to).to(dtype)
             far_k = (k * back).to(dtype)
             d_q = tl.dot(far_k, tl.where(block & (i < j), z, 0.0), input_precision=PRECISION)
             dq += to * d_q
             d_reads = tl.dot(far_k, tl.where(block & (i < j), m, 0.0), input_precision=PRECISION)
             d_writes = tl.dot(near_q, tl.where(block & (i > j), z, 0.0), input_precision=PRECISION)
-            d_writes = tl.dot(near_k, tl.where(block & (i > j), m, 0.0), d_writes, input_precision=PRECISION)
-            dk += to * d_reads + back * d_writes
-            terms += near_q * d_q + near_k * d_reads - far_k * d_writes
+            d_writes = tl.dot(near_r, tl.where(block & (i > j), m, 0.0), d_writes, input_precision=PRECISION)
+            if ERASES:
+                dr += to * d_reads
+                dk += back * d_writes
+            else:
+                dk += to * d_reads + back * d_writes
+            terms += near_q * d_q + near_r * d_reads - far_k * d_writes
         for level in range(BASE, LEVELS):
             is_reading = tl.trans(is_late(level, C))
             decay = tl.exp2(_sums(operand, stretches_ptr, level, C))
@@ -219,13 +231,21 @@ def delta_channel_gradients_kernel(
             dq += tl.where(is_reading, d_x, 0.0)
             dk += tl.where(is_reading, 0.0, d_x)
             own = x * found
-            x = (k * decay).to(dtype)
+            x = (tl.where(is_reading, r, k) * decay).to(dtype)
             found = tl.dot(x, tl.where(met, m, 0.0), input_precision=PRECISION)
-            dk += decay * found
+            d_x = decay * found
+            if ERASES:
+                dr += tl.where(is_reading, d_x, 0.0)
+                dk += tl.where(is_reading, 0.0, d_x)
+            else:
+                dk += d_x
             own += x * found
             terms += tl.where(is_reading, own, -own)
         dq = tl.trans((dq * q_norms).to(dq_ptr.dtype.element_ty))
         store_chunk(dq_ptr, dq, start, column, last, keys, K, C, BK, DESCRIPTORS)
+    if ERASES:
+        dr = tl.trans(dr.to(dr_ptr.dtype.element_ty))
+        store_chunk(dr_ptr + tokens * K, dr, start, column, last, keys, K, C, BK, DESCRIPTORS)
     dk = tl.trans((dk * k_norms).to(dk_ptr.dtype.element_ty))
     store_chunk(dk_ptr, dk, start, column, last, keys, K, C, BK, DESCRIPTORS)
     if GATE:

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """Prepares, chunk by chunk, what sweeps of a gate per channel read: operands with their decays, scores, overlaps.
 
-    P_ij = scale sum_K q_i k_j 2^between(i, j), j <= i        L_ij = sum_K k_i k_j 2^between(i, j), j < i
+    P_ij = scale sum_K q_i k_j 2^between(i, j), j <= i        L_ij = sum_K r_i k_j 2^between(i, j), j < i
 
 Where a chunk's gates are mild all its tokens meet in its middle (as in `decay.channel_mild_prepare`): one product each.
 Others are marked, and left to `channel_scores`.
@@ -26,12 +26,13 @@ from lasp.kernels.triton.delta.chunk import lengths
 def delta_channel_operands_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
+    r_ptr,  # likewise, if ERASES: what tokens read with
     g_ptr,  # fp32 [B, T, H_v, K]
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
     stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
     queries_ptr,  # [B, T, H_v, K], written if QUERIES: scale q 2^prefix
-    reading_ptr,  # likewise, written if KEYS: k 2^prefix
+    reading_ptr,  # likewise, written if KEYS: k 2^prefix, of r if ERASES
     storing_ptr,  # likewise: k 2^suffix
     totals_ptr,  # fp32 [B, H_v, chunks, K], written if KEYS: base-2 log-decay of the chunk
     scores_ptr,  # [B, H_v, chunks, C, C], written if QUERIES and MILD: P
@@ -46,6 +47,7 @@ def delta_channel_operands_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
     C: tl.constexpr,
+    ERASES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     QUERIES: tl.constexpr,  # whether what queries need is wanted
     KEYS: tl.constexpr,  # and what keys need
@@ -77,7 +79,10 @@ def delta_channel_operands_kernel(
         if KEYS:
             d = column + tl.arange(0, BK)
             tl.store(totals_ptr + at * K + d, tl.sum(gates, 0), mask=d < K)
-            reads = (k * from_start).to(dtype)
+            r = k
+            if ERASES:
+                r = load_chunk(r_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32)
+            reads = (r * from_start).to(dtype)
             store_chunk(reading_ptr + out, reads, first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
             stored = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
             store_chunk(storing_ptr + out, stored, first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
@@ -91,7 +96,7 @@ def delta_channel_operands_kernel(
             near_t = tl.trans((k * tl.exp2(-to_middle)).to(dtype))
             to_middle = tl.exp2(to_middle)
             if KEYS:
-                overlaps = tl.dot((k * to_middle).to(dtype), near_t, overlaps, input_precision=PRECISION)
+                overlaps = tl.dot((r * to_middle).to(dtype), near_t, overlaps, input_precision=PRECISION)
             if QUERIES:
                 scores = tl.dot((q * to_middle).to(dtype), near_t, scores, input_precision=PRECISION)
     if MILD:

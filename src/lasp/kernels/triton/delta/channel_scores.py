@@ -26,6 +26,7 @@ from lasp.kernels.triton.delta.chunk import lengths
 def delta_channel_scores_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
+    r_ptr,  # likewise, if ERASES: what tokens read with
     g_ptr,  # fp32 [B, T, H_v, K]
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
@@ -42,6 +43,7 @@ def delta_channel_scores_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
     C: tl.constexpr,
+    ERASES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     BASE: tl.constexpr,  # 2^BASE tokens a base block
@@ -64,7 +66,7 @@ def delta_channel_scores_kernel(
     norms_at = ((batch * H + key_head) * chunks + chunk) * C
     k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)[:, None]
     norms = k_norms
-    rows_ptr = k_ptr
+    rows_ptr = r_ptr if ERASES else k_ptr
     if QUERIES:
         norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE)[:, None] * scale
         rows_ptr = q_ptr

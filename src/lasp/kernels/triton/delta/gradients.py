@@ -3,16 +3,18 @@
 
     dP = scale tril(do u^T G),   dM = -strict(dv u^T G)
     dq = scale 2^prefix do S^T + dP k
-    dk = [2^suffix u D^T + dP^T q + dM^T k] as it is written + [dM k - 2^prefix dv S^T] as it reads
+    dk = 2^suffix u D^T + dP^T q + dM^T r
+    dr = dM k - 2^prefix dv S^T
     dbeta = diag(dv u^T) / beta^2
 
 The gate's gradient is what crosses a token t of the chunk:
 
     dg_t = <2^total S, D> + sum_{i >= t} reads_i + sum_{j < t} writes_j + sum_{i >= t > j} w_ij
-    reads_i = q_i . (scale 2^prefix do S^T)_i - k_i . (2^prefix dv S^T)_i
+    reads_i = q_i . (scale 2^prefix do S^T)_i - r_i . (2^prefix dv S^T)_i
     writes_j = k_j . (2^suffix u D^T)_j
-    w_ij = (q_i . k_j) dP_ij + (k_i . k_j) dM_ij
+    w_ij = (q_i . k_j) dP_ij + (r_i . k_j) dM_ij
 
+A token reads with k unless it has a key r of its own: k then has the sum of both gradients.
 Nothing is summed here that does not cross the token and would have to cancel: where a head forgets within a few tokens,
 its gradient is as small as what is left. All of it is linear in the channels, so a program adds up those it has.
 """
@@ -38,6 +40,7 @@ from lasp.kernels.triton.delta.within import (
 def delta_gradients_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
+    r_ptr,  # likewise, if ERASES
     do_ptr,  # [B, T, H_v, V]
     u_ptr,  # [B, T, H_v, V]
     dv_ptr,  # [B, T, H_v, V]
@@ -51,6 +54,7 @@ def delta_gradients_kernel(
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
+    dr_ptr,  # likewise, if ERASES
     d_beta_ptr,  # fp32 [B, T, H_v], written
     dg_ptr,  # fp32 [slices, B, T, H_v], written if GATE
     places_ptr,  # int32 [chunks, 3] if PACKED
@@ -66,6 +70,7 @@ def delta_gradients_kernel(
     BV: tl.constexpr,  # columns of dv, u, do at a time
     C: tl.constexpr,
     KIND: tl.constexpr,
+    ERASES: tl.constexpr,  # whether tokens read with a key of their own
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,  # whether the gate's gradient is wanted
@@ -97,6 +102,9 @@ def delta_gradients_kernel(
     do = token_tile(do_ptr, start, last, row, V, BV, C)
     q = load_chunk(q_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
+    r = k
+    if ERASES:
+        r = load_chunk(r_ptr + (batch * T * H + key_head) * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, at * C, KIND, C, EXACT)
     q_norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE) * scale
     k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)
@@ -128,20 +136,23 @@ def delta_gradients_kernel(
     if NORMALIZE:
         m *= k_norms[:, None]
     if GATE:
-        crossing += m * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        crossing += m * tl.dot(r, tl.trans(k), input_precision=PRECISION)
         gained = tl.sum(crossing, 0)
         lost = tl.sum(crossing, 1)
     m = m.to(dtype)
     dk = from_state(dv, state, dv_ptr, s_chunks_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
     dk *= -(tl.exp2(prefix) * k_norms)[:, None]
     if GATE:
-        reads += tl.sum(k.to(tl.float32) * dk, 1)
+        reads += tl.sum(r.to(tl.float32) * dk, 1)
     dk = tl.dot(m, k, dk, input_precision=PRECISION)
+    if ERASES:
+        dr = dk.to(dr_ptr.dtype.element_ty)
+        store_chunk(dr_ptr + tokens * K, dr, start, column, last, H_v * K, K, C, BK, DESCRIPTORS)
 
     d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
     written = from_state(u, d_state, u_ptr, d_chunks_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
     written *= (tl.exp2(suffix) * k_norms)[:, None]
-    dk += written
+    dk = written if ERASES else dk + written
     if GATE:
         gained += tl.sum(k.to(tl.float32) * written, 1)
         across = tl.sum(passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS), 0)
@@ -158,7 +169,7 @@ def delta_gradients_kernel(
     m = tl.where(i < j, -m * pairs, 0.0)
     if NORMALIZE:
         m *= k_norms[None, :]
-    dk = tl.dot(m.to(dtype), k, dk, input_precision=PRECISION)
+    dk = tl.dot(m.to(dtype), r, dk, input_precision=PRECISION)
     store_chunk(
         dk_ptr + tokens * K, dk.to(dk_ptr.dtype.element_ty), start, column, last, H_v * K, K, C, BK, DESCRIPTORS
     )

@@ -65,6 +65,7 @@ class DeltaLaunches:
         normalize: whether queries and keys are divided by their lengths.
         with_gate: whether the gradient of the gate is wanted.
         from_zero: whether runs are whole and start from no state.
+        erases: whether tokens read with a key of their own.
         state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
@@ -85,6 +86,7 @@ class DeltaLaunches:
         normalize: bool,
         scale: float,
         from_zero: bool,
+        erases: bool,
     ) -> None:
         (B, T, H, K), (H_v, V) = q, v[2:]
         if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
@@ -99,7 +101,7 @@ class DeltaLaunches:
                 "use backend='torch'"
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
-        self.with_gate, self.from_zero = with_gate, from_zero
+        self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -123,7 +125,7 @@ class DeltaLaunches:
             "scale": scale, "B": B, "T": T, "H": H, "H_v": H_v, "K": K, "V": V, "eps": NORM_EPS,
             "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
             "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
-            "KIND": kind, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
+            "KIND": kind, "ERASES": erases, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
             "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.mild, "STEEP": self.mild,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
             "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
@@ -170,12 +172,11 @@ class DeltaLaunches:
     @cached_property
     def summary(self) -> Launch:
         tiles, (K, V) = self.plan.summary, self.state[2:]
-        slices = -(-V // tiles.columns) + -(-K // tiles.columns)
-        return self._sweep(delta_summary_kernel, slices, tiles, TOTAL=not self.from_zero)
+        return self._sweep(delta_summary_kernel, -(-(V + K) // tiles.columns), tiles, TOTAL=not self.from_zero)
 
     @cached_property
     def output(self) -> Launch:
-        tiles = self.plan.values
+        tiles = self.plan.output
         return self._sweep(delta_output_kernel, -(-self.state[3] // tiles.columns), tiles)
 
     @cached_property
@@ -192,7 +193,7 @@ class DeltaLaunches:
         return self._reverse(total=True, values=True)
 
     def _reverse(self, *, total: bool, values: bool) -> Launch:
-        return self._state_sweep(delta_reverse_kernel, self.plan.values, TOTAL=total, VALUES=values)
+        return self._state_sweep(delta_reverse_kernel, self.plan.reverse, TOTAL=total, VALUES=values)
 
     @cached_property
     def chunk_states(self) -> Launch:
@@ -262,7 +263,7 @@ def _launches(
 
 def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
     B, T, H_v, V = v
-    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind == CHANNEL.value, *device_limits(device))
+    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind, *device_limits(device)[:2])
 
 
 def launches_of(x: DeltaInputs, from_zero: bool, with_gate: bool) -> DeltaLaunches:
@@ -274,7 +275,7 @@ def launches_of(x: DeltaInputs, from_zero: bool, with_gate: bool) -> DeltaLaunch
         ValueError: the kernels do not take such tensors.
     """
     shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
-    others = (with_gate, x.normalize, x.scale, from_zero)
+    others = (with_gate, x.normalize, x.scale, from_zero, x.erase_key is not None)
     if x.documents is None:
         return _launches(*shapes, *others)
     kept = x.documents.layouts

@@ -12,8 +12,8 @@ from lasp.kernels.triton.delta.chunk import after_chunk, between, lengths, state
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def delta_output_kernel(
     q_ptr,  # [B, T, H, K]; with scale and decays if CHANNEL
-    reading_ptr,  # [B, T, H, K]: k, or what reads the state if CHANNEL
-    storing_ptr,  # likewise: k, or what it is written at
+    reading_ptr,  # [B, T, H, K]: what reads the state, k unless CHANNEL or ERASES
+    storing_ptr,  # likewise: what it is written at, k unless CHANNEL
     v_ptr,  # [B, T, H_v, V]
     inverse_ptr,  # [B, H_v, chunks, C, C]: A - I
     scores_ptr,  # likewise: P, if CHANNEL
@@ -42,6 +42,7 @@ def delta_output_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
     KIND: tl.constexpr,
+    ERASES: tl.constexpr,  # whether tokens read with a key of their own
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
@@ -85,7 +86,7 @@ def delta_output_kernel(
         q = load_chunk(q_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         keys = load_chunk(storing, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         reads = keys
-        if KIND == CHANNEL:
+        if KIND == CHANNEL or ERASES:
             reads = load_chunk(reading, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         v = load_chunk(v_view, start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
         inverse = load_chunk(inverses, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)

@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lasp.kernels.limits import WIDE_CHANNELS_SHARED_BYTES
 from lasp.kernels.triton.common.packing import DESCRIPTOR_CHUNKS
 from lasp.kernels.triton.decay.plan import (
+    CHANNEL,
     SHARED_FOR_THREE_STAGES,
     SHARED_FOR_TWO_STAGES,
+    SUMMARIES_COST,
+    TOKEN,
     Tiles,
     narrow,
     segment_chunks,
@@ -18,9 +22,7 @@ from lasp.kernels.triton.decay.plan import (
 )
 
 CHUNK = 64
-# Of fp32: products by vector instructions, and gates summed pair by pair. And of gates per channel of wide heads, whose
-# sweeps read three tiles of keys; but on Hopper not of narrow values, whose gradients Triton 3.6 then makes wrong.
-SMALL_CHUNK = 32
+SMALL_CHUNK = 32  # of fp32: products by vector instructions, and gates summed pair by pair
 
 
 class DeltaPlan(NamedTuple):
@@ -32,7 +34,7 @@ class DeltaPlan(NamedTuple):
         segments: of one head.
         chunks: of one head.
         solve: warps of the kernel that inverts chunks.
-        summary, values, states: of the sweeps that hold states of few columns: summaries; o, and dv; states.
+        summary, output, reverse, states: of the sweeps that hold states of few columns.
         keys: of dq and dk.
         scan: of the scan over segments.
         channel: of the gradients of a gate per channel.
@@ -50,7 +52,8 @@ class DeltaPlan(NamedTuple):
     chunks: int
     solve: int
     summary: Tiles
-    values: Tiles
+    output: Tiles
+    reverse: Tiles
     states: Tiles
     keys: Tiles
     scan: Tiles
@@ -79,37 +82,48 @@ def delta_plan(
     K: int,
     V: int,
     dtype: torch.dtype,
-    per_channel: bool,
+    kind: int,
     processors: int,
     shared_bytes: int,
-    hopper: bool,
 ) -> DeltaPlan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
     Args:
         dtype: bf16, or fp32 (also for fp16 inputs), of the kernels' operands.
-        per_channel: whether that is the kind of decay.
+        kind: of decay, as in `kind_of`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
-        hopper: whether it is of NVIDIA's Hopper generation.
+
+    Raises:
+        ValueError: the kernels do not take such heads.
     """
+    per_channel = kind == CHANNEL
     exact = dtype == torch.float32
     wide = max(K, V) > 128
+    if per_channel and K > 128 and not exact and shared_bytes < WIDE_CHANNELS_SHARED_BYTES:
+        raise ValueError(
+            f"backend 'triton' takes gates per channel of a delta rule with K = {K} in 16 bits where a program may "
+            f"have {WIDE_CHANNELS_SHARED_BYTES} bytes of shared memory, here {shared_bytes}; use backend='torch'"
+        )
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
-    short = exact or (per_channel and (V > 128 or (K > 128 and most < 3)))
-    chunk = SMALL_CHUNK if short else CHUNK
+    chunk = SMALL_CHUNK if exact else CHUNK
     chunks = max(1, -(-tokens // chunk))
-    length = segment_chunks(chunks, heads, processors)
+    length = segment_chunks(chunks, heads, processors, SUMMARIES_COST)
     if exact:
-        values = keys = Tiles(16, 8, 1) if wide else Tiles(32, 4, 1)
-        summary = states = values
+        sweep = keys = Tiles(16, 8, 1) if wide else Tiles(32, 4, 1)
+        summary = output = reverse = states = sweep
     else:
-        values = Tiles(64, 8 if wide or most == 1 else 4, 1 if wide or most == 1 else 2)
-        summary = values if wide or most < 3 else values._replace(stages=3)
-        states = values
-        if per_channel and not wide and min(K, V) > 64 and most == 3:
-            # Keys have decays of their own: two tiles more a stage, so one program a processor, which has all of V.
-            values = Tiles(128, 8, 2)
+        sweep = Tiles(64, 8 if wide or most == 1 else 4, 1 if wide or most == 1 else 2)
+        output = reverse = sweep
+        # Loads of two stages wait for the iteration before; where three leave a processor two programs, they do not.
+        summary = states = sweep if wide or most < 3 else sweep._replace(stages=3)
+        if not wide and min(K, V) > 64 and most == 3:
+            # All of V in a program, one on a processor: keys are read once. Where they have decays of their own they
+            # are two tiles a stage; `reverse` of a gate per token has no registers for it.
+            everything = Tiles(128, 8, 2 if per_channel else 3)
+            output = everything
+            reverse = sweep if kind == TOKEN else everything
+            summary = Tiles(128, 8, 3) if per_channel else summary
         # With all channels what lies between tokens is made once; a processor then has one program.
         keys = Tiles(128, 4, 1) if most == 3 and not wide else Tiles(64, 8 if wide or most == 1 else 4, 1)
     # The copy engine wants rows of a multiple of 16 bytes.
@@ -120,9 +134,10 @@ def delta_plan(
         segment_chunks=length,
         segments=-(-chunks // length),
         chunks=chunks,
-        solve=4 if chunk < CHUNK else 1 if per_channel else 2,
-        summary=summary._replace(columns=min(summary.columns, tile(max(K, V), dtype))),
-        values=values._replace(columns=min(values.columns, tile(V, dtype))),
+        solve=4 if chunk < CHUNK else 1,
+        summary=summary._replace(columns=min(summary.columns, tile(K + V, dtype))),
+        output=output._replace(columns=min(output.columns, tile(V, dtype))),
+        reverse=reverse._replace(columns=min(reverse.columns, tile(V, dtype))),
         states=states._replace(columns=min(states.columns, tile(V, dtype))),
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),
         scan=Tiles(16, 4, 2 if most > 1 else 1),

@@ -17,6 +17,7 @@ from lasp.kernels.triton.common.launch import Launch, given
 from lasp.kernels.triton.common.packing import bounds_of, chunks_of, places_of
 from lasp.kernels.triton.decay.channel.stages import stretch_matrices
 from lasp.kernels.triton.delta.launches import DeltaLaunches
+from lasp.recurrence.stages import Gradients
 
 
 class DeltaRun(NamedTuple):
@@ -27,17 +28,25 @@ class DeltaRun(NamedTuple):
     v: Tensor
     beta: Tensor
     g: Tensor | None
+    r: Tensor | None  # an erase key of its own
     work: DeltaLaunches
 
+    @property
+    def reading(self) -> Tensor:
+        """Keys with which tokens read."""
+        return self.k if self.r is None else self.r
+
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.beta, self.g
+        tensors = (self.q, self.k, self.v, self.beta, self.g)
+        return tensors if self.r is None else (*tensors, self.r)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DeltaRun:
-        return DeltaRun(*tensors, self.work)  # type: ignore[arg-type, call-arg]
+        r = tensors[5] if len(tensors) > 5 else None
+        return DeltaRun(*tensors[:5], r, self.work)  # type: ignore[arg-type, call-arg]
 
 
 class ChannelKeys(NamedTuple):
-    """Keys with a gate per channel's decays, k 2^prefix and k 2^suffix [B, T, H_v, K]; the chunks' log-decays
+    """Keys with a gate per channel's decays, r 2^prefix and k 2^suffix [B, T, H_v, K]; the chunks' log-decays
     [B, H_v, chunks, K] (base 2); int32 [B, H_v, chunks], which of them are not mild."""
 
     reading: Tensor
@@ -137,6 +146,7 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
         queries = DeltaQueries(x.q, _norms(x, x.q), None)
     work.solve(
         k_ptr=x.k,
+        r_ptr=x.reading,
         norms_ptr=given(norms, betas),
         overlaps_ptr=overlaps,
         beta_ptr=x.beta,
@@ -165,6 +175,7 @@ def _channels_made(
     shared: dict[str, Tensor] = {
         "q_ptr": q,
         "k_ptr": x.k,
+        "r_ptr": x.reading,
         "g_ptr": x.g,
         "q_norms_ptr": given(q_norms, totals),
         "k_norms_ptr": given(k_norms, totals),
@@ -195,7 +206,7 @@ def queries_made(x: DeltaRun, segments: DeltaSegments) -> DeltaQueries:
 
 def _sweep_operands(x: DeltaRun, chunks: DeltaChunks, unread: Tensor) -> dict[str, Tensor]:
     """Operands of all sweeps: keys, by how much chunks decay, and what was made of them."""
-    reading, storing, decays = (x.k, x.k, unread) if chunks.channels is None else chunks.channels[:3]
+    reading, storing, decays = (x.reading, x.k, unread) if chunks.channels is None else chunks.channels[:3]
     return {
         "reading_ptr": reading,
         "storing_ptr": storing,
@@ -332,8 +343,8 @@ def _reverse(
 
 def gradients(
     x: DeltaRun, saved: DeltaSaved, added: Tensor | None, d_o: Tensor, d_state_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, beta and g; d_state_out is zero if None."""
+) -> Gradients:
+    """Gradients of q, k, v, beta, g and, if there is one, of the erase key; d_state_out is zero if None."""
     work, chunks, unread = x.work, saved.chunks, saved.leaving
     entering = d_state_out
     if added is not None and not work.plan.whole:
@@ -353,11 +364,12 @@ def gradients(
         places_ptr=places_of(work.plan, unread),
         entering_ptr=saved.entering,
     )
-    dq, dk = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(2))
+    dq, dk, *erasing = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(3 if work.erases else 2))
     d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
     shared = {
         "q_ptr": x.q,
         "k_ptr": x.k,
+        "r_ptr": x.reading,
         "do_ptr": d_o,
         "u_ptr": saved.u,
         "dv_ptr": dv,
@@ -367,6 +379,7 @@ def gradients(
         "beta_ptr": chunks.betas,
         "dq_ptr": dq,
         "dk_ptr": dk,
+        "dr_ptr": erasing[0] if erasing else dk,
         "d_beta_ptr": d_beta,
         "s_chunks_ptr": s_chunks,
         "d_chunks_ptr": d_chunks,
@@ -385,7 +398,8 @@ def gradients(
             dg = parts[0] if parts.shape[0] == 1 else parts.sum(0)
     if work.summed:
         dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
-    return dq, dk, dv, d_beta, dg
+        erasing = [_summed(x, x.reading, dr, None) for dr in erasing]
+    return dq, dk, dv, d_beta, dg, *erasing
 
 
 def _summed(x: DeltaRun, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:

@@ -9,16 +9,18 @@ without the decays in it, where these keep beta k.k > 2 in check.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import CHANNEL, NONE, TOKEN
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import chunk_place
 from lasp.kernels.triton.delta.chunk import MIN_BETA, between
 
 BLOCK = tl.constexpr(16)
+LANES = tl.constexpr(32)  # columns that a warp has at a time
 
 
 @triton.jit(do_not_specialize=["T", "H", "H_v", "chunks"])
 def solve_kernel(
     k_ptr,  # [B, T, H, K]; unused if CHANNEL
+    r_ptr,  # likewise, if ERASES: what tokens read with
     norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     overlaps_ptr,  # fp32 [B, H_v, chunks, C, C] if CHANNEL: L
     beta_ptr,  # fp32 [B, T, H_v]
@@ -35,6 +37,7 @@ def solve_kernel(
     BK: tl.constexpr,
     C: tl.constexpr,
     KIND: tl.constexpr,
+    ERASES: tl.constexpr,
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -47,51 +50,34 @@ def solve_kernel(
     run = batch * H_v + head
     key_head = head // (H_v // H)
     slot = (run * chunks + chunk) * C
-    k_ptr += (batch * T * H + tl.cast(first, tl.int64) * H + key_head) * K
+    keys = (batch * T * H + tl.cast(first, tl.int64) * H + key_head) * K
     norms_ptr += ((batch * H + key_head) * chunks + chunk) * C
     overlaps_ptr += slot * C
     beta_ptr += (batch * T + first) * H_v + head
     g_ptr += batch * T * H_v + head
     prefix_ptr += slot
     inverse_ptr += slot * C
-    length = last - first
 
     i = tl.arange(0, C)
-    tl.store(betas_ptr + slot + i, _betas(beta_ptr, i, length, H_v))
+    betas = _betas(beta_ptr, i, last - first, H_v)
+    tl.store(betas_ptr + slot + i, betas)
 
-    if C < 4 * BLOCK:
-        # Small chunks: one block, whose gates are summed between tokens.
-        late = tl.arange(0, C)[None, :]
-        overlaps = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, late, late, length, H * K, K, BK, C, NONE
-                             if KIND == TOKEN else KIND, NORMALIZE, PRECISION)  # fmt: skip
-        if KIND == TOKEN:
-            prefix = tl.zeros((C,), tl.float32)
-            overlaps *= between(g_ptr, H_v, prefix, first, last, KIND, C, True, EXACT)[None, :, :]
-        overlaps *= _betas(beta_ptr, late, length, H_v)[:, :, None]
-        inverse = tl.reshape(_inverse(overlaps, C), (C, C))
-        at = tl.arange(0, C)[:, None]
-        column = tl.arange(0, C)[None, :]
-        tile = tl.where(at > column, inverse, 0.0).to(inverse_ptr.dtype.element_ty)
-        tl.store(inverse_ptr + at * C + column, tile)
+    if KIND == CHANNEL and C == 4 * BLOCK:
+        diagonal, pairs, halves = _loaded_blocks(overlaps_ptr, beta_ptr, last - first, H_v, C)
     else:
-        # Of four blocks of 16 tokens: those on the diagonal, the two beside it within halves, and the halves'.
-        block = tl.arange(0, BLOCK)[None, :]
-        all_four = tl.arange(0, 4)[:, None] * BLOCK + block
-        diagonal = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, all_four, all_four, length, H * K, K, BK, C,
-                             KIND, NORMALIZE, PRECISION)  # fmt: skip
-        diagonal *= _betas(beta_ptr, all_four, length, H_v)[:, :, None]
-        early = tl.arange(0, 2)[:, None] * (2 * BLOCK) + block
-        late = early + BLOCK
-        pairs = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, late, early, length, H * K, K, BK, C,
-                          KIND, NORMALIZE, PRECISION)  # fmt: skip
-        pairs *= _betas(beta_ptr, late, length, H_v)[:, :, None]
-        early = tl.arange(0, 2 * BLOCK)[None, :]
-        late = early + 2 * BLOCK
-        halves = _overlaps(k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, late, early, length, H * K, K, BK, C,
-                           KIND, NORMALIZE, PRECISION)  # fmt: skip
-        halves *= _betas(beta_ptr, late, length, H_v)[:, :, None]
-
-        inverse = _inverse(diagonal, BLOCK)
+        overlaps = _overlaps(
+            k_ptr + keys, r_ptr + keys, norms_ptr, overlaps_ptr, g_ptr, prefix_ptr, first, last, H, H_v, K, BK, C,
+            KIND, ERASES, EXACT, NORMALIZE, PRECISION,
+        ) * betas[:, None]  # fmt: skip
+    if C < 4 * BLOCK:
+        inverse = tl.reshape(_inverse(tl.reshape(overlaps, (1, C, C))), (C, C))
+        column = i[None, :]
+        tile = tl.where(i[:, None] > column, inverse, 0.0).to(inverse_ptr.dtype.element_ty)
+        tl.store(inverse_ptr + i[:, None] * C + column, tile)
+    else:
+        if KIND != CHANNEL:
+            diagonal, pairs, halves = _blocks(overlaps)
+        inverse = _inverse(diagonal)
         # [4, 16, 16]: the even blocks, and the odd.
         top, bottom = tl.split(tl.permute(tl.reshape(inverse, (2, 2, BLOCK, BLOCK)), (0, 2, 3, 1)))
         beside = -tl.dot(tl.dot(bottom, pairs, input_precision=PRECISION), top, input_precision=PRECISION)
@@ -100,8 +86,7 @@ def solve_kernel(
         lower = tl.reshape(tl.permute(tl.join(beside, bottom), (0, 1, 3, 2)), (2, BLOCK, 2 * BLOCK))
         inverse = tl.reshape(tl.permute(tl.join(upper, lower), (0, 3, 1, 2)), (2, 2 * BLOCK, 2 * BLOCK))
         top, bottom = tl.split(tl.permute(inverse, (1, 2, 0)))
-        below = tl.reshape(halves, (2 * BLOCK, 2 * BLOCK))
-        below = -tl.dot(tl.dot(bottom, below, input_precision=PRECISION), top, input_precision=PRECISION)
+        below = -tl.dot(tl.dot(bottom, halves, input_precision=PRECISION), top, input_precision=PRECISION)
 
         at = tl.arange(0, 2 * BLOCK)[:, None]
         column = tl.arange(0, 2 * BLOCK)[None, :]
@@ -114,39 +99,62 @@ def solve_kernel(
 
 
 @triton.jit
-def _overlaps(
-    k_ptr, norms_ptr, overlaps_ptr, prefix_ptr, late, early, length, row,
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """L [N, S, S] of N blocks, whose rows are the tokens `late` [N, S] of the chunk and whose columns are `early`."""
-    if KIND == CHANNEL:
-        return tl.load(overlaps_ptr + late[:, :, None] * C + early[:, None, :])
-    else:
-        d = tl.arange(0, BK)[None, None, :]
-        k_late = tl.load(k_ptr + late[:, :, None] * row + d, mask=(late[:, :, None] < length) & (d < K), other=0.0)
-        k_early = tl.load(k_ptr + early[:, :, None] * row + d, mask=(early[:, :, None] < length) & (d < K), other=0.0)
-        overlaps = _product(k_late, k_early, PRECISION)
-        if NORMALIZE:
-            overlaps *= tl.load(norms_ptr + late)[:, :, None] * tl.load(norms_ptr + early)[:, None, :]
-        if KIND == TOKEN:
-            log2 = tl.load(prefix_ptr + late)[:, :, None] - tl.load(prefix_ptr + early)[:, None, :]
-            # Of later tokens it may be infinite: those are not read.
-            overlaps *= tl.exp2(tl.where(log2 > 0, 0.0, log2))
-        return overlaps
+def _blocks(overlaps):
+    """Cut into blocks of 16 tokens: the four on the diagonal [4, 16, 16], two beside it within halves [2, 16, 16],
+    and what lies between the halves [32, 32]."""
+    blocks = tl.reshape(overlaps, (4, BLOCK, 4, BLOCK))
+    row = tl.arange(0, 4)[:, None, None, None]
+    column = tl.arange(0, 4)[None, None, :, None]
+    diagonal = tl.sum(tl.where(row == column, blocks, 0.0), 2)
+    pairs = tl.sum(tl.where((row == column + 1) & (row % 2 == 1), blocks, 0.0), 2)
+    pairs = tl.sum(tl.reshape(pairs, (2, 2, BLOCK, BLOCK)), 1)
+    row = tl.arange(0, 2)[:, None, None, None]
+    column = tl.arange(0, 2)[None, None, :, None]
+    halves = tl.where(row > column, tl.reshape(overlaps, (2, 2 * BLOCK, 2, 2 * BLOCK)), 0.0)
+    return diagonal, pairs, tl.sum(tl.sum(halves, 2), 0)
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    """a b^T of [N, S, K]; of a single block as plain matrices."""
-    N: tl.constexpr = a.shape[0]
-    S: tl.constexpr = a.shape[1]
-    K: tl.constexpr = a.shape[2]
-    if N == 1:
-        product = tl.dot(tl.reshape(a, (S, K)), tl.trans(tl.reshape(b, (S, K))), input_precision=PRECISION)
-        return tl.reshape(product, (1, S, S))
+def _loaded_blocks(overlaps_ptr, beta_ptr, length, H_v, C: tl.constexpr):
+    """Load `_blocks` of beta L, each by itself: a tile of all would fill the registers of its warp."""
+    block = tl.arange(0, BLOCK)[None, :]
+    late = tl.arange(0, 4)[:, None] * BLOCK + block
+    diagonal = tl.load(overlaps_ptr + late[:, :, None] * C + late[:, None, :])
+    diagonal *= _betas(beta_ptr, late, length, H_v)[:, :, None]
+    early = tl.arange(0, 2)[:, None] * (2 * BLOCK) + block
+    late = early + BLOCK
+    pairs = tl.load(overlaps_ptr + late[:, :, None] * C + early[:, None, :])
+    pairs *= _betas(beta_ptr, late, length, H_v)[:, :, None]
+    early = tl.arange(0, 2 * BLOCK)
+    late = early + 2 * BLOCK
+    halves = tl.load(overlaps_ptr + late[:, None] * C + early[None, :])
+    return diagonal, pairs, halves * _betas(beta_ptr, late, length, H_v)[:, None]
+
+
+@triton.jit
+def _overlaps(
+    k_ptr, r_ptr, norms_ptr, overlaps_ptr, g_ptr, prefix_ptr, first, last, H, H_v, K: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, KIND: tl.constexpr, ERASES: tl.constexpr, EXACT: tl.constexpr, NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """L [C, C]; above the diagonal anything."""
+    i = tl.arange(0, C)
+    if KIND == CHANNEL:
+        return tl.load(overlaps_ptr + i[:, None] * C + i[None, :])
     else:
-        return tl.dot(a, tl.permute(b, (0, 2, 1)), input_precision=PRECISION)
+        d = tl.arange(0, BK)[None, :]
+        tile = i[:, None] * (H * K) + d
+        inside = (first + i[:, None] < last) & (d < K)
+        k = tl.load(k_ptr + tile, mask=inside, other=0.0)
+        r = tl.load(r_ptr + tile, mask=inside, other=0.0) if ERASES else k
+        overlaps = tl.dot(r, tl.trans(k), input_precision=PRECISION)
+        if NORMALIZE:
+            norms = tl.load(norms_ptr + i)
+            overlaps *= norms[:, None] * norms[None, :]
+        if KIND == TOKEN:
+            prefix = tl.load(prefix_ptr + i)
+            overlaps *= between(g_ptr, H_v, prefix, first, last, KIND, C, True, EXACT)
+        return overlaps
 
 
 @triton.jit
@@ -157,14 +165,22 @@ def _betas(beta_ptr, tokens, length, H_v):
 
 
 @triton.jit
-def _inverse(overlaps, S: tl.constexpr):
-    """(I + the strict lower part of overlaps)^-1, [N, S, S], row after row."""
+def _inverse(overlaps):
+    """(I + the strict lower part of overlaps)^-1, [N, S, S], row after row.
+
+    In an order of dims that leaves the rows of a column to one thread: nothing is summed between threads, which only
+    hand around the factors of a row.
+    """
+    N: tl.constexpr = overlaps.shape[0]
+    S: tl.constexpr = overlaps.shape[1]
     i = tl.arange(0, S)
-    minus = tl.where((i[:, None] > i[None, :])[None, :, :], -overlaps, 0.0)
-    inverse = minus
-    at = i[None, :, None]
-    for row in range(2, S):
-        r = tl.sum(tl.where(at == row, minus, 0.0), 1)
-        r += tl.sum(r[:, :, None] * inverse, 1)
-        inverse = tl.where(at == row, r[:, None, :], inverse)
-    return tl.where((i[:, None] == i[None, :])[None, :, :], 1.0, inverse)
+    lower = tl.where((i[:, None] > i[None, :])[None, :, :], overlaps, 0.0)
+    lower = tl.reshape(tl.permute(lower, (2, 0, 1)), (S, N * S // LANES, LANES))
+    row = i[:, None, None]
+    column = tl.arange(0, LANES)[None, None, :]
+    block = tl.broadcast_to(column // S * S, (S, N * S // LANES, LANES))
+    inverse = tl.broadcast_to(tl.where(row == column % S, 1.0, 0.0), (S, N * S // LANES, LANES))
+    for late in range(1, S):
+        known = tl.sum(tl.gather(lower, block + late, 2) * inverse, 0)
+        inverse -= tl.where(row == late, known[None, :, :], 0.0)
+    return tl.permute(tl.reshape(inverse, (S, N, S)), (1, 0, 2))

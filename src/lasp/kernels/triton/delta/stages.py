@@ -37,7 +37,8 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
     use_scratch()
     q, k, v = (t.to(work.operand).contiguous() for t in (x.q, x.k, x.v))
     beta, g = x.beta.contiguous(), None if x.g is None else x.g.contiguous()
-    return DeltaRun(q, k, v, beta, g, work)
+    r = None if x.erase_key is None else x.erase_key.to(work.operand).contiguous()
+    return DeltaRun(q, k, v, beta, g, r, work)
 
 
 def _summary(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> Summary:
@@ -99,8 +100,11 @@ def gradients(
     """d_state_out is zero if None."""
     work = x.work
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
-    dq, dk, dv, d_beta, dg = run.gradients(x, _unflat(x, saved), added, _d_o(x, d_o), d_state_out)
-    return dq.to(work.dtype), dk.to(work.dtype), dv.to(work.dtype), d_beta, dg
+    found = run.gradients(x, _unflat(x, saved), added, _d_o(x, d_o), d_state_out)
+    own = [True, True, True, False, False, True]  # of the inputs' dtype
+    return tuple(
+        d.to(work.dtype) if d is not None and of_inputs else d for d, of_inputs in zip(found, own, strict=False)
+    )
 
 
 def _leaving(saved: Saved) -> Tensor:
@@ -108,15 +112,16 @@ def _leaving(saved: Saved) -> Tensor:
 
 
 def _flat(saved: DeltaSaved) -> Saved:
-    """All tensors of `saved`, the state that leaves the run first; empty ones for what there is not, or is an input."""
+    """All tensors of `saved`, the leaving state first; an empty one for what there is not, or is an input."""
     chunks, queries = saved.chunks, saved.queries
     channels = (None,) * 4 if chunks.channels is None else tuple(chunks.channels)
     gates = (*chunks.gates, None, None)[:2]
     made = None if chunks.channels is None else queries.q
     optional = (saved.entering, saved.moves, *gates, chunks.k_norms, *channels, made, queries.norms, queries.scores)
+    nothing = saved.leaving.new_empty(0)
     return (
         saved.leaving, saved.u, chunks.inverse, chunks.betas,
-        *(saved.leaving.new_empty(0) if tensor is None else tensor for tensor in optional),
+        *(nothing if tensor is None else tensor for tensor in optional),
     )  # fmt: skip
 
 
@@ -181,4 +186,5 @@ STAGES = Stages(
     takes_no_state=True,
     bad_values_give_nan=True,
     normalizes=True,
+    erases=True,
 )

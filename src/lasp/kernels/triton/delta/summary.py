@@ -1,7 +1,8 @@
 # mypy: ignore-errors
 """Summarizes each segment: the state that it adds, and its transition, by programs of one launch.
 
-A transition is the same recurrence on the identity's columns with v = 0: S = M there.
+A transition is the same recurrence on the identity's columns with v = 0: S = M there. So a state here has V + K
+columns, and a program some of them.
 """
 
 import triton
@@ -14,8 +15,8 @@ from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, t
 
 @triton.jit(do_not_specialize=["T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def delta_summary_kernel(
-    reading_ptr,  # [B, T, H, K]: k, or what reads the state if CHANNEL
-    storing_ptr,  # likewise: k, or what it is written at
+    reading_ptr,  # [B, T, H, K]: what reads the state, k unless CHANNEL or ERASES
+    storing_ptr,  # likewise: what it is written at, k unless CHANNEL
     v_ptr,  # [B, T, H_v, V]
     inverse_ptr,  # [B, H_v, chunks, C, C]: A - I
     beta_ptr,  # fp32 [B, H_v, chunks C]
@@ -38,6 +39,7 @@ def delta_summary_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
     KIND: tl.constexpr,
+    ERASES: tl.constexpr,  # whether tokens read with a key of their own
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     TOTAL: tl.constexpr,  # whether a run's whole is wanted, or a state enters it
@@ -45,15 +47,15 @@ def delta_summary_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    values: tl.constexpr = (V + BV - 1) // BV
-    slices: tl.constexpr = values + (K + BV - 1) // BV
+    slices: tl.constexpr = (V + K + BV - 1) // BV
     part, head, batch, segment, first, last, chunk, _, ends = place(
         places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
     )
     begin, _ = run_bounds(places_ptr, T, PACKED)
-    moves = part >= values
-    spared = (moves & (first == begin)) | ((moves == 0) & ends)
-    if (TOTAL == 0) & spared:
+    column = part * BV
+    adds = (column < V) & (ends == 0)
+    moves = (column + BV > V) & (first != begin)
+    if (TOTAL == 0) & (adds == 0) & (moves == 0):
         return
     row = tl.cast(batch, tl.int64) * T
     run = tl.cast(batch, tl.int64) * H_v + head
@@ -67,20 +69,18 @@ def delta_summary_kernel(
     inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     norms_ptr += ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
     totals_ptr += (run * chunks + chunk) * K
-    column = tl.where(moves, part - values, part) * BV
-    # Rows past the end read as zeros, and cost nothing.
-    beyond = tl.where(moves, segment_chunks * C + C, 0)
 
-    r = column + tl.arange(0, BV)
-    d = tl.arange(0, BK)
-    state = tl.where(moves & (r[:, None] == d[None, :]), 1.0, 0.0)
+    r = column + tl.arange(0, BV)[:, None]
+    d = tl.arange(0, BK)[None, :]
+    state = tl.where(r == d + V, 1.0, 0.0)
     for c in range(count):
         start = first + c * C
         keys = load_chunk(storing, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         reads = keys
-        if KIND == CHANNEL:
+        if KIND == CHANNEL or ERASES:
             reads = load_chunk(reading, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
-        v = load_chunk(v_view, start + beyond, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+        # Columns past the end read as zeros, and cost nothing.
+        v = load_chunk(v_view, start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
         inverse = load_chunk(inverses, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)
         beta = tl.load(beta_ptr + slot + c * C + tl.arange(0, C))
         prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, slot + c * C, KIND, C, EXACT)
@@ -92,9 +92,7 @@ def delta_summary_kernel(
         state = after_chunk(state, u, keys, norms * tl.exp2(suffix), decay, PRECISION)
 
     at = run * segments + segment
-    if moves:
-        pointers, mask = state_tile(moves_ptr + at * K * K, column, 0, K, K, 1, K, BV, BK)
-        tl.store(pointers, state, mask=mask)
-    else:
-        pointers, mask = state_tile(added_ptr + at * K * V, column, 0, V, K, 1, V, BV, BK)
-        tl.store(pointers, state, mask=mask)
+    added, inside = state_tile(added_ptr + at * K * V, column, 0, V, K, 1, V, BV, BK)
+    tl.store(added, state, mask=inside & (adds | (TOTAL != 0)))
+    moved, inside = state_tile(moves_ptr + at * K * K, column - V, 0, K, K, 1, K, BV, BK)
+    tl.store(moved, state, mask=inside & (r >= V) & (moves | (TOTAL != 0)))
