@@ -32,8 +32,8 @@ EXPECTED = {
     ("gated-deltanet", "1b"): 2 * 32000 * 2048
     + 21 * (6 * 2048**2 + (2 * 1536 + 3072) * 4 + 2 * 6 * 2048 + 12 + 512 + 3 * 2048 * 5632 + 2 * 2048)
     + 2048,
-    # 18 layers of 16 heads of 128: q, k, v, output; convolution; beta; decay and gate of rank 128, one bias each; rate; norm.
-    # 6 softmax layers with 4 key heads.
+    # 18 layers of 16 heads of 128: q, k, v, output; convolution; beta; decay and gate of rank 128, a bias each; rate;
+    # norm. 6 softmax layers with 4 key heads.
     ("kda", "1b"): 2 * 32000 * 2048
     + 24 * (3 * 2048 * 5632 + 2 * 2048)
     + 18 * (4 * 2048**2 + 3 * 2048 * 4 + 16 * 2048 + 2 * (2 * 2048 * 128 + 2048) + 16 + 128)
