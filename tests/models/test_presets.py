@@ -32,7 +32,7 @@ EXPECTED = {
     ("gated-deltanet", "1b"): 2 * 32000 * 2048
     + 21 * (6 * 2048**2 + (2 * 1536 + 3072) * 4 + 2 * 6 * 2048 + 12 + 512 + 3 * 2048 * 5632 + 2 * 2048)
     + 2048,
-    # 18 layers of 16 heads of 128: q, k, v, output; convolution; beta; decay and gate of rank 128, a bias each; rate;
+    # 18 layers of 16 heads of 128: q, k, v, output; convolution; beta; decay and gate of rank 128, one bias each; rate;
     # norm. 6 softmax layers with 4 key heads.
     ("kda", "1b"): 2 * 32000 * 2048
     + 24 * (3 * 2048 * 5632 + 2 * 2048)
