@@ -51,7 +51,7 @@ def saved_bytes(config, precision: str) -> int:
 @pytest.mark.parametrize("precision", memory.PRECISIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_activations_are_those_listed(name, precision):
-    """Of some layers, by difference: within 2 % for linear attention in fp32, 12 % for all."""
+    """Of some layers, by difference: within 2 % in fp32, and under autocast within 5 %, but for two families 12 %."""
     layers = len(preset(name, "tiny").mixers)
     small, large = (preset(name, "tiny", num_layers=count) for count in (layers, 2 * layers))
     measured = saved_bytes(large, precision) - saved_bytes(small, precision)
@@ -64,7 +64,7 @@ def test_saved_activations_are_those_listed(name, precision):
     if precision == "bf16":
         copies = [model.layer(large, index) for index in range(layers, 2 * layers)]
         listed += 2 * sum(one.mixer_matrices + one.ffn_matrices for one in copies)
-    bound = 0.02 if precision == "fp32" and large.mixer_of(0).kind == "linear-attention" else 0.12
+    bound = 0.02 if precision == "fp32" else 0.12 if name in ("linear-transformer", "mamba2") else 0.05
     assert abs(listed / measured - 1) < bound, listed / measured
 
 

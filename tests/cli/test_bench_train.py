@@ -10,6 +10,7 @@ import torch
 from world import run
 
 from lasp.analysis.flops import flops_per_token
+from lasp.analysis.model import layer
 from lasp.bench.steps import BenchTrainConfig, for_device, measure
 from lasp.cli.main import main
 from lasp.models import preset
@@ -33,6 +34,24 @@ def test_every_length_is_a_row_and_the_profile_names_operators(
         assert row["flops_per_token"] == flops_per_token(model, tokens).step
         assert row["utilisation"] is None  # a CPU has no datasheet here
     assert sum(kernel["share"] for kernel in figures["kernels"]) <= 1 + 1e-9
+    assert "x floor" in text and all(figures["parts"][part]["floor_s"] > 0 for part in ("mixer", "feed-forward"))
+
+
+@pytest.mark.parametrize("family", ["transnormer", "gated-deltanet", "mamba2"])
+def test_products_are_those_of_their_part_forward_and_backward(family: str) -> None:
+    """Of linear layers 6 operations a weight and token; of the mixer those of its chunks beside."""
+    config = BenchTrainConfig(
+        model=ModelOptions(family=family, overrides={"num_layers": 2}),
+        tokens=(64,), steps=1, profile=True, device="cpu", precision="fp32",
+    )  # fmt: skip
+    model, parts = config.model.build(), measure(config)["parts"]
+    layers = [layer(model, index) for index in range(2)]
+    found = {name: part["product_flops"] for name, part in parts.items()}
+    assert found["feed-forward"] == 64 * 6 * sum(each.ffn_matrices for each in layers)
+    assert found["embedding and loss"] == 64 * 6 * model.vocab_size * model.d_model
+    assert found["mixer"] >= 64 * 6 * sum(each.mixer_matrices for each in layers)
+    assert found["norms"] == found["convolution"] == found["optimizer and clipping"] == found["exchange"] == 0
+    assert (parts["convolution"]["s"] > 0) == (family != "transnormer") and parts["norms"]["s"] > 0
 
 
 @pytest.mark.parametrize(("dp", "sp"), [(1, 2), (2, 1)])

@@ -16,11 +16,12 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 import tyro
-from torch.profiler import ProfilerActivity, profile
 
 from lasp import files
-from lasp.analysis.devices import peak_flops
+from lasp.analysis.devices import DEVICES, peak_flops
 from lasp.analysis.flops import flops_per_token
+from lasp.analysis.parts import PartCost, part_costs
+from lasp.bench.profile import profiled
 from lasp.errors import ConfigError, refusing
 from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel
@@ -66,7 +67,7 @@ class BenchTrainConfig:
     memory_gib: float | None = None
     """Let PyTorch have no more of a GPU's memory than this; default: all. NCCL's buffers are not counted."""
     profile: bool = False
-    """Also print what one more step of the first length spent its time on, kernel by kernel."""
+    """Also print what one more step of the first length spent its time on, by part of the model and by kernel."""
     output: Path | None = None
     """JSON file for all figures, written after every length."""
 
@@ -131,7 +132,13 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
         raise ConfigError("--longest needs a GPU: on a CPU nothing says when memory runs out")
     model, model_config = _built(config, training, world)
     step = _step(model, config.precision, world)
-    figures = {**_conditions(config, model, world), "memory_bytes": memory_bytes, "rows": [], "kernels": None}
+    figures = {
+        **_conditions(config, model, world),
+        "memory_bytes": memory_bytes,
+        "rows": [],
+        "kernels": None,
+        "parts": None,
+    }
     tell = report or (lambda _: None)
     tell(heading(figures))
     for tokens in _lengths(config, figures):
@@ -149,7 +156,8 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
         else:
             figures["rows"].append(_row(tokens, times, flops_per_token(model_config, tokens).step, figures))
             if config.profile and figures["kernels"] is None:
-                figures["kernels"] = _kernels(work, world.device)
+                figures |= profiled(work, model.module, world.device)
+                _add_floors(figures, model_config, tokens)
         tell(line(figures["rows"][-1]))
         if config.output is not None and world.is_first:
             files.write_output(config.output, json.dumps(figures, indent=1) + "\n")
@@ -291,26 +299,6 @@ def _slowest(world: World, times: _Times) -> _Times:
     return _Times(first_s, steps_s, peak_bytes)
 
 
-def _kernels(step: Callable[[], None], device: Any, count: int = 25) -> list[dict[str, Any]]:
-    """The kernels (on a CPU, the operators) that a step spends most of its own time in."""
-    on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiled:
-        step()
-    rows = [
-        {
-            "name": event.key,
-            "calls": event.count,
-            "s": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6,
-        }
-        for event in profiled.key_averages()
-        # On a GPU, of kernels alone: the operators that launch them are listed too, with the same time.
-        if not on_gpu or str(event.device_type).endswith("CUDA")
-    ]
-    rows.sort(key=lambda row: -row["s"])
-    total = sum(row["s"] for row in rows)
-    return [{**row, "share": row["s"] / total} for row in rows[:count]]
-
-
 def _shown(step: Callable[[], None], tokens: int, count: int) -> Callable[[], None]:
     """`step`, which says on the terminal which of `count` it is, where the next line takes its place."""
     number = 0
@@ -354,10 +342,35 @@ def line(row: dict[str, Any]) -> str:
 
 
 def kernels(figures: dict[str, Any]) -> str:
-    """Table of the kernels that one step spent its time in."""
-    lines = ["", f"one step of {figures['rows'][0]['tokens']:,} tokens, the kernels that took longest:"]
+    """Tables of the parts and the kernels that one step spent its time in."""
+    total = sum(part["s"] for part in figures["parts"].values())
+    lines = [
+        "",
+        f"one step of {figures['rows'][0]['tokens']:,} tokens, by part; floor: at the device's speeds the least",
+    ]
+    lines += [f"{'':>7}{'time':>13}{'TFLOP':>9}{'GB':>8}{'floor':>13}{'x floor':>9}"]
+    for name, part in figures["parts"].items():
+        if part["s"] == 0:
+            continue
+        flops, nbytes, floor = (part.get(each) for each in ("flops", "bytes", "floor_s"))
+        needs = f"{'':>17}" if flops is None else f"{flops / 1e12:>9.3g}{nbytes / 1e9:>8.3g}"
+        apart = f"{'':>22}" if floor is None else f"{floor * 1e3:>10.2f} ms{part['s'] / floor:>9.1f}"
+        lines.append(f"{part['s'] / total:>7.1%}{part['s'] * 1e3:>10.2f} ms{needs}{apart}  {name}")
+    lines += ["", "the kernels that took longest:"]
     lines += [
         f"{row['share']:>7.1%}{row['s'] * 1e3:>10.2f} ms{row['calls']:>7} x  {row['name'][:100]}"
         for row in figures["kernels"]
     ]
     return "\n".join(lines)
+
+
+def _add_floors(figures: dict[str, Any], config: ModelConfig, tokens: int) -> None:
+    """Add to the parts what each must do on this process at least, and where the device is known the time for it."""
+    known = next((kind for kind in DEVICES.values() if kind.name.lower() in figures["device"].lower()), None)
+    kind = None if known is None else known.training_in(figures["precision"])
+    costs = part_costs(config, tokens, figures["precision"])
+    for name, cost in costs.items():
+        share = 1 if name == "optimizer and clipping" else figures["sp"]
+        own = PartCost(cost.flops / share, cost.nbytes / share)
+        floor = {} if kind is None else {"floor_s": own.seconds(kind)}
+        figures["parts"][name] |= {"flops": own.flops, "bytes": own.nbytes, **floor}

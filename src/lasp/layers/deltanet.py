@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lasp.layers.fields import check_choice, check_divisor
 from lasp.layers.gates import GatedHeadNorm, LowRank, SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
+from lasp.layers.recomputed import recomputed
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import delta_rule_begin
@@ -92,11 +93,11 @@ class DeltaNet(Mixer):
             # Normalised queries and keys in fp32.
             normalized = 2 * self.key_heads * (self.key_dim + 1)
             narrow = 3 * self.convolved + heads + values
-            narrow += is_gated * (self.rank + (3 if self.output_gate == "silu" else 2) * values)
+            narrow += is_gated * (self.rank + values)
             narrow += self.value_dim * (self.learned_decay == "channel")
             return MixerCost(
                 Operator(self.rule, heads, self.key_heads, self.key_dim, self.value_dim, self.learned_decay),
-                SavedActivations(narrow, normalized + 2 * heads + 2 * values + 3 * decays, 4 + (decays > 0) + is_gated),
+                SavedActivations(narrow, normalized + heads + 3 * decays, 4 + (decays > 0) + is_gated),
                 gates=heads + decays + is_gated * values,
                 convolved=self.convolved,
                 conv_width=self.conv_width,
@@ -159,7 +160,10 @@ class DeltaNet(Mixer):
         )
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return self.out_proj(self.norm(o, *kept))
+        return recomputed(self._projected, o, *kept)
+
+    def _projected(self, o: Tensor, *gate: Tensor) -> Tensor:
+        return self.out_proj(self.norm(o, *gate))
 
 
 # Published models. Where each number comes from stands in docs/design/models.md.

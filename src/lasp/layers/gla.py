@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lasp.layers.fields import check_counts
 from lasp.layers.gates import GatedHeadNorm, LowRank
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
+from lasp.layers.recomputed import recomputed
 from lasp.layers.registry import family, mixer, shape
 from lasp.ops import linear_attention_begin
 from lasp.ops.pending import PendingOutputs
@@ -45,7 +46,7 @@ class GatedLinearAttention(Mixer):
             heads, keys, values = self.num_heads, self.num_heads * self.key_dim, self.num_heads * self.value_dim
             return MixerCost(
                 Operator(self.rule, heads, heads, self.key_dim, self.value_dim, "channel"),
-                SavedActivations(2 * keys + 5 * values + self.decay_rank, 3 * keys + 2 * values + heads, 5),
+                SavedActivations(2 * keys + 3 * values + self.decay_rank, 3 * keys, 5),
                 gates=values + keys,
             )
 
@@ -78,7 +79,10 @@ class GatedLinearAttention(Mixer):
         return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return self.out_proj(self.norm(o, *kept))
+        return recomputed(self._projected, o, *kept)
+
+    def _projected(self, o: Tensor, *gate: Tensor) -> Tensor:
+        return self.out_proj(self.norm(o, *gate))
 
 
 # The models of 340M and 1.3B parameters that the authors trained: docs/design/models.md.

@@ -20,6 +20,7 @@ from lasp.layers.fields import check_divisor
 from lasp.layers.fused import gated_skip_norm
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
+from lasp.layers.recomputed import recomputed
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import linear_attention_begin
@@ -63,10 +64,10 @@ class Mamba2(Mixer):
             heads, values = self.num_heads, self.num_heads * self.value_dim
             queries = 2 * heads * self.key_dim  # spread over the heads of their groups
             projected = values + self.convolved + heads
-            narrow = 3 * self.convolved + queries + projected + 5 * values
+            narrow = 3 * self.convolved + queries + projected + 2 * values
             return MixerCost(
                 Operator(self.rule, heads, self.groups, self.key_dim, self.value_dim, "head"),
-                SavedActivations(narrow, 3 * heads + values + self.groups, 1),
+                SavedActivations(narrow, 3 * heads, 1),
                 gates=values + heads,
                 convolved=self.convolved,
                 conv_width=self.conv_width,
@@ -108,7 +109,9 @@ class Mamba2(Mixer):
         return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        z, values = kept
+        return recomputed(self._projected, o, *kept)
+
+    def _projected(self, o: Tensor, z: Tensor, values: Tensor) -> Tensor:
         y = gated_skip_norm(o, z, values, self.skip, self.gain, groups=self.num_groups, eps=self.norm_eps)
         return self.out_proj(y)
 

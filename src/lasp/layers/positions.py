@@ -6,14 +6,13 @@ radians and a bf16 position by 4096 tokens. What a query and a key then score de
 T = tokens here, H = heads, K = head dim, s = global position of the first token here.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: an operator's schema is read from them.
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lasp.layers.fields import check_counts
 from lasp.layers.parameters import ExactParameters, exact_parameter
+from lasp.layers.recomputed import recomputed
 from lasp.sequence.arguments import FLOATS, check_floats, positive, whole
 
 
@@ -62,12 +61,30 @@ class Rotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """q, k [B, T, H, K] whose first token is at global position `start` -> the same shapes and dtypes."""
-        pairs = torch.arange(self.head_dim // 2, dtype=torch.float64, device=q.device)
-        positions = global_positions(start, q.shape[1], q.device)
-        angles = positions[:, None, None] * self.base ** (-2 * pairs / self.head_dim)
-        dtype = _rotation_dtype(q.dtype)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        table = rotations(start, q.shape[1], self.head_dim, self.base, _rotation_dtype(q.dtype), q.device)
+        return _rotate(q, *table), _rotate(k, *table)
+
+
+@torch.library.custom_op("lasp::rotations", mutates_args=())
+def rotations(
+    start: int, length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [T, 1, K / 2] of a rotary encoding's angles.
+
+    An operator, so that a compiled graph has them as tensors: fused into what reads them, powers and sines in fp64
+    would be taken for every head anew, forward and backward.
+    """
+    pairs = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+    angles = global_positions(start, length, device)[:, None, None] * base ** (-2 * pairs / head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@rotations.register_fake
+def _(
+    start: int, length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    like = torch.empty(length, 1, head_dim // 2, dtype=dtype, device=device)
+    return like, torch.empty_like(like)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,13 +118,8 @@ class LRPE(ExactParameters):
 
     def forward(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """q, k [B, T, H, K] whose first token is at global position `start` -> [B, T, H, 2K]."""
-        if not torch.is_grad_enabled():
-            return self._encode(q, k, self.theta, start)
-        # The fp64 angles and their sines are as large as several activations: recompute them in backward.
-        encoded: tuple[Tensor, Tensor] = checkpoint(
-            self._encode, q, k, self.theta, start, use_reentrant=False, preserve_rng_state=False
-        )
-        return encoded
+        # The fp64 angles and their sines are as large as several activations.
+        return recomputed(self._encode, q, k, self.theta, start)
 
     @staticmethod
     def _encode(q: Tensor, k: Tensor, theta: Tensor, start: int) -> tuple[Tensor, Tensor]:

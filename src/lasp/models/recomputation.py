@@ -130,7 +130,12 @@ class _Compiled:
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
         # pieces, and keep all that crosses a cut. Blocks are pieces enough.
         # Of each shape there is a graph for each kind of block, and for those of other models in this process.
-        with torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_MAX_GRAPHS):
+        # The compiler would keep whatever a matrix product of the backward pass reads: normalized inputs, once for each
+        # projection, products of a feed-forward layer's halves, weights in 16 bits. All follow from what else is kept.
+        with (
+            torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_MAX_GRAPHS),
+            torch._functorch.config.patch(ban_recompute_materialized_backward=False),
+        ):
             result = self._compiled(*arguments)
         return result
 

@@ -18,7 +18,7 @@ def assignments(node: ast.AST, before: float = math.inf) -> list[tuple[str, ast.
     pairs: list[tuple[ast.expr, ast.expr]] = []
     for each in ast.walk(node):
         if isinstance(each, ast.AugAssign):
-            pairs.append((each.target, each))  # type: ignore[arg-type]
+            pairs.append((each.target, ast.Constant(None)))
         for target in each.targets if isinstance(each, ast.Assign) else ():
             if isinstance(target, ast.Tuple) and isinstance(each.value, ast.Tuple):
                 pairs += zip(target.elts, each.value.elts, strict=True)

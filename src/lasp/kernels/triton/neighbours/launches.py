@@ -101,8 +101,8 @@ def convolve_gradients(
         d_before_ptr=d_before,
         before_ptr=None if before is None else before.contiguous(),
     )
-    d_weight, d_bias = sums[:, :W].sum(0).t().contiguous(), sums[:, W].sum(0)
-    return d_x, d_weight.to(weight.dtype), d_bias.to(weight.dtype), d_before
+    total = sums.sum(0).to(weight.dtype)
+    return d_x, total[:W].t().contiguous(), total[W].clone(), d_before
 
 
 class _GatedNorm(NamedTuple):
@@ -298,5 +298,5 @@ def stepped_decay_gradients(
         d_x_ptr=d_x,
         sums_ptr=sums,
     )
-    d_bias, d_rate = (sums[:, n].sum(0) for n in range(2))
+    d_bias, d_rate = (total.clone() for total in sums.sum(0))  # operators give no views of one tensor
     return d_raw, d_x, d_bias, d_rate
