@@ -156,6 +156,22 @@ def test_every_type(kind: str, size: int) -> None:
     compare(kind, size, "ring", "all_gather", "doubling", "pipelined", thorough=True)
 
 
+DENSE_KINDS = [kind if kind == "minimax" else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in SMALL]
+
+
+@pytest.mark.parametrize("kind", DENSE_KINDS)
+def test_sixteen_bits(kind: str) -> None:
+    """Our operators are as far from fp32 as transformers' own are; experts are chosen anew, so not for mixtures."""
+    exact, model = build(kind, torch.float32), build(kind, torch.bfloat16)
+    routed = any("expert" in name for name, _ in model.named_parameters()) and kind != "minimax"
+    with torch.no_grad():
+        fp32, theirs = (one(**DENSE, use_cache=False).logits for one in (exact, model))
+        lasp.hf.parallelize(model, None)
+        ours = model(**lasp.hf.shard(DENSE, None)).logits
+    assert ours.dtype == theirs.dtype and torch.isfinite(ours).all()
+    assert relative_error(ours, fp32) < (0.5 if routed else 1.2 * relative_error(theirs, fp32) + 2e-3)
+
+
 def test_two_batches_before_their_gradients() -> None:
     """What splits a batch is its own, also where its layers are recomputed after another batch has come."""
     model = build("qwen3_next")

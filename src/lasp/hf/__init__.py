@@ -8,8 +8,22 @@ Gradients are to be averaged over the ranks, as DDP, FSDP and accelerate do. tra
 """
 
 from lasp.hf.check import Comparison, check
+from lasp.hf.describe import LayerReport, describe
 from lasp.hf.parallelize import parallelize, restore
+from lasp.hf.prefill import Prefilled, prefill
 from lasp.hf.shards import BatchShard, shard
 from lasp.hf.training import attach
 
-__all__ = ["BatchShard", "Comparison", "attach", "check", "parallelize", "restore", "shard"]
+__all__ = [
+    "BatchShard",
+    "Comparison",
+    "LayerReport",
+    "Prefilled",
+    "attach",
+    "check",
+    "describe",
+    "parallelize",
+    "prefill",
+    "restore",
+    "shard",
+]

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from lasp.hf.context import LayerFrame, MixerFrame, ModelPass, running, split_pass
+from lasp.hf.library import CACHES
 from lasp.hf.shards import BatchShard
 from lasp.hf.split import ModelSplit
 from lasp.recurrence.untraced import untraced
 from lasp.sequence.sequence_parallel import broadcast_errors
 
 KEY = "lasp_shard"
-_CACHES = ("past_key_values", "cache_params", "cache")
 Keywords = dict[str, Any]
 
 
@@ -179,9 +179,12 @@ def _check(split: ModelSplit, shard: Any, options: Keywords) -> None:
         )
     if options.get("attention_mask") is not None:
         raise ValueError("attention_mask is for a whole batch: give it to lasp.hf.shard, which drops the padding")
-    cached = [name for name in _CACHES if options.get(name) is not None]
-    if cached or options.get("use_cache"):
-        raise ValueError(f"a split batch has no cache yet: leave {', '.join(cached) or 'use_cache=True'} out")
+    cached = [name for name in CACHES if options.get(name) is not None]
+    if cached or (options.get("use_cache") and not split.is_prefill):
+        raise ValueError(
+            f"a split batch fills no cache: leave {', '.join(cached) or 'use_cache=True'} out; "
+            "lasp.hf.prefill fills one"
+        )
     bounds = shard.cu_seqlens or (0, sum(shard.lengths))
     longest = max(end - start for start, end in pairwise(bounds))
     for name, window in split.windows.items():

@@ -26,6 +26,7 @@ class ModelSplit:
         files: of transformers, whose functions are dispatched for it.
         windows: of softmax layers that see so many tokens only, by their names.
         is_whole: for now the model is to run whole, also where gradients are wanted.
+        is_prefill: for now a split pass fills a cache.
         num_passes: so far, the same on every rank.
     """
 
@@ -34,7 +35,7 @@ class ModelSplit:
     ) -> None:
         self.sp, self.softmax_method, self.backend = sp, softmax_method, backend
         self.files, self.windows = files, windows
-        self.is_whole = False
+        self.is_whole = self.is_prefill = False
         self.num_passes = 0
         self._with_lengths: dict[tuple[int, ...], SequenceParallel] = {}
         _alive.add(self)
