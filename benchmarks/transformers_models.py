@@ -29,18 +29,18 @@ from typing import Any
 import torch
 
 VOCABULARY = 32768
-QWEN3_NEXT = {
+QWEN3_NEXT: dict[str, Any] = {
     "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 2048, "num_experts": 0,
     "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 6,
     "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
     "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
 }  # fmt: skip
-MAMBA2 = {
+MAMBA2: dict[str, Any] = {
     "hidden_size": 2048, "num_hidden_layers": 48, "num_heads": 64, "head_dim": 64, "state_size": 128, "n_groups": 1,
     "chunk_size": 256,
 }  # fmt: skip
-MODELS = {"qwen3_next": ("Qwen3Next", QWEN3_NEXT), "mamba2": ("Mamba2", MAMBA2)}
-TINY = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {"qwen3_next": ("Qwen3Next", QWEN3_NEXT), "mamba2": ("Mamba2", MAMBA2)}
+TINY: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         "hidden_size": 32, "num_hidden_layers": 4, "layer_types": QWEN3_NEXT["layer_types"][:4],
         "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8, "linear_num_key_heads": 2,
@@ -184,7 +184,7 @@ def two_as_rank(args: argparse.Namespace, kind: str, dtype: torch.dtype) -> dict
     loss, logits, gradients = measured(sp, lengths)
     gradients = {name: sp.sum(gradient) / 2 for name, gradient in gradients.items()}
     here = slice(sum(lengths[: sp.rank]), sum(lengths[: sp.rank + 1]))
-    found = {}
+    found: dict[str, float] = {}
     for against, split in (("lasp", True), ("transformers", False)):
         whole = measured(None, None, split=split)
         found |= {

@@ -101,7 +101,7 @@ def load(args: argparse.Namespace, device: torch.device) -> Any:
         model = get_peft_model(model, LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear"))
     if args.recompute:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lasp.hf.keeping_exchanges})
     return model.train()
 
 

@@ -24,7 +24,12 @@ def test_the_loss_of_logits(dtype: torch.dtype) -> None:
     given[0] = torch.nan
     given.requires_grad_()
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = cross_entropy_of_logits(given, labels, chunk_tokens=8)
     (3 * loss).backward()
     assert relative_error(loss, expected) < BOUNDS[dtype]

@@ -7,10 +7,11 @@
 Gradients are to be averaged over the ranks, as DDP, FSDP and accelerate do. transformers is loaded when first used.
 """
 
+from lasp.exchange.start import keeping_exchanges
 from lasp.hf.check import Comparison, check
 from lasp.hf.describe import LayerReport, describe
 from lasp.hf.parallelize import parallelize, restore
-from lasp.hf.prefill import Prefilled, prefill
+from lasp.hf.prefill import PrefilledCache, prefill
 from lasp.hf.shards import BatchShard, shard
 from lasp.hf.training import attach
 
@@ -18,10 +19,11 @@ __all__ = [
     "BatchShard",
     "Comparison",
     "LayerReport",
-    "Prefilled",
+    "PrefilledCache",
     "attach",
     "check",
     "describe",
+    "keeping_exchanges",
     "parallelize",
     "prefill",
     "restore",

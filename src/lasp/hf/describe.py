@@ -1,4 +1,4 @@
-"""What a parallelized model does with each of its layers, for people."""
+"""Tells people what a parallelized model does with each of its layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from lasp.hf.attention import FUNCTION
 from lasp.hf.hooks import MixerEnters, hooks_of
+from lasp.hf.latents import has_latents
 from lasp.hf.operators import convolution, gated_delta_rule, lightning_attention, state_space_scan
 from lasp.hf.split import ModelSplit
 from lasp.hf.table import kind_of
@@ -65,10 +66,13 @@ def _report(hook: MixerEnters, layer: nn.Module) -> LayerReport:
 def _of_attention(split: ModelSplit, layer: nn.Module) -> str:
     if split.sp is None or split.sp.size == 1:
         return "none"
-    heads = getattr(getattr(layer, "config", None), "num_attention_heads", 1)
-    what = {"ulysses": "tokens for heads", "all_gather": "keys and values"}
-    method = split.method(heads)
-    return f"{what[method]}, {method}"
+    if split.gathers_latents and has_latents(layer):
+        return "latents of keys and values, all_gather"
+    config = getattr(layer, "config", None)
+    window = getattr(layer, "sliding_window", None)
+    method = split.method(getattr(config, "num_attention_heads", 1), window)
+    what = {"ulysses": "tokens for heads", "all_gather": "keys and values"}[method]
+    return f"{what}, {method}" if window is None else f"{what} of a window of {window}, {method}"
 
 
 def _of_recurrence(split: ModelSplit, operators: tuple[str, ...]) -> str:

@@ -17,8 +17,8 @@ from lasp.hf.shards import shard
 from lasp.sequence import SequenceParallel
 
 
-class Prefilled(NamedTuple):
-    """What a prompt gives, on every rank.
+class PrefilledCache(NamedTuple):
+    """A prompt's logits and cache, the same on every rank.
 
     Attributes:
         logits: of the token after it, [B, vocab].
@@ -30,7 +30,7 @@ class Prefilled(NamedTuple):
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, input_ids: Tensor, sp: SequenceParallel | None) -> Prefilled:
+def prefill(model: nn.Module, input_ids: Tensor, sp: SequenceParallel | None) -> PrefilledCache:
     """Run a parallelized model over a prompt, each rank over its part. Collective over the ranks.
 
     Then every rank goes on by transformers' own means, from a last token that is not yet in the cache:
@@ -61,10 +61,10 @@ def prefill(model: nn.Module, input_ids: Tensor, sp: SequenceParallel | None) ->
         raise ValueError(f"{type(model).__name__} gives no cache: prefill takes a model that generates")
     logits = output.logits[:, -1].contiguous()
     if sp is None or sp.size == 1:
-        return Prefilled(logits, cache)
+        return PrefilledCache(logits, cache)
     for layer in cache.layers:
         _gather_layer(layer, sp, lengths)
-    return Prefilled(sp.broadcast(logits, sp.size - 1), cache)
+    return PrefilledCache(sp.broadcast(logits, sp.size - 1), cache)
 
 
 def _gather_layer(layer: Any, sp: SequenceParallel, lengths: tuple[int, ...]) -> None:
@@ -87,7 +87,7 @@ def _gather_layer(layer: Any, sp: SequenceParallel, lengths: tuple[int, ...]) ->
 
 
 def _parts(own: Tensor, sp: SequenceParallel, counts: list[int], *, dim: int) -> list[Tensor]:
-    """What every rank has, of so many rows."""
+    """Each rank's rows, of which there are so many."""
     parts = []
     for rank, count in enumerate(counts):
         shape = list(own.shape)
