@@ -13,6 +13,8 @@ from torch import Tensor
 from world import run
 
 import lasp
+from lasp.softmax import exchange as softmax_exchange
+from lasp.softmax import functions as softmax_functions
 from lasp.softmax.blocks import blocks_of
 
 BOUND = 1e-12
@@ -109,6 +111,31 @@ def test_over_ranks(size: int) -> None:
         return failures
 
     assert [failure for failures in run(size, work) for failure in failures] == []
+
+
+def late(k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    return [tensor.roll(1, 1) for tensor in softmax_exchange.gather_window(k, v, *rest)]
+
+
+def without_gradients(k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    whole = softmax_exchange.gather_window(k, v, *rest)
+    own = k.shape[1]
+    return [
+        torch.cat((all_rows[:, : -own or None].detach(), rows), 1) for all_rows, rows in zip(whole, (k, v), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("mistake", [late, without_gradients])
+def test_mistakes_are_seen(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: keys that are a token late, or that give no gradients back to their ranks."""
+    given, kind = problem(21, 4, 2, batch=2), Scores(9)
+    expected = by_matrix(given, kind, (0, 21))
+
+    def work(rank: int) -> float:
+        monkeypatch.setattr(softmax_functions, "gather_window", mistake)
+        return errors(lasp.SequenceParallel(dist.group.WORLD, lengths=(7, 7, 7)), given, expected, kind)
+
+    assert max(run(3, work)) > 1e-2
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

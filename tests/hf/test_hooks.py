@@ -173,7 +173,7 @@ def test_batches_that_are_not_split_are_refused() -> None:
         (part | {"lasp_shard": wrong}, "the batch is the part of rank 1 of 1"),
         (part | {"lasp_shard": "half"}, "must be what lasp.hf.shard gives, got str"),
         (part | {"attention_mask": torch.ones_like(IDS)}, "give it to lasp.hf.shard"),
-        (part | {"use_cache": True}, "no cache yet"),
+        (part | {"use_cache": True}, "a split batch fills no cache"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch)

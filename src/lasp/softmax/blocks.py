@@ -101,7 +101,7 @@ def blocks_of(
             shape = (until - tile, keys, window if keys > window else None)
             groups.setdefault(shape, []).append((tile - first, place + skipped))
     blocks = tuple(
-        AttentionBlock(queries, keys, *zip(*places, strict=True), window=seen)  # type: ignore[misc]
+        AttentionBlock(queries, keys, tuple(first for first, _ in places), tuple(key for _, key in places), seen)
         for (queries, keys, seen), places in groups.items()
     )
     if sum(len(block.first_queries) for block in blocks) <= 1:

@@ -52,6 +52,10 @@ def sdpa_block(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: Sco
     grouped = q.shape[1] != k.shape[1]
     if window is not None:
         mask = seen_keys(queries, keys, window, q.device)
+        # Kernels that take a mask take no shared key heads, and without such a kernel all scores are kept.
+        if grouped and q.is_cuda:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+            grouped = False
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return o.transpose(1, 2)
     if causal and 1 < queries < keys:
