@@ -95,8 +95,8 @@ $(ORACLE)/.installed: $(VENV)/.installed-dev
 	@touch $@
 
 $(ORACLE)-%/.installed: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(ORACLE)-$* 'transformers==$*.*' psutil
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(ORACLE)-$* accelerate peft
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(ORACLE)-$* 'transformers==$*.*' psutil datasets
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(ORACLE)-$* accelerate peft trl
 	@touch $@
 
 $(TRACKERS)/.installed: $(VENV)/.installed-dev

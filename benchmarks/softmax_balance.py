@@ -17,6 +17,7 @@ import torch
 
 from lasp.softmax.blocks import blocks_of
 from lasp.softmax.local import attend
+from lasp.softmax.scores import ScoreOptions
 
 
 def milliseconds(tokens: int, first: int, last: int, keys: int, heads: tuple[int, int], dim: int, repeat: int) -> Any:
@@ -25,10 +26,10 @@ def milliseconds(tokens: int, first: int, last: int, keys: int, heads: tuple[int
         torch.randn(1, t, h, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for t, h in ((last - first, heads[0]), (keys, heads[1]), (keys, heads[1]))
     )
-    gradient, blocks = torch.randn_like(q), blocks_of((0, tokens), first, last, True)
+    gradient, blocks = torch.randn_like(q), blocks_of((0, tokens), (0, 0), first, last, True)
 
     def step() -> None:
-        o = attend(q, k, v, blocks, causal=True, scale=dim**-0.5, backend="auto")
+        o = attend(q, k, v, None, blocks, ScoreOptions(True, dim**-0.5), backend="auto")
         torch.autograd.grad(o, (q, k, v), gradient)
 
     torch.cuda.reset_peak_memory_stats()

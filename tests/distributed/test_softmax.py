@@ -380,7 +380,7 @@ MISTAKES = {
     "wrong causal offset": lambda patch: patch.setattr(
         softmax_functions,
         "blocks_of",
-        lambda bounds, before, first, last, causal: blocks_of(bounds, before, 0, last - first, causal),
+        lambda bounds, before, first, last, *rest: blocks_of(bounds, before, 0, last - first, *rest),
     ),
     "one key too few": lambda patch: patch.setattr(
         softmax_functions,

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from lasp.hf.exact import exactly
 
 VOCABULARY = 96
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -128,7 +129,7 @@ _ALL: dict[str, tuple[str, str, dict[str, Any]]] = {
         _HEADS
         | _DELTA
         | {
-            "num_hidden_layers": 2, "layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 100,
+            "num_hidden_layers": 2, "layer_types": ["linear_attention", "sliding_attention"], "sliding_window": 9,
             "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
             "shared_expert_intermediate_size": 16, "router_aux_loss_coef": 0.1,
         },
@@ -172,6 +173,7 @@ _ALL: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {
             "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16,
             "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1,
+            "sliding_window": 9,
         },
     ),
     "lfm2": (
@@ -196,7 +198,7 @@ _ALL: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Lfm3Config",
         _HEADS
         | {
-            "num_hidden_layers": 3, "intermediate_size": 48, "sliding_window": 100,
+            "num_hidden_layers": 3, "intermediate_size": 48, "sliding_window": 9,
             "layer_types": ["conv", "sliding_attention", "full_attention"],
         },
     ),
@@ -239,20 +241,6 @@ def build(kind: str, dtype: torch.dtype = torch.float64, *, router_loss: bool = 
             elif parameter.dim() > 1:
                 parameter.mul_(3.0)  # outputs of small random weights hardly depend on their inputs
     return model.to(dtype)
-
-
-class exactly(TorchFunctionMode):
-    """Within, what asks for fp32 gets fp64."""
-
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.float:
-            return args[0].double()
-        options = {name: _wider(value) for name, value in (kwargs or {}).items()}
-        return function(*(_wider(value) for value in args), **options)
-
-
-def _wider(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 class Measured(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import world
-from hf.small_models import build, exactly, measured, tokens
+from hf.small_models import SMALL, build, exactly, measured, tokens
 from torch import nn
 
 import lasp
@@ -105,16 +105,6 @@ def test_a_bad_number_is_a_bad_loss_as_in_transformers() -> None:
         lasp.delta_rule(q, q, q, torch.ones(1, 2, 1), g)
 
 
-def test_windows_shorter_than_documents_are_refused() -> None:
-    model = build("minimax")
-    model.config.sliding_window = 8
-    lasp.hf.parallelize(model, None)
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn sees 8 tokens back, and the longest document has 12"):
-        model(**lasp.hf.shard(BATCH, None))
-    positions = torch.arange(6).repeat(2)[None]
-    assert model(**lasp.hf.shard(BATCH | {"position_ids": positions}, None)).loss.isfinite()
-
-
 def drop(module: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
     return arguments, {name: value for name, value in options.items() if name != "lasp_shard"}
 
@@ -183,7 +173,7 @@ def test_batches_that_are_not_split_are_refused() -> None:
         (part | {"lasp_shard": wrong}, "the batch is the part of rank 1 of 1"),
         (part | {"lasp_shard": "half"}, "must be what lasp.hf.shard gives, got str"),
         (part | {"attention_mask": torch.ones_like(IDS)}, "give it to lasp.hf.shard"),
-        (part | {"use_cache": True}, "no cache yet"),
+        (part | {"use_cache": True}, "a split batch fills no cache"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch)
@@ -210,3 +200,16 @@ def test_a_check_tells_a_lost_state_and_other_tokens() -> None:
 
     for good, bad, message in world.run(2, work):
         assert good and not bad and "data of the step" in message
+
+
+def test_a_report_on_every_layer() -> None:
+    model = build("lfm3") if "lfm3" in SMALL else build("minimax")
+    with pytest.raises(ValueError, match="parallelize"):
+        lasp.hf.describe(model)
+    reports = lasp.hf.describe(lasp.hf.parallelize(model, None))
+    assert {report.operators for report in reports} <= {
+        ("short_convolution",),
+        ("softmax_attention",),
+        ("linear_attention",),
+    }
+    assert {report.exchange for report in reports} == {"none"} and len(reports) >= 2

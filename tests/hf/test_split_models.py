@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lasp
 import lasp.hf
+from lasp.hf.check import check_layers
 
 T = 61
 IDS = tokens(2, T)
@@ -154,6 +155,68 @@ def test_one_process_with_our_operators() -> None:
 @pytest.mark.parametrize("kind", SMALL)
 def test_every_type(kind: str, size: int) -> None:
     compare(kind, size, "ring", "all_gather", "doubling", "pipelined", thorough=True)
+
+
+def test_recomputation_that_sends_no_states_again() -> None:
+    whole = measured(build("mamba2"), DENSE)
+
+    def work(rank: int) -> tuple[float, list[int]]:
+        sp, sent = lasp.SequenceParallel(dist.group.WORLD), []
+        for options in ({}, {"context_fn": lasp.hf.keeping_exchanges}):
+            model = lasp.hf.parallelize(build("mamba2").train(), sp)
+            model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+            loss = model(**lasp.hf.shard(DENSE, sp)).loss
+            before = sp.counters.sent_bytes
+            loss.backward()
+            sent.append(sp.counters.sent_bytes - before)
+        errors = [
+            relative_error(sp.sum(parameter.grad) / 2, whole.gradients[name])
+            for name, parameter in model.named_parameters()
+        ]
+        return max(errors), sent
+
+    found = world.run(2, work)
+    assert max(error for error, _ in found) < 1e-5  # transformers' own fp32 within
+    # A rank that passes nothing on in forward has nothing to send again.
+    assert all(kept <= again for _, (again, kept) in found) and any(kept < again for _, (again, kept) in found)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", [kind for kind in ("kimi_linear", "bailing_hybrid") if kind in SMALL])
+def test_latents_cross_ranks_and_not_keys(kind: str) -> None:
+    whole = measured(build(kind), DENSE)
+
+    def work(rank: int) -> tuple[float, list[int]]:
+        found, sent = 0.0, []
+        for method in ("auto", "ulysses"):
+            sp = lasp.SequenceParallel(dist.group.WORLD)
+            model = lasp.hf.parallelize(build(kind), sp, softmax_method=method)
+            part = lasp.hf.shard(DENSE, sp)
+            found = max(found, *errors(measured(model, part), whole, part, sp).values())
+            attention = next(report.name for report in lasp.hf.describe(model) if "softmax" in report.operators[0])
+            with exactly():
+                _, (layer,) = check_layers(model, sp, [attention], tokens=T)
+            sent.append(layer.sent_bytes)
+        return found, sent
+
+    for error, (latents, heads) in world.run(2, work):
+        assert error < BOUND and 0 < latents < heads
+
+
+DENSE_KINDS = [kind if kind == "minimax" else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in SMALL]
+
+
+@pytest.mark.parametrize("kind", DENSE_KINDS)
+def test_sixteen_bits(kind: str) -> None:
+    """Our operators are as far from fp32 as transformers' own are; experts are chosen anew, so not for mixtures."""
+    exact, model = build(kind, torch.float32), build(kind, torch.bfloat16)
+    routed = any("expert" in name for name, _ in model.named_parameters()) and kind != "minimax"
+    with torch.no_grad():
+        fp32, theirs = (one(**DENSE, use_cache=False).logits for one in (exact, model))
+        lasp.hf.parallelize(model, None)
+        ours = model(**lasp.hf.shard(DENSE, None)).logits
+    assert ours.dtype == theirs.dtype and torch.isfinite(ours).all()
+    assert relative_error(ours, fp32) < (0.5 if routed else 1.2 * relative_error(theirs, fp32) + 2e-3)
 
 
 def test_two_batches_before_their_gradients() -> None:

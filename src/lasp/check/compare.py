@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,6 +42,8 @@ class CheckConfig:
 
     config: Path | None = None
     """TOML file of a training run: its model is checked."""
+    hf: Path | None = None
+    """Folder of a model of transformers, with or without weights: a few layers of every kind are checked."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """The model, where no --config is given."""
     sp: int = 2
@@ -67,7 +71,10 @@ class CheckConfig:
         """Raises ConfigError if a value means nothing."""
         if self.exchange not in ("all", *EXCHANGES):
             raise ConfigError(f"--exchange must be all or one of {', '.join(EXCHANGES)}, got {self.exchange!r}")
-        self.checked_model.build()
+        if self.hf is None:
+            self.checked_model.build()
+        elif not (self.hf / "config.json").is_file():
+            raise ConfigError(f"--hf must be the folder of a model of transformers, and {self.hf} has no config.json")
         check_seed("--seed", self.seed)
         check_gpus(self.device, 1)
         for name, count, least in (
@@ -100,15 +107,31 @@ def run(config: CheckConfig, *, broken: bool = False) -> list[Row]:
 
     broken: every exchange forgets the state it carries. Raises ConfigError for another number of processes.
     """
+    with started(config):
+        return _compare(config, broken)
+
+
+@contextmanager
+def started(config: CheckConfig) -> Iterator[None]:
+    """Within, the processes are joined. Raises ConfigError for another number of them."""
     if int(os.environ["WORLD_SIZE"]) != config.sp:
         raise ConfigError(f"--sp {config.sp} needs as many processes, found {os.environ['WORLD_SIZE']}")
     # NCCL refuses two processes on one GPU; gloo does not, and shows the same.
     own_gpu = config.device == "cuda" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     process_group.start(torch.device("cuda" if own_gpu else "cpu"), timeout_s=300)
     try:
-        return _compare(config, broken)
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def device_of(config: CheckConfig) -> torch.device:
+    """This process's; a GPU that it may share is made the current one."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _compare(config: CheckConfig, broken: bool) -> list[Row]:
@@ -143,10 +166,7 @@ def _compare(config: CheckConfig, broken: bool) -> list[Row]:
 def _problem(config: CheckConfig) -> tuple[Any, Any, Any]:
     """Tokens, labels and model, the same on every rank."""
     options = config.checked_model
-    device = torch.device("cpu")
-    if config.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = device_of(config)
     model = CausalLM(options.build(vocab_size=BYTE_VOCABULARY))
     generator = torch.Generator().manual_seed(config.seed)
     model.init_weights(generator)

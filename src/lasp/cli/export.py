@@ -1,10 +1,10 @@
-"""`lasp export`: a trained model as one safetensors file and its configuration."""
+"""`lasp export`: a trained model as one safetensors file and its configuration, or as a folder of transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,6 +22,9 @@ class ExportArguments:
     """Run folder of `lasp train` (its newest good checkpoint is used), or one checkpoint."""
     out: Path
     """New folder."""
+    format: Literal["lasp", "transformers"] = "lasp"
+    """"transformers": a folder for AutoModelForCausalLM, of the models that it has too, which are those of the family
+    mamba2."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,5 +32,6 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(ExportArguments, arguments, "lasp export")
     from lasp.train.checkpoint.export import export
 
-    say(export(options.path, options.out, report=partial(say, error=True)))
+    report = partial(say, error=True)
+    say(export(options.path, options.out, report=report, for_transformers=options.format == "transformers"))
     return 0

@@ -216,7 +216,13 @@ _region: ContextVar[tuple[bool, deque[list[Any]]] | None] = ContextVar("region",
 
 
 def keeping_exchanges() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a region's forward pass and of its recomputation: a `context_fn` of torch.utils.checkpoint."""
+    """Contexts of a region's forward pass and of its recomputation: a `context_fn` of torch.utils.checkpoint.
+
+    What a recurrence's exchange has brought, a state for each head, is kept, and no state is sent again:
+
+        checkpoint(layer, x, use_reentrant=False, context_fn=keeping_exchanges)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keeping_exchanges})  # transformers
+    """
     kept: deque[list[Any]] = deque()
     return _within(False, kept), _within(True, kept)
 

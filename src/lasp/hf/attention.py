@@ -16,11 +16,12 @@ from lasp.hf import library
 from lasp.hf.context import MixerFrame, split_frame, split_pass
 from lasp.recurrence.untraced import untraced
 from lasp.softmax import softmax_attention
+from lasp.softmax.gathered import attend_to_gathered
 
 FUNCTION = "attention function"
 _names: dict[str, str] = {}
 # What would change the scores, and is not computed here.
-_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
+_UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices")
 
 
 def name_for(former: str) -> str:
@@ -101,11 +102,21 @@ def _across_ranks(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     sp, documents = frame.split.arguments(frame.shard)
+    q, k, v = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
+    if frame.latents is not None and frame.latents.has_gathered:
+        scale = options.get("scaling") or q.shape[3] ** -0.5
+        return attend_to_gathered(q, k, v, scale=scale, cu_seqlens=documents, sp=sp)
+    window, sinks = options.get("sliding_window"), options.get("s_aux", options.get("sinks"))
     o, _state = softmax_attention(
-        *(tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value)),
+        q,
+        k,
+        v,
         scale=options.get("scaling"),
+        window=window,
+        softcap=options.get("softcap"),
+        sinks=sinks,
         cu_seqlens=documents,
         sp=sp,
-        method=frame.split.method(query.shape[1]),
+        method=frame.split.method(query.shape[1], window),
     )
     return o

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lasp.hf.latents import LatentCache
 from lasp.hf.shards import BatchShard
 from lasp.hf.split import ModelSplit
 
@@ -30,12 +31,14 @@ class MixerFrame(NamedTuple):
 
     Attributes:
         wanted: functions that it has still to call.
+        latents: what gathers what its keys and values are made of, in place of these; see `lasp.hf.latents`.
     """
 
     split: ModelSplit
     shard: BatchShard | None
     module: nn.Module
     wanted: set[str]
+    latents: LatentCache | None = None
 
 
 class LayerFrame(NamedTuple):

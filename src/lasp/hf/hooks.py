@@ -6,20 +6,20 @@ What splits a pass travels among the keyword arguments, so that layers which bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from lasp.hf.context import LayerFrame, MixerFrame, ModelPass, running, split_pass
+from lasp.hf.latents import LatentCache, cache_argument, has_latents
+from lasp.hf.library import CACHES
 from lasp.hf.shards import BatchShard
 from lasp.hf.split import ModelSplit
 from lasp.recurrence.untraced import untraced
 from lasp.sequence.sequence_parallel import broadcast_errors
 
 KEY = "lasp_shard"
-_CACHES = ("past_key_values", "cache_params", "cache")
 Keywords = dict[str, Any]
 
 
@@ -145,7 +145,13 @@ def _enter_mixer(hook: MixerEnters, module: nn.Module, arguments: Any, options: 
                 f"{hook.name} was not told how its batch is split: what calls it drops keyword arguments"
                 f"{', and this is its recomputation' if is_backward else ''}"
             )
-    running.frames.append(MixerFrame(hook.split, shard, module, set(hook.wanted)))
+    latents = None
+    if shard is not None and hook.split.gathers_latents and has_latents(module):
+        name = cache_argument(module)
+        if name is not None and options.get(name) is None:
+            latents = LatentCache(hook.split.arguments(shard).sp)
+            options = {**options, name: latents}
+    running.frames.append(MixerFrame(hook.split, shard, module, set(hook.wanted), latents))
     return arguments, options
 
 
@@ -179,17 +185,12 @@ def _check(split: ModelSplit, shard: Any, options: Keywords) -> None:
         )
     if options.get("attention_mask") is not None:
         raise ValueError("attention_mask is for a whole batch: give it to lasp.hf.shard, which drops the padding")
-    cached = [name for name in _CACHES if options.get(name) is not None]
-    if cached or options.get("use_cache"):
-        raise ValueError(f"a split batch has no cache yet: leave {', '.join(cached) or 'use_cache=True'} out")
-    bounds = shard.cu_seqlens or (0, sum(shard.lengths))
-    longest = max(end - start for start, end in pairwise(bounds))
-    for name, window in split.windows.items():
-        if window < longest:
-            raise ValueError(
-                f"{name} sees {window} tokens back, and the longest document has {longest}: windows are not split yet; "
-                f"split documents into pieces of {window} tokens, or give each process whole sequences"
-            )
+    cached = [name for name in CACHES if options.get(name) is not None]
+    if cached or (options.get("use_cache") and not split.is_prefill):
+        raise ValueError(
+            f"a split batch fills no cache: leave {', '.join(cached) or 'use_cache=True'} out; "
+            "lasp.hf.prefill fills one"
+        )
 
 
 def add(hook: Hook, module: nn.Module) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from torch.torch_version import TorchVersion
 
 OLDEST = "5.17"
+# What its versions and models call a cache.
+CACHES = ("cache", "past_key_values", "cache_params")
 
 
 @cache

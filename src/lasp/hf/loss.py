@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lasp.hf import library
 from lasp.hf.context import ModelPass, split_pass
 from lasp.hf.split import ModelSplit
+from lasp.models.loss import default_chunk_tokens
+from lasp.recurrence.derivatives import first_derivatives
 from lasp.sequence import SequenceParallel
 
 
@@ -32,9 +35,71 @@ class SharedLoss:
         if options.get("shift_labels") is None or shard.targets is None:
             raise ValueError("a split batch has shift_labels: give the whole batch's labels to lasp.hf.shard")
         if options.get("num_items_in_batch") is not None:  # the caller adds up the ranks' shares
-            return self.original(logits, labels, vocab_size, **options)
-        share = self.original(logits, labels, vocab_size, **{**options, "num_items_in_batch": shard.targets})
+            return self._share(logits, labels, vocab_size, options)
+        share = self._share(logits, labels, vocab_size, {**options, "num_items_in_batch": shard.targets})
         return shared(share, self.split.arguments(shard).sp)
+
+    def _share(self, logits: Tensor, labels: Tensor | None, vocab_size: int, options: dict[str, Any]) -> Tensor:
+        """The sum over tokens here, divided as asked for; by the model's own function where it is another."""
+        if self.original is not library.load("loss.loss_utils").ForCausalLMLoss:
+            return self.original(logits, labels, vocab_size, **options)
+        targets = options["shift_labels"].reshape(-1).to(logits.device)
+        count = options["num_items_in_batch"]
+        count = count.to(logits.device) if isinstance(count, Tensor) else count
+        return (
+            cross_entropy_of_logits(logits.reshape(-1, vocab_size), targets, options.get("ignore_index", -100)) / count
+        )
+
+
+def cross_entropy_of_logits(
+    logits: Tensor, labels: Tensor, ignored: int = -100, *, chunk_tokens: int | None = None
+) -> Tensor:
+    """Sum over tokens of -log softmax(logits)[label], in fp32, or in fp64 for logits in fp64.
+
+    transformers makes a copy of all logits in fp32, and PyTorch one more for backward. Here a chunk is wide at a time,
+    and what backward needs beside the logits is a number a token.
+
+    Args:
+        logits: [N, vocab].
+        labels: int64 [N], `ignored` where there is none.
+    """
+    tokens = chunk_tokens or default_chunk_tokens(logits.shape[1], on_gpu=logits.is_cuda)
+    loss: Tensor = _CrossEntropyOfLogits.apply(logits, labels, ignored, tokens)
+    return loss
+
+
+class _CrossEntropyOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignored: int, tokens: int) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        scales = logits.new_empty(len(logits), dtype=wide)
+        total = logits.new_zeros((), dtype=wide)
+        for chunk in _chunks(len(logits), tokens):
+            part, targets = logits[chunk].to(wide), labels[chunk]
+            scales[chunk] = part.logsumexp(-1)
+            of_label = part.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+            total += (scales[chunk] - of_label).masked_fill(targets == ignored, 0.0).sum()
+        ctx.save_for_backward(logits, labels, scales)
+        ctx.ignored, ctx.tokens = ignored, tokens
+        return total
+
+    @staticmethod
+    @first_derivatives("the loss")
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None]:
+        """softmax - 1 at the label; there from the logarithm, or p - 1 is rounded to nothing where p is nearly 1."""
+        logits, labels, scales = ctx.saved_tensors
+        d_logits = torch.empty_like(logits)
+        for chunk in _chunks(len(logits), ctx.tokens):
+            targets = labels[chunk].clamp(min=0)[:, None]
+            log_p = logits[chunk].to(scales.dtype) - scales[chunk, None]
+            of_label = log_p.gather(1, targets).expm1()
+            part = log_p.exp_().scatter_(1, targets, of_label).mul_(d_total)
+            d_logits[chunk] = part.masked_fill_((labels[chunk] == ctx.ignored)[:, None], 0.0).to(logits.dtype)
+        return d_logits, None, None, None
+
+
+def _chunks(count: int, tokens: int) -> Iterator[slice]:
+    return (slice(first, first + tokens) for first in range(0, count, tokens))
 
 
 def shared(share: Tensor, sp: SequenceParallel | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lasp.halo import short_convolution
 from lasp.hf import library
 from lasp.hf.context import MixerFrame
+from lasp.hf.library import CACHES
 from lasp.ops import delta_rule, linear_attention
 from lasp.ops.checks import values_unchecked
 from lasp.recurrence.inputs import state_dtype
@@ -33,8 +34,11 @@ def convolution(
     **_: Any,
 ) -> Tensor:
     """causal_conv1d_fn: hidden_states [B, C, T], weight [C, W] -> [B, C, T]."""
-    sp, documents = frame.split.arguments(_shard(frame))
+    shard = _shard(frame)
+    sp, documents = frame.split.arguments(shard)
     is_silu = activation in _SILU
+    # A cache fills up a shard that is shorter than the convolution.
+    hidden_states = hidden_states[..., -shard.lengths[shard.rank] :]
     y, _state = short_convolution(
         hidden_states.mT.to(weight.dtype),
         weight,
@@ -90,9 +94,13 @@ def state_space_scan(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, inf),
+    return_final_states: bool = False,
     **_: Any,
-) -> Tensor:
-    """mamba2_chunk_scan: hidden_states [B, T, H, P], dt [B, T, H], A, D, dt_bias [H], B, C [B, T, G, N] -> as x."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """mamba2_chunk_scan: hidden_states [B, T, H, P], dt [B, T, H], A, D, dt_bias [H], B, C [B, T, G, N] -> as x.
+
+    With return_final_states also the states [B, H, P, N].
+    """
     sp, documents = frame.split.arguments(_shard(frame))
     dtype = state_dtype(hidden_states.dtype)
     step = dt.to(dtype)
@@ -103,14 +111,25 @@ def state_space_scan(
     step = step.clamp(*dt_limit)
     values = (step[..., None] * hidden_states).to(hidden_states.dtype)
     with values_unchecked():
-        o, _state = linear_attention(
-            C, B, values, step * A.to(dtype), scale=1.0, cu_seqlens=documents, sp=sp, backend=frame.split.backend
+        o, state = linear_attention(
+            C,
+            B,
+            values,
+            step * A.to(dtype),
+            scale=1.0,
+            output_final_state=return_final_states,
+            cu_seqlens=documents,
+            sp=sp,
+            backend=frame.split.backend,
         )
     # Callers take views of it.
-    return (o if D is None else o + D.to(o.dtype)[:, None] * hidden_states).contiguous()
+    o = (o if D is None else o + D.to(o.dtype)[:, None] * hidden_states).contiguous()
+    return o if state is None else (o, state.mT.contiguous())
 
 
-def lightning_attention(frame: MixerFrame, layer: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Any, None]:
+def lightning_attention(
+    frame: MixerFrame, layer: Any, hidden_states: Tensor, *_: Any, **options: Any
+) -> tuple[Any, None]:
     """MiniMaxLightningAttention.forward, whose recurrence is a loop in the layer itself: hidden_states [B, T, D]."""
     sp, documents = frame.split.arguments(_shard(frame))
     heads = (layer.num_attention_heads, 3 * layer.head_dim)
@@ -118,10 +137,21 @@ def lightning_attention(frame: MixerFrame, layer: Any, hidden_states: Tensor, *_
     # The buffer has the model's dtype, and 16 bits are too few for a decay.
     rate = layer.slope_rate
     if rate.dtype not in (torch.float32, torch.float64):
-        rate = layer.get_slope_rate(hidden_states.device)
-    o, _state = linear_attention(
-        q, k, v, -rate.flatten(), scale=1.0, cu_seqlens=documents, sp=sp, backend=frame.split.backend
+        rate = layer.get_slope_rate().to(hidden_states.device)  # takes no device in some versions
+    cache = next((options[name] for name in CACHES if options.get(name) is not None), None)
+    o, state = linear_attention(
+        q,
+        k,
+        v,
+        -rate.flatten(),
+        scale=1.0,
+        output_final_state=cache is not None,
+        cu_seqlens=documents,
+        sp=sp,
+        backend=frame.split.backend,
     )
+    if cache is not None:
+        cache.set_linear_cache(layer.layer_idx, None if state is None else state.to(q.dtype))
     return layer.out_proj(layer.output_gate(hidden_states).sigmoid() * layer.norm(o.flatten(-2))), None
 
 

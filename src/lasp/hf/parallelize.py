@@ -49,7 +49,7 @@ def parallelize(
         sp: the ranks that share the sequences, and how states cross them; None for one process with this library's
             kernels.
         softmax_method: how softmax layers exchange, as in `lasp.softmax_attention`; "auto" is "ulysses" where the ranks
-            divide the heads, else "all_gather".
+            divide the heads and the layer has no sliding window, else "all_gather".
         backend: of recurrences, as in `lasp.linear_attention`.
 
     Returns:
@@ -75,12 +75,7 @@ def parallelize(
     families = _checked(model, models, layers)
     if sp is not None and softmax_method == "ulysses":
         _check_heads(model, layers, sp)
-    windows = {
-        name: window
-        for name, kind in layers.items()
-        if kind.is_attention and (window := _window(model.get_submodule(name)))
-    }
-    split = ModelSplit(sp, softmax_method, backend, frozenset(family.file for family in families.values()), windows)
+    split = ModelSplit(sp, softmax_method, backend, frozenset(family.file for family in families.values()))
     for family in families.values():
         dispatch(family)
     _add_hooks(model, models, layers, split)
@@ -183,12 +178,6 @@ def _check_heads(model: nn.Module, layers: Mapping[str, LayerKind], sp: Sequence
                 f"softmax_method 'ulysses' gives each rank some of the heads, and {sp.size} ranks do not divide the "
                 f"{heads} of {name}: use 'all_gather' or 'auto'"
             )
-
-
-def _window(layer: Any) -> int | None:
-    """Tokens that a softmax layer sees back, by itself or by its configuration; None for all."""
-    window: int | None = getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None))
-    return window
 
 
 def _add_hooks(model: nn.Module, models: Mapping[str, Any], layers: Mapping[str, LayerKind], split: ModelSplit) -> None:

@@ -43,7 +43,11 @@ class BatchShard:
 
 
 def shard(
-    batch: Mapping[str, Any], sp: SequenceParallel | None, lengths: Sequence[int] | None = None
+    batch: Mapping[str, Any],
+    sp: SequenceParallel | None,
+    lengths: Sequence[int] | None = None,
+    *,
+    one_row: bool = False,
 ) -> dict[str, Any]:
     """This rank's part of a batch, to call a parallelized model with: `model(**shard(batch, sp))`.
 
@@ -57,6 +61,7 @@ def shard(
             -100 for none.
         sp: the ranks that share the sequences; None for one process.
         lengths: tokens for every rank, at least one each; those of `sp` by default, else as equal as can be.
+        one_row: also of rows that have no padding and one document each make one sequence.
 
     Returns:
         input_ids, position_ids, labels and shift_labels [B, T here], and lasp_shard, a `BatchShard`.
@@ -72,7 +77,7 @@ def shard(
     _check(given)
     rows = _laid_out(given)
     digest = _digest(rows)
-    bounds, rows = _flattened(rows)
+    bounds, rows = _flattened(rows, one_row)
     total = rows["input_ids"].shape[1]
     cut = _lengths(total, sp, lengths)
     rank = 0 if sp is None else sp.rank
@@ -131,13 +136,13 @@ def _laid_out(given: Mapping[str, Any]) -> dict[str, Tensor]:
     return rows
 
 
-def _flattened(rows: dict[str, Tensor]) -> tuple[tuple[int, ...] | None, dict[str, Tensor]]:
-    """Bounds of documents and the rows one after another; None and the rows, where each is one document."""
+def _flattened(rows: dict[str, Tensor], one_row: bool) -> tuple[tuple[int, ...] | None, dict[str, Tensor]]:
+    """Bounds of documents and the rows one after another; None and the rows, where each is one document, by default."""
     positions, mask = rows["position_ids"], rows.pop("attention_mask", None)
     starts = torch.ones_like(positions, dtype=torch.bool)
     starts[:, 1:] = positions.diff(dim=1) != 1
     if mask is None:
-        if int(starts.sum()) == len(starts):
+        if int(starts.sum()) == len(starts) and not (one_row and len(starts) > 1):
             return None, rows
         mask = torch.ones_like(starts)
     before = F.pad(mask, (1, 0))[:, :-1]

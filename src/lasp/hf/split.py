@@ -24,17 +24,14 @@ class ModelSplit:
     Attributes:
         sp: the ranks, or None for one process.
         files: of transformers, whose functions are dispatched for it.
-        windows: of softmax layers that see so many tokens only, by their names.
         is_whole: for now the model is to run whole, also where gradients are wanted.
+        is_prefill: for now a split pass fills a cache.
         num_passes: so far, the same on every rank.
     """
 
-    def __init__(
-        self, sp: SequenceParallel | None, softmax_method: str, backend: str, files: frozenset[str], windows: Any
-    ) -> None:
-        self.sp, self.softmax_method, self.backend = sp, softmax_method, backend
-        self.files, self.windows = files, windows
-        self.is_whole = False
+    def __init__(self, sp: SequenceParallel | None, softmax_method: str, backend: str, files: frozenset[str]) -> None:
+        self.sp, self.softmax_method, self.backend, self.files = sp, softmax_method, backend, files
+        self.is_whole = self.is_prefill = False
         self.num_passes = 0
         self._with_lengths: dict[tuple[int, ...], SequenceParallel] = {}
         _alive.add(self)
@@ -50,15 +47,21 @@ class ModelSplit:
             ranks = self._with_lengths[shard.lengths] = self.sp.with_lengths(shard.lengths)
         return SplitArguments(ranks, shard.cu_seqlens)
 
-    def method(self, heads: int) -> str:
-        """The exchange of a softmax layer with so many query heads."""
+    @property
+    def gathers_latents(self) -> bool:
+        """Layers that make their keys of latents exchange these, but where heads are to be traded."""
+        return self.sp is not None and self.sp.size > 1 and self.softmax_method != "ulysses"
+
+    def method(self, heads: int, window: int | None = None) -> str:
+        """The exchange of a softmax layer with so many query heads, whose tokens see so many others."""
         if self.softmax_method != "auto":
             return self.softmax_method
-        return "all_gather" if self.sp is None or heads % self.sp.size else "ulysses"
+        # Of a window, few keys are gathered.
+        return "all_gather" if window is not None or self.sp is None or heads % self.sp.size else "ulysses"
 
     def __deepcopy__(self, memo: Any) -> ModelSplit:
         """A copied model's: over the same ranks, which cannot be copied."""
-        return ModelSplit(self.sp, self.softmax_method, self.backend, self.files, self.windows)
+        return ModelSplit(self.sp, self.softmax_method, self.backend, self.files)
 
 
 _alive: WeakSet[ModelSplit] = WeakSet()

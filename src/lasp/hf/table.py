@@ -75,6 +75,8 @@ FAMILIES = (
     _family("lfm2_moe", "Lfm2Moe", {"ShortConv": _CONVOLUTION}),
     _family("lfm3", "Lfm3", {"ShortConv": _CONVOLUTION}),
 )
+# Where TRL takes the loss of routers from, whatever the model.
+SHARED_LOSSES = ModelFamily("mixtral.modeling_mixtral", (), {})
 TYPES: Mapping[str, ModelFamily] = {name: family for family in FAMILIES for name in family.types}
 PACKAGE = "transformers.models."
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -12,14 +14,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
 from lasp.hf import library
+from lasp.hf.dispatch import dispatch
 from lasp.hf.hooks import hooks_of
 from lasp.hf.parallelize import parallelize
 from lasp.hf.shards import shard
+from lasp.hf.table import SHARED_LOSSES
 from lasp.sequence import SequenceParallel
 
 
 def attach(trainer: Any, sp: SequenceParallel, **options: Any) -> Any:
-    """Let a Trainer train, and evaluate the loss, with its sequences over ranks.
+    """Let transformers' Trainer or TRL's SFTTrainer train, and evaluate the loss, with its sequences over ranks.
 
     Its model is parallelized, if it is not. All else stays the Trainer's: a batch of `per_device_train_batch_size` rows
     comes once for every group of ranks, and loss, gradient norms, clipping, accumulation and logs are those of as many
@@ -40,7 +44,16 @@ def attach(trainer: Any, sp: SequenceParallel, **options: Any) -> Any:
     if next(hooks_of(trainer.model), None) is None:
         parallelize(trainer.model, sp, **options)
     groups, args = trainer.args.world_size // sp.size, trainer.args
-    trainer.data_collator = SplitCollator(trainer.data_collator, sp)
+    is_sft = _is_sft(trainer)
+    # SFTTrainer counts the tokens of one row.
+    trainer.data_collator = SplitCollator(trainer.data_collator, sp, one_row=is_sft)
+    if is_sft:
+        dispatch(SHARED_LOSSES)
+        trainer.compute_loss = partial(_supervised_loss, trainer, trainer.compute_loss, groups)
+    # accelerate drops results of examples with which it has filled up a last batch, as many as it would without ranks
+    # that share batches. Here every batch is full.
+    trainer.accelerator.gather_for_metrics = partial(_gather_all, trainer.accelerator)
+    trainer.gather_function = trainer.accelerator.gather_for_metrics
     of_training, of_evaluation = trainer._get_train_sampler, trainer._get_eval_sampler
 
     def train_sampler(dataset: Any = None) -> Sampler[int]:
@@ -62,13 +75,38 @@ def attach(trainer: Any, sp: SequenceParallel, **options: Any) -> Any:
 
 
 class SplitCollator:
-    """Collates examples as before, and keeps this rank's part."""
+    """Collates examples as before, and keeps this rank's part. one_row: of the rows one after another."""
 
-    def __init__(self, collate: Callable[[Any], Any], sp: SequenceParallel) -> None:
-        self.collate, self.sp = collate, sp
+    def __init__(self, collate: Callable[[Any], Any], sp: SequenceParallel, *, one_row: bool = False) -> None:
+        self.collate, self.sp, self.one_row = collate, sp, one_row
 
     def __call__(self, examples: Any) -> dict[str, Any]:
-        return shard(self.collate(examples), self.sp)
+        return shard(self.collate(examples), self.sp, one_row=self.one_row)
+
+
+def _gather_all(accelerator: Any, data: Any, use_gather_object: bool = False) -> Any:
+    """accelerate's gather_for_metrics, of batches that are full."""
+    if use_gather_object:
+        return import_module("accelerate.utils").gather_object(data)
+    return accelerator.gather(data)
+
+
+def _supervised_loss(
+    trainer: Any,
+    compute_loss: Callable[..., Any],
+    groups: int,
+    model: Any,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:
+    """SFTTrainer.compute_loss. In evaluation it takes the mean over the tokens that are here, not of the batch."""
+    if num_items_in_batch is not None:
+        return compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    # It multiplies by the number of processes, and Trainer takes the mean over them. A router's loss is for each batch:
+    # in training this number is set anew for every step.
+    trainer.current_gradient_accumulation_steps = 1
+    return compute_loss(model, inputs, return_outputs, inputs["lasp_shard"].targets * groups)
 
 
 class SharedBatches(Sampler[int]):
@@ -139,9 +177,10 @@ def _check(trainer: Any, sp: SequenceParallel) -> None:
         raise ValueError(f"trainer must be a Trainer of transformers, got {type(trainer).__name__}")
     if not isinstance(sp, SequenceParallel):
         raise ValueError(f"sp must be a SequenceParallel, got {type(sp).__name__}")
-    if type(trainer).compute_loss is not kind.compute_loss:
+    if type(trainer).compute_loss is not kind.compute_loss and not _is_sft(trainer):
         raise ValueError(
-            f"{type(trainer).__name__} computes a loss of its own, which need not be a sum over tokens: use Trainer"
+            f"{type(trainer).__name__} computes a loss of its own, which need not be a sum over tokens: use Trainer or "
+            "TRL's SFTTrainer"
         )
     if isinstance(trainer.data_collator, SplitCollator):
         raise ValueError("the trainer is attached already")
@@ -164,6 +203,12 @@ def _check(trainer: Any, sp: SequenceParallel) -> None:
     }
     if found := [name for name, given in refused.items() if given]:
         raise ValueError(f"the trainer cannot split sequences with {', '.join(found)}: leave it out")
+
+
+def _is_sft(trainer: Any) -> bool:
+    """Returns whether it is TRL's for supervised finetuning, with its own loss."""
+    loss = type(trainer).compute_loss
+    return (loss.__module__, loss.__qualname__) == ("trl.trainer.sft_trainer", "SFTTrainer.compute_loss")
 
 
 def _check_evaluation(dataset: Any, of_all: int) -> None:

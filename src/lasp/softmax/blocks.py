@@ -3,6 +3,9 @@
 Documents are separated by reading only their own keys, never by a mask: a mask multiplies what it hides by zero, and
 zero times NaN is NaN. Parts of documents with equally many queries and keys here form one block, so thousands of
 one-token documents are one call, and T tokens make at most about sqrt(2 T) + 2 calls.
+
+Where queries see a window of keys only, a document is cut into tiles of queries, each with the keys that its windows
+reach: nearly all of them are alike, and one block.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ class AttentionBlock(NamedTuple):
         queries, keys: how many of each, of one document here. Where attention is causal the last query sees all
             the keys, and each before it one key less.
         first_queries, first_keys: n first indices of each.
+        window: how many of the keys each query sees, where it is not all of those up to its own.
     """
 
     queries: int
     keys: int
     first_queries: tuple[int, ...]
     first_keys: tuple[int, ...]
+    window: int | None = None
 
     def of_queries(self, tensor: Tensor) -> Tensor:
         """[B, T, H, D] -> [n, queries, H, D], or B in place of n for a single document."""
@@ -56,21 +61,49 @@ def _part(tensor: Tensor, first: tuple[int, ...], count: int) -> Tensor:
     return rows.view(len(first), count, *tensor.shape[2:])
 
 
+# Tiles of windows: larger ones read fewer keys twice, and compute more scores that no query wants.
+_FEWEST_TILED, _MOST_TILED = 64, 1024
+
+
 @lru_cache(maxsize=32)
-def blocks_of(bounds: tuple[int, ...], before: tuple[int, ...], first: int, last: int, causal: bool) -> Blocks:
+def blocks_of(
+    bounds: tuple[int, ...],
+    before: tuple[int, ...],
+    first: int,
+    last: int,
+    causal: bool,
+    window: int | None = None,
+    first_key: int = 0,
+) -> Blocks:
     """The blocks of the queries first .. last - 1 of a sequence.
 
     bounds: where each document starts, and the length of the whole sequence.
     before: where each document's rows start in the initial state, and how many rows that has. A document's keys are
         those rows and then its tokens; see `keys_of`.
+    window: keys that a query sees, itself among them; None for all.
+    first_key: where in the sequence the keys start that are here.
     """
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    groups: dict[tuple[int, int, int | None], list[tuple[int, int]]] = {}
     for index, (start, end) in enumerate(pairwise(bounds)):
-        here, stop = max(start, first), min(end, last)
-        if stop > here:
-            keys = before[index + 1] - before[index] + (stop if causal else end) - start
-            groups.setdefault((stop - here, keys), []).append((here - first, before[index] + start))
-    blocks = tuple(AttentionBlock(*shape, *zip(*places, strict=True)) for shape, places in groups.items())
+        here, stop, rows = max(start, first), min(end, last), before[index + 1] - before[index]
+        place = before[index] + start - first_key
+        if stop <= here:
+            continue
+        if window is None or rows + stop - start <= window:
+            keys = rows + (stop if causal else end) - start
+            groups.setdefault((stop - here, keys, None), []).append((here - first, place))
+            continue
+        step = min(max(window, _FEWEST_TILED), _MOST_TILED)
+        for tile in range(here, stop, step):
+            until = min(tile + step, stop)
+            skipped = max(0, rows + tile - start - window + 1)
+            keys = rows + until - start - skipped
+            shape = (until - tile, keys, window if keys > window else None)
+            groups.setdefault(shape, []).append((tile - first, place + skipped))
+    blocks = tuple(
+        AttentionBlock(queries, keys, tuple(first for first, _ in places), tuple(key for _, key in places), seen)
+        for (queries, keys, seen), places in groups.items()
+    )
     if sum(len(block.first_queries) for block in blocks) <= 1:
         return Blocks(blocks, None)
     with torch.inference_mode(False):  # blocks made while generating may serve training, which saves the order

@@ -1,7 +1,8 @@
 """Carries queries, keys, values and outputs across ranks, each with the exchange that takes their gradients back.
 
-LASP-2H (arXiv 2502.07563) gathers keys and values. Ulysses (arXiv 2309.14509) trades tokens for heads: in between,
-each rank has all tokens of some heads. Sums of gradients are taken in rank order, in fp32 for 16-bit inputs.
+LASP-2H (arXiv 2502.07563) gathers keys and values. Where queries see a window, the rows before a rank's own are enough.
+Ulysses (arXiv 2309.14509) trades tokens for heads: in between, each rank has all tokens of some heads. Sums of
+gradients are taken in rank order, in fp32 for 16-bit inputs.
 """
 
 from __future__ import annotations
@@ -88,6 +89,76 @@ class _Gather(torch.autograd.Function):
         received = _all_to_all(messages, parts, shapes)
         users = received if ctx.all_ranks else received[messages.rank :]
         return None, None, None, _sum([part[0] for part in users]), _sum([part[1] for part in users])
+
+
+def gather_window(
+    k: Tensor, v: Tensor, call: SequenceCall | None, starts: tuple[int, ...], window: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of this rank, after those of the `window - 1` tokens before it, or of all there are.
+
+    They may lie on several ranks. What a rank sends does not grow with the sequence.
+    """
+    if call is None or starts[-1] == 0:
+        return k, v
+    gathered: tuple[Tensor, Tensor] = _GatherWindow.apply(call, starts, window, k, v)
+    return gathered
+
+
+def first_of_window(starts: tuple[int, ...], rank: int, window: int) -> int:
+    """The first token whose key a rank's queries may see."""
+    return max(0, starts[rank] - window + 1) if starts[rank + 1] > starts[rank] else starts[rank]
+
+
+def _reach(starts: tuple[int, ...], window: int, source: int, reader: int) -> tuple[int, int]:
+    """Tokens of rank `source` that are before rank `reader`'s and within its windows: first, last + 1, from 0 there."""
+    first = max(starts[source], first_of_window(starts, reader, window))
+    last = min(starts[source + 1], starts[reader])
+    return (first - starts[source], last - starts[source]) if source < reader and first < last else (0, 0)
+
+
+class _GatherWindow(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: SequenceCall, starts: tuple[int, ...], window: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.call, ctx.starts, ctx.window = call, starts, window
+        messages = call.messages
+        ranks = range(messages.size)
+        sent = [slice(*_reach(starts, window, messages.rank, reader)) for reader in ranks]
+        received = _all_to_all(
+            messages, [(k[:, part], v[:, part]) for part in sent], _window_shapes(ctx, messages.rank, k, v)
+        )
+        keys, values = (torch.cat([*(part[index] for part in received), t], 1) for index, t in enumerate((k, v)))
+        save_after(ctx, keys)
+        return keys, values
+
+    @staticmethod
+    @first_derivatives("softmax_attention over ranks", linear=True)
+    def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
+        """Each rank's gradients of keys that it has read go back to their rank."""
+        messages, starts, window = adjoint_of(ctx, "backward of a window's keys").messages, ctx.starts, ctx.window
+        rank, first = messages.rank, first_of_window(starts, messages.rank, window)
+        own = starts[rank] - first
+        parts, shapes = [], []
+        for other in range(messages.size):
+            here, there = _reach(starts, window, other, rank)
+            begin = starts[other] + here - first if there > here else 0
+            parts.append(tuple(t[:, begin : begin + there - here] for t in (d_k, d_v)))
+            read = slice(*_reach(starts, window, rank, other))
+            shapes.append([(t.shape[0], read.stop - read.start, *t.shape[2:]) for t in (d_k, d_v)])
+        received = _all_to_all(messages, parts, shapes)
+        gradients = []
+        for index, gradient in enumerate((d_k, d_v)):
+            total = gradient[:, own:].to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+            for other, part in enumerate(received):
+                total[:, slice(*_reach(starts, window, rank, other))] += part[index]
+            gradients.append(total.to(gradient.dtype))
+        return None, None, None, *gradients
+
+
+def _window_shapes(ctx: Any, rank: int, k: Tensor, v: Tensor) -> list[list[Shape]]:
+    reached = [_reach(ctx.starts, ctx.window, source, rank) for source in range(len(ctx.starts) - 1)]
+    return [[(t.shape[0], last - first, *t.shape[2:]) for t in (k, v)] for first, last in reached]
 
 
 def _view(flat: Tensor, like: Tensor, tokens: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -11,12 +12,21 @@ from torch import Tensor
 from lasp.exchange.start import SequenceCall
 from lasp.recurrence.untraced import untraced_over_ranks
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number
+from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number, whole
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 from lasp.softmax.blocks import blocks_of, keys_of
-from lasp.softmax.exchange import gather, heads_of, replicated, to_heads, to_tokens
+from lasp.softmax.exchange import (
+    first_of_window,
+    gather,
+    gather_window,
+    heads_of,
+    replicated,
+    to_heads,
+    to_tokens,
+)
 from lasp.softmax.local import attend
+from lasp.softmax.scores import ScoreOptions
 
 METHODS = ("all_gather", "ulysses")
 BACKENDS = ("auto", "torch", "reference")
@@ -30,6 +40,9 @@ def softmax_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -49,6 +62,13 @@ def softmax_attention(
             head h // (H // H_kv).
         causal: False to let every token see all tokens of its document.
         scale: factor of the scores, D ** -0.5 by default.
+        window: tokens that each token sees, itself and those before it; None for all. With "all_gather" a rank gets the
+            window - 1 tokens before its own, so that neither work nor messages grow with the sequence. Where there are
+            states, it gets all.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: [H], the same on every rank: a score for each head that takes part in the softmax, and has no value. Each
+            rank's gradient is a share; their sum is the whole. With a soft cap or sinks, PyTorch's fused kernels do not
+            run, and scores are computed a tile at a time.
         initial_state: [B, P, H_kv, D + D_v] of q's dtype, keys beside values of the P tokens before the first of the
             global sequence, the same on every rank of `sp`. Its gradient is whole on the group's first rank and zero
             on the others.
@@ -81,16 +101,20 @@ def softmax_attention(
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
         check_shard(sp, q.shape[1])
         _check_heads(q.shape[2], method, sp)
+        window = _checked_window(window, causal=causal)
+        softcap = None if softcap is None else number("softcap", softcap, "a number > 0", lambda cap: 0 < cap < inf)
+        _check_sinks(sinks, q)
         starts = shard_starts(sp, q.shape[1])
         bounds = document_bounds(cu_seqlens, starts[-1], q.shape[0])
         _check_state(initial_state, k, v)
         before = _rows_before(initial_state, initial_cu_seqlens, None if cu_seqlens is None else len(bounds) - 1)
         scale = q.shape[3] ** -0.5 if scale is None else number("scale", scale)
-    options = (causal, scale, method, backend, output_final_state)
-    call = _called(sp, q, k, v, bounds, before, initial_state, options)
-    problem = _Problem(causal, scale, method, backend, output_final_state, starts, bounds, before)
+    scores = ScoreOptions(causal, scale, softcap)
+    options = (*scores, window, method, backend, output_final_state)
+    call = _called(sp, q, k, v, sinks, bounds, before, initial_state, options)
+    problem = _Problem(scores, window, method, backend, output_final_state, starts, bounds, before)
     with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
-        return _across_ranks(q, k, v, initial_state, call, problem)
+        return _across_ranks(q, k, v, sinks, initial_state, call, problem)
 
 
 class _Problem(NamedTuple):
@@ -99,8 +123,8 @@ class _Problem(NamedTuple):
     See `softmax_attention`, `shard_starts`, `document_bounds` and `blocks_of`.
     """
 
-    causal: bool
-    scale: float
+    scores: ScoreOptions
+    window: int | None
     method: str
     backend: str
     want_final: bool
@@ -110,14 +134,21 @@ class _Problem(NamedTuple):
 
 
 def _across_ranks(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, call: SequenceCall | None, problem: _Problem
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    initial_state: Tensor | None,
+    call: SequenceCall | None,
+    problem: _Problem,
 ) -> tuple[Tensor, Tensor | None]:
-    causal, scale, method, backend, output_final_state, starts, bounds, before = problem
+    scores, window, method, backend, output_final_state, starts, bounds, before = problem
     rank = 0 if call is None else call.rank
     state = None if initial_state is None else replicated(initial_state, call)
     if method == "ulysses" and call is not None and starts[-1] > 0:
         of = heads_of(call.messages.size, q.shape[2], k.shape[2])
-        blocks = blocks_of(bounds, before, 0, starts[-1], causal)
+        blocks = blocks_of(bounds, before, 0, starts[-1], scores.causal, window)
+        sinks = None if sinks is None else sinks[slice(*of.queries[rank])]
         if output_final_state:
             # The state takes all heads to all ranks; and o must depend on that exchange, because its backward pass
             # needs every rank, also those that make no use of the state.
@@ -130,13 +161,18 @@ def _across_ranks(
             q_all, k_all, v_all = to_heads((q, k, v), (of.queries, of.keys, of.keys), call, starts)
             k_all, v_all = _after(None if state is None else state[:, :, slice(*of.keys[rank])], k_all, v_all, problem)
         k_all, v_all = (_key_heads(t, of.queries[rank], q.shape[2] // k.shape[2]) for t in (k_all, v_all))
-        o = attend(q_all, k_all, v_all, blocks, causal=causal, scale=scale, backend=backend)
+        o = attend(q_all, k_all, v_all, sinks, blocks, scores, backend=backend)
         return to_tokens(o, of.queries, call, starts), final_state
-    k_all, v_all = gather(k, v, call, starts, all_ranks=output_final_state or not causal)
+    if window is not None and state is None and not output_final_state:
+        k_all, v_all = gather_window(k, v, call, starts, window)
+        first = first_of_window(starts, rank, window)
+        blocks = blocks_of(bounds, before, starts[rank], starts[rank + 1], True, window, first)
+        return attend(q, k_all, v_all, sinks, blocks, scores, backend=backend), None
+    k_all, v_all = gather(k, v, call, starts, all_ranks=output_final_state or not scores.causal)
     k_all, v_all = _after(state, k_all, v_all, problem)
     final_state = torch.cat((k_all, v_all), -1) if output_final_state else None
-    blocks = blocks_of(bounds, before, starts[rank], starts[rank + 1], causal)
-    return attend(q, k_all, v_all, blocks, causal=causal, scale=scale, backend=backend), final_state
+    blocks = blocks_of(bounds, before, starts[rank], starts[rank + 1], scores.causal, window)
+    return attend(q, k_all, v_all, sinks, blocks, scores, backend=backend), final_state
 
 
 def _after(state: Tensor | None, k: Tensor, v: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
@@ -178,6 +214,24 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q's heads must be a multiple of k's and no dim but B and T may be 0; got q {tuple(q.shape)}, "
             f"k {tuple(k.shape)}"
+        )
+
+
+def _checked_window(window: int | None, *, causal: bool) -> int | None:
+    if window is None:
+        return None
+    if not causal:
+        raise ValueError("window is of the tokens before each token: it needs causal=True")
+    return whole("window", window, 1)
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    check_floats("sinks", sinks, "[H]", 1)
+    if sinks.shape[0] != q.shape[2] or sinks.device != q.device:
+        raise ValueError(
+            f"sinks must be [H] = [{q.shape[2]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
         )
 
 
@@ -232,6 +286,7 @@ def _called(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     bounds: tuple[int, ...],
     before: tuple[int, ...],
     initial_state: Tensor | None,
@@ -240,10 +295,11 @@ def _called(
     """Tell the other ranks what is about to be computed."""
     if sp is None:
         return None
-    gradients = tuple(t is not None and t.requires_grad for t in (q, k, v, initial_state))
+    gradients = tuple(t is not None and t.requires_grad for t in (q, k, v, initial_state, sinks))
     requires_grad = gradients if torch.is_grad_enabled() else None
     rows = None if initial_state is None else document_digest(before)
-    key = (q.shape, k.shape, v.shape, q.dtype, rows, options, requires_grad)
+    sink_dtype = None if sinks is None else str(sinks.dtype)
+    key = (q.shape, k.shape, v.shape, q.dtype, rows, options, sink_dtype, requires_grad)
 
     def fields() -> dict[str, object]:
         return {
@@ -255,7 +311,8 @@ def _called(
             "D and D_v": (q.shape[3], v.shape[3]),
             "dtype": str(q.dtype),
             "rows of initial_state": rows,
-            "causal, scale, method, backend, output_final_state": options,
+            "causal, scale, softcap, window, method, backend, output_final_state": options,
+            "dtype of sinks": sink_dtype,
             "requires_grad": requires_grad,
         }
 

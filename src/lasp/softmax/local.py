@@ -8,23 +8,30 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 from lasp.softmax.blocks import AttentionBlock, Blocks
+from lasp.softmax.scores import ScoreOptions, attend_by_scores, reference_block, seen_keys
 
 # Of the memory-efficient kernels' custom_mask_type.
 _LOWER_RIGHT = 2
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, causal: bool, scale: float, backend: str) -> Tensor:
-    """q [B, T, H, D], k [B, S, H_kv, D], v [B, S, H_kv, D_v] -> o [B, T, H, D_v]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, blocks: Blocks, options: ScoreOptions, *, backend: str
+) -> Tensor:
+    """q [B, T, H, D], k [B, S, H_kv, D], v [B, S, H_kv, D_v], sinks [H] or None -> o [B, T, H, D_v]."""
     if not blocks.blocks:
         # Nothing to compute, but every rank must be part of the backward pass of k and v.
-        return q.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
-    one = reference_block if backend == "reference" else sdpa_block
-    outputs = [
-        one(block.of_queries(q), block.of_keys(k), block.of_keys(v), causal, scale).reshape(
-            q.shape[0], _tokens(block), q.shape[2], v.shape[3]
-        )
-        for block in blocks.blocks
-    ]
+        nothing = q.sum() + k.sum() + v.sum() + (0.0 if sinks is None else sinks.sum())
+        return q.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + 0 * nothing
+    outputs = []
+    for block in blocks.blocks:
+        parts = block.of_queries(q), block.of_keys(k), block.of_keys(v)
+        if backend == "reference":
+            o = reference_block(*parts, sinks, block.window, options)
+        elif options.softcap is not None or sinks is not None:
+            o = attend_by_scores(*parts, sinks, block.window, options)
+        else:
+            o = sdpa_block(*parts, block.window, options)
+        outputs.append(o.reshape(q.shape[0], _tokens(block), q.shape[2], v.shape[3]))
     if blocks.order is None:
         return outputs[0]
     return torch.cat(outputs, 1).index_select(1, blocks.order.to(q.device))
@@ -34,15 +41,23 @@ def _tokens(block: AttentionBlock) -> int:
     return block.queries * len(block.first_queries)
 
 
-def sdpa_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def sdpa_block(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: ScoreOptions) -> Tensor:
     """q [n, T, H, D], k and v [n, S, H_kv, ..], the last query beside the last key -> [n, T, H, D_v]."""
-    queries, keys = q.shape[1], k.shape[1]
+    queries, keys, causal, scale = q.shape[1], k.shape[1], options.causal, options.scale
     if scale <= 0:
         # Kernels multiply what they have masked, -inf, and find the largest score before they do: that takes a scale
         # above 0. Its sign is exact in any dtype, so queries carry it.
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
+    if window is not None:
+        mask = seen_keys(queries, keys, window, q.device)
+        # Kernels that take a mask take no shared key heads, and without such a kernel all scores are kept.
+        if grouped and q.is_cuda:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+            grouped = False
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return o.transpose(1, 2)
     if causal and 1 < queries < keys:
         return _lower_right(q, k, v, scale, grouped).transpose(1, 2)
     # A square block needs no mask, and one query sees everything.
@@ -78,17 +93,5 @@ def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -
                 seqlen_k=None,
             )[0]
             return o.transpose(1, 2)
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    mask = seen_keys(q.shape[2], k.shape[2], None, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-
-
-def reference_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """The same, query by query: each reads the keys it sees and no others. 16-bit inputs are computed in fp32."""
-    group, dtype = q.shape[2] // k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    q, k, values = scale * q.to(dtype), k.to(dtype).repeat_interleave(group, 2), v.to(dtype).repeat_interleave(group, 2)
-    outputs = []
-    for index in range(q.shape[1]):
-        seen = k.shape[1] - q.shape[1] + index + 1 if causal else k.shape[1]
-        weights = torch.einsum("bhd,bshd->bhs", q[:, index], k[:, :seen]).softmax(-1)
-        outputs.append(torch.einsum("bhs,bshd->bhd", weights, values[:, :seen]))
-    return torch.stack(outputs, 1).to(v.dtype)

@@ -1,11 +1,14 @@
-"""Tests with accelerate and PEFT, which `make oracle` installs; without them there is nothing here."""
+"""Tests with accelerate, PEFT and TRL, which `make oracle` installs; without them there is nothing here."""
 
 from __future__ import annotations
 
 import importlib.util
 
-collect_ignore_glob: list[str] = []
-
-for _package, _tests in (("accelerate", "test_attach.py"), ("peft", "test_peft.py")):
-    if importlib.util.find_spec(_package) is None:
-        collect_ignore_glob.append(_tests)
+_NEEDED = {
+    "test_attach.py": ("accelerate", "peft"),
+    "test_peft.py": ("peft",),
+    "test_sft.py": ("trl", "datasets", "accelerate", "peft"),
+}
+collect_ignore_glob = [
+    tests for tests, packages in _NEEDED.items() if any(importlib.util.find_spec(name) is None for name in packages)
+]

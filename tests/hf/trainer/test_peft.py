@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 import torch.distributed as dist
 import world
 from hf.small_models import build, measured, tokens
+from hf.trainer.with_lora import lora
 from tolerances import relative_error
 
 import lasp
 import lasp.hf
 
 
-def with_lora(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    found = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "out_proj"])).double()
-    for name, parameter in found.named_parameters():
-        if "lora_B" in name:  # zero at first, and with it A's gradient
-            torch.nn.init.normal_(parameter)
-    return found
-
-
 @pytest.mark.parametrize("first", ["lora", "parallelize"])
 def test_lora(first: str) -> None:
     ids = tokens(2, 24)
     batch = {"input_ids": ids, "labels": ids}
-    whole = measured(with_lora(build("qwen3_next")), batch)
+    whole = measured(lora(build("qwen3_next")), batch)
 
     def work(rank: int) -> float:
         sp = lasp.SequenceParallel(dist.group.WORLD)
         if first == "lora":
-            model = lasp.hf.parallelize(with_lora(build("qwen3_next")), sp)
+            model = lasp.hf.parallelize(lora(build("qwen3_next")), sp)
         else:
-            model = with_lora(lasp.hf.parallelize(build("qwen3_next"), sp))
+            model = lora(lasp.hf.parallelize(build("qwen3_next"), sp))
         found = measured(model, lasp.hf.shard(batch, sp, (5, 19)))
         assert found.gradients.keys() == whole.gradients.keys() and all("lora" in name for name in found.gradients)
         return max(relative_error(sp.sum(g) / 2, whole.gradients[name]) for name, g in found.gradients.items())

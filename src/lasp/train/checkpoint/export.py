@@ -22,7 +22,7 @@ from lasp import files
 from lasp.data.tokenizer import Tokenizer, files_of, read_tokenizer
 from lasp.errors import CheckpointError, ConfigError
 from lasp.models import CausalLM, ModelConfig
-from lasp.train.checkpoint import sealed, shards
+from lasp.train.checkpoint import sealed, shards, transformers_folder
 from lasp.train.checkpoint.tensor_file import TensorFile
 from lasp.train.config import ModelOptions
 from lasp.train.settings_file import from_dict
@@ -33,18 +33,26 @@ _OLDER = 2
 _WEIGHTS, _ABOUT = "model.safetensors", "config.json"
 
 
-def export(source: Path, out: Path, *, report: Callable[[str], None]) -> Path:
+def export(source: Path, out: Path, *, report: Callable[[str], None], for_transformers: bool = False) -> Path:
     """Write the model of `source`, a run folder or checkpoint, to the new folder `out`.
 
-    report: told of damaged checkpoints. Raises ConfigError if `out` exists, CheckpointError without a good checkpoint.
+    report: told of damaged checkpoints. for_transformers: in the form of that library. Raises ConfigError if `out`
+    exists or the form has no such model, CheckpointError without a good checkpoint.
     """
     if out.exists():
         raise ConfigError(f"--out must name a new folder, {out} exists")
     found = sealed.find(source, report=report)
     model_config = ModelConfig.from_dict(found.state["model_config"])
+    if for_transformers:
+        transformers_folder.check(model_config)
     model = CausalLM(model_config)
     shards.load(found, model, model_config.to_dict())
     own = read_tokenizer(found.folder, found.state["tokenizer"])
+    if for_transformers:
+        with files.whole_folder(out) as temporary:
+            transformers_folder.write(temporary, model, own)
+            _settle(temporary)
+        return out
     beside = files_of(own)
     about = {
         "format": FORMAT,
@@ -72,22 +80,32 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
         digests[path.name] = {"bytes": files.num_bytes(path), "sha256": files.sha256(path)}
     about = {**about, "files": digests}
     files.write(folder / _ABOUT, json.dumps({**about, "sha256": files.json_sha256(about)}, indent=1) + "\n")
+    _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Wait until all is on disk, for everybody to read."""
     for path in folder.iterdir():
         # As new files are here: safetensors makes its own for nobody else to read.
         os.chmod(path, (folder / _ABOUT).stat().st_mode)
-    files.sync(folder / _ABOUT)
+        files.sync(path)
     files.sync(folder)
 
 
 def is_export(folder: Path) -> bool:
-    """True if `folder` is one that `export` wrote."""
+    """True if `folder` is one that `export` wrote, or one of transformers."""
     return (folder / _WEIGHTS).exists() and (folder / _ABOUT).exists()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The content of config.json. Raises CheckpointError if it is not of `export`, or damaged."""
+    """The content of config.json, of a folder of transformers what `export` would have written of the model.
+
+    Raises CheckpointError if it is neither, or damaged.
+    """
     try:
         about: dict[str, Any] = files.read_json(folder / _ABOUT)
+        if transformers_folder.is_one(about):
+            return transformers_folder.read(folder, about)
         if about["format"] not in (_OLDER, FORMAT):
             raise CheckpointError(
                 f"{folder} has export format {about['format']}, this version reads {FORMAT}: export the run again"
@@ -134,10 +152,13 @@ def check(folder: Path, model_config: dict[str, Any]) -> None:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Copy the exported weights into `model`, whole in this process. Raises CheckpointError if they are damaged or do
     not fit."""
-    verify(folder)
+    about = verify(folder)
     try:
-        with TensorFile(folder / _WEIGHTS) as file:
-            tensors = {name: file.read(name) for name in file.tensors}
+        if "format" not in about:
+            tensors = transformers_folder.tensors(folder, ModelConfig.from_dict(about["model_config"]))
+        else:
+            with TensorFile(folder / _WEIGHTS) as file:
+                tensors = {name: file.read(name) for name in file.tensors}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {folder / _WEIGHTS}: {error}") from error
     targets = dict(model.named_parameters())
