@@ -174,7 +174,7 @@ def difference(a: Any, b: Any) -> float:
 
 
 def measured(revision: str, folder: Path) -> dict[str, list[Any]]:
-    """What a revision computes; one of this repository, or a checkout's folder."""
+    """Returns what a revision computes; one of this repository, or a checkout's folder."""
     import torch
 
     source = Path(revision).resolve() if Path(revision).is_dir() else folder / "source"

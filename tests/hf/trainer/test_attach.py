@@ -57,7 +57,7 @@ def trained(made: Any) -> tuple[list[float], list[float], float, torch.Tensor]:
 
 
 def as_process(rank: int, size: int) -> None:
-    """What torchrun would say."""
+    """Variables that torchrun would set."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
 
@@ -117,7 +117,7 @@ def test_evaluation_of_batches_that_are_not_full_is_refused(tmp_path: Any) -> No
 
 
 def test_ranks_whose_weights_have_parted_are_found() -> None:
-    """As where gradients were not averaged; the control, that equal ones pass, is every other test."""
+    """Weights part where gradients were not averaged; the control, that equal ones pass, is every other test."""
 
     def work(rank: int) -> bool:
         sp, weight = lasp.SequenceParallel(dist.group.WORLD), torch.ones(3)
