@@ -32,9 +32,8 @@ EXPECTED = {
     ("gated-deltanet", "1b"): 2 * 32000 * 2048
     + 21 * (6 * 2048**2 + (2 * 1536 + 3072) * 4 + 2 * 6 * 2048 + 12 + 512 + 3 * 2048 * 5632 + 2 * 2048)
     + 2048,
-    # 18 layers of 16 heads of 128: q, k, v, output; convolution; beta; decay and gate of rank 128, a bias each; rate;
-    # norm.
-    # 6 softmax layers with 4 key heads.
+    # 18 layers of 16 heads of 128: q, k, v, output; convolution; beta; decay and gate of rank 128, one bias each; rate;
+    # norm. 6 softmax layers with 4 key heads.
     ("kda", "1b"): 2 * 32000 * 2048
     + 24 * (3 * 2048 * 5632 + 2 * 2048)
     + 18 * (4 * 2048**2 + 3 * 2048 * 4 + 16 * 2048 + 2 * (2 * 2048 * 128 + 2048) + 16 + 128)
@@ -75,7 +74,7 @@ def test_tiny_models_are_tiny_and_configurations_are_json(name):
 
 
 def test_every_mixer_can_be_made():
-    """Makes one of a family each; every name of a mixer stands for a configuration of its own."""
+    """By a family each; every name of a mixer stands for a configuration of its own."""
     assert {MIXERS[name].config.kind for name in MIXERS} == {
         each.kind for name in NAMES for each in preset(name, "tiny").mixers
     }
@@ -116,7 +115,7 @@ def test_configuration_errors(call, message):
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """Sorts by the kind of their module: what projects, embeds or convolves."""
+    """By the kind of their module: what projects, embeds or convolves."""
     kinds = (nn.Linear, nn.Embedding, ShortConvolution)
     return {f"{prefix}.weight" for prefix, module in model.named_modules() if isinstance(module, kinds)}
 
