@@ -12,8 +12,10 @@ ORACLE := build/oracle
 TRANSFORMERS ?= 5.17 5.20 5
 TRACKERS := build/trackers
 ARGS ?=
+# Every process that tests start would compile what it imports, and a run all assertions, where nothing is kept.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: train test gpu exhaustive rest fuzz lint docs packages range triton oracle trackers clean FORCE
+.PHONY: setup train test gpu exhaustive rest fuzz lint docs packages range triton oracle trackers clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,7 +54,7 @@ range:  ## the core of the tests on the oldest, usual and newest PyTorch and Tri
 	$(PYTHON) -m tests.range $(ARGS)
 
 triton: $(OLDEST_TRITON)/.installed  ## read and compile a sample of the kernels by the oldest Triton, installed beside the environment
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/triton/test_compile.py -m exhaustive -k sample $(ARGS)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/kernels/triton/test_compile.py -m '' -k sample $(ARGS)
 
 oracle: $(ORACLE)/.installed $(TRANSFORMERS:%=$(ORACLE)-%/.installed)  ## compare with flash-linear-attention and with transformers, installed beside the environment, on the CPU
 	PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest tests/oracle $(ARGS)
@@ -69,20 +71,32 @@ $(VENV)/.wanted: FORCE
 
 FORCE:
 
-$(VENV)/.installed: pyproject.toml Makefile $(VENV)/.wanted
+# One call of pip for each: the package is built anew in every one.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit("lasp needs Python >= 3.10, found " + sys.version.split()[0] + ": pass PYTHON=/path/to/python3" if sys.version_info < (3, 10) else 0)'
 	@echo "Setting up $(VENV) (about a minute, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[report]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' $(2) -e '.[$(1)]'
+endef
+
+comma := ,
+ASKED := pyproject.toml Makefile $(VENV)/.wanted
+
+$(VENV)/.installed: $(ASKED)
+	$(call install,report)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRITON)' -e '.[report,dev]'
-	@touch $@
+$(VENV)/.installed-dev: $(ASKED)
+	$(call install,report$(comma)dev,'$(TRITON)')
+	@touch $(VENV)/.installed $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[docs]'
-	@touch $@
+$(VENV)/.installed-docs: $(ASKED)
+	$(call install,report$(comma)docs)
+	@touch $(VENV)/.installed $@
+
+setup: $(ASKED)  ## install at once what the targets below ask for one after another
+	$(call install,report$(comma)dev$(comma)docs,'$(TRITON)')
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs
 
 # Only its language and its compiler are used, which need no GPU.
 $(OLDEST_TRITON)/.installed: $(VENV)/.installed-dev

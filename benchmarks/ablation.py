@@ -84,7 +84,7 @@ def _staged(stages: AnyStages, states: Callable[[DecayInputs], Any]) -> Variant:
 
 
 def _triton_states(x: DecayInputs) -> Any:
-    """Nothing enters the run, so what the scan over segments gives is what the sweeps of `outputs` would keep."""
+    """Returns states as the sweeps of `outputs` would keep them, from the scan over segments: no state enters it."""
     summary, totals = triton_stages.summarize(triton_stages.prepare(x, False))
     assert isinstance(totals, ScalarSegments)
     return (summary.state, totals.states, *totals.gates)
@@ -148,7 +148,7 @@ def _wait(device: str) -> None:
 
 
 def milliseconds(function: Callable[[], Any], options: argparse.Namespace) -> list[float]:
-    """Of a call, by repetition; quick calls are queued, five at a time. The first compiles and is not counted."""
+    """Times a call, by repetition; quick calls are queued, five at a time. The first compiles and is not counted."""
 
     def seconds(calls: int) -> float:
         _wait(options.device)

@@ -108,7 +108,7 @@ def solve(
 
 
 def shard_of(whole: dict, sp: lasp.SequenceParallel) -> dict:
-    """What this rank should have of the results of one process."""
+    """This rank's part of the results of one process."""
 
     def part(name: str, value: Tensor) -> Tensor:
         if name == "d_initial_state":

@@ -31,7 +31,7 @@ SIZES = tuple(64 << 10 + 2 * power for power in range(5))  # to 16 MiB
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown: microseconds by size, and what fits them."""
+    """Markdown: microseconds by size, and what fits them."""
     sizes = sorted({row["bytes"] for row in record["rows"]})
     shown = " | ".join(f"{nbytes >> 10} KiB" for nbytes in sizes)
     lines = [f"{record['ranks']} ranks over {record['backend']}, {record['where']}; microseconds, medians", ""]
@@ -44,7 +44,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """In each of the processes; the first prints and writes."""
+    """Measures in each of the processes; the first prints and writes."""
     size = int(os.environ.get("WORLD_SIZE", "0")) or dist.get_world_size()
     layout = ParallelOptions(sp=size, timeout_s=300.0)
     world = join(TrainConfig(device=options.device, seq_len=size, parallel=layout))

@@ -62,7 +62,7 @@ def slower(rows: list[Compared], limit: float) -> list[Compared]:
 
 
 def kernel_calls(shape: str, kind: str) -> dict[str, Callable[[], float]]:
-    """What gives milliseconds, by part."""
+    """Functions that give milliseconds, by part."""
     import kernels
     import torch
 

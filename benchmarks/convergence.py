@@ -108,7 +108,7 @@ def measure(steps: int, seeds: int, families: tuple[str, ...] = FAMILIES) -> lis
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """Markdown."""
     lines = [
         f"| model | weights | final loss, SP=1 | final loss, SP={SP} | difference | seeds' spread |",
         "|---|---|---|---|---|---|",

@@ -94,7 +94,7 @@ def problem(shape: Shape) -> Problem:
 
 
 def launches(p: Problem) -> list[dict[str, Any]]:
-    """Of each launch of a forward and backward pass: its kernel, programs and milliseconds."""
+    """Each launch of a forward and backward pass: its kernel, programs and milliseconds."""
     found: list[tuple[Launch, dict[str, Tensor | None]]] = []
     call = Launch.__call__
 
@@ -134,7 +134,7 @@ def host_milliseconds(call: Callable[[], Any]) -> float:
 
 
 def host(kind: str) -> dict[str, float]:
-    """On one thread too: autograd's hand-over to its own is paid once by a whole model, not once a layer."""
+    """Host times, on one thread too: autograd's hand-over to its own is paid once by a whole model, not a layer."""
     p = problem(Shape(kind, HOST_TOKENS))
     found = {"forward": host_milliseconds(p.forward), "both": host_milliseconds(p.both)}
     with torch.autograd.set_multithreading_enabled(False):

@@ -37,7 +37,7 @@ def measured(size: int, repetitions: int) -> dict:
 
 
 def summary(figures: list[dict]) -> list[dict]:
-    """For every group and load: what was chosen, what was fastest, and how far the predictions are off."""
+    """Says for every group and load what was chosen, what was fastest, and how far the predictions are off."""
     lines = []
     for group in figures:
         for load in dict.fromkeys((row["state_bytes"], row["transition"]) for row in group["rows"]):

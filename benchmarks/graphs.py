@@ -96,7 +96,7 @@ class Graphs:
         return None, reason
 
     def _join_sends(self) -> None:
-        """What a rank has sent without waiting is on NCCL's stream: a capture must join it before its end.
+        """Joins what a rank has sent without waiting, on NCCL's stream: a capture must join it before its end.
 
         Before a capture it leaves nothing behind whose event the next message would ask for, which is not allowed in a
         capture; after one, nothing whose event is the graph's.
@@ -105,7 +105,7 @@ class Graphs:
             comm.flush()
 
     def _agreed(self, reason: str) -> str:
-        """Why not, if one of the ranks says so."""
+        """The reason why not, if one of the ranks has one."""
         failed = [rank for rank, row in enumerate(self._world.gather([float(bool(reason))])) if row[0]]
         return reason or (f"rank {failed[0]} could not" if failed else "")
 
@@ -121,7 +121,7 @@ def largest_error(values: Sequence[Tensor], references: Sequence[Tensor]) -> flo
 
 
 def _first_cause(error: BaseException) -> str:
-    """What was raised first: the end of a capture that went wrong raises too."""
+    """The first error that was raised: the end of a capture that went wrong raises too."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {error}"[:200]

@@ -1,4 +1,4 @@
-"""What an eager forward and backward of `lasp.linear_attention` cost the host, and where the time goes.
+"""Measures what an eager forward and backward of `lasp.linear_attention` cost the host, and where the time goes.
 
     python benchmarks/host_cost.py                                  # on a GPU; a table
     python benchmarks/host_cost.py --profile --output benchmarks/results

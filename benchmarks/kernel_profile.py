@@ -1,4 +1,4 @@
-"""Where a forward and backward pass of the decay family spends its time, kernel by kernel, on one GPU.
+"""Shows where a forward and backward pass of the decay family spends its time, kernel by kernel, on one GPU.
 
     python benchmarks/kernel_profile.py                                  # shape of docs/results/kernels.md
     python benchmarks/kernel_profile.py --kinds channel --shape short

@@ -73,7 +73,7 @@ def delta_inputs(
     strongest: float = SLOWEST_DECAY,
     case: str = "random",
 ) -> dict[str, Tensor]:
-    """Likewise, with beta, and q and k of length 1; case: one of DELTA_CASES."""
+    """Inputs as above, with beta, and q and k of length 1; case: one of DELTA_CASES."""
     B, T, H, D = shape
     random = torch.Generator("cuda").manual_seed(0)
     q, k, v, d_o = (torch.randn(B, T, H, D, device="cuda", generator=random) for _ in range(4))
@@ -217,7 +217,7 @@ def errors(
 
 
 def cold_start_seconds(implementation: str, kind: str) -> float:
-    """From an empty kernel cache to the first gradients, in a process of its own, imports not counted."""
+    """Time from an empty kernel cache to the first gradients, in a process of its own, imports not counted."""
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); import torch, kernels as b;"
         "x = b.inputs(b.SHAPES['main'], sys.argv[3]); torch.cuda.synchronize(); start = time.perf_counter();"

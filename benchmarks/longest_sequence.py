@@ -222,7 +222,7 @@ def on_gpu(sp: int, budget_s: float, size: str) -> dict[str, Any]:
 
 
 def trained(ranks: int, recomputation: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What `lasp bench train --longest` says of sequences over `ranks` fresh processes."""
+    """Returns what `lasp bench train --longest` says of sequences over `ranks` fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "lasp.cli.main", "bench", "train", "--device", "cuda", "--longest"]
@@ -270,7 +270,7 @@ def on_gpus(sp: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def goals(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of two ranks, for each recomputation that was measured on one and on two."""
+    """Goals of two ranks, for each recomputation that was measured on one and on two."""
     found = []
     for two in (each for each in series if each["sp"] == 2):
         for one in (each for each in series if each["sp"] == 1 and each["recomputation"] == two["recomputation"]):
@@ -280,7 +280,7 @@ def goals(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown."""
+    """Markdown."""
     lines = [
         f"{record['model']}, {record['machine']}, {record['limit_bytes'] / GIB:.1f} GiB a process",
         "",

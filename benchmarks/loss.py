@@ -80,7 +80,7 @@ def in_chunks_of(tokens: int) -> Loss:
 
 
 def losses(device: str) -> dict[str, Loss]:
-    """Those that can run here, by name."""
+    """Losses that can run here, by name."""
     found: dict[str, Loss] = {"lasp": cross_entropy_sum}
     found |= {f"lasp, chunks of {tokens}": in_chunks_of(tokens) for tokens in (1024, 2048, 4096, 8192)}
     found |= {"checkpointed": checkpointed, "plain": plain}
@@ -118,7 +118,7 @@ def synchronize(device: str) -> None:
 
 
 def milliseconds(function: Callable[[], Any], device: str, repetitions: int) -> dict[str, float]:
-    """Of calls that are waited for."""
+    """Milliseconds of calls that are waited for."""
     times = []
     for _ in range(repetitions):
         synchronize(device)

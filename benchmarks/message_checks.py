@@ -1,4 +1,4 @@
-"""What it costs that every message belongs to a call: beside the calls themselves, and beside a layer.
+"""Measures what it costs that every message belongs to a call: beside the calls themselves, and beside a layer.
 
     python -m benchmarks.message_checks                              # two processes on CPUs
     python -m benchmarks.message_checks --output benchmarks/results  # also, where there is a GPU, two that share it
@@ -37,7 +37,7 @@ LAYER = Shape(16, 128, (8192,))
 
 
 class _Untold(Calls):
-    """For comparison: calls of which nobody is told."""
+    """Calls of which nobody is told, for comparison."""
 
     def begin(self, description: Description, documents: str | None = None, **others: Any) -> Call:
         return Call(self, Record(0, description, documents), None)
@@ -102,7 +102,7 @@ class _Alone:
 
 
 def host_us(work: Callable[[], object], rounds: int) -> float:
-    """Of one, queued one after another and not waited for."""
+    """Host time of one call, queued one after another and not waited for."""
     times = []
     for _ in range(9):
         torch.cuda.synchronize()
@@ -127,7 +127,7 @@ def gpu_work(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def headers(rounds: int) -> dict[str, Any]:
-    """What calls and messages of a state of LAYER's size take, by kernels and by PyTorch, and a layer's time."""
+    """Times of calls and messages of a state of LAYER's size, by kernels and by PyTorch, and a layer's time."""
     from lasp.kernels.triton.messages.stamps import TritonStamps
 
     device = torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""What mixers do beside their recurrence, fused and in PyTorch, on one GPU: error against fp64, time, bytes.
+"""Compares what mixers do beside their recurrence, fused and in PyTorch, on one GPU: error against fp64, time, bytes.
 
     python benchmarks/neighbours.py --output benchmarks/results
     python benchmarks/neighbours.py --configurations     # every launch that the plan could take, too
@@ -37,7 +37,7 @@ def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def cases(tokens: int) -> Iterator[Case]:
-    """Of mamba2-1b, gated-deltanet-1b and gla-1b: name, function of its tensors, the tensors."""
+    """Cases of mamba2-1b, gated-deltanet-1b and gla-1b: name, function of its tensors, the tensors."""
     for name, channels, bias in (("convolution, mamba2", 4352, True), ("convolution, gated-deltanet", 6144, False)):
         x = {"x": normal(1, tokens, channels), "weight": normal(channels, 4)}
         yield name, convolve, x | ({"bias": normal(channels)} if bias else {})

@@ -1,4 +1,4 @@
-"""Is what `lasp plan` recommends for two CPU processes the measured best of what it lists?
+"""Checks that what `lasp plan` recommends for two CPU processes is the measured best of what it lists.
 
     python -m benchmarks.plan_check                       (about three minutes on two cores, nothing else running)
     python -m benchmarks.plan_check --table RESULT.json   (the documentation's table of a kept result)
@@ -52,7 +52,7 @@ def listed(batch: int, seq_len: int) -> tuple[list[dict[str, Any]], float]:
 
 
 def measuring(batch: int, seq_len: int, layouts: list[dict[str, Any]], repetitions: int) -> Callable[[int], Any]:
-    """What each of two processes does; the seconds of every layout, by repetition."""
+    """Measures in each of two processes; returns the seconds of every layout, by repetition."""
 
     def work(rank: int) -> list[list[float]]:
         import torch

@@ -5,8 +5,9 @@
 Both revisions are unpacked into folders and run by this script, which calls nothing but the package's public functions:
 every gate, with and without packed documents, initial and final states and grouped heads, in every dtype and by every
 backend that runs on a CPU (Triton's kernels in its interpreter), on one process and, over every schedule, on three; and
-a training step of every preset. Printed is the largest difference over all tensors. Exit code 1 where it is not 0, or
-where the control, one input changed in its last bit, shows no difference.
+a training step of every preset. Printed are the tensors that differ, and the largest difference over all. Exit code 1
+where it is not 0, or where the control, one input changed in its last bit, shows no difference. A revision may also be
+a file of an earlier run: `PYTHONPATH=CHECKOUT/src TRITON_INTERPRET=1 python benchmarks/same_bits.py --measure FILE`.
 """
 
 from __future__ import annotations
@@ -173,10 +174,22 @@ def difference(a: Any, b: Any) -> float:
     return float(apart.masked_fill(same, 0.0).nan_to_num(nan=float("inf")).max())
 
 
+def tensor_names(case: str, count: int) -> list[str]:
+    """Names of what `Case.compute` or a training step gives, in its order."""
+    operator, gate, *_ = case.split()
+    if operator not in GATES:
+        return ["loss", *(f"gradient {number}" for number in range(1, count))]
+    inputs = ["q", "k", "v"] + ["beta"] * (operator == "delta_rule") + ["g"] * (gate != "none") + ["initial_state"]
+    return ["o", *["final_state"] * (count > len(inputs) + 1), *(f"d_{name}" for name in inputs)]
+
+
 def measured(revision: str, folder: Path) -> dict[str, list[Any]]:
-    """What a revision computes; one of this repository, or a checkout's folder."""
+    """Returns what a revision computes; one of this repository, or a checkout's folder."""
     import torch
 
+    if Path(revision).is_file():
+        saved: dict[str, list[Any]] = torch.load(revision)
+        return saved
     source = Path(revision).resolve() if Path(revision).is_dir() else folder / "source"
     if not source.is_dir():
         source.mkdir(parents=True)
@@ -208,15 +221,20 @@ def main() -> int:
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
     control, first = b.pop("control"), b[next(cases()).name]
     seen = max(map(difference, control, first)) > 0
-    worst = {}
+    apart: dict[str, dict[str, float]] = {}
     for name, tensors in b.items():
-        assert len(tensors) == len(a[name]), name
-        worst[name] = max(map(difference, a[name], tensors))
-    apart = {name: value for name, value in worst.items() if value != 0}
-    for name, value in apart.items():
-        print(f"{name}: {value:.3g}")
+        found = map(difference, a[name], tensors)
+        for tensor, value in zip(tensor_names(name, len(tensors)), found, strict=True):
+            if value != 0:
+                apart.setdefault(name, {})[tensor] = value
+    for name, values in apart.items():
+        print(f"{name}:", ", ".join(f"{tensor} {value:.2g}" for tensor, value in values.items()))
+    worst = max((value for values in apart.values() for value in values.values()), default=0.0)
     count = sum(len(tensors) for tensors in b.values())
-    print(f"{len(b)} cases, {count} tensors: max difference {max(worst.values()):.3g}; control", end=" ")
+    print(
+        f"{len(b)} cases, {count} tensors: {len(apart)} of the cases differ, max difference {worst:.3g}; control",
+        end=" ",
+    )
     print("seen" if seen else "NOT SEEN")
     return int(bool(apart) or not seen)
 

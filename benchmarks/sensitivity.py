@@ -1,4 +1,4 @@
-"""How far apart are two runs that begin one rounding apart? What no layout of processes can do better than.
+"""Measures how far apart two runs are that begin one rounding apart: no layout of processes can do better.
 
     python benchmarks/sensitivity.py                                      (about 10 minutes on two cores)
     python benchmarks/sensitivity.py --families retnet --lr 1e-3 --set norm_eps=1e-2
@@ -75,7 +75,7 @@ def measure(family: str, seed: int, steps: int, options: OptimizerOptions, setti
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown: the worst seed of every preset."""
+    """Markdown: the worst seed of every preset."""
     lines = ["| preset | losses apart, at most | largest gradient norm | last loss |", "|---|---|---|---|"]
     for family in dict.fromkeys(run["family"] for run in record["runs"]):
         worst = max((run for run in record["runs"] if run["family"] == family), key=lambda run: run["largest"])

@@ -95,7 +95,7 @@ class Sample(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What is measured.
+    """Something that is measured.
 
     Attributes:
         over: the method over the ranks of a group, or on this one alone.
@@ -362,7 +362,7 @@ def fewer(repetitions: int, tokens: int, most: int) -> int:
 
 
 def softmax_of_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """By its definition: PyTorch's function may stand for its ring when this is called."""
+    """Softmax attention by its definition: PyTorch's function may stand for its ring when this is called."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5
     later = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
@@ -385,7 +385,7 @@ def figures(timing: Timing) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """In each of the processes; the first prints and writes. 1 if a goal is missed."""
+    """Measures in each of the processes; the first prints and writes. Returns 1 if a goal is missed."""
     if options.authors is not None:
         authors_package(options.authors)  # before anything is measured
     size = int(os.environ.get("WORLD_SIZE", "0")) or torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""What `benchmarks.sequence_parallel` measured: goals, table, picture."""
+"""Shows what `benchmarks.sequence_parallel` measured: goals, table, picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GOALS = {8192: 1.08, 32768: 1.02}
 
 
 def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that this run could reach or miss: of two ranks on GPUs, by either launch."""
+    """Goals that this run could reach or miss: of two ranks on GPUs, by either launch."""
     if record["device"] == "cpu" or record["ranks"] != 2:
         return []
     ratios: dict[tuple[str, int], dict[str, float]] = {}
@@ -34,7 +34,7 @@ def goal_line(goal: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """In Markdown: milliseconds."""
+    """Markdown: milliseconds."""
     lines = [
         f"{record['ranks']} ranks, {record['where']}, H={record['heads']} D={record['head_dim']} {record['dtype']}, "
         f"forward and backward, torch {record['torch']}",

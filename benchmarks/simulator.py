@@ -34,7 +34,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 def group_work(size: int, repetitions: int) -> Callable[[int], dict[str, Any]]:
-    """What every process of a group of `size` does; the first returns the figures."""
+    """Works in every process of a group of `size`; the first returns the figures."""
 
     def work(rank: int) -> dict[str, Any]:
         import torch

@@ -1,4 +1,4 @@
-"""How evenly causal softmax attention is spread over ranks: each rank's share of the scores, timed one after another.
+"""Measures how evenly causal softmax attention is spread over ranks: each rank's share of the scores, one by one.
 
     python benchmarks/softmax_balance.py          (a GPU; about 30 seconds)
 

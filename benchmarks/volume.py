@@ -30,7 +30,7 @@ LARGE_LENGTHS = tuple(2**power for power in range(11, 23))
 
 
 def methods(size: int) -> dict[str, Callable[[Any], Any]]:
-    """For each method, a function of this rank's x [1, n, D] whose backward pass is the method's."""
+    """A function of this rank's x [1, n, D] for each method, whose backward pass is the method's."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F

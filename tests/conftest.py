@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from left_to_ci import LEFT_TO_CI
 
 # Forked ranks hang on OpenMP threads that their parent had; and tensors here are small.
 torch.set_num_threads(1)
@@ -22,13 +21,6 @@ if not torch.cuda.is_available():
     # Autograd counts devices once, at its first backward pass, and starts a thread for each; forks of a process that
     # has such threads cannot go backward. In a PyTorch for CUDA fake tensors claim eight GPUs: the first pass is here.
     torch.ones((), requires_grad=True).backward()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith(LEFT_TO_CI):
-            item.add_marker(pytest.mark.ci)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

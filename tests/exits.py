@@ -150,7 +150,7 @@ class Run:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """What a process, not yet waited for, has had so far."""
+    """Seconds that a process, not yet waited for, has had so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -30,7 +30,7 @@ _execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
 def _fork_or_execute(self: subprocess.Popen[Any], args: Any, *given: Any) -> None:
-    """What subprocess.Popen calls to start a child, once its pipes are made."""
+    """Stands for what subprocess.Popen calls to start a child, once its pipes are made."""
     program, *words = [args] if isinstance(args, str | bytes) else [os.fspath(word) for word in args]
     words = words[words[:1] == ["-u"] :]
     if program != sys.executable or not (words[0] == "-m" or words[0].endswith(".py")):  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ class Versions(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of it: "passed", "failed" or "not run", and the details."""
+    """Result of one: "passed", "failed" or "not run", and the details."""
 
     verdict: str
     details: str
@@ -97,14 +97,14 @@ def run(versions: Versions, tests: list[str], keep: bool) -> Outcome:
 
 
 def wanted_packages(versions: Versions) -> Iterator[list[str]]:
-    """What pip installs, one call after another: PyTorch first, since it may ask for a Triton of its own."""
+    """Arguments of pip, one call after another: PyTorch first, since it may ask for a Triton of its own."""
     yield [f"torch=={versions.torch}" if versions.torch else "torch"]
     yield ["--no-deps", f"triton=={versions.triton}" if versions.triton else "triton"]
     yield ["-e", f"{ROOT}[report,dev]", *OTHERS.get(versions.triton or "", [])]
 
 
 def scratch() -> Path:
-    """Where environments are made."""
+    """The folder where environments are made."""
     folder = ROOT / "build" / "range"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

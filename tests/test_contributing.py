@@ -39,7 +39,7 @@ def example(path: str) -> str:
     return found[1]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.ci
 def test_a_mixer_is_one_file_and_its_test_and_a_recurrence_two(tmp_path: Path) -> None:
     assert "simple-gla" not in NAMES, "the control: it is not here yet"
     leave_out = shutil.ignore_patterns("__pycache__", "before", "earlier_exports", "results")

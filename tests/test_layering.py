@@ -7,7 +7,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).parent.parent / "src" / "lasp"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "lasp"
 
 # A package may import those of lower levels, and itself.
 ORDER = """
@@ -185,7 +186,7 @@ def too_wide(path: Path, tree: ast.AST) -> list[str]:
 
 
 def is_kernel(node: ast.FunctionDef) -> bool:
-    """Whether a function is one that is launched, not one that kernels call."""
+    """True if a function is one that is launched, not one that kernels call."""
     return node.name.endswith("_kernel") and any("triton.jit" in ast.unparse(mark) for mark in node.decorator_list)
 
 
@@ -203,7 +204,7 @@ def test_a_wide_call_is_seen():
 
 
 def wrongly_untyped(text: str) -> bool:
-    """Whether mypy leaves a file out that holds no kernel, or looks into one that does."""
+    """True if mypy leaves a file out that holds no kernel, or looks into one that does."""
     return ("# mypy: ignore-errors" in text) != ("import triton.language as tl" in text)
 
 
@@ -232,7 +233,9 @@ def vague_docstrings(path: Path, tree: ast.AST) -> list[str]:
 
 
 def test_docstrings_start_with_a_verb_or_what_is_returned():
-    assert not [vague for path, tree in sources().items() for vague in vague_docstrings(path, tree)]
+    others = [path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    trees = sources() | {path: ast.parse(path.read_text()) for path in others}
+    assert not [vague for path, tree in trees.items() for vague in vague_docstrings(path, tree)]
 
 
 def test_a_vague_docstring_is_seen():
@@ -241,7 +244,7 @@ def test_a_vague_docstring_is_seen():
 
 
 def doors(trees: dict[Path, ast.Module]) -> list[str]:
-    """Where an exchange is started, and where a schedule is begun."""
+    """Files in which an exchange is started, and in which a schedule is begun."""
     found = []
     for path, tree in trees.items():
         place = path.relative_to(SOURCE).as_posix()

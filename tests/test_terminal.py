@@ -1,4 +1,4 @@
-"""What reaches a terminal: no orders to it, everything in time, and nothing that a run waits for."""
+"""Tests what reaches a terminal: no orders to it, everything in time, and nothing that a run waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How results are compared: the relative error of a whole tensor in fp64, and the bounds of every dtype."""
+"""Compares results: the relative error of a whole tensor in fp64, and the bounds of every dtype."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from lasp.distributed import comm
 
 @dataclass
 class Counted:
-    """What this rank sent and received: a byte once for every rank that gets it."""
+    """Bytes that this rank sent and received: each once for every rank that gets it."""
 
     sent_bytes: int = 0
     received_bytes: int = 0

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def tokens_of(rank: int, size: int, total: int) -> Tensor:
-    """Which tokens of a sequence of `total`, a multiple of 2 `size`, lie on a rank, in its order."""
+    """The tokens of a sequence of `total`, a multiple of 2 `size`, that lie on a rank, in its order."""
     slices = torch.arange(total).chunk(2 * size)
     return torch.cat((slices[rank], slices[2 * size - 1 - rank]))
 

@@ -47,7 +47,7 @@ class ReplicaError(RunError):
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
+def as_config_errors() -> Iterator[None]:
     """Around the first use of a model as configured: what its parts refuse, by ValueError, is a ConfigError."""
     try:
         yield

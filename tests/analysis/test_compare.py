@@ -1,4 +1,4 @@
-"""Which rows of a comparison of revisions count as slower, and that it compares what it is told to."""
+"""Tests which rows of a comparison of revisions count as slower, and that it compares what it is told to."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_recommended_is_the_fastest_that_fits():
 
 
 def test_what_predictions_do_not_tell_apart_is_said():
-    """On two CPU processes: schedules, and whether the sequence or the batch is divided. Not what is clearly slower."""
+    """Two CPU processes: schedules, and whether the sequence or the batch is divided. Not what is clearly slower."""
     found = plan(job(config=preset("transnormer", "tiny"), device=device("cpu"), devices=2, seq_len=4096, batch=2))
     best, ties = found["recommended_for_lasp_train"], found["ties_for_lasp_train"]
     assert {"ring", "all_gather", "doubling"} <= {each["schedule"] for each in (best, *ties)}
@@ -119,7 +119,7 @@ def test_json(capsys):
 
 
 def test_what_nobody_measured_is_marked(capsys):
-    """Of the model, the device, or a hybrid of which one half was."""
+    """Marks the model, the device, or a hybrid of which one half was not measured."""
     for family, kind, is_measured in (
         ("transnormer", "H200", True),
         ("mamba2", "H200", False),

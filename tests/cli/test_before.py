@@ -1,4 +1,4 @@
-"""What an earlier version wrote loads in this one: a run with its checkpoint, an export, built data, and settings.
+"""Loads what an earlier version wrote: a run with its checkpoint, an export, built data, and settings.
 
 tests/before was made on a CPU, by `lasp train`, `lasp export` and `lasp data build`, before the modules of this package
 were moved; it is never made anew. `next.jsonl`: how that run went on; `generated.txt`: what that export generated.

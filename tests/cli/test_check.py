@@ -13,7 +13,7 @@ SMALL = ["--model.overrides", "num_layers", "2", "d_model", "32", "num_heads", "
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--sp", "3", "--model.family", "retnet", *SMALL], 0, "is the same model"),
+        pytest.param(["--sp", "3", "--model.family", "retnet", *SMALL], 0, "is the same model", marks=pytest.mark.ci),
         pytest.param(
             ["--model.family", "linear-transformer", *SMALL],
             0,

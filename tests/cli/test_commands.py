@@ -220,7 +220,7 @@ def test_no_flipped_bit_of_an_export_is_loaded(tmp_path: Path) -> None:
 
 
 def test_one_command_starts_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a launcher runs again as it is, with nobody to change the command."""
+    """A launcher runs it again as it is, with nobody to change the command."""
     config = small_config(tmp_path)
     overrides = [f"{key} {value}" for key, value in config.model.overrides.items()]
     fixed = f"train --sp 1 --seq-len 32 --data.path {tmp_path / 'text'} --data.cache {tmp_path / 'cache'}"

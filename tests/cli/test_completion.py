@@ -16,7 +16,7 @@ from lasp.cli.main import COMMANDS
 
 
 def offered(script: str, *words: str) -> set[str]:
-    """What bash offers for the last word."""
+    """Words that bash offers for the last one."""
     asked = f"{script}\nCOMP_WORDS=(lasp {' '.join(repr(word) for word in words)})\n"
     asked += f"COMP_CWORD={len(words)}; _lasp; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     done = subprocess.run(["bash", "-uc", asked], capture_output=True, text=True, check=True)

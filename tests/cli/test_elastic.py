@@ -28,7 +28,9 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 
 @linux
-@pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "hosts", [pytest.param(1, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.exhaustive)]
+)
 def test_a_killed_process_costs_only_time(tmp_path: Path, hosts: int) -> None:
     """hosts: as many torchruns, one of two processes or two of one; to the processes they are as many machines."""
     arguments = command(tmp_path, "--steps", str(STEPS), "--save-every", "5", "--resume", "auto")

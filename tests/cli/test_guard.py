@@ -94,7 +94,7 @@ def test_what_a_terminal_cannot_show_is_shown_by_its_number() -> None:
 
 
 def test_printed_commands_work_as_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the shell finds this program by its name, and where it finds another, or none."""
+    """Tries a shell that finds this program by its name, and one that finds another, or none."""
     beside = Path(sys.executable).parent
     other = tmp_path / "lasp"
     other.write_text("#!/bin/sh\nexit 3\n")

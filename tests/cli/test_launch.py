@@ -175,7 +175,8 @@ TORCHRUN = ("ddp", "zero1")
     ("layout", "new"),
     [(layout, False) for layout in LAYOUTS]
     + [
-        pytest.param(layout, True, marks=[pytest.mark.exhaustive] * (layout != "sp"))  # what `lasp train` is
+        # What `lasp train` is.
+        pytest.param(layout, True, marks=pytest.mark.ci if layout == "sp" else pytest.mark.exhaustive)
         for layout in LAYOUTS
     ],
 )

@@ -121,7 +121,7 @@ def test_from_files_to_an_export_that_stands_alone(tmp_path: Path, text: Callabl
 def test_a_resumed_run_keeps_its_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its file replaced, a run goes on with the one it began with, from text given by a relative path; another one that
+    """A run whose file was replaced goes on with its own, from text given by a relative path; another one that
     is asked for is refused."""
     (tmp_path / "text").mkdir()
     records(tmp_path / "text", 8000)

@@ -1,4 +1,4 @@
-"""Which tokens a rank sees: whatever the layout, together the same batch; and labels cross shard borders."""
+"""Tests which tokens a rank sees: whatever the layout, together the same batch; and labels cross shard borders."""
 
 from typing import Any
 

@@ -105,7 +105,7 @@ def test_sources_follow_one_another(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pyarrow the tokens, without it what to install."""
+    """Reads tokens where pyarrow is, and says what to install where it is not."""
     (tmp_path / "rows").mkdir()
     path = tmp_path / "rows" / "a.parquet"
     try:
@@ -199,7 +199,7 @@ def test_damage_is_refused_with_the_file_named_and_code_65(
 
 
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    """Also where someone has sealed it."""
+    """Refuses it even where someone has sealed it."""
     data = tmp_path / "built"
     built(write_text(tmp_path / "text"), data)
     index = json.loads((data / "index.json").read_text())

@@ -94,7 +94,7 @@ def test_own_held_out_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_one_short_file_is_trained_on(tmp_path: Path) -> None:
-    """What is held out of it is shorter than a sequence, and all of it is scored."""
+    """A part is held out of it that is shorter than a sequence, and all of that is scored."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("all of it is one line of text. " * 30)
     config = small_config(tmp_path, steps=1)
@@ -157,7 +157,7 @@ def test_what_was_verified_is_not_read_again(tmp_path: Path, built: bool) -> Non
 
 
 def test_a_file_changed_just_now_is_read_again(tmp_path: Path) -> None:
-    """Its time of change may stay the same when it is changed once more."""
+    """The time of its change may stay the same when it is changed once more."""
     text, cache = write_text(tmp_path / "text"), tmp_path / "cache"
     first = prepared(text, cache).key
     file = text / "part0" / "text0.txt"

@@ -25,7 +25,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], before: list[int]) -> str:
 
 
 def test_text_comes_back_whole(file: Path) -> None:
-    """Also text that spells special tokens; with the file as it is saved, some of it does not."""
+    """Text that spells special tokens comes back, too; with the file as it is saved, some of it does not."""
     tokenizer = FileTokenizer(file)
     ids = tokenizer.encode(TEXT.encode())
     np.testing.assert_array_equal(tokenizer.encode(TEXT.encode()), ids)  # nothing is drawn at random

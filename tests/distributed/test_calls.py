@@ -39,7 +39,7 @@ def test_all_wrong_programs_are_told_apart():
 
 
 def test_three_ranks_hear_of_one():
-    """Also those that exchange nothing with it, and one that runs ahead of them."""
+    """Ranks that exchange nothing with it hear of it, and one that runs ahead of them."""
 
     def work(rank: int) -> str:
         sp = lasp.SequenceParallel(dist.group.WORLD, timeout_s=60)
@@ -93,7 +93,7 @@ def checkpointed_steps(rank: int, operator: str, use: bool) -> list[Tensor]:
     "operator", ["token_shift", "short_convolution", "linear_attention", "delta_rule", "all_gather", "ulysses"]
 )
 def test_regions_run_again_on_every_rank_alike(operator):
-    """What else a rank saves, and whether it has tokens, is nothing to how far a region runs again."""
+    """Other things that a rank saves, and whether it has tokens, are nothing to how far a region runs again."""
 
     def work(rank: int) -> bool:
         plain, again = (checkpointed_steps(rank, operator, use) for use in (False, True))
@@ -147,7 +147,7 @@ def sealed_steps(rank: int, sealing: bool, schedule: str, wrong: bool) -> list[T
 
 @pytest.mark.parametrize("schedule", ["all_gather", pytest.param("ring", marks=pytest.mark.exhaustive)])
 def test_sealed_messages_bring_the_same(schedule):
-    """As over NCCL, here between hosts: the same bits, and the same payload counted beside its headers."""
+    """Sealed as over NCCL, here between hosts: the same bits, and the same payload counted beside its headers."""
 
     def work(rank: int) -> bool:
         plain, sealed = (sealed_steps(rank, sealing, schedule, False) for sealing in (False, True))
@@ -188,7 +188,7 @@ def test_sealed_messages_of_another_call_are_poisoned():
     ("refused_by", "ended"), [((0, 1), False), ((0,), True), ((), True)], ids=["by all", "by one", "out of step"]
 )
 def test_an_alarm_ends_what_a_rank_waits_for(refused_by, ended):
-    """As over NCCL, where nothing of the program runs meanwhile: unless both refuse their input, and stay in step."""
+    """Waits as over NCCL, where nothing of the program runs meanwhile: unless both refuse their input, in step."""
     store, aborted = dist.HashStore(), [Event(), Event()]
     alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set, grace_s=2.0) for rank in range(2)]
     for rank in refused_by:
@@ -204,7 +204,7 @@ def test_an_alarm_ends_what_a_rank_waits_for(refused_by, ended):
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["in step", "out of step"])
 def test_ranks_that_wait_for_each_other_compare_their_calls(wrong):
-    """As over NCCL, where each waits for a message of another call and neither finds one; a late rank is no such."""
+    """Waits as over NCCL, where each expects a message of another call and finds none; a late rank is no such."""
 
     class Names:
         def of(self, words: Sequence[int]) -> str:

@@ -49,8 +49,9 @@ def ended(*options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.ci
 def test_programs_end_with_exit_code_0() -> None:
-    """Over two and over three processes, with and without destroy_process_group."""
+    """Runs over two and over three processes, with and without destroy_process_group."""
     assert ended("--runs", "2", "--fresh", "0", "--programs", "delta_rule").count("1 of 1 ended with exit code 0") == 2
 
 

@@ -72,7 +72,11 @@ def errors(
 
 @pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.exhaustive) for size in (2, 4)), 3])
 def test_equals_one_device(size):
-    """Every schedule, recurrence and way to cut the sequence: 1e-12 on every rank."""
+    """Every schedule, recurrence and way to cut the sequence: 1e-12 on every rank.
+
+    Of three ranks every pair of them, with every second of the third, which is another for each pair: simulated ranks
+    meet all (tests/exchange).
+    """
     cases = []
     for gate, causal in [*((gate, True) for gate in GATES), ("none", False)]:
         for tokens, slow in ((12 * 3, 0.02), (12 * 17, 1e-4)):
@@ -83,9 +87,12 @@ def test_equals_one_device(size):
 
     def work(rank: int) -> list[tuple[str, float]]:
         failures = []
-        for exchange in EXCHANGES:
+        for number, exchange in enumerate(EXCHANGES):
             base = lasp.SequenceParallel(dist.group.WORLD, exchange=exchange)
-            for (name, problem, expected), share in itertools.product(cases, SHARES[size]):  # type: ignore[call-overload]
+            pairs = itertools.product(enumerate(cases), enumerate(SHARES[size]))
+            for (i, (name, problem, expected)), (j, share) in pairs:
+                if size == 3 and (number + i + i // 2 + j) % 2:
+                    continue
                 sp = base.with_lengths(lengths_of(share, problem.d_o.shape[1]))
                 for tensor, error in errors(sp, problem, expected).items():
                     if not error < BOUNDS[torch.float64]:

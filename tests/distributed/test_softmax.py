@@ -144,7 +144,7 @@ def test_any_scale():
 
 
 def test_reference_rounds_last():
-    """In bf16 scores of 50 are off by 0.1: the definition must not round them before it takes their exponential."""
+    """The definition must not round scores of 50, off by 0.1 in bf16, before it takes their exponential."""
     given = problem(9, 4, 2)
     q, k, v = ((8 * given[name] if name != "v" else given[name]).bfloat16() for name in "qkv")
     exact, _ = lasp.softmax_attention(q.double(), k.double(), v.double(), backend="reference")
@@ -291,7 +291,7 @@ def test_a_boundary_misplaced_by_a_token_is_seen():
 
 
 def test_states_of_other_documents_are_not_seen():
-    """And the control: the rows of the wrong document give something else."""
+    """The control: the rows of the wrong document give something else."""
     given = problem(TOKENS, 4, 2, batch=1, before=2)
     o, _ = lasp.softmax_attention(
         *(given[name] for name in "qkv"), initial_state=given["initial_state"], cu_seqlens=(0, 6, 12),

@@ -96,7 +96,7 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name in the page: its headings, as Sphinx and code hosts both spell them."""
+    """Names that a link may give in the page: its headings, as Sphinx and code hosts both spell them."""
     found = set()
     for line in page.read_text().split("\n"):
         if heading := re.match(r"#{1,6} (.+)$", line):

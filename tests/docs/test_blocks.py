@@ -16,7 +16,9 @@ from training_runs import write_text
 from warm_shell import WarmShell, shortened
 
 # Of the quickstarts two are mostly `lasp plan`, which has tests of its own, and one loads transformers for seconds.
-_LATER = {"million-tokens", "plan", "transformers"}
+_LATER = dict.fromkeys(("million-tokens", "plan", "transformers"), pytest.mark.exhaustive)
+# Two train for longest.
+_LATER |= dict.fromkeys(("resume", "train"), pytest.mark.ci)
 QUICKSTARTS = sorted((DOCS / "quickstart").glob("*.md"))
 OTHERS = [ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md"))]
 
@@ -28,7 +30,7 @@ def shell() -> Iterator[WarmShell]:
 
 
 def prepare(folder: Path) -> None:
-    """What the guide's commands speak of: texts, records, the repository's own files."""
+    """Makes what the guide's commands speak of: texts, records, the repository's own files."""
     write_text(folder / "my" / "texts", num_files=6)
     (folder / "my" / "held-out.txt").write_text("a text that is held out. " * 200)
     (folder / "book.txt").write_text("It was a text of one file, which is a book. " * 400)
@@ -63,7 +65,7 @@ def _check(block: Block, done) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.exhaustive] * (page.stem in _LATER), id=page.stem) for page in QUICKSTARTS],
+    [pytest.param(page, marks=_LATER.get(page.stem, ()), id=page.stem) for page in QUICKSTARTS],
 )
 def test_a_quickstart_works_from_an_empty_folder(page: Path, tmp_path: Path, shell: WarmShell) -> None:
     write_text(tmp_path / "my" / "texts", num_files=6)  # instead of the standard library's source, which is large

@@ -1,4 +1,4 @@
-"""What the pages promise: links that lead somewhere, blocks that can be read, lengths, and that no page is lost."""
+"""Checks what the pages promise: links that lead somewhere, blocks that can be read, lengths, and no page lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST = {"README.md": 150, "quickstart": 60, "guide": 150}
 
 
 def missing(program: ast.Module, page: str) -> list[str]:
-    """What a program takes from lasp that neither lasp nor a file the page shows has; blocks that are not run must
+    """Names that a program takes from lasp, which neither lasp nor a file of the page has; blocks that are not run must
     have the names right too."""
     found = []
     for node in ast.walk(program):
@@ -61,7 +61,7 @@ def undocumented(reference: str) -> list[str]:
 
 
 def is_attribute(name: str) -> bool:
-    """Whether a class has it, though not before it is made."""
+    """True if a class has it, though not before it is made."""
     owner, _, attribute = name.rpartition(".")
     return attribute in getattr(pydoc.locate(owner), "__annotations__", {})
 
@@ -91,7 +91,7 @@ def unsaid(questions: str) -> list[str]:
 
 
 def problems(page: Path) -> list[str]:
-    """What is wrong with a page, by looking at it."""
+    """Faults of a page, by looking at it."""
     found = []
     for target in links(page):
         path, _, anchor = target.partition("#")

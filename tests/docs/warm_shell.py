@@ -153,7 +153,7 @@ def _answer(caller: socket.socket) -> int:
 
 
 def _words(program: str, arguments: list[str]) -> list[str]:
-    """What Python is given, the arguments of `lasp` shortened wherever it stands."""
+    """Words that Python is given, the arguments of `lasp` shortened wherever it stands."""
     words = {"python": [], "lasp": ["-m", "lasp"], "torchrun": ["-m", "torch.distributed.run"]}[program] + arguments
     for after in range(2, len(words)):
         if words[after - 2 : after] == ["-m", "lasp"]:

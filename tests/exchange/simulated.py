@@ -93,7 +93,7 @@ class SimulatedComm:
         self._put(link, tensor, start + duration)
 
     def wait_for_sends(self):
-        """Of CUDA streams only."""
+        """Returns at once: sends wait on CUDA streams only."""
 
     def receive(self, like, source):
         """Receives of one source are served in the order in which they were posted."""

@@ -72,7 +72,7 @@ def test_formulas_on_an_ideal_network(name, size):
 
 
 def test_rounds():
-    """How long the chain of messages is: the papers' step counts, and the two levels."""
+    """Compares how long the chain of messages is: the papers' step counts, and the two levels."""
     load = Payload(8, 2, 2, 1)
 
     def rounds(exchange, size, nodes=None):

@@ -37,7 +37,7 @@ def runs_of(kind: str, size: int, dtype: torch.dtype, seed: int, cuts: float = 0
 
 
 def carry(exchange, runs: Summary, initial, *, reverse: bool = False, want_total: bool = False, seed: int = 0, **extra):
-    """What each rank gets, its counters and its clock, in rounds."""
+    """Returns what each rank gets, its counters and its clock, in rounds."""
 
     def work(comm):
         pending = exchange.begin(comm, runs[comm.rank], initial, reverse=reverse, want_total=want_total, **extra)
@@ -106,7 +106,7 @@ def test_neighbours_only():
 
 
 def test_constant_decay_is_known_beforehand():
-    """From lengths and decays alone; never more heads than those whose transition is zero."""
+    """Lengths and decays alone tell; never more heads than those whose transition is zero."""
     gate = torch.tensor([-1.0, -0.1, -0.01, -0.0259, -0.0261, -0.0])
     lengths = (4000, 1000, 0, 10_000)
     for dtype in (torch.float32, torch.float64):

@@ -97,7 +97,7 @@ def compute(name: str, sp: lasp.SequenceParallel | None, backend: str = "auto") 
 
 @cache
 def solution(name: str) -> dict[str, torch.Tensor]:
-    """By one device, token by token where there is an order."""
+    """Results of one device, token by token where there is an order."""
     return compute(name, None, "reference" if PROBLEMS[name][1] else "torch")
 
 

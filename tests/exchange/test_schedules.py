@@ -91,7 +91,7 @@ def test_equals_the_scan(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_repeats_bit_for_bit(name):
-    """In any order of events; and where no two transitions are composed, in the bits of the chain."""
+    """Any order of events gives the same bits; and where no two transitions are composed, those of the chain."""
     runs = summaries("diagonal", 5, (2, 3, 4, 3), dtype=torch.float32)
     initial = torch.zeros(2, 3, 4, 3)
     results = [
@@ -190,7 +190,7 @@ def test_the_comparison_can_fail():
 
 
 def test_a_slice_along_k_would_be_wrong_for_the_delta_rule():
-    """Why the pipeline does not cut along K as ZeCO does: with a dense transition the rows mix."""
+    """The pipeline does not cut along K as ZeCO does: with a dense transition the rows mix."""
     runs = summaries("dense", 3, (1, 1, 4, 3))
     initial = torch.zeros(1, 1, 4, 3, dtype=torch.float64)
     entering, _ = expected(runs, initial, False)

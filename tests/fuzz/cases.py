@@ -189,7 +189,7 @@ def _tokens(rng: random.Random, device: str) -> int:
 
 
 def _cuts(rng: random.Random, whole: int, parts: int) -> list[int]:
-    """Where to cut into so many parts: anywhere, now and then at a place cut before, or a token beside it."""
+    """Draws where to cut into so many parts: anywhere, now and then at a place cut before, or a token beside it."""
     cuts: list[int] = []
     for _ in range(parts - 1):
         cut = rng.randint(0, whole)

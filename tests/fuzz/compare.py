@@ -1,4 +1,4 @@
-"""Whether results are near enough, by the policy on numerics."""
+"""Tells whether results are near enough, by the policy on numerics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Finding(NamedTuple):
 
 
 def findings(case: Case, problem: Problem, values: Results) -> list[Finding]:
-    """What is not near enough."""
+    """Results that are not near enough."""
     references = exact(case, problem)
     if values.keys() != references.keys():
         return [Finding(f"results {sorted(values)} for {sorted(references)}", math.inf, 0.0)]
@@ -118,13 +118,13 @@ def _computes(case: Case) -> str:
 
 
 def _growth(case: Case) -> float:
-    """With the tokens that one result adds up."""
+    """Factor by which rounding grows with the tokens that one result adds up."""
     longest = max(1, case.longest)
     return max(1.0, (longest / TOKENS) ** (math.log(5.0) / math.log(MILLION / TOKENS)))
 
 
 def _moved(case: Case, problem: Problem, expected: Results, sizes: dict[str, float]) -> dict[str, float]:
-    """How far results move when every number given is rounded once more, at random, in the dtype that computes."""
+    """Measures how far results move when every number given is rounded once more, at random, as it is computed with."""
     unit = UNIT[_computes(case)]
     generator = torch.Generator(problem.d_o.device).manual_seed(case.seed)
 

@@ -34,7 +34,7 @@ TIMEOUT_S = 60.0
 
 
 class Draw(NamedTuple):
-    """What a case is drawn from."""
+    """Ranges that a case is drawn from."""
 
     seed: int
     index: int  # type: ignore[assignment]
@@ -51,7 +51,7 @@ class Draw(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of a case: what was found, nothing if all is well."""
+    """Outcome of a case: what was found, nothing if all is well."""
 
     draw: Draw
     found: list[str]
@@ -97,7 +97,7 @@ class Ranks:
 
 
 def solve_simulated(case: Case, problem: Problem) -> Results:
-    """On ranks in this process, one at a time."""
+    """Solves on ranks in this process, one at a time."""
     from exchange.simulated import run, sequence_parallel
 
     from lasp.exchange import resolve
@@ -112,7 +112,7 @@ def solve_simulated(case: Case, problem: Problem) -> Results:
 
 
 def check(case: Case, device: torch.device, ranks: Ranks | None) -> list[str]:
-    """What is found in a case; on other ranks than the first nothing."""
+    """Returns what is found in a case; on other ranks than the first nothing."""
     problem = make(case, device)
     with torch.set_grad_enabled(case.learned != "nothing"):
         if case.lengths is None:
@@ -126,7 +126,7 @@ def check(case: Case, device: torch.device, ranks: Ranks | None) -> list[str]:
 
 
 def _work(rank: int, device: str, pipe: Any) -> None:
-    """What a process of a crew does."""
+    """Runs in a process of a crew."""
     try:
         _serve(rank, device, pipe)
     except EOFError:
@@ -222,11 +222,11 @@ class Crew:
 
     @property
     def events(self) -> list[Any]:
-        """What to wait for."""
+        """Pipes and ends to wait for."""
         return [self._pipes[0], *(process.sentinel for process in self._processes)]
 
     def outcome(self) -> tuple[Outcome | None, bool]:
-        """What has come of the case, if anything has, and whether the crew can go on."""
+        """Returns what has come of the case, if anything has, and whether the crew can go on."""
         assert self._draw is not None
         seconds = time.monotonic() - self._since
         found, goes_on = None, False

@@ -1,4 +1,4 @@
-"""What every operator means, in fp64 and differentiable: loops over tokens, on nothing of the library's.
+"""Defines every operator, in fp64 and differentiable: loops over tokens, on nothing of the library's.
 
 Tensors are [B, T, H, D], all of the value's heads; gates [B, T, H] or [B, T, H, K]; states [B, H, K, V]. Long decays
 are written in chunks, which a test compares with the loop. Each function takes one document and gives its outputs and
@@ -140,12 +140,12 @@ def _decay_chunk(scale: float, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g
 
 
 def _tokens(*x: Tensor) -> list[tuple[Tensor, ...]]:
-    """Of each tensor its tokens. Slices would be as many tensors of its size, backward."""
+    """Tokens of each tensor. Slices would be as many tensors of its size, backward."""
     return [t.unbind(1) for t in x]
 
 
 def _decays(g: Tensor | None, q: Tensor) -> Sequence[Tensor | None]:
-    """Of each token, as a factor of states [B, H, K, V]."""
+    """Decay of each token, as a factor of states [B, H, K, V]."""
     if g is None:
         return [None] * q.shape[1]
     decays = g.exp()

@@ -28,7 +28,7 @@ Results = dict[str, Tensor]
 
 
 def library(case: Case, problem: Problem, sp: Any = None) -> Results:
-    """What the operator gives: o, final and gradients d_*; with `sp` of this rank's tokens."""
+    """Returns what the operator gives: o, final and gradients d_*; with `sp` of this rank's tokens."""
     leaves = {}
     for name, tensor in problem.inputs.items():
         local = tensor if tensor is None or sp is None or not _has_tokens(name, tensor) else sp.shard(tensor)
@@ -48,7 +48,7 @@ def library(case: Case, problem: Problem, sp: Any = None) -> Results:
 
 
 def exact(case: Case, problem: Problem, *, through_denominators: bool = True) -> Results:
-    """What it should give, in fp64. The gradient of a constant decay is that of every token, d_g [B, T, H_v].
+    """Returns what it should give, in fp64. The gradient of a constant decay is that of every token, d_g [B, T, H_v].
 
     through_denominators: False for no gradients through those of normalized attention, queries and keys.
     """
@@ -97,7 +97,7 @@ def _is_learned(case: Case, name: str) -> bool:
 
 
 def _seen(case: Case, name: str, tensor: Tensor) -> Tensor:
-    """As the operator rounds it: gates and betas to the state's dtype."""
+    """Inputs as the operator rounds them: gates and betas to the state's dtype."""
     return tensor.float() if name in ("g", "beta") and case.dtype != "fp64" else tensor
 
 

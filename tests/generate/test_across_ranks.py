@@ -11,6 +11,8 @@ import lasp
 from lasp.generate import decode, generate, prefill
 from lasp.models import NAMES, CausalLM, preset
 
+pytestmark = pytest.mark.ci
+
 SIZE, T = 3, 24
 # Ragged, with an empty last shard: its rank has no logits of its own and the middle rank sends them.
 LENGTHS = [None, (7, 17, 0), (0, 5, 19), (24, 0, 0)]

@@ -206,7 +206,7 @@ _ALL: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def _is_there(kind: str) -> bool:
-    """Whether this transformers, which is not loaded to find out, has a model type."""
+    """True if this transformers, which is not loaded to find out, has a model type."""
     found = find_spec("transformers")
     folder = kind.removesuffix("_text")
     return found is not None and (Path(str(found.origin)).parent / "models" / folder).is_dir()
@@ -244,7 +244,7 @@ def build(kind: str, dtype: torch.dtype = torch.float64, *, router_loss: bool = 
 
 
 class Measured(NamedTuple):
-    """Of a batch. gradients: of all parameters that have one."""
+    """Results of a batch. gradients: of all parameters that have one."""
 
     loss: Tensor
     logits: Tensor

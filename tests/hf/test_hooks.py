@@ -1,4 +1,4 @@
-"""What parallelize changes of a model and of transformers, what restore leaves, and what is refused, with a remedy."""
+"""Tests what parallelize changes of a model and of transformers, what restore leaves, and what is refused, and how."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_batches_that_are_not_split_are_refused() -> None:
 
 
 def test_a_check_tells_a_lost_state_and_other_tokens() -> None:
-    """Also the control of the comparison: an exchange that forgets is seen."""
+    """The control of the comparison, too: an exchange that forgets is seen."""
     model = build("mamba2", torch.float32).train()
 
     def work(rank: int) -> tuple[bool, bool, str]:

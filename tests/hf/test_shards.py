@@ -1,4 +1,4 @@
-"""What a rank gets of a batch: positions, targets and documents are those of the whole."""
+"""Tests what a rank gets of a batch: positions, targets and documents are those of the whole."""
 
 from __future__ import annotations
 

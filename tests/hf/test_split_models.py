@@ -64,7 +64,7 @@ def padded(side: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def cases(kind: str, size: int, *, thorough: bool) -> list[Case]:
-    """What a model is tried with, over so many ranks; all of it if thorough."""
+    """Cases that a model is tried with, over so many ranks; all of them if thorough."""
     model, layouts = build(kind), LAYOUTS[size]
     found = [Case("dense", DENSE, measured(build(kind, router_loss=True), DENSE), layouts)]
     # Layers that are recomputed give no router's loss a gradient if reentrant, also in transformers.
@@ -220,7 +220,7 @@ def test_sixteen_bits(kind: str) -> None:
 
 
 def test_two_batches_before_their_gradients() -> None:
-    """What splits a batch is its own, also where its layers are recomputed after another batch has come."""
+    """Each batch is split by what is its own, also where its layers are recomputed after another batch has come."""
     model = build("qwen3_next")
     parts = measured(model, DENSE).gradients, measured(model, *packed()[1]).gradients
 
@@ -245,7 +245,7 @@ def test_two_batches_before_their_gradients() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("wrapped", ["ddp", "fsdp before", "fsdp after"])
 def test_averaged_by_data_parallelism(wrapped: str) -> None:
-    """Its mean of gradients over the same ranks is the gradient of the whole."""
+    """The mean of gradients over the same ranks is the gradient of the whole."""
     whole = measured(build("qwen3_next"), DENSE)
 
     def work(rank: int) -> float:

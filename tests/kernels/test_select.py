@@ -1,4 +1,4 @@
-"""What `auto` takes, and that it says so once."""
+"""Tests what `auto` takes, and that it says so once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _nothing_chosen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_what_is_taken_is_said_once(is_compiled: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """In a compiled graph too, where nothing but graphs runs: while it is traced."""
+    """A compiled graph says it too, where nothing but graphs runs: while it is traced."""
 
     def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return lasp.linear_attention(2 * q, k, 2 * k)[0]

@@ -144,7 +144,7 @@ def test_crosses_ranks(kind):
 
 
 def test_decays_stay_fp32_and_start_slow():
-    """In a bf16 model too; at the start, steps of a zero input lie in Mamba-2's range."""
+    """A bf16 model keeps them too; at the start, steps of a zero input lie in Mamba-2's range."""
     gate = SteppedDecay(64)
     step, log_decay = gate(torch.zeros(1, 1, 64))
     assert step.min() >= 1e-3 and step.max() <= 0.1 and torch.all(log_decay <= -1e-3) and torch.all(log_decay >= -1.6)

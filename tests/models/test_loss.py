@@ -54,7 +54,7 @@ def test_chunks_are_the_whole(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", ["autocast", "16-bit weights", "sure tokens"])
 def test_in_16_bits_it_errs_no_more_than_all_logits_at_once(case: str) -> None:
-    """In 16 bits a sum of 2000 chunks would stand still, and p - 1 at the label of a sure token would be nothing."""
+    """A sum of 2000 chunks would stand still in 16 bits, and p - 1 at the label of a sure token would be nothing."""
     hidden, weight, labels = problem(torch.bfloat16 if case == "16-bit weights" else torch.float32, tokens=2000)
     if case == "sure tokens":
         with torch.no_grad():
@@ -87,7 +87,7 @@ def test_logits_are_computed_once_and_gradients_where_wanted() -> None:
 
 
 def test_ignored_tokens_have_no_part() -> None:
-    """Not even one that is NaN; a rank whose labels are all ignored has gradients of zero."""
+    """Even one that is NaN has none; a rank whose labels are all ignored has gradients of zero."""
     hidden, weight, labels = problem()
     with torch.no_grad():
         hidden[0] = torch.nan

@@ -74,7 +74,7 @@ def test_tiny_models_are_tiny_and_configurations_are_json(name):
 
 
 def test_every_mixer_can_be_made():
-    """By a family each; every name of a mixer stands for a configuration of its own."""
+    """Makes one of a family each; every name of a mixer stands for a configuration of its own."""
     assert {MIXERS[name].config.kind for name in MIXERS} == {
         each.kind for name in NAMES for each in preset(name, "tiny").mixers
     }
@@ -115,7 +115,7 @@ def test_configuration_errors(call, message):
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """By the kind of their module: what projects, embeds or convolves."""
+    """Sorts by the kind of their module: what projects, embeds or convolves."""
     kinds = (nn.Linear, nn.Embedding, ShortConvolution)
     return {f"{prefix}.weight" for prefix, module in model.named_modules() if isinstance(module, kinds)}
 

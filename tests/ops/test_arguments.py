@@ -70,7 +70,7 @@ SAMPLING = {"temperature": (*NUMBER, -1.0, None), "top_k": (*COUNT, 0), "generat
 
 
 def fields_of(config: Any) -> dict[str, tuple[Any, ...]]:
-    """What no field of a configuration takes, by its annotation."""
+    """Values that no field of a configuration takes, by its annotation."""
     by_kind = {"int": SIZE, "int | None": (*COUNT, 0), "bool": FLAG, "float": ABOVE_0, "str": WORD}
     may_be_0 = {"gate_rank", "ffn_dim"}  # a projection of full rank; no feed-forward layer
     return {
@@ -260,7 +260,7 @@ NO_ENTRIES = {
 
 
 def test_every_public_entry_is_here() -> None:
-    """And every argument of it."""
+    """Every argument of it is, too."""
     missing = []
     for module in (lasp, layers, models, generate):
         for name in sorted(set(module.__all__) - NO_ENTRIES):

@@ -138,7 +138,7 @@ def test_mistakes_are_seen(mistake):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_fp32_against_fp64(gate):
-    """Over thousands of tokens that hardly decay, with strong writes: the hard case for rounding."""
+    """Thousands of tokens that hardly decay, with strong writes: the hard case for rounding."""
     problem = make(gate, batch=1, tokens=1024, keys=16, values=16, slow=1e-3)
     name, error = worst(solve(problem, dtype=torch.float32), solve(problem))
     assert error < FP32, name
@@ -156,7 +156,7 @@ def test_half_precision(dtype):
 
 
 def test_normalized_keys_are_unit_keys():
-    """In-op normalisation is the normalisation by hand, up to its epsilon; without it the result is another."""
+    """Normalisation in the operator is the one by hand, up to its epsilon; without it the result is another."""
     problem = make("none", tokens=70)
     q, k, v, beta = (problem[name] for name in ("q", "k", "v", "beta"))
     inside, _ = lasp.delta_rule(q, 3 * k, v, beta, normalize_qk=True)
@@ -189,7 +189,7 @@ def test_crosses_ranks(gate):
 
 
 def test_a_chain_carries_no_transition():
-    """Over the ring one state crosses each boundary; the all-gather sends the K x K transitions too."""
+    """One state crosses each boundary over the ring; the all-gather sends the K x K transitions too."""
     problem = make("scalar", batch=1, tokens=30, keys=8, values=4)
     state_bytes, transition_bytes = 8 * (2 * 8 * 4), 8 * (2 * 8 * 8)
 

@@ -71,7 +71,7 @@ def test_packed_documents(gate):
 
 
 def test_crosses_ranks():
-    """Over two processes, ragged, outputs, state and every gradient as on one."""
+    """Two processes, ragged: outputs, state and every gradient as on one."""
     expected = solve("torch", "scalar", 70)
 
     def work(rank: int) -> float:

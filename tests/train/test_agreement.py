@@ -54,7 +54,7 @@ def test_processes_started_with_other_options_end_with_one_message(tmp_path: Pat
 
 
 def compared(folder: Path, records: list[dict | None]) -> list[str]:  # type: ignore[type-arg]
-    """What each process is told; None: one that does not come."""
+    """Returns what each process is told; None: one that does not come."""
 
     def tell(rank: int) -> str:
         own = records[rank]

@@ -51,7 +51,7 @@ def test_every_layout_has_the_same_loss_curve(folder: Path, reference: list[floa
 
 
 def test_steps_are_pieces_of_one_long_sequence(folder: Path) -> None:
-    """With weights that stay as they are, the losses are those of every row's whole stretch, run at once."""
+    """Losses, of weights that stay as they are, are those of every row's whole stretch, run at once."""
     still = OptimizerOptions(lr=1e-30, warmup_steps=0, weight_decay=0.0)
     config = carry_config(folder, run_dir=folder / "still", optimizer=still)
     curve = losses(config, 1)
@@ -72,7 +72,7 @@ def test_steps_are_pieces_of_one_long_sequence(folder: Path) -> None:
 def test_resumes_with_what_was_carried(
     folder: Path, reference: list[float], dp: int, sp: int, accumulation: int, bound: float
 ) -> None:
-    """In the middle of what rows carry along, at the same and at other layouts."""
+    """Goes on in the middle of what rows carry along, at the same and at other layouts."""
     half = folder / "half"
     if not half.exists():
         losses(carry_config(folder, run_dir=half, save_every=4), 1)

@@ -51,7 +51,7 @@ def test_todays_form_says_the_mixer_and_reads_back(name: str) -> None:
 
 
 def test_settings_that_a_mixer_does_not_have() -> None:
-    """Those that did nothing still do; others are refused, but as they are by default."""
+    """Settings that did nothing still do; others are refused, but as they are by default."""
     retnet = preset("retnet", "tiny")
     assert preset("retnet", "tiny", conv_width=3, negative_eigenvalues=True, softmax_method="ulysses") == retnet
     assert preset("retnet", "tiny", num_key_heads=None, num_kv_heads=None) == retnet

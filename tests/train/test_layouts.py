@@ -73,6 +73,7 @@ def test_every_layout_has_the_same_loss_curve(
     whole_end(run_dir)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,4 +1,4 @@
-"""What a run writes down about its steps, against independent counts."""
+"""Compares what a run writes down about its steps with independent counts."""
 
 from __future__ import annotations
 

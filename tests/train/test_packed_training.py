@@ -47,6 +47,7 @@ def reference(folder: Path) -> list[float]:
     return losses(packed_config(folder), 1)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("dp", "sp", "accumulation"), [(2, 2, 1), (1, 4, 2)])
 def test_every_layout_has_the_same_loss_curve(
     folder: Path, reference: list[float], dp: int, sp: int, accumulation: int

@@ -74,7 +74,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def alarms(text: str) -> list[str]:
-    """What could run or load something: handlers, addresses, scripts beyond the page's own."""
+    """Things that could run or load something: handlers, addresses, scripts beyond the page's own."""
     found = [f"<{tag} {name}>" for tag, attributes in Page(text).elements for name in attributes if name[:2] == "on"]
     found += [tag for tag, _ in Page(text).elements if tag in ("img", "iframe", "link", "object", "embed", "base")]
     found += [

@@ -83,7 +83,7 @@ SAMPLE = (
 
 
 def layouts(rank: int, names: Collection[str]) -> dict[str, Run]:
-    """Those of `names`, or one on every mesh with every way of keeping the weights, on four processes; collective."""
+    """Layouts of `names`, or one on every mesh with every way of keeping the weights, on four processes; collective."""
     control = Comm(new_group(backend="gloo"), 30)
     everyone = World(rank, 4, CPU, Shard(), control=control, files=new_group(backend="gloo"))
     found = {}
@@ -99,7 +99,7 @@ def layouts(rank: int, names: Collection[str]) -> dict[str, Run]:
 
 @pytest.mark.parametrize(
     ("names", "fraction", "num_layouts", "num_resumed"),
-    [(SAMPLE, 2, 5, 20), pytest.param((), 8, 15, 60, marks=pytest.mark.exhaustive)],
+    [pytest.param(SAMPLE, 2, 5, 20, marks=pytest.mark.ci), pytest.param((), 8, 15, 60, marks=pytest.mark.exhaustive)],
 )
 def test_every_layout_goes_on_from_the_others_checkpoints(
     tmp_path: Path, names: tuple[str, ...], fraction: int, num_layouts: int, num_resumed: int

@@ -1,4 +1,4 @@
-"""What a run does with its folder: it is taken before it is looked at, and nothing in it is lost or leads elsewhere."""
+"""Tests what a run does with its folder: it is taken before it is looked at, and nothing is lost or leads elsewhere."""
 
 from __future__ import annotations
 

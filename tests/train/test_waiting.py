@@ -44,7 +44,7 @@ def slowly(work: Callable[..., object], pieces: int) -> Callable[..., object]:
 
 
 def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
-    """At a save, and where a checkpoint is read before a run goes on."""
+    """Waits at a save, and where a checkpoint is read before a run goes on."""
 
     def work(rank: int) -> tuple[str | None, object]:
         everyone, model = together(rank), toy()

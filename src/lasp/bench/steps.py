@@ -22,7 +22,7 @@ from lasp.analysis.devices import DEVICES, peak_flops
 from lasp.analysis.flops import flops_per_token
 from lasp.analysis.parts import PartCost, part_costs
 from lasp.bench.profile import profiled
-from lasp.errors import ConfigError, refusing
+from lasp.errors import ConfigError, as_config_errors
 from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel
 from lasp.terminal import say
@@ -144,7 +144,7 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
     for tokens in _lengths(config, figures):
         work = partial(step, _text(tokens, model_config.vocab_size, world))
         try:
-            with naming_lost_peers(world), refusing():
+            with naming_lost_peers(world), as_config_errors():
                 watched = _shown(work, tokens, config.steps + 1) if report is not None and sys.stdout.isatty() else work
                 times = _slowest(world, _timed(watched, config.steps, world.device))
         except torch.OutOfMemoryError as error:

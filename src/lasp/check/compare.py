@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lasp import SequenceParallel
 from lasp.distributed import process_group
-from lasp.errors import ConfigError, refusing
+from lasp.errors import ConfigError, as_config_errors
 from lasp.exchange import EXCHANGES, ExchangeResult
 from lasp.generate import prefill
 from lasp.layers import ConstantDecay, SteppedDecay
@@ -140,13 +140,13 @@ def _compare(config: CheckConfig, broken: bool) -> list[Row]:
     rows = []
     for decay, factor in (("own", 1.0), ("slow", 1.0 / SLOWER)):
         _scale_decays(model, factor)
-        with refusing():
+        with as_config_errors():
             expected = _measure(model, tokens, labels, config.new_tokens, None)
         for name in names:
             exchange: Any = _forgetful(EXCHANGES[name]()) if broken else name
             base = SequenceParallel(dist.group.WORLD, exchange=exchange)  # type: ignore[arg-type]
             for shards, lengths in (("equal", _lengths(config, 0)), ("unequal", _lengths(config, 1))):
-                with refusing():
+                with as_config_errors():
                     got = _measure(model, tokens, labels, config.new_tokens, base.with_lengths(lengths))
                 errors = {key: _error(got[2][key], expected[2][key]) for key in expected[2]}
                 worst = max(errors, key=lambda key: errors[key])

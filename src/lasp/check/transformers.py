@@ -11,7 +11,7 @@ import torch.distributed as dist
 import lasp.hf
 from lasp import SequenceParallel
 from lasp.check.compare import CheckConfig, device_of, started
-from lasp.errors import refusing
+from lasp.errors import as_config_errors
 from lasp.exchange import EXCHANGES
 from lasp.hf import library
 from lasp.hf.check import Comparison, LayerErrors, check_layers
@@ -50,7 +50,7 @@ def run(config: CheckConfig) -> ModelReport:
         ConfigError: the folder has no model that can be split, with a remedy.
     """
     assert config.hf is not None
-    with started(config), refusing():
+    with started(config), as_config_errors():
         title, model = _model(config, config.hf)
         names = ["auto", *EXCHANGES] if config.exchange == "all" else [config.exchange]
         totals: dict[str, Comparison] = {}

@@ -18,7 +18,7 @@ from lasp.errors import NumericsError
 from lasp.models.causal_lm import Cache
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
-from lasp.train.logging.step_timer import RankStep, StepWatch
+from lasp.train.logging.step_timer import RankStep, StepTimer
 from lasp.train.optimizer import learning_rate
 from lasp.train.world import World
 
@@ -50,18 +50,18 @@ class Stepper:
         self.sequences, self.world = sequences, world
         self.autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
         self.names = [name for name, _ in model.module.named_parameters()]
-        self.watch = StepWatch(model, world.device)
+        self.timer = StepTimer(model, world.device)
         self.carried: dict[int, Cache] = {}
         """--data.carry: what every accumulated part of the last step left behind, detached, of this process's rows."""
 
     def step(self, number: int, *, stop_requested: Callable[[], bool]) -> StepResult:
         """Optimizer step `number` (from 0). Raises NumericsError, on all processes, and changes no weight."""
-        self.watch.start()
+        self.timer.start()
         targets = self.sequences.num_targets(self.config.global_batch)
         loss_sum = self.gradients(number, targets)
         bad = self.model.bad_gradients()
         first_bad = self.names.index(bad[0]) if bad else -1
-        rows = self.world.gather([loss_sum, first_bad, float(stop_requested()), *self.watch.read()])
+        rows = self.world.gather([loss_sum, first_bad, float(stop_requested()), *self.timer.read()])
         # Added in rank order, in fp64: the printed loss is the same on every process and in every repetition.
         loss = sum(row[0] for row in rows) / targets
         self._refuse_bad(number, [row[0] for row in rows], [int(row[1]) for row in rows])
@@ -103,7 +103,7 @@ class Stepper:
                 if config.data.carry:
                     self.carried[part] = Cache(tree_map(Tensor.detach, out.cache.states), out.cache.position)
                 total += out.loss_sum.detach()
-        self.watch.backward_ended()
+        self.timer.backward_ended()
         return total.item()
 
     def rehearse(self) -> None:

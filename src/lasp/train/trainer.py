@@ -16,7 +16,7 @@ from lasp.analysis.flops import flops_per_token
 from lasp.data import trigram
 from lasp.data.tokenizer import files_of
 from lasp.distributed.signals import stop_signals
-from lasp.errors import CheckpointError, refusing
+from lasp.errors import CheckpointError, as_config_errors
 from lasp.train import model as models
 from lasp.train import text
 from lasp.train.checkpoint import shards
@@ -80,7 +80,7 @@ class Trainer:
         """Everything but the first step; collective."""
         resumed = folder.resumed
         state = resumed.state if resumed is not None else None
-        self.world, self.resumed, self.output, self.watch = world, resumed, output, Stopwatch()
+        self.world, self.resumed, self.output, self.stopwatch = world, resumed, output, Stopwatch()
         self.config = config = settle(config, state)
         self.start = Position() if state is None else position_of(state, config)
         tokenizer = tokenizer_of_run(config, resumed)
@@ -178,7 +178,7 @@ class Trainer:
                     self.output.line(unsaved)
         if unsaved is not None:
             raise CheckpointError(f"{unsaved}; older checkpoints are as they were, in {self.saver.root}")
-        trained_s = self.watch.seconds()
+        trained_s = self.stopwatch.seconds()
         score = None if stopped else self._evaluate(config.eval_sequences)
         if score is not None and config.sample.num_tokens > 0:
             self.world.place.text = "generating text"
@@ -212,7 +212,7 @@ class Trainer:
         seconds = []
         for _ in range(3):
             began = time.monotonic()
-            with refusing():
+            with as_config_errors():
                 self.stepper.rehearse()
             seconds.append(time.monotonic() - began)
         torch.set_rng_state(random_state)

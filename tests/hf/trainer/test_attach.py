@@ -178,7 +178,7 @@ def test_evaluation_of_batches_that_are_not_full_is_refused(tmp_path: Path) -> N
 
 
 def test_ranks_whose_weights_have_parted_are_found() -> None:
-    """As where gradients were not averaged; the control, that equal ones pass, is every other test."""
+    """Weights part where gradients were not averaged; the control, that equal ones pass, is every other test."""
 
     def work(rank: int) -> bool:
         sp, weight = lasp.SequenceParallel(dist.group.WORLD), torch.ones(3)

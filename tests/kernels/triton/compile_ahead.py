@@ -88,7 +88,7 @@ def target_of(name: str) -> GPUTarget:
 
 
 def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | None = None) -> list[Compilable]:
-    """What calls, forward and backward, launch on such a device of 132 processors: each once."""
+    """Returns what calls, forward and backward, launch on such a device of 132 processors: each once."""
     found: dict[str, Compilable] = {}
 
     def record(launch: Launch, **tensors: Tensor | None) -> None:
@@ -150,7 +150,7 @@ def attend(call: Call) -> None:
 
 
 def around(dtype: torch.dtype) -> None:
-    """What mixers do beside their recurrence, of Mamba-2's and GLA's shapes, forward and backward."""
+    """Returns what mixers do beside their recurrence, of Mamba-2's and GLA's shapes, forward and backward."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
@@ -173,7 +173,7 @@ def around(dtype: torch.dtype) -> None:
 
 
 def peer_kernels() -> Iterator[Compilable]:
-    """Those that write into other devices' memory, for decays per head."""
+    """Kernels that write into other devices' memory, for decays per head."""
     types = {"memories_ptr": "*i64", "epoch_ptr": "*i32"}
     common = {"SIZE": 8, "BLOCK": BLOCK, "EVEN": True}
     fold = {"EACH": 128 * 128, "REVERSE": False, "FROM_ZERO": True, "EXACT": True, "total_ptr": None}

@@ -128,7 +128,7 @@ def _cast(self: Any, value: Any, dtype: Any) -> Any:
 
 
 def _align(left: Any, right: Any) -> tuple[Any, Any]:
-    """Of one shape by their types alone: they are NumPy's operands next."""
+    """Gives operands one shape by their types alone: they are NumPy's next."""
     one, other = _integers(left), _integers(right)
     if one == other:
         return left, right

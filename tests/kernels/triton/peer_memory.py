@@ -74,7 +74,7 @@ def error(memory: PeerMemory, rank: int, size: int, kind: str, seed: int, revers
 
 
 def of_another_call(memory: PeerMemory, rank: int, state: Tensor) -> list[object]:
-    """What a rank makes of summaries of which the last rank's belong to another call: how much is NaN, and what it
+    """Shows what a rank makes of summaries, the last rank's of which are another call's: how much is NaN, and what it
     tells the host; after summaries of one call, of which nothing may be."""
     last, results = len(memory._memories) - 1, []
     for another in (0, 1):
@@ -91,7 +91,7 @@ def of_another_call(memory: PeerMemory, rank: int, state: Tensor) -> list[object
 
 
 def by_schedule(rank: int, size: int, memories: Callable[[int, str], list[Tensor]]) -> dict[str, float]:
-    """What `Peer` carries against what `AllGather` does."""
+    """Compares what `Peer` carries with what `AllGather` does."""
     peer._is_gpu = lambda device: True
     peer._Shared.follow = lambda self, device: None  # type: ignore[method-assign]  # there are no streams
     peer.symmetric_memory = lambda comm, nbytes, device: memories(nbytes, f"schedule {nbytes}")

@@ -1,7 +1,7 @@
 """Every sort of kernel compiles ahead of time for devices that are not there, within what they have.
 
 A clean compile is no pass: kernels beyond a device's shared memory compile all the same, some to a lone trap. All of
-it is `.ci/run`'s, about 40 s a target; a sample is in every run, and with the oldest Triton in `make triton`.
+it is `make rest`'s, about 40 s a target; a sample is in every run, and with the oldest Triton in `make triton`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_a_sample_is_read_and_compiled() -> None:
     check(compiled)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.ci
 @pytest.mark.parametrize("target", SPILLS)
 def test_compiles_within_the_device(target: str) -> None:
     reports = compile_ahead(target)

@@ -82,7 +82,7 @@ def run(backend: AnyStages, p: Problem) -> dict[str, Tensor]:
 
 
 def solution(p: Problem) -> dict[str, Tensor]:
-    """In fp64, by the chunked backend, q's and k's heads repeated and their gradients summed."""
+    """Solves in fp64, by the chunked backend, q's and k's heads repeated and their gradients summed."""
     x = p.x
     group = x.v.shape[2] // x.q.shape[2]
     q, k, v = (tensor.double() for tensor in (x.q, x.k, x.v))
@@ -193,7 +193,7 @@ def test_gate_gradient_only_where_wanted(device: torch.device) -> None:
 @pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
 @pytest.mark.parametrize("bad", [0.1, float("nan")])
 def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device) -> None:
-    """From its token on, in its head, and nowhere else."""
+    """NaN stands from its token on, in its head, and nowhere else."""
     p = problem(kind, Dims(T=70), device, torch.float32)
     g = p.x.g.detach().clone()
     token = 0 if kind == "constant" else 40
@@ -316,7 +316,7 @@ def test_what_the_kernels_do_not_take() -> None:
 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_one_middle_and_base_blocks(bounded: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 a gate per channel takes a chunk or blocks of 16 tokens at once: here in fp32, whose bound is tighter."""
+    """A gate per channel takes a chunk or blocks of 16 tokens at once in bf16: here in fp32, whose bound is tighter."""
     original = runs.launches_of.__wrapped__
 
     def made(*arguments: Any) -> runs.Launches:
@@ -334,7 +334,7 @@ def test_one_middle_and_base_blocks(bounded: bool, device: torch.device, monkeyp
     "ignore::RuntimeWarning"
 )  # what the interpreter's NumPy says of a unbounded chunk's overflow
 def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a gate per channel in bf16: chunks whose tokens all meet in the middle, and one whose gates are too strong for
+    """Chunks of a gate per channel: those whose tokens all meet in the middle, and one whose gates are too strong for
     that, which goes by blocks of 16 tokens and by levels. Here in fp32, whose bound is tighter."""
     monkeypatch.setattr(channel, "base_levels", lambda dtype: channel.BASE_LEVELS)
     monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
@@ -355,11 +355,12 @@ def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.
     assert not relative_error(run(fused, p)["o"], references["o"]) <= 1e-3
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("rows", [False, True])
 def test_gates_per_token_gather_little_rounding_over_an_interval(
     rows: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of gates that forget within a few chunks, by both kinds of sweeps: what one rounds of a token with its decay, the
+    """Gates that forget within a few chunks, by both kinds of sweeps: what one rounds of a token with its decay, the
     other rounds alike. What remains is a walk tied at both ends."""
     p = problem("scalar", Dims(T=2048, H_v=4, K=32, V=32), device, torch.bfloat16)
     g = torch.full_like(p.x.g, -0.09).requires_grad_()  # just too weak for a chunk to forget (launches.FORGETS)
@@ -391,7 +392,7 @@ def test_gates_per_token_gather_little_rounding_over_an_interval(
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as there
 def test_strong_gates_hide_a_large_gradient_of_the_final_state(device: torch.device) -> None:
-    """What leaves the last chunk adds much to the gradient of its last gates, and nothing a few tokens before them."""
+    """The state that leaves the last chunk adds much to the gradient of its last gates, none a few tokens before."""
     p = problem("channel", Dims(T=128, H_v=1, K=64, V=64), device, torch.bfloat16, strongest=20.0)
     found, expected = run(fused, p)["dg"], solution(p)["dg"]
     assert relative_error(found, expected) < 8e-3
@@ -400,6 +401,7 @@ def test_strong_gates_hide_a_large_gradient_of_the_final_state(device: torch.dev
     assert relative_error(found, expected) > 8e-3
 
 
+@pytest.mark.ci
 def test_gates_per_channel_gather_little_rounding_over_a_segment(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

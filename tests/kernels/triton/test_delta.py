@@ -86,7 +86,7 @@ def solve(p: DeltaProblem, device: torch.device, backend: str = "triton", exact:
 
 
 def errors_of(values: dict[str, Tensor], references: dict[str, Tensor]) -> dict[str, float]:
-    """Of a gate's gradient head by head, token by token and summed over tokens: one that forgets has a small one."""
+    """Errors, a gate's gradient's head by head, token by token and summed: one that forgets has a small one."""
     assert values.keys() == references.keys()
     errors = {name: relative_error(values[name], references[name]) for name in values}
     if "d_g" in values:
@@ -174,7 +174,7 @@ def test_beta_of_zero_and_two(device: torch.device) -> None:
 
 
 def test_first_token_has_no_gate_gradient(device: torch.device) -> None:
-    """Its decay acts on no state: exactly, not but for rounding."""
+    """The first decay acts on no state: exactly, not but for rounding."""
     for gate in ("scalar", "channel"):
         p = problem(Case(gate, T=40, initial=False, documents=(0, 1, 8, 40)))
         found = solve(p, device)["d_g"]
@@ -185,7 +185,7 @@ DOCUMENTS = (0, 0, 1, 3, 38, 38, 79, 80)
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("single", [False, pytest.param(True, marks=pytest.mark.ci)])
 def test_packed_documents(gate: str, single: bool, device: torch.device, request: pytest.FixtureRequest) -> None:
     if not single:
         request.getfixturevalue("short_segments")
@@ -193,11 +193,18 @@ def test_packed_documents(gate: str, single: bool, device: torch.device, request
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(("documents", "erases"), [(None, False), (DOCUMENTS, False), (DOCUMENTS, True)])
+@pytest.mark.parametrize(
+    ("documents", "erases"),
+    [
+        pytest.param(None, False, marks=pytest.mark.ci),
+        pytest.param(DOCUMENTS, False, marks=pytest.mark.ci),
+        (DOCUMENTS, True),
+    ],
+)
 def test_ranks(
     gate: str, documents: tuple[int, ...] | None, erases: bool, device: torch.device, short_segments: None
 ) -> None:
-    """Over three ranks, one without tokens: the exchange carries states and transitions."""
+    """Three ranks, and one without tokens: the exchange carries states and transitions."""
     p = problem(Case(gate, T=80, documents=documents, erases=erases, beta=1.0 if erases else 2.0))
     references = solve(p, torch.device("cpu"), "torch", exact=True)
     lengths = (38, 30, 0, 12)
@@ -220,7 +227,7 @@ def test_ranks(
     ("name", "bad"), [("g", 0.1), ("g", float("nan")), ("beta", -0.1), ("beta", 2.1), ("beta", float("nan"))]
 )
 def test_what_is_no_decay_or_beta_gives_nan(name: str, bad: float, device: torch.device) -> None:
-    """In its head, from its chunk on."""
+    """NaN stands in its head, from its chunk on."""
     from lasp.kernels.triton.delta.stages import STAGES
     from lasp.recurrence.inputs import DeltaInputs
 
@@ -238,7 +245,7 @@ def test_what_is_no_decay_or_beta_gives_nan(name: str, bad: float, device: torch
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("over_ranks", [False, True])
 def test_what_is_saved_is_foretold(gate: str, over_ranks: bool, device: torch.device, short_segments: None) -> None:
-    """As compiled graphs ask: every tensor's shape and dtype."""
+    """Compiled graphs ask for it: every tensor's shape and dtype."""
     from lasp.kernels.triton.delta.stages import STAGES, empty_saved
     from lasp.recurrence.inputs import DeltaInputs
 

@@ -18,6 +18,8 @@ from lasp.kernels.triton.decay import plan as plans
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.scalar import operands
 
+pytestmark = pytest.mark.ci
+
 BOUND = 4e-6
 TOKENS, H, K, V = 110, 1, 16, 16
 # Empty documents, short ones, one of several segments whose last chunk is ragged; none starts where a chunk would.

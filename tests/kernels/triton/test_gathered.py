@@ -19,6 +19,8 @@ from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.stages import STAGES as fused
 from lasp.recurrence.inputs import DecayInputs
 
+pytestmark = pytest.mark.ci
+
 FP32, BF16 = torch.float32, torch.bfloat16
 # Of outputs and gradients, and of a learned constant's: one number a head, a sum of terms that cancel.
 BOUNDS = {FP32: (4e-6, 2e-5), BF16: (8e-3, 5e-2)}

@@ -32,7 +32,7 @@ KINDS = ("none", "constant", "scalar", "channel")
 
 
 class Bounds(NamedTuple):
-    """Of relative errors. A constant's d_g, one number a head, sums terms of all tokens, which cancel."""
+    """Bounds of relative errors. A constant's d_g, one number a head, sums terms of all tokens, which cancel."""
 
     outputs: float
     gradients: float
@@ -165,7 +165,7 @@ def solve(
 
 
 def limits(case: Case) -> tuple[int, int, bool]:
-    """What the case is planned for: processors, and otherwise the device."""
+    """Describes what the case is planned for: processors, and otherwise the device."""
     processors, *others = devices.device_limits(DEVICE)
     return (case.processors or processors, *others)  # type: ignore[return-value]
 
@@ -300,7 +300,7 @@ DELTA = {"T": 4037, "H": 2, "H_v": 4, "initial": True}
     ("dtype", "K", "V"), [(BF16, 128, 128), (BF16, 256, 512), (BF16, 72, 40), (FP16, 64, 64), (FP32, 128, 128)], ids=str
 )
 def test_delta_rule(dtype: torch.dtype, K: int, V: int, kind: str, dims: dict[str, Any]) -> None:
-    """By segments that the device's processors decide, with what the interpreter has not: the copy engine's tiles."""
+    """Segments are as the device's processors decide, with what the interpreter has not: the copy engine's tiles."""
     x, d_o, d_final = inputs(Case(kind, dtype, K, V, **dims))
     beta = torch.rand(1, x["v"].shape[1], 4, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     x = {"q": x["q"], "k": x["k"], "v": x["v"], "beta": beta} | {name: x[name] for name in list(x)[3:]}
@@ -326,7 +326,7 @@ def test_delta_rule(dtype: torch.dtype, K: int, V: int, kind: str, dims: dict[st
 @pytest.mark.parametrize("heads", [1, 16])  # of which one has the more segments
 @pytest.mark.parametrize("kind", ["constant", "scalar", "channel"])
 def test_a_write_read_a_million_tokens_later(kind: str, heads: int) -> None:
-    """In fp32. A chunk's decay, or a segment's, rounded as a factor would be wrong alike every time: by 9e-5 here."""
+    """A chunk's decay, or a segment's, rounded as a factor in fp32 would be wrong alike every time: by 9e-5 here."""
     T, D = 1 << 20, 16
     random = torch.Generator().manual_seed(0)
     q, k, v, d_o = (torch.zeros(1, T, heads, D) for _ in range(4))

@@ -1,4 +1,4 @@
-"""Which launches go past Triton: those of which nothing has changed that decides the binary, or who must be told."""
+"""Tests which launches go past Triton: those where nothing has changed that decides the binary, or who is told."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def launch_of(kernel: Kernel, *names: str, grid: tuple[int, int] = (1, 1), **fix
 
 
 def test_after_the_first_call_a_binary_gets_addresses(kernel: Kernel) -> None:
-    """In the order of the kernel's parameters, whatever the order they were named in."""
+    """Addresses are in the order of the kernel's parameters, whatever the order they were named in."""
     launch = launch_of(kernel, "x_ptr", "y_ptr", grid=(3, 2), n=5, scale=0.5, C=64, PACKED=True)
     x, y = torch.zeros(8), torch.zeros(8)
     for _ in range(2):

@@ -196,7 +196,7 @@ def test_stepped_values(dtype: torch.dtype, fused: None, device: torch.device) -
 
 
 def test_a_layer_compiles_whole(fused: None, device: torch.device) -> None:
-    """Its fused neighbours are part of its graph; gradients are the eager ones."""
+    """The fused neighbours are part of its graph; gradients are the eager ones."""
     config = MIXERS["mamba2"].config(num_heads=2, key_dim=16, value_dim=16)
     torch.manual_seed(0)
     layer = config.build(LayerContext(24)).to(device)

@@ -44,7 +44,7 @@ def test_recomputation_gives_the_same_gradients(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("every", "count"),
-    [((), 80), pytest.param(("--every",), 111, marks=pytest.mark.exhaustive)],
+    [pytest.param((), 80, marks=pytest.mark.ci), pytest.param(("--every",), 111, marks=pytest.mark.exhaustive)],
     ids=["sample", "every"],
 )
 def test_two_ranks_equal_one(every: tuple[str, ...], count: int, device: torch.device) -> None:

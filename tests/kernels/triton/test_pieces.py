@@ -54,7 +54,7 @@ def test_delta_rule(gate: str, device: torch.device) -> None:
     check(Case(gate, T=40, V=37, documents=(0, 11, 40) if gate == "scalar" else None, normalize=True), device)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["scalar", "channel", *(pytest.param(g, marks=pytest.mark.ci) for g in GATES[:2])])
 def test_over_ranks(gate: str, device: torch.device) -> None:
     """Results are those of uncut heads on one device, and so are the messages: a head's decay crosses once."""
     problem = make(gate, **WIDE | {"tokens": 24})

@@ -21,7 +21,7 @@ from lasp.train.logging.metrics import MetricsFile
 from lasp.train.logging.output import Output
 from lasp.train.logging.step_metrics import Machine, SlowRank, StepFigures, figures_of, slow_rank, typical
 from lasp.train.logging.step_timer import RankStep
-from lasp.train.logging.trackers import open_sinks
+from lasp.train.logging.trackers import open_trackers
 from lasp.train.position import Position
 from lasp.train.settings_file import to_dict
 from lasp.train.step import StepResult
@@ -48,7 +48,7 @@ class RunLogger:
             output.line(
                 f"metrics.jsonl: {self._metrics.num_damaged} damaged lines left out; metrics.jsonl.damaged has all"
             )
-        self._sinks = open_sinks(config.track, run_dir, to_dict(config) | description, finished=finished)
+        self._trackers = open_trackers(config.track, run_dir, to_dict(config) | description, finished=finished)
         self._window: list[tuple[RankStep, ...]] = []
         self._said: SlowRank | None = None
 
@@ -78,13 +78,13 @@ class RunLogger:
         if trigram is not None:
             self._write(number, trigram_bits_per_byte=trigram)
         self._output.attempt("metrics.jsonl", self._metrics.close)
-        for sink in self._sinks:
-            self._output.attempt(f"--track {sink.name}", sink.close)
+        for tracker in self._trackers:
+            self._output.attempt(f"--track {tracker.name}", tracker.close)
 
     def _write(self, number: int, **values: float) -> None:
         self._write_line(step=number, **values)
-        for sink in self._sinks:
-            self._output.attempt(f"--track {sink.name}", partial(sink.scalars, number, values))
+        for tracker in self._trackers:
+            self._output.attempt(f"--track {tracker.name}", partial(tracker.scalars, number, values))
 
     def _write_line(self, **values: Any) -> None:
         self._output.attempt("metrics.jsonl", lambda: self._metrics.write(**values))

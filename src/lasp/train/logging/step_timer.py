@@ -40,7 +40,7 @@ class RankStep(NamedTuple):
     peak_memory_bytes: float
 
 
-class StepWatch:
+class StepTimer:
     """Measures a model's steps on this rank."""
 
     def __init__(self, model: ParallelModel, device: torch.device) -> None:

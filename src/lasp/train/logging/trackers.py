@@ -22,7 +22,7 @@ _GROUPS = {
 }
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """One tracker."""
 
     name: str
@@ -40,9 +40,9 @@ def missing(names: Sequence[str]) -> str | None:
     return None
 
 
-def open_sinks(names: Sequence[str], run_dir: Path, settings: Mapping[str, Any], *, finished: int) -> list[Sink]:
+def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, Any], *, finished: int) -> list[Tracker]:
     """The trackers named. settings: shown beside the run. finished: steps of a run that is continued, else 0."""
-    return [SINKS[name](run_dir, settings, finished) for name in names]
+    return [TRACKERS[name](run_dir, settings, finished) for name in names]
 
 
 def grouped(values: Mapping[str, float]) -> dict[str, float]:
@@ -102,4 +102,4 @@ class _WandB:
         self._run.finish()
 
 
-SINKS: dict[str, type[_TensorBoard] | type[_WandB]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+TRACKERS: dict[str, type[_TensorBoard] | type[_WandB]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
