@@ -90,6 +90,13 @@ def rows_of(here, T, H, H_v):
 
 
 @triton.jit
+def slots_of(here, H, H_v, chunks, C: tl.constexpr):
+    """First slots of a program's chunks, in [B, H, chunks C] and in [B, H_v, chunks C]."""
+    key_run = tl.cast(here.batch, tl.int64) * H + here.head // (H_v // H)
+    return (key_run * chunks + here.chunk) * C, (run_of(here, H_v) * chunks + here.chunk) * C
+
+
+@triton.jit
 def run_bounds(places_ptr, T, PACKED: tl.constexpr):
     """The first token of a program's run, and the one after its last."""
     begin = 0

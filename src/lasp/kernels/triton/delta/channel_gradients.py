@@ -12,7 +12,8 @@ With z = scale tril(do u^T), m = -strict(dv u^T), both without decays:
 
 A token reads with k unless it has a key r of its own: k then has the sum of both gradients.
 What pairs within the chunk add to dg cancels where it should, to fp32, since both sides take the same rounded operands.
-Where gates are mild all tokens meet in the chunk's middle; other chunks go by levels, as in `decay.channel_within`.
+Where gates are bounded all tokens meet in the chunk's middle; other chunks go by levels, as in
+`decay.channel.intra_chunk`.
 """
 
 import triton
@@ -53,7 +54,7 @@ def delta_channel_gradients_kernel(
     k_norms_ptr,  # likewise
     beta_ptr,  # fp32 [B, H_v, chunks C]
     stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
-    steep_ptr,  # int32 [B, H_v, chunks] if MARKED
+    unbounded_ptr,  # int32 [B, H_v, chunks] if MARKED
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
     dq_ptr,  # [B, T, H_v, K], written
@@ -78,7 +79,7 @@ def delta_channel_gradients_kernel(
     GATE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    MILD: tl.constexpr,  # whether it does mild chunks; if not others
+    BOUNDED: tl.constexpr,  # whether it does bounded chunks; if not others
     MARKED: tl.constexpr,  # whether chunks are either; if not, all are done
     BASE: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -89,7 +90,7 @@ def delta_channel_gradients_kernel(
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     part, head, batch, key_head, chunk = gradient_place((K + BK - 1) // BK, B, H, H_v)
     at = (batch * H_v + head) * chunks + chunk
-    if _is_others(steep_ptr, at, MILD, MARKED):
+    if _is_others(unbounded_ptr, at, BOUNDED, MARKED):
         return
     start, last = chunk_place(places_ptr, chunk, T, C, PACKED)
     column = part * BK
@@ -125,7 +126,7 @@ def delta_channel_gradients_kernel(
         r = load_chunk(r_ptr + (batch * T * H + key_head) * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
         r = tl.trans(r).to(tl.float32)
     z = between_tokens(do, u, do_ptr, u_ptr, start, last, row, V, BV, C, PRECISION) * scale
-    if MILD:
+    if BOUNDED:
         # In an order that holds few tiles at a time.
         to_middle = _sums(operand, stretches_ptr, -2, C)
         # Of gates as rounded, so that they and `to_middle` cancel.
@@ -257,9 +258,9 @@ def delta_channel_gradients_kernel(
 
 
 @triton.jit
-def _is_others(steep_ptr, at, MILD: tl.constexpr, MARKED: tl.constexpr):
+def _is_others(unbounded_ptr, at, BOUNDED: tl.constexpr, MARKED: tl.constexpr):
     if MARKED:
-        return (tl.load(steep_ptr + at) == 0) != MILD
+        return (tl.load(unbounded_ptr + at) == 0) != BOUNDED
     else:
         return False
 

@@ -3,7 +3,8 @@
 
     P_ij = scale sum_K q_i k_j 2^between(i, j), j <= i        L_ij = sum_K r_i k_j 2^between(i, j), j < i
 
-Where a chunk's gates are mild all its tokens meet in its middle (as in `decay.channel_mild_prepare`): one product each.
+Where a chunk's gates are bounded all its tokens meet in its middle (as in
+`decay.channel.bounded_prepare`): one product each.
 Others are marked, and left to `channel_scores`.
 """
 
@@ -35,9 +36,9 @@ def delta_channel_operands_kernel(
     reading_ptr,  # likewise, written if KEYS: k 2^prefix, of r if ERASES
     storing_ptr,  # likewise: k 2^suffix
     totals_ptr,  # fp32 [B, H_v, chunks, K], written if KEYS: base-2 log-decay of the chunk
-    scores_ptr,  # [B, H_v, chunks, C, C], written if QUERIES and MILD: P
-    overlaps_ptr,  # fp32 likewise, written if KEYS and MILD: L
-    steep_ptr,  # int32 [B, H_v, chunks], written if MILD: whether the chunk is left to `channel_scores`
+    scores_ptr,  # [B, H_v, chunks, C, C], written if QUERIES and BOUNDED: P
+    overlaps_ptr,  # fp32 likewise, written if KEYS and BOUNDED: L
+    unbounded_ptr,  # int32 [B, H_v, chunks], written if BOUNDED: whether the chunk is left to `channel_scores`
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
@@ -51,7 +52,7 @@ def delta_channel_operands_kernel(
     NORMALIZE: tl.constexpr,
     QUERIES: tl.constexpr,  # whether what queries need is wanted
     KEYS: tl.constexpr,  # and what keys need
-    MILD: tl.constexpr,  # whether the dtype has the range for decays from the middle
+    BOUNDED: tl.constexpr,  # whether the dtype has the range for decays from the middle
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -90,7 +91,7 @@ def delta_channel_operands_kernel(
             q = load_chunk(q_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * q_norms
             queries = (q * from_start).to(dtype)
             store_chunk(queries_ptr + out, queries, first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
-        if MILD:
+        if BOUNDED:
             to_middle = sums_to_middle(stretches_ptr, operand, C)
             longest = tl.maximum(longest, tl.max(tl.abs(to_middle)))
             near_t = tl.trans((k * tl.exp2(-to_middle)).to(dtype))
@@ -99,9 +100,9 @@ def delta_channel_operands_kernel(
                 overlaps = tl.dot((r * to_middle).to(dtype), near_t, overlaps, input_precision=PRECISION)
             if QUERIES:
                 scores = tl.dot((q * to_middle).to(dtype), near_t, scores, input_precision=PRECISION)
-    if MILD:
+    if BOUNDED:
         if KEYS:
-            tl.store(steep_ptr + at, (longest > MAX_TO_MIDDLE_LOG2).to(tl.int32))
+            tl.store(unbounded_ptr + at, (longest > MAX_TO_MIDDLE_LOG2).to(tl.int32))
         # Of later keys they may be anything, infinite and NaN too.
         i = tl.arange(0, C)[:, None]
         j = tl.arange(0, C)[None, :]

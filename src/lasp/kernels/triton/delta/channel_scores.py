@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """Scores and overlaps of a gate per channel for any gates: of the chunks that `channel_operands` has left.
 
-By levels, as in `decay.channel_prepare`: two tokens meet in the middle of one block of 2^(level + 1) tokens.
+By levels, as in `decay.channel.prepare`: two tokens meet in the middle of one block of 2^(level + 1) tokens.
 """
 
 import triton
@@ -33,7 +33,7 @@ def delta_channel_scores_kernel(
     stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
     scores_ptr,  # [B, H_v, chunks, C, C], written if QUERIES: P
     overlaps_ptr,  # fp32 likewise, written unless QUERIES: L
-    steep_ptr,  # int32 [B, H_v, chunks] if STEEP
+    unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
@@ -48,7 +48,7 @@ def delta_channel_scores_kernel(
     QUERIES: tl.constexpr,
     BASE: tl.constexpr,  # 2^BASE tokens a base block
     LEVELS: tl.constexpr,  # log2(C)
-    STEEP: tl.constexpr,  # only the chunks that are marked
+    UNBOUNDED: tl.constexpr,  # only the chunks that are marked
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -57,7 +57,7 @@ def delta_channel_scores_kernel(
     head = tl.program_id(1) % H_v
     batch = tl.cast(tl.program_id(1) // H_v, tl.int64)
     at = (batch * H_v + head) * chunks + chunk
-    if is_done(steep_ptr, at, STEEP):
+    if is_done(unbounded_ptr, at, UNBOUNDED):
         return
     first, last = chunk_place(places_ptr, chunk, T, C, PACKED)
     key_head = head // (H_v // H)

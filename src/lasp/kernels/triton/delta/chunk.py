@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, pair_decay
+from lasp.kernels.triton.common.program import run_of, state_tile
 
 MIN_BETA = tl.constexpr(2.0**-50)
 
@@ -52,6 +53,23 @@ def state_decay(totals_ptr, chunk, total, K: tl.constexpr, BK: tl.constexpr, KIN
         return tl.exp2(tl.load(totals_ptr + tl.cast(chunk, tl.int64) * K + d, mask=d < K, other=0.0))
     else:
         return tl.full((BK,), 1.0, tl.float32) * tl.exp2(total)
+
+
+@triton.jit
+def entering_state(
+    entering_ptr, here, H_v, segments, column, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """[BV, BK] of a transposed state: columns of what enters the program's segment or, if WHOLE, its run.
+
+    entering_ptr: fp32 [B, H_v, segments, K, V], if WHOLE [B or documents, H_v, K, V]; None for zero.
+    """
+    if entering_ptr is None:
+        return tl.zeros((BV, BK), tl.float32)
+    else:
+        source = here.border if WHOLE else run_of(here, H_v) * segments + here.segment
+        entering, mask = state_tile(entering_ptr + source * K * V, column, 0, V, K, 1, V, BV, BK)
+        return tl.load(entering, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ class DeltaLaunches:
         dtype: of the inputs.
         operand: the dtype that the kernels take for inputs of `dtype`: that, or fp32 for fp16, which lacks the range.
         kind, per_channel: of decay, as in `gates`; whether that is a gate per channel.
-        mild: whether chunks whose gates per channel are mild have kernels of their own.
+        bounded: whether chunks whose gates per channel are bounded have kernels of their own.
         normalize: whether queries and keys are divided by their lengths.
         with_gate: whether the gradient of the gate is wanted.
         from_zero: whether runs are whole and start from no state.
@@ -113,7 +113,7 @@ class DeltaLaunches:
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
         self.gates = (-(-K // p.keys.columns), B, T, H_v)
         self.per_channel = kind == CHANNEL.value
-        self.mild = self.per_channel and base_levels(self.operand) > 0
+        self.bounded = self.per_channel and base_levels(self.operand) > 0
         self.totals, self.operands = (B, H_v, p.chunks, K), (B, T, H_v, K)
         self.summed = H_v > H or normalize
         self.gradient = (B, T, H_v, K)
@@ -126,7 +126,7 @@ class DeltaLaunches:
             "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
             "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
             "KIND": kind, "ERASES": erases, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
-            "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.mild, "STEEP": self.mild,
+            "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.bounded, "UNBOUNDED": self.bounded,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
             "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
         }  # fmt: skip
@@ -208,8 +208,8 @@ class DeltaLaunches:
         return self._of_channels(delta_gradients_kernel, self.plan.keys)
 
     @_once
-    def channel_gradients(self, *, mild: bool) -> Launch:
-        return self._of_channels(delta_channel_gradients_kernel, self.plan.channel, MILD=mild)
+    def channel_gradients(self, *, bounded: bool) -> Launch:
+        return self._of_channels(delta_channel_gradients_kernel, self.plan.channel, BOUNDED=bounded)
 
     def _of_channels(self, kernel: Any, tiles: Tiles, **own: Any) -> Launch:
         """A program for some channels of each chunk of each value head, in the order of `gradient_place`."""
@@ -224,7 +224,7 @@ class DeltaLaunches:
     @_once
     def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
         columns, warps, _ = self.plan.operands
-        ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "MILD": self.mild}
+        ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "BOUNDED": self.bounded}
         return self._by_chunk(delta_channel_operands_kernel, self._heads, warps, **ways)
 
     @_once

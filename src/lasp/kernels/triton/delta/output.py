@@ -5,8 +5,25 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
-from lasp.kernels.triton.common.program import load_chunk, place, state_tile, store_chunk, view
-from lasp.kernels.triton.delta.chunk import after_chunk, between, lengths, state_decay, token_sums, written
+from lasp.kernels.triton.common.program import (
+    load_chunk,
+    place,
+    rows_of,
+    run_of,
+    slots_of,
+    state_tile,
+    store_chunk,
+    view,
+)
+from lasp.kernels.triton.delta.chunk import (
+    after_chunk,
+    between,
+    entering_state,
+    lengths,
+    state_decay,
+    token_sums,
+    written,
+)
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -51,36 +68,28 @@ def delta_output_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, border, ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
+    here = place(places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED)
+    first = here.first
+    last = here.last
     dtype = storing_ptr.dtype.element_ty
-    column = part * BV
-    row = tl.cast(batch, tl.int64) * T
-    run = tl.cast(batch, tl.int64) * H_v + head
-    key_head = head // (H_v // H)
-    qk = (row * H + key_head) * K
-    vo = (row * H_v + head) * V
-    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    reading = view(reading_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    storing = view(storing_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
-    o_view = view(o_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
-    u_view = view(u_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
+    column = here.part * BV
+    run = run_of(here, H_v)
+    key_row, row = rows_of(here, T, H, H_v)
+    key_slot, slot = slots_of(here, H, H_v, chunks, C)
+    q_view = view(q_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    reading = view(reading_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    storing = view(storing_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    o_view = view(o_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    u_view = view(u_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     count = tl.cdiv(last - first, C)
-    slot = (run * chunks + chunk) * C
     inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
-    norms_at = ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
-    totals_ptr += (run * chunks + chunk) * K
+    totals_ptr += (run * chunks + here.chunk) * K
     if KIND == TOKEN:
-        g_ptr += row * H_v + head
+        g_ptr += row
 
-    state = tl.zeros((BV, BK), tl.float32)
-    if entering_ptr is not None:
-        source = border if WHOLE else run * segments + segment
-        entering, mask = state_tile(entering_ptr + source * K * V, column, 0, V, K, 1, V, BV, BK)
-        state = tl.load(entering, mask=mask, other=0.0)
+    state = entering_state(entering_ptr, here, H_v, segments, column, K, V, BV, BK, WHOLE)
     for c in range(count):
         start = first + c * C
         q = load_chunk(q_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
@@ -92,13 +101,13 @@ def delta_output_kernel(
         inverse = load_chunk(inverses, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)
         beta = tl.load(beta_ptr + slot + c * C + tl.arange(0, C))
         prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, slot + c * C, KIND, C, EXACT)
-        k_norms = lengths(k_norms_ptr, norms_at + c * C, C, NORMALIZE)
+        k_norms = lengths(k_norms_ptr, key_slot + c * C, C, NORMALIZE)
         q_t = tl.trans(q)
         if KIND == CHANNEL:
             scores_t = tl.trans(load_chunk(scores, c * C, 0, count * C, C, C, C, C, DESCRIPTORS))
             q_decay = tl.full((C,), 1.0, tl.float32)
         else:
-            q_norms = lengths(q_norms_ptr, norms_at + c * C, C, NORMALIZE) * scale
+            q_norms = lengths(q_norms_ptr, key_slot + c * C, C, NORMALIZE) * scale
             q_decay = q_norms * tl.exp2(prefix)
             pairs = between(g_ptr, H_v, prefix, start, last, KIND, C, False, EXACT) * q_norms[None, :]
             if NORMALIZE:
@@ -115,6 +124,6 @@ def delta_output_kernel(
             o_view, tl.trans(out).to(o_ptr.dtype.element_ty), start, column, last, H_v * V, V, C, BV, DESCRIPTORS
         )
         store_chunk(u_view, tl.trans(u).to(dtype), start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
-    if ends:
-        leaving, mask = state_tile(state_out_ptr + border * K * V, column, 0, V, K, 1, V, BV, BK)
+    if here.ends:
+        leaving, mask = state_tile(state_out_ptr + here.border * K * V, column, 0, V, K, 1, V, BV, BK)
         tl.store(leaving, state, mask=mask)

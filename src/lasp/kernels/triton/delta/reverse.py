@@ -11,8 +11,18 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
-from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, state_tile, store_chunk, view
-from lasp.kernels.triton.delta.chunk import between, lengths, state_decay, token_sums
+from lasp.kernels.triton.common.program import (
+    load_chunk,
+    place,
+    rows_of,
+    run_bounds,
+    run_of,
+    slots_of,
+    state_tile,
+    store_chunk,
+    view,
+)
+from lasp.kernels.triton.delta.chunk import between, entering_state, lengths, state_decay, token_sums
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -60,41 +70,33 @@ def delta_reverse_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = ROWS // BV
-    part, head, batch, segment, first, last, chunk, border, _ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
+    here = place(places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED)
+    first = here.first
+    last = here.last
     if (VALUES == 0) and (TOTAL == 0):
         begin, _ = run_bounds(places_ptr, T, PACKED)
         if first == begin:
             return
     dtype = storing_ptr.dtype.element_ty
-    column = part * BV
-    row = tl.cast(batch, tl.int64) * T
-    run = tl.cast(batch, tl.int64) * H_v + head
-    key_head = head // (H_v // H)
-    qk = (row * H + key_head) * K
-    vo = (row * H_v + head) * V
-    q_view = view(q_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    reading = view(reading_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    storing = view(storing_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    do_view = view(do_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
+    column = here.part * BV
+    run = run_of(here, H_v)
+    key_row, row = rows_of(here, T, H, H_v)
+    key_slot, slot = slots_of(here, H, H_v, chunks, C)
+    q_view = view(q_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    reading = view(reading_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    storing = view(storing_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    do_view = view(do_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     count = tl.cdiv(last - first, C)
-    slot = (run * chunks + chunk) * C
     inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     if VALUES:
-        dv_view = view(dv_ptr + vo, last, H_v * V, V, C, BV, DESCRIPTORS)
-        d_chunks = view(d_chunks_ptr + (run * chunks + chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, False)
-    norms_at = ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
-    totals_ptr += (run * chunks + chunk) * K
+        dv_view = view(dv_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+        d_chunks = view(d_chunks_ptr + (run * chunks + here.chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, False)
+    totals_ptr += (run * chunks + here.chunk) * K
     if KIND == TOKEN:
-        g_ptr += row * H_v + head
+        g_ptr += row
 
-    state = tl.zeros((BV, BK), tl.float32)
-    if entering_ptr is not None:
-        source = border if WHOLE else run * segments + segment
-        entering, mask = state_tile(entering_ptr + source * K * V, column, 0, V, K, 1, V, BV, BK)
-        state = tl.load(entering, mask=mask, other=0.0)
+    state = entering_state(entering_ptr, here, H_v, segments, column, K, V, BV, BK, WHOLE)
     for step in range(count):
         c = count - 1 - step
         start = first + c * C
@@ -107,7 +109,7 @@ def delta_reverse_kernel(
         do_t = tl.trans(load_chunk(do_view, start, column, last, H_v * V, V, C, BV, DESCRIPTORS))
         beta = tl.load(beta_ptr + slot + c * C + tl.arange(0, C))
         prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, slot + c * C, KIND, C, EXACT)
-        k_norms = lengths(k_norms_ptr, norms_at + c * C, C, NORMALIZE)
+        k_norms = lengths(k_norms_ptr, key_slot + c * C, C, NORMALIZE)
         keys_t = tl.trans(keys)
         rounded = state.to(dtype)
         if VALUES:
@@ -115,7 +117,7 @@ def delta_reverse_kernel(
         if KIND == CHANNEL:
             p = load_chunk(scores, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)
         else:
-            q_norms = lengths(q_norms_ptr, norms_at + c * C, C, NORMALIZE) * scale
+            q_norms = lengths(q_norms_ptr, key_slot + c * C, C, NORMALIZE) * scale
             pairs = between(g_ptr, H_v, prefix, start, last, KIND, C, True, EXACT) * q_norms[:, None]
             if NORMALIZE:
                 pairs *= k_norms[None, :]
@@ -139,5 +141,5 @@ def delta_reverse_kernel(
             erased = (d_v.to(tl.float32) * -(from_start * k_norms)[None, :]).to(dtype)
             state = tl.dot(erased, reads, state, input_precision=PRECISION)
     if VALUES == 0:
-        added, mask = state_tile(added_ptr + (run * segments + segment) * K * V, column, 0, V, K, 1, V, BV, BK)
+        added, mask = state_tile(added_ptr + (run * segments + here.segment) * K * V, column, 0, V, K, 1, V, BV, BK)
         tl.store(added, state, mask=mask)

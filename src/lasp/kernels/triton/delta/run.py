@@ -47,12 +47,12 @@ class DeltaRun(NamedTuple):
 
 class ChannelKeys(NamedTuple):
     """Keys with a gate per channel's decays, r 2^prefix and k 2^suffix [B, T, H_v, K]; the chunks' log-decays
-    [B, H_v, chunks, K] (base 2); int32 [B, H_v, chunks], which of them are not mild."""
+    [B, H_v, chunks, K] (base 2); int32 [B, H_v, chunks], which of them are not bounded."""
 
     reading: Tensor
     storing: Tensor
     totals: Tensor
-    steep: Tensor
+    unbounded: Tensor
 
 
 class DeltaQueries(NamedTuple):
@@ -168,7 +168,7 @@ def _channels_made(
 ) -> DeltaQueries | None:
     """Writes `keys` and L of every chunk, and gives what queries have, as is wanted."""
     work = x.work
-    (reading, storing, totals, steep), q, q_norms, queries, scores = keys, x.k, None, keys.reading, keys.reading
+    (reading, storing, totals, unbounded), q, q_norms, queries, scores = keys, x.k, None, keys.reading, keys.reading
     if with_queries:
         q, q_norms, queries, scores = x.q, _norms(x, x.q), x.v.new_empty(work.operands), x.v.new_empty(work.tiles)
     assert x.g is not None
@@ -182,7 +182,7 @@ def _channels_made(
         "stretches_ptr": _stretches(x),
         "scores_ptr": scores,
         "overlaps_ptr": overlaps,
-        "steep_ptr": steep,
+        "unbounded_ptr": unbounded,
         "places_ptr": chunks_of(work.plan, x.beta),
     }
     own = {"queries_ptr": queries, "reading_ptr": reading, "storing_ptr": storing, "totals_ptr": totals}
@@ -388,9 +388,9 @@ def gradients(
     dg: Tensor | None = None
     if chunks.channels is not None:
         dg = _fp32(x, work.operands) if work.with_gate else None
-        own = {"stretches_ptr": _stretches(x), "steep_ptr": chunks.channels.steep, "dg_ptr": given(dg, unread)}
-        for mild in (True, False) if work.mild else (False,):
-            work.channel_gradients(mild=mild)(**shared, **own)
+        own = {"stretches_ptr": _stretches(x), "unbounded_ptr": chunks.channels.unbounded, "dg_ptr": given(dg, unread)}
+        for bounded in (True, False) if work.bounded else (False,):
+            work.channel_gradients(bounded=bounded)(**shared, **own)
     else:
         parts = _fp32(x, work.gates) if work.with_gate else unread
         work.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)

@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import load_chunk, place, state_tile, store_chunk, view
-from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums
+from lasp.kernels.triton.common.program import load_chunk, place, rows_of, run_of, slots_of, store_chunk, view
+from lasp.kernels.triton.delta.chunk import after_chunk, entering_state, lengths, state_decay, token_sums
 
 
 @triton.jit(do_not_specialize=["T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -40,27 +40,23 @@ def delta_states_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = ROWS // BV
-    part, head, batch, segment, first, last, chunk, border, _ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
+    here = place(places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED)
+    first = here.first
+    last = here.last
     dtype = storing_ptr.dtype.element_ty
-    column = part * BV
-    row = tl.cast(batch, tl.int64) * T
-    run = tl.cast(batch, tl.int64) * H_v + head
-    key_head = head // (H_v // H)
-    storing = view(storing_ptr + (row * H + key_head) * K, last, H * K, K, C, BK, DESCRIPTORS)
-    u_view = view(u_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    column = here.part * BV
+    run = run_of(here, H_v)
+    key_row, row = rows_of(here, T, H, H_v)
+    key_slot, _slot = slots_of(here, H, H_v, chunks, C)
+    storing = view(storing_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    u_view = view(u_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     count = tl.cdiv(last - first, C)
-    at = run * chunks + chunk
+    at = run * chunks + here.chunk
     s_chunks = view(s_chunks_ptr + at * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
-    norms_ptr += ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
+    norms_ptr += key_slot
     totals_ptr += at * K
 
-    state = tl.zeros((BV, BK), tl.float32)
-    if entering_ptr is not None:
-        source = border if WHOLE else run * segments + segment
-        entering, mask = state_tile(entering_ptr + source * K * V, column, 0, V, K, 1, V, BV, BK)
-        state = tl.load(entering, mask=mask, other=0.0)
+    state = entering_state(entering_ptr, here, H_v, segments, column, K, V, BV, BK, WHOLE)
     for c in range(count):
         start = first + c * C
         keys = load_chunk(storing, start, 0, last, H * K, K, C, BK, DESCRIPTORS)

@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import CHANNEL
-from lasp.kernels.triton.common.program import load_chunk, place, run_bounds, state_tile, view
+from lasp.kernels.triton.common.program import (
+    load_chunk,
+    place,
+    rows_of,
+    run_bounds,
+    run_of,
+    slots_of,
+    state_tile,
+    view,
+)
 from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums, written
 
 
@@ -48,27 +57,25 @@ def delta_summary_kernel(
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + K + BV - 1) // BV
-    part, head, batch, segment, first, last, chunk, _, ends = place(
-        places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED
-    )
+    here = place(places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED)
+    first = here.first
+    last = here.last
     begin, _ = run_bounds(places_ptr, T, PACKED)
-    column = part * BV
-    adds = (column < V) & (ends == 0)
+    column = here.part * BV
+    adds = (column < V) & (here.ends == 0)
     moves = (column + BV > V) & (first != begin)
     if (TOTAL == 0) & (adds == 0) & (moves == 0):
         return
-    row = tl.cast(batch, tl.int64) * T
-    run = tl.cast(batch, tl.int64) * H_v + head
-    key_head = head // (H_v // H)
-    qk = (row * H + key_head) * K
-    reading = view(reading_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    storing = view(storing_ptr + qk, last, H * K, K, C, BK, DESCRIPTORS)
-    v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    run = run_of(here, H_v)
+    key_row, row = rows_of(here, T, H, H_v)
+    key_slot, slot = slots_of(here, H, H_v, chunks, C)
+    reading = view(reading_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    storing = view(storing_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
+    v_view = view(v_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     count = tl.cdiv(last - first, C)
-    slot = (run * chunks + chunk) * C
     inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
-    norms_ptr += ((tl.cast(batch, tl.int64) * H + key_head) * chunks + chunk) * C
-    totals_ptr += (run * chunks + chunk) * K
+    norms_ptr += key_slot
+    totals_ptr += (run * chunks + here.chunk) * K
 
     r = column + tl.arange(0, BV)[:, None]
     d = tl.arange(0, BK)[None, :]
@@ -91,7 +98,7 @@ def delta_summary_kernel(
         decay = state_decay(totals_ptr, c, total, K, BK, KIND)
         state = after_chunk(state, u, keys, norms * tl.exp2(suffix), decay, PRECISION)
 
-    at = run * segments + segment
+    at = run * segments + here.segment
     added, inside = state_tile(added_ptr + at * K * V, column, 0, V, K, 1, V, BV, BK)
     tl.store(added, state, mask=inside & (adds | (TOTAL != 0)))
     moved, inside = state_tile(moves_ptr + at * K * K, column - V, 0, K, K, 1, K, BV, BK)
