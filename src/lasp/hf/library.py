@@ -10,6 +10,7 @@ from typing import Any
 from torch.torch_version import TorchVersion
 
 OLDEST = "5.17"
+_INSTALL = "pip install 'transformers>=5.17,<6'"
 # What its versions and models call a cache.
 CACHES = ("cache", "past_key_values", "cache_params")
 
@@ -24,9 +25,9 @@ def load(module: str = "") -> Any:
     try:
         found = version("transformers")
     except PackageNotFoundError:
-        raise ValueError("lasp.hf needs transformers: pip install 'lasp-torch[hf]'") from None
+        raise ValueError(f"lasp.hf needs transformers: {_INSTALL}") from None
     if TorchVersion(found) < OLDEST:
-        raise ValueError(f"lasp.hf needs transformers {OLDEST} or newer, found {found}: pip install 'lasp-torch[hf]'")
+        raise ValueError(f"lasp.hf needs transformers {OLDEST} or newer, found {found}: {_INSTALL}")
     return import_module(f"transformers.{module}" if module else "transformers")
 
 
