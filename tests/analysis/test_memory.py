@@ -51,7 +51,7 @@ def saved_bytes(config, precision: str) -> int:
 @pytest.mark.parametrize("precision", memory.PRECISIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_activations_are_those_listed(name, precision):
-    """Compares some layers, by difference: within 2 % in fp32, and under autocast within 5 %, but for two families 12 %."""
+    """Compares some layers, by difference: within 2 % in fp32, and under autocast 5 %, but for two families 12 %."""
     layers = len(preset(name, "tiny").mixers)
     small, large = (preset(name, "tiny", num_layers=count) for count in (layers, 2 * layers))
     measured = saved_bytes(large, precision) - saved_bytes(small, precision)
