@@ -1,4 +1,4 @@
-"""The gradient of gates in fp32 by the PyTorch backend, head by head: per token, and summed over tokens.
+"""The gradient of gates and betas by the PyTorch backend, head by head: per token, and summed over tokens.
 
 A head that forgets within a few tokens has a small gradient, which a whole tensor's error would hide.
 """
@@ -11,32 +11,78 @@ from tolerances import BOUNDS, relative_error
 from torch import Tensor
 
 import lasp
+from lasp.kernels.torch import delta
 
 RATES = torch.tensor((-1e-3, -0.1, -1.6, -6.0, -16.0))
 B, T, D = 4, 200, 16
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("delta", [False, True])
-def test_every_head(delta: bool, per_channel: bool) -> None:
+def gradients(x: dict[str, Tensor], d_o: Tensor, dtype: torch.dtype, backend: str = "torch") -> dict[str, Tensor]:
+    """Of g, and of beta if there is one: the delta rule, else linear attention."""
+    leaves = {name: tensor.to(dtype, copy=True) for name, tensor in x.items()}
+    wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in ("g", "beta")}
+    o, _ = (lasp.delta_rule if "beta" in x else lasp.linear_attention)(**leaves, backend=backend)
+    return dict(zip(wanted, torch.autograd.grad(o, list(wanted.values()), d_o.to(dtype)), strict=True))
+
+
+def problem(has_beta: bool, per_channel: bool, channels: int = D, tokens: int = T) -> tuple[dict[str, Tensor], Tensor]:
     random = torch.Generator().manual_seed(0)
-    shape = (B, T, len(RATES), D)
-    q, k, v, d_o = (torch.randn(shape, generator=random) for _ in range(4))
-    k = torch.nn.functional.normalize(k, dim=-1)
-    beta = torch.rand(shape[:3], generator=random)
+    shape = (B, tokens, len(RATES), channels)
+    q, k = (torch.randn(shape, generator=random) for _ in range(2))
+    v, d_o = (torch.randn(*shape[:3], D, generator=random) for _ in range(2))
     rates = RATES[:, None] if per_channel else RATES
-    g = rates * 2 * torch.rand(shape if per_channel else shape[:3], generator=random)
+    x = {"q": q, "k": k, "v": v, "g": rates * 2 * torch.rand(shape if per_channel else shape[:3], generator=random)}
+    if has_beta:
+        x |= {"k": torch.nn.functional.normalize(k, dim=-1), "beta": torch.rand(shape[:3], generator=random)}
+    return x, d_o
 
-    def gradient(dtype: torch.dtype) -> Tensor:
-        inputs = [tensor.to(dtype, copy=True) for tensor in (q, k, v, *([beta] if delta else []), g)]
-        inputs[-1].requires_grad_()
-        o, _ = (lasp.delta_rule if delta else lasp.linear_attention)(*inputs, backend="torch")
-        return torch.autograd.grad(o, inputs[-1], d_o.to(dtype))[0]
 
-    found, expected = gradient(torch.float32), gradient(torch.float64)
-    for of_head, reference in zip(found.unbind(2), expected.unbind(2), strict=True):
-        assert relative_error(of_head, reference) <= BOUNDS[torch.float32]
-        assert relative_error(of_head.double().sum(1), reference.sum(1)) <= BOUNDS[torch.float32]
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("has_beta", [False, True])
+def test_every_head(has_beta: bool, per_channel: bool) -> None:
+    x, d_o = problem(has_beta, per_channel)
+    found, expected = gradients(x, d_o, torch.float32), gradients(x, d_o, torch.float64)
+    for name, reference in expected.items():
+        for of_head, of_reference in zip(found[name].unbind(2), reference.unbind(2), strict=True):
+            assert relative_error(of_head, of_reference) <= BOUNDS[torch.float32], name
+            assert relative_error(of_head.double().sum(1), of_reference.sum(1)) <= BOUNDS[torch.float32], name
     # The control: an error of the whole tensor's rounding is seen in the head that forgets most.
-    off = found + torch.finfo(torch.float32).eps * expected.norm() / expected.numel() ** 0.5
-    assert relative_error(off.double().sum(1)[:, -1], expected.sum(1)[:, -1]) > BOUNDS[torch.float32]
+    reference = expected["g"]
+    off = found["g"] + torch.finfo(torch.float32).eps * reference.norm() / reference.numel() ** 0.5
+    assert relative_error(off.double().sum(1)[:, -1], reference.sum(1)[:, -1]) > BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_chunk_of_many_more_tokens_than_channels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delta rule has then erased most of what the chunk wrote, and pairs of its tokens cancel."""
+    x, d_o = problem(has_beta=True, per_channel=True, channels=channels)
+    x["g"] = 1e-4 * x["g"] / RATES[:, None].abs()
+    x["beta"] *= 2
+    expected = gradients(x, d_o, torch.float64)
+
+    def error() -> float:
+        found = gradients(x, d_o, torch.float32)
+        return max(
+            relative_error(f, e)
+            for name in expected
+            for f, e in zip(found[name].unbind(2), expected[name].unbind(2), strict=True)
+        )
+
+    assert error() <= BOUNDS[torch.float32]
+    monkeypatch.setattr(delta, "CHUNK_PER_CHANNEL", delta.CHUNK)
+    assert error() > BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_gate_that_forgets_all_costs_slow_ones_no_digits(per_channel: bool) -> None:
+    """In fp64, where sums of both would lose what is asked for."""
+    x, d_o = problem(has_beta=False, per_channel=per_channel, tokens=64)
+    x["g"][:, ::2] = -torch.inf
+    x["g"][:, 1::4] *= 1e-3
+    x["g"][:, 0] = -1e4
+    found, expected = gradients(x, d_o, torch.float64)["g"], gradients(x, d_o, torch.float64, "reference")["g"]
+    # exp(-inf) has a zero derivative, which the reference's autograd cannot form as 0 * inf.
+    expected = expected.masked_fill(x["g"] == -torch.inf, 0.0)
+    for of_head, of_reference in zip(found.unbind(2), expected.unbind(2), strict=True):
+        assert relative_error(of_head, of_reference) <= BOUNDS[torch.float64]
+    assert relative_error(found[:, :, 0] * (1 + 4e-12), expected[:, :, 0]) > BOUNDS[torch.float64]

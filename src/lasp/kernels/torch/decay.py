@@ -1,12 +1,13 @@
 """The decay family in chunks, in plain PyTorch: any device, any dtype.
 
 Legend: B batch, H heads, N chunks, C tokens a chunk, K and V head dims, G = 1 (decay per head) or K (per channel).
-    b      [B, H, N, C, G]   log-decay accumulated from the chunk's start, the token's own included
+    g      [B, H, N, C, G]   log-decay of each token
     starts [B, H, N, K, V]   state at the start of each chunk
     ends   [B, H, N, K, V]   gradient of the state at the end of each chunk
-Within a chunk, tokens see each other through scores[i, j] = sum_K q_i k_j exp(b_i - b_j), j <= i; across chunks
-they meet in the state. Decays appear only as exponentials of differences that are <= 0, so nothing overflows at
-any length; the differences are taken in fp64, where cumulative sums of very unlike gates lose nothing.
+    exp(i<j)                 decay of everything after token j up to token i, i's own included
+Within a chunk, tokens see each other through scores[i, j] = sum_K q_i k_j exp(i<j), j <= i; across chunks they meet in
+the state. Decays appear only as exponentials of sums of gates, in fp64, never of differences of sums: nothing overflows
+at any length, and a fast gate costs slow ones beside it no digits.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from lasp.recurrence.stages import Saved, Stages
 CHUNK = 64
 # Per-channel scores cost C passes over [T, K], so that short chunks are faster.
 CHUNK_PER_CHANNEL = 16
-# exp(-1e4) is zero in fp64; a finite floor keeps differences of accumulated decays from being inf - inf.
-MIN_LOG_DECAY = -1e4
 
 
 class Chunks(NamedTuple):
-    """A run cut into chunks. Padding neither decays nor adds anything."""
+    """A run cut into chunks. Padding neither decays nor adds anything.
+
+    from_start, to_end: sums of g from the chunk's start to each token, and of those after it; None without decay.
+    """
 
     chunking: Chunking
     q: Tensor
     k: Tensor
     v: Tensor
-    b: Tensor | None
+    g: Tensor | None
+    from_start: Tensor | None
+    to_end: Tensor | None
 
 
 def _chunks(x: DecayInputs) -> Chunks:
@@ -44,16 +48,16 @@ def _chunks(x: DecayInputs) -> Chunks:
     chunking = Chunking(tokens, chunk_size(limit, tokens, x.documents), x.documents)
     q, k, v = (chunking.cut(tensor.to(dtype)) for tensor in (x.q, x.k, x.v))
     if x.g is None:
-        return Chunks(chunking, q, k, v, None)
-    g = x.g.to(torch.float64).clamp(min=MIN_LOG_DECAY)
-    if g.dim() == 1:
-        # Padding must not decay: a constant is laid out per token only where some chunk is padded.
-        if not chunking.is_padded:
-            steps = torch.arange(1, chunking.size + 1, device=g.device, dtype=g.dtype)
-            return Chunks(chunking, q, k, v, (g[:, None] * steps)[None, :, None, :, None])
-        g = g.expand(1, tokens, -1)
-    g = g if g.dim() == 4 else g[..., None]
-    return Chunks(chunking, q, k, v, chunking.cut(g).cumsum(3))
+        return Chunks(chunking, q, k, v, None, None, None)
+    g = x.g.to(torch.float64)
+    # Padding must not decay: a constant is laid out per token only where some chunk is padded.
+    if g.dim() == 1 and not chunking.is_padded:
+        g = g[None, :, None, None, None].expand(-1, -1, -1, chunking.size, -1)
+    else:
+        g = g.expand(1, tokens, -1) if g.dim() == 1 else g
+        g = chunking.cut(g if g.dim() == 4 else g[..., None])
+    later = torch.cat([g[..., 1:, :], torch.zeros_like(g[..., :1, :])], 3)
+    return Chunks(chunking, q, k, v, g, g.cumsum(3), later.flip(3).cumsum(3).flip(3))
 
 
 def _exp(log: Tensor, like: Tensor) -> Tensor:
@@ -62,43 +66,42 @@ def _exp(log: Tensor, like: Tensor) -> Tensor:
 
 def _from_start(c: Chunks, tensor: Tensor) -> Tensor:
     """`tensor` [.., C, K] weighted by the decay from the chunk's start to each token."""
-    return tensor if c.b is None else tensor * _exp(c.b, tensor)
+    return tensor if c.from_start is None else tensor * _exp(c.from_start, tensor)
 
 
 def _to_end(c: Chunks, tensor: Tensor) -> Tensor:
     """`tensor` [.., C, K] weighted by the decay from each token to the chunk's end."""
-    return tensor if c.b is None else tensor * _exp(c.b[..., -1:, :] - c.b, tensor)
+    return tensor if c.to_end is None else tensor * _exp(c.to_end, tensor)
 
 
 def _chunk_transitions(c: Chunks) -> Transition:
     """The chunks' transitions, stacked along a leading axis [N, B, H, ...], in fp64."""
-    if c.b is None:
+    if c.from_start is None:
         return Identity()
-    total = c.b[..., -1, :].expand(c.q.shape[0], -1, c.q.shape[2], -1).movedim(2, 0)
-    return Scalar(total.squeeze(-1)) if total.shape[-1] == 1 and c.b.shape[-1] == 1 else Diagonal(total)
+    total = c.from_start[..., -1, :].expand(c.q.shape[0], -1, c.q.shape[2], -1).movedim(2, 0)
+    return Diagonal(total) if total.shape[-1] > 1 else Scalar(total.squeeze(-1))
 
 
 def _per_channel(c: Chunks) -> bool:
-    return c.b is not None and c.b.shape[-1] > 1
+    return c.g is not None and c.g.shape[-1] > 1
 
 
 def _pair_decay(c: Chunks) -> Tensor:
-    """exp(b_i - b_j) for j <= i, zero above the diagonal; [.., C, C]. Decay per head only."""
+    """exp(i<j) for j <= i, zero above the diagonal; [.., C, C]. Decay per head only."""
     size = c.q.shape[3]
-    past = torch.ones(size, size, dtype=torch.bool, device=c.q.device).tril()
-    if c.b is None:
-        return past.to(c.q.dtype)
-    return _exp((c.b - c.b.mT).masked_fill(~past, -torch.inf), c.q)
+    if c.g is None:
+        return torch.ones(size, size, dtype=c.q.dtype, device=c.q.device).tril()
+    return _exp(c.g.expand(*c.g.shape[:-1], size).tril(-1).cumsum(3), c.q).tril()
 
 
 def _column_decay(c: Chunks, j: int) -> Tensor:
-    """exp(b_i - b_j) for i >= j, [.., C - j, K]."""
-    assert c.b is not None
-    return _exp(c.b[..., j:, :] - c.b[..., j : j + 1, :], c.q)
+    """exp(i<j) for i >= j, [.., C - j, K]."""
+    assert c.g is not None
+    return _exp(torch.cat([torch.zeros_like(c.g[..., :1, :]), c.g[..., j + 1 :, :]], 3).cumsum(3), c.q)
 
 
 def _scores(c: Chunks) -> Tensor:
-    """sum_K q_i k_j exp(b_i - b_j), [.., C, C], zero for j > i."""
+    """sum_K q_i k_j exp(i<j), [.., C, C], zero for j > i."""
     if not _per_channel(c):
         return (c.q @ c.k.mT) * _pair_decay(c)
     scores = c.q.new_zeros(*c.q.shape[:-1], c.q.shape[3])

@@ -37,6 +37,9 @@ from lasp.recurrence.pullback import pull_back
 from lasp.recurrence.stages import Saved, Stages
 
 CHUNK = 64
+# A chunk of many more tokens than channels erases most of what it writes: pairs of its tokens then cancel, and the
+# gradient of a decay is what is left of them.
+CHUNK_PER_CHANNEL = 4
 
 
 class ChunkFactors(NamedTuple):
@@ -91,8 +94,9 @@ class DeltaLocalGradients(NamedTuple):
 
 def _cut_inputs(x: DeltaInputs) -> tuple[Chunking, list[Tensor]]:
     """q, k, v, beta and g if there is one, in chunks. Padding neither decays nor writes."""
-    tokens = x.q.shape[1]
-    chunking = Chunking(tokens, chunk_size(CHUNK, tokens, x.documents), x.documents)
+    tokens, channels = x.q.shape[1], x.q.shape[3]
+    limit = min(CHUNK, CHUNK_PER_CHANNEL << (channels - 1).bit_length())
+    chunking = Chunking(tokens, chunk_size(limit, tokens, x.documents), x.documents)
     dtype = state_dtype(x.q.dtype)
     tensors = [t for t in x.tensors() if t is not None]
     return chunking, [chunking.cut((t if t.dim() == 4 else t[..., None]).to(dtype)) for t in tensors]
