@@ -19,7 +19,9 @@ def assignments(node: ast.AST, before: float = math.inf) -> list[tuple[str, ast.
     for each in ast.walk(node):
         if isinstance(each, ast.AugAssign):
             pairs.append((each.target, each))  # type: ignore[arg-type]
-        for target in each.targets if isinstance(each, ast.Assign) else ():
+        if not isinstance(each, ast.Assign):
+            continue
+        for target in each.targets:
             if isinstance(target, ast.Tuple) and isinstance(each.value, ast.Tuple):
                 pairs += zip(target.elts, each.value.elts, strict=True)
             else:
