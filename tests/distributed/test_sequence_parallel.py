@@ -18,7 +18,7 @@ from lasp.exchange.schedules.all_gather import AllGather
 from lasp.sequence.sequence_parallel import balanced_lengths
 
 # Equal shards where None; otherwise a share of the tokens for each rank: empty, single-token, and longer than a chunk.
-SHARES = {
+SHARES: dict[int, list[tuple[int, ...] | None]] = {
     1: [None],
     2: [None, (30, 0), (0, 30), (1, 29), (10, 20)],
     3: [None, (0, 0, 30), (28, 1, 1), (1, 0, 29)],
