@@ -48,6 +48,8 @@ class PlanConfig:
     """Tokens of a sequence; 64K is 65536, 1M 1048576."""
     global_batch: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 1
     """Sequences per step, over all devices."""
+    compile: bool = False
+    """Blocks run compiled (`lasp train --compile`); a --config that says so too."""
     json: bool = False
     """Print everything as JSON instead of the table."""
     plot: Path | None = None
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     run = None if config.config is None else load_toml(config.config)
     job, name = _job(config, run)
     check_picture("--plot", config.plot)
-    found = {"model": name, **plan(job)}
+    compiled = config.compile or (run is not None and run.parallel.compile)
+    found = {"model": name, **plan(job, compiled=compiled)}
     found["command"] = _command(config, run, found)
     if config.plot is not None:
         plot(found, curves(job), config.plot)
@@ -111,6 +114,8 @@ def _command(config: PlanConfig, run: TrainConfig | None, found: dict[str, Any])
         words += ["--seq-len", found["seq_len"], "--global-batch", found["batch"]]
     words += ["--precision", found["precision"], "--device", "cpu" if found["device"] == "cpu" else "cuda"]
     words += [word for option in options(entry) for word in option.split()]
+    if config.compile and (run is None or not run.parallel.compile):
+        words += ["--compile"]
     # What the file says of how to run is not what was planned.
     if run is not None and run.accumulation > 1:
         words += ["--accumulation", 1]

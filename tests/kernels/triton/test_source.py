@@ -19,11 +19,11 @@ def assignments(node: ast.AST, before: float = math.inf) -> list[tuple[str, ast.
     for each in ast.walk(node):
         if isinstance(each, ast.AugAssign):
             pairs.append((each.target, ast.Constant(None)))
-        for target in each.targets if isinstance(each, ast.Assign) else ():
-            if isinstance(target, ast.Tuple) and isinstance(each.value, ast.Tuple):
-                pairs += zip(target.elts, each.value.elts, strict=True)
-            else:
-                pairs.append((target, each.value))
+        if isinstance(each, ast.Assign):
+            for target in each.targets:
+                both = (target, each.value)
+                is_tuples = all(isinstance(side, ast.Tuple) for side in both)
+                pairs += zip(*(side.elts for side in both), strict=True) if is_tuples else [both]  # type: ignore[attr-defined]
     pairs = [(target, value) for target, value in pairs if target.lineno < before]
     return [(target.id, value) for target, value in sorted(pairs, key=lambda pair: pair[0].lineno)
             if isinstance(target, ast.Name)]  # fmt: skip
