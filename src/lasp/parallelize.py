@@ -32,7 +32,6 @@ from lasp.layers import RMSNorm, ShortConvolution
 from lasp.models.recomputation import (
     RECOMPUTATIONS,
     CompiledShapes,
-    check_compilable,
     compile_block,
     recompute,
     run_in_pieces,
@@ -155,8 +154,6 @@ def parallelize(
     check_flags(cpu_offload=cpu_offload, compile=compile)
     _check(data_parallel, gather_dtype, cpu_offload, recomputation, ffn_piece_tokens)
     spread_sequences = mesh is not None and mesh[SP_AXIS].size() > 1
-    if compile and spread_sequences:
-        check_compilable(model)
     blocks = _blocks(model)
     if not blocks and (recomputation != "none" or ffn_piece_tokens is not None or compile):
         raise ValueError(

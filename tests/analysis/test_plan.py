@@ -119,16 +119,20 @@ def test_json(capsys):
 
 
 def test_what_nobody_measured_is_marked(capsys):
-    """Marks the model, the device, or a hybrid of which one half was not measured."""
-    for family, kind, is_measured in (
-        ("transnormer", "H200", True),
-        ("mamba2", "H200", False),
-        ("transnormer", "A100", False),
+    """Tells by model, device and way; such numbers have a range."""
+    for family, kind, compiled, is_measured in (
+        ("transnormer", "H200", True, True),
+        ("linear-transformer", "H200", True, False),
+        ("transnormer", "A100-80G", True, False),
+        ("transnormer", "H100", False, False),
+        ("kda", "H200", False, True),
     ):
-        config, where = preset(family, "1b"), device(f"{kind}-80G" if kind == "A100" else kind)
-        found = plan(job(config=config, device=where, devices=1, seq_len=1 << 14, batch=1))
+        where = job(config=preset(family, "1b"), device=device(kind), devices=1, seq_len=1 << 14, batch=1)
+        found = plan(where, compiled=compiled)
         assert (found["measured"] is not None) == is_measured
         assert found["rests_on"]["steps"].startswith("measured" if is_measured else "not measured")
+        low, high = found["range"]
+        assert low == high == 1.0 if is_measured else low < 0.7 * high
     assert cli.main(["plan", "--model.family", "gla", "--model.size", "1b", "--seq-len", "16K"]) == 0
     assert capsys.readouterr().out.count("not measured") >= 3
 

@@ -1,11 +1,14 @@
-"""The steps that were measured. A prediction of any other is marked: nobody has seen how far it is off."""
+"""Measured steps beside predicted ones: what they take relative to the formulas, by model, device and way.
+
+A prediction of anything else is marked: nobody has seen how far it is off, and it has a range in place of a number.
+`python -m benchmarks.plan_table` computes the constants here from benchmarks/results, and fails where they differ.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from lasp.analysis.model import layers
-from lasp.layers.mixer import Operator
 from lasp.models.config import ModelConfig
 
 
@@ -14,7 +17,12 @@ class MeasuredSteps(NamedTuple):
 
     Attributes:
         device: a kind's name.
-        rule, decay, key_dim, value_dim: of the layers' operators, as in `lasp.layers.mixer.Operator`.
+        rule, decay, key_dim, value_dim: of most layers' operators, as in `lasp.layers.mixer.Operator`.
+        is_hybrid: there are softmax layers among them.
+        compiled: blocks ran compiled.
+        slowdown: measured time relative to the roofline's (lasp.analysis.timing), mean over the lengths.
+        kept: memory beside weights, gradients and optimizer relative to what lasp.analysis.memory lists: kernels and
+            compiled graphs recompute what PyTorch's operators keep.
         source: files.
     """
 
@@ -23,31 +31,60 @@ class MeasuredSteps(NamedTuple):
     decay: str
     key_dim: int
     value_dim: int
+    is_hybrid: bool
+    compiled: bool
+    slowdown: float
+    kept: float
     source: str
 
-    def covers(self, device: str, operator: Operator) -> bool:
-        """True for a step of such layers on such a device."""
-        asked = (device, operator.rule, operator.decay, operator.key_dim, operator.value_dim)
-        return self[:5] == asked
 
-
+_FAMILIES = "2026-11-29-nvidia-h200-train-families.json"
+# Rule, decay, K, V, hybrid; slowdown and kept, compiled and eager.
+_H200 = (
+    (("linear", "constant", 128, 128, False), (1.10, 0.69), (1.28, 0.90)),  # transnormer
+    (("linear", "constant", 256, 512, False), (1.37, 0.51), (1.54, 0.72)),  # retnet
+    (("linear", "channel", 256, 512, False), (1.22, 0.59), (1.45, 0.84)),  # gla
+    (("delta", "none", 128, 128, False), (1.15, 0.51), (1.28, 0.68)),  # deltanet
+    (("delta", "head", 256, 512, False), (1.67, 0.47), (1.89, 0.64)),  # gated-deltanet
+    (("delta", "channel", 128, 128, True), (1.13, 0.56), (1.28, 0.78)),  # kda
+    (("linear", "head", 128, 64, False), (1.21, 0.53), (1.27, 0.54)),  # mamba2
+    (("linear", "constant", 64, 64, True), (1.21, 0.57), (1.35, 0.82)),  # hybrid
+)
+_H100_FILES = "2026-11-24-nvidia-h100-80gb-hbm3-train-transnormer-1b-*.json"
 MEASURED = (
-    MeasuredSteps(
-        "H100", "linear", "constant", 128, 128, "2026-11-24-nvidia-h100-80gb-hbm3-train-transnormer-1b-*.json"
+    *(
+        MeasuredSteps("H200", *operator, compiled, *relative, _FAMILIES)
+        for operator, *both in _H200
+        for compiled, relative in zip((True, False), both, strict=True)
     ),
-    MeasuredSteps("H200", "linear", "constant", 128, 128, "2026-11-26-nvidia-h200-train-transnormer-1b-*.json"),
-    MeasuredSteps("H200", "linear", "channel", 256, 512, "2026-11-29-nvidia-h200-train-gla-1b.json"),
-    MeasuredSteps("cpu", "linear", "constant", 32, 32, "2026-11-24-cpu-plan.json"),
+    MeasuredSteps("H100", "linear", "constant", 128, 128, False, True, 0.99, 1.0, _H100_FILES),
+    MeasuredSteps("cpu", "linear", "constant", 32, 32, False, False, 1.0, 1.0, "2026-11-24-cpu-plan.json"),
 )
 
 
-def measured(config: ModelConfig, device: str) -> str | None:
-    """The files in benchmarks/results that have steps of such a model on such a device; None where there are none.
+def measured(config: ModelConfig, device: str, *, compiled: bool) -> MeasuredSteps | None:
+    """The measured steps of such a model on such a device, run in such a way; None where there are none.
 
     LRPE doubles the keys of the first layer of a model, so the most common operator counts.
     """
     operators = [each.operator for each in layers(config)]
-    common = max(operators, key=operators.count)
-    if any(each.rule != common.rule for each in operators):
+    recurrent = [each for each in operators if each.rule != "softmax"]
+    if not recurrent:
         return None
-    return next((steps.source for steps in MEASURED if steps.covers(device, common)), None)
+    common = max(recurrent, key=recurrent.count)
+    asked = (
+        device,
+        common.rule,
+        common.decay,
+        common.key_dim,
+        common.value_dim,
+        len(recurrent) < len(operators),
+        compiled,
+    )
+    return next((steps for steps in MEASURED if steps[:7] == asked), None)
+
+
+def slowdowns(*, compiled: bool) -> tuple[float, float]:
+    """The least and the largest slowdown of what was measured on any GPU in such a way."""
+    found = [steps.slowdown for steps in MEASURED if steps.compiled == compiled and steps.device != "cpu"]
+    return min(found), max(found)

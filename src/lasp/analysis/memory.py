@@ -67,6 +67,11 @@ class Memory(NamedTuple):
     def total(self) -> float:
         return sum(self)
 
+    def scaled(self, kept: float, *, keeps: bool) -> Memory:
+        """Memory where blocks keep so many times what is listed; unless `keeps`, of one block at a time."""
+        activations, states = (kept * size if keeps else size for size in (self.activations, self.states))
+        return self._replace(activations=activations, states=states, buffers=kept * self.buffers)
+
 
 def training_memory(
     config: ModelConfig,

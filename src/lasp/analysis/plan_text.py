@@ -37,7 +37,7 @@ def show(found: dict[str, Any], console: Terminal) -> None:
             _recommend(found, title, which, unseen, console)
     if found["command"] is not None:
         best = found["recommended_of_lasp_train"]
-        rate = f"{best['tokens_per_s']:,.0f} tokens/s{unseen}, {best['memory_bytes'] / 1e9:.1f} GB"
+        rate = f"{_rate(best, found)} tokens/s{unseen}, {best['memory_bytes'] / 1e9:.1f} GB"
         console.print(f"The fastest that lasp train does ({rate}), with --data.path for your text:")
         console.print(f"  {found['command']}", soft_wrap=True)
         if found["hosts"] > 1:
@@ -58,7 +58,8 @@ def _methods(found: dict[str, Any]) -> Table:
     table = Table(
         title=f"{found['model']} ({found['model_parameters'] / 1e6:,.0f}M parameters), {found['batch']} x "
         f"{length_text(found['seq_len'])} tokens on {found['devices']} x {found['device']}, "
-        f"{found['precision']}" + ("" if found["measured"] else "; not measured")
+        f"{found['precision']}, {'compiled' if found['compiled'] else 'eager'}"
+        + ("" if found["measured"] else "; not measured")
     )
     columns = ("method", "fits", "GB each", "tokens/s", "step", "waits", "received", "dp x sp", "data-parallel")
     for column in (*columns, "recomputation", "exchange", "longest"):
@@ -72,7 +73,7 @@ def _methods(found: dict[str, Any]) -> Table:
             entry["method"],
             "yes" if entry["fits"] else "no",
             f"{entry['memory_bytes'] / 1e9:.1f}",
-            f"{entry['tokens_per_s']:,.0f}",
+            _rate(entry, found),
             f"{entry['step_s']:.3g} s",
             f"{entry['communication_share']:.0%}",
             _bytes(entry["received_bytes"]),
@@ -88,7 +89,7 @@ def _methods(found: dict[str, Any]) -> Table:
 def _recommend(found: dict[str, Any], title: str, which: str, unseen: str, console: Terminal) -> None:
     best, ties = found[f"recommended{which}"], found[f"ties{which}"]
     console.print(
-        f"{title}: {' '.join(_parts(best))}; {best['tokens_per_s']:,.0f} tokens/s{unseen}, "
+        f"{title}: {' '.join(_parts(best))}; {_rate(best, found)} tokens/s{unseen}, "
         f"{best['memory_bytes'] / 1e9:.1f} GB.",
     )
     if ties:
@@ -97,6 +98,12 @@ def _recommend(found: dict[str, Any], title: str, which: str, unseen: str, conso
         console.print(
             f"  By prediction within {found['tie']:.0%} of it, so as good: {'; '.join(others[:_TIES_SHOWN])}{more}.",
         )
+
+
+def _rate(entry: dict[str, Any], found: dict[str, Any]) -> str:
+    """Tokens/s, a range where nothing like it was measured."""
+    low, high = (entry["tokens_per_s"] * end for end in found["range"])
+    return f"{high:,.0f}" if low == high else f"{float(f'{low:.2g}'):,.0f} to {float(f'{high:.2g}'):,.0f}"
 
 
 def _parts(entry: dict[str, Any]) -> list[str]:

@@ -39,6 +39,8 @@ class Job:
     Attributes:
         batch: sequences of a step, over all devices.
         seq_len: tokens of each.
+        slowdown, kept: time of a device's own work relative to the roofline's, and memory of what blocks keep relative
+            to the lists'; see lasp.analysis.measured.
     """
 
     config: ModelConfig
@@ -46,6 +48,8 @@ class Job:
     devices: int
     seq_len: int
     batch: int
+    slowdown: float = 1.0
+    kept: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in (("devices", self.devices), ("seq_len", self.seq_len), ("batch", self.batch)):
@@ -153,7 +157,7 @@ def estimate(job: Job, layout: ParallelLayout) -> Estimate:
         optimizer_parameters=updated,
         softmax_everywhere=layout.method == "ring",
         share=1 / sp if is_tensor else 1.0,
-    )
+    ).scaled(job.slowdown)
     sequence_s, exposed, received = _along_sequence(job, layout, own, batch, tokens, narrow)
     data_s = _of_weights(job, layout, parameters, narrow)
     hidden = 0.75 * own.backward + (0.5 * own.forward if layout.sharding in ("zero2", "zero3") else 0.0)
@@ -171,7 +175,7 @@ def estimate(job: Job, layout: ParallelLayout) -> Estimate:
         extra_per_token=_kept(config, narrow) if layout.method == "ulysses" else 0.0,
         weight_share=1 / sp if is_tensor else 1.0,
         buffers=_buffers(config, layout, batch, tokens, narrow),
-    )
+    ).scaled(job.kept, keeps=layout.recomputation == "none")
     return Estimate(
         layout=layout,
         memory=memory,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from lasp.analysis.measured import measured
+from lasp.analysis.measured import measured, slowdowns
 from lasp.analysis.model import num_parameters
 from lasp.analysis.planner import METHODS, Estimate, Job, best, estimate, layouts, longest, nodes_of, problem
 
@@ -20,7 +21,10 @@ BASIS = {
     "step floor": "device.host",
 }
 
-NOT_MEASURED = "not measured: no step of such a model on such a device is known; times may be off by several times"
+NOT_MEASURED = (
+    "not measured: no step of such a model on such a device, run so, is known; times are the roofline's, of which "
+    "measured ones on GPUs took {:.2f} to {:.2f} times as much; memory is that of eager blocks in PyTorch's operators"
+)
 
 # Steps whose predictions differ by less are not told apart: quartiles of one layout's measured steps span as much, and
 # so do the errors of two layouts' predictions against each other (docs/results/predictions.md).
@@ -59,8 +63,14 @@ def why_not(job: Job, method: str) -> str:
     return next((reason for reason in reasons if reason is not None), "one device has nothing to divide")
 
 
-def plan(job: Job) -> dict[str, Any]:
-    """Every method's best layout, the recommended one, and what the numbers rest on."""
+def plan(job: Job, *, compiled: bool = False) -> dict[str, Any]:
+    """Every method's best layout, the recommended one, and what the numbers rest on.
+
+    compiled: blocks run compiled. Where such steps were measured, times are scaled to theirs; else the rates have a
+    range, by what others were measured to take.
+    """
+    steps, (least, most) = measured(job.config, job.device.name, compiled=compiled), slowdowns(compiled=compiled)
+    job = job if steps is None else replace(job, slowdown=steps.slowdown, kept=steps.kept)
     methods: list[dict[str, Any]] = []
     for method in METHODS:
         found = best(job, method)
@@ -71,7 +81,7 @@ def plan(job: Job) -> dict[str, Any]:
             entry |= row(found)
         entry["longest_tokens"] = longest(job.config, job.device, job.devices, method, batch=job.batch)
         methods.append(entry)
-    fitting, source = alternatives(job), measured(job.config, job.device.name)
+    fitting = alternatives(job)
     recommended = next(iter(fitting), None)
     trained = next((each for each in fitting if trains(each)), None)
     runs = next((each for each in fitting if each["method"] in TRAINED_METHODS), None)
@@ -91,9 +101,17 @@ def plan(job: Job) -> dict[str, Any]:
         "ties_for_lasp_train": ties(trained, [each for each in fitting if trains(each)]),
         "tie": TIE,
         "methods": methods,
-        "measured": source,
+        "compiled": compiled,
+        "measured": None if steps is None else steps.source,
+        # Of tokens/s, relative to those named.
+        "range": [1.0, 1.0] if steps is not None else [1 / most, 1 / least],
         "rests_on": BASIS
-        | {"steps": NOT_MEASURED if source is None else f"measured: benchmarks/results/{source}"}
+        | {
+            "steps": NOT_MEASURED.format(least, most)
+            if steps is None
+            else f"measured: {steps.slowdown:.2f} times the roofline's time, {steps.kept:.2f} times what is listed of "
+            f"activations; benchmarks/results/{steps.source}"
+        }
         | {f"device.{name}": source for name, source in job.device.sources.items()},
     }
 

@@ -52,6 +52,10 @@ class Compute(NamedTuple):
     def total(self) -> float:
         return self.forward + self.backward + self.optimizer
 
+    def scaled(self, factor: float) -> Compute:
+        """The same work, in so many times as many seconds."""
+        return Compute(*(factor * seconds for seconds in self))
+
 
 def kernel(device: Device, flops: float, nbytes: float) -> float:
     """Roofline: seconds."""

@@ -77,8 +77,9 @@ def profiled(step: Callable[[], None], model: nn.Module, device: torch.device, c
             part["s"] += seconds
             part["product_flops"] += _product_flops(event)
     total = sum(part["s"] for part in parts.values()) or 1.0
-    rows = [{"name": name, "calls": calls, "s": s, "share": s / total} for name, (calls, s) in kernels.items()]
-    return {"kernels": sorted(rows, key=lambda row: -row["s"])[:count], "parts": parts}
+    longest = sorted(kernels.items(), key=lambda each: -each[1][1])[:count]
+    rows = [{"name": name, "calls": calls, "s": s, "share": s / total} for name, (calls, s) in longest]
+    return {"kernels": rows, "parts": parts}
 
 
 @contextmanager

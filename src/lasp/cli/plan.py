@@ -22,7 +22,8 @@ def main(arguments: Sequence[str]) -> int:
     run = None if config.config is None else load_toml(config.config)
     job, name = job_of(config, run)
     check_picture("--plot", config.plot)
-    found = {"model": name, **plan(job)}
+    compiled = config.compile or (run is not None and run.parallel.compile)
+    found = {"model": name, **plan(job, compiled=compiled)}
     found["command"] = command_of(config, run, found)
     if config.plot is not None:
         plot(found, curves(job), config.plot)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lasp.exchange.start import keeping_exchanges
-from lasp.layers import Mixer, ShortConvolution
+from lasp.layers import Mixer
 from lasp.ops.autograd import TRACEABLE
 
 # As many as PyTorch's compiler by itself makes of a function, and more than what follows from them.
@@ -71,9 +71,10 @@ class CompiledShapes:
 def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
     """Compile the block's training forward, the exchange inside it, without graph breaks.
 
-    Around the scan of a delta rule the graph breaks, and with PyTorch before 2.13 around that of every recurrence
-    without fused kernels (lasp.ops.scan): what comes before and after it is compiled. Blocks with packed documents run
-    uncompiled: their layout is another in every step. So do, after a warning, inputs that `shapes` does not admit.
+    The graph breaks around the scan of a delta rule, over ranks around short convolutions and softmax attention too,
+    and with PyTorch before 2.13 around every recurrence without fused kernels (lasp.ops.scan): what comes before and
+    after is compiled. Blocks with packed documents run uncompiled: their layout is another in every step. So do, after
+    a warning, inputs that `shapes` does not admit.
 
     shapes: one for all blocks of a model.
     """
@@ -125,7 +126,9 @@ class _Compiled:
             return result
         if self._compiled is None:
             mixers = [module for module in self._block.modules() if isinstance(module, Mixer)]
-            breaks = not TRACEABLE or any(mixer.config.rule == "delta" for mixer in mixers)
+            breaks = not TRACEABLE or any(
+                mixer.config.rule != "linear" or mixer.convolution is not None for mixer in mixers
+            )
             self._compiled = torch.compile(run, fullgraph=not breaks, dynamic=False)
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
         # pieces, and keep all that crosses a cut. Blocks are pieces enough.
@@ -138,13 +141,3 @@ class _Compiled:
         ):
             result = self._compiled(*arguments)
         return result
-
-
-def check_compilable(model: nn.Module) -> None:
-    """Raise ValueError where blocks exchange something that the compiler cannot follow."""
-    for name, module in model.named_modules():
-        if isinstance(module, ShortConvolution) or (isinstance(module, Mixer) and module.config.rule == "softmax"):
-            raise ValueError(
-                f"compile under sequence parallelism takes blocks whose only exchange is a recurrence's, and {name} is "
-                f"a {type(module).__name__}, which has its own: leave one of the two out"
-            )

@@ -40,6 +40,8 @@ class PlanConfig:
     """Tokens of a sequence; 64K is 65536, 1M 1048576."""
     global_batch: Annotated[int, tyro.conf.arg(aliases=["--batch"])] = 1
     """Sequences per step, over all devices."""
+    compile: bool = False
+    """Blocks run compiled (`lasp train --compile`); a --config that says so too."""
     json: bool = False
     """Print everything as JSON instead of the table."""
     plot: Path | None = None
@@ -90,6 +92,8 @@ def command_of(config: PlanConfig, run: TrainConfig | None, found: dict[str, Any
         words += ["--seq-len", found["seq_len"], "--global-batch", found["batch"]]
     words += ["--precision", found["precision"], "--device", "cpu" if found["device"] == "cpu" else "cuda"]
     words += [word for option in layout_options(entry) for word in option.split()]
+    if config.compile and (run is None or not run.parallel.compile):
+        words += ["--compile"]
     # What the file says of how to run is not what was planned.
     if run is not None and run.accumulation > 1:
         words += ["--accumulation", 1]
