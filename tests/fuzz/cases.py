@@ -46,7 +46,8 @@ class Case:
         learned: of which inputs gradients are wanted. layout: how inputs lie in memory.
         lengths: tokens of every rank; None on one device. even: equal shards, without `lengths`.
         schedule, simulated: how ranks exchange, and whether in one process.
-        width, bias, activation: of a convolution. method: of softmax attention. normalize: of the delta rule.
+        width, bias, activation: of a convolution. method, window, softcap: of softmax attention. normalize: of
+            the delta rule.
         seed: of the numbers.
     """
 
@@ -82,6 +83,8 @@ class Case:
     method: str
     normalize: bool
     seed: int
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def real_ranks(self) -> int:
@@ -160,6 +163,8 @@ def draw(seed: int, index: int, device: str, family: str) -> Case:
         width=rng.randint(1, 8), bias=rng.random() < 0.5, activation=rng.choice((None, "silu")), method=method,
         # Of one channel nothing is left of the length's gradient.
         normalize=op == "delta" and keys > 1 and rng.random() < 0.5, seed=rng.getrandbits(48),
+        window=rng.choice((None, None, 1, 5, 70)) if op == "softmax" and causal else None,
+        softcap=rng.choice((None, None, None, 3.0)) if op == "softmax" else None,
     )  # fmt: skip
 
 
@@ -323,7 +328,7 @@ def options(case: Case) -> dict[str, Any]:
     if case.op == "delta":
         found["normalize_qk"] = case.normalize
     if case.op == "softmax":
-        found["method"] = case.method
+        found |= {"method": case.method, "window": case.window, "softcap": case.softcap}
         if case.cu_seqlens is not None and case.initial != "none":
             found["initial_cu_seqlens"] = tuple(2 * n for n in range(len(case.cu_seqlens)))
     return found

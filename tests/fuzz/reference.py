@@ -74,15 +74,29 @@ def convolution(
     return y * y.sigmoid() if activation == "silu" else y, rows[:, tokens:].transpose(1, 2)
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor, state: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """state [B, P, H_kv, D + D_v]: keys beside values of earlier tokens, which all see."""
+def softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """state [B, P, H_kv, D + D_v]: keys beside values of earlier tokens, which all see, or those within the window."""
     kept = torch.cat([state, torch.cat([k, v], -1)], 1)
     keys, values = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in kept.split([k.shape[3], v.shape[3]], -1))
     scores = scale * torch.einsum("bthd,bshd->bhts", q, keys)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
         tokens, before = q.shape[1], state.shape[1]
-        later = torch.ones(tokens, before + tokens, dtype=torch.bool, device=q.device).triu(before + 1)
-        scores = scores.masked_fill(later, -torch.inf)
+        every = torch.ones(tokens, before + tokens, dtype=torch.bool, device=q.device)
+        hidden = every.triu(before + 1)
+        if window is not None:
+            hidden |= every.tril(before - window)
+        scores = scores.masked_fill(hidden, -torch.inf)
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values), kept
 
 

@@ -179,7 +179,8 @@ def _softmax(case: Case, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, 
     starts = list(start.tensor_split(parts, 1))
 
     def function(state: Tensor, *x: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.softmax(*x, state, case.causal, scale)  # type: ignore[arg-type, call-arg]
+        options = (case.causal, scale, case.window, case.softcap)
+        return reference.softmax(*x, state, *options)  # type: ignore[arg-type, call-arg]
 
     o, finals = reference.packed(bounds, function, starts, q, k, v)
     return o, torch.cat(finals, 1)

@@ -35,6 +35,7 @@ def model(**options: Any) -> CausalLM:
     return found
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_computes_the_same(tied: bool, tmp_path: Path) -> None:
     """Logits to 1e-6; the control is a weight of the convolution read backwards."""
@@ -63,6 +64,7 @@ def test_transformers_computes_the_same(tied: bool, tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.ci
 def test_a_model_of_transformers_in_several_files_of_bf16(tmp_path: Path) -> None:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 

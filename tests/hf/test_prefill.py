@@ -59,6 +59,7 @@ def compare(kind: str, size: int) -> None:
         assert all(before < 1e-11 and after < 1e-11 and same for before, after, same in found), found
 
 
+@pytest.mark.ci
 def test_a_prompt_over_ranks() -> None:
     compare("qwen3_next", 3)
 
