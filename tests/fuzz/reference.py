@@ -74,7 +74,9 @@ def convolution(
     return y * y.sigmoid() if activation == "silu" else y, rows[:, tokens:].transpose(1, 2)
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor, state: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def softmax(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, causal: bool, scale: float, through_denominators: bool = True
+) -> tuple[Tensor, Tensor]:
     """state [B, P, H_kv, D + D_v]: keys beside values of earlier tokens, which all see."""
     kept = torch.cat([state, torch.cat([k, v], -1)], 1)
     keys, values = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in kept.split([k.shape[3], v.shape[3]], -1))
@@ -83,7 +85,9 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, state: Tensor, causal: bool, scale:
         tokens, before = q.shape[1], state.shape[1]
         later = torch.ones(tokens, before + tokens, dtype=torch.bool, device=q.device).triu(before + 1)
         scores = scores.masked_fill(later, -torch.inf)
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values), kept
+    sums = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - (sums if through_denominators else sums.detach())).exp()
+    return torch.einsum("bhts,bshd->bthd", weights, values), kept
 
 
 def packed(
