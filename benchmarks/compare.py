@@ -1,14 +1,15 @@
-"""Two revisions of the decay family's kernels in turns in one run on one GPU: is the second as fast?
+"""Revisions of the kernels in turns in one run on one GPU: are later ones as fast as the first?
 
-    python benchmarks/compare.py REV_A REV_B                                 # of this repository, in worktrees
-    python benchmarks/compare.py --folder-a OLD --folder-b NEW --output FILE   # two checkouts, without git
+    python benchmarks/compare.py BASE BASE NEW                          # revisions of this repository, unpacked by git
+    python benchmarks/compare.py old old new --output FILE              # or folders of checkouts, without git
 
-A process for each revision is kept, with `lasp` from its checkout and the measuring code of this folder. Each row of
-`benchmarks/kernels.py` (kernels alone, by CUDA graphs; and eager calls) and of `benchmarks/host_cost.py` both measure
-in turns, A B, B A, and so on, so that neither has the cooler device. Printed are both medians, the median of the
-rounds' ratios B / A, and the least and the most of them. Exit code 1 where a median ratio is beyond the limit. Host
-times differ from process to process: both have the same processors, take the least of a round instead of its median,
-and are started anew `--restarts` times, over which rounds are spread.
+Each revision named is measured in processes of its own, with `lasp` from its checkout and the measuring code of this
+folder; the base named twice shows what a ratio of equal code is. Each row of `benchmarks/kernels.py` (kernels alone, by
+CUDA graphs; and eager calls) and of `benchmarks/host_cost.py` all measure in turns, A B C, C B A, and so on, so that
+none has the cooler device. Host times differ from process to process by more than revisions do: each revision has
+`--processes` of them, which live side by side and work in turns, on the same processors, and a time is the least of a
+round. Printed are each revision's median over rounds and processes, its ratio to the base's, and the least and the
+most of the rounds' ratios. Exit code 1 where a ratio of medians is beyond the limit.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-KERNEL_KINDS = ("constant", "scalar", "channel")
 HOST_KINDS = ("none", "constant", "scalar", "channel")
 KERNEL_PARTS = ("forward, kernels", "both, kernels", "forward", "both")
-PROCESSORS = 4  # the same for both revisions, which never work at once
+PROCESSORS = 4  # the same for all processes, which never work at once
 HOST_PARTS = ("forward", "both", "both on one thread")
 
 
 class Compared(NamedTuple):
-    """A row: medians in ms, and the rounds' ratios B / A: their median, least and most."""
+    """A row: medians in ms, their ratio B / A, and the least and the most of the rounds' ratios."""
 
     name: str
+    revision: str
     a: float
     b: float
     ratio: float
@@ -46,10 +47,10 @@ class Compared(NamedTuple):
     most: float
 
 
-def compared(name: str, times_a: list[float], times_b: list[float]) -> Compared:
+def compared(name: str, revision: str, times_a: list[float], times_b: list[float]) -> Compared:
     ratios = [b / a for a, b in zip(times_a, times_b, strict=True)]
-    a, b, ratio = (statistics.median(values) for values in (times_a, times_b, ratios))
-    return Compared(name, a, b, ratio, min(ratios), max(ratios))
+    a, b = statistics.median(times_a), statistics.median(times_b)
+    return Compared(name, revision, a, b, b / a, min(ratios), max(ratios))
 
 
 def slower(rows: list[Compared], limit: float) -> list[Compared]:
@@ -129,22 +130,33 @@ class Revision:
     """A process with `lasp` of one checkout."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
-        paths = [str(folder.resolve() / "src"), str(HERE)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache)}
+        self._source = str(folder.resolve() / "src")
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([self._source, str(HERE)]),
+            "TRITON_CACHE_DIR": str(cache),
+        }
         command = [sys.executable, str(HERE / "compare.py"), "--worker"]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
+
+    def __enter__(self) -> Revision:
         found = self._read()
-        if not Path(found).is_relative_to(paths[0]):
-            self.end()
-            raise RuntimeError(f"expected lasp from {paths[0]}, got {found}")
+        if not Path(found).is_relative_to(self._source):
+            self.__exit__()
+            raise RuntimeError(f"expected lasp from {self._source}, got {found}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
     def _read(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a revision's process ended with exit code {self._process.wait()}")
+            raise RuntimeError(f"the process of {self._source} ended with exit code {self._process.wait()}")
         return line.strip()
 
     def ask(self, what: Any) -> None:
@@ -154,84 +166,96 @@ class Revision:
     def answer(self) -> Any:
         return json.loads(self._read())
 
-    def end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
-
-Times = dict[str, tuple[list[float], list[float]]]
-
-
-def measure(a: Revision, b: Revision, group: list[str], parts: tuple[str, ...], rounds: int, times: Times) -> None:
-    """Adds the milliseconds of both, by row and round."""
-    for revision in (a, b):  # compiling side by side
+def prepare(revisions: list[Revision], group: list[str]) -> None:
+    for revision in revisions:  # compiling side by side
         revision.ask(group)
-    for revision in (a, b):
+    for revision in revisions:
         revision.answer()
-    for part in parts:
-        of_a, of_b = times.setdefault(f"{' '.join(group)}: {part}", ([], []))
-        for number in range(rounds + 1):
-            found = {}
-            for revision in (a, b) if number % 2 == 0 else (b, a):
-                revision.ask(part)
-                found[revision] = revision.answer()
+
+
+def measure(revisions: list[Revision], part: str, rounds: int) -> list[list[float]]:
+    """Returns the milliseconds of each revision by round."""
+    times: list[list[float]] = [[] for _ in revisions]
+    for number in range(rounds + 1):
+        places = range(len(revisions)) if number % 2 == 0 else reversed(range(len(revisions)))
+        for place in places:
+            revisions[place].ask(part)
+            found = revisions[place].answer()
             if number > 0:  # the first warms up
-                of_a.append(found[a])
-                of_b.append(found[b])
+                times[place].append(found)
+    return times
 
 
 @contextlib.contextmanager
 def checkouts(revisions: list[str]) -> Iterator[list[Path]]:
-    """Worktrees of revisions of this repository."""
-    git = ["git", "-C", str(HERE)]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("a", "b")]
-        try:
-            for path, revision in zip(paths, revisions, strict=True):
-                subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(path), revision], check=True)
-            yield paths
-        finally:
-            for path in paths:
-                subprocess.run([*git, "worktree", "remove", "--force", str(path)], check=False, capture_output=True)
+    """Gives a folder for each revision: itself if it is one, or what git has of it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = []
+        for revision in revisions:
+            folder = Path(revision)
+            if not folder.is_dir():
+                folder = Path(temporary) / revision.replace("/", "-")
+                folder.mkdir(exist_ok=True)
+                packed = subprocess.run(
+                    ["git", "-C", HERE.parent, "archive", revision], check=True, stdout=subprocess.PIPE
+                )
+                subprocess.run(["tar", "x", "-C", folder], input=packed.stdout, check=True)
+            folders.append(folder)
+        yield folders
+
+
+def table(rows: list[Compared], limit: float) -> None:
+    for row in rows:
+        beyond = "  beyond" if slower([row], limit) else ""
+        numbers = f"{row.a:9.3f}{row.b:9.3f}{row.ratio:8.3f}{row.least:8.3f}{row.most:8.3f}"
+        print(f"{row.name:44}{row.revision[-26:]:28}{numbers}{beyond}", flush=True)
 
 
 def compare(folders: list[Path], options: argparse.Namespace) -> list[Compared]:
-    kernels = [(["kernels", shape, kind], KERNEL_PARTS) for shape in options.shapes for kind in KERNEL_KINDS]
-    host = [(["host", kind], HOST_PARTS) for kind in HOST_KINDS] if options.host else []
-    times: Times = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for start in range(options.restarts if host else 1):
-            a, b = (Revision(folder, Path(cache) / name) for folder, name in zip(folders, "ab", strict=True))
-            for group, parts in [*(kernels if start == 0 else []), *host]:
-                measure(a, b, group, parts, options.rounds, times)
-                print(f"measured {' '.join(group)}", file=sys.stderr, flush=True)
-            a.end()
-            b.end()
-    rows = [compared(name, *pair) for name, pair in times.items()]
-    print(f"{'':44}{'A ms':>9}{'B ms':>9}{'B / A':>8}{'least':>8}{'most':>8}")
-    for row in rows:
-        beyond = "  beyond" if slower([row], options.limit) else ""
-        print(f"{row.name:44}{row.a:9.3f}{row.b:9.3f}{row.ratio:8.3f}{row.least:8.3f}{row.most:8.3f}{beyond}")
+    kernels = [(["kernels", shape, kind], KERNEL_PARTS, 1) for shape in options.shapes for kind in options.kinds]
+    host = [(["host", kind], HOST_PARTS, options.processes) for kind in HOST_KINDS if options.host]
+    rows: list[Compared] = []
+    print(f"{'':72}{'A ms':>9}{'B ms':>9}{'B / A':>8}{'least':>8}{'most':>8}")
+    with contextlib.ExitStack() as stack:
+        caches = stack.enter_context(tempfile.TemporaryDirectory())
+        started = [
+            [Revision(folder, Path(caches) / str(folders.index(folder))) for folder in folders]
+            for _ in range(options.processes if host else 1)
+        ]
+        sets = [[stack.enter_context(revision) for revision in revisions] for revisions in started]
+        for group, parts, count in [*kernels, *host]:
+            for revisions in sets[:count]:
+                prepare(revisions, group)
+            for part in parts:
+                times: list[list[float]] = [[] for _ in folders]
+                for revisions in sets[:count]:
+                    for known, found in zip(times, measure(revisions, part, options.rounds), strict=True):
+                        known += found
+                name = f"{' '.join(group)}: {part}"
+                row = [
+                    compared(name, revision, times[0], found)
+                    for revision, found in zip(options.revisions, times, strict=True)
+                ]
+                rows += row[1:]
+                table(row[1:], options.limit)
     return rows
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("revisions", nargs="*", metavar="REV", help="two of them, unless folders are given")
-    parser.add_argument("--folder-a", type=Path)
-    parser.add_argument("--folder-b", type=Path)
-    parser.add_argument("--shapes", nargs="+", default=["main"], help="of benchmarks/kernels.py")
+    parser.add_argument("revisions", nargs="*", metavar="REV", help="the base, and those that are compared with it")
+    parser.add_argument("--shapes", nargs="*", default=["main"], help="of benchmarks/kernels.py")
+    parser.add_argument("--kinds", nargs="*", default=["constant", "scalar", "channel"], help="likewise")
     parser.add_argument("--no-host", dest="host", action="store_false")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--restarts", type=int, default=4, help="of the processes, for the host's rows")
-    parser.add_argument("--limit", type=float, default=1.02, help="of a median ratio B / A")
+    parser.add_argument("--processes", type=int, default=4, help="of each revision, for the host's rows")
+    parser.add_argument("--limit", type=float, default=1.02, help="of a ratio of medians B / A")
     parser.add_argument("--output", type=Path, help="a JSON file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    folders = [options.folder_a, options.folder_b]
-    if not options.worker and (len(options.revisions), folders.count(None)) not in ((2, 2), (0, 0)):
-        parser.error("expected two revisions, or --folder-a and --folder-b")
+    if not options.worker and len(options.revisions) < 2:
+        parser.error("expected at least two revisions or folders")
     return options
 
 
@@ -240,17 +264,16 @@ def main() -> int:
     if options.worker:
         work()
         return 0
-    folders = [options.folder_a, options.folder_b]
-    given = contextlib.nullcontext(folders) if not options.revisions else checkouts(options.revisions)
-    with given as paths:
-        rows = compare(paths, options)
+    with checkouts(options.revisions) as folders:
+        rows = compare(folders, options)
     bad = slower(rows, options.limit)
     if options.output is not None:
         import torch
         import triton
 
         result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        result |= {"limit": options.limit, "rounds": options.rounds, "rows": [row._asdict() for row in rows]}
+        result |= {"revisions": options.revisions, "rounds": options.rounds, "processes": options.processes}
+        result |= {"limit": options.limit, "rows": [row._asdict() for row in rows]}
         options.output.write_text(json.dumps(result, indent=1))
     print(f"{len(bad)} of {len(rows)} rows beyond {options.limit}")
     return 1 if bad else 0

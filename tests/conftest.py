@@ -12,6 +12,10 @@ from left_to_ci import LEFT_TO_CI
 
 # Forked ranks hang on OpenMP threads that their parent had; and tensors here are small.
 torch.set_num_threads(1)
+# Ranks and programs of tests are forks, and no fork of a process that has looked at a GPU goes backward: tests run as
+# on a machine without GPUs, but for those that `make gpu` names.
+if os.environ.get("LASP_TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 # Read when Triton is first imported, which any test may do: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

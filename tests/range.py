@@ -1,8 +1,9 @@
 """The range of versions that is claimed, tried: `python -m tests.range` (`make range`).
 
 Each combination of Python, PyTorch and Triton gets an environment of its own, in which the core of the tests runs; then
-the environment is removed: PyTorch for CUDA, which is what the package index has for Linux, takes 5 GB and minutes.
-What cannot be had is listed as not run, with why. A table ends it; the exit code is 1 if a combination that ran failed.
+the environment is removed, unless `--keep` leaves it for the next run: PyTorch for CUDA, as the index has it for Linux,
+takes 5 GB and minutes. What cannot be had is listed as not run, with why. A table ends it; the exit code is 1 if a
+combination that ran failed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ OLDEST, USUAL = ("2.11.0", "3.6.0"), ("2.13.0", "3.7.1")
 # Triton 3.6's interpreter, in which kernels run here, takes arrays of one value for numbers: NumPy 2.4 refuses that.
 OTHERS = {"3.6.0": ["numpy<2.4"]}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-CORE = ("laws", "ops", "exchange", "distributed", "kernels", "layers", "models", "generate")
+CORE = ("laws", "ops", "exchange", "distributed", "kernels", "layers", "models", "generate", "train")
 DEADLINE_S = 3600
 NEEDED_BYTES = 12 << 30  # the environment, and the archives that pip unpacks into it
 
@@ -65,16 +65,18 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def run(versions: Versions, tests: list[str]) -> Outcome:
-    """Install and test one combination."""
+def run(versions: Versions, tests: list[str], keep: bool) -> Outcome:
+    """Install and test one combination, and remove its environment unless it is to be kept."""
     python = interpreter(versions.python)
     if python is None:
         return Outcome("not run", f"there is no Python {versions.python}")
-    if shutil.disk_usage(scratch()).free < NEEDED_BYTES:
+    name = re.sub(r"[^a-z0-9.]+", "-", str(versions).lower())
+    folder = scratch() / name
+    if not folder.exists() and shutil.disk_usage(scratch()).free < NEEDED_BYTES:
         return Outcome("not run", f"{scratch()} has less than {NEEDED_BYTES >> 30} GiB free")
-    with tempfile.TemporaryDirectory(prefix="range-", dir=scratch()) as folder:
+    try:
         subprocess.run([python, "-m", "venv", folder], check=True)
-        inside = str(Path(folder) / "bin" / "python")
+        inside = str(folder / "bin" / "python")
         for wanted in wanted_packages(versions):
             done = said([inside, "-m", "pip", "install", "--quiet", "--no-cache-dir", *wanted])
             if done.returncode:
@@ -82,13 +84,16 @@ def run(versions: Versions, tests: list[str]) -> Outcome:
         done = said([inside, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "-p", "no:cacheprovider", *tests])
         found = dict(line.split()[:2] for line in said([inside, "-m", "lasp", "--version"]).stdout.splitlines())
         told = "; ".join(
-            [*(f"{name} {found.get(name)}" for name in ("Python", "torch", "triton")), last_line(done.stdout)]
+            [*(f"{part} {found.get(part)}" for part in ("Python", "torch", "triton")), last_line(done.stdout)]
         )
+        log = scratch() / f"{name}.log"
+        log.write_text(done.stdout)
         if done.returncode:
-            log = scratch() / f"{re.sub(r'[^a-z0-9.]+', '-', str(versions).lower())}.log"
-            log.write_text(done.stdout)
             told += f"; all of it: {log.relative_to(ROOT)}"
         return Outcome("failed" if done.returncode else "passed", told)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def wanted_packages(versions: Versions) -> Iterator[list[str]]:
@@ -128,12 +133,13 @@ def last_line(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="of the combinations, those whose name has this pattern")
+    parser.add_argument("--keep", action="store_true", help="leave the environments in build/range, for the next run")
     parser.add_argument("tests", nargs="*", default=[f"tests/{name}" for name in CORE], help="what pytest runs")
     options = parser.parse_args()
     outcomes = {}
     for versions in combinations():
         if re.search(options.only, str(versions)):
-            outcomes[versions] = run(versions, options.tests)
+            outcomes[versions] = run(versions, options.tests, options.keep)
         else:
             outcomes[versions] = Outcome("not run", "left out with --only")
         print(f"{versions}: {outcomes[versions].verdict}: {outcomes[versions].details}", flush=True)

@@ -8,6 +8,7 @@ import pydoc
 import re
 import shlex
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,30 @@ def is_attribute(name: str) -> bool:
     """Whether a class has it, though not before it is made."""
     owner, _, attribute = name.rpartition(".")
     return attribute in getattr(pydoc.locate(owner), "__annotations__", {})
+
+
+def absent(packages: Iterable[str], reference: str) -> list[str]:
+    """Public classes and functions of packages that no directive of the reference shows."""
+    shown = set(re.findall(r"[\w]+", " ".join(re.findall(r"(?:auto\w+::|:members:) +(.+)", reference))))
+    found = []
+    for package in packages:
+        module = importlib.import_module(package)
+        whole = re.search(rf"automodule:: {re.escape(package)}\n +:members:\n", reference)
+        public = [] if whole else [name for name in module.__all__ if callable(getattr(module, name))]
+        found += [f"{package}.{name}" for name in public if name not in shown]
+    return found
+
+
+def unsaid(questions: str) -> list[str]:
+    """Messages that questions quote in bold and that no code of src says; capitals that stand alone are for values."""
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
+    said = re.sub(r"\{[^{}]*\}", "", re.sub(r'"\s*\n\s*[rf]*"', "", source))
+    found = []
+    for line in re.findall(r"^\*\*.+$", questions, re.MULTILINE):
+        for message in re.findall(r"\*\*(.+?)\*\*", line):
+            parts = [part.strip(" '") for part in re.split(r"\.\.\.|\b[A-Z]\b(?![^\[]*\])", message)]
+            found += [part for part in parts if len(part) > 2 and part not in said]
+    return found
 
 
 def problems(page: Path) -> list[str]:
@@ -133,6 +158,24 @@ def test_every_page_is_in_the_index() -> None:
     listed = {line for tree in re.findall(r"```\{toctree\}(.+?)```", index, re.DOTALL) for line in tree.split("\n")}
     written = {str(page.relative_to(DOCS).with_suffix("")) for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]}
     assert written - listed == {"index"}
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    packages = [f"lasp{name}" for name in ("", ".algebra", ".exchange", ".generate", ".hf", ".layers", ".models")]
+    reference = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
+    assert absent(packages, reference) == []
+    shorter = reference.replace(".. autofunction:: delta_rule\n", "").replace("lasp.layers\n", "lasp.no\n")
+    assert {"lasp.delta_rule", "lasp.layers.DeltaNet"} <= set(absent(packages, shorter))
+
+
+def test_questions_quote_what_is_said() -> None:
+    questions = (DOCS / "faq.md").read_text()
+    messages = re.split(r"^(?=## )", questions, flags=re.MULTILINE)
+    quoting = "".join(part for part in messages if part.startswith(("## Messages", "## Models of transformers")))
+    assert unsaid(quoting) == []
+    assert unsaid(quoting + "**the text has N tokens, and so on**, **no such message**\n") == [
+        "tokens, and so on", "no such message",
+    ]  # fmt: skip
 
 
 def test_every_page_that_code_names_is_there() -> None:

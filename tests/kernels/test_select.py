@@ -32,22 +32,26 @@ def test_what_is_taken_is_said_once(is_compiled: bool, caplog: pytest.LogCapture
     assert said.levelname == "INFO" and "decay recurrence: torch (the tensors are on cpu" in said.getMessage()
 
 
-def test_a_gpu_left_to_pytorch_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    gpu = torch.device("cuda")
-    for family in ("decay", "decay", "delta", "unmasked"):
-        select._choose(family, gpu, torch.float64, 0)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
-
-
-def test_kernels_not_known_to_be_right_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The delta rule's of wide heads with a gate per channel; other gates and narrower heads are the controls."""
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A Hopper GPU, as far as the choice looks."""
 
     class Hopper:
         major = 9
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper())
-    gpu = torch.device("cuda")
+    return torch.device("cuda")
+
+
+def test_a_gpu_left_to_pytorch_is_a_warning(gpu: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    for family in ("decay", "decay", "delta", "unmasked"):
+        select._choose(family, gpu, torch.float64, 0)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+
+
+def test_kernels_not_known_to_be_right_are_not_taken(gpu: torch.device) -> None:
+    """The delta rule's of wide heads with a gate per channel; other gates and narrower heads are the controls."""
     taken = {
         (channels, width): select._choose("delta", gpu, torch.bfloat16, width, width if channels else 0)
         for channels in (False, True)

@@ -32,6 +32,13 @@ EXPECTED = {
     ("gated-deltanet", "1b"): 2 * 32000 * 2048
     + 21 * (6 * 2048**2 + (2 * 1536 + 3072) * 4 + 2 * 6 * 2048 + 12 + 512 + 3 * 2048 * 5632 + 2 * 2048)
     + 2048,
+    # 18 layers of 16 heads of 128: q, k, v, output; convolution; beta; decay and gate of rank 128, one bias each; rate;
+    # norm. 6 softmax layers with 4 key heads.
+    ("kda", "1b"): 2 * 32000 * 2048
+    + 24 * (3 * 2048 * 5632 + 2 * 2048)
+    + 18 * (4 * 2048**2 + 3 * 2048 * 4 + 16 * 2048 + 2 * (2 * 2048 * 128 + 2048) + 16 + 128)
+    + 6 * (2 * 2048**2 + 2 * 2048 * 4 * 128)
+    + 2048,
     # z, x of 4096, B, C of 128, dt of 64 heads; convolution with bias over x, B, C; A, D, bias of dt; norm; output.
     ("mamba2", "1b"): 50288 * 2048
     + 48 * (2048 * (2 * 4096 + 2 * 128 + 64) + 5 * (4096 + 256) + 3 * 64 + 4096 + 4096 * 2048 + 2048)

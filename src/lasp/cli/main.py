@@ -90,7 +90,7 @@ def _for_users(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED_EXIT_CODE
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lasp"):
-        return f"the Python package {error.name} is not installed: README.md says what needs it", ConfigError.exit_code
+        return f"the Python package {error.name} is not installed: pip install {error.name}", ConfigError.exit_code
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
         named = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([" -> ".join(named) or "a file", error.strerror or str(error)]), FILES_EXIT_CODE

@@ -1,7 +1,8 @@
 """Selects the implementation that runs a recurrence's stages.
 
 Each backend is a package beside this file whose `STAGES` has a record for each family that it implements. It is
-imported when first asked for, by a plain statement, which torch.compile can follow.
+imported when first asked for, by a plain statement, which torch.compile can follow. Nothing that a compiled graph
+reads is kept here: operators select while the compiler traces, and what changes then breaks the graph's own guards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ FUSED_FAMILIES = ("decay", "delta")
 # the form that follows it has not been run there.
 SHOWN_CHANNEL_DIM = 128
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
-_loaded: dict[tuple[str, str], AnyStages] = {}
 _chosen: dict[tuple[str, torch.device, torch.dtype, int, int], str] = {}
 
 
@@ -102,14 +102,9 @@ def load(family: str, backend: str, x: Inputs) -> AnyStages:
 
 
 def _load(family: str, backend: str) -> AnyStages:
-    stages = _loaded.get((family, backend))
-    if stages is not None:
-        return stages
     families = _families(backend)
     if family not in families:
         raise ValueError(f"backend {backend!r} has no kernels for this recurrence (it has: {', '.join(families)})")
-    if not torch.compiler.is_compiling():
-        _loaded[family, backend] = families[family]
     return families[family]
 
 

@@ -188,5 +188,8 @@ family(
     mixer="kda",
     norm_eps=1e-5,
     tied_embeddings=False,
-    sizes={"tiny": shape(128, 4, 4, 32, 32, 320)},
+    sizes={
+        "tiny": shape(128, 4, 4, 32, 32, 320),
+        "1b": shape(2048, 24, 16, 128, 128, 5632, vocab_size=32000, layer_pattern="LLLN", num_kv_heads=4, rotary=False),
+    },
 )

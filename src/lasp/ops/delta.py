@@ -149,13 +149,15 @@ def _planned(
         if g is not None:
             check_gate_values(g)
     change = _unit_length if normalize_qk and not stages.normalizes else None
-    x = x._replace(normalize=normalize_qk and stages.normalizes, erase_key=_of_value_heads(erase_key, v))
+    normalize, erase = normalize_qk and stages.normalizes, _of_value_heads(erase_key, v)
+    # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
+    x = DeltaInputs(k, k, v, x.beta, x.g, x.scale, documents, normalize, erase)
     options = {"normalize_qk": normalize_qk, "erase_key": erase_key is not None}
     return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, options, change), x
 
 
 def _finished(plan: ScanPlan, x: DeltaInputs, q: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
+    # Not by _replace, as above.
     return scan(
         plan, DeltaInputs(q, x.k, x.v, x.beta, x.g, x.scale, x.documents, x.normalize, x.erase_key), initial_state
     )

@@ -18,6 +18,7 @@ from lasp.halo.fused import convolution
 from lasp.kernels.triton.neighbours import launches
 from lasp.layers import MIXERS, LayerContext
 from lasp.layers import fused as layers
+from lasp.ops.autograd import TRACEABLE
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -208,6 +209,6 @@ def test_a_layer_compiles_whole(fused: None, device: torch.device) -> None:
     eager = layer(x)[0]
     expected = gradients(eager)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0]
+    compiled = torch.compile(layer, fullgraph=TRACEABLE, backend="aot_eager")(x)[0]
     for got, reference in zip((compiled, *gradients(compiled)), (eager, *expected), strict=True):
         assert relative_error(got, reference) <= 2e-6

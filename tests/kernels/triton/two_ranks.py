@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch._inductor.pattern_matcher  # which compiling loads: here once, and not in every rank
 import torch.distributed as dist
 from torch import Tensor
 
@@ -26,6 +25,7 @@ DEVICE = sys.argv[1]
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreted_fast
+    import torch._inductor.pattern_matcher  # which compiling loads: here once, and not in every rank; it looks for GPUs
 
     interpreted_fast.install()
 

@@ -122,9 +122,13 @@ def convolution_gradient_kernel(
     a0, a1 = _tap(weight_ptr, c, 0, C, W), _tap(weight_ptr, c, 1, C, W)
     a2, a3 = _tap(weight_ptr, c, 2, C, W), _tap(weight_ptr, c, 3, C, W)
     bias = _bias(bias_ptr, c, C, BIAS)
+    # Gradients of what went into the activation 1, 2 and 3 tokens later. They begin as three values: Triton takes a
+    # variable that begins as another one and becomes it in the loop for one that does not change there.
+    d1 = tl.zeros((S, BC), tl.float32)
+    d2 = tl.zeros((S, BC), tl.float32)
+    d3 = tl.zeros((S, BC), tl.float32)
+    # Sums of those of taps and bias.
     zero = tl.zeros((S, BC), tl.float32)
-    # Gradients of what went into the activation 1, 2 and 3 tokens later; sums of those of taps and bias.
-    d1, d2, d3 = zero, zero, zero
     sum0, sum1, sum2, sum3, sum_bias = zero, zero, zero, zero, zero
     # The last tokens of all that the stretch's own depend on.
     t = first + LENGTH - 1 + (W - 1)
