@@ -29,6 +29,8 @@ UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 # products add in fp32, for little.
 CONDITION, SAMPLES = {"fp64": 24.0, "fp32": 24.0, "bf16": 4.0, "fp16": 4.0}, 8
 GATES = ("d_g", "d_beta")
+# Of a unit: what as many roundings as there are terms seldom add up to, relative to the terms' root of squares.
+ROUNDINGS = 4.0
 
 
 class Finding(NamedTuple):
@@ -53,16 +55,18 @@ def findings(case: Case, problem: Problem, values: Results) -> list[Finding]:
         for what, size in sizes.items():
             if what.startswith(f"{name} ") and size <= NOTHING * whole:
                 sizes[what] = whole
-    if case.op == "normalized" or case.normalize:
+    if case.op in ("normalized", "softmax") or case.normalize:
         # Gradients through a denominator cancel those through the numerator: all, of one token alone or one channel.
         numerators = _views(case, exact(case, problem, through_denominators=False))
         sizes = {what: max(size, numerators[what].norm().item()) for what, size in sizes.items()}
+    lost = _lost(references, values)
     suspects = []
     for what, value in found.items():
         if value.shape != expected[what].shape:
             suspects.append(Finding(f"{what} of shape {tuple(value.shape)}", math.inf, 0.0))
             continue
-        error, bound = relative_error(case, value, expected[what], sizes[what]), _bound(case, what, value.dtype)
+        error = relative_error(case, value, expected[what], sizes[what], lost.get(what, 0.0))
+        bound = _bound(case, what, value.dtype)
         if not error <= bound:
             suspects.append(Finding(what, error, bound))
     if not suspects or any(not math.isfinite(each.error) for each in suspects):
@@ -73,13 +77,24 @@ def findings(case: Case, problem: Problem, values: Results) -> list[Finding]:
     return [each for each in kept if each.error > each.bound]
 
 
-def relative_error(case: Case, value: Tensor, reference: Tensor, size: float) -> float:
-    """||value - reference|| / size, less what dtypes have no digits for. NaN is infinite."""
+def relative_error(case: Case, value: Tensor, reference: Tensor, size: float, lost: float = 0.0) -> float:
+    """||value - reference|| / size, less what dtypes have no digits for, and what is `lost`. NaN is infinite."""
     if value.dtype == torch.float16 and reference.numel() and reference.abs().max() > LARGEST_FP16:
         return 0.0  # it has no such numbers
     smallest = max(SMALLEST[value.dtype], SMALLEST[DTYPES[_computes(case)]])
     off = (value.double() - reference).norm().item() - smallest * math.sqrt(value.numel())
-    return math.inf if off != off else max(off, 0.0) / max(size, NO_SIZE)
+    return math.inf if off != off else max(off - lost, 0.0) / max(size, NO_SIZE)
+
+
+def _lost(references: Results, values: Results) -> dict[str, float]:
+    """Of sums of gates' gradients, what their terms, each rounded to its dtype, do not hold."""
+    lost = {}
+    for name in GATES:
+        if name in values:
+            unit = next(UNIT[key] for key, dtype in DTYPES.items() if dtype == values[name].dtype)
+            for head, terms in enumerate(references[name].unbind(2)):
+                lost[f"{name} of head {head}, summed"] = ROUNDINGS * unit * terms.norm().item()
+    return lost
 
 
 def _views(case: Case, results: Results) -> Results:
@@ -94,8 +109,6 @@ def _views(case: Case, results: Results) -> Results:
         else:
             views[name] = whole
             views |= {f"{name} of head {head}": whole[:, :, head] for head in range(whole.shape[2])}
-            if case.gate_dtype in ("bf16", "fp16"):
-                continue  # of so few digits that the sum tells nothing
             summed = whole.double().sum(1).to(whole.dtype).movedim(1, 0)
         views |= {f"{name} of head {head}, summed": each for head, each in enumerate(summed)}
     return views

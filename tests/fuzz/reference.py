@@ -83,6 +83,7 @@ def softmax(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    through_denominators: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """state [B, P, H_kv, D + D_v]: keys beside values of earlier tokens, which all see, or those within the window."""
     kept = torch.cat([state, torch.cat([k, v], -1)], 1)
@@ -97,7 +98,9 @@ def softmax(
         if window is not None:
             hidden |= every.tril(before - window)
         scores = scores.masked_fill(hidden, -torch.inf)
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values), kept
+    sums = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - (sums if through_denominators else sums.detach())).exp()
+    return torch.einsum("bhts,bshd->bthd", weights, values), kept
 
 
 def packed(

@@ -50,7 +50,7 @@ def library(case: Case, problem: Problem, sp: Any = None) -> Results:
 def exact(case: Case, problem: Problem, *, through_denominators: bool = True) -> Results:
     """Returns what it should give, in fp64. The gradient of a constant decay is that of every token, d_g [B, T, H_v].
 
-    through_denominators: False for no gradients through those of normalized attention, queries and keys.
+    through_denominators: False for no gradients through those of normalized and softmax attention, queries and keys.
     """
     leaves = {name: None if t is None else _seen(case, name, t).double() for name, t in problem.inputs.items()}
     g = leaves.get("g")
@@ -123,7 +123,7 @@ def _operator(case: Case, x: dict[str, Tensor | None], through_denominators: boo
     q, k, v, g = x["q"], x["k"], x["v"], x.get("g")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if case.op == "softmax":
-        return _softmax(case, q, k, v, start, scale)
+        return _softmax(case, q, k, v, start, scale, through_denominators)
     if case.op == "delta" and case.normalize:
         q, k = (reference.unit(t, through_denominators) for t in (q, k))
     q, k = (t.repeat_interleave(case.groups, 2) for t in (q, k))
@@ -171,7 +171,9 @@ def _rows(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     return o, final[..., 0] if shift else final
 
 
-def _softmax(case: Case, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _softmax(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float, through_denominators: bool
+) -> tuple[Tensor, Tensor]:
     bounds = case.cu_seqlens
     parts = 1 if bounds is None else len(bounds) - 1
     if start is None:
@@ -179,7 +181,7 @@ def _softmax(case: Case, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, 
     starts = list(start.tensor_split(parts, 1))
 
     def function(state: Tensor, *x: Tensor) -> tuple[Tensor, Tensor]:
-        options = (case.causal, scale, case.window, case.softcap)
+        options = (case.causal, scale, case.window, case.softcap, through_denominators)
         return reference.softmax(*x, state, *options)  # type: ignore[arg-type, call-arg]
 
     o, finals = reference.packed(bounds, function, starts, q, k, v)

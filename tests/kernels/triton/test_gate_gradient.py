@@ -24,6 +24,8 @@ BOUNDS = {BF16: (5e-3, 8e-3), FP16: (1e-3, 1.5e-3), FP32: (2e-6, 2e-6)}
 D_CONSTANT = {BF16: 2e-2, FP32: 2e-6}
 TOKENS, DIM = 200, 16
 RATES = (-1e-3, -0.1, -1.6, -6.0, -16.0)
+# Within two to some chunks.
+SLOW = (-0.03, -0.1, -0.3)
 # From one token to the next; fp16 has no numbers for the last.
 FORGET = (-1.6, -6.0, -12.0, -30.0)
 # By sweeps whose products are exact, and others.
@@ -91,6 +93,21 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
         zip(*errors_by_head(found + noise.cumsum(1), expected), strict=True), BOUNDS[dtype], strict=True
     ):
         assert max(error) > bound
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+@pytest.mark.parametrize(("kind", "dtype"), [("scalar", FP16), ("channel", FP16), ("channel", FP32)], ids=str)
+def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """What passes a chunk is followed from one to the next: of its sum over tokens little is left but rounding."""
+    x, d_o = problem(kind, dtype, tokens=704, rates=SLOW)
+    expected = expectation(x, d_o)
+    found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")
+    errors = errors_by_head(found, expected)
+    assert max(max(pair) for pair in errors) <= BOUNDS[dtype][1], errors
+    # The control: a rounding that each chunk hands to the next.
+    noise = torch.finfo(dtype).eps * expected.std() * torch.randn(704 // 32, generator=torch.Generator().manual_seed(1))
+    shifted = found + noise.cumsum(0).repeat_interleave(32).view(1, -1, *(1,) * (found.dim() - 2))
+    assert max(max(pair) for pair in errors_by_head(shifted, expected)) > BOUNDS[dtype][1]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

@@ -25,6 +25,7 @@ STATE_COST = 0.017
 SUMMARIES_COST = 8.0
 # Chunks: the gradients of gates per channel gather rounding over a segment (channel_inter_chunk), however long the run.
 LONGEST_CHANNELS = 32
+LONGEST_EXACT_CHANNELS = 4  # as `EXACT_INTERVAL`
 # Up to here sweeps that gather states were faster than summaries on an H100 (docs/design/kernels.md): chunks of a
 # run, and of what a program gathers. Sums of gates per token are loaded when wanted: half as much again a chunk.
 LONGEST_GATHERED = 32
@@ -251,7 +252,7 @@ def plan(
     summaries = SUMMARIES_COST if kind == CHANNEL and from_zero else 0.0
     length = segment_chunks(chunks, heads, 2 * processors if kind == CHANNEL else processors, summaries)
     if kind == CHANNEL:
-        length = min(length, LONGEST_CHANNELS)
+        length = min(length, LONGEST_EXACT_CHANNELS if exact else LONGEST_CHANNELS)
     cut = None
     if from_zero and kind != CHANNEL:
         slices = -(-V // _sweep_tiles(V, K, dtype, hopper, Gathered(1, alone=True)).columns)

@@ -36,6 +36,7 @@ from lasp.kernels.triton.common.program import (
     view,
 )
 from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
+from lasp.kernels.triton.decay.scalar.sweep import read_state
 
 TIED = tl.constexpr(16)  # chunks at a time
 
@@ -122,10 +123,7 @@ def _sweep(
         if REVERSE:
             # Loaded first, used last.
             other_sums = tl.load(sums_ptr + here, mask=channel < K, other=0.0)
-        if dtype == tl.bfloat16:
-            out = tl.dot(state.to(tl.bfloat16), tl.trans(a))
-        else:
-            out = tl.dot(state, tl.trans(a).to(tl.float32), input_precision=PRECISION)
+        out = read_state(state, tl.trans(a), True, PRECISION)
         state = decayed(state, total[:, None], dtype == tl.float32)
         state = tl.dot(tl.trans(c), b, state, input_precision=PRECISION)
         # In two steps: Triton 3.7.1 fails to compile one for sm_100.
