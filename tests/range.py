@@ -24,7 +24,7 @@ OLDEST, USUAL = ("2.11.0", "3.6.0"), ("2.13.0", "3.7.1")
 # Triton 3.6's interpreter, in which kernels run here, takes arrays of one value for numbers: NumPy 2.4 refuses that.
 OTHERS = {"3.6.0": ["numpy<2.4"]}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-CORE = ("laws", "ops", "exchange", "distributed", "kernels", "layers", "models", "generate")
+CORE = ("laws", "ops", "exchange", "distributed", "kernels", "layers", "models", "generate", "train")
 DEADLINE_S = 3600
 NEEDED_BYTES = 12 << 30  # the environment, and the archives that pip unpacks into it
 
@@ -70,10 +70,10 @@ def run(versions: Versions, tests: list[str], keep: bool) -> Outcome:
     python = interpreter(versions.python)
     if python is None:
         return Outcome("not run", f"there is no Python {versions.python}")
-    if shutil.disk_usage(scratch()).free < NEEDED_BYTES:
-        return Outcome("not run", f"{scratch()} has less than {NEEDED_BYTES >> 30} GiB free")
     name = re.sub(r"[^a-z0-9.]+", "-", str(versions).lower())
     folder = scratch() / name
+    if not folder.exists() and shutil.disk_usage(scratch()).free < NEEDED_BYTES:
+        return Outcome("not run", f"{scratch()} has less than {NEEDED_BYTES >> 30} GiB free")
     try:
         subprocess.run([python, "-m", "venv", folder], check=True)
         inside = str(folder / "bin" / "python")

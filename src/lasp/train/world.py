@@ -188,8 +188,9 @@ def join(config: TrainConfig, resume: Path | None = None) -> World:
     control = files = None
     if dist.get_world_size() > 1:
         files = new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        # Only what the group does takes long, not meeting in it.
-        dist.distributed_c10d._set_pg_timeout(_FILES_TIMEOUT, files)
+        # Only what the group does takes long, not meeting in it. PyTorch 2.14 has a public name for it.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(_FILES_TIMEOUT, files)
         hosts = new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         control = Comm(hosts, timeout_s)
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -25,8 +25,11 @@ if not ON_GPU:
     import interpreted_bf16
     import interpreted_fast
 
+    from lasp.kernels.triton.common.device import ready_to_interpret
+
     interpreted_bf16.install()
     interpreted_fast.install()
+    ready_to_interpret()
 
 
 @pytest.fixture

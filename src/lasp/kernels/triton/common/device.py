@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,14 @@ INTERPRETED = DeviceLimits(4, 1 << 20, True)
 _devices: dict[torch.device, DeviceLimits] = {}
 
 
+def ready_to_interpret() -> None:
+    """Load what Triton would load at the first launch, when `print` stands for one of its functions.
+
+    It asks for that function's signature, and in Python 3.10 `print` has none.
+    """
+    importlib.import_module("triton.experimental.gluon")
+
+
 def device_limits(device: torch.device) -> DeviceLimits:
     """Return a GPU's limits; for the interpreter a few processors.
 
@@ -37,6 +46,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
             hopper = torch.version.hip is None and properties.major == 9
             _devices[device] = DeviceLimits(properties.multi_processor_count, shared, hopper)
         elif not isinstance(load_chunk, triton.JITFunction):
+            ready_to_interpret()
             _devices[device] = INTERPRETED
         else:
             raise ValueError(
