@@ -2,9 +2,8 @@
 
     TRITON_INTERPRET=1 python -m benchmarks.kept [FAMILY ...]      (on a CPU; a minute each)
 
-Blocks are traced with the fused kernels and cut into forward and backward as they are for a GPU, without generated code;
-weights are not counted, their 16-bit copies are listed apart. `measured` is the slope of the peak memory of
-benchmarks/results' training steps, which were taken before blocks recomputed what matrix products read.
+Blocks are traced with the fused kernels and cut into forward and backward as they are for a GPU, without generated
+code. Weights and states are not counted; 16-bit copies of weights (`copies`, bytes) stand apart.
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ def kept(family: str, layer: int) -> dict[str, Any]:
             name = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             rows[name] = rows.get(name, 0) + tensor.nbytes // TOKENS
     rows = dict(sorted(rows.items(), key=lambda row: -row[1]))
-    return {"model": f"{family}-1b", "layer": layer, "bytes_per_token": sum(rows.values()), "copies": copies, "rows": rows}
+    found = {"bytes_per_token": sum(rows.values()), "copies": copies, "rows": rows}
+    return {"model": f"{family}-1b", "layer": layer, **found}
 
 
 def main() -> None:
