@@ -144,12 +144,16 @@ def _range(event: Any) -> str | None:
 
 
 def _differentiated(event: Any, forward: dict[tuple[int, int], tuple[float, str]]) -> str | None:
-    """The part of what an event of the backward pass takes the gradient of."""
+    """The part of what an event of the backward pass takes the gradient of; None outside of that pass.
+
+    A node may run a pass of its own inside, over what it has just recomputed: the outermost known one counts.
+    """
+    found = None
     while event is not None:
         if event.scope == 1:  # a node of the backward pass
-            return forward.get((event.fwd_thread, event.sequence_nr), (0.0, LOSS))[1]
+            found = forward.get((event.fwd_thread, event.sequence_nr), (0.0, found or LOSS))[1]
         event = event.cpu_parent
-    return None
+    return found
 
 
 def _work(event: Any, on_gpu: bool) -> list[tuple[str, float]]:
