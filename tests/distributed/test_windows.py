@@ -148,10 +148,10 @@ def test_without_ranks(backend: str) -> None:
         if kind.window == 4:
             wrong = kind._replace(window=5)
             assert errors(None, given, expected, wrong, cu_seqlens=bounds, backend=backend) > 1e-3
-    for kind in (Scores(70), Scores(70, 2.0, True)):
-        bounds = (0, 3, 200, 400)
-        given = problem(400, 2, 1, batch=1)
-        assert errors(None, given, by_matrix(given, kind, bounds), kind, cu_seqlens=bounds, backend=backend) < BOUND
+    for kind, bounds in itertools.product((Scores(70), Scores(70, 2.0, True)), ((0, 3, 200, 400), None)):
+        given = problem(400, 2, 1, batch=1 if bounds else 2)
+        expected = by_matrix(given, kind, bounds or (0, 400))
+        assert errors(None, given, expected, kind, cu_seqlens=bounds, backend=backend) < BOUND
 
 
 def test_tiles_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tolerances import relative_error
 
 import lasp
 import lasp.hf
-from lasp.hf.library import CACHES
+from lasp.hf.library import CACHES, cache_argument
 
 PROMPT, NEW = tokens(2, 37), 6
 # A shard shorter than a convolution, also the last.
@@ -34,7 +34,7 @@ def compare(kind: str, size: int) -> None:
     with exactly():
         before = model(PROMPT[:, :-1], use_cache=True)
         first, cache = before.logits[:, -1], next(before[name] for name in CACHES if before.get(name) is not None)
-        options = {"past_key_values": cache, "attention_mask": torch.ones_like(PROMPT)}
+        options = {str(cache_argument(model)): cache, "attention_mask": torch.ones_like(PROMPT)}
         whole, expected = generated(model, PROMPT[:, -1:], **options)
         # transformers' MiniMax forgets its window where it goes on from a cache.
         if kind != "minimax":
@@ -49,10 +49,12 @@ def compare(kind: str, size: int) -> None:
             sp = lasp.SequenceParallel(dist.group.WORLD, lengths=lengths)
             model = lasp.hf.parallelize(build(kind).eval(), sp)
             with exactly():
-                logits, cache = lasp.hf.prefill(model, PROMPT[:, :-1], sp)
-                options = {"past_key_values": cache, "attention_mask": torch.ones_like(PROMPT)}
+                filled = lasp.hf.prefill(model, PROMPT[:, :-1], sp)
+                options = {"attention_mask": torch.ones_like(PROMPT), **filled.keywords}
                 words, after = generated(model, PROMPT[:, -1:], **options)
-            found.append((relative_error(logits, first), relative_error(after, expected), bool((words == whole).all())))
+            found.append(
+                (relative_error(filled.logits, first), relative_error(after, expected), bool((words == whole).all()))
+            )
         return found
 
     for found in world.run(size, work):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from lasp.hf.context import LayerFrame, MixerFrame, ModelPass, running, split_pass
-from lasp.hf.latents import LatentCache, cache_argument, has_latents
-from lasp.hf.library import CACHES
+from lasp.hf.latents import LatentCache, has_latents
+from lasp.hf.library import CACHES, cache_argument
 from lasp.hf.shards import BatchShard
 from lasp.hf.split import ModelSplit
 from lasp.recurrence.untraced import untraced

@@ -6,12 +6,11 @@ is given one that returns the latents of all ranks up to this one.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-from lasp.hf.library import CACHES
+from lasp.hf.library import cache_argument
 from lasp.sequence import SequenceParallel
 from lasp.softmax.gathered import gather_rows
 
@@ -33,9 +32,3 @@ class LatentCache:
 def has_latents(layer: nn.Module) -> bool:
     """Returns whether a layer makes its keys and values of latents that a cache can hold."""
     return hasattr(layer, "expand_kv") and cache_argument(layer) is not None
-
-
-def cache_argument(layer: nn.Module) -> str | None:
-    """The name by which the layer takes a cache."""
-    known = inspect.signature(type(layer).forward).parameters
-    return next((name for name in CACHES if name in known), None)

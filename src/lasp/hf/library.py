@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from torch import nn
 from torch.torch_version import TorchVersion
 
 OLDEST = "5.17"
@@ -35,3 +37,9 @@ def seedable_sampler(data: Any, generator: Any, seed: int) -> Any:
     """accelerate's sampler of `data` in random order, the same on every process and another in every epoch."""
     kind = import_module("accelerate.data_loader").SeedableRandomSampler
     return kind(data, generator=generator, data_seed=seed)
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """The name by which a module's forward takes a cache."""
+    known = inspect.signature(type(module).forward).parameters
+    return next((name for name in CACHES if name in known), None)

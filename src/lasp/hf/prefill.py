@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasp.hf import library
 from lasp.hf.hooks import hooks_of
-from lasp.hf.library import CACHES
+from lasp.hf.library import CACHES, cache_argument
 from lasp.hf.shards import shard
 from lasp.sequence import SequenceParallel
 
@@ -22,11 +23,14 @@ class PrefilledCache(NamedTuple):
 
     Attributes:
         logits: of the token after it, [B, vocab].
-        cache: transformers' own, to be given to `generate` as `past_key_values`.
+        cache: transformers' own.
+        keywords: the cache under the name by which this model's `generate` takes it, which versions of transformers
+            change: "past_key_values", "cache_params" or "cache".
     """
 
     logits: Tensor
     cache: Any
+    keywords: dict[str, Any]
 
 
 @torch.no_grad()
@@ -35,8 +39,8 @@ def prefill(model: nn.Module, input_ids: Tensor, sp: SequenceParallel | None) ->
 
     Then every rank goes on by transformers' own means, from a last token that is not yet in the cache:
 
-        _, cache = lasp.hf.prefill(model, ids[:, :-1], sp)
-        model.generate(ids[:, -1:], past_key_values=cache, attention_mask=torch.ones_like(ids))
+        filled = lasp.hf.prefill(model, ids[:, :-1], sp)
+        model.generate(ids[:, -1:], attention_mask=torch.ones_like(ids), **filled.keywords)
 
     Args:
         model: a model that generates, `lasp.hf.parallelize`d over `sp`.
@@ -59,12 +63,15 @@ def prefill(model: nn.Module, input_ids: Tensor, sp: SequenceParallel | None) ->
     cache = next((output[name] for name in CACHES if output.get(name) is not None), None)
     if cache is None:
         raise ValueError(f"{type(model).__name__} gives no cache: prefill takes a model that generates")
+    kind = library.load("modeling_utils").PreTrainedModel
+    inner = next(module for module in model.modules() if isinstance(module, kind))
+    keywords = {cache_argument(inner) or "past_key_values": cache}
     logits = output.logits[:, -1].contiguous()
     if sp is None or sp.size == 1:
-        return PrefilledCache(logits, cache)
+        return PrefilledCache(logits, cache, keywords)
     for layer in cache.layers:
         _gather_layer(layer, sp, lengths)
-    return PrefilledCache(sp.broadcast(logits, sp.size - 1), cache)
+    return PrefilledCache(sp.broadcast(logits, sp.size - 1), cache, keywords)
 
 
 def _gather_layer(layer: Any, sp: SequenceParallel, lengths: tuple[int, ...]) -> None:

@@ -35,7 +35,7 @@ class AttentionBlock(NamedTuple):
     window: int | None = None
 
     def of_queries(self, tensor: Tensor) -> Tensor:
-        """[B, T, H, D] -> [n, queries, H, D], or B in place of n for a single document."""
+        """[B, T, H, D] -> [B n, queries, H, D], the parts of each sequence one after another."""
         return _part(tensor, self.first_queries, self.queries)
 
     def of_keys(self, tensor: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _part(tensor: Tensor, first: tuple[int, ...], count: int) -> Tensor:
         return tensor[:, first[0] : first[0] + count]
     index = torch.tensor(first)[:, None] + torch.arange(count)
     rows = tensor.index_select(1, index.flatten().to(tensor.device))
-    return rows.view(len(first), count, *tensor.shape[2:])
+    return rows.view(tensor.shape[0] * len(first), count, *tensor.shape[2:])
 
 
 # Tiles of windows: larger ones read fewer keys twice, and compute more scores that no query wants.
