@@ -282,6 +282,6 @@ def launches_of(x: DeltaInputs, from_zero: bool, with_gate: bool) -> DeltaLaunch
     if ("delta", shapes, others) not in kept:
         p = _plan(*shapes)
         p = p._replace(**packed_changes(p, x.documents, x.q.device))
-        kept["delta", shapes, others] = DeltaLaunches(*shapes[:4], p, *others)
+        kept["delta", shapes, others] = DeltaLaunches(x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), p, *others)
     found: DeltaLaunches = kept["delta", shapes, others]
     return found
