@@ -5,6 +5,8 @@ A head that forgets within a few tokens has a small gradient, which a whole tens
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tolerances import BOUNDS, relative_error
@@ -19,7 +21,7 @@ B, T, D = 4, 200, 16
 
 def gradients(x: dict[str, Tensor], d_o: Tensor, dtype: torch.dtype, backend: str = "torch") -> dict[str, Tensor]:
     """Of g, and of beta if there is one: the delta rule, else linear attention."""
-    leaves = {name: tensor.to(dtype, copy=True) for name, tensor in x.items()}
+    leaves: dict[str, Any] = {name: tensor.to(dtype, copy=True) for name, tensor in x.items()}
     wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in ("g", "beta")}
     o, _ = (lasp.delta_rule if "beta" in x else lasp.linear_attention)(**leaves, backend=backend)
     return dict(zip(wanted, torch.autograd.grad(o, list(wanted.values()), d_o.to(dtype)), strict=True))
