@@ -120,7 +120,7 @@ def read_state(state, a_t, SUMS: tl.constexpr, PRECISION: tl.constexpr):
     """state [BR, BA] a_t [BA, C], which is of the inputs' dtype, in fp32.
 
     SUMS: whether a decay's gradient is made of it: of sums over tokens little is left but what rounding adds, so with
-    fp16 inputs tf32 takes the state in two parts. bf16's bounds are wider, and another product costs a sweep 7 %.
+    fp16 inputs tf32 takes the state in two parts. In bf16 that costs more than it is worth (docs/design/numerics.md).
     """
     if a_t.dtype == tl.bfloat16:
         return tl.dot(state.to(tl.bfloat16), a_t)
