@@ -22,6 +22,9 @@ from lasp.ops.autograd import TRACEABLE
 
 # As many as PyTorch's compiler by itself makes of a function, and more than what follows from them.
 _MAX_SHAPES, _MAX_GRAPHS = 8, 256
+# The compiler by itself keeps whatever a matrix product of the backward pass reads: normalized inputs, once for each
+# projection, products of a feed-forward layer's halves, weights in 16 bits. All follow from what else is kept.
+_KEEP_WHAT_PRODUCTS_READ = False
 RECOMPUTATIONS = ("none", "selective", "full")
 
 
@@ -133,11 +136,9 @@ class _Compiled:
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
         # pieces, and keep all that crosses a cut. Blocks are pieces enough.
         # Of each shape there is a graph for each kind of block, and for those of other models in this process.
-        # The compiler would keep whatever a matrix product of the backward pass reads: normalized inputs, once for each
-        # projection, products of a feed-forward layer's halves, weights in 16 bits. All follow from what else is kept.
         with (
             torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_MAX_GRAPHS),
-            torch._functorch.config.patch(ban_recompute_materialized_backward=False),
+            torch._functorch.config.patch(ban_recompute_materialized_backward=_KEEP_WHAT_PRODUCTS_READ),
         ):
             result = self._compiled(*arguments)
         return result
