@@ -73,4 +73,4 @@ def test_kernels_that_are_not_right_are_not_taken(major: int, monkeypatch: pytes
     left = [(True, 256, torch.bfloat16)] if major == AMPERE else []
     assert [way for way, backend in taken.items() if backend == "torch"] == left
     with pytest.raises(ValueError, match="use backend='torch'") if left else nullcontext():
-        delta_plan(1000, 4, 256, 128, torch.bfloat16, CHANNEL, 132, SHARED_BYTES[major])
+        delta_plan(1000, 4, 256, 128, torch.bfloat16, CHANNEL, 132, SHARED_BYTES[major], major == HOPPER)

@@ -19,7 +19,15 @@ Where gates are bounded all tokens meet in the chunk's middle; other chunks go b
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import (
+    DESCRIPTORS,
+    begins_run,
+    load_chunk,
+    rows_of,
+    run_of,
+    slots_of,
+    store_chunk,
+)
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
     gate_operand,
@@ -88,17 +96,19 @@ def delta_channel_gradients_kernel(
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = k_ptr.dtype.element_ty
-    part, head, batch, key_head, chunk = gradient_place((K + BK - 1) // BK, B, H, H_v)
-    at = (batch * H_v + head) * chunks + chunk
+    here = gradient_place(places_ptr, (K + BK - 1) // BK, B, T, H_v, C, PACKED)
+    at = run_of(here, H_v) * chunks + here.chunk
     if _is_others(unbounded_ptr, at, BOUNDED, MARKED):
         return
-    start, last = chunk_place(places_ptr, chunk, T, C, PACKED)
-    column = part * BK
-    tokens = batch * T * H_v + head
+    start = here.first
+    last = here.last
+    column = here.part * BK
+    key_row, tokens = rows_of(here, T, H, H_v)
+    key_slot, _slot = slots_of(here, H, H_v, chunks, C)
     row = H_v * V
     keys = H_v * K
-    q_ptr += (batch * T * H + key_head) * K
-    k_ptr += (batch * T * H + key_head) * K
+    q_ptr += key_row * K
+    k_ptr += key_row * K
     do_ptr += tokens * V
     u_ptr += tokens * V
     dv_ptr += tokens * V
@@ -107,7 +117,6 @@ def delta_channel_gradients_kernel(
     dg_ptr += tokens * K
     s_chunks_ptr += at * (ROWS * COLUMNS)
     d_chunks_ptr += at * (ROWS * COLUMNS)
-    norms_at = ((batch * H + key_head) * chunks + chunk) * C
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
 
@@ -115,15 +124,15 @@ def delta_channel_gradients_kernel(
     do = token_tile(do_ptr, start, last, row, V, BV, C)
     gates = tl.trans(load_channel_gates(g_ptr + tokens * K, start, last, column, last, keys, K, C, BK, DESCRIPTORS))
     operand = gate_operand(gates, dtype)
-    q_norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE)[None, :]
-    k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)[None, :]
+    q_norms = lengths(q_norms_ptr, key_slot, C, NORMALIZE)[None, :]
+    k_norms = lengths(k_norms_ptr, key_slot, C, NORMALIZE)[None, :]
     q = load_chunk(q_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     q = tl.trans(q).to(tl.float32) * q_norms
     k = tl.trans(k).to(tl.float32) * k_norms
     r = k
     if ERASES:
-        r = load_chunk(r_ptr + (batch * T * H + key_head) * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
+        r = load_chunk(r_ptr + key_row * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
         r = tl.trans(r).to(tl.float32)
     z = between_tokens(do, u, do_ptr, u_ptr, start, last, row, V, BV, C, PRECISION) * scale
     if BOUNDED:
@@ -148,7 +157,7 @@ def delta_channel_gradients_kernel(
         terms = near_q * d_q
         dv = token_tile(dv_ptr, start, last, row, V, BV, C)
         m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
-        if part == 0:
+        if here.part == 0:
             store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
         m = tl.where(i > j, -m, 0.0).to(dtype)
         read = from_state_t(
@@ -173,7 +182,7 @@ def delta_channel_gradients_kernel(
         state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
         dv = token_tile(dv_ptr, start, last, row, V, BV, C)
         m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
-        if part == 0:
+        if here.part == 0:
             store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
         z_t = between_tokens(u, do, u_ptr, do_ptr, start, last, row, V, BV, C, PRECISION) * scale
         m_t = between_tokens(u, dv, u_ptr, dv_ptr, start, last, row, V, BV, C, PRECISION)
@@ -253,7 +262,7 @@ def delta_channel_gradients_kernel(
         dg = _sums_to_end(terms, dtype, C) + leaving[:, None]
         if FROM_ZERO:
             # Nothing precedes a run's first token: exactly, not but for rounding.
-            dg = tl.where((j == 0) & begins_run(places_ptr, chunk, PACKED), 0.0, dg)
+            dg = tl.where((j == 0) & begins_run(places_ptr, here.chunk, PACKED), 0.0, dg)
         store_chunk(dg_ptr, tl.trans(dg), start, column, last, keys, K, C, BK, DESCRIPTORS)
 
 

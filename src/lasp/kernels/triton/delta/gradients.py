@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import TOKEN
-from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk, store_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, load_chunk, rows_of, run_of, slots_of, store_chunk
 from lasp.kernels.triton.delta.chunk import between, lengths, token_pairs, token_sums
 from lasp.kernels.triton.delta.within import (
     between_tokens,
@@ -79,21 +79,22 @@ def delta_gradients_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    part, head, batch, key_head, chunk = gradient_place((K + BK - 1) // BK, B, H, H_v)
-    start, last = chunk_place(places_ptr, chunk, T, C, PACKED)
+    here = gradient_place(places_ptr, (K + BK - 1) // BK, B, T, H_v, C, PACKED)
+    start = here.first
+    last = here.last
     dtype = k_ptr.dtype.element_ty
-    column = part * BK
-    tokens = batch * T * H_v + head
+    column = here.part * BK
+    key_row, tokens = rows_of(here, T, H, H_v)
+    key_slot, _slot = slots_of(here, H, H_v, chunks, C)
     row = H_v * V
-    q_ptr += (batch * T * H + key_head) * K
-    k_ptr += (batch * T * H + key_head) * K
+    q_ptr += key_row * K
+    k_ptr += key_row * K
     do_ptr += tokens * V
     u_ptr += tokens * V
     dv_ptr += tokens * V
-    at = (batch * H_v + head) * chunks + chunk
+    at = run_of(here, H_v) * chunks + here.chunk
     s_chunks_ptr += at * (ROWS * COLUMNS)
     d_chunks_ptr += at * (ROWS * COLUMNS)
-    norms_at = ((batch * H + key_head) * chunks + chunk) * C
     if KIND == TOKEN:
         g_ptr += tokens
     i, j = token_pairs(C)
@@ -104,10 +105,10 @@ def delta_gradients_kernel(
     k = load_chunk(k_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     r = k
     if ERASES:
-        r = load_chunk(r_ptr + (batch * T * H + key_head) * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
+        r = load_chunk(r_ptr + key_row * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, at * C, KIND, C, EXACT)
-    q_norms = lengths(q_norms_ptr, norms_at, C, NORMALIZE) * scale
-    k_norms = lengths(k_norms_ptr, norms_at, C, NORMALIZE)
+    q_norms = lengths(q_norms_ptr, key_slot, C, NORMALIZE) * scale
+    k_norms = lengths(k_norms_ptr, key_slot, C, NORMALIZE)
     # Rows are those that read, columns those that are read; transposes are products of their own. In an order that
     # holds few tiles at a time.
     pairs = between(g_ptr, H_v, prefix, start, last, KIND, C, True, EXACT)
@@ -130,7 +131,7 @@ def delta_gradients_kernel(
 
     dv = token_tile(dv_ptr, start, last, row, V, BV, C)
     m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
-    if part == 0:
+    if here.part == 0:
         store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
     m = tl.where(i > j, -m * pairs, 0.0)
     if NORMALIZE:
@@ -158,7 +159,7 @@ def delta_gradients_kernel(
         across = tl.sum(passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS), 0)
         dg = across * tl.exp2(total) + tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
         t = start + tl.arange(0, C)
-        dg_ptr += tl.cast(part, tl.int64) * B * T * H_v + tokens
+        dg_ptr += tl.cast(here.part, tl.int64) * B * T * H_v + tokens
         tl.store(dg_ptr + tl.cast(t, tl.int64) * H_v, dg, mask=t < last)
     pairs = between(g_ptr, H_v, prefix, start, last, KIND, C, False, EXACT)
     if NORMALIZE:

@@ -263,7 +263,7 @@ def _launches(
 
 def _plan(q: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, kind: int, device: torch.device) -> DeltaPlan:
     B, T, H_v, V = v
-    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind, *device_limits(device)[:2])
+    return delta_plan(T, B * H_v, q[3], V, operand_dtype(dtype), kind, *device_limits(device))
 
 
 def launches_of(x: DeltaInputs, from_zero: bool, with_gate: bool) -> DeltaLaunches:
@@ -275,7 +275,7 @@ def launches_of(x: DeltaInputs, from_zero: bool, with_gate: bool) -> DeltaLaunch
         ValueError: the kernels do not take such tensors.
     """
     shapes = (x.q.shape, x.v.shape, x.q.dtype, kind_of(x.g), x.q.device)
-    others = (with_gate, x.normalize, x.scale, from_zero, x.erase_key is not None)
+    others: tuple[Any, ...] = (with_gate, x.normalize, x.scale, from_zero, x.erase_key is not None)
     if x.documents is None:
         return _launches(*shapes, *others)
     kept = x.documents.layouts

@@ -85,6 +85,7 @@ def delta_plan(
     kind: int,
     processors: int,
     shared_bytes: int,
+    hopper: bool,
 ) -> DeltaPlan:
     """The plan for `heads` (batch times value heads) runs of `tokens` tokens.
 
@@ -93,6 +94,7 @@ def delta_plan(
         kind: of decay, as in `kind_of`.
         processors: multiprocessors of the device.
         shared_bytes: shared memory that a program may have there.
+        hopper: whether it is of NVIDIA's Hopper generation.
 
     Raises:
         ValueError: the kernels do not take such heads.
@@ -116,10 +118,12 @@ def delta_plan(
         sweep = Tiles(64, 8 if wide or most == 1 else 4, 1 if wide or most == 1 else 2)
         output = reverse = sweep
         # Loads of two stages wait for the iteration before; where three leave a processor two programs, they do not.
-        summary = states = sweep if wide or most < 3 else sweep._replace(stages=3)
-        if not wide and min(K, V) > 64 and most == 3:
+        summary = sweep if wide or most < 3 else sweep._replace(stages=3)
+        states = summary if hopper else sweep  # Triton 3.7 does not compile that for Blackwell
+        if not wide and min(K, V) > 64 and hopper:
             # All of V in a program, one on a processor: keys are read once. Where they have decays of their own they
-            # are two tiles a stage; `reverse` of a gate per token has no registers for it.
+            # are two tiles a stage; `reverse` of a gate per token has no registers for it. (For Blackwell such tiles
+            # compile to a lone trap.)
             everything = Tiles(128, 8, 2 if per_channel else 3)
             output = everything
             reverse = sweep if kind == TOKEN else everything

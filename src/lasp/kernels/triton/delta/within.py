@@ -4,24 +4,40 @@
 Where V fits they take tiles that were loaded once, else they load pieces of BV columns.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import DESCRIPTORS, load_chunk
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk
+
+
+class ChunkPlace(NamedTuple):
+    """The place of a program that has some channels of a chunk: their part; the head, batch and chunk; its first token,
+    and the one after its last."""
+
+    part: tl.tensor
+    head: tl.tensor
+    batch: tl.tensor
+    chunk: tl.tensor
+    first: tl.tensor
+    last: tl.tensor
 
 
 @triton.jit
-def gradient_place(parts, B, H, H_v):
-    """The place of a program that has `BK` channels of a chunk: the channels' part, head, batch, head of keys, chunk.
-
-    Heads are the fastest: what programs read at a time is together in memory.
-    """
+def gradient_place(places_ptr, parts, B, T, H_v, C: tl.constexpr, PACKED: tl.constexpr):
+    """A program's `ChunkPlace`. Heads are the fastest: what programs read at a time is together in memory."""
     programs = parts * B * H_v
     chunk = tl.program_id(0) // programs
-    part = tl.program_id(0) % parts
-    head = tl.program_id(0) // parts % H_v
-    batch = tl.cast(tl.program_id(0) % programs // (parts * H_v), tl.int64)
-    return part, head, batch, head // (H_v // H), chunk
+    first, last = chunk_place(places_ptr, chunk, T, C, PACKED)
+    return ChunkPlace(
+        part=tl.program_id(0) % parts,
+        head=tl.program_id(0) // parts % H_v,
+        batch=tl.cast(tl.program_id(0) % programs // (parts * H_v), tl.int64),
+        chunk=chunk,
+        first=first,
+        last=last,
+    )
 
 
 @triton.jit
