@@ -7,12 +7,13 @@ one-token documents are one call, and T tokens make at most about sqrt(2 T) + 2 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lasp.recurrence.untraced import cached
 
 
 class AttentionBlock(NamedTuple):
@@ -56,7 +57,7 @@ def _part(tensor: Tensor, first: tuple[int, ...], count: int) -> Tensor:
     return rows.view(len(first), count, *tensor.shape[2:])
 
 
-@lru_cache(maxsize=32)
+@cached(32)
 def blocks_of(bounds: tuple[int, ...], before: tuple[int, ...], first: int, last: int, causal: bool) -> Blocks:
     """The blocks of the queries first .. last - 1 of a sequence.
 
@@ -78,7 +79,7 @@ def blocks_of(bounds: tuple[int, ...], before: tuple[int, ...], first: int, last
         return Blocks(blocks, torch.cat([t.flatten() for t in tokens]).argsort())
 
 
-@lru_cache(maxsize=32)
+@cached(32)
 def keys_of(bounds: tuple[int, ...], before: tuple[int, ...], tokens: int) -> Tensor:
     """int64 [rows of the initial state + tokens]: which of these, one after another, make the keys of all documents.
 
