@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -49,3 +49,18 @@ def untraced_over_ranks(function: _Function) -> _Function:
         return function(*arguments, sp=sp, **options)
 
     return cast(_Function, wrapped)
+
+
+def cached(maxsize: int) -> Callable[[_Function], _Function]:
+    """`functools.lru_cache` outside of compiled graphs, whose compiler would trace what is within it, and warn."""
+
+    def decorate(function: _Function) -> _Function:
+        kept = lru_cache(maxsize=maxsize)(function)
+
+        @wraps(function)
+        def wrapped(*arguments: Any) -> Any:
+            return function(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+
+        return cast(_Function, wrapped)
+
+    return decorate

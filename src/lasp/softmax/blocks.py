@@ -10,12 +10,13 @@ reach: nearly all of them are alike, and one block.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lasp.recurrence.untraced import cached
 
 
 class AttentionBlock(NamedTuple):
@@ -65,7 +66,7 @@ def _part(tensor: Tensor, first: tuple[int, ...], count: int) -> Tensor:
 _FEWEST_TILED, _MOST_TILED = 64, 1024
 
 
-@lru_cache(maxsize=32)
+@cached(32)
 def blocks_of(
     bounds: tuple[int, ...],
     before: tuple[int, ...],
@@ -111,7 +112,7 @@ def blocks_of(
         return Blocks(blocks, torch.cat([t.flatten() for t in tokens]).argsort())
 
 
-@lru_cache(maxsize=32)
+@cached(32)
 def keys_of(bounds: tuple[int, ...], before: tuple[int, ...], tokens: int) -> Tensor:
     """int64 [rows of the initial state + tokens]: which of these, one after another, make the keys of all documents.
 
