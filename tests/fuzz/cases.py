@@ -163,7 +163,8 @@ def draw(seed: int, index: int, device: str, family: str) -> Case:
         width=rng.randint(1, 8), bias=rng.random() < 0.5, activation=rng.choice((None, "silu")), method=method,
         # Of one channel nothing is left of the length's gradient.
         normalize=op == "delta" and keys > 1 and rng.random() < 0.5, seed=rng.getrandbits(48),
-        window=rng.choice((None, None, 1, 5, 70)) if op == "softmax" and causal else None,
+        # Of one key nothing is left of the query's gradient.
+        window=rng.choice((None, None, 2, 5, 70)) if op == "softmax" and causal else None,
         softcap=rng.choice((None, None, None, 3.0)) if op == "softmax" else None,
     )  # fmt: skip
 

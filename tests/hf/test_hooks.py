@@ -56,7 +56,7 @@ def test_other_models_are_untouched_and_restore_leaves_nothing() -> None:
     assert same(measured(model, BATCH), first)  # which has transformers put in hooks of its own
     before = state_of(model)
     lasp.hf.parallelize(model, None)
-    assert state_of(model)[0] != before[0] and state_of(model)[2] == "lasp"
+    assert state_of(model)[0] != before[0] and state_of(model)[2].startswith("lasp")
     assert same(measured(other, BATCH), first)
     split = measured(model, lasp.hf.shard(BATCH, None))
     assert same(measured(other, BATCH), first)
