@@ -1,4 +1,4 @@
-"""What one compiled block of a 1b model keeps for the backward pass, tensor by tensor, in bytes a token.
+"""Print what one compiled block of a 1b model keeps for the backward pass, tensor by tensor, in bytes a token.
 
     TRITON_INTERPRET=1 python -m benchmarks.kept [FAMILY ...]      (on a CPU; a minute each)
 

@@ -39,7 +39,7 @@ def test_every_length_is_a_row_and_the_profile_names_operators(
 
 @pytest.mark.parametrize("family", ["transnormer", "gated-deltanet", "mamba2"])
 def test_products_are_those_of_their_part_forward_and_backward(family: str) -> None:
-    """Of linear layers 6 operations a weight and token; of the mixer those of its chunks beside."""
+    """Counts 6 operations a weight and token of linear layers; of the mixer those of its chunks beside."""
     config = BenchTrainConfig(
         model=ModelOptions(family=family, overrides={"num_layers": 2}),
         tokens=(64,), steps=1, profile=True, device="cpu", precision="fp32",

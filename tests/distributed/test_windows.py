@@ -24,7 +24,7 @@ DOCUMENTS = (0, 2, 13, 14, 21)
 
 
 class Scores(NamedTuple):
-    """How scores are made. sinks: whether there are some."""
+    """Says how scores are made. sinks: whether there are some."""
 
     window: int | None
     softcap: float | None = None
@@ -140,7 +140,7 @@ def test_mistakes_are_seen(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_without_ranks(backend: str) -> None:
-    """Also of many tiles, of documents that differ; the control is a window that is a token too long."""
+    """Covers many tiles, of documents that differ; the control is a window that is a token too long."""
     for kind, tokens, bounds in itertools.product(KINDS, (21,), (DOCUMENTS, (0, 21))):
         given = problem(tokens, 4, 2, batch=1)
         expected = by_matrix(given, kind, bounds)
@@ -155,7 +155,7 @@ def test_without_ranks(backend: str) -> None:
 
 
 def test_tiles_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few scores at a time that queries, and documents, are cut into several."""
+    """Allow so few scores at a time that queries, and documents, are cut into several."""
     monkeypatch.setattr("lasp.softmax.scores._TILE_SCORES", 100)
     for kind in (Scores(None, 2.0, True), Scores(9, 2.0)):
         for bounds in (DOCUMENTS, (0, 21), tuple(range(0, 22, 7))):

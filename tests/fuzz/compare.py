@@ -87,7 +87,7 @@ def relative_error(case: Case, value: Tensor, reference: Tensor, size: float, lo
 
 
 def _lost(references: Results, values: Results) -> dict[str, float]:
-    """Of sums of gates' gradients, what their terms, each rounded to its dtype, do not hold."""
+    """Returns what of sums of gates' gradients their terms, each rounded to its dtype, do not hold."""
     lost = {}
     for name in GATES:
         if name in values:

@@ -97,7 +97,15 @@ CASES: dict[str, Case] = {
     "softmax_attention": (
         lasp.softmax_attention,
         HEADS,
-        {**OPERATOR, "causal": FLAG, "method": (*NEVER, None), "initial_cu_seqlens": CU_SEQLENS},
+        {
+            **OPERATOR,
+            "causal": FLAG,
+            "method": (*NEVER, None),
+            "initial_cu_seqlens": CU_SEQLENS,
+            "window": (*COUNT, 0),
+            "softcap": (*NUMBER, -1.0, 0.0),
+            "sinks": TENSOR,
+        },
     ),
     "short_convolution": (
         lasp.short_convolution,

@@ -20,7 +20,7 @@ B, T, D = 4, 200, 16
 
 
 def gradients(x: dict[str, Tensor], d_o: Tensor, dtype: torch.dtype, backend: str = "torch") -> dict[str, Tensor]:
-    """Of g, and of beta if there is one: the delta rule, else linear attention."""
+    """Returns those of g, and of beta if there is one: of the delta rule, else of linear attention."""
     leaves: dict[str, Any] = {name: tensor.to(dtype, copy=True) for name, tensor in x.items()}
     wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name in ("g", "beta")}
     o, _ = (lasp.delta_rule if "beta" in x else lasp.linear_attention)(**leaves, backend=backend)
@@ -77,7 +77,7 @@ def test_a_chunk_of_many_more_tokens_than_channels(channels: int, monkeypatch: p
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_gate_that_forgets_all_costs_slow_ones_no_digits(per_channel: bool) -> None:
-    """In fp64, where sums of both would lose what is asked for."""
+    """Compares in fp64, where sums of both would lose what is asked for."""
     x, d_o = problem(has_beta=False, per_channel=per_channel, tokens=64)
     x["g"][:, ::2] = -torch.inf
     x["g"][:, 1::4] *= 1e-3

@@ -11,7 +11,7 @@ import lasp
 
 
 def as_process(rank: int, size: int) -> None:
-    """What torchrun would say."""
+    """Set what torchrun would say."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
 

@@ -57,7 +57,7 @@ def trainer(folder: Path, model: Any = None, *, of_evaluation: int = 8, **option
 
 
 class Trained(NamedTuple):
-    """What a Trainer reports of every step, and of the model in the end."""
+    """Holds what a Trainer reports of every step, and of the model in the end."""
 
     losses: list[float]
     norms: list[float]

@@ -145,7 +145,7 @@ def test_strong_gates_bf16(gate: str, device: torch.device, short_segments: None
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("gate", GATES)
 def test_an_erase_key_bf16(gate: str, device: torch.device, short_segments: None) -> None:
-    """Of grouped heads, which share it; bounded gates per channel beside strong ones; values that are cut."""
+    """Covers grouped heads, which share it; bounded gates per channel beside strong ones; values that are cut."""
     p = problem(Case(gate, BF16, T=100, V=260, beta=1.0, erases=True))
     if gate == "channel":
         p.x["g"][:, 64:] *= 100

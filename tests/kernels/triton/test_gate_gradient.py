@@ -98,7 +98,7 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
 @pytest.mark.parametrize(("kind", "dtype"), [("scalar", FP16), ("channel", FP16), ("channel", FP32)], ids=str)
 def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """What passes a chunk is followed from one to the next: of its sum over tokens little is left but rounding."""
+    """Compares where what passes a chunk is followed to the next: of its sum over tokens rounding is most."""
     x, d_o = problem(kind, dtype, tokens=704, rates=SLOW)
     expected = expectation(x, d_o)
     found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")

@@ -12,7 +12,7 @@ from lasp.hf.loss import cross_entropy_of_logits
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_loss_of_logits(dtype: torch.dtype) -> None:
-    """In chunks that do not divide the tokens; with a token that is nearly sure, and NaN where no label is."""
+    """Compares in chunks that do not divide the tokens; with a token that is nearly sure, and NaN where no label is."""
     random = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(37, 50, generator=random, dtype=torch.float64)
     labels = torch.randint(50, (37,), generator=random).masked_fill(torch.arange(37) % 5 == 0, -100)
