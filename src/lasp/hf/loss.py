@@ -11,7 +11,7 @@ from torch import Tensor
 from lasp.hf import library
 from lasp.hf.context import ModelPass, split_pass
 from lasp.hf.split import ModelSplit
-from lasp.models.loss import default_chunk_tokens
+from lasp.models.loss import IGNORED_LABEL, default_chunk_tokens
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.sequence import SequenceParallel
 
@@ -46,13 +46,12 @@ class SharedLoss:
         targets = options["shift_labels"].reshape(-1).to(logits.device)
         count = options["num_items_in_batch"]
         count = count.to(logits.device) if isinstance(count, Tensor) else count
-        return (
-            cross_entropy_of_logits(logits.reshape(-1, vocab_size), targets, options.get("ignore_index", -100)) / count
-        )
+        ignored = options.get("ignore_index", IGNORED_LABEL)
+        return cross_entropy_of_logits(logits.reshape(-1, vocab_size), targets, ignored) / count
 
 
 def cross_entropy_of_logits(
-    logits: Tensor, labels: Tensor, ignored: int = -100, *, chunk_tokens: int | None = None
+    logits: Tensor, labels: Tensor, ignored: int = IGNORED_LABEL, *, chunk_tokens: int | None = None
 ) -> Tensor:
     """Sum over tokens of -log softmax(logits)[label], in fp32, or in fp64 for logits in fp64.
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.models.loss import IGNORED_LABEL
 from lasp.sequence import SequenceParallel, balanced_lengths
 from lasp.sequence.arguments import check_tensor, wholes
 
-IGNORED = -100
 # Of a collator for flash attention and Mamba's kernels: documents once more, which position_ids say.
 _DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # Of a processor for images and text: what kind of token each is, 0 for text.
@@ -81,7 +81,7 @@ def shard(
     total = rows["input_ids"].shape[1]
     cut = _lengths(total, sp, lengths)
     rank = 0 if sp is None else sp.rank
-    targets = int((rows["shift_labels"] != IGNORED).sum()) if "shift_labels" in rows else None
+    targets = int((rows["shift_labels"] != IGNORED_LABEL).sum()) if "shift_labels" in rows else None
     start = sum(cut[:rank])
     part: dict[str, Any] = {name: value[:, start : start + cut[rank]].contiguous() for name, value in rows.items()}
     # transformers asks whether there are labels; which, shift_labels says.
@@ -132,7 +132,7 @@ def _laid_out(given: Mapping[str, Any]) -> dict[str, Tensor]:
         if name in given:
             rows[name] = given[name].to(torch.int64)
     if "labels" in rows and "shift_labels" not in rows:
-        rows["shift_labels"] = F.pad(rows["labels"], (0, 1), value=IGNORED)[:, 1:]
+        rows["shift_labels"] = F.pad(rows["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
     return rows
 
 
@@ -159,8 +159,8 @@ def _flattened(rows: dict[str, Tensor], one_row: bool) -> tuple[tuple[int, ...] 
 def _check_padding(rows: Mapping[str, Tensor], mask: Tensor, first: Tensor) -> None:
     """Padding has no targets; but for the one before a row's first token, which predicts nothing that has a past."""
     for name, without in (("labels", ~mask), ("shift_labels", ~mask & ~F.pad(first, (0, 1))[:, 1:])):
-        if name in rows and bool((rows[name][without] != IGNORED).any()):
-            raise ValueError(f"{name} of padding must be {IGNORED}")
+        if name in rows and bool((rows[name][without] != IGNORED_LABEL).any()):
+            raise ValueError(f"{name} of padding must be {IGNORED_LABEL}")
 
 
 def _lengths(total: int, sp: SequenceParallel | None, lengths: Sequence[int] | None) -> tuple[int, ...]:
