@@ -101,8 +101,8 @@ CASES = [
 
 
 def ways_of(cases: list[Case]) -> set[tuple[object, ...]]:
-    """How the plans of cases move chunks: whether states are gathered, descriptors used, runs cut into segments."""
-    ways = set()
+    """Returns how the plans of cases move chunks: whether states are gathered, descriptors used, runs cut into segments."""
+    ways: set[tuple[object, ...]] = set()
     for case in cases:
         heads, kind = case.B * case.H_v, DECAYS[case.kind].value
         limits = HOPPER._replace(processors=case.processors or HOPPER.processors)
@@ -114,7 +114,7 @@ def ways_of(cases: list[Case]) -> set[tuple[object, ...]]:
 def test_the_cases_reach_every_way_of_moving_chunks() -> None:
     """Read from states by descriptors and by pointers; gathered, by sweeps of several segments but per channel."""
     read = {(BF16, False, True, True), (BF16, False, False, True), (FP16, False, False, True)}
-    wanted = {(kind, *way) for kind in KINDS for way in read}
+    wanted: set[tuple[object, ...]] = {(kind, *way) for kind in KINDS for way in read}
     wanted |= {(kind, dtype, True, False, kind != "channel") for kind in KINDS for dtype in BOUNDS}
     assert wanted <= ways_of(CASES)
     # The control: what starts from a state gathers none.
