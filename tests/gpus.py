@@ -1,4 +1,4 @@
-"""Which tests use GPUs: those that `make gpu` runs. All others run as on a machine without."""
+"""Tells which tests use GPUs: those that `make gpu` runs. All others run as on a machine without."""
 
 from __future__ import annotations
 
