@@ -101,7 +101,7 @@ CASES = [
 
 
 def ways_of(cases: list[Case]) -> set[tuple[object, ...]]:
-    """Returns how the plans of cases move chunks: whether states are gathered, descriptors used, runs cut into segments."""
+    """Returns how plans move the chunks of cases: by states that are gathered, by descriptors, in several segments."""
     ways: set[tuple[object, ...]] = set()
     for case in cases:
         heads, kind = case.B * case.H_v, DECAYS[case.kind].value
