@@ -166,13 +166,19 @@ def test_hardly_any_tokens(gate: str, tokens: int, device: torch.device) -> None
 
 
 def test_beta_of_zero_and_two(device: torch.device) -> None:
-    """A token whose beta is zero changes nothing, and its beta has a gradient; of a mask of zeros, too."""
+    """A token whose beta is zero changes nothing, and its beta has a gradient; of a mask of zeros, too. It writes 2^-50
+    of what it would, to rounding, and of twice that it is not: the control."""
     p = problem(Case("scalar", T=40, initial=False))
     for beta, expected in ((0.0, 0.0), (2.0, 1.0)):
         p.x["beta"].fill_(beta)
         values, references = solve(p, device), solve(p, torch.device("cpu"), "torch", exact=True)
         assert relative_error(values["d_beta"], references["d_beta"]) <= 2e-6
         assert values["o"].abs().max() <= expected * 100 + 1e-12
+        for least, fits in ((2.0**-50, True), (2.0**-49, beta == 2)):
+            seen = p._replace(x=p.x | {"beta": p.x["beta"].clamp(min=least)})
+            assert (
+                max(errors_of(values, solve(seen, torch.device("cpu"), "torch", exact=True)).values()) <= 2e-6
+            ) == fits
 
 
 def test_first_token_has_no_gate_gradient(device: torch.device) -> None:
