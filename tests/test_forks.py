@@ -1,4 +1,4 @@
-"""Where tests see GPUs none is a fork: what has looked at a GPU leaves its forks no backward pass."""
+"""Tests that where GPUs are seen none is a fork: what has looked at a GPU leaves its forks no backward pass."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def _norm_call(
     eps: float,
     d_y: Tensor | None = None,
 ) -> _NormCall:
-    """With d_y, that of the gradients."""
+    """Return the call of the norm or, with d_y, of its gradients."""
     o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
     width = o.shape[2:].numel()
     columns = width // groups
