@@ -99,7 +99,7 @@ def kernel_calls(shape: str, kind: str) -> dict[str, Callable[[], float]]:
 
 
 def host_calls(kind: str, stubbed: bool) -> dict[str, Callable[[], float]]:
-    """Likewise: the least of a few rounds."""
+    """Returns functions that give milliseconds, by part: the least of a few rounds."""
     import host_cost
     import torch
 

@@ -44,7 +44,7 @@ ROUNDS, CALLS, WARM_UP = 60, 5, 10
 
 
 class _Limits(NamedTuple):
-    """What a stubbed launch is planned for."""
+    """Limits of the device that stubbed launches are planned for."""
 
     processors: int = 132
     shared_bytes: int = 232448

@@ -305,7 +305,7 @@ def test_verify_names_the_good_and_the_damaged(tmp_path: Path, capsys: pytest.Ca
     shard_of(newer).unlink()
     assert cli.main(["verify", str(tmp_path)]) == 0
     damaged, good = capsys.readouterr().out.splitlines()
-    assert damaged.startswith(f"damaged  {newer}") and good.startswith(f"good     {older}: 1 steps")
+    assert damaged.startswith(f"damaged  {newer}") and good.startswith(f"good     {older}: 1 step,")
     (older / "state.json").write_text("{}")
     assert cli.main(["verify", str(tmp_path)]) == 66
 
