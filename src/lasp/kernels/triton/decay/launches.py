@@ -127,5 +127,5 @@ class DecayLaunches:
 
 
 def partial_dtype(dtype: torch.dtype, heads: int, value_heads: int) -> torch.dtype:
-    """Return the dtype of dq and dk per value head: fp16 has no range for those of which heads are still to be summed."""
+    """Return the dtype of dq and dk per value head: fp16 has no range for those whose heads are still to be summed."""
     return torch.float32 if dtype == torch.float16 and heads != value_heads else dtype
