@@ -53,7 +53,7 @@ def test_a_delta_rule_in_chunks_is_the_loop(gate: str) -> None:
 
 
 def test_the_delta_rule_is_fused_where_the_library_fuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judges it as what multiplies in 16 bits, but for fp16, whose operands are fp32. On a CPU nothing is fused."""
+    """Tests that it is judged as what multiplies in 16 bits, but for fp16, whose operands are fp32; on a CPU not."""
     assert not any(draw(87, index, "cpu", "delta").fused for index in range(60))
     monkeypatch.setattr(select, "_against_triton", lambda family, device, dtype, *_: "no" if dtype.itemsize > 4 else "")
     monkeypatch.setattr(select, "_chosen", {})

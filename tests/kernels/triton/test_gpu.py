@@ -163,7 +163,7 @@ def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) ->
     runs.launches_of.cache_clear()
     with patch.dict(devices._devices, {DEVICE: limits(case)}):
         q, k, v = (x[name][..., :FUSED_MAX_DIM] for name in "qkv")
-        found = fused.prepare(DecayInputs(q, k, v, x.get("g"), 1.0), not case.initial).work
+        found = fused.prepare(DecayInputs(q, k, v, x.get("g"), 1.0), not case.initial).launches
         assert found.paired == bool(dims)  # type: ignore[union-attr]
         o, final = lasp.linear_attention(**x, output_final_state=True, cu_seqlens=case.documents, backend="triton")
     values = torch.autograd.grad((o, final), leaves, (d_o, d_final))
