@@ -10,9 +10,11 @@ import torch
 from fuzz import pool, reference
 from fuzz.__main__ import main
 from fuzz.cases import draw
+from fuzz.compare import _computes
 from tolerances import relative_error
 from torch import Tensor
 
+from lasp.kernels import select
 from lasp.kernels.torch import chunks
 
 RUN = ("--device", "cpu", "--processes", "1", "--seed", "87")
@@ -34,6 +36,33 @@ def test_long_decays_in_chunks_are_the_loop(gate: str) -> None:
         results.append([o, final, *torch.autograd.grad((o, final), leaves, (d_o, torch.ones_like(final)))])
     for value, expected in zip(*results, strict=True):
         assert relative_error(value, expected) < 1e-12
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+def test_a_delta_rule_in_chunks_is_the_loop(gate: str) -> None:
+    """Unless its products round: then it is off by no more than so many roundings."""
+    shape = {"none": None, "scalar": (1, 70, 2), "channel": (1, 70, 2, 8)}[gate]
+    g = None if shape is None else -torch.rand(shape, dtype=torch.float64)
+    q, k, v = (torch.randn(1, 70, 2, 8, dtype=torch.float64) for _ in range(3))
+    k, beta = torch.nn.functional.normalize(k, dim=-1), torch.rand(1, 70, 2, dtype=torch.float64)
+    state = torch.randn(1, 2, 8, 8, dtype=torch.float64)
+    loop, final = reference.delta(q, k, v, beta, g, state, 0.5)
+    for rounded, least, most in ((torch.clone, 0.0, 1e-12), (lambda x: x.bfloat16().double(), 1e-4, 2e-2)):
+        o, last = reference.delta_chunks(q, k, v, beta, g, state, 0.5, rounded)
+        assert least <= relative_error(o, loop) <= most and least <= relative_error(last, final) <= most
+
+
+def test_the_delta_rule_is_fused_where_the_library_fuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judges it as what multiplies in 16 bits, but for fp16, whose operands are fp32. On a CPU nothing is fused."""
+    assert not any(draw(87, index, "cpu", "delta").fused for index in range(60))
+    monkeypatch.setattr(select, "_against_triton", lambda family, device, dtype, *_: "no" if dtype.itemsize > 4 else "")
+    monkeypatch.setattr(select, "_chosen", {})
+    cases = [draw(87, index, "cuda", "delta") for index in range(60)]
+    found = {(case.backend, case.fused) for case in cases if case.dtype != "fp64"}
+    assert found == {("auto", True), ("triton", True), ("torch", False), ("reference", False)}
+    assert {(case.dtype, _computes(case)) for case in cases if case.fused} == {
+        ("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp32")
+    }  # fmt: skip
 
 
 def test_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.kernels import select
+
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAMILIES = {
     "decay": ("linear", "linear", "linear", "normalized"),
@@ -116,8 +118,6 @@ def draw(seed: int, index: int, device: str, family: str) -> Case:
     backend = _backend(rng, op, causal, device)
     if backend == "triton" and dtype == "fp64":
         dtype = "fp32"
-    fused = backend == "triton" or (backend == "auto" and device == "cuda" and op in ("linear", "normalized"))
-    fused = fused and causal and dtype != "fp64"
     tokens = _tokens(rng, device)
     if op == "softmax":
         tokens = min(tokens, PAIR_TOKENS)
@@ -140,6 +140,7 @@ def draw(seed: int, index: int, device: str, family: str) -> Case:
             keys, values = max(1, keys // 2), max(1, values // 2)
         else:
             tokens //= 2
+    fused = causal and _chosen(op, backend, dtype, gate, keys, device) == "triton"
     cu_seqlens = None
     if (causal or op == "softmax") and rng.random() < 0.45:
         batch, cu_seqlens = 1, (0, *_cuts(rng, tokens, rng.choice((1, 2, 3, 6, 12))), tokens)
@@ -174,11 +175,21 @@ def _backend(rng: random.Random, op: str, causal: bool, device: str) -> str:
         return "torch"
     if op == "softmax":
         return rng.choice(("auto", "reference"))
-    if op == "delta" or not causal:
+    if op == "delta":
+        return rng.choice(("auto", "torch", *(("torch",) * 2 if device == "cpu" else ("triton",) * 2), "reference"))
+    if not causal:
         return rng.choice(("auto", "torch", "torch", "torch", "reference"))
     if device == "cuda":
         return rng.choice(("triton", "triton", "triton", "triton", "auto", "auto", "torch", "reference"))
     return rng.choice(("torch", "torch", "torch", "torch", "reference", "triton"))
+
+
+def _chosen(op: str, backend: str, dtype: str, gate: str, keys: int, device: str) -> str:
+    """Returns the backend that runs a call: of "auto" the library's choice."""
+    if backend != "auto" or op not in ("linear", "normalized", "delta"):
+        return backend
+    family, wide = ("delta", keys) if op == "delta" else ("decay", 0)
+    return select._choose(family, torch.device(device), DTYPES[dtype], wide, gate == "channel")
 
 
 def _tokens(rng: random.Random, device: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Tokens up to which a decay is a loop, and of a chunk beyond.
 LOOP, CHUNK = 300, 32
+# As many tokens as the fused kernels of the delta rule have in a chunk.
+DELTA_CHUNK = 64
 # Tokens after which a loop's steps are recomputed for its gradients rather than kept.
 BLOCK = 128
 # The decay that is zero in fp64, for sums of logarithms: -inf has no differences.
@@ -24,6 +27,7 @@ FORGOTTEN = -800.0
 NORM_EPS = 1e-6
 
 Step = Callable[..., tuple[Tensor, Tensor]]
+Rounding = Callable[[Tensor], Tensor]
 
 
 def decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -55,6 +59,13 @@ def delta(
 ) -> tuple[Tensor, Tensor]:
     """S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale q_t S_t."""
     return _blocks(partial(_delta_steps, scale), BLOCK, state, q, k, v, g, beta)
+
+
+def delta_chunks(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, rounded: Rounding
+) -> tuple[Tensor, Tensor]:
+    """`delta` in chunks, with the operands of products `rounded`."""
+    return _blocks(partial(_delta_chunk, scale, rounded), DELTA_CHUNK, state, q, k, v, g, beta)
 
 
 def unit(x: Tensor, through_denominators: bool) -> Tensor:
@@ -139,21 +150,41 @@ def _delta_steps(scale: float, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g
 
 
 def _decay_chunk(scale: float, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> tuple:
+    meet, from_start, to_end, kept = _chunk_decays(q, g)
+    o = torch.einsum("bhij,bjhv->bihv", meet(q, k), v) + torch.einsum("bihk,bhkv->bihv", q * from_start, state)
+    return scale * o, kept * state + torch.einsum("bjhk,bjhv->bhkv", k * to_end, v)
+
+
+def _delta_chunk(
+    scale: float, rounded: Rounding, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor
+) -> tuple:
+    meet, from_start, to_end, kept = _chunk_decays(q, g)
+    met = beta.movedim(1, 2)[..., None] * rounded(meet(k, k)).tril(-1)
+    one = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(met)
+    inverse = rounded(torch.linalg.solve_triangular(met + one, one, upper=False, unitriangular=True))
+    entering = rounded(state)
+    missing = v - rounded(torch.einsum("bihk,bhkv->bihv", rounded(k * from_start), entering))
+    writes = rounded(torch.einsum("bhij,bjhv->bihv", inverse, rounded(beta[..., None] * missing)))
+    o = rounded(torch.einsum("bhij,bjhv->bihv", rounded(meet(q, k)), writes))
+    o = o + rounded(torch.einsum("bihk,bhkv->bihv", rounded(q * from_start), entering))
+    return scale * o, kept * state + torch.einsum("bjhk,bjhv->bhkv", rounded(k * to_end), writes)
+
+
+def _chunk_decays(q: Tensor, g: Tensor | None) -> tuple[Callable[[Tensor, Tensor], Tensor], Any, Any, Any]:
+    """Scores of a chunk's tokens with earlier ones, with what decays between; decays from its start to every token, of
+    that to its end, and of the chunk."""
     size = q.shape[1]
     past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     if g is None:
-        scores = torch.einsum("bihk,bjhk->bhij", q, k).masked_fill(~past, 0.0)
-        reads, stores = q, k
-    else:
-        total = (g if g.dim() == 4 else g[..., None]).cumsum(1)
-        between = total[:, :, None] - total[:, None]  # [B, i, j, H, 1 or K]
-        pairs = between.masked_fill(~past[:, :, None, None], -torch.inf).exp()
-        scores = (q[:, :, None] * k[:, None] * pairs).sum(-1).movedim(3, 1)
-        reads, stores = q * total.exp(), k * (total[:, -1:] - total).exp()
-        kept = total[:, -1].exp()[..., None]
-    o = torch.einsum("bhij,bjhv->bihv", scores, v) + torch.einsum("bihk,bhkv->bihv", reads, state)
-    state = state if g is None else kept * state
-    return scale * o, state + torch.einsum("bjhk,bjhv->bhkv", stores, v)
+        return lambda a, b: torch.einsum("bihk,bjhk->bhij", a, b).masked_fill(~past, 0.0), 1.0, 1.0, 1.0
+    total = (g if g.dim() == 4 else g[..., None]).cumsum(1)
+    between = total[:, :, None] - total[:, None]  # [B, i, j, H, 1 or K]
+    pairs = between.masked_fill(~past[:, :, None, None], -torch.inf).exp()
+
+    def meet(a: Tensor, b: Tensor) -> Tensor:
+        return (a[:, :, None] * b[:, None] * pairs).sum(-1).movedim(3, 1)
+
+    return meet, total.exp(), (total[:, -1:] - total).exp(), total[:, -1].exp()[..., None]
 
 
 def _tokens(*x: Tensor) -> list[tuple[Tensor, ...]]:

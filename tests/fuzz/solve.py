@@ -23,6 +23,7 @@ OPERATORS = {
 }
 LEARNED = {"all": None, "no gate": ("q", "k", "v", "x", "weight", "bias", "beta", "initial_state"), "queries": ("q",)}
 EPS = 1e-6
+MIN_FUSED_BETA = 2.0**-50  # src/lasp/kernels/triton/delta/chunk.py
 
 Results = dict[str, Tensor]
 
@@ -47,10 +48,13 @@ def library(case: Case, problem: Problem, sp: Any = None) -> Results:
     return results | _gradients(o, final, d_o, d_final, wanted)  # type: ignore[arg-type]
 
 
-def exact(case: Case, problem: Problem, *, through_denominators: bool = True) -> Results:
+def exact(
+    case: Case, problem: Problem, *, through_denominators: bool = True, rounded: reference.Rounding | None = None
+) -> Results:
     """Returns what it should give, in fp64. The gradient of a constant decay is that of every token, d_g [B, T, H_v].
 
     through_denominators: False for no gradients through those of normalized and softmax attention, queries and keys.
+    rounded: what a delta rule in chunks does to the operands of its products, instead of the loop.
     """
     leaves = {name: None if t is None else _seen(case, name, t).double() for name, t in problem.inputs.items()}
     g = leaves.get("g")
@@ -59,7 +63,7 @@ def exact(case: Case, problem: Problem, *, through_denominators: bool = True) ->
     leaves = {
         n: None if t is None else t.detach().clone().requires_grad_(_is_learned(case, n)) for n, t in leaves.items()
     }
-    o, final = _operator(case, leaves, through_denominators)
+    o, final = _operator(case, leaves, through_denominators, rounded)
     results = {"o": o.detach()} | ({"final": final.detach()} if case.final else {})
     wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
     return results | _gradients(
@@ -97,8 +101,12 @@ def _is_learned(case: Case, name: str) -> bool:
 
 
 def _seen(case: Case, name: str, tensor: Tensor) -> Tensor:
-    """Inputs as the operator rounds them: gates and betas to the state's dtype."""
-    return tensor.float() if name in ("g", "beta") and case.dtype != "fp64" else tensor
+    """Inputs as the operator takes them: gates and betas in the state's dtype; none of a fused beta is zero."""
+    if name not in ("g", "beta"):
+        return tensor
+    if name == "beta" and case.fused:
+        tensor = tensor.clamp(min=MIN_FUSED_BETA)
+    return tensor if case.dtype == "fp64" else tensor.float()
 
 
 def _gradients(
@@ -116,7 +124,9 @@ def _gradients(
     }  # fmt: skip
 
 
-def _operator(case: Case, x: dict[str, Tensor | None], through_denominators: bool) -> tuple[Tensor, Tensor]:
+def _operator(
+    case: Case, x: dict[str, Tensor | None], through_denominators: bool, rounded: reference.Rounding | None
+) -> tuple[Tensor, Tensor]:
     start, bounds, scale = x["initial_state"], case.cu_seqlens, case.scale
     if case.op in ("convolution", "shift"):
         return _rows(case, x)
@@ -134,17 +144,22 @@ def _operator(case: Case, x: dict[str, Tensor | None], through_denominators: boo
         start = q.new_zeros(states, v.shape[2], q.shape[3], v.shape[3])
     starts = [start] if bounds is None else list(start.split(1))
     tensors = [q, k, v] + ([x["beta"]] if case.op == "delta" else []) + ([] if g is None else [g])
-    o, finals = reference.packed(bounds, partial(_recurrence, case, scale), starts, *tensors)
+    o, finals = reference.packed(bounds, partial(_recurrence, case, scale, rounded), starts, *tensors)
     if case.op == "normalized":
         denominator = o[..., -1:] + EPS
         o = o[..., :-1] / (denominator if through_denominators else denominator.detach())
     return o, torch.cat(finals)
 
 
-def _recurrence(case: Case, scale: float, state: Tensor, *x: Tensor) -> tuple[Tensor, Tensor]:
+def _recurrence(
+    case: Case, scale: float, rounded: reference.Rounding | None, state: Tensor, *x: Tensor
+) -> tuple[Tensor, Tensor]:
     if case.op == "delta":
         q, k, v, beta, *g = x
-        return reference.delta(q, k, v, beta, g[0] if g else None, state, scale)
+        gate = g[0] if g else None
+        if rounded is not None:
+            return reference.delta_chunks(q, k, v, beta, gate, state, scale, rounded)
+        return reference.delta(q, k, v, beta, gate, state, scale)
     q, k, v, *g = x
     if not case.causal:
         return reference.unmasked(q, k, v, state, scale)

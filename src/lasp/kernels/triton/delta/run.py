@@ -75,6 +75,7 @@ class DeltaChunks(NamedTuple):
     Attributes:
         inverse: A - I, [B, H_v, chunks, C, C].
         betas: [B, H_v, chunks C].
+        bounds: of a gate per token log2 of what passes chunks at most, [B, H_v, chunks]; else betas.
         gates: prefix and, where decays are exact, suffix, likewise; none without a gate per token.
         k_norms: [B, H, chunks C], or None.
         channels: of a gate per channel, or None.
@@ -82,6 +83,7 @@ class DeltaChunks(NamedTuple):
 
     inverse: Tensor
     betas: Tensor
+    bounds: Tensor
     gates: tuple[Tensor, ...]
     k_norms: Tensor | None
     channels: ChannelKeys | None
@@ -136,6 +138,7 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
         work.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places)
     norms = _norms(x, x.k)
     inverse, betas = x.v.new_empty(work.tiles), _fp32(x, work.slots)
+    bounds = _fp32(x, work.bounds) if work.bounds_chunks else betas
     keys, overlaps, queries = None, betas, None
     if work.per_channel:
         reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
@@ -154,9 +157,10 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
         prefix_ptr=gates[0] if gates else betas,
         inverse_ptr=inverse,
         betas_ptr=betas,
+        bounds_ptr=bounds,
         places_ptr=places,
     )
-    return DeltaChunks(inverse, betas, gates, norms, keys), queries
+    return DeltaChunks(inverse, betas, bounds, gates, norms, keys), queries
 
 
 def _stretches(x: DeltaRun) -> Tensor:
@@ -244,6 +248,7 @@ def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:
         **_sweep_operands(x, chunks, added),
         v_ptr=x.v,
         norms_ptr=given(chunks.k_norms, added),
+        bounds_ptr=chunks.bounds,
         added_ptr=added,
         moves_ptr=moves,
         places_ptr=places_of(work.plan, added),
@@ -333,6 +338,7 @@ def _reverse(
         **_sweep_operands(x, saved.chunks, saved.leaving),
         **_query_operands(x, saved.chunks, saved.queries, saved.leaving),
         do_ptr=d_o,
+        bounds_ptr=saved.chunks.bounds,
         added_ptr=added,
         dv_ptr=dv,
         d_chunks_ptr=d_chunks,

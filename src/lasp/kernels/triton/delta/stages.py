@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp.algebra import Dense, Summary
 from lasp.kernels.triton.common.decays import TOKEN
-from lasp.kernels.triton.common.launch import use_scratch
+from lasp.kernels.triton.common.launch import given, use_scratch
 from lasp.kernels.triton.delta import run
 from lasp.kernels.triton.delta.launches import launches_of
 from lasp.kernels.triton.delta.run import (
@@ -67,7 +67,7 @@ def outputs(
 ) -> tuple[Tensor, Saved]:
     """state_in is zero if None."""
     o, saved = run.outputs(x, segments, queries, None if state_in is None else state_in.contiguous())
-    return o.to(x.work.dtype), _flat(saved)
+    return o.to(x.work.dtype), _flat(x, saved)
 
 
 def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Tensor]:
@@ -111,13 +111,16 @@ def _leaving(saved: Saved) -> Tensor:
     return saved[0]
 
 
-def _flat(saved: DeltaSaved) -> Saved:
+def _flat(x: DeltaRun, saved: DeltaSaved) -> Saved:
     """All tensors of `saved`, the leaving state first; an empty one for what there is not, or is an input."""
     chunks, queries = saved.chunks, saved.queries
     channels = (None,) * 4 if chunks.channels is None else tuple(chunks.channels)
     gates = (*chunks.gates, None, None)[:2]
     made = None if chunks.channels is None else queries.q
-    optional = (saved.entering, saved.moves, *gates, chunks.k_norms, *channels, made, queries.norms, queries.scores)
+    bounds = chunks.bounds if x.work.bounds_chunks else None
+    optional = (
+        saved.entering, saved.moves, bounds, *gates, chunks.k_norms, *channels, made, queries.norms, queries.scores,
+    )  # fmt: skip
     nothing = saved.leaving.new_empty(0)
     return (
         saved.leaving, saved.u, chunks.inverse, chunks.betas,
@@ -127,12 +130,12 @@ def _flat(saved: DeltaSaved) -> Saved:
 
 def _unflat(x: DeltaRun, saved: Saved) -> DeltaSaved:
     leaving, u, inverse, betas = saved[:4]
-    entering, moves, prefix, suffix, k_norms, *channels, made, q_norms, scores = (
+    entering, moves, bounds, prefix, suffix, k_norms, *channels, made, q_norms, scores = (
         None if tensor.dim() == 1 else tensor for tensor in saved[4:]
     )
     gates = tuple(gate for gate in (prefix, suffix) if gate is not None)
     keys = None if channels[0] is None else ChannelKeys(*channels)  # type: ignore[arg-type]
-    chunks = DeltaChunks(inverse, betas, gates, k_norms, keys)
+    chunks = DeltaChunks(inverse, betas, given(bounds, betas), gates, k_norms, keys)
     queries = DeltaQueries(x.q if made is None else made, q_norms, scores)
     return DeltaSaved(leaving, u, entering, moves, chunks, queries)
 
@@ -159,6 +162,7 @@ def empty_saved(x: DeltaInputs, from_state: bool, over_ranks: bool, want_gate: b
         fp32(work.slots),
         fp32(work.state if whole else work.states, from_state or over_ranks or not whole),
         fp32(work.moves, over_ranks or not whole),
+        fp32(work.bounds, work.bounds_chunks),
         gate(0),
         gate(1),
         fp32(work.norms, work.normalize),
