@@ -37,7 +37,7 @@ def model(**options: Any) -> CausalLM:
 
 
 def groups() -> int:
-    """Two where transformers normalizes them one by one, as from 5.23 on."""
+    """Returns two where transformers normalizes them one by one, as from 5.23 on."""
     from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
     return 2 if "group_size" in inspect.signature(MambaRMSNormGated).parameters else 1
