@@ -59,7 +59,7 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def errors(found: Measured, exact: Measured, here: slice = slice(None)) -> list[float]:
-    """Returns those of loss, logits and all gradients together."""
+    """Errors of loss, logits and all gradients together."""
     return [
         relative_error(found.loss, exact.loss),
         relative_error(found.logits, exact.logits[:, here]),
