@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test su
 rest: $(VENV)/.installed-dev  ## the tests that `make test` leaves to continuous integration
 	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal -m 'ci and not exhaustive' $(ARGS)
 
-gpu: $(VENV)/.installed-dev  ## the tests of kernels, loss and exchanges on this machine's GPUs, which `make test` does not use
+gpu: $(VENV)/.installed-dev  ## the tests of kernels, loss, exchanges and models of transformers on this machine's GPUs, which `make test` does not use
 	LASP_TEST_DEVICE=cuda $(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not exhaustive' $(ARGS)
 
 exhaustive: $(VENV)/.installed-dev  ## every case where `make test` takes a sample of them

@@ -22,11 +22,12 @@ RUN = ("--device", "cpu", "--processes", "1", "--seed", "87")
 
 @pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
 def test_long_decays_in_chunks_are_the_loop(gate: str) -> None:
-    """Two formulas of one recurrence, with gates that forget all and none."""
+    """Two formulas of one recurrence, with gates that forget all and none, and a head that forgets at every token."""
     shape = {"none": None, "scalar": (2, 150, 3), "channel": (2, 150, 3, 4)}[gate]
     g = None if shape is None else -torch.rand(shape, dtype=torch.float64)
     if g is not None:
         g[:, 20:30], g[:, 50], g[:, 70] = 0.0, -60.0, -torch.inf
+        g[:, :, 2] = -8 - g[:, :, 2].exp()
     q, k, v, d_o = (torch.randn(2, 150, 3, 4, dtype=torch.float64) for _ in range(4))
     state = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     results = []
@@ -34,8 +35,11 @@ def test_long_decays_in_chunks_are_the_loop(gate: str) -> None:
         leaves = [t.clone().requires_grad_() for t in (q, k, v, state, *([] if g is None else [g]))]
         o, final = function(*leaves[:3], leaves[4] if len(leaves) > 4 else None, leaves[3], 0.5)
         results.append([o, final, *torch.autograd.grad((o, final), leaves, (d_o, torch.ones_like(final)))])
+    if g is not None:
+        for found in results:
+            found.append(found[-1][:, :, 2].sum(1))
     for value, expected in zip(*results, strict=True):
-        assert relative_error(value, expected) < 1e-12
+        assert relative_error(value, expected) < 1e-13
 
 
 @pytest.mark.parametrize("gate", ["none", "scalar", "channel"])

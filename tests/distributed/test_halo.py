@@ -271,6 +271,27 @@ def test_without_ranks():
     assert torch.equal(shifted, expected)
 
 
+def test_gradients_are_sums_over_many_tokens():
+    """Sums them in fp32, of weight and bias, over 39,000 tokens. The control: conv1d's."""
+    torch.manual_seed(0)
+    x, weight, bias, d_y = torch.randn(2, 19500, 2), torch.randn(2, 2), torch.randn(2), torch.randn(2, 19500, 2)
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (weight, bias)]
+        return torch.autograd.grad(function(x.to(dtype), *leaves), leaves, d_y.to(dtype))
+
+    def plain(x, weight, bias):
+        rows = torch.nn.functional.pad(x.transpose(1, 2), (1, 0))
+        return torch.nn.functional.conv1d(rows, weight[:, None], bias, groups=2).transpose(1, 2)
+
+    expected = gradients(plain, torch.float64)
+    errors = [
+        max(map(relative_error, gradients(function, torch.float32), expected))
+        for function in (lambda *leaves: lasp.short_convolution(*leaves)[0], plain)
+    ]
+    assert errors[0] <= 2e-6 < errors[1], errors
+
+
 def test_the_layer_continues_and_starts_from_its_generator():
     layer = ShortConvolution(C, 4, bias=True).double()
     layer.reset_parameters(torch.Generator().manual_seed(1))

@@ -22,8 +22,6 @@ LOOP, CHUNK = 300, 32
 DELTA_CHUNK = 64
 # Tokens after which a loop's steps are recomputed for its gradients rather than kept.
 BLOCK = 128
-# The decay that is zero in fp64, for sums of logarithms: -inf has no differences.
-FORGOTTEN = -800.0
 NORM_EPS = 1e-6
 
 Step = Callable[..., tuple[Tensor, Tensor]]
@@ -45,7 +43,7 @@ def decay_chunks(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Tokens of a chunk see each other through every pair's decay, and the chunks before in the state."""
-    return _blocks(partial(_decay_chunk, scale), CHUNK, state, q, k, v, None if g is None else g.clamp(min=FORGOTTEN))
+    return _blocks(partial(_decay_chunk, scale), CHUNK, state, q, k, v, g)
 
 
 def unmasked(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -177,14 +175,17 @@ def _chunk_decays(q: Tensor, g: Tensor | None) -> tuple[Callable[[Tensor, Tensor
     past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     if g is None:
         return lambda a, b: torch.einsum("bihk,bjhk->bhij", a, b).masked_fill(~past, 0.0), 1.0, 1.0, 1.0
-    total = (g if g.dim() == 4 else g[..., None]).cumsum(1)
-    between = total[:, :, None] - total[:, None]  # [B, i, j, H, 1 or K]
-    pairs = between.masked_fill(~past[:, :, None, None], -torch.inf).exp()
+    g = g if g.dim() == 4 else g[..., None]
+    # Sums only: of differences little is left, in the gradient of gates that forget all at every token.
+    earlier = past.tril(-1)[:, :, None, None]
+    between = torch.where(earlier, g[:, :, None], 0.0).cumsum(1)  # [B, i, j, H, 1 or K]
+    pairs = torch.where(past[:, :, None, None], between.exp(), 0.0)
+    later = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], 1).flip(1).cumsum(1).flip(1)
 
     def meet(a: Tensor, b: Tensor) -> Tensor:
         return (a[:, :, None] * b[:, None] * pairs).sum(-1).movedim(3, 1)
 
-    return meet, total.exp(), (total[:, -1:] - total).exp(), total[:, -1].exp()[..., None]
+    return meet, g.cumsum(1).exp(), later.exp(), g.sum(1).exp()[..., None]
 
 
 def _tokens(*x: Tensor) -> list[tuple[Tensor, ...]]:

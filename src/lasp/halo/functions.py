@@ -76,12 +76,14 @@ def short_convolution(
     with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
         fixed = None
         if read.override is not None:
-            fixed = sum((read.back(x, j) * weight[:, width - j] for j in range(width, -1, -1)), x.new_zeros(()))
-            fixed = _activated(fixed if bias is None else fixed + bias, activation)
+            rows = [read.back(x, j) for j in range(width, -1, -1)]
+            fixed = _activated(_convolve(rows, weight, bias), activation)
         if width < FUSED_WIDTH and has_fused_kernels(x.device, x.dtype):
             y = convolution(x, weight, bias, read.before, activation == "silu")
         else:
-            y = _activated(_convolve(read.extended(x), weight, bias), activation)
+            extended = read.extended(x).to(_wide(x.dtype))
+            rows = [extended[:, j : j + x.shape[1]] for j in range(width + 1)]
+            y = _activated(_convolve(rows, weight, bias), activation)
         return y if read.override is None else y.index_copy(1, read.override.tokens, fixed), read.final
 
 
@@ -195,13 +197,21 @@ def _activated(y: Tensor, activation: str | None) -> Tensor:
     return F.silu(y) if activation == "silu" else y
 
 
-def _convolve(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """extended [B, W - 1 + T, C], weight [C, W] -> [B, T, C]."""
-    channels, taps = weight.shape
-    if extended.shape[1] < taps:  # no token: conv1d refuses, but gradients must exist
-        y = extended[:, taps - 1 :] * weight[:, -1]
-        return y if bias is None else y + bias
-    return F.conv1d(extended.transpose(1, 2), weight[:, None], bias, groups=channels).transpose(1, 2)
+def _convolve(rows: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows: W of [B, T, C], what each token reads, itself last; weight [C, W] -> [B, T, C].
+
+    Tap by tap: conv1d's gradients of weight and bias are plain sums over tokens, which lose digits of fp32.
+    """
+    wide = _wide(weight.dtype)
+    y = weight.new_zeros((), dtype=wide) if bias is None else bias.to(wide)
+    for row, tap in zip(rows, weight.to(wide).unbind(1), strict=True):
+        y = torch.addcmul(y, row.to(wide), tap)
+    return y.to(weight.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums of `dtype` are taken in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _layout(

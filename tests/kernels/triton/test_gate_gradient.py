@@ -110,6 +110,26 @@ def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, de
     assert max(max(pair) for pair in errors_by_head(shifted, expected)) > BOUNDS[dtype][1]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_rounding_of_what_crosses_nothing_is_not_summed(kind: str, device: torch.device) -> None:
+    """Takes fp32 where pairs of late tokens, and what the last ones add to a final state, are far larger than what
+    crosses most tokens.
+
+    The control is their rounding, taken off and so the same at every token: 2.7e-6 of the sum.
+    """
+    rates = (-2.0, -4.0, -6.0)
+    x, d_o = problem(kind, FP32, tokens=59, batch=1, rates=rates)
+    random = torch.Generator().manual_seed(1)
+    x["initial_state"], d_final = (torch.randn(1, len(rates), DIM, DIM, generator=random) for _ in range(2))
+    expected = expectation(x, d_o, d_final=d_final)
+    x = {name: tensor.to(device) for name, tensor in x.items()}
+    found = gate_gradient(x, d_o.to(device), "triton", d_final.to(device))
+    assert max(max(pair) for pair in errors_by_head(found, expected)) <= 1e-6
+    shifted = found + torch.finfo(FP32).eps * expected.abs().amax(1, keepdim=True)
+    assert max(summed for _, summed in errors_by_head(shifted, expected)) > 1e-6
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_a_learned_constant(dtype: torch.dtype, device: torch.device) -> None:
     x, d_o = problem("constant", dtype)

@@ -66,15 +66,30 @@ def ends_chunk(first, last, C: tl.constexpr):
 def sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
     """[C, BK]: each token's term and those of all later tokens of the chunk."""
     if dtype == tl.bfloat16:
-        # In two parts, each as products of bf16 take it.
-        high = terms.to(tl.bfloat16)
-        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
         i = tl.arange(0, C)
-        interval = (i[:, None] <= i[None, :]).to(tl.bfloat16)
-        return tl.dot(interval, low, tl.dot(interval, high))
+        return _sum_over_terms(i[:, None] <= i[None, :], terms)
     else:
         # Terms, unlike gates, may exceed fp16.
         return tl.cumsum(terms, 0, reverse=True)
+
+
+@triton.jit
+def sums_before(terms, dtype: tl.constexpr, C: tl.constexpr):
+    """[C, BK]: the terms of all earlier tokens of the chunk."""
+    if dtype == tl.bfloat16:
+        i = tl.arange(0, C)
+        return _sum_over_terms(i[:, None] > i[None, :], terms)
+    else:
+        return tl.cumsum(terms, 0) - terms
+
+
+@triton.jit
+def _sum_over_terms(interval, terms):
+    """interval [C, C] times terms in two parts, each as products of bf16 take it."""
+    high = terms.to(tl.bfloat16)
+    low = (terms - high.to(tl.float32)).to(tl.bfloat16)
+    interval = interval.to(tl.bfloat16)
+    return tl.dot(interval, low, tl.dot(interval, high))
 
 
 @triton.jit
@@ -133,6 +148,17 @@ def meets(level, C: tl.constexpr):
     """[C, C]: the pairs that meet at a level, one early, one late in the same block; symmetric."""
     half = tl.arange(0, C) >> level
     return (half[:, None] ^ half[None, :]) == 1
+
+
+@triton.jit
+def crosses(level, C: tl.constexpr):
+    """[C, C]: whose pairs at a level cross a token: of a late one those of itself and later ones of its half block, of
+    an early one those of earlier ones of its half."""
+    i = tl.arange(0, C)
+    token = i[:, None]
+    other = i[None, :]
+    beyond = tl.where(((token >> level) & 1) == 1, other >= token, other < token)
+    return (token >> level == other >> level) & beyond
 
 
 @triton.jit

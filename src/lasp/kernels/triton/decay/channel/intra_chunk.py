@@ -3,11 +3,12 @@
 
     dq_i = sum_{j <= i} d_scores_ij 2^between(i, j) k_j + scale 2^prefix_i read_q_i  read_q = S do (channel_inter_chunk)
     dk_j = sum_{i >= j} d_scores_ij 2^between(i, j) q_i +       2^suffix_j read_k_j  read_k = D v
-    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + leaving                      per channel, s within the chunk
-    leaving = through + sum_s k_s 2^suffix_s read_k_s                        S D at the chunk's end
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + sum_{s < t} reads_s + through    per channel, s within the chunk
+    reads_s = k_s 2^suffix_s read_k_s
 
-of which what the chunk's last token adds to S is left out on both sides: it crosses no token, and is far larger than
-all that does where gates forget and D is that of a final state.
+dk without what it reads: that is summed from the chunk's start, not taken off what leaves the chunk. There next to all
+may be the last tokens', where gates forget and D is that of a final state, and what rounding leaves of it would be the
+same at every token. The chunk's last token's crosses none.
 
 Pairs within a chunk go by base blocks and levels as in channel_prepare: with x as there, and the d_scores of a level's
 pairs made symmetric, late rows of their product give dq and early rows dk. Chunks are independent. As there, any gates,
@@ -21,6 +22,7 @@ from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_pl
 from lasp.kernels.triton.decay.channel.decays import (
     MIN_BASE_LOG2,
     base_operand,
+    crosses,
     ends_chunk,
     gate_operand,
     in_base_block,
@@ -32,6 +34,7 @@ from lasp.kernels.triton.decay.channel.decays import (
     prefix_sums,
     suffix_sums,
     sum_over,
+    sums_before,
     sums_to_end,
 )
 
@@ -74,6 +77,7 @@ def channel_intra_chunk_kernel(
     if is_done(unbounded_ptr, chunk, UNBOUNDED):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     k_first = part * BK
     first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
     qk = qk_row * K
@@ -122,8 +126,8 @@ def channel_intra_chunk_kernel(
         within *= tl.exp2(tl.minimum(gates - MIN_BASE_LOG2, 0.0))
         store_chunk(dk_at, within.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     terms = tl.zeros((C, BK), tl.float32)
-    # q dq - k dk of pairs, with operands as rounded: so those that do not cross a token cancel in its sum. They are
-    # kept in dg until sums are taken: a third tile would not fit registers.
+    # q dq - k dk of pairs, with operands as rounded: so those that do not cross a token cancel in its sum; or if EXACT
+    # sums over those that do. They are kept in dg until the others are taken: a third tile would not fit registers.
     store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
@@ -141,7 +145,9 @@ def channel_intra_chunk_kernel(
         dq += tl.where(late, d_x, 0.0)
         dk += tl.where(late, 0.0, d_x)
         own = x * met
-        terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + tl.where(late, own, -own)
+        # In fp32 what cannot cancel is not taken off: its rounding would be the same at all tokens before.
+        own = sum_over(crosses(level, C), own) if EXACT else tl.where(late, own, -own)
+        terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + own
         store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     # In an order that holds few tiles at a time. A token decays nothing between itself and itself: the diagonal is no
     # part of the gate's gradient.
@@ -151,19 +157,21 @@ def channel_intra_chunk_kernel(
         tl.exp2(prefix_sums(operand, C)) * scale
     )
     dq += read_q
-    terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + q * read_q
+    terms = q * read_q
+    if not EXACT:
+        terms += load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     dq += diagonal * k
     read_k = load_chunk(read_k_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
         suffix_sums(operand, C)
     )
     dk += read_k
-    own = tl.where(ends_chunk(first, last, C), 0.0, k * read_k)
-    terms -= own
+    reads = tl.where(ends_chunk(first, last, C), 0.0, k * read_k)
     channel = k_first + tl.arange(0, BK)
-    leaving = tl.sum(own, 0)
-    leaving += tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
-    dg = sums_to_end(terms, dtype, C) + leaving[None, :]
+    through = tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
+    dg = sums_to_end(terms, dtype, C) + (sums_before(reads, dtype, C) + through[None, :])
+    if EXACT:
+        dg += load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     if BASE > 0:
         # Other threads may have stored it.
         tl.debug_barrier()
