@@ -96,7 +96,11 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
-@pytest.mark.parametrize(("kind", "dtype"), [("scalar", FP16), ("channel", FP16), ("channel", FP32)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("scalar", FP16), pytest.param("channel", FP16, marks=pytest.mark.ci), ("channel", FP32)],
+    ids=str,
+)
 def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, device: torch.device) -> None:
     """Compares where what passes a chunk is followed to the next: of its sum over tokens rounding is most."""
     x, d_o = problem(kind, dtype, tokens=704, rates=SLOW)
