@@ -83,6 +83,15 @@ def run_of(here, H_v):
 
 
 @triton.jit
+def sweep_place(places_ptr, segments, segment_chunks, T, H_v, N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+                PACKED: tl.constexpr):  # fmt: skip
+    """The place of a program that sweeps a segment for BN of N columns; the index of its segment [B, H_v, segments] and
+    its first column."""
+    here = place(places_ptr, (N + BN - 1) // BN, segments, segment_chunks, T, H_v, C, PACKED)
+    return here, run_of(here, H_v) * segments + here.segment, here.part * BN
+
+
+@triton.jit
 def rows_of(here, T, H, H_v):
     """First rows of a program's batch and head, in [B, T, H] and in [B, T, H_v]."""
     row = tl.cast(here.batch, tl.int64) * T

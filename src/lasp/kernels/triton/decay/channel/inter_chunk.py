@@ -27,12 +27,12 @@ from lasp.kernels.triton.common.decays import beyond_one, decayed
 from lasp.kernels.triton.common.program import (
     as_swept,
     load_chunk,
-    place,
     rows_of,
     run_bounds,
     run_of,
     state_tile,
     store_chunk,
+    sweep_place,
     view,
 )
 from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
@@ -198,9 +198,7 @@ def channel_query_inter_chunk_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    here = place(places_ptr, (K + BK - 1) // BK, segments, segment_chunks, T, H_v, C, PACKED)
-    k_first = here.part * BK
-    index = run_of(here, H_v) * segments + here.segment
+    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
     state, _, _ = segment_border(
         states_ptr, None, None, index, here.border, channel_tile(k_first, 0, K, V), BK, BV, WHOLE
     )
@@ -247,9 +245,7 @@ def channel_key_inter_chunk_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    here = place(places_ptr, (K + BK - 1) // BK, segments, segment_chunks, T, H_v, C, PACKED)
-    k_first = here.part * BK
-    index = run_of(here, H_v) * segments + here.segment
+    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
     state, _, _ = segment_border(
         d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(k_first, 0, K, V), BK, BV, WHOLE
     )
