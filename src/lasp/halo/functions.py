@@ -210,7 +210,7 @@ def _convolve(rows: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Te
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of `dtype` are taken in."""
+    """Return the dtype that sums of `dtype` are taken in."""
     return torch.promote_types(dtype, torch.float32)
 
 
