@@ -30,8 +30,8 @@ test: $(VENV)/.installed-dev lint  ## lint, type-check and run the whole test su
 rest: $(VENV)/.installed-dev  ## the tests that `make test` leaves to continuous integration
 	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal -m 'ci and not exhaustive' $(ARGS)
 
-gpu: $(VENV)/.installed-dev  ## the tests of kernels, loss and exchanges on this machine's GPUs, which `make test` does not use
-	LASP_TEST_DEVICE=cuda $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/kernels tests/models/test_loss.py tests/distributed/test_over_devices.py -m 'not exhaustive' $(ARGS)
+gpu: $(VENV)/.installed-dev  ## the tests of kernels, loss, exchanges and models of transformers on this machine's GPUs, which `make test` does not use
+	LASP_TEST_DEVICE=cuda $(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'not exhaustive' $(ARGS)
 
 exhaustive: $(VENV)/.installed-dev  ## every case where `make test` takes a sample of them
 	$(BIN)/python -m pytest -n auto --maxprocesses 5 --dist worksteal -m exhaustive $(ARGS)

@@ -61,7 +61,7 @@ def main() -> None:
     original = torch.compile
     torch.compile = lambda run, **options: original(run, backend="aot_eager_decomp_partition", **options)  # type: ignore[assignment]
     for dtype in (torch.bfloat16, torch.float32):  # as on a GPU
-        select._chosen["neighbours", torch.device("cpu"), dtype, 0, False, False] = "triton"
+        select._chosen["neighbours", torch.device("cpu"), dtype, 0, False] = "triton"
     for family in sys.argv[1:] or FAMILIES:
         for layer in KINDS.get(family, (1,)):
             print(json.dumps(kept(family, layer)), flush=True)

@@ -19,7 +19,7 @@ from lasp.analysis.planner import Estimate, Job, ParallelLayout, estimate
 from lasp.models import preset
 
 RESULTS = Path(__file__).parent / "results"
-FILES = ("2026-11-29-nvidia-h200-train-families.json",)
+FILES = ("2026-11-30-nvidia-h200-train-families.json",)
 
 
 def runs() -> Iterator[dict[str, Any]]:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpus import ON_GPUS, uses_gpus
 
 # Forked ranks hang on OpenMP threads that their parent had; and tensors here are small.
 torch.set_num_threads(1)
 # Ranks and programs of tests are forks, and no fork of a process that has looked at a GPU goes backward: tests run as
-# on a machine without GPUs, but for those that `make gpu` names.
-if os.environ.get("LASP_TEST_DEVICE") != "cuda":
+# on a machine without GPUs, or only those run that use them and fork nothing (`make gpu`).
+if not ON_GPUS:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 # Read when Triton is first imported, which any test may do: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
@@ -26,6 +27,12 @@ if not torch.cuda.is_available():
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than cores: tests of several processes wait for each other, for files and for deadlines."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ON_GPUS and (others := [item for item in items if not uses_gpus(item.path)]):
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if uses_gpus(item.path)]
 
 
 @pytest.fixture(autouse=True)

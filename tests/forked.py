@@ -1,5 +1,7 @@
 """`python -m MODULE` and `python FILE` without the seconds in which a new interpreter loads PyTorch: by a fork of this.
 
+Where this process sees GPUs they are new interpreters: no fork of one that has looked at a GPU goes backward.
+
 Arguments, environment, folder, files, session and signals are as a new interpreter has them, and what it starts in turn
 (the processes of `lasp train`, those of torchrun) is forked likewise. What only a new interpreter shows, as what is
 imported when and how one ends by itself, is for the tests that start one.
@@ -33,7 +35,7 @@ def _fork_or_execute(self: subprocess.Popen[Any], args: Any, *given: Any) -> Non
     """Stands for what subprocess.Popen calls to start a child, once its pipes are made."""
     program, *words = [args] if isinstance(args, str | bytes) else [os.fspath(word) for word in args]
     words = words[words[:1] == ["-u"] :]
-    if program != sys.executable or not (words[0] == "-m" or words[0].endswith(".py")):  # type: ignore[arg-type]
+    if torch.cuda.is_available() or program != sys.executable or not (words[0] == "-m" or words[0].endswith(".py")):  # type: ignore[arg-type]
         return _execute(self, args, *given)
     how = inspect.signature(_execute).bind(self, args, *given).arguments
     self.pid = os.fork()
@@ -53,7 +55,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 def run(
     command: Sequence[str], *, new: bool = False, timeout: float = 120, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """subprocess.run of such a command, its output captured as text; `new`: by a new interpreter, as where GPUs are."""
+    """subprocess.run of such a command, its output captured as text; `new`: by a new interpreter."""
     start = subprocess.Popen if new else Popen
     with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         try:

@@ -44,7 +44,7 @@ def test_long_decays_in_chunks_are_the_loop(gate: str) -> None:
 
 @pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
 def test_a_delta_rule_in_chunks_is_the_loop(gate: str) -> None:
-    """Tells the chunks from the loop by roundings of their products alone."""
+    """Unless its products round: then it is off by no more than so many roundings."""
     shape = {"none": None, "scalar": (1, 70, 2), "channel": (1, 70, 2, 8)}[gate]
     g = None if shape is None else -torch.rand(shape, dtype=torch.float64)
     q, k, v = (torch.randn(1, 70, 2, 8, dtype=torch.float64) for _ in range(3))
@@ -57,7 +57,7 @@ def test_a_delta_rule_in_chunks_is_the_loop(gate: str) -> None:
 
 
 def test_the_delta_rule_is_fused_where_the_library_fuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judges it as what multiplies in 16 bits, but for fp16, whose operands are fp32. On a CPU nothing is fused."""
+    """Tests that it is judged as what multiplies in 16 bits, but for fp16, whose operands are fp32; on a CPU not."""
     assert not any(draw(87, index, "cpu", "delta").fused for index in range(60))
     monkeypatch.setattr(select, "_against_triton", lambda family, device, dtype, *_: "no" if dtype.itemsize > 4 else "")
     monkeypatch.setattr(select, "_chosen", {})

@@ -184,32 +184,50 @@ def test_sealed_messages_of_another_call_are_poisoned():
         assert f"it was at call 6, {own}\n" in said and said.endswith(f"the message was of call 6, {other}"), said
 
 
-@pytest.mark.parametrize(
-    ("refused_by", "ended"), [((0, 1), False), ((0,), True), ((), True)], ids=["by all", "by one", "out of step"]
-)
-def test_an_alarm_ends_what_a_rank_waits_for(refused_by, ended):
-    """Waits as over NCCL, where nothing of the program runs meanwhile: unless both refuse their input, in step."""
-    store, aborted = dist.HashStore(), [Event(), Event()]
-    alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set, grace_s=2.0) for rank in range(2)]
-    for rank in refused_by:
-        alarms[rank].raised(f"rank {rank}: refused", unless_all=True)
-    if not refused_by:
-        alarms[0].raised("rank 0: refused")
+class Names:
+    def of(self, words: Sequence[int]) -> str:
+        return f"operator {words[0]}"
+
+
+# What two ranks do: begin a call, refuse their input, or fail.
+PROGRAMS = {
+    "by both, and one goes on": ("cr", "crc", False),
+    "by one": ("cr", "c", True),
+    "by one, and the other goes on": ("cr", "cc", True),
+    "twice by one": ("crr", "crc", True),
+    "elsewhere": ("cr", "ccr", True),
+    "out of step": ("cf", "c", True),
+}
+
+
+@pytest.mark.parametrize("programs", PROGRAMS)
+def test_an_alarm_ends_what_a_rank_waits_for(programs):
+    """Waits as over NCCL, where nothing of the program runs meanwhile: unless both refuse their input, in step.
+
+    Whether a rank comes to the same point is seen of its calls, and waited for only where it begins none.
+    """
+    *words, ended = PROGRAMS[programs]
+    store, aborted, names, trails = dist.HashStore(), [Event(), Event()], Names(), [Trail(), Trail()]
+    grace_s = 1.0 if programs == "by one" else 600.0
+    alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set, grace_s=grace_s) for rank in range(2)]
+    for rank in (1, 0):  # the other has done all when it hears
+        alarms[rank].follow(trails[rank], names.of)
+        for what in words[rank]:
+            if what == "c":
+                trails[rank].add(1)
+            else:
+                alarms[rank].raised(f"rank {rank}: refused", unless_all=what == "r")
     assert aborted[1].wait(10.0 if ended else 1.5) == ended
     for alarm in alarms:
         alarm.stop()
-    assert [alarm.said for alarm in alarms] == [None, "rank 0: refused" if ended else None]
-    assert not aborted[0].is_set()
+    assert alarms[1].said == ("rank 0: refused" if ended else None)
+    if not ended:
+        assert alarms[0].said is None and not aborted[0].is_set()
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["in step", "out of step"])
 def test_ranks_that_wait_for_each_other_compare_their_calls(wrong):
     """Waits as over NCCL, where each expects a message of another call and finds none; a late rank is no such."""
-
-    class Names:
-        def of(self, words: Sequence[int]) -> str:
-            return f"operator {words[0]}"
-
     names = Names()
     store, aborted = dist.HashStore(), [Event(), Event()]
     alarms = [Alarm(dist.PrefixStore("group", store), rank, 2, aborted[rank].set) for rank in range(2)]

@@ -272,7 +272,7 @@ def test_without_ranks():
 
 
 def test_gradients_are_sums_over_many_tokens():
-    """Compares those of weight and bias in fp32, over 39,000 tokens. The control: conv1d's."""
+    """Sums them in fp32, of weight and bias, over 39,000 tokens. The control: conv1d's."""
     torch.manual_seed(0)
     x, weight, bias, d_y = torch.randn(2, 19500, 2), torch.randn(2, 2), torch.randn(2), torch.randn(2, 19500, 2)
 

@@ -24,7 +24,7 @@ def bound(name: str) -> float:
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 2), *([("cuda", min(GPUS, 8))] if GPUS > 1 else [])])
 def test_every_exchange_equals_one_process(device: str, processes: int) -> None:
     command = [*world.torchrun(processes), str(SCRIPT), device]
-    done = forked.run(command, new=device == "cuda", timeout=400)
+    done = forked.run(command, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("control: nothing exchanged") > 0.1

@@ -215,15 +215,19 @@ def _is_there(kind: str) -> bool:
 SMALL = {kind: settings for kind, settings in _ALL.items() if _is_there(kind)}
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64, *, router_loss: bool = False) -> Any:
-    """A model of a type, the same in every process. router_loss: add that of the experts' balance, if it has one."""
+def build(kind: str, dtype: torch.dtype = torch.float64, *, router_loss: bool = False, **others: Any) -> Any:
+    """A model of a type, the same in every process. router_loss: add that of the experts' balance, if it has one.
+
+    others: settings in place of these.
+    """
     # Here, and not for every process of the suite that only collects these tests: it takes seconds.
     import transformers
 
     transformers.logging.set_verbosity_error()
     model_class, config_class, settings = SMALL[kind]
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**({} if "text_config" in settings else _COMMON), **settings)
+    settings = ({} if "text_config" in settings else _COMMON) | settings | others
+    config = getattr(transformers, config_class)(**settings)
     if "router_aux_loss_coef" in settings:
         config.output_router_logits = router_loss
     # Decays that are buffers are computed when a model is made.

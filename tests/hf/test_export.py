@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,20 @@ def model(**options: Any) -> CausalLM:
     return found
 
 
+def groups() -> int:
+    """Returns two where transformers normalizes them one by one, as from 5.23 on."""
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    return 2 if "group_size" in inspect.signature(MambaRMSNormGated).parameters else 1
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_computes_the_same(tied: bool, tmp_path: Path) -> None:
     """Logits to 1e-6; the control is a weight of the convolution read backwards."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ours = model(tied_embeddings=tied)
+    ours = model(tied_embeddings=tied, num_key_heads=groups())
     transformers_folder.write(tmp_path, ours, ByteTokenizer())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(theirs).__name__ == "Mamba2ForCausalLM" and theirs.dtype == torch.float32
@@ -68,7 +76,7 @@ def test_transformers_computes_the_same(tied: bool, tmp_path: Path) -> None:
 def test_a_model_of_transformers_in_several_files_of_bf16(tmp_path: Path) -> None:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "conv_kernel": 3, "hidden_size": 32}
+    sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": groups(), "conv_kernel": 3, "hidden_size": 32}
     theirs = Mamba2ForCausalLM(Mamba2Config(vocab_size=257, num_hidden_layers=2, **sizes)).bfloat16()
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -82,6 +90,10 @@ def test_a_model_of_transformers_in_several_files_of_bf16(tmp_path: Path) -> Non
 
 
 def test_what_the_other_does_not_have_is_refused(tmp_path: Path) -> None:
+    of_groups, of_one = (
+        preset("mamba2", "tiny", vocab_size=257, **(SIZES | {"num_key_heads": groups})) for groups in (2, 1)
+    )
+    assert transformers_folder.needs_newer(of_groups) and not transformers_folder.needs_newer(of_one)
     for config, message in (
         (preset("gla", "tiny", vocab_size=257), "takes models of the family mamba2, this one has layers of gla"),
         (preset("mamba2", "tiny", vocab_size=257, **SIZES, ffn="relu", ffn_dim=32), "Mamba-2 has no ffn 'relu'"),

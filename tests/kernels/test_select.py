@@ -56,13 +56,6 @@ def test_a_gpu_left_to_pytorch_is_a_warning(monkeypatch: pytest.MonkeyPatch, cap
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
 
 
-def test_kernels_not_run_on_a_gpu_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The delta rule's with an erase key."""
-    gpu = device(monkeypatch, HOPPER)
-    ways = ("delta", gpu, torch.bfloat16, 128, False)
-    assert [select._choose(*ways, erases) for erases in (False, True)] == ["triton", "torch"]
-
-
 @pytest.mark.parametrize("major", [AMPERE, HOPPER])
 def test_kernels_that_are_not_right_are_not_taken(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The delta rule's of wide keys with a gate per channel, of 16 bits, where a program has less shared memory than on

@@ -38,17 +38,17 @@ class MeasuredSteps(NamedTuple):
     source: str
 
 
-_FAMILIES = "2026-11-29-nvidia-h200-train-families.json"
+_FAMILIES = "2026-11-30-nvidia-h200-train-families.json"
 # Rule, decay, K, V, hybrid; slowdown and kept, compiled and eager.
 _H200 = (
-    (("linear", "constant", 128, 128, False), (1.10, 0.69), (1.28, 0.90)),  # transnormer
-    (("linear", "constant", 256, 512, False), (1.37, 0.51), (1.54, 0.72)),  # retnet
-    (("linear", "channel", 256, 512, False), (1.22, 0.59), (1.45, 0.84)),  # gla
-    (("delta", "none", 128, 128, False), (1.15, 0.51), (1.28, 0.68)),  # deltanet
-    (("delta", "head", 256, 512, False), (1.67, 0.47), (1.89, 0.64)),  # gated-deltanet
-    (("delta", "channel", 128, 128, True), (1.13, 0.56), (1.28, 0.78)),  # kda
-    (("linear", "head", 128, 64, False), (1.21, 0.53), (1.27, 0.54)),  # mamba2
-    (("linear", "constant", 64, 64, True), (1.21, 0.57), (1.35, 0.82)),  # hybrid
+    (("linear", "constant", 128, 128, False), (1.14, 0.41), (1.28, 0.90)),  # transnormer
+    (("linear", "constant", 256, 512, False), (1.21, 0.33), (1.52, 0.72)),  # retnet
+    (("linear", "channel", 256, 512, False), (1.26, 0.36), (1.45, 0.81)),  # gla
+    (("delta", "none", 128, 128, False), (1.19, 0.33), (1.29, 0.66)),  # deltanet
+    (("delta", "head", 256, 512, False), (1.64, 0.32), (1.82, 0.61)),  # gated-deltanet
+    (("delta", "channel", 128, 128, True), (1.15, 0.37), (1.28, 0.78)),  # kda
+    (("linear", "head", 128, 64, False), (1.20, 0.41), (1.27, 0.47)),  # mamba2
+    (("linear", "constant", 64, 64, True), (1.12, 0.37), (1.35, 0.82)),  # hybrid
 )
 _H100_FILES = "2026-11-24-nvidia-h100-80gb-hbm3-train-transnormer-1b-*.json"
 MEASURED = (

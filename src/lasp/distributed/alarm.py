@@ -25,7 +25,7 @@ from lasp.distributed.record import ExchangeError
 
 _PERIOD_S = 0.5
 # Input that is refused on all ranks leaves them in step. They may come to it seconds apart.
-_GRACE_S = 5.0
+_GRACE_S = 4.0
 _COMPARED_CALLS = 64
 # The process that keeps the store may end first: then there is nobody to tell or to hear.
 _STORE_ENDED = (DistStoreError, DistNetworkError)
@@ -54,7 +54,7 @@ class NoAlarm:
     """Stands for an alarm where hosts hear of a failure by themselves: nobody need be told, nothing ended."""
 
     def raised(self, message: str, *, unless_all: bool = False) -> ExchangeError:
-        """Tell the other ranks that this one has failed. unless_all: they go on if they fail within seconds too.
+        """Tell the other ranks that this one has failed. unless_all: they go on if they fail at the same point too.
 
         Returns:
             what to raise here.
@@ -88,7 +88,7 @@ class Alarm(NoAlarm):
         rank: of this process in the group.
         size: of the group.
         abort: ends what the group's kernels wait for, for good.
-        grace_s: seconds within which ranks come to the same point of a program.
+        grace_s: seconds within which ranks come to the same point of a program, if they do.
     """
 
     def __init__(
@@ -102,17 +102,18 @@ class Alarm(NoAlarm):
         self._seen = 0
         self._calls: list[tuple[int, int, str]] = []
         self._waits: list[WeakMethod[Callable[[], None]]] = []
-        self._refused_at = -float("inf")
+        self._refusals: list[int] = []  # the calls begun before each
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="lasp alarm", daemon=True)
         self._thread.start()
 
     def raised(self, message: str, *, unless_all: bool = False) -> ExchangeError:
+        point = (len(self._refusals), self._trail.number) if unless_all else None
         if unless_all:
-            self._refused_at = time.monotonic()
+            self._refusals.append(self._trail.number)
         with contextlib.suppress(*_STORE_ENDED):
             number = self._store.add("raised", 1)
-            self._store.set(str(number), json.dumps([self._rank, message, unless_all]))
+            self._store.set(str(number), json.dumps([self._rank, message, point]))
         return ExchangeError(message)
 
     def check(self) -> None:
@@ -138,8 +139,8 @@ class Alarm(NoAlarm):
         while not self._stopped.wait(_PERIOD_S):
             while (raised := self._read(str(number))) is not None:
                 number += 1
-                rank, message, unless_all = raised
-                if rank != self._rank and not (unless_all and self._refused_too()):
+                rank, message, point = raised
+                if rank != self._rank and not (point and self._refuses_too(*point)):
                     self._end(message)
                     return
             if (difference := self._out_of_step()) is not None:
@@ -177,13 +178,18 @@ class Alarm(NoAlarm):
                 return written
         return None
 
-    def _refused_too(self) -> bool:
-        """True if this rank refuses its input too, within the grace after another did."""
-        heard = time.monotonic()
-        while abs(heard - self._refused_at) > self._grace_s:
-            if time.monotonic() - heard > self._grace_s or self._stopped.wait(_PERIOD_S):
+    def _refuses_too(self, refusals: int, calls: int) -> bool:
+        """True if this rank refuses its input where another did: after so many refusals and calls.
+
+        False once it has begun another call instead, or does neither within the grace.
+        """
+        end = time.monotonic() + self._grace_s
+        while True:
+            went_on = self._trail.number > calls  # asked first: what it refuses it refuses before it goes on
+            if len(self._refusals) > refusals:
+                return self._refusals[refusals] == calls
+            if went_on or time.monotonic() > end or self._stopped.wait(_PERIOD_S):
                 return False
-        return True
 
     def _end(self, message: str) -> None:
         self.said = message

@@ -51,7 +51,7 @@ class _ReadFromRanks(torch.autograd.Function):
             needed.index_copy_(1, route.state[0], initial.index_select(1, route.state[1]))
         for (_, positions), message in zip(route.receives, pending, strict=True):
             needed.index_copy_(1, positions, message.wait())
-        _settle(call)
+        _wait_for_sends(call)
         save_after(ctx, needed)
         halo = needed[:, route.halo]
         missing = x.new_zeros(batch, plan.width - halo.shape[1], channels)
@@ -94,7 +94,7 @@ class _ReadFromRanks(torch.autograd.Function):
             d_x.index_add_(1, tokens, gradients[:, : len(tokens)])
             if d_initial is not None:
                 d_initial.index_add_(1, rows, gradients[:, len(tokens) :])
-        _settle(call)
+        _wait_for_sends(call)
         return None, None, d_x, d_initial
 
 
@@ -105,6 +105,6 @@ def _batch_send_recv(
     return [] if call is None else call.messages.batch_send_recv(sends, receives)
 
 
-def _settle(call: SequenceCall | None) -> None:
+def _wait_for_sends(call: SequenceCall | None) -> None:
     if call is not None:
         call.messages.wait_for_sends()

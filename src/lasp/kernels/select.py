@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 FUSED_FAMILIES = ("decay", "delta")
 BACKENDS = ("auto", "fla", "reference", "torch", "triton")
-_chosen: dict[tuple[str, torch.device, torch.dtype, int, bool, bool], str] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype, int, bool], str] = {}
 
 
 def select(family: str, backend: str, x: Inputs) -> AnyStages:
@@ -34,25 +34,16 @@ def select(family: str, backend: str, x: Inputs) -> AnyStages:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
         keys = int(x.q.shape[3]) if family == "delta" else 0  # whose heads of wide keys cannot be cut
-        per_channel, erases = x.g is not None and x.g.dim() == 4, getattr(x, "erase_key", None) is not None
-        backend = _choose(family, x.q.device, x.q.dtype, keys, per_channel, erases)
+        backend = _choose(family, x.q.device, x.q.dtype, keys, x.g is not None and x.g.dim() == 4)
     return load(family, backend, x)
 
 
-def _choose(
-    family: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    keys: int = 0,
-    per_channel: bool = False,
-    erases: bool = False,
-) -> str:
+def _choose(family: str, device: torch.device, dtype: torch.dtype, keys: int = 0, per_channel: bool = False) -> str:
     """Choose, and say once what: as a warning where a GPU falls to PyTorch, many times slower.
 
-    keys: channels of heads that cannot be cut, else 0. per_channel: whether there is a gate for each. erases: whether
-    there is an erase key.
+    keys: channels of heads that cannot be cut, else 0. per_channel: whether there is a gate for each.
     """
-    key = (family, device, dtype, keys, per_channel, erases)
+    key = (family, device, dtype, keys, per_channel)
     if key not in _chosen:
         reason = _against_triton(*key)
         _chosen[key] = "torch" if reason else "triton"
@@ -64,7 +55,7 @@ def _choose(
 
 def has_fused_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernels of what stands around recurrences run there."""
-    key = ("neighbours", device, dtype, 0, False, False)
+    key = ("neighbours", device, dtype, 0, False)
     if key not in _chosen:
         _chosen[key] = "torch" if _against_triton("decay", *key[1:]) else "triton"
     return _chosen[key] == "triton"
@@ -76,9 +67,7 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 has_fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _against_triton(
-    family: str, device: torch.device, dtype: torch.dtype, keys: int, per_channel: bool, erases: bool
-) -> str:
+def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int, per_channel: bool) -> str:
     """The reason that the fused kernels are not for these inputs; empty where they are."""
     if family not in FUSED_FAMILIES:
         return "no fused kernels for it"
@@ -89,8 +78,6 @@ def _against_triton(
         return f"the GPU's compute capability is below {FUSED_CAPABILITY}.0"
     if dtype not in FUSED_DTYPES:
         return f"the fused kernels take 16 and 32 bits, not {dtype}"
-    if erases:
-        return "with an erase key the fused kernels have not been run on a GPU"
     wide = per_channel and keys > 128 and dtype == torch.bfloat16
     if wide and getattr(properties, "shared_memory_per_block_optin", 0) < WIDE_CHANNELS_SHARED_BYTES:
         return f"gates per channel of {keys} channels need {WIDE_CHANNELS_SHARED_BYTES} bytes of shared memory"

@@ -53,8 +53,8 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
         return _untraced(plan, x, initial, begun)
     if plan.stages.empty_saved is None:
         return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
-    if plan.documents is not None or plan.options.get("erase_key"):
-        # The operators of a compiled graph take neither: the graph breaks around them.
+    if plan.documents is not None:
+        # The operators of a compiled graph do not take them: it breaks around them.
         return _untraced(plan, x, initial, begun)
     if torch.compiler.is_compiling():
         return scan_operator(plan, x, initial)
@@ -75,7 +75,7 @@ def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | Non
     return result
 
 
-_untraced = untraced(_eager, "a delta rule, packed documents or an erase key,")
+_untraced = untraced(_eager, "a delta rule or packed documents")
 _traced = not_traced_before(_eager)
 
 

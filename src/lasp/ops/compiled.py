@@ -18,16 +18,18 @@ from lasp.recurrence.inputs import DecayInputs, DeltaInputs, Inputs
 from lasp.recurrence.stages import AnyStages
 
 ALONE = -1
+DELTA_TENSORS = 5  # without an erase key
 
 
 def scan_operator(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Compute outputs and the final state inside a compiled region: `lasp.ops.autograd.scan` as operators."""
     ranks = ALONE if plan.ranks is None else plan.ranks.key
     want_gate = x.g is not None and x.g.requires_grad
-    beta, normalize = (x.beta, x.normalize) if isinstance(x, DeltaInputs) else (None, False)
+    own = (x.beta, x.erase_key, x.normalize) if isinstance(x, DeltaInputs) else (None, None, False)
+    beta, erase_key, normalize = own
     o, *others = scan_forward(
-        x.q, x.k, x.v, beta, x.g, initial, x.scale, normalize, want_gate, plan.want_final, ranks
-    )  # fmt: skip
+        x.q, x.k, x.v, beta, x.g, erase_key, initial, x.scale, normalize, want_gate, plan.want_final, ranks
+    )
     return o, (others[0] if plan.ranks is None else others[-1]) if plan.want_final else None
 
 
@@ -48,7 +50,7 @@ def _called(plan: ScanPlan, x: Inputs, normalize: bool, *, backward: bool = Fals
     state = (x.v.shape[0], x.v.shape[2], x.q.shape[3], x.v.shape[3])
     fields = {"pass": "backward" if backward else "forward", "state": state, "output_final_state": plan.want_final}
     if plan.operator == "delta_rule":
-        fields["normalize_qk"] = normalize
+        fields |= {"normalize_qk": normalize, "erase_key": len(x.tensors()) > DELTA_TENSORS}
     return plan.ranks.call(f"compiled {plan.operator}", tuple(fields.values()), lambda: fields, replays=not backward)
 
 
@@ -58,12 +60,28 @@ def _inputs(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    erase_key: Tensor | None,
     scale: float,
     normalize: bool,
     want_gate: bool,
 ) -> Inputs:
     g = None if g is None else g.detach().requires_grad_(want_gate)
-    return DecayInputs(q, k, v, g, scale) if beta is None else DeltaInputs(q, k, v, beta, g, scale, None, normalize)
+    return _as_inputs(q, k, v, beta, g, erase_key, scale, normalize)
+
+
+def _as_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    erase_key: Tensor | None,
+    scale: float,
+    normalize: bool,
+) -> Inputs:
+    if beta is None:
+        return DecayInputs(q, k, v, g, scale)
+    return DeltaInputs(q, k, v, beta, g, scale, None, normalize, erase_key)
 
 
 @torch.library.custom_op("lasp::scan_forward", mutates_args=())
@@ -73,6 +91,7 @@ def scan_forward(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    erase_key: Tensor | None,
     initial: Tensor | None,
     scale: float,
     normalize: bool,
@@ -84,7 +103,7 @@ def scan_forward(
 
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
-    given = _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    given = _inputs(q, k, v, beta, g, erase_key, scale, normalize, want_gate)
     plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, initial is None and ranks == ALONE)
     initial = None if initial is None else initial.contiguous()
@@ -106,6 +125,7 @@ def _(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    erase_key: Tensor | None,
     initial: Tensor | None,
     scale: float,
     normalize: bool,
@@ -114,7 +134,7 @@ def _(
     ranks: int,
 ) -> list[Tensor]:
     final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
-    given = DecayInputs(q, k, v, g, scale) if beta is None else DeltaInputs(q, k, v, beta, g, scale, None, normalize)
+    given = _as_inputs(q, k, v, beta, g, erase_key, scale, normalize)
     empty_saved = _stages(given).empty_saved
     assert empty_saved is not None
     saved = empty_saved(given, initial is not None, ranks != ALONE, want_gate)
@@ -128,6 +148,7 @@ def scan_backward(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    erase_key: Tensor | None,
     saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
@@ -139,9 +160,9 @@ def scan_backward(
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    """The gradients of q, k, v and beta, and, if wanted, of g and of the initial state; `from_zero`:
-    there are no ranks and was no initial state."""
-    given = _inputs(q, k, v, beta, g, scale, normalize, want_gate)
+    """The gradients of q, k, v, beta and erase key, if there are any, and, if wanted, of g, before the erase key's, and
+    of the initial state; `from_zero`: there are no ranks and was no initial state."""
+    given = _inputs(q, k, v, beta, g, erase_key, scale, normalize, want_gate)
     plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, from_zero)
     call = _called(plan, given, normalize, backward=True)
@@ -159,6 +180,7 @@ def _(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    erase_key: Tensor | None,
     saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
@@ -170,28 +192,29 @@ def _(
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    wanted = [q, k, v, beta, g if want_gate else None, saved[0] if want_initial else None]
+    wanted = [q, k, v, beta, g if want_gate else None, erase_key, saved[0] if want_initial else None]
     return [tensor.new_empty(tensor.shape) for tensor in wanted if tensor is not None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, beta, g, initial, ctx.scale, ctx.normalize, _, ctx.want_final, ctx.ranks = inputs
+    q, k, v, beta, g, erase_key, initial, ctx.scale, ctx.normalize, _, ctx.want_final, ctx.ranks = inputs
     ctx.ends_with_final = ctx.want_final and ctx.ranks != ALONE
     ctx.from_zero = initial is None and ctx.ranks == ALONE
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, beta, g, *(output[1:-1] if ctx.ends_with_final else output[1:]))
+    ctx.save_for_backward(q, k, v, beta, g, erase_key, *(output[1:-1] if ctx.ends_with_final else output[1:]))
 
 
 def _backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, g, *saved = ctx.saved_tensors
-    want_gate, want_initial = ctx.needs_input_grad[4:6]
+    q, k, v, beta, g, erase_key, *saved = ctx.saved_tensors
+    want_gate, _, want_initial = ctx.needs_input_grad[4:7]
     d_final = d_output[-1] if ctx.ends_with_final else d_output[1] if ctx.ranks == ALONE else None
     dq, dk, dv, *others = scan_backward(
-        q, k, v, beta, g, saved, d_output[0], d_final, ctx.scale, ctx.normalize, ctx.from_zero, want_gate, want_initial,
-        ctx.want_final, ctx.ranks,
+        q, k, v, beta, g, erase_key, saved, d_output[0], d_final, ctx.scale, ctx.normalize, ctx.from_zero, want_gate,
+        want_initial, ctx.want_final, ctx.ranks,
     )  # fmt: skip
-    d_beta, dg = (others.pop(0) if wanted else None for wanted in (beta is not None, want_gate))
-    return dq, dk, dv, d_beta, dg, others.pop() if want_initial else None, None, None, None, None, None
+    wanted = (beta is not None, want_gate, erase_key is not None, want_initial)
+    own = (others.pop(0) if each else None for each in wanted)
+    return dq, dk, dv, *own, None, None, None, None, None
 
 
 scan_forward.register_autograd(_backward, setup_context=_keep)

@@ -28,7 +28,7 @@ def first_derivatives(operator: str, *, linear: bool = False) -> Callable[[_Back
 
     def decorate(backward: _Backward) -> _Backward:
         @wraps(backward)
-        def refusing(ctx: Any, *gradients: Any) -> Any:
+        def checked(ctx: Any, *gradients: Any) -> Any:
             if not torch.is_grad_enabled():  # as it is but under create_graph=True
                 return backward(ctx, *gradients)
             varies = not linear or any(isinstance(d, Tensor) and d.requires_grad for d in gradients)
@@ -38,6 +38,6 @@ def first_derivatives(operator: str, *, linear: bool = False) -> Callable[[_Back
             with torch.no_grad():
                 return backward(ctx, *gradients)
 
-        return cast(_Backward, refusing)
+        return cast(_Backward, checked)
 
     return decorate

@@ -20,21 +20,24 @@ CASES = [*((gate, False) for gate in GATES), ("scalar", True), ("channel", True)
 
 
 def leaves_of(gate: str, device: torch.device, delta: bool = False) -> tuple[list[Tensor | None], Tensor]:
-    """q, k, v, beta (of the delta rule), g and the initial state; the gradient of the output."""
+    """q, k, v, beta (of the delta rule), g, an erase key (with a gate per token) and the initial state; the gradient of
+    the output."""
     problem = make(gate, **DIMS)
     q, k, v, g, initial = (problem.inputs[name] for name in ("q", "k", "v", "g", "initial_state"))
     beta = torch.rand(v.shape[:3], generator=torch.Generator().manual_seed(0)) if delta else None
-    inputs = (q, k, v, beta, g, initial)
+    inputs = (q, k, v, beta, g, 0.02 * k.roll(1, 1) if delta and gate == "scalar" else None, initial)
     leaves = [None if t is None else t.to(device, torch.float32).requires_grad_() for t in inputs]
     return leaves, problem.d_o.to(device, torch.float32)
 
 
-def model(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, initial: Tensor | None) -> Tensor:
+def model(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, r: Tensor | None, initial: Tensor | None
+) -> Tensor:
     ways: dict[str, Any] = {"initial_state": initial, "output_final_state": True, "backend": "triton"}
     if beta is None:
         o, final = lasp.linear_attention(q * 2.0, k, v, g, **ways)
     else:
-        o, final = lasp.delta_rule(q * 2.0, k, v, beta, g, **ways, normalize_qk=True)
+        o, final = lasp.delta_rule(q * 2.0, k, v, beta, g, **ways, erase_key=r, normalize_qk=r is None)
     return o * final.sum()
 
 
@@ -60,7 +63,7 @@ def test_compiles_what_is_not_wanted_and_under_autocast(device: torch.device) ->
     """Without a gate's gradient and an initial state, from projections that autocast rounds."""
     leaves, d_o = leaves_of("scalar", device)
     leaves[4].requires_grad_(False)
-    leaves[5] = None
+    leaves[6] = None
     weight = torch.eye(16, device=device).requires_grad_()
 
     def projected(q: Tensor, *others: Tensor | None) -> Tensor:
@@ -80,9 +83,9 @@ def test_compiles_what_is_not_wanted_and_under_autocast(device: torch.device) ->
 
 def test_packed_documents_break_the_graph_and_no_result(device: torch.device) -> None:
     leaves, d_o = leaves_of("scalar", device)
-    leaves[5] = None
+    leaves[6] = None
 
-    def packed(q: Tensor, k: Tensor, v: Tensor, _: None, g: Tensor, __: None) -> Tensor:
+    def packed(q: Tensor, k: Tensor, v: Tensor, _: None, g: Tensor, *__: None) -> Tensor:
         doubled = 2.0 * q
 
         pending = lasp.linear_attention_begin(k, v, g, cu_seqlens=(0, 30, 70), backend="triton")
@@ -101,4 +104,6 @@ def test_operator_contract(gate: str, delta: bool, device: torch.device) -> None
     """Schema, fake shapes and autograd registration, as PyTorch checks them."""
     leaves, _ = leaves_of(gate, device, delta)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(scan_forward, (*leaves, 0.25, delta, gate != "none", True, ALONE), test_utils=tests)
+    torch.library.opcheck(
+        scan_forward, (*leaves, 0.25, delta and gate != "scalar", gate != "none", True, ALONE), test_utils=tests
+    )

@@ -138,7 +138,7 @@ def test_gradients_of_keys_and_values_in_one_launch(
     p = p._replace(x=p.x._replace(g=None if p.x.g is None else p.x.g.detach()))
     monkeypatch.setattr(scalar, "PAIRED_CHUNKS", 1)
     monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
-    assert fused.prepare(p.x, False).work.paired  # type: ignore[union-attr]
+    assert fused.prepare(p.x, False).launches.paired  # type: ignore[union-attr]
     references = solution(p)
     references.pop("dg", None)
     check(run(fused, p), references, BOUNDS[torch.float32])
@@ -149,7 +149,7 @@ def test_gradients_of_keys_and_values_in_one_launch(
 def test_all_results_bf16(kind: str, dims: Dims, device: torch.device) -> None:
     """Grouped heads, of which dims are unlike, and ungrouped ones; decays that are learned, in rows."""
     p = problem(kind, dims, device, torch.bfloat16)
-    assert kind == "channel" or fused.prepare(p.x, False).work.plan.rows
+    assert kind == "channel" or fused.prepare(p.x, False).launches.plan.rows
     check(run(fused, p), solution(p), BOUNDS[torch.bfloat16])
 
 
@@ -263,7 +263,7 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
         expected = torch.zeros(2, H_v, last - first)  # tied, and not
         q, k = (torch.stack([reads[:, part].sum(1) for part in chunks], 1).cpu() for reads in (reads_q, reads_k))
         for c, part in enumerate(chunks):
-            # The stretch of chunks around this one that lets states pass, and what is known on both of its sides.
+            # The span of chunks around this one that lets states pass, and what is known on both of its sides.
             left = max([other + 1 for other in cut if other < c], default=0)
             right = min([other for other in cut if other > c], default=len(chunks))
             after = q[:, right] if right < len(chunks) else end.cpu()
@@ -343,7 +343,7 @@ def test_bounded_and_unbounded_chunks(device: torch.device, monkeypatch: pytest.
     g[:, 32:64] = -4.5 - g[:, 32:64].abs()
     p = p._replace(x=p.x._replace(g=g.requires_grad_()))
     run_of_x = fused.prepare(p.x, False)
-    unbounded = channel_stages.local_outputs(run_of_x, run_of_x.work).unbounded  # type: ignore[arg-type]
+    unbounded = channel_stages.local_outputs(run_of_x, run_of_x.launches).unbounded  # type: ignore[arg-type]
     assert (unbounded.cpu() == torch.tensor([0, 1, 0])).all()
     values, references = run(fused, p), solution(p)
     # Of its strong gates little is left.
@@ -418,7 +418,7 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
 
     monkeypatch.setattr(runs, "plan", one_segment)
     monkeypatch.setattr(runs, "launches_of", runs.launches_of.__wrapped__)
-    assert fused.prepare(p.x, False).work.plan.chunks == plans.LONGEST_CHANNELS
+    assert fused.prepare(p.x, False).launches.plan.chunks == plans.LONGEST_CHANNELS
     expected = solution(p)["dg"]
     assert relative_error(run(fused, p)["dg"], expected) < 8e-3
     if device.type == "cpu":  # the control: a compiled kernel is not patched

@@ -6,10 +6,12 @@ a ragged last chunk, grouped heads, dims that are no power of two, several slice
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton.language as tl
 from exchange.simulated import run as simulate
 from exchange.simulated import sequence_parallel
 from tolerances import relative_error
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import lasp
-from lasp.kernels.triton.delta import launches
+from lasp.kernels.triton.delta import chunk, launches
 
 GATES = ("none", "scalar", "channel")
 # fp32: a triangular system a chunk costs digits that sums do not. 16 bits: the policy's, for outputs and gradients.
@@ -113,7 +115,7 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def short(*arguments: Any) -> Any:
         p = plan(*arguments)
-        return p._replace(segment_chunks=2, segments=max(1, -(-p.chunks // 2)), descriptors=True)
+        return p._replace(segment_chunks=2, segments=max(1, -(-p.chunks // 2)), descriptors=True, stores=True)
 
     monkeypatch.setattr(launches, "delta_plan", short)
     monkeypatch.setattr(launches, "_launches", launches._launches.__wrapped__)
@@ -246,6 +248,41 @@ def test_what_is_no_decay_or_beta_gives_nan(name: str, bad: float, device: torch
     finite, state = o.isfinite(), STAGES.unsummarized.leaving(saved)
     assert finite[:, :, 0].all() and finite[:, :32].all() and not finite[:, 40:, 1].any()
     assert state[:, 0].isfinite().all() and not state[:, 1].isfinite().any()
+
+
+def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("documents", [None, pytest.param(DOCUMENTS, marks=pytest.mark.ci)])
+def test_what_is_forgotten_is_not_walked(
+    documents: tuple[int, ...] | None, device: torch.device, short_segments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as of sweeps over all chunks, of a head that forgets within one beside one that does not; what is
+    left out does not show even as NaN. With too much left out they differ."""
+    p = problem(Case("scalar", T=80 if documents else 165, strongest=16.0, documents=documents))
+    p.x["g"][..., 1] *= 1e-3
+    found = solve(p, device)
+    values = p.x["v"].clone()
+    if documents is None:
+        p.x["v"][0, 3, 0] = float("nan")
+        last = solve(p, device)
+        assert torch.equal(last["final_state"][:, 0], found["final_state"][:, 0])
+        assert torch.equal(last["d_g"][0, 130:, 0], found["d_g"][0, 130:, 0])
+    for bits, equal in ((-1e30, True), (-1e-3, False)):
+        p.x["v"].copy_(values)
+        if device.type == "cpu":  # a compiled kernel keeps the number that it was compiled with
+            monkeypatch.setattr(chunk, "FORGOTTEN", tl.constexpr(bits))
+            assert same_bits(solve(p, device), found) == equal
+
+
+def test_what_grows_is_not_forgotten(device: torch.device, short_segments: None) -> None:
+    """Keys too long for their betas: each token turns the state around, and what the gate takes, it gives."""
+    p = problem(Case("scalar", T=140, beta=1.0, H_v=1))
+    p.x["k"][:] = 65**0.5 * p.x["k"][:, :1]
+    p.x["beta"][:], p.x["g"][:] = 1.0, -math.log(64)
+    errors = errors_of(solve(p, device), solve(p, torch.device("cpu"), "torch", exact=True))
+    assert max(errors.values()) <= 1e-4, errors
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -122,9 +122,11 @@ def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, de
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_rounding_of_what_crosses_nothing_is_not_summed(kind: str, device: torch.device) -> None:
-    """Compares fp32 where pairs of late tokens, and what the last ones add to a final state, are far larger than what
-    crosses most tokens: rounding of what was taken off again, the same at every token, was 2.7e-6 of its sum. The
-    control: an error of that kind."""
+    """Takes fp32 where pairs of late tokens, and what the last ones add to a final state, are far larger than what
+    crosses most tokens.
+
+    The control is their rounding, taken off and so the same at every token: 2.7e-6 of the sum.
+    """
     rates = (-2.0, -4.0, -6.0)
     x, d_o = problem(kind, FP32, tokens=59, batch=1, rates=rates)
     random = torch.Generator().manual_seed(1)

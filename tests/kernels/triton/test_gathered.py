@@ -150,4 +150,4 @@ def test_where_states_are_gathered() -> None:
 def test_an_initial_state_is_no_start_from_zero(device: torch.device) -> None:
     x, _, _ = problem("constant", FP32, 1, False)
     run = DecayInputs(*(tensor.to(device) for tensor in x.values()), 1.0)  # type: ignore[arg-type, call-arg]
-    assert fused.prepare(run, True).work.plan.gathers and not fused.prepare(run, False).work.plan.gathers
+    assert fused.prepare(run, True).launches.plan.gathers and not fused.prepare(run, False).launches.plan.gathers

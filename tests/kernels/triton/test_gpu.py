@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from test_gpu_cases import BF16, BOUNDS, CASES, FP16, FP32, GATHERED, KINDS, SHORT, Case
 from tolerances import relative_error
 from torch import Tensor
 
@@ -22,92 +23,10 @@ import lasp
 from lasp.kernels.limits import FUSED_MAX_DIM
 from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.decay import runs
-from lasp.kernels.triton.decay.plan import kind_of, plan
 from lasp.kernels.triton.decay.stages import STAGES as fused
 from lasp.recurrence.inputs import DecayInputs
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)
-KINDS = ("none", "constant", "scalar", "channel")
-
-
-class Bounds(NamedTuple):
-    """Bounds of relative errors. A constant's d_g, one number a head, sums terms of all tokens, which cancel."""
-
-    outputs: float
-    gradients: float
-    d_constant: float
-
-
-BOUNDS = {
-    BF16: Bounds(5e-3, 8e-3, 5e-2),
-    FP16: Bounds(1.5e-3, 1.5e-3, 1e-2),
-    FP32: Bounds(2e-6, 2e-6, 2e-5),
-}
-
-
-class Case(NamedTuple):
-    kind: str
-    dtype: torch.dtype
-    K: int
-    V: int
-    T: int = 2131
-    H: int = 2
-    H_v: int = 4
-    B: int = 1
-    gates: str = "weak"
-    processors: int | None = 8
-    initial: bool = True
-    documents: tuple[int, ...] | None = None
-
-    def __str__(self) -> str:
-        shown = "-".join(str(value).removeprefix("torch.") for value in self[:-1])
-        return shown if self.documents is None else f"{shown}-packed"
-
-    @property
-    def states(self) -> int:
-        return self.B if self.documents is None else len(self.documents) - 1
-
-
-# On the device's own processors.
-WHOLE: dict[str, Any] = {"T": 4133, "H": 16, "H_v": 32, "processors": None}
-SHORT: dict[str, Any] = {"T": 333, "B": 2, "processors": None}
-# Without an initial state: sweeps gather the states of segments; of gates per channel there is one segment.
-GATHERED: dict[str, Any] = {"T": 473, "H": 4, "B": 2, "processors": None, "initial": False}
-# Packed: documents of several segments, one of a single token, an empty one; short ones, many a segment's length.
-LONG_DOCUMENTS: dict[str, Any] = {"T": 3003, "documents": (0, 1500, 1500, 3002, 3003)}
-SHORT_DOCUMENTS: dict[str, Any] = {"T": 333, "documents": (0, 1, 1, 70, 199, 333), "processors": None}
-CASES = [
-    # 16 bits, chunks by descriptors and by pointers; every class of dims that the plan tells apart.
-    *(Case(kind, BF16, D, D) for kind in KINDS for D in (64, 128, 256)),
-    *(Case(kind, BF16, 128, 128, **WHOLE) for kind in KINDS),
-    *(Case(kind, BF16, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
-    *(Case(kind, FP16, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
-    *(Case(kind, FP32, D, D, **SHORT) for kind in KINDS for D in (64, 128, 256)),
-    # Dims that fill no tile, one whose rows descriptors cannot take (100), and K unlike V.
-    *(Case(kind, BF16, D, D) for kind in KINDS[1:] for D in (48, 80, 96, 100, 192)),
-    *(Case(kind, dtype, 100, 48, **SHORT) for kind in ("scalar", "channel") for dtype in (FP16, FP32)),
-    *(Case(kind, BF16, K, V) for kind in KINDS[1:] for K, V in ((64, 256), (128, 64))),
-    *(Case(kind, BF16, 128, 128, **documents) for kind in KINDS for documents in (LONG_DOCUMENTS, SHORT_DOCUMENTS)),
-    *(Case(kind, BF16, 256, 64, **LONG_DOCUMENTS) for kind in KINDS),
-    *(Case(kind, dtype, 64, 64, **SHORT_DOCUMENTS) for kind in KINDS for dtype in (FP16, FP32)),
-    # Cut: values alone, keys too, into parts that fill no tile and those that do.
-    *(Case(kind, BF16, 256, 512) for kind in KINDS if kind != "constant"),
-    *(Case(kind, BF16, 300, 520, **LONG_DOCUMENTS) for kind in KINDS),
-    *(Case(kind, dtype, 512, 264, **SHORT) for kind in KINDS for dtype in (FP16, FP32)),
-    # Wide heads in fp32, of which a compiler got one wrong: no multiple of its columns, documents of several segments.
-    *(Case(kind, FP32, 256, V, H=1, H_v=3, **LONG_DOCUMENTS) for kind in KINDS[1:] for V in (112, 256)),
-    *(Case(kind, BF16, D, D, **GATHERED) for kind in KINDS for D in (48, 64, 100, 128, 256)),
-    *(Case(kind, dtype, 64, 64, **GATHERED | {"T": 243}) for kind in KINDS for dtype in (FP16, FP32)),
-    *(Case(kind, BF16, K, V, **GATHERED) for kind in KINDS[:3] for K, V in ((64, 256), (128, 64))),
-    *(Case(kind, BF16, 128, 128, **SHORT_DOCUMENTS, initial=False) for kind in KINDS),
-    *(Case(kind, BF16, 64, 64, **GATHERED, gates="strong") for kind in KINDS[1:3]),
-    # Gates from 0 to -20, and none at all.
-    *(Case(kind, dtype, 64, 64, **SHORT, gates="strong") for kind in KINDS[1:] for dtype in BOUNDS),
-    *(Case(kind, BF16, 128, 128, gates="strong") for kind in KINDS[1:]),
-    Case("channel", BF16, 128, 128, gates="strongest"),
-    *(Case(kind, dtype, 64, 64, **SHORT, gates="zero") for kind in KINDS[1:] for dtype in BOUNDS),
-]
 MILLION = [Case(kind, BF16, 64, 64, T=1 << 20, H=2, H_v=2, gates="weakest", processors=None) for kind in KINDS]
 
 
@@ -224,19 +143,6 @@ def test_more_elements_than_32_bits_count(kind: str) -> None:
         assert relative_error(value[:, -near:], reference[:, -near:]) <= BOUNDS[BF16].gradients, name
 
 
-def test_the_cases_reach_every_way_of_moving_chunks() -> None:
-    ways = set()
-    for case in CASES:
-        g = gate(case, torch.Generator("cuda"))
-        heads = case.B * case.H_v
-        p = plan(case.T, heads, case.K, case.V, case.dtype, kind_of(g), *limits(case), not case.initial)
-        ways.add((case.kind, case.dtype, p.gathers, p.descriptors, p.segments > 1))
-    for kind in KINDS:
-        read = {(BF16, False, True, True), (BF16, False, False, True), (FP16, False, False, True)}
-        gathered = {(dtype, True, False, kind != "channel") for dtype in BOUNDS}
-        assert {(kind, *way) for way in read | gathered} <= ways
-
-
 LONG = {"T": 4090, "H": 4}
 
 
@@ -257,7 +163,7 @@ def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) ->
     runs.launches_of.cache_clear()
     with patch.dict(devices._devices, {DEVICE: limits(case)}):
         q, k, v = (x[name][..., :FUSED_MAX_DIM] for name in "qkv")
-        found = fused.prepare(DecayInputs(q, k, v, x.get("g"), 1.0), not case.initial).work
+        found = fused.prepare(DecayInputs(q, k, v, x.get("g"), 1.0), not case.initial).launches
         assert found.paired == bool(dims)  # type: ignore[union-attr]
         o, final = lasp.linear_attention(**x, output_final_state=True, cu_seqlens=case.documents, backend="triton")
     values = torch.autograd.grad((o, final), leaves, (d_o, d_final))

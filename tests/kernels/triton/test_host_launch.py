@@ -91,6 +91,14 @@ def test_what_triton_must_see(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -
     assert [call[0] for call in kernel.directly] == [2]
 
 
+def test_other_dtypes_are_another_launch(kernel: Kernel) -> None:
+    """A binary takes addresses for its own dtypes. Seen at calls that Triton sees: at all in its interpreter."""
+    launch, x = launch_of(kernel, "x_ptr"), torch.zeros(8)[1:]
+    launch(x_ptr=x)
+    with pytest.raises(AssertionError, match=r"x_ptr in torch\.float32 got torch\.bfloat16"):
+        launch(x_ptr=x.bfloat16())
+
+
 def test_nothing_is_launched_over_nothing(kernel: Kernel) -> None:
     launch_of(kernel, "x_ptr", grid=(0, 2))(x_ptr=torch.zeros(0))
     assert not kernel.by_triton

@@ -51,7 +51,7 @@ def test_two_ranks_equal_one(every: tuple[str, ...], count: int, device: torch.d
     """Outputs, the final state and every gradient, with shards of unequal length, of packed documents too; compiled, in
     one graph and around a final state, to the last bit."""
     command = [sys.executable, str(TWO_RANKS), device.type, *every]
-    done = forked.run(command, new=device.type == "cuda", timeout=400)  # what has looked at a GPU cannot fork
+    done = forked.run(command, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     for rank, errors in enumerate(json.loads(done.stdout.splitlines()[-1])):
         assert len(errors) == count, errors

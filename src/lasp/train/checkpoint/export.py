@@ -36,8 +36,8 @@ _WEIGHTS, _ABOUT = "model.safetensors", "config.json"
 def export(source: Path, out: Path, *, report: Callable[[str], None], for_transformers: bool = False) -> Path:
     """Write the model of `source`, a run folder or checkpoint, to the new folder `out`.
 
-    report: told of damaged checkpoints. for_transformers: in the form of that library. Raises ConfigError if `out`
-    exists or the form has no such model, CheckpointError without a good checkpoint.
+    report: told of damaged checkpoints, and of what the folder needs. for_transformers: in the form of that library.
+    Raises ConfigError if `out` exists or the form has no such model, CheckpointError without a good checkpoint.
     """
     if out.exists():
         raise ConfigError(f"--out must name a new folder, {out} exists")
@@ -45,6 +45,8 @@ def export(source: Path, out: Path, *, report: Callable[[str], None], for_transf
     model_config = ModelConfig.from_dict(found.state["model_config"])
     if for_transformers:
         transformers_folder.check(model_config)
+        if transformers_folder.needs_newer(model_config):
+            report(f"this model has groups: {transformers_folder.NEWER}")
     model = CausalLM(model_config)
     shards.load(found, model, model_config.to_dict())
     own = read_tokenizer(found.folder, found.state["tokenizer"])

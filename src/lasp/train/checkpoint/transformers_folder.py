@@ -45,6 +45,15 @@ _SETTLED: Mapping[str, Any] = {
 }
 
 
+# Where B and C have groups, the layer's outputs are normalized group by group, as in the paper's own code.
+NEWER = "transformers computes them from 5.23 on; until 5.22 it normalizes the outputs of all groups together"
+
+
+def needs_newer(config: ModelConfig) -> bool:
+    """Returns whether some versions of transformers compute another model of the same files."""
+    return isinstance(config.mixer, Mamba2.Config) and config.mixer.groups > 1
+
+
 def names(config: ModelConfig) -> dict[str, str]:
     """transformers' names of the parameters, by this library's."""
     found = {"embedding.weight": "backbone.embeddings.weight", "final_norm.weight": "backbone.norm_f.weight"}

@@ -73,7 +73,7 @@ class Launch:
         warps, stages, options: the compiler's.
     """
 
-    __slots__ = ("_bound", "_device", "_last", "_others", "fixed", "grid", "kernel", "options", "tensors")
+    __slots__ = ("_bound", "_device", "_dtypes", "_last", "_others", "fixed", "grid", "kernel", "options", "tensors")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: bool
@@ -86,6 +86,7 @@ class Launch:
         self._others = tuple(fixed[name] for name in names[len(self.tensors) :])
         self._last, self._device = self.tensors[-1], -1
         self._bound: list[_Bound | None] = [None, None]  # with the last tensor, and without
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def __call__(self, **tensors: Tensor | None) -> None:
         """Runs the kernel on `tensors`: whenever it is called, of the same names and dtypes and on the same device.
@@ -108,6 +109,10 @@ class Launch:
             return
         given = {name: tensor for name in self.tensors if (tensor := tensors[name]) is not None}
         assert (*given,) == self.tensors[: len(given)], f"only the last tensors of {self.kernel} may be None"
+        # A binary reads addresses as the dtypes it was made for. In the interpreter every call comes here.
+        for name, tensor in given.items():
+            known = self._dtypes.setdefault(name, tensor.dtype)
+            assert tensor.dtype == known, f"a launch of {self.kernel} for {name} in {known} got {tensor.dtype}"
         self._device = next(iter(given.values())).get_device()
         compiled = self._by_triton(tensors)
         if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given.values()):

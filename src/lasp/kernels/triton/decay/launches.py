@@ -58,8 +58,7 @@ class DecayLaunches:
         states, decays: of those at the ends of segments.
         places, chunk_places, bounds: tables of packed documents (`packing.Tables`): of segments, of chunks, and of the
             documents' segments; None without documents.
-        gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head; fp32 where heads of one
-            group are still to be summed.
+        gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -128,5 +127,5 @@ class DecayLaunches:
 
 
 def partial_dtype(dtype: torch.dtype, heads: int, value_heads: int) -> torch.dtype:
-    """The dtype of dq and dk per value head: fp32 where heads of one group are still to be summed."""
-    return dtype if heads == value_heads else torch.float32
+    """Return the dtype of dq and dk per value head: fp16 has no range for those whose heads are still to be summed."""
+    return torch.float32 if dtype == torch.float16 and heads != value_heads else dtype

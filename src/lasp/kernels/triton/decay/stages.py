@@ -38,7 +38,7 @@ class DecayRun(NamedTuple):
     g: Tensor | None
     scale: float
     documents: Documents | None
-    work: runs.Launches
+    launches: runs.Launches
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:4]
@@ -48,7 +48,7 @@ class DecayRun(NamedTuple):
 
 
 def prepare(x: DecayInputs, alone: bool) -> DecayRun:
-    """x with dense tensors, and the work on it.
+    """x with dense tensors, and the launches for it.
 
     alone: x is the whole sequence and starts from no state.
 
@@ -58,13 +58,13 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
     q, k, v, g, scale, documents = x
     shape = _shape(x, g is not None and g.requires_grad, alone)
     if documents is None:
-        work = runs.launches_of(shape, q.device)
+        launches = runs.launches_of(shape, q.device)
     else:
-        work = runs.packed_launches_of(shape, documents, q.device)
+        launches = runs.packed_launches_of(shape, documents, q.device)
     use_scratch()
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and (g is None or g.is_contiguous())):
         q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), None if g is None else g.contiguous()
-    return DecayRun(q, k, v, g, scale, documents, work)
+    return DecayRun(q, k, v, g, scale, documents, launches)
 
 
 def _shape(x: DecayInputs, with_decay: bool, from_zero: bool) -> RunShape:
@@ -78,7 +78,7 @@ def _leaving(saved: Saved) -> Tensor:
 
 def _entering(x: DecayRun, saved: Saved) -> Tensor:
     """States entering each segment [B, H_v, segments, K, V], or any tensor where they will be gathered again."""
-    return saved[1] if x.work.keeps_states else saved[0]
+    return saved[1] if x.launches.keeps_states else saved[0]
 
 
 def summarize(x: DecayRun) -> tuple[Summary, Segments]:
@@ -87,26 +87,26 @@ def summarize(x: DecayRun) -> tuple[Summary, Segments]:
 
 def totals(x: DecayRun) -> Segments:
     """Totals of the run's segments; none where sweeps gather."""
-    work = x.work
-    prepared = channel.local_outputs(x, work) if isinstance(work, ChannelLaunches) else None
+    launches = x.launches
+    prepared = channel.local_outputs(x, launches) if isinstance(launches, ChannelLaunches) else None
     return _totals(x, prepared, summarized=False)[1]
 
 
 def _totals(x: DecayRun, prepared: channel.Prepared | None, *, summarized: bool) -> tuple[Summary | None, Segments]:
-    work, gathers = x.work, x.work.plan.gathers
+    launches, gathers = x.launches, x.launches.plan.gathers
     assert x.g is None or x.g.dtype == torch.float32  # launches keep what was found for tensors of these dtypes
-    if isinstance(work, ChannelLaunches):
+    if isinstance(launches, ChannelLaunches):
         if gathers:
             return None, channel.ChannelSegments(None, None, prepared)
         sums = _new_sums(x)
-        channel.summarize(x, work, sums, prepared, x.v, reverse=False)
+        channel.summarize(x, launches, sums, prepared, x.v, reverse=False)
         summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
         return summary, channel.ChannelSegments(sums[0], before, prepared)
-    gates = scalar.gate_sums(x, work)
+    gates = scalar.gate_sums(x, launches)
     if gathers:
         return None, scalar.ScalarSegments(None, None, gates)
     sums = _new_sums(x)
-    scalar.summarize(x, work, sums, x.k, x.v, gates, reverse=False)
+    scalar.summarize(x, launches, sums, x.k, x.v, gates, reverse=False)
     summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
     return summary, scalar.ScalarSegments(sums[0], before, gates)
 
@@ -123,20 +123,20 @@ def totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> Segments:
 def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Segments]:
     use_scratch()  # backward passes have threads of their own
     assert d_o.dtype == x.v.dtype
-    work, gathers = x.work, x.work.plan.gathers
-    others = saved[2:] if work.keeps_states else saved[1:]
-    if isinstance(work, ChannelLaunches):
+    launches, gathers = x.launches, x.launches.plan.gathers
+    others = saved[2:] if launches.keeps_states else saved[1:]
+    if isinstance(launches, ChannelLaunches):
         prepared = channel.Prepared(*others)
         if gathers:
             return None, channel.ChannelSegments(None, None, prepared)
         sums = _new_sums(x)
-        channel.summarize(x, work, sums, prepared, d_o, reverse=True)
+        channel.summarize(x, launches, sums, prepared, d_o, reverse=True)
         summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
         return summary, channel.ChannelSegments(sums[0], after, prepared)
     if gathers:
         return None, scalar.ScalarSegments(None, None, others)
     sums = _new_sums(x)
-    scalar.summarize(x, work, sums, x.q, d_o, others, reverse=True)
+    scalar.summarize(x, launches, sums, x.q, d_o, others, reverse=True)
     summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
     return summary, scalar.ScalarSegments(sums[0], after, others)
 
@@ -147,8 +147,8 @@ def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, S
 
 
 def _new_sums(x: DecayRun) -> SegmentSums:
-    states = torch.empty(x.work.states, dtype=torch.float32, device=x.v.device)
-    return states, states.new_empty(x.work.decays)
+    states = torch.empty(x.launches.states, dtype=torch.float32, device=x.v.device)
+    return states, states.new_empty(x.launches.decays)
 
 
 def _scanned(x: DecayRun, sums: SegmentSums, *, reverse: bool, summarized: bool) -> tuple[Summary | None, Tensor]:
@@ -157,16 +157,16 @@ def _scanned(x: DecayRun, sums: SegmentSums, *, reverse: bool, summarized: bool)
     Returns:
         The run's summary if it is wanted; the decays from the run's end on that side to the segments.
     """
-    work, (states, decays) = x.work, sums
-    before = states.new_empty(work.decays)
-    total = states.new_empty(work.state) if summarized else None
-    total_decay = states.new_empty(work.total_decay) if summarized else None
-    scan = work.scan_adjoint if reverse else work.scan
+    launches, (states, decays) = x.launches, sums
+    before = states.new_empty(launches.decays)
+    total = states.new_empty(launches.state) if summarized else None
+    total_decay = states.new_empty(launches.total_decay) if summarized else None
+    scan = launches.scan_adjoint if reverse else launches.scan
     scan(
         states_ptr=states,
         decays_ptr=decays,
         before_ptr=before,
-        bounds_ptr=given(work.bounds, states),
+        bounds_ptr=given(launches.bounds, states),
         total_decay_ptr=total_decay,
         total_ptr=total,
     )
@@ -174,16 +174,16 @@ def _scanned(x: DecayRun, sums: SegmentSums, *, reverse: bool, summarized: bool)
         return None, before
     if x.g is None:
         return Summary(Identity(), total), before
-    per_channel = isinstance(work, ChannelLaunches)
+    per_channel = isinstance(launches, ChannelLaunches)
     return Summary(Diagonal(total_decay) if per_channel else Scalar(total_decay), total), before
 
 
 def local_outputs(x: DecayRun, totals: Segments) -> channel.Prepared | None:
-    work = x.work
+    launches = x.launches
     if not isinstance(totals, channel.ChannelSegments):
         return None
-    assert isinstance(work, ChannelLaunches)
-    return channel.local_outputs(x, work) if totals.prepared is None else totals.prepared
+    assert isinstance(launches, ChannelLaunches)
+    return channel.local_outputs(x, launches) if totals.prepared is None else totals.prepared
 
 
 def outputs(
@@ -191,43 +191,43 @@ def outputs(
 ) -> tuple[Tensor, Saved]:
     """state_in is zero if None. saved: the state leaving the run [B, H_v, K, V]; those entering segments, if they are
     kept; gates, or what was prepared per chunk."""
-    work = x.work
+    launches = x.launches
     state_in = None if state_in is None else state_in.contiguous()
-    o, leaving = torch.empty_like(x.v), torch.empty(work.state, dtype=torch.float32, device=x.v.device)
-    if isinstance(work, ChannelLaunches):
+    o, leaving = torch.empty_like(x.v), torch.empty(launches.state, dtype=torch.float32, device=x.v.device)
+    if isinstance(launches, ChannelLaunches):
         assert partial is not None and isinstance(totals, channel.ChannelSegments)
-        channel.outputs(x, work, totals, partial, o, leaving, state_in)
+        channel.outputs(x, launches, totals, partial, o, leaving, state_in)
         states, others = totals.states, tuple(partial)
     else:
         assert isinstance(totals, scalar.ScalarSegments)
-        states, others = scalar.outputs(x, work, totals, o, leaving, state_in), totals.gates
+        states, others = scalar.outputs(x, launches, totals, o, leaving, state_in), totals.gates
     if x.v.numel() == 0:  # no kernel ran
         leaving.zero_() if state_in is None else leaving.copy_(state_in)
     return o, (leaving, *others) if states is None else (leaving, states, *others)
 
 
 def local_gradients(x: DecayRun, saved: Saved, totals_adjoint: Segments, d_o: Tensor) -> Local:
-    work, entering = x.work, _entering(x, saved)
-    if isinstance(work, ChannelLaunches):
+    launches, entering = x.launches, _entering(x, saved)
+    if isinstance(launches, ChannelLaunches):
         assert isinstance(totals_adjoint, channel.ChannelSegments) and totals_adjoint.prepared is not None
-        return channel.local_gradients(x, work, totals_adjoint.prepared, entering, d_o)
+        return channel.local_gradients(x, launches, totals_adjoint.prepared, entering, d_o)
     assert isinstance(totals_adjoint, scalar.ScalarSegments)
-    return scalar.local_gradients(x, work, totals_adjoint.gates, entering, saved[0], d_o)
+    return scalar.local_gradients(x, launches, totals_adjoint.gates, entering, saved[0], d_o)
 
 
 def gradients(
     x: DecayRun, saved: Saved, totals_adjoint: Segments, local: Local, d_o: Tensor, d_state_out: Tensor | None
 ) -> Gradients:
     """d_state_out is zero if None."""
-    work, entering, leaving = x.work, _entering(x, saved), saved[0]
+    launches, entering, leaving = x.launches, _entering(x, saved), saved[0]
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
     dg: Tensor | None
-    if isinstance(work, ChannelLaunches):
+    if isinstance(launches, ChannelLaunches):
         assert isinstance(local, channel.QueryReads) and isinstance(totals_adjoint, channel.ChannelSegments)
-        dq, dk, dv, dg = channel.gradients(x, work, entering, leaving, totals_adjoint, local, d_o, d_state_out)
+        dq, dk, dv, dg = channel.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)
     else:
         assert isinstance(local, scalar.QueryGradient) and isinstance(totals_adjoint, scalar.ScalarSegments)
-        dq, dk, dv, dg = scalar.gradients(x, work, entering, leaving, totals_adjoint, local, d_o, d_state_out)
+        dq, dk, dv, dg = scalar.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)
     return _sum_groups(x, dq), _sum_groups(x, dk), dv, dg
 
 

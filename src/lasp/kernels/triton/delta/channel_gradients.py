@@ -34,7 +34,7 @@ from lasp.kernels.triton.decay.channel.decays import (
     in_base_block,
     is_late,
     load_channel_gates,
-    load_stretches,
+    load_intervals,
     meets,
 )
 from lasp.kernels.triton.delta.chunk import lengths
@@ -61,7 +61,7 @@ def delta_channel_gradients_kernel(
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
     beta_ptr,  # fp32 [B, H_v, chunks C]
-    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     unbounded_ptr,  # int32 [B, H_v, chunks] if MARKED
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
@@ -137,7 +137,7 @@ def delta_channel_gradients_kernel(
     z = between_tokens(do, u, do_ptr, u_ptr, start, last, row, V, BV, C, PRECISION) * scale
     if BOUNDED:
         # In an order that holds few tiles at a time.
-        to_middle = _sums(operand, stretches_ptr, -2, C)
+        to_middle = _sums(operand, intervals_ptr, -2, C)
         # Of gates as rounded, so that they and `to_middle` cancel.
         rounded = operand.to(tl.float32)
         early = tl.exp2(tl.sum(tl.where(j < C // 2, rounded, 0.0), 1))
@@ -213,7 +213,7 @@ def delta_channel_gradients_kernel(
         dq += diagonal * k
         dk = (written if ERASES else dr + written) + diagonal * q
         if BASE > 0:
-            to_middle = _sums(base_operand(gates, dtype), stretches_ptr, -1, C)
+            to_middle = _sums(base_operand(gates, dtype), intervals_ptr, -1, C)
             to = tl.exp2(to_middle)
             back = tl.exp2(-to_middle)
             block = in_base_block(BASE, C)
@@ -233,7 +233,7 @@ def delta_channel_gradients_kernel(
             terms += near_q * d_q + near_r * d_reads - far_k * d_writes
         for level in range(BASE, LEVELS):
             is_reading = tl.trans(is_late(level, C))
-            decay = tl.exp2(_sums(operand, stretches_ptr, level, C))
+            decay = tl.exp2(_sums(operand, intervals_ptr, level, C))
             met = meets(level, C)
             x = (tl.where(is_reading, q, k) * decay).to(dtype)
             found = tl.dot(x, tl.where(met, z, 0.0), input_precision=PRECISION)
@@ -275,10 +275,10 @@ def _is_others(unbounded_ptr, at, BOUNDED: tl.constexpr, MARKED: tl.constexpr):
 
 
 @triton.jit
-def _sums(operand, stretches_ptr, level, C: tl.constexpr):
-    """[BK, C]: of gates [BK, C] over a level's stretches, see `load_stretches`."""
-    stretch = tl.trans(load_stretches(stretches_ptr, level, C)).to(operand.dtype)
-    return tl.dot(operand, stretch, input_precision="ieee")
+def _sums(operand, intervals_ptr, level, C: tl.constexpr):
+    """[BK, C]: of gates [BK, C] over a level's intervals, see `load_intervals`."""
+    interval = tl.trans(load_intervals(intervals_ptr, level, C)).to(operand.dtype)
+    return tl.dot(operand, interval, input_precision="ieee")
 
 
 @triton.jit
@@ -288,8 +288,8 @@ def _sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
         # In two parts, each as products of bf16 take it.
         high = terms.to(tl.bfloat16)
         low = (terms - high.to(tl.float32)).to(tl.bfloat16)
-        stretch = (tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]).to(tl.bfloat16)
-        return tl.dot(low, stretch, tl.dot(high, stretch))
+        interval = (tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]).to(tl.bfloat16)
+        return tl.dot(low, interval, tl.dot(high, interval))
     else:
         # Terms, unlike gates, may exceed fp16.
         return tl.cumsum(terms, 1, reverse=True)

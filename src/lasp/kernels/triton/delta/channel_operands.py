@@ -31,7 +31,7 @@ def delta_channel_operands_kernel(
     g_ptr,  # fp32 [B, T, H_v, K]
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
-    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     queries_ptr,  # [B, T, H_v, K], written if QUERIES: scale q 2^prefix
     reading_ptr,  # likewise, written if KEYS: k 2^prefix, of r if ERASES
     storing_ptr,  # likewise: k 2^suffix
@@ -92,7 +92,7 @@ def delta_channel_operands_kernel(
             queries = (q * from_start).to(dtype)
             store_chunk(queries_ptr + out, queries, first, column, last, H_v * K, K, C, BK, DESCRIPTORS)
         if BOUNDED:
-            to_middle = sums_to_middle(stretches_ptr, operand, C)
+            to_middle = sums_to_middle(intervals_ptr, operand, C)
             longest = tl.maximum(longest, tl.max(tl.abs(to_middle)))
             near_t = tl.trans((k * tl.exp2(-to_middle)).to(dtype))
             to_middle = tl.exp2(to_middle)

@@ -15,7 +15,7 @@ from lasp.kernels.triton.decay.channel.decays import (
     is_done,
     is_late,
     load_channel_gates,
-    load_stretches,
+    load_intervals,
     meets,
     sum_over,
 )
@@ -30,7 +30,7 @@ def delta_channel_scores_kernel(
     g_ptr,  # fp32 [B, T, H_v, K]
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
-    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     scores_ptr,  # [B, H_v, chunks, C, C], written if QUERIES: P
     overlaps_ptr,  # fp32 likewise, written unless QUERIES: L
     unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
@@ -78,7 +78,7 @@ def delta_channel_scores_kernel(
         k = load_chunk(k_ptr + qk, first, column, last, H * K, K, C, BK, DESCRIPTORS).to(tl.float32) * k_norms
         gates = load_channel_gates(g_ptr + out, first, last, column, last, H_v * K, K, C, BK, DESCRIPTORS)
         if BASE > 0:
-            to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+            to_middle = sum_over(load_intervals(intervals_ptr, -1, C), base_operand(gates, dtype))
             base_rows = (rows * tl.exp2(to_middle)).to(dtype)
             base_k = (k * tl.exp2(-to_middle)).to(dtype)
         else:
@@ -88,7 +88,7 @@ def delta_channel_scores_kernel(
         scores += tl.where(in_base_block(BASE, C), base, 0.0)
         operand = gate_operand(gates, dtype)
         for level in range(BASE, LEVELS):
-            decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+            decay = tl.exp2(sum_over(load_intervals(intervals_ptr, level, C), operand))
             x = (tl.where(is_late(level, C), rows, k) * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
     tile = at * C * C + i * C + j

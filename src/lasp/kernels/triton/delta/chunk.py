@@ -19,6 +19,8 @@ from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, pair_decay
 from lasp.kernels.triton.common.program import run_of, state_tile
 
 MIN_BETA = tl.constexpr(2.0**-50)
+# A decay in bits of which fp32 keeps nothing, and chunks whose decays are looked at together.
+FORGOTTEN, SPAN = tl.constexpr(-151.0), tl.constexpr(128)
 
 
 @triton.jit
@@ -34,6 +36,26 @@ def token_sums(prefix_ptr, suffix_ptr, at, KIND: tl.constexpr, C: tl.constexpr, 
         suffix = tl.zeros((C,), tl.float32)
         total = 0.0
     return prefix, suffix, total
+
+
+@triton.jit
+def chunks_reached(bounds_ptr, at, count, REVERSE: tl.constexpr):
+    """Count those of a segment's `count` chunks, its last (REVERSE: first), of which its end (start) knows anything.
+
+    bounds_ptr: fp32, from `at` on log2 of what passes each chunk at most. NaN among them: all chunks, which hand
+    it on.
+    """
+    n = tl.arange(0, SPAN)
+    passed = 0.0
+    reached = 1
+    for first in range(0, count, SPAN):
+        chunk = first + n
+        place = chunk if REVERSE else count - 1 - chunk
+        bounds = tl.load(bounds_ptr + at + place, mask=chunk < count, other=0.0)
+        before = passed + tl.cumsum(bounds, 0) - bounds
+        reached = tl.maximum(reached, tl.max(tl.where((chunk < count) & (before >= FORGOTTEN), chunk + 1, 0)))
+        passed += tl.sum(bounds)
+    return tl.where(passed == passed, tl.minimum(reached, count), count)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
-from lasp.kernels.triton.common.decays import CHANNEL, gate_sums_kernel
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_changes
@@ -67,6 +67,7 @@ class DeltaLaunches:
         from_zero: whether runs are whole and start from no state.
         erases: whether tokens read with a key of their own.
         state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
+        bounds_chunks: whether it is known what passes chunks at most. bounds: of that.
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
         state_chunks: of S at the starts of chunks, or D at their ends.
@@ -108,6 +109,7 @@ class DeltaLaunches:
         self.state = (runs, H_v, K, V)
         self.transition = (runs, H_v, K, K)
         self.states, self.moves = (B, H_v, p.segments, K, V), (B, H_v, p.segments, K, K)
+        self.bounds_chunks, self.bounds = kind == TOKEN.value and not erases, (B, H_v, p.chunks)
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
@@ -128,7 +130,8 @@ class DeltaLaunches:
             "KIND": kind, "ERASES": erases, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
             "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.bounded, "UNBOUNDED": self.bounded,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
-            "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
+            "DESCRIPTORS": p.descriptors, "STORES": p.descriptors and p.stores, "PACKED": p.packed,
+            "PRECISION": p.precision,
         }  # fmt: skip
         self._sweeps = sweeps
 

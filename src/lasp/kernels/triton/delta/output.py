@@ -64,6 +64,7 @@ def delta_output_kernel(
     NORMALIZE: tl.constexpr,
     WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
+    STORES: tl.constexpr,  # whether descriptors write too
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -80,8 +81,8 @@ def delta_output_kernel(
     reading = view(reading_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
     storing = view(storing_ptr + key_row * K, last, H * K, K, C, BK, DESCRIPTORS)
     v_view = view(v_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    o_view = view(o_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
-    u_view = view(u_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+    o_view = view(o_ptr + row * V, last, H_v * V, V, C, BV, STORES)
+    u_view = view(u_ptr + row * V, last, H_v * V, V, C, BV, STORES)
     count = tl.cdiv(last - first, C)
     inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
@@ -120,10 +121,8 @@ def delta_output_kernel(
         out = tl.dot(u.to(dtype), scores_t, read, input_precision=PRECISION)
         decay = state_decay(totals_ptr, c, total, K, BK, KIND)
         state = after_chunk(state, u, keys, k_norms * tl.exp2(suffix), decay, PRECISION)
-        store_chunk(
-            o_view, tl.trans(out).to(o_ptr.dtype.element_ty), start, column, last, H_v * V, V, C, BV, DESCRIPTORS
-        )
-        store_chunk(u_view, tl.trans(u).to(dtype), start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+        store_chunk(o_view, tl.trans(out).to(o_ptr.dtype.element_ty), start, column, last, H_v * V, V, C, BV, STORES)
+        store_chunk(u_view, tl.trans(u).to(dtype), start, column, last, H_v * V, V, C, BV, STORES)
     if here.ends:
         leaving, mask = state_tile(state_out_ptr + here.border * K * V, column, 0, V, K, 1, V, BV, BK)
         tl.store(leaving, state, mask=mask)

@@ -40,7 +40,8 @@ class DeltaPlan(NamedTuple):
         channel: of the gradients of a gate per channel.
         operands: of what such gates make of chunks before any sweep.
         exact: whether decays between tokens are summed pair by pair.
-        descriptors: whether chunks are moved by tensor descriptors.
+        descriptors: whether chunks are read by tensor descriptors.
+        stores: whether sweeps then also write by them.
         precision: of products of fp32 operands.
         solve_precision: of those that invert chunks, and of those that carry states over segments.
         tables: where packed documents lie (`layout.Tables`), or None.
@@ -61,6 +62,7 @@ class DeltaPlan(NamedTuple):
     operands: Tiles
     exact: bool
     descriptors: bool
+    stores: bool
     precision: str
     solve_precision: str
     tables: Any = None
@@ -149,6 +151,7 @@ def delta_plan(
         operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
         exact=exact,
         descriptors=aligned and not exact and length >= DESCRIPTOR_CHUNKS,
+        stores=hopper,  # for Blackwell, loops of several stages that write so do not compile
         precision="ieee",
         solve_precision="ieee" if exact else three,
     )

@@ -22,7 +22,7 @@ from lasp.kernels.triton.common.program import (
     store_chunk,
     view,
 )
-from lasp.kernels.triton.delta.chunk import between, entering_state, lengths, state_decay, token_sums
+from lasp.kernels.triton.delta.chunk import between, chunks_reached, entering_state, lengths, state_decay, token_sums
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -40,6 +40,7 @@ def delta_reverse_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
     suffix_ptr,  # likewise, and EXACT
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
+    bounds_ptr,  # fp32 [B, H_v, chunks] if TOKEN and not ERASES, unless VALUES: log2 of what passes a chunk at most
     added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
     dv_ptr,  # [B, T, H_v, V], written if VALUES
     d_chunks_ptr,  # [B, H_v, chunks, ROWS, BK], written if VALUES: D^T at the end of each chunk, rounded
@@ -66,6 +67,7 @@ def delta_reverse_kernel(
     VALUES: tl.constexpr,
     WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
+    STORES: tl.constexpr,  # whether descriptors write too
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -90,15 +92,19 @@ def delta_reverse_kernel(
     inverses = view(inverse_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     if VALUES:
-        dv_view = view(dv_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
+        dv_view = view(dv_ptr + row * V, last, H_v * V, V, C, BV, STORES)
         d_chunks = view(d_chunks_ptr + (run * chunks + here.chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, False)
     totals_ptr += (run * chunks + here.chunk) * K
     if KIND == TOKEN:
         g_ptr += row
 
     state = entering_state(entering_ptr, here, H_v, segments, column, K, V, BV, BK, WHOLE)
-    for step in range(count):
-        c = count - 1 - step
+    reached = count
+    if KIND == TOKEN and not ERASES and not VALUES:
+        # Of what comes later nothing is left at the segment's start.
+        reached = chunks_reached(bounds_ptr, run * chunks + here.chunk, count, True)
+    for step in range(reached):
+        c = reached - 1 - step
         start = first + c * C
         q = load_chunk(q_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         keys = load_chunk(storing, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
@@ -127,7 +133,7 @@ def delta_reverse_kernel(
         y = tl.dot(d_u.to(dtype), inverse, d_u, input_precision=PRECISION)
         d_v = (y * beta[None, :]).to(dtype)
         if VALUES:
-            store_chunk(dv_view, tl.trans(d_v), start, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+            store_chunk(dv_view, tl.trans(d_v), start, column, last, H_v * V, V, C, BV, STORES)
         decay = state_decay(totals_ptr, c, total, K, BK, KIND)
         if KIND == CHANNEL:
             state = tl.dot(do_t, q, state * decay[None, :], input_precision=PRECISION)

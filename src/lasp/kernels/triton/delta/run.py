@@ -15,7 +15,7 @@ from torch import Tensor
 from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.launch import Launch, given
 from lasp.kernels.triton.common.packing import bounds_of, chunks_of, places_of
-from lasp.kernels.triton.decay.channel.stages import stretch_matrices
+from lasp.kernels.triton.decay.channel.stages import interval_matrices
 from lasp.kernels.triton.delta.launches import DeltaLaunches
 from lasp.recurrence.stages import Gradients
 
@@ -29,7 +29,7 @@ class DeltaRun(NamedTuple):
     beta: Tensor
     g: Tensor | None
     r: Tensor | None  # an erase key of its own
-    work: DeltaLaunches
+    launches: DeltaLaunches
 
     @property
     def reading(self) -> Tensor:
@@ -42,7 +42,7 @@ class DeltaRun(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DeltaRun:
         r = tensors[5] if len(tensors) > 5 else None
-        return DeltaRun(*tensors[:5], r, self.work)  # type: ignore[arg-type, call-arg]
+        return DeltaRun(*tensors[:5], r, self.launches)  # type: ignore[arg-type, call-arg]
 
 
 class ChannelKeys(NamedTuple):
@@ -75,6 +75,7 @@ class DeltaChunks(NamedTuple):
     Attributes:
         inverse: A - I, [B, H_v, chunks, C, C].
         betas: [B, H_v, chunks C].
+        bounds: of a gate per token log2 of what passes chunks at most, [B, H_v, chunks]; else betas.
         gates: prefix and, where decays are exact, suffix, likewise; none without a gate per token.
         k_norms: [B, H, chunks C], or None.
         channels: of a gate per channel, or None.
@@ -82,6 +83,7 @@ class DeltaChunks(NamedTuple):
 
     inverse: Tensor
     betas: Tensor
+    bounds: Tensor
     gates: tuple[Tensor, ...]
     k_norms: Tensor | None
     channels: ChannelKeys | None
@@ -119,32 +121,33 @@ def _gates(gates: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
 
 
 def _norms(x: DeltaRun, tensor: Tensor) -> Tensor | None:
-    if not x.work.normalize:
+    if not x.launches.normalize:
         return None
-    norms = _fp32(x, x.work.norms)
-    x.work.lengths(x_ptr=tensor, norms_ptr=norms, places_ptr=chunks_of(x.work.plan, norms))
+    norms = _fp32(x, x.launches.norms)
+    x.launches.lengths(x_ptr=tensor, norms_ptr=norms, places_ptr=chunks_of(x.launches.plan, norms))
     return norms
 
 
 def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQueries | None]:
     """Launch what is made of chunks; with_queries: and of queries, with a gate per channel in the same launch."""
-    work, places = x.work, chunks_of(x.work.plan, x.beta)
+    launches, places = x.launches, chunks_of(x.launches.plan, x.beta)
     gates: tuple[Tensor, ...] = ()
-    if work.kind == TOKEN.value:
-        gates = tuple(_fp32(x, work.slots) for _ in range(2 if work.plan.exact else 1))
+    if launches.kind == TOKEN.value:
+        gates = tuple(_fp32(x, launches.slots) for _ in range(2 if launches.plan.exact else 1))
         assert x.g is not None
-        work.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places)
+        launches.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places)
     norms = _norms(x, x.k)
-    inverse, betas = x.v.new_empty(work.tiles), _fp32(x, work.slots)
+    inverse, betas = x.v.new_empty(launches.tiles), _fp32(x, launches.slots)
+    bounds = _fp32(x, launches.bounds) if launches.bounds_chunks else betas
     keys, overlaps, queries = None, betas, None
-    if work.per_channel:
-        reading, storing = (x.v.new_empty(work.operands) for _ in range(2))
-        totals, overlaps = _fp32(x, work.totals), _fp32(x, work.tiles)
+    if launches.per_channel:
+        reading, storing = (x.v.new_empty(launches.operands) for _ in range(2))
+        totals, overlaps = _fp32(x, launches.totals), _fp32(x, launches.tiles)
         keys = ChannelKeys(reading, storing, totals, torch.empty_like(totals[..., 0], dtype=torch.int32))
         queries = _channels_made(x, keys, norms, overlaps, with_queries=with_queries, with_keys=True)
     elif with_queries:
         queries = DeltaQueries(x.q, _norms(x, x.q), None)
-    work.solve(
+    launches.solve(
         k_ptr=x.k,
         r_ptr=x.reading,
         norms_ptr=given(norms, betas),
@@ -154,23 +157,29 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
         prefix_ptr=gates[0] if gates else betas,
         inverse_ptr=inverse,
         betas_ptr=betas,
+        bounds_ptr=bounds,
         places_ptr=places,
     )
-    return DeltaChunks(inverse, betas, gates, norms, keys), queries
+    return DeltaChunks(inverse, betas, bounds, gates, norms, keys), queries
 
 
-def _stretches(x: DeltaRun) -> Tensor:
-    return stretch_matrices(x.work.plan.chunk, x.work.plan.exact, x.v.device)
+def _intervals(x: DeltaRun) -> Tensor:
+    return interval_matrices(x.launches.plan.chunk, x.launches.plan.exact, x.v.device)
 
 
 def _channels_made(
     x: DeltaRun, keys: ChannelKeys, k_norms: Tensor | None, overlaps: Tensor, *, with_queries: bool, with_keys: bool
 ) -> DeltaQueries | None:
     """Writes `keys` and L of every chunk, and gives what queries have, as is wanted."""
-    work = x.work
+    launches = x.launches
     (reading, storing, totals, unbounded), q, q_norms, queries, scores = keys, x.k, None, keys.reading, keys.reading
     if with_queries:
-        q, q_norms, queries, scores = x.q, _norms(x, x.q), x.v.new_empty(work.operands), x.v.new_empty(work.tiles)
+        q, q_norms, queries, scores = (
+            x.q,
+            _norms(x, x.q),
+            x.v.new_empty(launches.operands),
+            x.v.new_empty(launches.tiles),
+        )
     assert x.g is not None
     shared: dict[str, Tensor] = {
         "q_ptr": q,
@@ -179,16 +188,16 @@ def _channels_made(
         "g_ptr": x.g,
         "q_norms_ptr": given(q_norms, totals),
         "k_norms_ptr": given(k_norms, totals),
-        "stretches_ptr": _stretches(x),
+        "intervals_ptr": _intervals(x),
         "scores_ptr": scores,
         "overlaps_ptr": overlaps,
         "unbounded_ptr": unbounded,
-        "places_ptr": chunks_of(work.plan, x.beta),
+        "places_ptr": chunks_of(launches.plan, x.beta),
     }
     own = {"queries_ptr": queries, "reading_ptr": reading, "storing_ptr": storing, "totals_ptr": totals}
-    work.channel_operands(queries=with_queries, keys=with_keys)(**shared, **own)
+    launches.channel_operands(queries=with_queries, keys=with_keys)(**shared, **own)
     for of_queries in (*([True] if with_queries else []), *([False] if with_keys else [])):
-        work.channel_scores(queries=of_queries)(**shared)
+        launches.channel_scores(queries=of_queries)(**shared)
     return DeltaQueries(queries, q_norms, scores) if with_queries else None
 
 
@@ -231,22 +240,23 @@ def _query_operands(x: DeltaRun, chunks: DeltaChunks, queries: DeltaQueries, unr
 def totals(x: DeltaRun, *, summarized: bool) -> DeltaSegments:
     """summarized: for an exchange, which is to begin before there are queries."""
     chunks, queries = chunks_made(x, with_queries=not summarized)
-    if x.work.plan.whole and not summarized:
+    if x.launches.plan.whole and not summarized:
         return DeltaSegments(None, None, chunks, queries)
     return DeltaSegments(*summaries(x, chunks), chunks, queries)
 
 
 def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:
     """Launch the summaries: what segments add to the state, and their transitions."""
-    work = x.work
-    added, moves = _fp32(x, work.states), _fp32(x, work.moves)
-    work.summary(
+    launches = x.launches
+    added, moves = _fp32(x, launches.states), _fp32(x, launches.moves)
+    launches.summary(
         **_sweep_operands(x, chunks, added),
         v_ptr=x.v,
         norms_ptr=given(chunks.k_norms, added),
+        bounds_ptr=chunks.bounds,
         added_ptr=added,
         moves_ptr=moves,
-        places_ptr=places_of(work.plan, added),
+        places_ptr=places_of(launches.plan, added),
     )
     return added, moves
 
@@ -255,15 +265,15 @@ def scanned(
     x: DeltaRun, added: Tensor, moves: Tensor, outside: Tensor | None, *, leaves: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """States that enter segments; and the one that leaves the run, where `leaves`."""
-    work, entering = x.work, torch.empty_like(added)
-    leaving = _fp32(x, work.state) if leaves else entering
-    launch = work.scan(given=outside is not None, leaves=leaves, reverse=reverse)
+    launches, entering = x.launches, torch.empty_like(added)
+    leaving = _fp32(x, launches.state) if leaves else entering
+    launch = launches.scan(given=outside is not None, leaves=leaves, reverse=reverse)
     launch(
         added_ptr=added,
         moves_ptr=moves,
         entering_ptr=entering,
         leaving_ptr=leaving,
-        bounds_ptr=bounds_of(work.plan, added),
+        bounds_ptr=bounds_of(launches.plan, added),
         outside_ptr=given(outside, added),
     )
     return entering, leaving
@@ -271,13 +281,13 @@ def scanned(
 
 def transition_of(x: DeltaRun, moves: Tensor, *, reverse: bool) -> Tensor:
     """[B or documents, H_v, K, K]: what the run does to the state that enters it; transposed if `reverse`."""
-    leaving = _fp32(x, x.work.transition)
-    x.work.transition_scan(reverse=reverse)(
+    leaving = _fp32(x, x.launches.transition)
+    x.launches.transition_scan(reverse=reverse)(
         added_ptr=moves,
         moves_ptr=moves,
         entering_ptr=torch.empty_like(moves),
         leaving_ptr=leaving,
-        bounds_ptr=bounds_of(x.work.plan, moves),
+        bounds_ptr=bounds_of(x.launches.plan, moves),
         outside_ptr=moves,
     )
     return leaving
@@ -287,20 +297,20 @@ def outputs(
     x: DeltaRun, segments: DeltaSegments, queries: DeltaQueries, state_in: Tensor | None
 ) -> tuple[Tensor, DeltaSaved]:
     """state_in is zero if None."""
-    work, chunks = x.work, segments.chunks
+    launches, chunks = x.launches, segments.chunks
     entering = state_in
-    if segments.added is not None and not work.plan.whole:
+    if segments.added is not None and not launches.plan.whole:
         assert segments.moves is not None
         entering, _ = scanned(x, segments.added, segments.moves, state_in, leaves=False, reverse=False)
-    o, u, leaving = torch.empty_like(x.v), torch.empty_like(x.v), _fp32(x, work.state)
-    work.output(
+    o, u, leaving = torch.empty_like(x.v), torch.empty_like(x.v), _fp32(x, launches.state)
+    launches.output(
         **_sweep_operands(x, chunks, leaving),
         **_query_operands(x, chunks, queries, leaving),
         v_ptr=x.v,
         o_ptr=o,
         u_ptr=u,
         state_out_ptr=leaving,
-        places_ptr=places_of(work.plan, leaving),
+        places_ptr=places_of(launches.plan, leaving),
         entering_ptr=entering,
     )
     if x.v.numel() == 0:  # no kernel ran
@@ -310,11 +320,11 @@ def outputs(
 
 def totals_adjoint(x: DeltaRun, saved: DeltaSaved, d_o: Tensor, *, summarized: bool) -> Tensor | None:
     """Launch what segments add to the gradient of the state; None where there is but one and it is not wanted."""
-    work = x.work
-    if work.plan.whole and not summarized:
+    launches = x.launches
+    if launches.plan.whole and not summarized:
         return None
-    added = _fp32(x, work.states)
-    launch = work.whole_adjoint if summarized else work.adjoint
+    added = _fp32(x, launches.states)
+    launch = launches.whole_adjoint if summarized else launches.adjoint
     _reverse(x, saved, d_o, launch, added, added, added, None)
     return added
 
@@ -333,10 +343,11 @@ def _reverse(
         **_sweep_operands(x, saved.chunks, saved.leaving),
         **_query_operands(x, saved.chunks, saved.queries, saved.leaving),
         do_ptr=d_o,
+        bounds_ptr=saved.chunks.bounds,
         added_ptr=added,
         dv_ptr=dv,
         d_chunks_ptr=d_chunks,
-        places_ptr=places_of(x.work.plan, saved.leaving),
+        places_ptr=places_of(x.launches.plan, saved.leaving),
         entering_ptr=entering,
     )
 
@@ -345,26 +356,28 @@ def gradients(
     x: DeltaRun, saved: DeltaSaved, added: Tensor | None, d_o: Tensor, d_state_out: Tensor | None
 ) -> Gradients:
     """Gradients of q, k, v, beta, g and, if there is one, of the erase key; d_state_out is zero if None."""
-    work, chunks, unread = x.work, saved.chunks, saved.leaving
+    launches, chunks, unread = x.launches, saved.chunks, saved.leaving
     entering = d_state_out
-    if added is not None and not work.plan.whole:
+    if added is not None and not launches.plan.whole:
         assert saved.moves is not None
         entering, _ = scanned(x, added, saved.moves, d_state_out, leaves=False, reverse=True)
     dv = torch.empty_like(x.v)
-    s_chunks, d_chunks = (x.v.new_empty(work.state_chunks) for _ in range(2))
-    _reverse(x, saved, d_o, work.values, unread, dv, d_chunks, entering)
+    s_chunks, d_chunks = (x.v.new_empty(launches.state_chunks) for _ in range(2))
+    _reverse(x, saved, d_o, launches.values, unread, dv, d_chunks, entering)
     operands = _sweep_operands(x, chunks, unread)
-    work.chunk_states(
+    launches.chunk_states(
         storing_ptr=operands["storing_ptr"],
         u_ptr=saved.u,
         norms_ptr=given(chunks.k_norms, unread),
         **_gates(chunks.gates, unread),
         totals_ptr=operands["totals_ptr"],
         s_chunks_ptr=s_chunks,
-        places_ptr=places_of(work.plan, unread),
+        places_ptr=places_of(launches.plan, unread),
         entering_ptr=saved.entering,
     )
-    dq, dk, *erasing = (x.q.new_empty(work.gradient, dtype=work.gradient_dtype) for _ in range(3 if work.erases else 2))
+    dq, dk, *erasing = (
+        x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype) for _ in range(3 if launches.erases else 2)
+    )
     d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
     shared = {
         "q_ptr": x.q,
@@ -383,20 +396,20 @@ def gradients(
         "d_beta_ptr": d_beta,
         "s_chunks_ptr": s_chunks,
         "d_chunks_ptr": d_chunks,
-        "places_ptr": chunks_of(work.plan, unread),
+        "places_ptr": chunks_of(launches.plan, unread),
     }
     dg: Tensor | None = None
     if chunks.channels is not None:
-        dg = _fp32(x, work.operands) if work.with_gate else None
-        own = {"stretches_ptr": _stretches(x), "unbounded_ptr": chunks.channels.unbounded, "dg_ptr": given(dg, unread)}
-        for bounded in (True, False) if work.bounded else (False,):
-            work.channel_gradients(bounded=bounded)(**shared, **own)
+        dg = _fp32(x, launches.operands) if launches.with_gate else None
+        own = {"intervals_ptr": _intervals(x), "unbounded_ptr": chunks.channels.unbounded, "dg_ptr": given(dg, unread)}
+        for bounded in (True, False) if launches.bounded else (False,):
+            launches.channel_gradients(bounded=bounded)(**shared, **own)
     else:
-        parts = _fp32(x, work.gates) if work.with_gate else unread
-        work.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
-        if work.with_gate:
+        parts = _fp32(x, launches.gates) if launches.with_gate else unread
+        launches.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
+        if launches.with_gate:
             dg = parts[0] if parts.shape[0] == 1 else parts.sum(0)
-    if work.summed:
+    if launches.summed:
         dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
         erasing = [_summed(x, x.reading, dr, None) for dr in erasing]
     return dq, dk, dv, d_beta, dg, *erasing
@@ -405,11 +418,11 @@ def gradients(
 def _summed(x: DeltaRun, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:
     """[B, T, H_v, K] -> [B, T, H, K], of the tensor as it was before it was divided by its length."""
     gradient = torch.empty_like(tensor)
-    x.work.key_gradient_sum(
+    x.launches.key_gradient_sum(
         x_ptr=tensor,
         partial_ptr=partial,
         gradient_ptr=gradient,
-        places_ptr=chunks_of(x.work.plan, partial),
+        places_ptr=chunks_of(x.launches.plan, partial),
         norms_ptr=norms,
     )
     return gradient

@@ -28,6 +28,7 @@ def solve_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
     inverse_ptr,  # [B, H_v, chunks, C, C], written
     betas_ptr,  # fp32 [B, H_v, chunks C], written
+    bounds_ptr,  # fp32 [B, H_v, chunks], written if TOKEN and not ERASES: log2 of what passes a chunk at most
     places_ptr,  # int32 [chunks, 3] if PACKED
     T,
     H,
@@ -70,7 +71,8 @@ def solve_kernel(
             KIND, ERASES, EXACT, NORMALIZE, PRECISION,
         ) * betas[:, None]  # fmt: skip
     if C < 4 * BLOCK:
-        inverse = tl.reshape(_inverse(tl.reshape(overlaps, (1, C, C))), (C, C))
+        diagonal = tl.reshape(overlaps, (1, C, C))
+        inverse = tl.reshape(_inverse(diagonal), (C, C))
         column = i[None, :]
         tile = tl.where(i[:, None] > column, inverse, 0.0).to(inverse_ptr.dtype.element_ty)
         tl.store(inverse_ptr + i[:, None] * C + column, tile)
@@ -96,6 +98,21 @@ def solve_kernel(
         tl.store(tile + 2 * BLOCK, tl.zeros((2 * BLOCK, 2 * BLOCK), dtype))
         tl.store(tile + 2 * BLOCK * C, below.to(dtype))
         tl.store(tile + 2 * BLOCK * C + 2 * BLOCK, tl.where(at > column, bottom, 0.0).to(dtype))
+    if KIND == TOKEN and not ERASES:
+        tl.store(bounds_ptr + run * chunks + chunk, tl.load(prefix_ptr + C - 1) + _growth(diagonal))
+
+
+@triton.jit
+def _growth(diagonal):
+    """Return log2 of how much a chunk's tokens may lengthen a state: of each the norm of I - beta k k^T, at least one.
+
+    diagonal: [N, S, S], its diagonals beta k.k, which are as exact as products of rounded keys.
+    """
+    S: tl.constexpr = diagonal.shape[1]
+    i = tl.arange(0, S)
+    erased = tl.sum(tl.where((i[:, None] == i[None, :])[None, :, :], diagonal, 0.0), 2) * (1.0 + 2.0**-6)
+    # Not by a maximum, which would lose NaN.
+    return tl.sum(tl.sum(tl.log2(tl.where(erased <= 2.0, 2.0, erased) - 1.0), 1), 0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp.algebra import Dense, Summary
 from lasp.kernels.triton.common.decays import TOKEN
-from lasp.kernels.triton.common.launch import use_scratch
+from lasp.kernels.triton.common.launch import given, use_scratch
 from lasp.kernels.triton.delta import run
 from lasp.kernels.triton.delta.launches import launches_of
 from lasp.kernels.triton.delta.run import (
@@ -33,12 +33,12 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    work = launches_of(x, alone, x.g is not None and x.g.requires_grad)
+    launches = launches_of(x, alone, x.g is not None and x.g.requires_grad)
     use_scratch()
-    q, k, v = (t.to(work.operand).contiguous() for t in (x.q, x.k, x.v))
+    q, k, v = (t.to(launches.operand).contiguous() for t in (x.q, x.k, x.v))
     beta, g = x.beta.contiguous(), None if x.g is None else x.g.contiguous()
-    r = None if x.erase_key is None else x.erase_key.to(work.operand).contiguous()
-    return DeltaRun(q, k, v, beta, g, r, work)
+    r = None if x.erase_key is None else x.erase_key.to(launches.operand).contiguous()
+    return DeltaRun(q, k, v, beta, g, r, launches)
 
 
 def _summary(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> Summary:
@@ -67,7 +67,7 @@ def outputs(
 ) -> tuple[Tensor, Saved]:
     """state_in is zero if None."""
     o, saved = run.outputs(x, segments, queries, None if state_in is None else state_in.contiguous())
-    return o.to(x.work.dtype), _flat(saved)
+    return o.to(x.launches.dtype), _flat(x, saved)
 
 
 def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Tensor]:
@@ -87,7 +87,7 @@ def totals_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> Tensor | None:
 
 
 def _d_o(x: DeltaRun, d_o: Tensor) -> Tensor:
-    return d_o.to(x.work.operand).contiguous()
+    return d_o.to(x.launches.operand).contiguous()
 
 
 def local_gradients(x: DeltaRun, saved: Saved, added: Tensor | None, d_o: Tensor) -> None:
@@ -98,12 +98,12 @@ def gradients(
     x: DeltaRun, saved: Saved, added: Tensor | None, local: None, d_o: Tensor, d_state_out: Tensor | None
 ) -> Gradients:
     """d_state_out is zero if None."""
-    work = x.work
+    launches = x.launches
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
     found = run.gradients(x, _unflat(x, saved), added, _d_o(x, d_o), d_state_out)
     own = [True, True, True, False, False, True]  # of the inputs' dtype
     return tuple(
-        d.to(work.dtype) if d is not None and of_inputs else d for d, of_inputs in zip(found, own, strict=False)
+        d.to(launches.dtype) if d is not None and of_inputs else d for d, of_inputs in zip(found, own, strict=False)
     )
 
 
@@ -111,13 +111,16 @@ def _leaving(saved: Saved) -> Tensor:
     return saved[0]
 
 
-def _flat(saved: DeltaSaved) -> Saved:
+def _flat(x: DeltaRun, saved: DeltaSaved) -> Saved:
     """All tensors of `saved`, the leaving state first; an empty one for what there is not, or is an input."""
     chunks, queries = saved.chunks, saved.queries
     channels = (None,) * 4 if chunks.channels is None else tuple(chunks.channels)
     gates = (*chunks.gates, None, None)[:2]
     made = None if chunks.channels is None else queries.q
-    optional = (saved.entering, saved.moves, *gates, chunks.k_norms, *channels, made, queries.norms, queries.scores)
+    bounds = chunks.bounds if x.launches.bounds_chunks else None
+    optional = (
+        saved.entering, saved.moves, bounds, *gates, chunks.k_norms, *channels, made, queries.norms, queries.scores,
+    )  # fmt: skip
     nothing = saved.leaving.new_empty(0)
     return (
         saved.leaving, saved.u, chunks.inverse, chunks.betas,
@@ -127,48 +130,49 @@ def _flat(saved: DeltaSaved) -> Saved:
 
 def _unflat(x: DeltaRun, saved: Saved) -> DeltaSaved:
     leaving, u, inverse, betas = saved[:4]
-    entering, moves, prefix, suffix, k_norms, *channels, made, q_norms, scores = (
+    entering, moves, bounds, prefix, suffix, k_norms, *channels, made, q_norms, scores = (
         None if tensor.dim() == 1 else tensor for tensor in saved[4:]
     )
     gates = tuple(gate for gate in (prefix, suffix) if gate is not None)
     keys = None if channels[0] is None else ChannelKeys(*channels)  # type: ignore[arg-type]
-    chunks = DeltaChunks(inverse, betas, gates, k_norms, keys)
+    chunks = DeltaChunks(inverse, betas, given(bounds, betas), gates, k_norms, keys)
     queries = DeltaQueries(x.q if made is None else made, q_norms, scores)
     return DeltaSaved(leaving, u, entering, moves, chunks, queries)
 
 
 def empty_saved(x: DeltaInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
     """Tensors of the shapes and dtypes of `_flat`."""
-    work = launches_of(x, not (from_state or over_ranks), want_gate)
-    whole = work.plan.whole
+    launches = launches_of(x, not (from_state or over_ranks), want_gate)
+    whole = launches.plan.whole
 
     def fp32(shape: tuple[int, ...], wanted: bool = True) -> Tensor:
         return x.q.new_empty(shape if wanted else (0,), dtype=torch.float32)
 
     def operand(shape: tuple[int, ...], wanted: bool = True) -> Tensor:
-        return x.q.new_empty(shape, dtype=work.operand) if wanted else fp32((0,))
+        return x.q.new_empty(shape, dtype=launches.operand) if wanted else fp32((0,))
 
     def gate(number: int) -> Tensor:
-        return fp32(work.slots, work.kind == TOKEN.value and number < (2 if work.plan.exact else 1))
+        return fp32(launches.slots, launches.kind == TOKEN.value and number < (2 if launches.plan.exact else 1))
 
-    channel = work.per_channel
+    channel = launches.per_channel
     return [
-        fp32(work.state),
+        fp32(launches.state),
         operand(tuple(x.v.shape)),
-        operand(work.tiles),
-        fp32(work.slots),
-        fp32(work.state if whole else work.states, from_state or over_ranks or not whole),
-        fp32(work.moves, over_ranks or not whole),
+        operand(launches.tiles),
+        fp32(launches.slots),
+        fp32(launches.state if whole else launches.states, from_state or over_ranks or not whole),
+        fp32(launches.moves, over_ranks or not whole),
+        fp32(launches.bounds, launches.bounds_chunks),
         gate(0),
         gate(1),
-        fp32(work.norms, work.normalize),
-        operand(work.operands, channel),
-        operand(work.operands, channel),
-        fp32(work.totals, channel),
-        x.q.new_empty(work.totals[:3], dtype=torch.int32) if channel else fp32((0,)),
-        operand(work.operands, channel),
-        fp32(work.norms, work.normalize),
-        operand(work.tiles, channel),
+        fp32(launches.norms, launches.normalize),
+        operand(launches.operands, channel),
+        operand(launches.operands, channel),
+        fp32(launches.totals, channel),
+        x.q.new_empty(launches.totals[:3], dtype=torch.int32) if channel else fp32((0,)),
+        operand(launches.operands, channel),
+        fp32(launches.norms, launches.normalize),
+        operand(launches.tiles, channel),
     ]
 
 

@@ -36,6 +36,7 @@ def delta_states_kernel(
     NORMALIZE: tl.constexpr,
     WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
+    STORES: tl.constexpr,  # whether descriptors write too
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -52,7 +53,7 @@ def delta_states_kernel(
     u_view = view(u_ptr + row * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     count = tl.cdiv(last - first, C)
     at = run * chunks + here.chunk
-    s_chunks = view(s_chunks_ptr + at * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
+    s_chunks = view(s_chunks_ptr + at * (ROWS * BK), count * ROWS, BK, BK, BV, BK, STORES)
     norms_ptr += key_slot
     totals_ptr += at * K
 
@@ -63,6 +64,6 @@ def delta_states_kernel(
         u_t = tl.trans(load_chunk(u_view, start, column, last, H_v * V, V, C, BV, DESCRIPTORS))
         _prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, at * C + c * C, KIND, C, EXACT)
         norms = lengths(norms_ptr, c * C, C, NORMALIZE)
-        store_chunk(s_chunks, state.to(dtype), c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
+        store_chunk(s_chunks, state.to(dtype), c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, STORES)
         decay = state_decay(totals_ptr, c, total, K, BK, KIND)
         state = after_chunk(state, u_t, keys, norms * tl.exp2(suffix), decay, PRECISION)

@@ -8,7 +8,7 @@ columns, and a program some of them.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import CHANNEL
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import (
     load_chunk,
     place,
@@ -19,7 +19,7 @@ from lasp.kernels.triton.common.program import (
     state_tile,
     view,
 )
-from lasp.kernels.triton.delta.chunk import after_chunk, lengths, state_decay, token_sums, written
+from lasp.kernels.triton.delta.chunk import after_chunk, chunks_reached, lengths, state_decay, token_sums, written
 
 
 @triton.jit(do_not_specialize=["T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -33,6 +33,7 @@ def delta_summary_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
     suffix_ptr,  # likewise, and EXACT
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
+    bounds_ptr,  # fp32 [B, H_v, chunks] if TOKEN and not ERASES: log2 of what passes a chunk at most
     added_ptr,  # fp32 [B, H_v, segments, K, V], written, but for a run's last segment unless TOTAL
     moves_ptr,  # fp32 [B, H_v, segments, K, K], written: M, but for a run's first segment unless TOTAL
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -79,8 +80,13 @@ def delta_summary_kernel(
 
     r = column + tl.arange(0, BV)[:, None]
     d = tl.arange(0, BK)[None, :]
-    state = tl.where(r == d + V, 1.0, 0.0)
-    for c in range(count):
+    begun = 0
+    if KIND == TOKEN and not ERASES:
+        # What is older than that leaves nothing at the segment's end, and so nothing passes through all of it.
+        begun = count - chunks_reached(bounds_ptr, run * chunks + here.chunk, count, False)
+        begun = tl.where((begun > 0) & (column >= V), count, begun)
+    state = tl.where((r == d + V) & (begun == 0), 1.0, 0.0)
+    for c in range(begun, count):
         start = first + c * C
         keys = load_chunk(storing, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         reads = keys

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """The short convolution: y_t = activation(bias + sum_j weight[:, W - 1 - j] x_{t - j}), and its gradients.
 
-A program walks S stretches of tokens side by side, each thread some channels of one, and holds the last rows in
-registers: every row is read once, but for those around a stretch's ends. Nothing is kept for the backward pass, which
+A program walks S intervals of tokens side by side, each thread some channels of one, and holds the last rows in
+registers: every row is read once, but for those around an interval's ends. Nothing is kept for the backward pass, which
 walks backwards and computes what went into the activation again. Rows before the first token may be given; without
 them they are zero. W is 4 at most; taps that there are not are zero.
 """
@@ -54,10 +54,10 @@ def convolution_kernel(
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     S: tl.constexpr,
-    LENGTH: tl.constexpr,  # of a stretch
+    LENGTH: tl.constexpr,  # of an interval
     BC: tl.constexpr,
 ):
-    """A program for S stretches and BC channels."""
+    """A program for S intervals and BC channels."""
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     # Of long sequences elements are counted in 64 bits.
@@ -108,7 +108,7 @@ def convolution_gradient_kernel(
     LENGTH: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """A program for S stretches and BC channels; the first begins with the W - 1 tokens before the sequence."""
+    """A program for S intervals and BC channels; the first begins with the W - 1 tokens before the sequence."""
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = (c < C)[None, :]
@@ -130,7 +130,7 @@ def convolution_gradient_kernel(
     # Sums of those of taps and bias.
     zero = tl.zeros((S, BC), tl.float32)
     sum0, sum1, sum2, sum3, sum_bias = zero, zero, zero, zero, zero
-    # The last tokens of all that the stretch's own depend on.
+    # The last tokens of all that the interval's own depend on.
     t = first + LENGTH - 1 + (W - 1)
     x0 = _row(x_ptr, before_ptr, t, c, T, C, ROW, W).to(tl.float32)
     x1 = _row(x_ptr, before_ptr, t - 1, c, T, C, ROW, W).to(tl.float32)
@@ -146,7 +146,7 @@ def convolution_gradient_kernel(
             s = tl.sigmoid(total)
             d0 *= s * (1.0 + total * (1.0 - s))
         d_x = a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3
-        # Those after the stretch are another's.
+        # Those after the interval are another's.
         own = tl.where(n >= W - 1, d0, 0.0)
         sum_bias += own
         sum0 += own * x0

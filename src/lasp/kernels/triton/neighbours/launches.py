@@ -20,8 +20,8 @@ from lasp.kernels.triton.neighbours.stepped_decay import stepped_decay_gradient_
 
 ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
 WARPS = 4
-# Stretches of a convolution's program, tokens of each, channels.
-STRETCHES, LENGTH, CHANNELS = 16, 32, 64
+# Intervals of a convolution's program, tokens of each, channels.
+INTERVALS, LENGTH, CHANNELS = 16, 32, 64
 # Elements of a program at a time, and of one that sums over them in all.
 ELEMENTS, SUMMED = 2048, 1 << 17
 
@@ -33,6 +33,11 @@ def _strided(tensor: Tensor) -> Tensor:
     dense = tensor[0, 0].is_contiguous() if tensor.shape[0] and tensor.shape[1] else tensor.is_contiguous()
     even = tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * row
     return tensor if dense and even and row >= width else tensor.contiguous()
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Dtypes of all that a kernel reads. A launch is for these alone."""
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 def _row(tensor: Tensor) -> int:
@@ -47,31 +52,35 @@ class _Convolution(NamedTuple):
     width: int
     bias: bool
     silu: bool
+    dtypes: tuple[torch.dtype | None, ...]
 
 
 @lru_cache(maxsize=256)
 def _convolution(shape: _Convolution, backward: bool) -> Launch:
     covered = shape.tokens + shape.width - 1 if backward else shape.tokens
-    blocks = -(-covered // (STRETCHES * LENGTH))
+    blocks = -(-covered // (INTERVALS * LENGTH))
     fixed: dict[str, Any] = {
         "T": shape.tokens, "blocks": blocks, "C": shape.channels, "ROW": shape.row, "W": shape.width,
-        "BIAS": shape.bias, "SILU": shape.silu, "S": STRETCHES, "LENGTH": LENGTH, "BC": CHANNELS,
+        "BIAS": shape.bias, "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
     }  # fmt: skip
     kernel = convolution_gradient_kernel if backward else convolution_kernel
     grid = (blocks * shape.batch, -(-shape.channels // CHANNELS))
     return Launch(kernel, grid, fixed, warps=WARPS, stages=1)
 
 
-def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> _Convolution:
+def _shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, d_y: Tensor | None = None
+) -> _Convolution:
     batch, tokens, channels = x.shape
-    return _Convolution(tokens, _row(x), batch, channels, weight.shape[1], bias is not None, silu)
+    dtypes = _dtypes(x, weight, bias, before, d_y)
+    return _Convolution(tokens, _row(x), batch, channels, weight.shape[1], bias is not None, silu, dtypes)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
     """[B, T, C] of x [B, T, C], strided; weight [C, W], bias [C], the rows before [B, W - 1, C]."""
     x, weight = _strided(x), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _convolution(_shape(x, weight, bias, silu), False)(
+    _convolution(_shape(x, weight, bias, before, silu), False)(
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=weight if bias is None else bias,
@@ -86,7 +95,7 @@ def convolve_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the rows before; of what there is not, something."""
     x, weight = _strided(x), weight.contiguous()
-    launch = _convolution(_shape(x, weight, bias, silu), True)
+    launch = _convolution(_shape(x, weight, bias, before, silu, d_y), True)
     B, C, W = x.shape[0], x.shape[2], weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(launch.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
@@ -116,6 +125,7 @@ class _GatedNorm(NamedTuple):
     gate_first: bool
     skip: int
     eps: float
+    dtypes: tuple[torch.dtype | None, ...]
 
 
 @lru_cache(maxsize=256)
@@ -156,16 +166,16 @@ def _norm_call(
     activation: str,
     gate_first: bool,
     eps: float,
-    *,
-    backward: bool,
+    d_y: Tensor | None = None,
 ) -> _NormCall:
+    """Return the call of the norm or, with d_y, of its gradients."""
     o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
     width = o.shape[2:].numel()
     columns = width // groups
     shape = _GatedNorm(
         o.shape[0] * o.shape[1] * groups, columns, groups, 0 if z is None else _row(z), 0 if x is None else _row(x),
         gain.numel() // columns, ACTIVATIONS["none" if z is None else activation], gate_first,
-        0 if skip is None else width // skip.numel(), eps,
+        0 if skip is None else width // skip.numel(), eps, _dtypes(o, z, x, skip, gain, d_y),
     )  # fmt: skip
     given = {
         "o_ptr": o,
@@ -174,7 +184,7 @@ def _norm_call(
         "skip_ptr": gain if skip is None else skip,
         "gain_ptr": gain.contiguous(),
     }
-    return _NormCall(_gated_norm(shape, backward), given)
+    return _NormCall(_gated_norm(shape, d_y is not None), given)
 
 
 def gated_norm(
@@ -196,7 +206,7 @@ def gated_norm(
         x: likewise, strided; added, times skip [any divisor of D], or None and so is skip.
         gain: [D / groups] for all groups alike, or [D].
     """
-    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, backward=False)
+    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps)
     y = torch.empty(*o.shape[:2], o.shape[2:].numel(), dtype=o.dtype, device=o.device)
     launch(**given, y_ptr=y)
     return y
@@ -215,7 +225,7 @@ def gated_norm_gradients(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of o, z, x, skip and gain; of what there is not, something."""
-    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, backward=True)
+    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, d_y)
     width, o = o.shape[2:].numel(), given["o_ptr"]
     d_o, d_z, d_x = torch.empty_like(o), o.new_empty(0), o.new_empty(0)
     if z is not None:
@@ -245,6 +255,7 @@ class _SteppedDecay(NamedTuple):
     channels: int
     raw_row: int
     x_row: int
+    dtypes: tuple[torch.dtype | None, ...]
 
 
 @lru_cache(maxsize=256)
@@ -263,8 +274,9 @@ def _stepped_decay(shape: _SteppedDecay, backward: bool) -> Launch:
     return Launch(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=WARPS, stages=1)
 
 
-def _decay_shape(raw: Tensor, x: Tensor) -> _SteppedDecay:
-    return _SteppedDecay(raw.shape[0] * raw.shape[1], x.shape[2], x.shape[3], _row(raw), _row(x))
+def _decay_shape(raw: Tensor, x: Tensor, *others: Tensor) -> _SteppedDecay:
+    dtypes = _dtypes(raw, x, *others)
+    return _SteppedDecay(raw.shape[0] * raw.shape[1], x.shape[2], x.shape[3], _row(raw), _row(x), dtypes)
 
 
 def stepped_decay(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,7 +284,7 @@ def stepped_decay(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tup
     raw, x = _strided(raw), _strided(x)
     values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     decay = torch.empty(raw.shape, dtype=torch.float32, device=x.device)
-    _stepped_decay(_decay_shape(raw, x), False)(
+    _stepped_decay(_decay_shape(raw, x, bias, log_rate), False)(
         raw_ptr=raw, x_ptr=x, bias_ptr=bias, rate_ptr=log_rate, values_ptr=values, decay_ptr=decay
     )
     return values, decay
@@ -283,7 +295,7 @@ def stepped_decay_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of raw, x, bias and log_rate."""
     raw, x = _strided(raw), _strided(x)
-    launch = _stepped_decay(_decay_shape(raw, x), True)
+    launch = _stepped_decay(_decay_shape(raw, x, bias, log_rate, d_values, d_decay), True)
     d_raw = torch.empty(raw.shape, dtype=raw.dtype, device=x.device)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(launch.grid[0], 2, raw.shape[2], dtype=torch.float32, device=x.device)

@@ -33,7 +33,7 @@ def channel_bounded_intra_chunk_kernel(
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     unbounded_ptr,  # int32 [B, H_v, chunks]: the chunks left to channel_intra_chunk
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
@@ -91,7 +91,7 @@ def channel_bounded_intra_chunk_kernel(
     read_q = load_chunk(read_q_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
     q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     read_k = load_chunk(read_k_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    to_middle = sums_to_middle(stretches_ptr, operand, C)
+    to_middle = sums_to_middle(intervals_ptr, operand, C)
     # Of gates as rounded, so that they and `to_middle` cancel.
     rounded = operand.to(tl.float32)
     early = tl.exp2(tl.sum(tl.where(i < C // 2, rounded, 0.0), 0)) * scale

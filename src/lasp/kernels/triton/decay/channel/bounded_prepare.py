@@ -30,7 +30,7 @@ def channel_bounded_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     scores_ptr,  # [B, H_v, T, C], written
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
@@ -69,7 +69,7 @@ def channel_bounded_prepare_kernel(
         store_chunk(from_start_at, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
         store_chunk(to_end_at, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-        to_middle = sums_to_middle(stretches_ptr, operand, C)
+        to_middle = sums_to_middle(intervals_ptr, operand, C)
         longest = tl.maximum(longest, tl.max(tl.abs(to_middle)))
         near_k = (k * tl.exp2(-to_middle)).to(dtype)
         near_q = (q * tl.exp2(to_middle)).to(dtype)

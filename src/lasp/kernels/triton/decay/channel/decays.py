@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""Decays of a gate per key channel: sums of gates over stretches of a chunk, taken as matrix products.
+"""Decays of a gate per key channel: sums of gates over intervals of a chunk, taken as matrix products.
 
-A sum over any stretch of tokens is a product with a matrix of zeros and ones, so every decay a kernel needs comes
+A sum over any interval of tokens is a product with a matrix of zeros and ones, so every decay a kernel needs comes
 from the chunk's gates [C, BK] directly, by tensor cores, with no scan and no difference of long sums. For 16-bit
 inputs the gates enter in fp16, exact to 2^-12 of each: a decay 2^-x is then wrong by at most x 2^-x 2^-12 log 2 <
 1.3e-4, far less than operands in bf16 are.
@@ -36,9 +36,9 @@ def gate_operand(gates, dtype: tl.constexpr):
 
 
 @triton.jit
-def sum_over(stretch, gates):
-    """stretch [C, C] (which tokens each row sums over) times gates [C, BK], as `gate_operand` gives them, in fp32."""
-    return tl.dot(stretch.to(gates.dtype), gates, input_precision="ieee")
+def sum_over(interval, gates):
+    """interval [C, C] (which tokens each row sums over) times gates [C, BK], as `gate_operand` gives them, in fp32."""
+    return tl.dot(interval.to(gates.dtype), gates, input_precision="ieee")
 
 
 @triton.jit
@@ -84,16 +84,16 @@ def sums_before(terms, dtype: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _sum_over_terms(stretch, terms):
-    """stretch [C, C] times terms in two parts, each as products of bf16 take it."""
+def _sum_over_terms(interval, terms):
+    """interval [C, C] times terms in two parts, each as products of bf16 take it."""
     high = terms.to(tl.bfloat16)
     low = (terms - high.to(tl.float32)).to(tl.bfloat16)
-    stretch = stretch.to(tl.bfloat16)
-    return tl.dot(stretch, low, tl.dot(stretch, high))
+    interval = interval.to(tl.bfloat16)
+    return tl.dot(interval, low, tl.dot(interval, high))
 
 
 @triton.jit
-def load_stretches(stretches_ptr, level, C: tl.constexpr):
+def load_intervals(intervals_ptr, level, C: tl.constexpr):
     """The [C, C] matrix of a level: row i sums the gates between token i and the middle of its block.
 
     Level -1 is that of the base blocks, -2 that of the whole chunk: there sums of tokens before the middle count
@@ -101,18 +101,18 @@ def load_stretches(stretches_ptr, level, C: tl.constexpr):
 
     It is read, not computed: integer arithmetic on [C, C] would cost more than the level's products.
     """
-    return tl.load(stretches_ptr + (level + 2) * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
+    return tl.load(intervals_ptr + (level + 2) * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :])
 
 
 @triton.jit
-def sums_to_middle(stretches_ptr, operand, C: tl.constexpr):
+def sums_to_middle(intervals_ptr, operand, C: tl.constexpr):
     """[C, BK]: of gates from the chunk's middle to each token, negative for tokens before it."""
-    return sum_over(load_stretches(stretches_ptr, -2, C), operand)
+    return sum_over(load_intervals(intervals_ptr, -2, C), operand)
 
 
 @triton.jit
 def base_operand(gates, dtype: tl.constexpr):
-    """Gates within base blocks, for `load_stretches` of level -1.
+    """Gates within base blocks, for `load_intervals` of level -1.
 
     There, decays from the middle are up to 2^(2^(BASE - 1) |gate|), 2^108 in blocks of 16 tokens with a floor of -13.5:
     inside bf16's range for operands up to 2^19. What a stronger gate should forget counts 8.6e-5, a twentieth of bf16's

@@ -29,7 +29,7 @@ from lasp.kernels.triton.decay.channel.decays import (
     is_done,
     is_late,
     load_channel_gates,
-    load_stretches,
+    load_intervals,
     meets,
     prefix_sums,
     suffix_sums,
@@ -46,7 +46,7 @@ def channel_intra_chunk_kernel(
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
@@ -108,7 +108,7 @@ def channel_intra_chunk_kernel(
     dk_at = dk_ptr + out
     dg_at = dg_ptr + out
     if BASE > 0:
-        to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+        to_middle = sum_over(load_intervals(intervals_ptr, -1, C), base_operand(gates, dtype))
         to_q = tl.exp2(to_middle)
         to_k = tl.exp2(-to_middle)
         block = tl.where(in_base_block(BASE, C), symmetric, 0.0)
@@ -137,7 +137,7 @@ def channel_intra_chunk_kernel(
     for level in range(BASE, LEVELS):
         late = is_late(level, C)
         x = tl.load(tl.where(late, q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
-        decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+        decay = tl.exp2(sum_over(load_intervals(intervals_ptr, level, C), operand))
         x = (x * decay).to(dtype)
         d_met = tl.where(meets(level, C), symmetric, 0.0)
         met = tl.dot(d_met, x, input_precision=PRECISION)

@@ -30,7 +30,7 @@ from lasp.kernels.triton.decay.channel.decays import (
     is_done,
     is_late,
     load_channel_gates,
-    load_stretches,
+    load_intervals,
     meets,
     prefix_sums,
     suffix_sums,
@@ -43,7 +43,7 @@ def channel_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     g_ptr,  # [B, T, H_v, K]
-    stretches_ptr,  # [LEVELS + 2, C, C], see `load_stretches`
+    intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     scores_ptr,  # [B, H_v, T, C], written
     from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
     to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
@@ -83,7 +83,7 @@ def channel_prepare_kernel(
         k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
         if BASE > 0:
-            to_middle = sum_over(load_stretches(stretches_ptr, -1, C), base_operand(gates, dtype))
+            to_middle = sum_over(load_intervals(intervals_ptr, -1, C), base_operand(gates, dtype))
             base_q = (q * tl.exp2(to_middle)).to(dtype)
             base_k = (k * tl.exp2(-to_middle)).to(dtype)
         else:
@@ -98,7 +98,7 @@ def channel_prepare_kernel(
         inside = (first + tl.arange(0, C) < last)[:, None] & (columns < K)[None, :]
         for level in range(BASE, LEVELS):
             x = tl.load(tl.where(is_late(level, C), q_ptr + rows, k_ptr + rows) + offsets, mask=inside, other=0.0)
-            decay = tl.exp2(sum_over(load_stretches(stretches_ptr, level, C), operand))
+            decay = tl.exp2(sum_over(load_intervals(intervals_ptr, level, C), operand))
             x = (x * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)

@@ -43,7 +43,7 @@ class QueryReads(NamedTuple):
 
 
 @functools.cache
-def stretch_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
+def interval_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
     """[2 + levels, C, C], fp32 if `exact` else fp16: at each level, row i sums the gates between token i and the middle
     of its block; before them that of the whole chunk and that of the base blocks, negative where i is early.
 
@@ -66,39 +66,39 @@ def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
 
 
 def summarize(
-    x: Inputs, work: ChannelLaunches, sums: SegmentSums, ready: Prepared | None, v: Tensor, *, reverse: bool
+    x: Inputs, launches: ChannelLaunches, sums: SegmentSums, ready: Prepared | None, v: Tensor, *, reverse: bool
 ) -> None:
     """Write the sums of every segment, from the inputs or from what was prepared; reverse: of the gradient v of
     outputs."""
     states, decays = sums
-    written = {"totals_ptr": states, "decays_ptr": decays, "places_ptr": given(work.places, states)}
+    written = {"totals_ptr": states, "decays_ptr": decays, "places_ptr": given(launches.places, states)}
     if ready is None:
-        work.summary(k_ptr=x.k, v_ptr=v, g_ptr=x.g, **written)
+        launches.summary(k_ptr=x.k, v_ptr=v, g_ptr=x.g, **written)
         return
-    launch = work.summary_adjoint if reverse else work.prepared_summary
+    launch = launches.summary_adjoint if reverse else launches.prepared_summary
     operand = ready.from_start if reverse else ready.to_end
     launch(k_ptr=operand, v_ptr=v, g_ptr=ready.totals, **written)
 
 
-def local_outputs(x: Inputs, work: ChannelLaunches) -> Prepared:
-    p = work.plan
+def local_outputs(x: Inputs, launches: ChannelLaunches) -> Prepared:
+    p = launches.plan
     ready = empty_prepared(x.q, x.v, p)
-    stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
-    places = given(work.chunk_places, ready.totals)
+    intervals = interval_matrices(p.chunk, p.exact, x.q.device)
+    places = given(launches.chunk_places, ready.totals)
     tensors = {
-        "q_ptr": x.q, "k_ptr": x.k, "g_ptr": x.g, "stretches_ptr": stretches, "scores_ptr": ready.scores,
+        "q_ptr": x.q, "k_ptr": x.k, "g_ptr": x.g, "intervals_ptr": intervals, "scores_ptr": ready.scores,
         "from_start_ptr": ready.from_start, "to_end_ptr": ready.to_end, "totals_ptr": ready.totals,
         "unbounded_ptr": ready.unbounded, "places_ptr": places,
     }  # fmt: skip
-    if work.bounded:
-        work.bounded_prepare(**tensors)
-    work.prepare(**tensors)
+    if launches.bounded:
+        launches.bounded_prepare(**tensors)
+    launches.prepare(**tensors)
     return ready
 
 
 def outputs(
     x: Inputs,
-    work: ChannelLaunches,
+    launches: ChannelLaunches,
     totals: ChannelSegments,
     ready: Prepared,
     o: Tensor,
@@ -106,7 +106,7 @@ def outputs(
     state_in: Tensor | None,
 ) -> None:
     states, before = given(totals.states, leaving), given(totals.decays, leaving)
-    work.output(
+    launches.output(
         q_ptr=ready.from_start,
         k_ptr=ready.to_end,
         v_ptr=x.v,
@@ -116,15 +116,15 @@ def outputs(
         states_ptr=states,
         before_ptr=before,
         state_out_ptr=leaving,
-        places_ptr=given(work.places, leaving),
+        places_ptr=given(launches.places, leaving),
         state_in_ptr=state_in,
     )
 
 
-def local_gradients(x: Inputs, work: ChannelLaunches, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
-    read_q = x.q.new_empty(work.gradient, dtype=read_dtype(x.q.dtype))
+def local_gradients(x: Inputs, launches: ChannelLaunches, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
+    read_q = x.q.new_empty(launches.gradient, dtype=read_dtype(x.q.dtype))
     sums = torch.empty_like(ready.totals)
-    work.query_inter_chunk(
+    launches.query_inter_chunk(
         from_start_ptr=ready.from_start,
         to_end_ptr=ready.to_end,
         v_ptr=x.v,
@@ -133,14 +133,14 @@ def local_gradients(x: Inputs, work: ChannelLaunches, ready: Prepared, entering:
         read_q_ptr=read_q,
         sums_ptr=sums,
         states_ptr=entering,
-        places_ptr=given(work.places, sums),
+        places_ptr=given(launches.places, sums),
     )
     return QueryReads(read_q, sums)
 
 
 def gradients(
     x: Inputs,
-    work: ChannelLaunches,
+    launches: ChannelLaunches,
     entering: Tensor,
     leaving: Tensor,
     adjoint: ChannelSegments,
@@ -149,12 +149,12 @@ def gradients(
     d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq and dk per value head; dv; dg."""
-    p, ready = work.plan, adjoint.prepared
+    p, ready = launches.plan, adjoint.prepared
     assert ready is not None
     d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)
-    places = given(work.places, d_states)
+    places = given(launches.places, d_states)
     read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
-    work.key_inter_chunk(
+    launches.key_inter_chunk(
         from_start_ptr=ready.from_start,
         to_end_ptr=ready.to_end,
         v_ptr=x.v,
@@ -170,19 +170,19 @@ def gradients(
         places_ptr=places,
         d_state_out_ptr=d_state_out,
     )
-    dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    dk, dg = torch.empty_like(dq), through.new_empty(work.gradient)
-    stretches = stretch_matrices(p.chunk, p.exact, x.q.device)
+    dq = x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype)
+    dk, dg = torch.empty_like(dq), through.new_empty(launches.gradient)
+    intervals = interval_matrices(p.chunk, p.exact, x.q.device)
     operands = {
-        "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": d_o, "g_ptr": x.g, "stretches_ptr": stretches,
+        "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": d_o, "g_ptr": x.g, "intervals_ptr": intervals,
         "unbounded_ptr": ready.unbounded, "read_q_ptr": local.read_q, "read_k_ptr": read_k, "through_ptr": through,
-        "dq_ptr": dq, "dk_ptr": dk, "dg_ptr": dg, "places_ptr": given(work.chunk_places, through),
+        "dq_ptr": dq, "dk_ptr": dk, "dg_ptr": dg, "places_ptr": given(launches.chunk_places, through),
     }  # fmt: skip
-    if work.bounded:
-        work.bounded_intra_chunk(**operands)
-    work.intra_chunk(**operands)
+    if launches.bounded:
+        launches.bounded_intra_chunk(**operands)
+    launches.intra_chunk(**operands)
     dv = torch.empty_like(x.v)
-    work.value_gradient(
+    launches.value_gradient(
         q_ptr=ready.from_start,
         k_ptr=ready.to_end,
         do_ptr=d_o,

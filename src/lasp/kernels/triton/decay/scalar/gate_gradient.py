@@ -194,17 +194,17 @@ def _paired(state_ptr, d_state_ptr, chunk_total, known, SIZE: tl.constexpr, BLOC
 
 @triton.jit
 def _across(q, k, cut, start, end, ends, count, c):
-    """Sum what passes each chunk, from the sums of reads [chunks] by q and by k: nothing where `cut`. Of a stretch of
+    """Sum what passes each chunk, from the sums of reads [chunks] by q and by k: nothing where `cut`. Of a span of
     others it is followed from the known d_g before the first, and tied to that after the last, `drift` a chunk."""
     here = c[:, None]
     other = c[None, :]
     is_cut = cut[None, :]
-    right = tl.min(tl.where(is_cut & (other > here), other, count), 1)  # the first chunk after the stretch
-    left = tl.max(tl.where(is_cut & (other < here), other + 1, 0), 1)  # the first of the stretch
+    right = tl.min(tl.where(is_cut & (other > here), other, count), 1)  # the first chunk after the span
+    left = tl.max(tl.where(is_cut & (other < here), other + 1, 0), 1)  # the first of the span
     gained = tl.where(cut, 0.0, k - q)[None, :]
-    stretch = (other >= left[:, None]) & (other < right[:, None])
-    earlier = tl.sum(tl.where(stretch & (other < here), gained, 0.0), 1)
-    whole = tl.sum(tl.where(stretch, gained, 0.0), 1)
+    span = (other >= left[:, None]) & (other < right[:, None])
+    earlier = tl.sum(tl.where(span & (other < here), gained, 0.0), 1)
+    whole = tl.sum(tl.where(span, gained, 0.0), 1)
     after = tl.sum(tl.where(other == right[:, None], q[None, :], 0.0), 1) + tl.where(right == count, end, 0.0)
     before = tl.sum(tl.where(other + 1 == left[:, None], k[None, :], 0.0), 1) + tl.where(left == 0, start, 0.0)
     drift = (after - whole - before) / (right - left)

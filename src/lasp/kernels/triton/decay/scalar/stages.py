@@ -32,11 +32,11 @@ class QueryGradient(NamedTuple):
     inner: Tensor
 
 
-def gate_sums(x: Inputs, work: ScalarLaunches) -> tuple[Tensor, ...]:
-    if not work.per_token:
+def gate_sums(x: Inputs, launches: ScalarLaunches) -> tuple[Tensor, ...]:
+    if not launches.per_token:
         return ()
-    gates = tuple(x.v.new_empty(work.gates, dtype=torch.float32) for _ in range(work.num_gates))
-    work.gate_sums(**_gates(x, gates, gates[0]), places_ptr=given(work.chunk_places, gates[0]))
+    gates = tuple(x.v.new_empty(launches.gates, dtype=torch.float32) for _ in range(launches.num_gates))
+    launches.gate_sums(**_gates(x, gates, gates[0]), places_ptr=given(launches.chunk_places, gates[0]))
     return gates
 
 
@@ -48,7 +48,7 @@ def _gates(x: Inputs, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, Ten
 
 def summarize(
     x: Inputs,
-    work: ScalarLaunches,
+    launches: ScalarLaunches,
     sums: SegmentSums,
     k: Tensor,
     v: Tensor,
@@ -58,19 +58,19 @@ def summarize(
 ) -> None:
     """Write the sums of every segment; reverse: with q and the gradient of outputs in the places of k and v."""
     states, decays = sums
-    launch = work.summary_adjoint if reverse else work.summary
-    places = given(work.places, states)
+    launch = launches.summary_adjoint if reverse else launches.summary
+    places = given(launches.places, states)
     launch(k_ptr=k, v_ptr=v, **_gates(x, gates, states), totals_ptr=states, decays_ptr=decays, places_ptr=places)
 
 
 def outputs(
-    x: Inputs, work: ScalarLaunches, totals: ScalarSegments, o: Tensor, leaving: Tensor, state_in: Tensor | None
+    x: Inputs, launches: ScalarLaunches, totals: ScalarSegments, o: Tensor, leaving: Tensor, state_in: Tensor | None
 ) -> Tensor | None:
     """The states entering segments, where they are kept."""
     states, decays, gates = totals
-    if states is None and work.keeps_states:
-        states = leaving.new_empty(work.states)
-    work.output(
+    if states is None and launches.keeps_states:
+        states = leaving.new_empty(launches.states)
+    launches.output(
         q_ptr=x.q,
         k_ptr=x.k,
         v_ptr=x.v,
@@ -79,19 +79,19 @@ def outputs(
         states_ptr=given(states, leaving),
         before_ptr=given(decays, leaving),
         state_out_ptr=leaving,
-        places_ptr=given(work.places, leaving),
+        places_ptr=given(launches.places, leaving),
         state_in_ptr=state_in,
     )
     return states
 
 
 def local_gradients(
-    x: Inputs, work: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
+    x: Inputs, launches: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
 ) -> QueryGradient:
-    dq = x.q.new_empty(work.gradient, dtype=work.gradient_dtype)
-    sums = unread.new_empty(work.sums) if work.with_decay else unread
-    inner = _inner_states(work, unread)
-    work.query_gradient(
+    dq = x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype)
+    sums = unread.new_empty(launches.sums) if launches.with_decay else unread
+    inner = _inner_states(launches, unread)
+    launches.query_gradient(
         q_ptr=x.q,
         k_ptr=x.k,
         v_ptr=x.v,
@@ -101,14 +101,14 @@ def local_gradients(
         sums_ptr=sums,
         inner_ptr=inner,
         states_ptr=entering,
-        places_ptr=given(work.places, dq),
+        places_ptr=given(launches.places, dq),
     )
     return QueryGradient(dq, sums, inner)
 
 
 def gradients(
     x: Inputs,
-    work: ScalarLaunches,
+    launches: ScalarLaunches,
     entering: Tensor,
     leaving: Tensor,
     adjoint: ScalarSegments,
@@ -121,28 +121,28 @@ def gradients(
     d_states, after = given(adjoint.states, unread), given(adjoint.decays, unread)
     operands = {"q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o}
     gates = _gates(x, adjoint.gates, unread)
-    places = given(work.places, d_states)
+    places = given(launches.places, d_states)
     states = {"d_states_ptr": d_states, "after_ptr": after, "places_ptr": places, "d_state_out_ptr": d_state_out}
 
     dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
-    if work.paired:
-        work.key_value_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, dv_ptr=dv, **states)
+    if launches.paired:
+        launches.key_value_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, dv_ptr=dv, **states)
         return local.dq, dk, dv, None
     # First: the sweep of dk may add d_state_out to d_states.
-    work.value_gradient(**operands, **gates, dv_ptr=dv, **states)
-    sums, inner, d_state_in = unread, _inner_states(work, unread), unread
-    if work.with_decay:
-        sums = unread.new_empty(work.sums)
-        if not work.from_zero:
-            d_state_in = unread.new_empty(work.state)
-        if adjoint.states is None and work.keeps_states:
-            states["d_states_ptr"] = unread.new_empty(work.states)
+    launches.value_gradient(**operands, **gates, dv_ptr=dv, **states)
+    sums, inner, d_state_in = unread, _inner_states(launches, unread), unread
+    if launches.with_decay:
+        sums = unread.new_empty(launches.sums)
+        if not launches.from_zero:
+            d_state_in = unread.new_empty(launches.state)
+        if adjoint.states is None and launches.keeps_states:
+            states["d_states_ptr"] = unread.new_empty(launches.states)
     inner_states = {"inner_ptr": inner, "d_state_in_ptr": d_state_in}
-    work.key_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, sums_ptr=sums, **inner_states, **states)
-    if not work.with_decay:
+    launches.key_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, sums_ptr=sums, **inner_states, **states)
+    if not launches.with_decay:
         return local.dq, dk, dv, None
     dg = unread.new_empty(x.v.shape[:3])
-    work.gate_gradient(
+    launches.gate_gradient(
         **operands,
         v_ptr=x.v,
         g_ptr=gates["g_ptr"],
@@ -162,6 +162,6 @@ def gradients(
     return local.dq, dk, dv, dg.sum((0, 1)) if x.g is not None and x.g.dim() == 1 else dg
 
 
-def _inner_states(work: ScalarLaunches, unread: Tensor) -> Tensor:
+def _inner_states(launches: ScalarLaunches, unread: Tensor) -> Tensor:
     """Memory for the states that the sweeps of dq and dk leave within segments; `unread` where they leave none."""
-    return unread.new_empty(work.inner) if work.with_decay and work.inner is not None else unread
+    return unread.new_empty(launches.inner) if launches.with_decay and launches.inner is not None else unread
