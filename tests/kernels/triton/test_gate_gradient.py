@@ -99,7 +99,13 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("scalar", BF16), ("scalar", FP16), ("channel", BF16), ("channel", FP16), ("channel", FP32)],
+    [
+        ("scalar", BF16),
+        ("scalar", FP16),
+        ("channel", BF16),
+        pytest.param("channel", FP16, marks=pytest.mark.ci),
+        ("channel", FP32),
+    ],
     ids=str,
 )
 def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, device: torch.device) -> None:
