@@ -6,6 +6,7 @@ import importlib.util
 
 _NEEDED = {
     "test_attach.py": ("accelerate", "peft"),
+    "test_fsdp_over_devices.py": ("accelerate",),
     "test_peft.py": ("peft",),
     "test_sft.py": ("trl", "datasets", "accelerate", "peft"),
 }
