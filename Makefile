@@ -110,7 +110,7 @@ $(ORACLE)/.installed: $(VENV)/.installed-dev
 
 $(ORACLE)-%/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(ORACLE)-$* 'transformers==$*.*' psutil datasets
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(ORACLE)-$* accelerate peft trl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(ORACLE)-$* accelerate bitsandbytes peft trl
 	@touch $@
 
 $(TRACKERS)/.installed: $(VENV)/.installed-dev

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 ON_GPUS = os.environ.get("LASP_TEST_DEVICE") == "cuda"
-_PLACES = ("kernels", "models/test_loss.py", "distributed/test_over_devices.py", "hf/test_models_over_devices.py")
+_PLACES = (
+    "kernels", "models/test_loss.py", "distributed/test_over_devices.py", "hf/test_models_over_devices.py",
+    "hf/trainer/test_fsdp_over_devices.py",
+)  # fmt: skip
 
 
 def uses_gpus(file: Path) -> bool:

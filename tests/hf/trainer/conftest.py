@@ -6,7 +6,9 @@ import importlib.util
 
 _NEEDED = {
     "test_attach.py": ("accelerate", "peft"),
+    "test_fsdp_over_devices.py": ("accelerate",),
     "test_peft.py": ("peft",),
+    "test_quantized.py": ("peft", "accelerate", "bitsandbytes"),
     "test_sft.py": ("trl", "datasets", "accelerate", "peft"),
 }
 collect_ignore_glob = [
