@@ -2,14 +2,18 @@
 
     python benchmarks/compare.py BASE BASE NEW                          # revisions of this repository, unpacked by git
     python benchmarks/compare.py old old new --output FILE              # or folders of checkouts, without git
+    python benchmarks/compare.py BASE BASE NEW --stubbed                # the host alone, where there is no GPU
 
 Each revision named is measured in processes of its own, with `lasp` from its checkout and the measuring code of this
 folder; the base named twice shows what a ratio of equal code is. Each row of `benchmarks/kernels.py` (kernels alone, by
 CUDA graphs; and eager calls) and of `benchmarks/host_cost.py` all measure in turns, A B C, C B A, and so on, so that
-none has the cooler device. Host times differ from process to process by more than revisions do: each revision has
-`--processes` of them, which live side by side and work in turns, on the same processors, and a time is the least of a
-round. Printed are each revision's median over rounds and processes, its ratio to the base's, and the least and the
-most of the rounds' ratios. Exit code 1 where a ratio of medians is beyond the limit.
+none has the cooler device. Printed are each revision's median over rounds, its ratio to the base's, and the least and
+the most of the rounds' ratios.
+
+What a host does is the same at every call, and whatever else a machine does adds to it; and processes of one program
+differ, by where their memory lies, more than revisions do. So a revision's host time is the least of all rounds of
+`--processes` of them, which live side by side and work in turns on one processor, in many short rounds without garbage
+collection; least and most are then of the processes' own ratios. Exit code 1 where a ratio is beyond the limit.
 """
 
 from __future__ import annotations
@@ -31,12 +35,12 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 HOST_KINDS = ("none", "constant", "scalar", "channel")
 KERNEL_PARTS = ("forward, kernels", "both, kernels", "forward", "both")
-PROCESSORS = 4  # the same for all processes, which never work at once
 HOST_PARTS = ("forward", "both", "both on one thread")
+HOST_ROUNDS, HOST_WARM_UP = 12, 3  # of each of compare's own
 
 
 class Compared(NamedTuple):
-    """A row: medians in ms, their ratio B / A, and the least and the most of the rounds' ratios."""
+    """A row: times in ms, their ratio B / A, and the least and the most of the rounds' or processes' ratios."""
 
     name: str
     revision: str
@@ -47,9 +51,15 @@ class Compared(NamedTuple):
     most: float
 
 
-def compared(name: str, revision: str, times_a: list[float], times_b: list[float]) -> Compared:
+def compared(
+    name: str,
+    revision: str,
+    times_a: list[float],
+    times_b: list[float],
+    typical: Callable[[list[float]], float] = statistics.median,
+) -> Compared:
     ratios = [b / a for a, b in zip(times_a, times_b, strict=True)]
-    a, b = statistics.median(times_a), statistics.median(times_b)
+    a, b = typical(times_a), typical(times_b)
     return Compared(name, revision, a, b, b / a, min(ratios), max(ratios))
 
 
@@ -88,29 +98,33 @@ def kernel_calls(shape: str, kind: str) -> dict[str, Callable[[], float]]:
     return calls
 
 
-def host_calls(kind: str) -> dict[str, Callable[[], float]]:
+def host_calls(kind: str, stubbed: bool) -> dict[str, Callable[[], float]]:
+    """Returns functions that give milliseconds, by part: the least of a few rounds."""
     import host_cost
     import torch
 
-    x = host_cost.inputs(kind)
+    if stubbed:
+        host_cost.stub_launches()
+    x = host_cost.inputs(kind, stubbed=stubbed)
+
+    def least(call: Callable[..., Any]) -> float:
+        found = host_cost.host_milliseconds(partial(call, x, "triton"), HOST_ROUNDS, HOST_WARM_UP)
+        return float(found["min"])
 
     def one_thread() -> float:
         with torch.autograd.set_multithreading_enabled(False):
-            return host_cost.host_milliseconds(lambda: host_cost.both(x, "triton"))["min"]
+            return least(host_cost.both)
 
-    return {
-        "forward": lambda: host_cost.host_milliseconds(lambda: host_cost.forward(x, "triton"))["min"],
-        "both": lambda: host_cost.host_milliseconds(lambda: host_cost.both(x, "triton"))["min"],
-        "both on one thread": one_thread,
-    }
+    both = partial(least, host_cost.both)
+    return {"forward": partial(least, host_cost.forward), "both": both, "both on one thread": one_thread}
 
 
 def work() -> None:
     """Answers lines of JSON: a list of arguments prepares a group of calls, a name measures one."""
     import lasp
 
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-PROCESSORS:])
+    if hasattr(os, "sched_setaffinity"):  # one for all processes, which never work at once, and for their threads
+        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else prints
     print(lasp.__file__, file=answers)
@@ -134,6 +148,7 @@ class Revision:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([self._source, str(HERE)]),
             "TRITON_CACHE_DIR": str(cache),
+            "PYTHONHASHSEED": "0",
         }
         command = [sys.executable, str(HERE / "compare.py"), "--worker"]
         self._process = subprocess.Popen(
@@ -167,7 +182,7 @@ class Revision:
         return json.loads(self._read())
 
 
-def prepare(revisions: list[Revision], group: list[str]) -> None:
+def prepare(revisions: list[Revision], group: list[Any]) -> None:
     for revision in revisions:  # compiling side by side
         revision.ask(group)
     for revision in revisions:
@@ -213,8 +228,10 @@ def table(rows: list[Compared], limit: float) -> None:
 
 
 def compare(folders: list[Path], options: argparse.Namespace) -> list[Compared]:
+    kernels: list[tuple[list[Any], tuple[str, ...], int]]
     kernels = [(["kernels", shape, kind], KERNEL_PARTS, 1) for shape in options.shapes for kind in options.kinds]
-    host = [(["host", kind], HOST_PARTS, options.processes) for kind in HOST_KINDS if options.host]
+    host: list[tuple[list[Any], tuple[str, ...], int]]
+    host = [(["host", kind, options.stubbed], HOST_PARTS, options.processes) for kind in HOST_KINDS if options.host]
     rows: list[Compared] = []
     print(f"{'':72}{'A ms':>9}{'B ms':>9}{'B / A':>8}{'least':>8}{'most':>8}")
     with contextlib.ExitStack() as stack:
@@ -228,13 +245,15 @@ def compare(folders: list[Path], options: argparse.Namespace) -> list[Compared]:
             for revisions in sets[:count]:
                 prepare(revisions, group)
             for part in parts:
+                of_host = group[0] == "host"
                 times: list[list[float]] = [[] for _ in folders]
                 for revisions in sets[:count]:
                     for known, found in zip(times, measure(revisions, part, options.rounds), strict=True):
-                        known += found
-                name = f"{' '.join(group)}: {part}"
+                        known += [min(found)] if of_host else found
+                typical = min if of_host else statistics.median
+                name = f"{' '.join(group[:2] if of_host else group)}: {part}"
                 row = [
-                    compared(name, revision, times[0], found)
+                    compared(name, revision, times[0], found, typical)
                     for revision, found in zip(options.revisions, times, strict=True)
                 ]
                 rows += row[1:]
@@ -248,14 +267,17 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", default=["main"], help="of benchmarks/kernels.py")
     parser.add_argument("--kinds", nargs="*", default=["constant", "scalar", "channel"], help="likewise")
     parser.add_argument("--no-host", dest="host", action="store_false")
+    parser.add_argument("--stubbed", action="store_true", help="the host's rows alone, with launches that do nothing")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=4, help="of each revision, for the host's rows")
-    parser.add_argument("--limit", type=float, default=1.02, help="of a ratio of medians B / A")
+    parser.add_argument("--processes", type=int, default=6, help="of each revision, for the host's rows")
+    parser.add_argument("--limit", type=float, default=1.02, help="of a ratio B / A")
     parser.add_argument("--output", type=Path, help="a JSON file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.worker and len(options.revisions) < 2:
         parser.error("expected at least two revisions or folders")
+    if options.stubbed:
+        options.shapes = []
     return options
 
 
@@ -271,7 +293,8 @@ def main() -> int:
         import torch
         import triton
 
-        result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        device = "CPU, launches stubbed" if options.stubbed else torch.cuda.get_device_name()
+        result = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
         result |= {"revisions": options.revisions, "rounds": options.rounds, "processes": options.processes}
         result |= {"limit": options.limit, "rows": [row._asdict() for row in rows]}
         options.output.write_text(json.dumps(result, indent=1))

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 
 from lasp.cli import main as cli
-from lasp.terminal import Outlet, printable
+from lasp.terminal import Outlet, counted, printable
 from lasp.train.logging.output import Output
 
 SOURCE = Path(cli.__file__).parents[1]
+
+
+def test_so_many_of_something() -> None:
+    assert [counted(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
+    assert [counted(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
 
 
 def test_a_terminal_is_given_no_orders(capsys: pytest.CaptureFixture[str]) -> None:

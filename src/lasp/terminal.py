@@ -42,6 +42,11 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(_sign, text)
 
 
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """Returns so many of something in words, "1 step", "12,000 steps"; `several`: its plural, if not one with an s."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 def say(text: object = "", *, error: bool = False, end: str = "\n") -> None:
     """Print text, made printable, to standard output or, `error`, to standard error; nothing is held back."""
     print(printable(str(text)), file=sys.stderr if error else sys.stdout, end=end, flush=True)

@@ -101,7 +101,7 @@ def test_sources_follow_one_another(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert f"lasp train --data.path {tmp_path / 'both'}" in said and "held out" not in said
     built(text / "part0" / "text0.txt", tmp_path / "single", "--validation-fraction", "1e-9")
-    assert "1 documents read, 0 empty, 0 skipped, 0 altered, 1 cut" in capsys.readouterr().out
+    assert "1 document read, 0 empty, 0 skipped, 0 altered, 1 cut" in capsys.readouterr().out
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ ON_GPU = [("cuda", kind) for kind in WIDE if kind in SMALL and torch.cuda.is_ava
 
 @pytest.mark.parametrize(("device", "kind"), [pytest.param("cpu", "mamba2", marks=pytest.mark.exhaustive), *ON_GPU])
 def test_a_model_is_as_exact_as_transformers(device: str, kind: str) -> None:
-    done = forked.run([*world.torchrun(2), str(SCRIPT), device, kind], new=device == "cuda", timeout=400)
+    done = forked.run([*world.torchrun(2), str(SCRIPT), device, kind], timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     # Kernels that are asked for fp32 compute in it, with other orders of sums; the reference's own errors beside.

@@ -214,8 +214,7 @@ FAMILIES = (
 # Of eight tokens a graph is half as large, and the compiler's work, as of the 32 of a batch.
 @pytest.mark.parametrize(
     ("family", "tokens"),
-    [("mamba2", 8)]
-    + [pytest.param(family, 8, marks=pytest.mark.ci) for family in ("gla", "gated-deltanet")]
+    [pytest.param(family, 8, marks=pytest.mark.ci) for family in ("mamba2", "gla", "gated-deltanet")]
     + [pytest.param(f, TOKENS, marks=pytest.mark.exhaustive) for f in FAMILIES],
 )
 def test_every_family_compiles_on_one_process(

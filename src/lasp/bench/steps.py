@@ -25,7 +25,7 @@ from lasp.bench.profile import profiled
 from lasp.errors import ConfigError, as_config_errors
 from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel
-from lasp.terminal import say
+from lasp.terminal import counted, say
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
 from lasp.train.logging.step_timer import peak_memory
 from lasp.train.model import spread
@@ -325,7 +325,7 @@ def heading(figures: dict[str, Any]) -> str:
     sequences = "one sequence" if figures["dp"] == 1 else f"{figures['dp']} sequences"
     return (
         f"{figures['model']}, {figures['num_parameters']:,} parameters, {', '.join(ways)}; {figures['device']}, "
-        f"torch {figures['torch']}; median of {figures['steps']} steps of {sequences}\n"
+        f"torch {figures['torch']}; median of {counted(figures['steps'], 'step')} of {sequences}\n"
         f"{'tokens':>9}{'step':>11}{'tokens/s':>12}{'utilisation':>13}{'peak memory':>14}"
     )
 

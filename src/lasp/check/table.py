@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lasp.check.compare import BOUNDS, CheckConfig, Row
+from lasp.terminal import counted
 
 if TYPE_CHECKING:  # it loads much that no other check needs
     from lasp.check.transformers import ModelReport
@@ -19,8 +20,8 @@ def table(config: CheckConfig, rows: Sequence[Row]) -> Table:
     bound = BOUNDS[config.precision]
     options = config.checked_model
     found = Table(
-        title=f"{options.family}-{options.size}, {config.batch} x {config.seq_len} tokens over {config.sp} processes "
-        f"against one process, {config.precision}",
+        title=f"{options.family}-{options.size}, {config.batch} x {config.seq_len} tokens over "
+        f"{counted(config.sp, 'process', 'processes')} against one process, {config.precision}",
         caption=f"largest relative error over all ranks; must be below {bound:g}",
     )
     for column in ("decay", "exchange", "shards", "loss", "worst gradient", "of", "logits", ""):
@@ -36,7 +37,8 @@ def table(config: CheckConfig, rows: Sequence[Row]) -> Table:
 def layer_table(config: CheckConfig, report: ModelReport, bound: float) -> Table:
     """A row for every layer that is split, and one for the whole model by each exchange."""
     found = Table(
-        title=f"{report.title}, 2 x {config.seq_len} tokens over {config.sp} processes against one process, fp64",
+        title=f"{report.title}, 2 x {config.seq_len} tokens over "
+        f"{counted(config.sp, 'process', 'processes')} against one process, fp64",
         caption=f"largest relative error over all ranks; must be below {bound:g}",
     )
     for column in ("layer", "kind", "computed by", "across ranks", "bytes", "output", "gradients", ""):

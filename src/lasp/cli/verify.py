@@ -9,7 +9,7 @@ import tyro
 
 from lasp.cli.arguments import parse
 from lasp.errors import CheckpointError
-from lasp.terminal import say
+from lasp.terminal import counted, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,5 +34,5 @@ def main(arguments: Sequence[str]) -> int:
             continue
         good += 1
         layout = ", ".join(f"{name} {value}" for name, value in found.state["layout"].items())
-        say(f"good     {folder}: {found.state['step']} steps, written by {layout}")
+        say(f"good     {folder}: {counted(found.state['step'], 'step')}, written by {layout}")
     return 0 if good else CheckpointError.exit_code

@@ -17,6 +17,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 from lasp import files
 from lasp.data.corpus import TextFile, unit_interval
 from lasp.errors import DataError
+from lasp.terminal import counted
 
 _BLOCK_BYTES = 1 << 20
 # A file is cut at the end of a line, if one ends so soon.
@@ -67,12 +68,12 @@ class Reading:
     def summary(self) -> str:
         """One line for the user."""
         counts = ", ".join(f"{getattr(self, name):,} {name}" for name in ("empty", "skipped", "altered", "cut"))
-        line = f"{self.read:,} documents read, {counts}"
+        line = f"{counted(self.read, 'document')} read, {counts}"
         if self.first_skipped is not None:
             line += f"; first skipped: {self.first_skipped}"
         if self.left_out:
             endings = ", ".join(sorted(ending or "none" for ending in self.left_out)[:8])
-            line += f"; {sum(self.left_out.values()):,} files left out by their endings ({endings})"
+            line += f"; {counted(sum(self.left_out.values()), 'file')} left out by their endings ({endings})"
         return line
 
 

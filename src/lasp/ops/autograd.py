@@ -47,7 +47,7 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
         initial: [B, H_v, K, V], or one for every document of the whole sequence; zero if None.
         begun: what `begin_early` gave for the same run.
     """
-    if torch.compiler.is_compiling() and plan.ranks is not None and (plan.want_final or plan.documents is not None):
+    if plan.ranks is not None and (plan.want_final or plan.documents is not None) and torch.compiler.is_compiling():
         # Gradients of states are summed over ranks, and documents' states carried over them, by messages of the pass.
         break_graph("output_final_state=True, or packed documents, over several ranks")
         return _untraced(plan, x, initial, begun)

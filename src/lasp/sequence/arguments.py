@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
+_PLAIN = (Tensor, Parameter)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: object, form: str) -> None:
     """A dense tensor that holds numbers. form: what it must be, for the message."""
+    if type(value) in _PLAIN and not value.is_meta and value.layout is torch.strided:  # type: ignore[attr-defined]
+        return  # almost all are, and this is asked of every argument of every call
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor {form}, got {type(value).__name__}")
     if torch.compiler.is_compiling():  # where all tensors are fake

@@ -12,7 +12,7 @@ from lasp.data import store
 from lasp.data.build import SHARD_TOKENS
 from lasp.data.tokenizer import load_tokenizer
 from lasp.errors import ConfigError
-from lasp.terminal import Terminal
+from lasp.terminal import Terminal, counted
 from lasp.train.config import DataOptions
 from lasp.train.logging.output import bytes_text, duration
 from lasp.train.logging.program import lasp_command
@@ -101,8 +101,8 @@ def build(options: BuildOptions, console: Terminal) -> None:
     console.print(built.reading.summary())
     for split, stream in (("train", built.train), ("validation", built.validation)):
         console.print(
-            f"{split}: {len(stream):,} tokens of {built.num_documents[split]:,} documents "
-            f"({bytes_text(built.num_bytes[split])}) in {len(stream.files)} shards",
+            f"{split}: {len(stream):,} tokens of {counted(built.num_documents[split], 'document')} "
+            f"({bytes_text(built.num_bytes[split])}) in {counted(len(stream.files), 'shard')}",
         )
     if len(built.validation) == 0:
         console.print("nothing is held out, and `lasp train` will ask for it: raise --validation-fraction, or add text")

@@ -24,8 +24,9 @@ BOUNDS = {BF16: (5e-3, 8e-3), FP16: (1e-3, 1.5e-3), FP32: (2e-6, 2e-6)}
 D_CONSTANT = {BF16: 2e-2, FP32: 2e-6}
 TOKENS, DIM = 200, 16
 RATES = (-1e-3, -0.1, -1.6, -6.0, -16.0)
-# Within two to some chunks.
-SLOW = (-0.03, -0.1, -0.3)
+# Within some chunks, down to a few tokens.
+SLOW_TOKENS = 704
+SLOW = (-0.02, -0.03, -0.1, -0.3)
 # From one token to the next; fp16 has no numbers for the last.
 FORGET = (-1.6, -6.0, -12.0, -30.0)
 # By sweeps whose products are exact, and others.
@@ -96,16 +97,30 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
-@pytest.mark.parametrize(("kind", "dtype"), [("scalar", FP16), ("channel", FP16), ("channel", FP32)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("scalar", BF16),
+        ("scalar", FP16),
+        ("channel", BF16),
+        pytest.param("channel", FP16, marks=pytest.mark.ci),
+        ("channel", FP32),
+    ],
+    ids=str,
+)
 def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, device: torch.device) -> None:
     """Compares where what passes a chunk is followed to the next: of its sum over tokens rounding is most."""
-    x, d_o = problem(kind, dtype, tokens=704, rates=SLOW)
+    x, d_o = problem(kind, dtype, tokens=SLOW_TOKENS, rates=SLOW)
     expected = expectation(x, d_o)
     found = gate_gradient({name: tensor.to(device) for name, tensor in x.items()}, d_o.to(device), "triton")
     errors = errors_by_head(found, expected)
     assert max(max(pair) for pair in errors) <= BOUNDS[dtype][1], errors
     # The control: a rounding that each chunk hands to the next.
-    noise = torch.finfo(dtype).eps * expected.std() * torch.randn(704 // 32, generator=torch.Generator().manual_seed(1))
+    noise = (
+        torch.finfo(dtype).eps
+        * expected.std()
+        * torch.randn(SLOW_TOKENS // 32, generator=torch.Generator().manual_seed(1))
+    )
     shifted = found + noise.cumsum(0).repeat_interleave(32).view(1, -1, *(1,) * (found.dim() - 2))
     assert max(max(pair) for pair in errors_by_head(shifted, expected)) > BOUNDS[dtype][1]
 

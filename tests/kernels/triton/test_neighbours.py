@@ -195,6 +195,7 @@ def test_stepped_values(dtype: torch.dtype, fused: None, device: torch.device) -
     assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 1", "d_raw", "d_x")) > 0.05
 
 
+@pytest.mark.ci
 def test_a_layer_compiles_whole(fused: None, device: torch.device) -> None:
     """The fused neighbours are part of its graph; gradients are the eager ones."""
     config = MIXERS["mamba2"].config(num_heads=2, key_dim=16, value_dim=16)

@@ -103,7 +103,7 @@ def draw_curve(metrics: Path, picture: Path, *, by_byte: bool, trigram: float | 
     try:
         figure = curve_of(read_metrics(metrics), by_byte=by_byte, trigram=trigram)
     except ImportError:
-        return "no loss curve: matplotlib is not installed (pip install matplotlib)"
+        return "none: matplotlib is not installed (pip install matplotlib)"
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     files.write(picture, drawn.getvalue())

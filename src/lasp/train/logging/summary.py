@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lasp.data.store import TokenStore
 from lasp.parallelize import ParallelModel
+from lasp.terminal import counted
 from lasp.train.checkpoint import Checkpoint
 from lasp.train.config import TrainConfig
 from lasp.train.evaluate import Score
@@ -33,16 +34,18 @@ def introduction(
     left = config.steps - finished
     rows = {
         "model": f"{num_parameters:,} parameters, {config.precision}",
-        "text": f"{source}: {bytes_text(store.num_bytes['train'])} in {store.num_documents['train']} "
-        f"documents to train on, {bytes_text(store.num_bytes['validation'])} in "
-        f"{store.num_documents['validation']} held out; tokenizer {tokenizer}",
+        "text": f"{source}: {bytes_text(store.num_bytes['train'])} in "
+        f"{counted(store.num_documents['train'], 'document')} to train on, "
+        f"{bytes_text(store.num_bytes['validation'])} in {store.num_documents['validation']:,} held out; "
+        f"tokenizer {tokenizer}",
         "documents": store.reading.summary(),
         "layout": layout(config, world, model),
-        "work": f"{left} steps of {config.global_batch} x {config.seq_len} = {tokens:,} tokens, about "
+        "work": f"{counted(left, 'step')} of {config.global_batch} x {config.seq_len} = {tokens:,} tokens, about "
         f"{duration(left * step_seconds)}"
         if left > 0
-        else f"nothing is left: all {config.steps} steps are finished",
-        "schedule": f"{optimizer.warmup_steps} steps of warm-up, then cosine until step {optimizer.schedule_steps}",
+        else f"nothing is left: {counted(config.steps, 'step')} finished",
+        "schedule": f"{counted(optimizer.warmup_steps or 0, 'step')} of warm-up, then cosine until step "
+        f"{optimizer.schedule_steps}",
         "run folder": str(run_dir),
     }
     if resumed is not None:
@@ -53,7 +56,7 @@ def introduction(
 def layout(config: TrainConfig, world: World, model: ParallelModel) -> str:
     """The processes and what each has of weights and tokens, in words."""
     parallel, shard = config.parallel, world.shard
-    text = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type}: "
+    text = f"{counted(world.size, 'process', 'processes')} on {world.device.type}: "
     text += f"dp {shard.dp_size} x sp {shard.sp_size}, "
     text += model.data_parallel if world.size > 1 else "all weights in it"
     if world.size == 1 and parallel.data_parallel != "ddp":

@@ -10,6 +10,7 @@ import statistics
 from importlib.resources import files
 from typing import Any
 
+from lasp.terminal import counted
 from lasp.train.config import TrainConfig
 from lasp.train.logging.metrics import smoothed
 from lasp.train.logging.step_metrics import SLOW, SLOW_S
@@ -74,16 +75,17 @@ def _head(run: LoadedRun) -> str:
     about, layout, last = run.about, run.about["layout"], run.steps[-1]
     total = run.config["steps"]
     state = "finished" if run.finished >= total else f"{run.finished:,} of {total:,} steps"
-    processes = layout["dp"] * layout["sp"]
+    kind = about["device"]["type"]
+    processes = counted(layout["dp"] * layout["sp"], f"{kind} process", f"{kind} processes")
     line = (
-        f"{number(about['num_parameters'])} parameters · {total:,} steps of {run.config['global_batch']} × "  # noqa: RUF001
+        f"{number(about['num_parameters'])} parameters · {counted(total, 'step')} of {run.config['global_batch']} × "  # noqa: RUF001
         f"{run.config['seq_len']:,} tokens · dp {layout['dp']} × sp {layout['sp']} on {processes} "  # noqa: RUF001
-        f"{about['device']['type']} process{'es' if processes > 1 else ''} · {run.config['precision']}"
+        f"· {run.config['precision']}"
     )
     source = about["text"]
     text = (
         f"Trained on {escape(source['source'])}: {nbytes(source['num_bytes']['train'])} in "
-        f"{source['num_documents']['train']:,} documents, {nbytes(source['num_bytes']['validation'])} in "
+        f"{counted(source['num_documents']['train'], 'document')}, {nbytes(source['num_bytes']['validation'])} in "
         f"{source['num_documents']['validation']:,} held out. Started {escape(about['started'])}."
     )
     cards = "".join(

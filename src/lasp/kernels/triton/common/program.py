@@ -83,6 +83,15 @@ def run_of(here, H_v):
 
 
 @triton.jit
+def sweep_place(places_ptr, segments, segment_chunks, T, H_v, N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+                PACKED: tl.constexpr):  # fmt: skip
+    """The place of a program that sweeps a segment for BN of N columns; the index of its segment [B, H_v, segments] and
+    its first column."""
+    here = place(places_ptr, (N + BN - 1) // BN, segments, segment_chunks, T, H_v, C, PACKED)
+    return here, run_of(here, H_v) * segments + here.segment, here.part * BN
+
+
+@triton.jit
 def rows_of(here, T, H, H_v):
     """First rows of a program's batch and head, in [B, T, H] and in [B, T, H_v]."""
     row = tl.cast(here.batch, tl.int64) * T
@@ -233,12 +242,3 @@ def segment_state(pointers, mask, GATHER: tl.constexpr):
         return tl.zeros(pointers.shape, tl.float32)
     else:
         return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def as_swept(state, ROUND: tl.constexpr):
-    """A state as the sweeps round it, in fp32: so that in <S, D> what the last tokens add to S cancels.
-
-    ROUND: whether they take it in bf16.
-    """
-    return state.to(tl.bfloat16).to(tl.float32) if ROUND else state

@@ -149,9 +149,9 @@ class DeltaLaunches:
         grid = (slices * self._heads, self.plan.segments)
         return self._launch(kernel, grid, tiles.warps, tiles.stages, BV=tiles.columns, **self._sweeps, **own)
 
-    def _by_chunk(self, kernel: Any, heads: int, warps: int, **own: Any) -> Launch:
+    def _by_chunk(self, kernel: Any, heads: int, warps: int, stages: int = 1, **own: Any) -> Launch:
         """A program for each chunk of each of so many heads."""
-        return self._launch(kernel, (self.plan.chunks, heads), warps, 1, **own)
+        return self._launch(kernel, (self.plan.chunks, heads), warps, stages, **own)
 
     @cached_property
     def gate_sums(self) -> Launch:
@@ -226,9 +226,9 @@ class DeltaLaunches:
 
     @_once
     def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
-        columns, warps, _ = self.plan.operands
+        columns, warps, stages = self.plan.operands
         ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "BOUNDED": self.bounded}
-        return self._by_chunk(delta_channel_operands_kernel, self._heads, warps, **ways)
+        return self._by_chunk(delta_channel_operands_kernel, self._heads, warps, stages, **ways)
 
     @_once
     def channel_scores(self, *, queries: bool) -> Launch:

@@ -148,7 +148,8 @@ def delta_plan(
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),
         scan=Tiles(16, 4, 2 if most > 1 else 1),
         channel=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
-        operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
+        # The next channels' loads are on their way meanwhile.
+        operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 2 if hopper and not exact else 1),
         exact=exact,
         descriptors=aligned and not exact and length >= DESCRIPTOR_CHUNKS,
         stores=hopper,  # for Blackwell, loops of several stages that write so do not compile

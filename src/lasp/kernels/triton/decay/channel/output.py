@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import decayed
-from lasp.kernels.triton.common.program import load_chunk, place, rows_of, run_of, store_chunk, tile_at, view
+from lasp.kernels.triton.common.program import load_chunk, rows_of, run_of, store_chunk, sweep_place, tile_at, view
 from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
 
 
@@ -123,9 +123,7 @@ def channel_output_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    here = place(places_ptr, (V + BV - 1) // BV, segments, segment_chunks, T, H_v, C, PACKED)
-    v_first = here.part * BV
-    index = run_of(here, H_v) * segments + here.segment
+    here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, entering, mask = segment_border(
         states_ptr, before_ptr, state_in_ptr, index, here.border, channel_tile(0, v_first, K, V), BK, BV, WHOLE
     )
@@ -173,9 +171,7 @@ def channel_value_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    here = place(places_ptr, (V + BV - 1) // BV, segments, segment_chunks, T, H_v, C, PACKED)
-    v_first = here.part * BV
-    index = run_of(here, H_v) * segments + here.segment
+    here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, _, _ = segment_border(
         d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, channel_tile(0, v_first, K, V), BK, BV, WHOLE
     )

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, rows_of, run_bounds, run_of, tile_at
+from lasp.kernels.triton.common.program import rows_of, run_bounds, sweep_place, tile_at
 from lasp.kernels.triton.decay.scalar.operands import (
     GATHERED,
     Operands,
@@ -60,9 +60,7 @@ def key_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    here = place(places_ptr, (K + BK - 1) // BK, segments, segment_chunks, T, H_v, C, PACKED)
-    index = run_of(here, H_v) * segments + here.segment
-    k_first = here.part * BK
+    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
     state, inside, mask = border_state(
         d_states_ptr,
         after_ptr,

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import place, rows_of, run_of, tile_at
+from lasp.kernels.triton.common.program import rows_of, sweep_place, tile_at
 from lasp.kernels.triton.decay.scalar.operands import (
     GATHERED,
     Operands,
@@ -52,10 +52,7 @@ def output_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slices: tl.constexpr = (V + BV - 1) // BV
-    here = place(places_ptr, slices, segments, segment_chunks, T, H_v, C, PACKED)
-    index = run_of(here, H_v) * segments + here.segment
-    v_first = here.part * BV
+    here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, entering, mask = border_state(
         states_ptr, before_ptr, state_in_ptr, index, here.border, value_tile(v_first, K, V), BV, BK, GATHER
     )
