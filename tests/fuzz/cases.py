@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import select
+from lasp.kernels.limits import FUSED_MIN_KEYS
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAMILIES = {
@@ -140,6 +141,8 @@ def draw(seed: int, index: int, device: str, family: str) -> Case:
             keys, values = max(1, keys // 2), max(1, values // 2)
         else:
             tokens //= 2
+    if op == "delta" and backend == "triton" and keys < FUSED_MIN_KEYS:
+        backend = "auto"
     fused = causal and _chosen(op, backend, dtype, gate, keys, device) == "triton"
     cu_seqlens = None
     if (causal or op == "softmax") and rng.random() < 0.45:

@@ -167,7 +167,14 @@ def _in_pytorch(case: Case, problem: Problem, expected: Results, sizes: dict[str
     """Measures how far chunks of the delta rule are off whose products take and give 16 bits, backward too: to the
     nearest such number, and at random, since sums of few may be near by chance."""
     dtype, rounding = DTYPES[_computes(case)], Rounding(case, problem)
-    ways = iter([lambda x: x.to(dtype).double(), *[rounding.of] * (SAMPLES - 1)])
+
+    def nearest(x: Tensor) -> Tensor:
+        return x.to(dtype).double()
+
+    def near(x: Tensor) -> Tensor:
+        return torch.where(nearest(x) == x, x, rounding.of(x))
+
+    ways = iter([nearest, *[near] * (SAMPLES - 1)])
 
     def sample() -> Results:
         return exact(case, problem, rounded=partial(_RoundedBothWays.apply, next(ways)))

@@ -157,15 +157,17 @@ def _delta_chunk(
     scale: float, rounded: Rounding, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor
 ) -> tuple:
     meet, from_start, to_end, kept = _chunk_decays(q, g)
-    met = beta.movedim(1, 2)[..., None] * rounded(meet(k, k)).tril(-1)
+    met = beta.movedim(1, 2)[..., None] * rounded(meet(rounded(k), rounded(k))).tril(-1)
     one = torch.eye(q.shape[1], dtype=q.dtype, device=q.device).expand_as(met)
     inverse = rounded(torch.linalg.solve_triangular(met + one, one, upper=False, unitriangular=True))
     entering = rounded(state)
-    missing = v - rounded(torch.einsum("bihk,bhkv->bihv", rounded(k * from_start), entering))
-    writes = rounded(torch.einsum("bhij,bjhv->bihv", inverse, rounded(beta[..., None] * missing)))
-    o = rounded(torch.einsum("bhij,bjhv->bihv", rounded(meet(q, k)), writes))
+    weight = beta[..., None]
+    erases = rounded(torch.einsum("bhij,bjhk->bihk", inverse, rounded(weight * k * from_start)))
+    writes = rounded(torch.einsum("bhij,bjhv->bihv", inverse, rounded(weight * v)))
+    writes = rounded(writes - rounded(torch.einsum("bihk,bhkv->bihv", erases, entering)))
+    o = rounded(torch.einsum("bhij,bjhv->bihv", rounded(meet(rounded(q), rounded(k))), writes))
     o = o + rounded(torch.einsum("bihk,bhkv->bihv", rounded(q * from_start), entering))
-    return scale * o, kept * state + torch.einsum("bjhk,bjhv->bhkv", rounded(k * to_end), writes)
+    return scale * o, kept * state + rounded(torch.einsum("bjhk,bjhv->bhkv", rounded(k * to_end), writes))
 
 
 def _chunk_decays(q: Tensor, g: Tensor | None) -> tuple[Callable[[Tensor, Tensor], Tensor], Any, Any, Any]:

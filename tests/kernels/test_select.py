@@ -62,6 +62,8 @@ def test_kernels_that_are_not_right_are_not_taken(major: int, monkeypatch: pytes
     Hopper; other gates, narrower keys and Hopper are the controls."""
     gpu = device(monkeypatch, major)
     ways = itertools.product((False, True), (128, 256), (torch.bfloat16, torch.float32))
+    for keys, expected in ((1, "torch"), (3, "torch"), (4, "triton")):
+        assert select._choose("delta", gpu, torch.bfloat16, keys) == expected
     taken = {way: select._choose("delta", gpu, way[2], way[1], way[0]) for way in ways}
     left = [(True, 256, torch.bfloat16)] if major == AMPERE else []
     assert [way for way, backend in taken.items() if backend == "torch"] == left

@@ -25,6 +25,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 MIN_LOG2 = tl.constexpr(-256.0)
 # Of a chunk. Of slower decays the gradient, summed over tokens, is no worse off with one part than PyTorch's in bf16.
 BOTH_PARTS_LOG2 = tl.constexpr(-1.3)
+BOTH_PARTS_MAX_DIM = tl.constexpr(128)
 
 
 @triton.jit
@@ -75,19 +76,24 @@ def beyond_one(total, length):
 
 
 @triton.jit
-def reads_both_parts(total):
-    """True if a chunk of such a log-decay has states read in two parts of bf16, for its gates' gradient."""
-    return total < BOTH_PARTS_LOG2
+def reads_both_parts(total, N: tl.constexpr):
+    """True if a chunk of such a log-decay has states read in two parts of bf16, for its gates' gradient; N: what is
+    contracted. Of wider heads a second part would not fit registers."""
+    if N > BOTH_PARTS_MAX_DIM:
+        return False
+    else:
+        return total < BOTH_PARTS_LOG2
 
 
 @triton.jit
-def as_swept(state, total, ROUND: tl.constexpr):
+def as_swept(state, total, N: tl.constexpr, ROUND: tl.constexpr):
     """A state as the sweeps round it, in fp32: so that in <S, D> what the last tokens add to S cancels.
 
-    ROUND: whether they take it in bf16; in one part or two, as the total decay of the chunk beside it says.
+    ROUND: whether they take it in bf16; in one part or two, as the total decay of the chunk beside it and N say
+        (`reads_both_parts`).
     """
     if ROUND:
-        return tl.where(reads_both_parts(total), state, state.to(tl.bfloat16).to(tl.float32))
+        return tl.where(reads_both_parts(total, N), state, state.to(tl.bfloat16).to(tl.float32))
     else:
         return state
 

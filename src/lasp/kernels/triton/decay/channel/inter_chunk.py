@@ -155,7 +155,7 @@ def _pairing(states_ptr, d_state, total_ptr, k_first, dtype: tl.constexpr, K: tl
     state, mask = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
     channel = k_first + tl.arange(0, d_state.shape[0])
     total = tl.load(total_ptr + channel, mask=channel < K, other=0.0)
-    swept = as_swept(d_state, tl.min(total, 0), dtype == tl.bfloat16)
+    swept = as_swept(d_state, tl.min(total, 0), V, dtype == tl.bfloat16)
     return tl.sum(tl.load(state, mask=mask, other=0.0) * swept, 1)
 
 

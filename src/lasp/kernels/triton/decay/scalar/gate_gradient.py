@@ -108,7 +108,7 @@ def gate_gradient_kernel(
     if KIND == TOKEN:
         first_total = tl.load(prefix_ptr + first + C - 1)
         last_total = tl.load(prefix_ptr + first + count * C - 1)
-    start = _paired(state, d_state, first_total, from_nothing == 0, SIZE, BLOCK, ROUND)
+    start = _paired(state, d_state, first_total, from_nothing == 0, V, SIZE, BLOCK, ROUND)
     state = inner + SIZE
     d_state = d_inner + SIZE
     to_nothing = False
@@ -120,7 +120,7 @@ def gate_gradient_kernel(
             to_nothing = d_state_out_ptr is None
             if d_state_out_ptr is not None:
                 d_state = d_state_out_ptr + border * SIZE
-    end = _paired(state, d_state, last_total, to_nothing == 0, SIZE, BLOCK, ROUND)
+    end = _paired(state, d_state, last_total, to_nothing == 0, V, SIZE, BLOCK, ROUND)
 
     c = tl.arange(0, INTERVAL_CHUNKS)
     i = tl.arange(0, C)[None, :]
@@ -181,14 +181,17 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def _paired(state_ptr, d_state_ptr, chunk_total, known, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+def _paired(
+    state_ptr, d_state_ptr, chunk_total, known, V: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
     """<S, D> of two states beside a chunk of so much decay, or zero where one is zero and not there."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, SIZE, BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = (at < SIZE) & known
         state = tl.load(state_ptr + at, mask=inside, other=0.0)
-        total += state * as_swept(tl.load(d_state_ptr + at, mask=inside, other=0.0), chunk_total, ROUND)
+        total += state * as_swept(tl.load(d_state_ptr + at, mask=inside, other=0.0), chunk_total, V, ROUND)
     return tl.sum(total)
 
 

@@ -126,7 +126,7 @@ def read_state(state, a_t, total, SUMS: tl.constexpr, PRECISION: tl.constexpr):
     if a_t.dtype == tl.bfloat16:
         high = state.to(tl.bfloat16)
         read = tl.dot(high, a_t)
-        if SUMS and reads_both_parts(total):
+        if SUMS and reads_both_parts(total, state.shape[1]):
             read = tl.dot((state - high.to(tl.float32)).to(tl.bfloat16), a_t, read)
         return read
     else:

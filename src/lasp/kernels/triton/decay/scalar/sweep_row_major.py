@@ -77,7 +77,7 @@ def sweep_rows(
             # Before there are decays and pairs, which would fill registers over it.
             high = state.to(dtype)
             read = tl.dot(a, high, input_precision=PRECISION)
-            if reads_both_parts(chunk_total(decay.prefix_ptr, at, rate, length, KIND, C)):
+            if reads_both_parts(chunk_total(decay.prefix_ptr, at, rate, length, KIND, C), BA):
                 read = tl.dot(a, (state - high.to(tl.float32)).to(dtype), read, input_precision=PRECISION)
             prefix, total, from_state, to_state = chunk_decays(
                 decay.prefix_ptr, decay.prefix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, False
