@@ -115,16 +115,23 @@ def host_calls(kind: str, stubbed: bool) -> dict[str, Callable[[], float]]:
         with torch.autograd.set_multithreading_enabled(False):
             return least(host_cost.both)
 
+    host_cost.both(x, "triton")  # compiles, while the other processes do
     both = partial(least, host_cost.both)
     return {"forward": partial(least, host_cost.forward), "both": both, "both on one thread": one_thread}
+
+
+def pin(processors: set[int]) -> None:
+    """Leave all threads of this process these processors, where the system can be told."""
+    if hasattr(os, "sched_setaffinity"):
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), processors)
 
 
 def work() -> None:
     """Answers lines of JSON: a list of arguments prepares a group of calls, a name measures one."""
     import lasp
 
-    if hasattr(os, "sched_setaffinity"):  # one for all processes, which never work at once, and for their threads
-        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else prints
     print(lasp.__file__, file=answers)
@@ -134,7 +141,10 @@ def work() -> None:
         if isinstance(asked, list):
             calls.clear()
             gc.collect()
+            pin(processors)
             calls |= kernel_calls(*asked[1:]) if asked[0] == "kernels" else host_calls(*asked[1:])
+            if asked[0] == "host":  # one for all processes, which never measure at once
+                pin({max(processors, default=0)})
             print("null", file=answers)
         else:
             print(json.dumps(calls[asked]()), file=answers)
@@ -231,7 +241,7 @@ def compare(folders: list[Path], options: argparse.Namespace) -> list[Compared]:
     kernels: list[tuple[list[Any], tuple[str, ...], int]]
     kernels = [(["kernels", shape, kind], KERNEL_PARTS, 1) for shape in options.shapes for kind in options.kinds]
     host: list[tuple[list[Any], tuple[str, ...], int]]
-    host = [(["host", kind, options.stubbed], HOST_PARTS, options.processes) for kind in HOST_KINDS if options.host]
+    host = [(["host", kind, options.stubbed], HOST_PARTS, options.processes) for kind in options.host_kinds]
     rows: list[Compared] = []
     print(f"{'':72}{'A ms':>9}{'B ms':>9}{'B / A':>8}{'least':>8}{'most':>8}")
     with contextlib.ExitStack() as stack:
@@ -266,7 +276,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("revisions", nargs="*", metavar="REV", help="the base, and those that are compared with it")
     parser.add_argument("--shapes", nargs="*", default=["main"], help="of benchmarks/kernels.py")
     parser.add_argument("--kinds", nargs="*", default=["constant", "scalar", "channel"], help="likewise")
-    parser.add_argument("--no-host", dest="host", action="store_false")
+    parser.add_argument("--host-kinds", nargs="*", default=list(HOST_KINDS), help="of the host's rows")
     parser.add_argument("--stubbed", action="store_true", help="the host's rows alone, with launches that do nothing")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--processes", type=int, default=6, help="of each revision, for the host's rows")

@@ -173,7 +173,10 @@ TORCHRUN = ("ddp", "zero1")
 
 @pytest.mark.parametrize(
     ("layout", "new"),
-    [(layout, False) for layout in LAYOUTS]
+    [
+        pytest.param(layout, False, marks=() if layout in ("zero3", "sp", "dp-sp") else pytest.mark.ci)
+        for layout in LAYOUTS
+    ]
     + [
         # What `lasp train` is.
         pytest.param(layout, True, marks=pytest.mark.ci if layout == "sp" else pytest.mark.exhaustive)

@@ -28,7 +28,7 @@ def test_sharded_weights_train_as_whole_ones(device: str, processes: int, tmp_pa
 
     def trained(processes: int, rows: int) -> dict[str, Any]:
         command = [*world.torchrun(processes), str(SCRIPT), device, str(min(processes, 2)), str(rows), str(tmp_path)]
-        done = forked.run(command, new=device == "cuda", timeout=300)
+        done = forked.run(command, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         assert found.pop("is_sharded") == (processes > 1) and len(found["losses"]) == 20

@@ -140,9 +140,9 @@ def test_rounding_of_what_crosses_nothing_is_not_summed(kind: str, device: torch
     expected = expectation(x, d_o, d_final=d_final)
     x = {name: tensor.to(device) for name, tensor in x.items()}
     found = gate_gradient(x, d_o.to(device), "triton", d_final.to(device))
-    assert max(max(pair) for pair in errors_by_head(found, expected)) <= 1e-6
+    assert max(max(pair) for pair in errors_by_head(found, expected)) <= 2e-6
     shifted = found + torch.finfo(FP32).eps * expected.abs().amax(1, keepdim=True)
-    assert max(summed for _, summed in errors_by_head(shifted, expected)) > 1e-6
+    assert max(summed for _, summed in errors_by_head(shifted, expected)) > 2e-6
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
