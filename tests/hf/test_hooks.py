@@ -174,6 +174,10 @@ def test_batches_that_are_not_split_are_refused() -> None:
         (part | {"lasp_shard": "half"}, "must be what lasp.hf.shard gives, got str"),
         (part | {"attention_mask": torch.ones_like(IDS)}, "give it to lasp.hf.shard"),
         (part | {"use_cache": True}, "a split batch fills no cache"),
+        (
+            part | {"input_ids": IDS[:, 1:]},
+            "the model is given 11 tokens, and this part of the batch has 12: call it with",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lasp.hf.context import LayerFrame, MixerFrame, ModelPass, running, split_pass
 from lasp.hf.latents import LatentCache, has_latents
@@ -96,7 +96,7 @@ def _enter_model(hook: ModelEnters, module: nn.Module, arguments: Any, options: 
         passes.append(ModelPass(split, None, module))
         return arguments, options
     with broadcast_errors(split.sp):
-        _check(split, shard, options)
+        _check(split, shard, arguments, options)
     split.num_passes += 1
     if split.sp is not None and split.sp.size > 1:
         split.sp.begin_step(split.num_passes, shard.digest)
@@ -169,7 +169,7 @@ def _leave_mixer(hook: MixerLeaves, module: nn.Module, output: Any) -> None:
         )
 
 
-def _check(split: ModelSplit, shard: Any, options: Keywords) -> None:
+def _check(split: ModelSplit, shard: Any, arguments: Any, options: Keywords) -> None:
     """A split pass can begin.
 
     Raises:
@@ -183,13 +183,20 @@ def _check(split: ModelSplit, shard: Any, options: Keywords) -> None:
             f"this is rank {rank} of {size}, and the batch is the part of rank {shard.rank} of {len(shard.lengths)}: "
             "give lasp.hf.shard the ranks that the model is parallelized over"
         )
+    given = (options.get("input_ids"), options.get("inputs_embeds"), *arguments[:1])
+    tokens = next((tensor.shape[1] for tensor in given if isinstance(tensor, Tensor) and tensor.dim() > 1), None)
+    if tokens not in (None, shard.lengths[rank]):
+        raise ValueError(
+            f"the model is given {tokens} tokens, and this part of the batch has {shard.lengths[rank]}: call it with "
+            "what lasp.hf.shard gives. PEFT's methods that add tokens, as prompt tuning, cannot be split: use LoRA"
+        )
     if options.get("attention_mask") is not None:
         raise ValueError("attention_mask is for a whole batch: give it to lasp.hf.shard, which drops the padding")
     cached = [name for name in CACHES if options.get(name) is not None]
     if cached or (options.get("use_cache") and not split.is_prefill):
         raise ValueError(
             f"a split batch fills no cache: leave {', '.join(cached) or 'use_cache=True'} out; "
-            "lasp.hf.prefill fills one"
+            "lasp.hf.prefill fills one. PEFT's prefix tuning is one too: use LoRA"
         )
 
 

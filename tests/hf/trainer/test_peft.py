@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 import world
 from hf.small_models import build, measured, tokens
@@ -11,6 +12,7 @@ from tolerances import relative_error
 
 import lasp
 import lasp.hf
+from lasp.distributed import ExchangeError
 
 
 @pytest.mark.parametrize("first", ["lora", "parallelize"])
@@ -30,3 +32,21 @@ def test_lora(first: str) -> None:
         return max(relative_error(sp.sum(g) / 2, whole.gradients[name]) for name, g in found.gradients.items())
 
     assert max(world.run(2, work)) < 1e-11
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_methods_that_add_tokens_are_refused(method: str) -> None:
+    """Tries it on two ranks, of which each is told; LoRA, above, is the control."""
+    import peft
+
+    ids = tokens(2, 24)
+
+    def work(rank: int) -> bool:
+        sp = lasp.SequenceParallel(dist.group.WORLD)
+        config = getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = lasp.hf.parallelize(peft.get_peft_model(build("mamba2", torch.float32), config), sp)
+        with pytest.raises(ExchangeError, match="use LoRA"):
+            model(**lasp.hf.shard({"input_ids": ids, "labels": ids}, sp))
+        return True
+
+    assert world.run(2, work) == [True, True]
