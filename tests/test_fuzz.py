@@ -113,9 +113,9 @@ def test_a_process_that_dies_or_hangs_is_reported(
         return []
 
     monkeypatch.setattr(pool, "check", check)
-    monkeypatch.setitem(pool.CASE_S, "cpu", 1.0)
+    monkeypatch.setitem(pool.CASE_S, "cpu", 5.0)
     assert main([*RUN, "--cases", "6"]) == 1
     told = capsys.readouterr().out
     assert "6 cases" in told and "3 findings" in told
-    for index, what in ((1, "died with exit code 7"), (2, "no answer within 1 s"), (3, "a kernel is refused")):
+    for index, what in ((1, "died with exit code 7"), (2, "no answer within 5 s"), (3, "a kernel is refused")):
         assert what in told.partition(f"--case 87:{index}\n")[2].partition("FOUND")[0], told
