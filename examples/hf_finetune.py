@@ -121,6 +121,9 @@ def main() -> None:
     device, sp, group, groups = start(args.sequence_parallel)
     is_first = dist.get_rank() == 0
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), load(args, device)
+    words, known = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if words > known:
+        raise SystemExit(f"{args.model}: the tokenizer has {words} tokens, and the model embeds {known}")
     lasp.hf.parallelize(model, sp)
     if is_first:
         for layer in lasp.hf.describe(model):

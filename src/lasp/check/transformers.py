@@ -91,6 +91,7 @@ def _model(config: CheckConfig, folder: Path) -> tuple[str, Any]:
     kind = transformers.AutoModelForCausalLM
     if has_weights:
         model = kind.from_pretrained(folder, config=small, dtype=torch.float64, local_files_only=True)
+        model = model.double()  # some types keep a few weights in fp32 whatever is asked for
     else:
         model = _random(kind, small, config.seed)
     if hasattr(model, "set_experts_implementation"):
