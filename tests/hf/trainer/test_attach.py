@@ -51,7 +51,7 @@ def trainer(folder: Path, model: Any = None, *, of_evaluation: int = 8, **option
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(str(folder), **(SETTINGS | options))
-    # accelerate has cpu:0, to which 5.17 and 5.20 load no optimizer.
+    # accelerate has cpu:0, to which 5.17 loads no optimizer.
     vars(arguments)["_setup_devices"] = torch.device("cpu")
     model = build("mamba2") if model is None else model
     data = {"train_dataset": examples(100, 1), "eval_dataset": examples(of_evaluation, 2)}
