@@ -81,9 +81,7 @@ def short_convolution(
         if width < FUSED_WIDTH and has_fused_kernels(x.device, x.dtype):
             y = convolution(x, weight, bias, read.before, activation == "silu")
         else:
-            extended = read.extended(x).to(_wide(x.dtype))
-            rows = [extended[:, j : j + x.shape[1]] for j in range(width + 1)]
-            y = _activated(_convolve(rows, weight, bias), activation)
+            y = _activated(_convolve_all(read.extended(x), weight, bias), activation)
         return y if read.override is None else y.index_copy(1, read.override.tokens, fixed), read.final
 
 
@@ -207,6 +205,15 @@ def _convolve(rows: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Te
     for row, tap in zip(rows, weight.to(wide).unbind(1), strict=True):
         y = torch.addcmul(y, row.to(wide), tap)
     return y.to(weight.dtype)
+
+
+def _convolve_all(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """extended [B, W - 1 + T, C], weight [C, W] -> [B, T, C]."""
+    channels, taps = weight.shape
+    tokens = extended.shape[1] - taps + 1
+    if tokens > 0 and extended.dtype.itemsize < 4:  # whose own rounding is more; tap by tap would keep fp32
+        return F.conv1d(extended.transpose(1, 2), weight[:, None], bias, groups=channels).transpose(1, 2)
+    return _convolve([extended[:, j : j + tokens] for j in range(taps)], weight, bias)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
