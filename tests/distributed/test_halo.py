@@ -141,7 +141,11 @@ def test_packed_documents_with_states_over_processes():
 
 @pytest.mark.parametrize(
     ("lengths", "every"),
-    [((3, 3, 3, 3), 11), ((1, 0, 2, 9), 17), pytest.param((3, 3, 3, 3), 1, marks=pytest.mark.exhaustive)],
+    [
+        pytest.param((3, 3, 3, 3), 11, marks=pytest.mark.ci),
+        ((1, 0, 2, 9), 17),
+        pytest.param((3, 3, 3, 3), 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_all_document_boundaries(lengths, every):
     """T = 12 over 4 ranks, the 2^11 ways to cut it into documents, against a matrix that knows the documents."""

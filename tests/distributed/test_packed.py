@@ -206,7 +206,8 @@ def test_a_boundary_misplaced_by_a_token_is_seen():
     assert max(simulate(RANKS, work)) > 1e-2
 
 
-@pytest.mark.parametrize(("kind", "with_final"), [pytest.param("scalar", False, marks=pytest.mark.ci), ("kda", True)])
+@pytest.mark.ci
+@pytest.mark.parametrize(("kind", "with_final"), [("scalar", False), ("kda", True)])
 def test_compiled_graphs_over_ranks(kind, with_final):
     """Gradients of documents' states are summed over ranks, also of states made within the compiled function."""
     bounds, tokens = (0, 4, 9, 12), 12

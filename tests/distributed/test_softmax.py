@@ -269,13 +269,13 @@ def every_cut(step: int, first: int = 0) -> list[Cut]:
 @pytest.mark.parametrize(
     ("step", "first"), [(17, 0), *(pytest.param(4, part, marks=pytest.mark.exhaustive) for part in range(4))]
 )
-@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
+@pytest.mark.parametrize("method", ["all_gather", pytest.param("ulysses", marks=pytest.mark.ci)])
 def test_every_set_of_boundaries(method, step, first):
     """T = 12 over 4 ranks, all 2^11 ways to cut it into documents: outputs and all gradients."""
     assert run_cuts(method, every_cut(step, first), (3, 3, 3, 3), with_rows=False) < BOUND
 
 
-@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
+@pytest.mark.parametrize("method", ["all_gather", pytest.param("ulysses", marks=pytest.mark.ci)])
 def test_states_of_documents(method):
     """Each document's keys and values before and after, in every 31st cut and with empty documents; ragged shards."""
     empty = [Cut((0, 0, 3, 3, 12, 12)), Cut((0, 3, 6, 9, 12))]

@@ -104,7 +104,7 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
         ("scalar", FP16),
         ("channel", BF16),
         pytest.param("channel", FP16, marks=pytest.mark.ci),
-        ("channel", FP32),
+        pytest.param("channel", FP32, marks=pytest.mark.ci),
     ],
     ids=str,
 )
