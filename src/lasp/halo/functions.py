@@ -207,11 +207,15 @@ def _convolve(rows: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Te
     return y.to(weight.dtype)
 
 
+# Tokens over which conv1d's plain sums keep fp32's digits; 16 bits' own rounding is more than what they lose.
+SUMMED_PLAINLY = 4096
+
+
 def _convolve_all(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """extended [B, W - 1 + T, C], weight [C, W] -> [B, T, C]."""
     channels, taps = weight.shape
     tokens = extended.shape[1] - taps + 1
-    if tokens > 0 and extended.dtype.itemsize < 4:  # whose own rounding is more; tap by tap would keep fp32
+    if tokens > 0 and (extended.dtype.itemsize < 4 or tokens <= SUMMED_PLAINLY):
         return F.conv1d(extended.transpose(1, 2), weight[:, None], bias, groups=channels).transpose(1, 2)
     return _convolve([extended[:, j : j + tokens] for j in range(taps)], weight, bias)
 

@@ -23,9 +23,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # 2^-256 is zero in fp32; a finite floor keeps sums finite and their differences fine after a gate that forgets all.
 MIN_LOG2 = tl.constexpr(-256.0)
-# Of a chunk. Of slower decays the gradient, summed over tokens, is no worse off with one part than PyTorch's in bf16.
-BOTH_PARTS_LOG2 = tl.constexpr(-1.3)
-BOTH_PARTS_MAX_DIM = tl.constexpr(128)
 
 
 @triton.jit
@@ -76,29 +73,6 @@ def beyond_one(total, length):
 
 
 @triton.jit
-def reads_both_parts(total, N: tl.constexpr):
-    """True if a chunk of such a log-decay has states read in two parts of bf16, for its gates' gradient; N: what is
-    contracted. Of wider heads a second part would not fit registers."""
-    if N > BOTH_PARTS_MAX_DIM:
-        return False
-    else:
-        return total < BOTH_PARTS_LOG2
-
-
-@triton.jit
-def as_swept(state, total, N: tl.constexpr, ROUND: tl.constexpr):
-    """A state as the sweeps round it, in fp32: so that in <S, D> what the last tokens add to S cancels.
-
-    ROUND: whether they take it in bf16; in one part or two, as the total decay of the chunk beside it and N say
-        (`reads_both_parts`).
-    """
-    if ROUND:
-        return tl.where(reads_both_parts(total, N), state, state.to(tl.bfloat16).to(tl.float32))
-    else:
-        return state
-
-
-@triton.jit
 def decayed(state, log2, EXACT: tl.constexpr):
     """Return state 2^log2, of log-decays that broadcast to it.
 
@@ -112,12 +86,6 @@ def decayed(state, log2, EXACT: tl.constexpr):
         return tl.where(x > -0.25, state + state * less, state * tl.exp2(log2))
     else:
         return state * tl.exp2(log2)
-
-
-@triton.jit
-def chunk_total(prefix_ptr, at, rate, length, KIND: tl.constexpr, C: tl.constexpr):
-    """The log-decay of a chunk, as `chunk_decays` has it."""
-    return tl.load(prefix_ptr + at + C - 1) if KIND == TOKEN else length * rate
 
 
 @triton.jit

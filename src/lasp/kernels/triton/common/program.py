@@ -242,3 +242,12 @@ def segment_state(pointers, mask, GATHER: tl.constexpr):
         return tl.zeros(pointers.shape, tl.float32)
     else:
         return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def as_swept(state, ROUND: tl.constexpr):
+    """A state as the sweeps round it, in fp32: so that in <S, D> what the last tokens add to S cancels.
+
+    ROUND: whether they take it in bf16.
+    """
+    return state.to(tl.bfloat16).to(tl.float32) if ROUND else state

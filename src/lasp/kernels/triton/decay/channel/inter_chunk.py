@@ -23,8 +23,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import as_swept, beyond_one, decayed
+from lasp.kernels.triton.common.decays import beyond_one, decayed
 from lasp.kernels.triton.common.program import (
+    as_swept,
     load_chunk,
     rows_of,
     run_bounds,
@@ -122,7 +123,7 @@ def _sweep(
         if REVERSE:
             # Loaded first, used last.
             other_sums = tl.load(sums_ptr + here, mask=channel < K, other=0.0)
-        out = read_state(state, tl.trans(a), tl.min(total, 0), True, PRECISION)
+        out = read_state(state, tl.trans(a), True, PRECISION)
         state = decayed(state, total[:, None], dtype == tl.float32)
         state = tl.dot(tl.trans(c), b, state, input_precision=PRECISION)
         # In two steps: Triton 3.7.1 fails to compile one for sm_100.
@@ -150,12 +151,10 @@ def _sweep(
 
 
 @triton.jit
-def _pairing(states_ptr, d_state, total_ptr, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
-    """S D summed over V, of the D [BK, BV] that a sweep holds beside the chunk whose decays begin at total_ptr."""
+def _pairing(states_ptr, d_state, k_first, dtype: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """S D summed over V, of the D [BK, BV] that a sweep holds."""
     state, mask = state_tile(states_ptr, k_first, 0, K, V, V, 1, d_state.shape[0], d_state.shape[1])
-    channel = k_first + tl.arange(0, d_state.shape[0])
-    total = tl.load(total_ptr + channel, mask=channel < K, other=0.0)
-    swept = as_swept(d_state, tl.min(total, 0), V, dtype == tl.bfloat16)
+    swept = as_swept(d_state, dtype == tl.bfloat16)
     return tl.sum(tl.load(state, mask=mask, other=0.0) * swept, 1)
 
 
@@ -254,9 +253,7 @@ def channel_key_inter_chunk_kernel(
     if not WHOLE:
         end_ptr = tl.where(here.ends, end_ptr, states_ptr + (index + 1) * K * V)
     dtype: tl.constexpr = v_ptr.dtype.element_ty
-    first_total = totals_ptr + _first_chunk(here, H_v, chunks, K, C) + tl.cast(here.first // C, tl.int64) * K
-    last_total = first_total + tl.maximum(tl.cdiv(here.last - here.first, C) - 1, 0) * K
-    carry = _pairing(end_ptr, state, last_total, k_first, dtype, K, V)
+    carry = _pairing(end_ptr, state, k_first, dtype, K, V)
     begin, _ = run_bounds(places_ptr, T, PACKED)
     from_nothing = (here.first == begin) & FROM_ZERO
     to_nothing = here.ends & (d_state_out_ptr is None)
@@ -271,7 +268,7 @@ def channel_key_inter_chunk_kernel(
     through_ptr += _first_chunk(here, H_v, chunks, K, C)
     drift = carry
     if not WHOLE:  # else nothing enters
-        start = _pairing(states_ptr + index * K * V, state, first_total, k_first, dtype, K, V)
+        start = _pairing(states_ptr + index * K * V, state, k_first, dtype, K, V)
         drift -= start
     # Other threads read what these have stored.
     tl.debug_barrier()

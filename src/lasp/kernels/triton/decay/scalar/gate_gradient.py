@@ -26,8 +26,8 @@ w is formed and summed here.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import TOKEN, as_swept, beyond_one, head_gates, head_rate, pair_decay
-from lasp.kernels.triton.common.program import DESCRIPTORS, load_chunk, place, run_bounds
+from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate, pair_decay
+from lasp.kernels.triton.common.program import DESCRIPTORS, as_swept, load_chunk, place, run_bounds
 from lasp.kernels.triton.decay.scalar.operands import inner_borders, intervals_in
 
 
@@ -95,20 +95,7 @@ def gate_gradient_kernel(
         if first == begin:
             d_state = d_state_in_ptr + border * SIZE
             from_nothing = FROM_ZERO
-    slot = chunk * C - first
-    padded = chunks * C
-    prefix_ptr += run * padded + slot
-    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
-    rate = head_rate(g_ptr, KIND)
-    first += interval * INTERVAL_CHUNKS * C
-    last = tl.minimum(first + INTERVAL_CHUNKS * C, last)
-    count = tl.cdiv(last - first, C)
-    first_total = tl.minimum(last - first, C) * rate
-    last_total = (last - first - (count - 1) * C) * rate
-    if KIND == TOKEN:
-        first_total = tl.load(prefix_ptr + first + C - 1)
-        last_total = tl.load(prefix_ptr + first + count * C - 1)
-    start = _paired(state, d_state, first_total, from_nothing == 0, V, SIZE, BLOCK, ROUND)
+    start = _paired(state, d_state, from_nothing == 0, SIZE, BLOCK, ROUND)
     state = inner + SIZE
     d_state = d_inner + SIZE
     to_nothing = False
@@ -120,8 +107,12 @@ def gate_gradient_kernel(
             to_nothing = d_state_out_ptr is None
             if d_state_out_ptr is not None:
                 d_state = d_state_out_ptr + border * SIZE
-    end = _paired(state, d_state, last_total, to_nothing == 0, V, SIZE, BLOCK, ROUND)
+    end = _paired(state, d_state, to_nothing == 0, SIZE, BLOCK, ROUND)
 
+    slot = chunk * C - first
+    first += interval * INTERVAL_CHUNKS * C
+    last = tl.minimum(first + INTERVAL_CHUNKS * C, last)
+    count = tl.cdiv(last - first, C)
     c = tl.arange(0, INTERVAL_CHUNKS)
     i = tl.arange(0, C)[None, :]
     at = first + c[:, None] * C + i
@@ -129,6 +120,7 @@ def gate_gradient_kernel(
     reads_q = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
     reads_k = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
     pairs = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
+    padded = chunks * C
     for part in range(PARTS):
         here = (part * 2 * rows + run) * padded + slot + at
         reads_q += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
@@ -138,6 +130,9 @@ def gate_gradient_kernel(
             pairs += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
             pairs -= tl.load(k_sums_ptr + here, mask=inside, other=0.0)
 
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    prefix_ptr += run * padded + slot
+    rate = head_rate(g_ptr, KIND)
     lengths = tl.minimum(last - first - c * C, C)
     totals = lengths * rate
     if KIND == TOKEN:
@@ -181,17 +176,14 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def _paired(
-    state_ptr, d_state_ptr, chunk_total, known, V: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    ROUND: tl.constexpr,
-):  # fmt: skip
-    """<S, D> of two states beside a chunk of so much decay, or zero where one is zero and not there."""
+def _paired(state_ptr, d_state_ptr, known, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+    """<S, D> of two states, or zero where one is zero and not there."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, SIZE, BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = (at < SIZE) & known
         state = tl.load(state_ptr + at, mask=inside, other=0.0)
-        total += state * as_swept(tl.load(d_state_ptr + at, mask=inside, other=0.0), chunk_total, V, ROUND)
+        total += state * as_swept(tl.load(d_state_ptr + at, mask=inside, other=0.0), ROUND)
     return tl.sum(total)
 
 

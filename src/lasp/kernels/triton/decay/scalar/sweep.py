@@ -23,7 +23,7 @@ so much a warp adds up by itself. They leave states within the segment (`leave`)
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import NONE, chunk_decays, decayed, head_rate, pair_decay, reads_both_parts
+from lasp.kernels.triton.common.decays import NONE, chunk_decays, decayed, head_rate, pair_decay
 from lasp.kernels.triton.common.program import load_chunk, run_bounds, store_chunk, view
 from lasp.kernels.triton.decay.scalar.operands import intervals_in, key_tile, leave, next_interval
 
@@ -88,7 +88,7 @@ def sweep(
             pairs = pair_decay(g_chunk, decay.H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * decay.scale
 
             a_t = tl.trans(a)
-            read = read_state(state, a_t, total, SUMS, PRECISION)
+            read = read_state(state, a_t, SUMS, PRECISION)
             scores = (tl.dot(b, a_t, input_precision=PRECISION) * pairs).to(dtype)
             if SUMS:
                 within = tl.dot(c_t, scores, input_precision=PRECISION)
@@ -116,19 +116,14 @@ def sweep(
 
 
 @triton.jit
-def read_state(state, a_t, total, SUMS: tl.constexpr, PRECISION: tl.constexpr):
+def read_state(state, a_t, SUMS: tl.constexpr, PRECISION: tl.constexpr):
     """state [BR, BA] a_t [BA, C], which is of the inputs' dtype, in fp32.
 
     SUMS: whether a decay's gradient is made of it: of sums over tokens little is left but what rounding adds, so with
-    fp16 inputs tf32 takes the state in two parts; bf16 does in chunks that forget (`reads_both_parts`).
-    total: the chunk's log-decay, the strongest channel's.
+    fp16 inputs tf32 takes the state in two parts. In bf16 that costs more than it is worth (docs/design/numerics.md).
     """
     if a_t.dtype == tl.bfloat16:
-        high = state.to(tl.bfloat16)
-        read = tl.dot(high, a_t)
-        if SUMS and reads_both_parts(total, state.shape[1]):
-            read = tl.dot((state - high.to(tl.float32)).to(tl.bfloat16), a_t, read)
-        return read
+        return tl.dot(state.to(tl.bfloat16), a_t)
     else:
         # A state may exceed fp16's range: its product is taken in fp32 operands (rounded as PRECISION says).
         a_t = a_t.to(tl.float32)

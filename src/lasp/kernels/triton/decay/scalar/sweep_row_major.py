@@ -11,15 +11,7 @@ operand. A program has 64 columns of out. It takes bf16, and nothing is gathered
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import (
-    NONE,
-    TOKEN,
-    chunk_decays,
-    chunk_total,
-    head_rate,
-    pair_decay,
-    reads_both_parts,
-)
+from lasp.kernels.triton.common.decays import NONE, TOKEN, chunk_decays, head_rate, pair_decay
 from lasp.kernels.triton.common.program import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.scalar.operands import intervals_in, key_tile, leave, next_interval
 from lasp.kernels.triton.decay.scalar.sweep import add_chunk
@@ -74,17 +66,13 @@ def sweep_rows(
             rate = head_rate(decay.g_ptr, KIND)
             length = tl.minimum(last - start, C)
             at = span.slot + start
-            # Before there are decays and pairs, which would fill registers over it.
-            high = state.to(dtype)
-            read = tl.dot(a, high, input_precision=PRECISION)
-            if reads_both_parts(chunk_total(decay.prefix_ptr, at, rate, length, KIND, C), BA):
-                read = tl.dot(a, (state - high.to(tl.float32)).to(dtype), read, input_precision=PRECISION)
             prefix, total, from_state, to_state = chunk_decays(
                 decay.prefix_ptr, decay.prefix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, False
             )
             pairs = pair_decay(decay.g_ptr, decay.H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
 
             b_t = tl.trans(b)
+            read = tl.dot(a, state.to(dtype), input_precision=PRECISION)
             weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
             within = tl.dot(weights, c, input_precision=PRECISION) * decay.scale
             out = tl.fma(read, from_state[:, None], within)
