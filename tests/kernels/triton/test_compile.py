@@ -43,6 +43,7 @@ SPILLS = {
         "key_gradient_kernel": 320,
     },
     "cuda:80": {
+        "delta_output_kernel": 280,
         "channel_bounded_intra_chunk_kernel": 288,
         "channel_bounded_prepare_kernel": 32,
         "channel_intra_chunk_kernel": 608,
@@ -55,6 +56,7 @@ SPILLS = {
         "key_gradient_kernel": 128,
     },
     "hip:gfx942": {
+        "delta_output_kernel": 704,
         "channel_intra_chunk_kernel": 256,
         "output_kernel": 224,
         "output_kernel of wide heads": 400,
