@@ -18,7 +18,6 @@ from lasp.recurrence.inputs import DecayInputs, DeltaInputs, Inputs
 from lasp.recurrence.stages import AnyStages
 
 ALONE = -1
-DELTA_TENSORS = 5  # without an erase key
 
 
 def scan_operator(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -43,33 +42,23 @@ def _plan(x: Inputs, want_final: bool, key: int) -> ScanPlan:
     return ScanPlan(operator, _stages(x), ranks, want_final)  # type: ignore[arg-type]
 
 
-def _called(plan: ScanPlan, x: Inputs, normalize: bool, *, backward: bool = False) -> SequenceCall | None:
+def _called(plan: ScanPlan, x: Inputs, *, backward: bool = False) -> SequenceCall | None:
     """Tell the other ranks what is about to be computed."""
     if plan.ranks is None:
         return None
     state = (x.v.shape[0], x.v.shape[2], x.q.shape[3], x.v.shape[3])
     fields = {"pass": "backward" if backward else "forward", "state": state, "output_final_state": plan.want_final}
-    if plan.operator == "delta_rule":
-        fields |= {"normalize_qk": normalize, "erase_key": len(x.tensors()) > DELTA_TENSORS}
+    if isinstance(x, DeltaInputs):
+        fields |= {"normalize_qk": x.normalize, "erase_key": x.erase_key is not None}
     return plan.ranks.call(f"compiled {plan.operator}", tuple(fields.values()), lambda: fields, replays=not backward)
 
 
+def _wanted(g: Tensor | None, want_gate: bool) -> Tensor | None:
+    """Return the gate, its gradient wanted or not, which launches go by."""
+    return None if g is None else g.detach().requires_grad_(want_gate)
+
+
 def _inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    g: Tensor | None,
-    erase_key: Tensor | None,
-    scale: float,
-    normalize: bool,
-    want_gate: bool,
-) -> Inputs:
-    g = None if g is None else g.detach().requires_grad_(want_gate)
-    return _as_inputs(q, k, v, beta, g, erase_key, scale, normalize)
-
-
-def _as_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -103,12 +92,12 @@ def scan_forward(
 
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
-    given = _inputs(q, k, v, beta, g, erase_key, scale, normalize, want_gate)
+    given = _inputs(q, k, v, beta, _wanted(g, want_gate), erase_key, scale, normalize)
     plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, initial is None and ranks == ALONE)
     initial = None if initial is None else initial.contiguous()
     with torch.autocast(v.device.type, enabled=False):
-        o, final, saved = forward(plan, begin(plan, _called(plan, given, normalize), x, initial), x, initial)
+        o, final, saved = forward(plan, begin(plan, _called(plan, given), x, initial), x, initial)
     # An exchange may give back its input, stages may keep it, or one tensor in several places; an operator must not.
     own = None if initial is None else initial.untyped_storage().data_ptr()
     saved = tuple(
@@ -134,7 +123,7 @@ def _(
     ranks: int,
 ) -> list[Tensor]:
     final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
-    given = _as_inputs(q, k, v, beta, g, erase_key, scale, normalize)
+    given = _inputs(q, k, v, beta, g, erase_key, scale, normalize)
     empty_saved = _stages(given).empty_saved
     assert empty_saved is not None
     saved = empty_saved(given, initial is not None, ranks != ALONE, want_gate)
@@ -162,10 +151,10 @@ def scan_backward(
 ) -> list[Tensor]:
     """The gradients of q, k, v, beta and erase key, if there are any, and, if wanted, of g, before the erase key's, and
     of the initial state; `from_zero`: there are no ranks and was no initial state."""
-    given = _inputs(q, k, v, beta, g, erase_key, scale, normalize, want_gate)
+    given = _inputs(q, k, v, beta, _wanted(g, want_gate), erase_key, scale, normalize)
     plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, from_zero)
-    call = _called(plan, given, normalize, backward=True)
+    call = _called(plan, given, backward=True)
     d_o = torch.zeros_like(v) if d_o is None else d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     with torch.autocast(v.device.type, enabled=False):
