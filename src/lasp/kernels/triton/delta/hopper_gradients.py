@@ -14,15 +14,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from lasp.kernels.triton.common.decays import TOKEN
-
-# Triton 3.7 calls it otherwise.
-meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-TOKENS, WIDTH = gl.constexpr(64), gl.constexpr(128)
-PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-LOADED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-PLACE = gl.constexpr(3)  # numbers of a chunk in `packing.Tables`
+from lasp.kernels.triton.delta.hopper import (
+    NARROW,
+    TOKENS,
+    WIDE,
+    WIDTH,
+    ask_state,
+    ask_tokens,
+    chunk_of,
+    meet,
+    write,
+)
 
 
 @gluon.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "chunks", "programs"])
@@ -67,22 +69,22 @@ def delta_hopper_gradients_kernel(
     s_tile = gl.allocate_shared_memory(dtype, [WIDTH, WIDTH], tile)  # S^T, then D^T
     z_tile = gl.allocate_shared_memory(dtype, [TOKENS, TOKENS], square)
     m_tile = gl.allocate_shared_memory(dtype, [TOKENS, TOKENS], square)
-    i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
-    j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
+    i = gl.arange(0, TOKENS, gl.SliceLayout(1, NARROW))
+    j = gl.arange(0, TOKENS, gl.SliceLayout(0, NARROW))
     wide_i = gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
-    no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, PAIRS)
+    no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, NARROW)
     nothing = gl.zeros([TOKENS, WIDTH], gl.float32, WIDE)
 
     heads = B * H_v
     end = heads * chunks
     item = gl.program_id(0)
-    start, last, at, key_row, row, key_at = _chunk(item, end, places_ptr, T, H, H_v, chunks, PACKED)
-    _tokens(u_tile, u_ptr, row, H_v, start, last)
-    _tokens(x_tile, do_ptr, row, H_v, start, last)
-    _tokens(q_tile, q_ptr, key_row, H, start, last)
-    _tokens(k_tile, k_ptr, key_row, H, start, last)
+    _, start, last, at, key_row, row, key_at = chunk_of(item, end, places_ptr, T, H, H_v, chunks, PACKED)
+    ask_tokens(u_tile, u_ptr, 0, row, H_v, start, last)
+    ask_tokens(x_tile, do_ptr, 0, row, H_v, start, last)
+    ask_tokens(q_tile, q_ptr, 0, key_row, H, start, last)
+    ask_tokens(k_tile, k_ptr, 0, key_row, H, start, last)
     async_copy.commit_group()
-    _state(s_tile, s_chunks_ptr, at, item < end)
+    ask_state(s_tile, s_chunks_ptr, 0, at, item < end)
     async_copy.commit_group()
     for _ in range((end - item + programs - 1) // programs):
         if KIND == TOKEN:
@@ -117,14 +119,14 @@ def delta_hopper_gradients_kernel(
         dq = warpgroup_mma(x_tile, s_tile, nothing, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(0, [dq])
         meet()
-        _tokens(x_tile, dv_ptr, row, H_v, start, last)
+        ask_tokens(x_tile, dv_ptr, 0, row, H_v, start, last)
         async_copy.commit_group()
         dq *= q_read[:, None]
         if GATE:
             reads = gl.sum(q_tile.load(WIDE).to(gl.float32) * dq, 1)
         dq = warpgroup_mma(gl.convert_layout(z, gl.DotOperandLayout(0, WIDE, 2)), k_tile, dq, is_async=True)
         dq = warpgroup_mma_wait(0, [dq])
-        _write(dq_ptr, dq, row, H_v, start, last)
+        write(dq_ptr, dq, 0, row, H_v, start, last)
 
         async_copy.wait_group(0)
         fence_async_shared()
@@ -146,7 +148,7 @@ def delta_hopper_gradients_kernel(
         m = gl.where(i[:, None] > j[None, :], -m * pairs, 0.0)
         if GATE:
             # [i, j]: what i reads from an earlier j.
-            crossing = gl.where(i[:, None] > j[None, :], z_tile.load(PAIRS).to(gl.float32) * q_scores, 0.0)
+            crossing = gl.where(i[:, None] > j[None, :], z_tile.load(NARROW).to(gl.float32) * q_scores, 0.0)
             crossing += m * k_scores
             gained = gl.sum(crossing, 0)
             lost = gl.sum(crossing, 1)
@@ -157,12 +159,12 @@ def delta_hopper_gradients_kernel(
         read = warpgroup_mma_wait(0, [read])
         meet()
         item += programs
-        next_start, next_last, next_at, next_key_row, next_row, next_key_at = _chunk(
+        _, next_start, next_last, next_at, next_key_row, next_row, next_key_at = chunk_of(
             item, end, places_ptr, T, H, H_v, chunks, PACKED
         )
-        _state(s_tile, d_chunks_ptr, at, True)
+        ask_state(s_tile, d_chunks_ptr, 0, at, True)
         async_copy.commit_group()
-        _tokens(x_tile, do_ptr, next_row, H_v, next_start, next_last)
+        ask_tokens(x_tile, do_ptr, 0, next_row, H_v, next_start, next_last)
         async_copy.commit_group()
         read *= -k_read[:, None]
         if GATE:
@@ -179,25 +181,25 @@ def delta_hopper_gradients_kernel(
             keys = k_tile.load(WIDE)
         written = warpgroup_mma_wait(0, [written])
         meet()
-        _tokens(u_tile, u_ptr, next_row, H_v, next_start, next_last)
-        _tokens(k_tile, k_ptr, next_key_row, H, next_start, next_last)
-        _tokens(q_tile, q_ptr, next_key_row, H, next_start, next_last)
+        ask_tokens(u_tile, u_ptr, 0, next_row, H_v, next_start, next_last)
+        ask_tokens(k_tile, k_ptr, 0, next_key_row, H, next_start, next_last)
+        ask_tokens(q_tile, q_ptr, 0, next_key_row, H, next_start, next_last)
         async_copy.commit_group()
-        _state(s_tile, s_chunks_ptr, next_at, item < end)
+        ask_state(s_tile, s_chunks_ptr, 0, next_at, item < end)
         async_copy.commit_group()
         written *= to_end[:, None]
         if GATE:
             # Pairs on both sides of a token, what later ones read from S, what earlier ones write to D, and <S, D>.
-            stored = gl.convert_layout(gl.sum(keys.to(gl.float32) * written, 1), gl.SliceLayout(1, PAIRS)) - lost
-            gained += gl.convert_layout(stored, gl.SliceLayout(0, PAIRS))
-            reads = gl.convert_layout(reads, gl.SliceLayout(0, PAIRS))
+            stored = gl.convert_layout(gl.sum(keys.to(gl.float32) * written, 1), gl.SliceLayout(1, NARROW)) - lost
+            gained += gl.convert_layout(stored, gl.SliceLayout(0, NARROW))
+            reads = gl.convert_layout(reads, gl.SliceLayout(0, NARROW))
             dg = gl.sum(gl.where(j[None, :] < i[:, None], gained[None, :], reads[None, :]), 1)
             across = 0.0
             for part in gl.static_range(SLICES):
                 across += gl.load(met_ptr + at * SLICES + part)
             dg += across * tl.exp2(total)
             gl.store(dg_ptr + row + (start + i).to(gl.int64) * H_v, dg, mask=start + i < last)
-        _write(dk_ptr, dk + written, row, H_v, start, last)
+        write(dk_ptr, dk + written, 0, row, H_v, start, last)
         start, last, at, key_row, row, key_at = (
             next_start, next_last, next_at, next_key_row, next_row, next_key_at
         )  # fmt: skip
@@ -210,61 +212,7 @@ def _between(prefix_ptr, row_norms_ptr, norms_ptr, i, j, KIND: gl.constexpr, NOR
     if KIND == TOKEN:
         pairs = gl.exp2(gl.load(prefix_ptr + i)[:, None] - gl.load(prefix_ptr + j)[None, :])
     else:
-        pairs = gl.full([TOKENS, TOKENS], 1.0, gl.float32, PAIRS)
+        pairs = gl.full([TOKENS, TOKENS], 1.0, gl.float32, NARROW)
     if NORMALIZE:
         pairs *= gl.load(row_norms_ptr + i)[:, None] * gl.load(norms_ptr + j)[None, :]
     return pairs
-
-
-@gluon.jit
-def _chunk(item, end, places_ptr, T, H, H_v, chunks, PACKED: gl.constexpr):
-    """A chunk's first token and the one after its last, its index in [B, H_v, chunks], the first rows of its batch and
-    head in [B, T, H] and in [B, T, H_v], and its index in [B, H, chunks]. No tokens from `end` on."""
-    heads = end // chunks
-    chunk = item // heads
-    batch = ((item % heads) // H_v).to(gl.int64)
-    head = item % H_v
-    key_head = head // (H_v // H)
-    if PACKED:
-        entry = places_ptr + chunk * PLACE
-        start = gl.load(entry, mask=item < end, other=0)
-        last = gl.load(entry + 1, mask=item < end, other=0)
-    else:
-        start = chunk * TOKENS
-        last = gl.minimum(start + TOKENS, T)
-    at = (batch * H_v + head) * chunks + chunk
-    key_at = (batch * H + key_head) * chunks + chunk
-    return start, gl.where(item < end, last, 0), at, batch * T * H + key_head, batch * T * H_v + head, key_at
-
-
-@gluon.jit
-def _tokens(tile, ptr, row, heads, start, last):
-    """Ask for [TOKENS, WIDTH]: tokens from `start` on of the head whose first row is `row`; zeros from `last` on."""
-    t = gl.arange(0, TOKENS, gl.SliceLayout(1, LOADED))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, LOADED))
-    # Of `start`, lest addresses of all rows be kept in registers from chunk to chunk.
-    offsets = ((row + (start + t).to(gl.int64) * heads) * WIDTH)[:, None] + d[None, :]
-    inside = (start + t < last)[:, None] & (d < WIDTH)[None, :]
-    async_copy.async_copy_global_to_shared(tile, ptr + offsets, mask=inside)
-
-
-@gluon.jit
-def _state(tile, ptr, at, wanted):
-    """Ask for [WIDTH, WIDTH] of a chunk."""
-    r = gl.arange(0, WIDTH, gl.SliceLayout(1, LOADED))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, LOADED))
-    ptr += at * (WIDTH * WIDTH)
-    offsets = r[:, None] * WIDTH + d[None, :]
-    if wanted:
-        async_copy.async_copy_global_to_shared(tile, ptr + offsets)
-
-
-@gluon.jit
-def _write(ptr, tile, row, heads, start, last):
-    """The inverse of `_tokens`, from registers."""
-    t = gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, WIDE))
-    # Of `start`, lest addresses of all rows be kept in registers from chunk to chunk.
-    offsets = ((row + (start + t).to(gl.int64) * heads) * WIDTH)[:, None] + d[None, :]
-    inside = (start + t < last)[:, None] & (d < WIDTH)[None, :]
-    gl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,85 @@
+# mypy: ignore-errors
+"""What kernels for Hopper in Triton's lower language share: a chunk's place, and tiles that come and go.
+
+They take chunks of 64 tokens and heads of 128 channels and 128 values. A tile that is asked for is in shared memory
+once its group is waited for, and every thread has met the others.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from lasp.kernels.triton.common.program import CHUNK_PLACE
+
+# Triton 3.7 calls it otherwise.
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+TOKENS, WIDTH = gl.constexpr(64), gl.constexpr(128)
+# Results of products of 64 rows, of 64 and of 128 columns.
+NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+
+
+@gluon.jit
+def chunk_of(item, end, places_ptr, T, H, H_v, chunks, PACKED: gl.constexpr):
+    """A chunk's number among a run's, its first token and the one after its last, its index in [B, H_v, chunks], the
+    first rows of its batch and head in [B, T, H] and in [B, T, H_v], and its index in [B, H, chunks]. No tokens from
+    `end` on."""
+    heads = end // chunks
+    chunk = item // heads
+    batch = ((item % heads) // H_v).to(gl.int64)
+    head = item % H_v
+    key_head = head // (H_v // H)
+    if PACKED:
+        entry = places_ptr + chunk * CHUNK_PLACE
+        start = gl.load(entry, mask=item < end, other=0)
+        last = gl.load(entry + 1, mask=item < end, other=0)
+    else:
+        start = chunk * TOKENS
+        last = gl.minimum(start + TOKENS, T)
+    at = (batch * H_v + head) * chunks + chunk
+    key_at = (batch * H + key_head) * chunks + chunk
+    last = gl.where(item < end, last, 0)
+    return chunk, start, last, at, batch * T * H + key_head, batch * T * H_v + head, key_at
+
+
+@gluon.constexpr_function
+def loaded(columns, bits):
+    """The layout of a tile of so many columns of which each thread copies 16 bytes of a row at a time."""
+    each = 128 // bits
+    threads = columns // each
+    return gl.BlockedLayout([1, each], [32 // threads, threads], [4, 1], [1, 0])
+
+
+@gluon.jit
+def ask_tokens(tile, ptr, column, row, heads, start, last):
+    """Ask for [TOKENS, N]: columns from `column` on of tokens from `start` on of the head whose first row is `row`;
+    zeros from `last` on."""
+    layout: gl.constexpr = loaded(tile.shape[1], tile.dtype.primitive_bitwidth)
+    t = gl.arange(0, TOKENS, gl.SliceLayout(1, layout))
+    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+    # Of `start`, lest addresses of all rows be kept in registers from chunk to chunk.
+    rows = (row + (start + t).to(gl.int64) * heads) * WIDTH + column
+    inside = (start + t < last)[:, None] & (d < WIDTH)[None, :]
+    async_copy.async_copy_global_to_shared(tile, ptr + (rows[:, None] + d[None, :]), mask=inside)
+
+
+@gluon.jit
+def ask_state(tile, ptr, column, at, wanted):
+    """Ask for [WIDTH, N] of a chunk's [WIDTH, WIDTH], columns from `column` on."""
+    layout: gl.constexpr = loaded(tile.shape[1], tile.dtype.primitive_bitwidth)
+    r = gl.arange(0, WIDTH, gl.SliceLayout(1, layout))
+    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+    ptr += at * (WIDTH * WIDTH) + column
+    if wanted:
+        async_copy.async_copy_global_to_shared(tile, ptr + (r[:, None] * WIDTH + d[None, :]))
+
+
+@gluon.jit
+def write(ptr, tile, column, row, heads, start, last):
+    """The inverse of `ask_tokens`, from registers."""
+    t = gl.arange(0, TOKENS, gl.SliceLayout(1, tile.type.layout))
+    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
+    rows = (row + (start + t).to(gl.int64) * heads) * WIDTH + column
+    inside = (start + t < last)[:, None] & (d < WIDTH)[None, :]
+    gl.store(ptr + (rows[:, None] + d[None, :]), tile.to(ptr.dtype.element_ty), mask=inside)
