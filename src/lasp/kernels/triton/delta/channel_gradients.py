@@ -42,6 +42,7 @@ from lasp.kernels.triton.delta.within import (
     between_tokens,
     from_state_t,
     gradient_place,
+    passing,
     state_tile_of,
     store_d_beta,
     token_tile,
@@ -64,7 +65,6 @@ def delta_channel_gradients_kernel(
     unbounded_ptr,  # int32 [B, H_v, chunks] if MARKED
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
-    met_ptr,  # fp32 [B, H_v, chunks, SLICES, COLUMNS] if GATE: <S, D> channel by channel, of slices of V
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dr_ptr,  # likewise, if ERASES
@@ -85,7 +85,6 @@ def delta_channel_gradients_kernel(
     ERASES: tl.constexpr,  # whether tokens read with a key of their own
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,
-    SLICES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BOUNDED: tl.constexpr,  # whether it does bounded chunks; if not others
@@ -173,7 +172,7 @@ def delta_channel_gradients_kernel(
         ) * late[:, None]  # fmt: skip
         if GATE:
             leaving = tl.sum(far_k * written, 1)
-            passed = _passing(met_ptr + at * (SLICES * COLUMNS) + column, BK, SLICES, COLUMNS)
+            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
             leaving += passed * early * late
         written = tl.dot(near_q, z, written, input_precision=PRECISION)
         written = tl.dot(near_r, m, written, input_precision=PRECISION)
@@ -207,7 +206,7 @@ def delta_channel_gradients_kernel(
         dr *= -from_start
         written *= tl.exp2(tl.dot(operand, (i > j).to(operand.dtype), input_precision="ieee"))
         if GATE:
-            passed = _passing(met_ptr + at * (SLICES * COLUMNS) + column, BK, SLICES, COLUMNS)
+            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
             leaving = tl.sum(k * written, 1) + passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
         terms = q * dq + r * dr - k * written
         # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
@@ -273,12 +272,6 @@ def _is_others(unbounded_ptr, at, BOUNDED: tl.constexpr, MARKED: tl.constexpr):
         return (tl.load(unbounded_ptr + at) == 0) != BOUNDED
     else:
         return False
-
-
-@triton.jit
-def _passing(met_ptr, BK: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
-    """<S, D> channel by channel, [BK]: summed over slices of V."""
-    return tl.sum(tl.load(met_ptr + tl.arange(0, SLICES)[:, None] * COLUMNS + tl.arange(0, BK)[None, :]), 0)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from lasp.kernels.triton.delta.within import (
     between_tokens,
     from_state,
     gradient_place,
+    passing,
     state_tile_of,
     store_d_beta,
     token_tile,
@@ -51,7 +52,6 @@ def delta_gradients_kernel(
     suffix_ptr,  # likewise, and EXACT
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
     d_chunks_ptr,  # likewise: D^T at the end of each chunk
-    met_ptr,  # fp32 [B, H_v, chunks, SLICES] if GATE: <S, D> of slices of V
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dr_ptr,  # likewise, if ERASES
@@ -74,7 +74,6 @@ def delta_gradients_kernel(
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GATE: tl.constexpr,  # whether the gate's gradient is wanted
-    SLICES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -157,9 +156,8 @@ def delta_gradients_kernel(
     dk = written if ERASES else dk + written
     if GATE:
         gained += tl.sum(k.to(tl.float32) * written, 1)
-        dg = tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
-        if here.part == 0:
-            dg += tl.sum(tl.load(met_ptr + at * SLICES + tl.arange(0, SLICES))) * tl.exp2(total)
+        across = tl.sum(passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS), 0)
+        dg = across * tl.exp2(total) + tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
         t = start + tl.arange(0, C)
         dg_ptr += tl.cast(here.part, tl.int64) * B * T * H_v + tokens
         tl.store(dg_ptr + tl.cast(t, tl.int64) * H_v, dg, mask=t < last)

@@ -8,16 +8,18 @@ once its group is waited for, and every thread has met the others.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from lasp.kernels.triton.common.program import CHUNK_PLACE
+from lasp.kernels.triton.common.program import CHUNK_PLACE, PLACE
 
 # Triton 3.7 calls it otherwise.
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 TOKENS, WIDTH = gl.constexpr(64), gl.constexpr(128)
-# Results of products of 64 rows, of 64 and of 128 columns.
+# Of results of products with 64 columns, and of what is multiplied from registers.
 NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+PART, PARTS = gl.constexpr(64), gl.constexpr(2)  # channels that a program has at a time
+AS_LEFT = gl.constexpr(gl.DotOperandLayout(0, NARROW, 2))
 
 
 @gluon.jit
@@ -43,12 +45,53 @@ def chunk_of(item, end, places_ptr, T, H, H_v, chunks, PACKED: gl.constexpr):
     return chunk, start, last, at, batch * T * H + key_head, batch * T * H_v + head, key_at
 
 
+@gluon.jit
+def segment_of(program, places_ptr, T, H_v, segment_chunks, PACKED: gl.constexpr):
+    """A segment's head, batch, first token and the one after its last, first chunk, and the index of its run's border
+    in [B or documents, H_v]; as in `place`."""
+    head = program % H_v
+    batch = (program // H_v).to(gl.int64)
+    segment = gl.program_id(1)
+    if PACKED:
+        entry = places_ptr + segment * PLACE
+        first = gl.load(entry)
+        last = gl.load(entry + 1)
+        chunk = gl.load(entry + 2)
+        border = gl.load(entry + 3).to(gl.int64) * H_v + head
+    else:
+        first = segment * segment_chunks * TOKENS
+        last = gl.minimum(first + segment_chunks * TOKENS, T)
+        chunk = segment * segment_chunks
+        border = batch * H_v + head
+    return head, batch, first, last, chunk, border
+
+
+@gluon.jit
+def tokens_view(ptr, row, heads, last, layout: gl.constexpr):
+    """A head's tokens, whose first row is `row`, to be read in tiles [TOKENS, WIDTH]; zeros from `last` on."""
+    return tma.make_tensor_descriptor(
+        ptr + row * WIDTH, [last, WIDTH], [heads * WIDTH, 1], [TOKENS, WIDTH], layout
+    )  # fmt: skip
+
+
 @gluon.constexpr_function
 def loaded(columns, bits):
     """The layout of a tile of so many columns of which each thread copies 16 bytes of a row at a time."""
     each = 128 // bits
     threads = columns // each
     return gl.BlockedLayout([1, each], [32 // threads, threads], [4, 1], [1, 0])
+
+
+@gluon.jit
+def afresh(x):
+    """x, int32; what is made of it is made again, lest the compiler keep what was made of it before."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def again(x):
+    """`afresh` of fp32."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit

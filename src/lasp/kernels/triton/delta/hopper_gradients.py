@@ -1,33 +1,43 @@
 # mypy: ignore-errors
-"""`gradients` for Hopper, in Triton's lower language: heads of 128 channels and 128 values, bf16.
+"""`states` and `gradients` in one sweep for Hopper, in Triton's lower language: heads of 128 channels and 128 values, bf16.
 
-The same sums in the same roundings as `gradients`, whose legend holds. A program goes from chunk to chunk. Every tile
-has a place of its own in shared memory, and the next one for a place is asked for when the last product that reads the
-place is done; products that do not need one another are in flight together. What lies between tokens is made once: its
-transpose is read from shared memory.
+The sums and roundings are those of `gradients`, whose legend holds, but for what crosses a token within its chunk. That
+is here a product of w_ij, rounded, with a matrix of ones, and nothing in it cancels. A program has a segment. S stays in its registers and is written nowhere. Every tile has a place in shared memory, and what goes
+there next is asked for when the last product that reads it is done; products that do not need one another are in
+flight together. What lies between tokens is made once: its transpose is read from shared memory.
 """
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.delta.hopper import (
-    NARROW,
     TOKENS,
-    WIDE,
     WIDTH,
-    ask_state,
-    ask_tokens,
-    chunk_of,
+    afresh,
     meet,
+    segment_of,
+    tokens_view,
     write,
 )
 
+# Results of products between tokens, of tokens and channels, and of values and channels.
+PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
+WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
+STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
+PAIRS_LEFT = gl.constexpr(gl.DotOperandLayout(0, PAIRS, 2))
+STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))
 
-@gluon.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "chunks", "programs"])
+
+@gluon.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
 def delta_hopper_gradients_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
@@ -38,181 +48,217 @@ def delta_hopper_gradients_kernel(
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
-    s_chunks_ptr,  # [B, H_v, chunks, V, K]: S^T at the start of each chunk
-    d_chunks_ptr,  # likewise: D^T at the end of each chunk
-    met_ptr,  # fp32 [B, H_v, chunks, SLICES] if GATE: <S, D> of slices of V
+    d_chunks_ptr,  # [B, H_v, chunks, V, K]: D^T at the end of each chunk
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     d_beta_ptr,  # fp32 [B, T, H_v], written
     dg_ptr,  # fp32 [B, T, H_v], written if GATE
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [segments, 7] if PACKED
+    entering_ptr,  # fp32 [B, H_v, segments, K, V], or None for zero
     scale,
     B,
     T,
     H,
     H_v,
+    segments,
+    segment_chunks,
     chunks,
-    programs,
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     GATE: gl.constexpr,
-    SLICES: gl.constexpr,
+    WHOLE: gl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     PACKED: gl.constexpr,
 ):
     dtype: gl.constexpr = k_ptr.dtype.element_ty
-    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, WIDTH], dtype)
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, TOKENS], dtype)
-    u_tile = gl.allocate_shared_memory(dtype, [TOKENS, WIDTH], tile)
-    x_tile = gl.allocate_shared_memory(dtype, [TOKENS, WIDTH], tile)  # do, then dv
-    q_tile = gl.allocate_shared_memory(dtype, [TOKENS, WIDTH], tile)
-    k_tile = gl.allocate_shared_memory(dtype, [TOKENS, WIDTH], tile)
-    s_tile = gl.allocate_shared_memory(dtype, [WIDTH, WIDTH], tile)  # S^T, then D^T
-    z_tile = gl.allocate_shared_memory(dtype, [TOKENS, TOKENS], square)
-    m_tile = gl.allocate_shared_memory(dtype, [TOKENS, TOKENS], square)
-    i = gl.arange(0, TOKENS, gl.SliceLayout(1, NARROW))
-    j = gl.arange(0, TOKENS, gl.SliceLayout(0, NARROW))
-    wide_i = gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
-    no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, NARROW)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, WIDTH], dtype)
+    bytes: gl.constexpr = TOKENS * WIDTH * 2
+    # Those that are asked for a chunk ahead have two places.
+    u_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
+    dv_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)
+    s_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, WIDTH], layout)  # S^T
+    d_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, WIDTH], layout)  # D^T
+    z_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)  # z, then w
+    m_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
+    i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
+    j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
+    token = gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
+    no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, PAIRS)
     nothing = gl.zeros([TOKENS, WIDTH], gl.float32, WIDE)
 
-    heads = B * H_v
-    end = heads * chunks
-    item = gl.program_id(0)
-    _, start, last, at, key_row, row, key_at = chunk_of(item, end, places_ptr, T, H, H_v, chunks, PACKED)
-    ask_tokens(u_tile, u_ptr, 0, row, H_v, start, last)
-    ask_tokens(x_tile, do_ptr, 0, row, H_v, start, last)
-    ask_tokens(q_tile, q_ptr, 0, key_row, H, start, last)
-    ask_tokens(k_tile, k_ptr, 0, key_row, H, start, last)
-    async_copy.commit_group()
-    ask_state(s_tile, s_chunks_ptr, 0, at, item < end)
-    async_copy.commit_group()
-    for _ in range((end - item + programs - 1) // programs):
+    head, batch, start, last, chunk, border = segment_of(
+        gl.program_id(0), places_ptr, T, H_v, segment_chunks, PACKED
+    )  # fmt: skip
+    key_head = head // (H_v // H)
+    key_row = batch * T * H + key_head
+    row = batch * T * H_v + head
+    at = (batch * H_v + head) * chunks + chunk
+    key_at = (batch * H + key_head) * chunks + chunk
+
+    state = gl.zeros([WIDTH, WIDTH], gl.float32, STATE)
+    if entering_ptr is not None:
+        source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
+        r = gl.arange(0, WIDTH, gl.SliceLayout(1, STATE))
+        d = gl.arange(0, WIDTH, gl.SliceLayout(0, STATE))
+        state = gl.load(entering_ptr + source * WIDTH * WIDTH + (r[:, None] + d[None, :] * WIDTH))
+    # Each is of tiles that are waited for together.
+    tokens_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    dv_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    d_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(tokens_here, 1)
+    mbarrier.init(dv_here, 1)
+    mbarrier.init(d_here, 1)
+    fence_async_shared()
+    meet()
+    do_view = tokens_view(do_ptr, row, H_v, last, layout)
+    dv_view = tokens_view(dv_ptr, row, H_v, last, layout)
+    u_view = tokens_view(u_ptr, row, H_v, last, layout)
+    q_view = tokens_view(q_ptr, key_row, H, last, layout)
+    k_view = tokens_view(k_ptr, key_row, H, last, layout)
+    count = (last - start + TOKENS - 1) // TOKENS
+    d_view = tma.make_tensor_descriptor(
+        d_chunks_ptr + at * (WIDTH * WIDTH), [count * WIDTH, WIDTH], [WIDTH, 1], [WIDTH, WIDTH], layout
+    )
+    mbarrier.expect(tokens_here, 4 * bytes, start < last)
+    tma.async_copy_global_to_shared(do_view, [start, 0], tokens_here, do_tiles.index(0), start < last)
+    tma.async_copy_global_to_shared(u_view, [start, 0], tokens_here, u_tiles.index(0), start < last)
+    tma.async_copy_global_to_shared(q_view, [start, 0], tokens_here, q_tiles.index(0), start < last)
+    tma.async_copy_global_to_shared(k_view, [start, 0], tokens_here, k_tiles.index(0), start < last)
+    mbarrier.expect(dv_here, bytes, start < last)
+    tma.async_copy_global_to_shared(dv_view, [start, 0], dv_here, dv_tiles.index(0), start < last)
+    mbarrier.expect(d_here, 2 * bytes, start < last)
+    tma.async_copy_global_to_shared(d_view, [0, 0], d_here, d_tiles.index(0), start < last)
+    for c in range(count):
+        s_tiles.index(0).store(state.to(dtype))
+        fence_async_shared()
+        mbarrier.wait(tokens_here, c & 1)
+        meet()
+        following = start + TOKENS
+        mbarrier.expect(tokens_here, 4 * bytes, following < last)
+        ahead = (c + 1) & 1
+        tma.async_copy_global_to_shared(do_view, [following, 0], tokens_here, do_tiles.index(ahead), following < last)
+        tma.async_copy_global_to_shared(u_view, [following, 0], tokens_here, u_tiles.index(ahead), following < last)
+        tma.async_copy_global_to_shared(q_view, [following, 0], tokens_here, q_tiles.index(ahead), following < last)
+        tma.async_copy_global_to_shared(k_view, [following, 0], tokens_here, k_tiles.index(ahead), following < last)
+        here, only = afresh(c & 1), afresh(0)
+        u_tile, do_tile, q_tile, k_tile = u_tiles.index(here), do_tiles.index(here), q_tiles.index(here), k_tiles.index(here)
+        s_tile = s_tiles.index(only)
+        z = warpgroup_mma(do_tile, u_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
+        dq = warpgroup_mma(do_tile, s_tile, nothing, use_acc=False, is_async=True)
+        if GATE:
+            scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
+        from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
+        to_end = from_start
+        total = 0.0
         if KIND == TOKEN:
+            prefix = gl.load(prefix_ptr + at * TOKENS + token)
             total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
-            wide_prefix = gl.load(prefix_ptr + at * TOKENS + wide_i)
-            from_start = gl.exp2(wide_prefix)
-            to_end = gl.exp2(total - wide_prefix)
-        else:
-            total = 0.0
-            from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
-            to_end = from_start
+            from_start = gl.exp2(prefix)
+            to_end = gl.exp2(total - prefix)
+            decay = gl.exp2(
+                gl.load(prefix_ptr + at * TOKENS + i)[:, None] - gl.load(prefix_ptr + at * TOKENS + j)[None, :]
+            )
         q_read = from_start * scale
         k_read = from_start
         if NORMALIZE:
-            wide_norms = gl.load(k_norms_ptr + key_at * TOKENS + wide_i)
-            q_read *= gl.load(q_norms_ptr + key_at * TOKENS + wide_i)
-            k_read = from_start * wide_norms
-            to_end *= wide_norms
-        async_copy.wait_group(1)
-        fence_async_shared()
-        meet()
-        z = warpgroup_mma(x_tile, u_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
-        pairs = _between(prefix_ptr + at * TOKENS, q_norms_ptr + key_at * TOKENS, k_norms_ptr + key_at * TOKENS, i, j,
-                         KIND, NORMALIZE)
-        z = warpgroup_mma_wait(0, [z])
-        z = gl.where(i[:, None] >= j[None, :], z * scale * pairs, 0.0)
-        z = z.to(dtype)
-        z_tile.store(z)
-        async_copy.wait_group(0)
-        fence_async_shared()
-        meet()
-        dq = warpgroup_mma(x_tile, s_tile, nothing, use_acc=False, is_async=True)
-        dq = warpgroup_mma_wait(0, [dq])
-        meet()
-        ask_tokens(x_tile, dv_ptr, 0, row, H_v, start, last)
-        async_copy.commit_group()
+            k_norms = gl.load(k_norms_ptr + key_at * TOKENS + token)
+            q_read *= gl.load(q_norms_ptr + key_at * TOKENS + token)
+            k_read *= k_norms
+            to_end *= k_norms
+            norms = gl.load(k_norms_ptr + key_at * TOKENS + j)[None, :]
+        if GATE:
+            z, dq, scores = warpgroup_mma_wait(0, [z, dq, scores])
+        else:
+            z, dq = warpgroup_mma_wait(0, [z, dq])
+        # Of earlier i a decay may be infinite: it is replaced, not multiplied.
+        if KIND == TOKEN:
+            z *= decay
+        if NORMALIZE:
+            z *= gl.load(q_norms_ptr + key_at * TOKENS + i)[:, None] * norms
+        z = gl.where(i[:, None] >= j[None, :], z * scale, 0.0)
+        if GATE:
+            # w, [i, j]: what i reads from an earlier j.
+            crossing = gl.where(i[:, None] > j[None, :], z * scores, 0.0)
+        z_tiles.index(0).store(z.to(dtype))
         dq *= q_read[:, None]
         if GATE:
             reads = gl.sum(q_tile.load(WIDE).to(gl.float32) * dq, 1)
-        dq = warpgroup_mma(gl.convert_layout(z, gl.DotOperandLayout(0, WIDE, 2)), k_tile, dq, is_async=True)
-        dq = warpgroup_mma_wait(0, [dq])
-        write(dq_ptr, dq, 0, row, H_v, start, last)
-
-        async_copy.wait_group(0)
         fence_async_shared()
+        mbarrier.wait(dv_here, c & 1)
         meet()
-        m = warpgroup_mma(x_tile, u_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
+        here, only = afresh(c & 1), afresh(0)
+        u_tile, q_tile, k_tile = u_tiles.index(here), q_tiles.index(here), k_tiles.index(here)
+        dv_tile, z_tile = dv_tiles.index(only), z_tiles.index(only)
+        dq = warpgroup_mma(z_tile, k_tile, dq, is_async=True)
+        dk = warpgroup_mma(z_tile.permute((1, 0)), q_tile, nothing, use_acc=False, is_async=True)
+        m = warpgroup_mma(dv_tile, u_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
         if GATE:
-            q_scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
-            k_scores = warpgroup_mma(k_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
-            m, q_scores, k_scores = warpgroup_mma_wait(0, [m, q_scores, k_scores])
+            scores = warpgroup_mma(k_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
+            dq, dk, m, scores = warpgroup_mma_wait(0, [dq, dk, m, scores])
         else:
-            m = warpgroup_mma_wait(0, [m])
-        # Made again, lest it be kept meanwhile.
-        pairs = _between(prefix_ptr + at * TOKENS, k_norms_ptr + key_at * TOKENS, k_norms_ptr + key_at * TOKENS, i, j,
-                         KIND, NORMALIZE)
+            dq, dk, m = warpgroup_mma_wait(0, [dq, dk, m])
+        write(dq_ptr, dq, 0, row, H_v, start, last)
         # u is beta times what was missing, dv beta times its gradient.
         beta = gl.load(beta_ptr + at * TOKENS + i)
         d_beta = gl.sum(gl.where(i[:, None] == j[None, :], m, 0.0), 1) / beta / beta
         gl.store(d_beta_ptr + row + (start + i).to(gl.int64) * H_v, d_beta, mask=start + i < last)
-        m = gl.where(i[:, None] > j[None, :], -m * pairs, 0.0)
+        if KIND == TOKEN:
+            m *= decay
+        if NORMALIZE:
+            m *= gl.load(k_norms_ptr + key_at * TOKENS + i)[:, None] * norms
+        m = gl.where(i[:, None] > j[None, :], -m, 0.0)
+        m_tiles.index(0).store(m.to(dtype))
         if GATE:
-            # [i, j]: what i reads from an earlier j.
-            crossing = gl.where(i[:, None] > j[None, :], z_tile.load(NARROW).to(gl.float32) * q_scores, 0.0)
-            crossing += m * k_scores
-            gained = gl.sum(crossing, 0)
-            lost = gl.sum(crossing, 1)
-        m = m.to(dtype)
-        m_tile.store(m)
+            crossing += m * scores
+            z_tiles.index(0).store(crossing.to(dtype))
         fence_async_shared()
-        read = warpgroup_mma(x_tile, s_tile, nothing, use_acc=False, is_async=True)
-        read = warpgroup_mma_wait(0, [read])
+        mbarrier.wait(d_here, c & 1)
         meet()
-        item += programs
-        _, next_start, next_last, next_at, next_key_row, next_row, next_key_at = chunk_of(
-            item, end, places_ptr, T, H, H_v, chunks, PACKED
-        )
-        ask_state(s_tile, d_chunks_ptr, 0, at, True)
-        async_copy.commit_group()
-        ask_tokens(x_tile, do_ptr, 0, next_row, H_v, next_start, next_last)
-        async_copy.commit_group()
-        read *= -k_read[:, None]
-        if GATE:
-            reads += gl.sum(k_tile.load(WIDE).to(gl.float32) * read, 1)
-        dk = warpgroup_mma(gl.convert_layout(m, gl.DotOperandLayout(0, WIDE, 2)), k_tile, read, is_async=True)
+        here, only = afresh(c & 1), afresh(0)
+        u_tile, k_tile, dv_tile, s_tile = u_tiles.index(here), k_tiles.index(here), dv_tiles.index(only), s_tiles.index(only)
+        z_tile, m_tile, d_tile = z_tiles.index(only), m_tiles.index(only), d_tiles.index(only)
+        read = warpgroup_mma(dv_tile, s_tile, nothing, use_acc=False, is_async=True)
+        dk = warpgroup_mma(m_tile, k_tile, dk, is_async=True)
         dk = warpgroup_mma(m_tile.permute((1, 0)), k_tile, dk, is_async=True)
-        dk = warpgroup_mma(z_tile.permute((1, 0)), q_tile, dk, is_async=True)
-        dk = warpgroup_mma_wait(0, [dk])
-        async_copy.wait_group(1)
-        fence_async_shared()
-        meet()
-        written = warpgroup_mma(u_tile, s_tile, nothing, use_acc=False, is_async=True)
+        written = warpgroup_mma(u_tile, d_tile, nothing, use_acc=False, is_async=True)
         if GATE:
-            keys = k_tile.load(WIDE)
-        written = warpgroup_mma_wait(0, [written])
+            t = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS_LEFT))[:, None]
+            before = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS_LEFT))[None, :]
+            crossed = warpgroup_mma(
+                (before < t).to(dtype), z_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
+            )
+            across = gl.sum(gl.sum(state * d_tile.load(STATE).to(gl.float32), 1), 0) * gl.exp2(total)
+            read, dk, written, crossed = warpgroup_mma_wait(0, [read, dk, written, crossed])
+        else:
+            read, dk, written = warpgroup_mma_wait(0, [read, dk, written])
         meet()
-        ask_tokens(u_tile, u_ptr, 0, next_row, H_v, next_start, next_last)
-        ask_tokens(k_tile, k_ptr, 0, next_key_row, H, next_start, next_last)
-        ask_tokens(q_tile, q_ptr, 0, next_key_row, H, next_start, next_last)
-        async_copy.commit_group()
-        ask_state(s_tile, s_chunks_ptr, 0, next_at, item < end)
-        async_copy.commit_group()
+        mbarrier.expect(dv_here, bytes, following < last)
+        tma.async_copy_global_to_shared(dv_view, [following, 0], dv_here, dv_tiles.index(0), following < last)
+        mbarrier.expect(d_here, 2 * bytes, following < last)
+        tma.async_copy_global_to_shared(d_view, [(c + 1) * WIDTH, 0], d_here, d_tiles.index(0), following < last)
+        # Rounded before it decays, as forward had it.
+        u_to_end = gl.convert_layout(to_end, gl.SliceLayout(0, STATE_LEFT))
+        weighted = (u_tile.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * u_to_end[None, :]).to(dtype)
+        state *= gl.exp2(total)
+        state = warpgroup_mma(weighted, k_tile, state, is_async=True)
+        read *= -k_read[:, None]
         written *= to_end[:, None]
         if GATE:
-            # Pairs on both sides of a token, what later ones read from S, what earlier ones write to D, and <S, D>.
-            stored = gl.convert_layout(gl.sum(keys.to(gl.float32) * written, 1), gl.SliceLayout(1, NARROW)) - lost
-            gained += gl.convert_layout(stored, gl.SliceLayout(0, NARROW))
-            reads = gl.convert_layout(reads, gl.SliceLayout(0, NARROW))
-            dg = gl.sum(gl.where(j[None, :] < i[:, None], gained[None, :], reads[None, :]), 1)
-            across = 0.0
-            for part in gl.static_range(SLICES):
-                across += gl.load(met_ptr + at * SLICES + part)
-            dg += across * tl.exp2(total)
+            keys = k_tile.load(WIDE).to(gl.float32)
+            reads += gl.sum(keys * read, 1)
+            stored = gl.sum(keys * written, 1)
+            reads = gl.convert_layout(reads, gl.SliceLayout(0, PAIRS))
+            stored = gl.convert_layout(stored, gl.SliceLayout(0, PAIRS))
+            dg = gl.where(j[None, :] >= i[:, None], crossed + reads[None, :], stored[None, :])
+            dg = gl.sum(dg, 1) + across
             gl.store(dg_ptr + row + (start + i).to(gl.int64) * H_v, dg, mask=start + i < last)
-        write(dk_ptr, dk + written, 0, row, H_v, start, last)
-        start, last, at, key_row, row, key_at = (
-            next_start, next_last, next_at, next_key_row, next_row, next_key_at
-        )  # fmt: skip
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _between(prefix_ptr, row_norms_ptr, norms_ptr, i, j, KIND: gl.constexpr, NORMALIZE: gl.constexpr):
-    """[TOKENS, TOKENS]: the decay from token j to a later i, and both their lengths. Of earlier i it may be infinite."""
-    if KIND == TOKEN:
-        pairs = gl.exp2(gl.load(prefix_ptr + i)[:, None] - gl.load(prefix_ptr + j)[None, :])
-    else:
-        pairs = gl.full([TOKENS, TOKENS], 1.0, gl.float32, NARROW)
-    if NORMALIZE:
-        pairs *= gl.load(row_norms_ptr + i)[:, None] * gl.load(norms_ptr + j)[None, :]
-    return pairs
+        write(dk_ptr, dk + read + written, 0, row, H_v, start, last)
+        state = warpgroup_mma_wait(0, [state])
+        start = following
+        at += 1
+        key_at += 1
+    mbarrier.invalidate(tokens_here)
+    mbarrier.invalidate(dv_here)
+    mbarrier.invalidate(d_here)

@@ -70,7 +70,7 @@ class DeltaLaunches:
         bounds_chunks: whether it is known what passes chunks at most. bounds: of that.
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
-        state_chunks: of S at the starts of chunks, or D at their ends. met: of how these meet.
+        state_chunks: of S at the starts of chunks, or D at their ends.
         gates: of the parts of dg. totals: of the decays of chunks.
         operands: of keys that have their decays.
         gradient, gradient_dtype: of dq and dk per value head.
@@ -113,8 +113,6 @@ class DeltaLaunches:
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
-        slices = self.state_chunks[3] // p.states.columns
-        self.met = (*self.state_chunks[:3], slices, *((self._tile(K),) if kind == CHANNEL.value else ()))
         self.gates = (-(-K // p.keys.columns), B, T, H_v)
         self.per_channel = kind == CHANNEL.value
         self.bounded = self.per_channel and base_levels(self.operand) > 0
@@ -129,7 +127,6 @@ class DeltaLaunches:
             "scale": scale, "B": B, "T": T, "H": H, "H_v": H_v, "K": K, "V": V, "eps": NORM_EPS,
             "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
             "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
-            "SLICES": slices,
             "KIND": kind, "ERASES": erases, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
             "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.bounded, "UNBOUNDED": self.bounded,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,

@@ -365,7 +365,6 @@ def gradients(
     s_chunks, d_chunks = (x.v.new_empty(launches.state_chunks) for _ in range(2))
     _reverse(x, saved, d_o, launches.values, unread, dv, d_chunks, entering)
     operands = _sweep_operands(x, chunks, unread)
-    met = _fp32(x, launches.met) if launches.with_gate else unread
     launches.chunk_states(
         storing_ptr=operands["storing_ptr"],
         u_ptr=saved.u,
@@ -373,8 +372,6 @@ def gradients(
         **_gates(chunks.gates, unread),
         totals_ptr=operands["totals_ptr"],
         s_chunks_ptr=s_chunks,
-        d_chunks_ptr=d_chunks,
-        met_ptr=met,
         places_ptr=places_of(launches.plan, unread),
         entering_ptr=saved.entering,
     )
@@ -399,7 +396,6 @@ def gradients(
         "d_beta_ptr": d_beta,
         "s_chunks_ptr": s_chunks,
         "d_chunks_ptr": d_chunks,
-        "met_ptr": met,
         "places_ptr": chunks_of(launches.plan, unread),
     }
     dg: Tensor | None = None

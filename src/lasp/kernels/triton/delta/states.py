@@ -1,15 +1,10 @@
 # mypy: ignore-errors
-"""The states that enter a segment's chunks, made again from what its tokens wrote.
-
-And, of a gate whose gradient is wanted, how each meets the gradient of what leaves its chunk: <S, D>. Here S is in
-registers anyway; where gradients are put together its tile and D's would not fit there together.
-"""
+"""The states that enter a segment's chunks, made again from what its tokens wrote."""
 
 import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import load_chunk, place, rows_of, run_of, slots_of, store_chunk, view
-from lasp.kernels.triton.common.decays import CHANNEL
 from lasp.kernels.triton.delta.chunk import after_chunk, entering_state, lengths, state_decay, token_sums
 
 
@@ -22,8 +17,6 @@ def delta_states_kernel(
     suffix_ptr,  # likewise, and EXACT
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
     s_chunks_ptr,  # [B, H_v, chunks, ROWS, BK], written: S^T at the start of each chunk, rounded
-    d_chunks_ptr,  # likewise, read if GATE: D^T at the end of each chunk
-    met_ptr,  # fp32 [B, H_v, chunks, slices], written if GATE: <S, D>; if CHANNEL [.., BK], channel by channel
     places_ptr,  # int32 [segments, 7] if PACKED
     entering_ptr,  # fp32 [B, H_v, segments, K, V], or None for zero
     T,
@@ -41,7 +34,6 @@ def delta_states_kernel(
     KIND: tl.constexpr,
     EXACT: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    GATE: tl.constexpr,  # whether the gate's gradient is wanted
     WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
     STORES: tl.constexpr,  # whether descriptors write too
@@ -62,9 +54,6 @@ def delta_states_kernel(
     count = tl.cdiv(last - first, C)
     at = run * chunks + here.chunk
     s_chunks = view(s_chunks_ptr + at * (ROWS * BK), count * ROWS, BK, BK, BV, BK, STORES)
-    if GATE:
-        d_chunks = view(d_chunks_ptr + at * (ROWS * BK), count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
-        met_ptr += (at * slices + here.part) * (BK if KIND == CHANNEL else 1)
     norms_ptr += key_slot
     totals_ptr += at * K
 
@@ -76,12 +65,5 @@ def delta_states_kernel(
         _prefix, suffix, total = token_sums(prefix_ptr, suffix_ptr, at * C + c * C, KIND, C, EXACT)
         norms = lengths(norms_ptr, c * C, C, NORMALIZE)
         store_chunk(s_chunks, state.to(dtype), c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, STORES)
-        if GATE:
-            d_state = load_chunk(d_chunks, c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, DESCRIPTORS)
-            met = tl.sum(state * d_state.to(tl.float32), 0)
-            if KIND == CHANNEL:
-                tl.store(met_ptr + c * (slices * BK) + tl.arange(0, BK), met)
-            else:
-                tl.store(met_ptr + c * slices, tl.sum(met))
         decay = state_decay(totals_ptr, c, total, K, BK, KIND)
         state = after_chunk(state, u_t, keys, norms * tl.exp2(suffix), decay, PRECISION)

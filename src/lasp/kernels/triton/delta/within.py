@@ -114,6 +114,19 @@ def from_state_t(
 
 
 @triton.jit
+def passing(d_state, s_ptr, d_ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
+    """<S, D> channel by channel, [BK]: summed over V; S is read once more rather than kept."""
+    if V <= BV:
+        return tl.sum(_state_piece(s_ptr, 0, column, BV, BK, COLUMNS).to(tl.float32) * d_state.to(tl.float32), 0)
+    else:
+        met = tl.zeros((BK,), tl.float32)
+        for v in range(0, V, BV):
+            state = _state_piece(s_ptr, v, column, BV, BK, COLUMNS).to(tl.float32)
+            met += tl.sum(state * _state_piece(d_ptr, v, column, BV, BK, COLUMNS).to(tl.float32), 0)
+        return met
+
+
+@triton.jit
 def store_d_beta(d_beta_ptr, beta_ptr, m, start, last, H_v, C: tl.constexpr):
     """Store d_beta, found from dv u^T: u is beta times what was missing, dv beta times its gradient."""
     t = tl.arange(0, C)
