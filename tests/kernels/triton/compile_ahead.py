@@ -32,6 +32,7 @@ from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import lasp
 from lasp.exchange.peer.kernels import collect_kernel, fold_kernel, push_kernel
@@ -79,7 +80,8 @@ class Compilable(NamedTuple):
             for index, type_ in enumerate(self.signature.values())
             if type_.startswith("*")
         }
-        return ASTSource(fn=self.kernel, signature=self.signature, constexprs=self.constants, attrs=attributes)
+        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return source(fn=self.kernel, signature=self.signature, constexprs=self.constants, attrs=attributes)
 
 
 def target_of(name: str) -> GPUTarget:
@@ -191,7 +193,8 @@ def needs(kernel: Compilable, target: GPUTarget) -> dict[str, Any]:
     wide = " of wide heads" if kernel.constants.get("K", 0) > 128 else ""
     report = {"kernel": kernel.kernel.__name__ + wide, **kernel.options, "shared": compiled.metadata.shared}
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    products = [line for line in compiled.asm["ttir"].splitlines() if "tt.dot" in line]
+    written = compiled.asm["ttgir" if kernel.kernel.is_gluon() else "ttir"]
+    products = [line for line in written.splitlines() if re.search(r"tt\.dot|warp_group_dot ", line)]
     if target.backend == "cuda":  # whose matrix units take no fp32 as it is
         products = [line for line in products if not re.search(r"xf32> \*", line) or re.search("tf32|bf16x", line)]
     report["products"] = bool(products)

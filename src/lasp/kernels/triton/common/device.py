@@ -32,6 +32,11 @@ def ready_to_interpret() -> None:
     importlib.import_module("triton.experimental.gluon")
 
 
+def interprets() -> bool:
+    """Return whether kernels are interpreted, and not compiled."""
+    return not isinstance(load_chunk, triton.JITFunction)
+
+
 def device_limits(device: torch.device) -> DeviceLimits:
     """Return a GPU's limits; for the interpreter a few processors.
 
@@ -45,7 +50,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
             shared = getattr(properties, "shared_memory_per_block_optin", 65536)
             hopper = torch.version.hip is None and properties.major == 9
             _devices[device] = DeviceLimits(properties.multi_processor_count, shared, hopper)
-        elif not isinstance(load_chunk, triton.JITFunction):
+        elif interprets():
             ready_to_interpret()
             _devices[device] = INTERPRETED
         else:

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.program import CHUNK_PLACE, PLACE
 
 # Triton 3.7 calls it otherwise.
@@ -18,6 +19,11 @@ meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 TOKENS, WIDTH = gl.constexpr(64), gl.constexpr(128)
 # Of results of products with 64 columns, and of what is multiplied from registers.
 NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+# Results of products between tokens, of tokens and channels, and of values and channels, by eight warps.
+PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
+WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
+STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
+STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))
 PART, PARTS = gl.constexpr(64), gl.constexpr(2)  # channels that a program has at a time
 AS_LEFT = gl.constexpr(gl.DotOperandLayout(0, NARROW, 2))
 
@@ -46,9 +52,9 @@ def chunk_of(item, end, places_ptr, T, H, H_v, chunks, PACKED: gl.constexpr):
 
 
 @gluon.jit
-def segment_of(program, places_ptr, T, H_v, segment_chunks, PACKED: gl.constexpr):
-    """A segment's head, batch, first token and the one after its last, first chunk, and the index of its run's border
-    in [B or documents, H_v]; as in `place`."""
+def segment_of(program, places_ptr, T, H_v, segments, segment_chunks, PACKED: gl.constexpr):
+    """A segment's head, batch, first token and the one after its last, first chunk, the index of its run's border in
+    [B or documents, H_v], and whether it is the run's last; as in `place`."""
     head = program % H_v
     batch = (program // H_v).to(gl.int64)
     segment = gl.program_id(1)
@@ -58,12 +64,14 @@ def segment_of(program, places_ptr, T, H_v, segment_chunks, PACKED: gl.constexpr
         last = gl.load(entry + 1)
         chunk = gl.load(entry + 2)
         border = gl.load(entry + 3).to(gl.int64) * H_v + head
+        ends = gl.load(entry + 4) != 0
     else:
         first = segment * segment_chunks * TOKENS
         last = gl.minimum(first + segment_chunks * TOKENS, T)
         chunk = segment * segment_chunks
         border = batch * H_v + head
-    return head, batch, first, last, chunk, border
+        ends = segment == segments - 1
+    return head, batch, first, last, chunk, border, ends
 
 
 @gluon.jit
@@ -72,6 +80,20 @@ def tokens_view(ptr, row, heads, last, layout: gl.constexpr):
     return tma.make_tensor_descriptor(
         ptr + row * WIDTH, [last, WIDTH], [heads * WIDTH, 1], [TOKENS, WIDTH], layout
     )  # fmt: skip
+
+
+@gluon.jit
+def between_pairs(prefix_ptr, norms_ptr, k_norms_ptr, KIND: gl.constexpr, NORMALIZE: gl.constexpr):
+    """[TOKENS, TOKENS]: the decay from token j to a later i, and their lengths. Of an earlier i it may be infinite, so
+    what it is multiplied with is to be replaced."""
+    i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
+    j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
+    factors = gl.full([TOKENS, TOKENS], 1.0, gl.float32, PAIRS)
+    if KIND == TOKEN:
+        factors = gl.exp2(gl.load(prefix_ptr + i)[:, None] - gl.load(prefix_ptr + j)[None, :])
+    if NORMALIZE:
+        factors *= gl.load(norms_ptr + i)[:, None] * gl.load(k_norms_ptr + j)[None, :]
+    return factors
 
 
 @gluon.constexpr_function

@@ -85,8 +85,8 @@ def delta_hopper_gradients4_kernel(
     nothing = gl.zeros([TOKENS, PART], gl.float32, NARROW)
 
     part = gl.program_id(0) % PARTS
-    head, batch, start, last, chunk, border = segment_of(
-        gl.program_id(0) // PARTS, places_ptr, T, H_v, segment_chunks, PACKED
+    head, batch, start, last, chunk, border, _ = segment_of(
+        gl.program_id(0) // PARTS, places_ptr, T, H_v, segments, segment_chunks, PACKED
     )
     column = part * PART
     key_head = head // (H_v // H)

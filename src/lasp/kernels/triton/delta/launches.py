@@ -14,7 +14,7 @@ import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, gate_sums_kernel
-from lasp.kernels.triton.common.device import device_limits
+from lasp.kernels.triton.common.device import device_limits, interprets
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import base_levels
@@ -24,6 +24,7 @@ from lasp.kernels.triton.decay.scalar.launches import GATE_SUMS_HEADS, GATE_SUMS
 from lasp.kernels.triton.delta.channel_gradients import delta_channel_gradients_kernel
 from lasp.kernels.triton.delta.channel_operands import delta_channel_operands_kernel
 from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
+from lasp.kernels.triton.delta.gradient_sweep import delta_gradient_sweep_kernel
 from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
 from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
 from lasp.kernels.triton.delta.output import delta_output_kernel
@@ -66,6 +67,7 @@ class DeltaLaunches:
         with_gate: whether the gradient of the gate is wanted.
         from_zero: whether runs are whole and start from no state.
         erases: whether tokens read with a key of their own.
+        joined: whether states and gradients are made in one sweep.
         state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
         bounds_chunks: whether it is known what passes chunks at most. bounds: of that.
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
@@ -103,6 +105,7 @@ class DeltaLaunches:
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
+        self.joined = p.joined and not erases and not interprets()
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -205,6 +208,10 @@ class DeltaLaunches:
     def _state_sweep(self, kernel: Any, tiles: Tiles, **own: Any) -> Launch:
         """A sweep that writes the states of chunks, or their gradients: all their rows."""
         return self._sweep(kernel, self.state_chunks[3] // tiles.columns, tiles, **own)
+
+    @cached_property
+    def gradient_sweep(self) -> Launch:
+        return self._sweep(delta_gradient_sweep_kernel, 1, Tiles(self.state[3], WIDE_WARPS, 1))
 
     @cached_property
     def gradients(self) -> Launch:

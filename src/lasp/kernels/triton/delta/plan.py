@@ -41,6 +41,7 @@ class DeltaPlan(NamedTuple):
         operands: of what such gates make of chunks before any sweep.
         exact: whether decays between tokens are summed pair by pair.
         descriptors: whether chunks are read by tensor descriptors.
+        joined: whether heads are of the size that one sweep for Hopper makes states and gradients of.
         stores: whether sweeps then also write by them.
         precision: of products of fp32 operands.
         solve_precision: of those that invert chunks, and of those that carry states over segments.
@@ -62,6 +63,7 @@ class DeltaPlan(NamedTuple):
     operands: Tiles
     exact: bool
     descriptors: bool
+    joined: bool
     stores: bool
     precision: str
     solve_precision: str
@@ -135,6 +137,7 @@ def delta_plan(
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     three = "tf32x3" if most > 1 else "ieee"
+    descriptors = aligned and not exact and length >= DESCRIPTOR_CHUNKS
     return DeltaPlan(
         chunk=chunk,
         segment_chunks=length,
@@ -151,7 +154,8 @@ def delta_plan(
         # The next channels' loads are on their way meanwhile.
         operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 2 if hopper and not exact else 1),
         exact=exact,
-        descriptors=aligned and not exact and length >= DESCRIPTOR_CHUNKS,
+        descriptors=descriptors,
+        joined=hopper and descriptors and not per_channel and K == V == 128,
         stores=hopper,  # for Blackwell, loops of several stages that write so do not compile
         precision="ieee",
         solve_precision="ieee" if exact else three,

@@ -361,10 +361,65 @@ def gradients(
     if added is not None and not launches.plan.whole:
         assert saved.moves is not None
         entering, _ = scanned(x, added, saved.moves, d_state_out, leaves=False, reverse=True)
-    dv = torch.empty_like(x.v)
-    s_chunks, d_chunks = (x.v.new_empty(launches.state_chunks) for _ in range(2))
+    dv, d_chunks = torch.empty_like(x.v), x.v.new_empty(launches.state_chunks)
     _reverse(x, saved, d_o, launches.values, unread, dv, d_chunks, entering)
-    operands = _sweep_operands(x, chunks, unread)
+    dq, dk, *erasing = (
+        x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype) for _ in range(3 if launches.erases else 2)
+    )
+    d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
+    shared = {
+        "q_ptr": x.q,
+        "k_ptr": x.k,
+        "do_ptr": d_o,
+        "u_ptr": saved.u,
+        "dv_ptr": dv,
+        "q_norms_ptr": given(q_norms, unread),
+        "k_norms_ptr": given(chunks.k_norms, unread),
+        "beta_ptr": chunks.betas,
+        "dq_ptr": dq,
+        "dk_ptr": dk,
+        "d_beta_ptr": d_beta,
+        "d_chunks_ptr": d_chunks,
+    }
+    dg: Tensor | None = None
+    if launches.joined:
+        dg = _fp32(x, tuple(x.beta.shape)) if launches.with_gate else None
+        launches.gradient_sweep(
+            **shared,
+            prefix_ptr=chunks.gates[0] if chunks.gates else unread,
+            dg_ptr=given(dg, unread),
+            places_ptr=places_of(launches.plan, unread),
+            entering_ptr=saved.entering,
+        )
+    else:
+        s_chunks = _chunk_states(x, saved)
+        shared |= {
+            "r_ptr": x.reading,
+            "dr_ptr": erasing[0] if erasing else dk,
+            "g_ptr": given(x.g, unread),
+            "s_chunks_ptr": s_chunks,
+            "places_ptr": chunks_of(launches.plan, unread),
+        }
+        if chunks.channels is not None:
+            dg = _fp32(x, launches.operands) if launches.with_gate else None
+            own = {"intervals_ptr": _intervals(x), "unbounded_ptr": chunks.channels.unbounded}
+            for bounded in (True, False) if launches.bounded else (False,):
+                launches.channel_gradients(bounded=bounded)(**shared, **own, dg_ptr=given(dg, unread))
+        else:
+            parts = _fp32(x, launches.gates) if launches.with_gate else unread
+            launches.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
+            if launches.with_gate:
+                dg = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    if launches.summed:
+        dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
+        erasing = [_summed(x, x.reading, dr, None) for dr in erasing]
+    return dq, dk, dv, d_beta, dg, *erasing
+
+
+def _chunk_states(x: DeltaRun, saved: DeltaSaved) -> Tensor:
+    """S at the start of every chunk, transposed."""
+    launches, chunks, unread = x.launches, saved.chunks, saved.leaving
+    s_chunks, operands = x.v.new_empty(launches.state_chunks), _sweep_operands(x, chunks, unread)
     launches.chunk_states(
         storing_ptr=operands["storing_ptr"],
         u_ptr=saved.u,
@@ -375,44 +430,7 @@ def gradients(
         places_ptr=places_of(launches.plan, unread),
         entering_ptr=saved.entering,
     )
-    dq, dk, *erasing = (
-        x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype) for _ in range(3 if launches.erases else 2)
-    )
-    d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
-    shared = {
-        "q_ptr": x.q,
-        "k_ptr": x.k,
-        "r_ptr": x.reading,
-        "do_ptr": d_o,
-        "u_ptr": saved.u,
-        "dv_ptr": dv,
-        "g_ptr": given(x.g, unread),
-        "q_norms_ptr": given(q_norms, unread),
-        "k_norms_ptr": given(chunks.k_norms, unread),
-        "beta_ptr": chunks.betas,
-        "dq_ptr": dq,
-        "dk_ptr": dk,
-        "dr_ptr": erasing[0] if erasing else dk,
-        "d_beta_ptr": d_beta,
-        "s_chunks_ptr": s_chunks,
-        "d_chunks_ptr": d_chunks,
-        "places_ptr": chunks_of(launches.plan, unread),
-    }
-    dg: Tensor | None = None
-    if chunks.channels is not None:
-        dg = _fp32(x, launches.operands) if launches.with_gate else None
-        own = {"intervals_ptr": _intervals(x), "unbounded_ptr": chunks.channels.unbounded, "dg_ptr": given(dg, unread)}
-        for bounded in (True, False) if launches.bounded else (False,):
-            launches.channel_gradients(bounded=bounded)(**shared, **own)
-    else:
-        parts = _fp32(x, launches.gates) if launches.with_gate else unread
-        launches.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
-        if launches.with_gate:
-            dg = parts[0] if parts.shape[0] == 1 else parts.sum(0)
-    if launches.summed:
-        dq, dk = _summed(x, x.q, dq, q_norms), _summed(x, x.k, dk, chunks.k_norms)
-        erasing = [_summed(x, x.reading, dr, None) for dr in erasing]
-    return dq, dk, dv, d_beta, dg, *erasing
+    return s_chunks
 
 
 def _summed(x: DeltaRun, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:

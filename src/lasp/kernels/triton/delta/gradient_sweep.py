@@ -20,25 +20,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.delta.hopper import (
+    PAIRS,
+    STATE,
+    STATE_LEFT,
     TOKENS,
+    WIDE,
     WIDTH,
     afresh,
+    between_pairs,
     meet,
     segment_of,
     tokens_view,
     write,
 )
 
-# Results of products between tokens, of tokens and channels, and of values and channels.
-PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
-WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
-STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
 PAIRS_LEFT = gl.constexpr(gl.DotOperandLayout(0, PAIRS, 2))
-STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))
 
 
 @gluon.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
-def delta_hopper_gradients_kernel(
+def delta_gradient_sweep_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     do_ptr,  # [B, T, H_v, V]
@@ -88,8 +88,8 @@ def delta_hopper_gradients_kernel(
     no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, PAIRS)
     nothing = gl.zeros([TOKENS, WIDTH], gl.float32, WIDE)
 
-    head, batch, start, last, chunk, border = segment_of(
-        gl.program_id(0), places_ptr, T, H_v, segment_chunks, PACKED
+    head, batch, start, last, chunk, border, _ = segment_of(
+        gl.program_id(0), places_ptr, T, H_v, segments, segment_chunks, PACKED
     )  # fmt: skip
     key_head = head // (H_v // H)
     key_row = batch * T * H + key_head
@@ -157,9 +157,6 @@ def delta_hopper_gradients_kernel(
             total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
             from_start = gl.exp2(prefix)
             to_end = gl.exp2(total - prefix)
-            decay = gl.exp2(
-                gl.load(prefix_ptr + at * TOKENS + i)[:, None] - gl.load(prefix_ptr + at * TOKENS + j)[None, :]
-            )
         q_read = from_start * scale
         k_read = from_start
         if NORMALIZE:
@@ -167,16 +164,11 @@ def delta_hopper_gradients_kernel(
             q_read *= gl.load(q_norms_ptr + key_at * TOKENS + token)
             k_read *= k_norms
             to_end *= k_norms
-            norms = gl.load(k_norms_ptr + key_at * TOKENS + j)[None, :]
         if GATE:
             z, dq, scores = warpgroup_mma_wait(0, [z, dq, scores])
         else:
             z, dq = warpgroup_mma_wait(0, [z, dq])
-        # Of earlier i a decay may be infinite: it is replaced, not multiplied.
-        if KIND == TOKEN:
-            z *= decay
-        if NORMALIZE:
-            z *= gl.load(q_norms_ptr + key_at * TOKENS + i)[:, None] * norms
+        z *= between_pairs(prefix_ptr + at * TOKENS, q_norms_ptr + key_at * TOKENS, k_norms_ptr + key_at * TOKENS, KIND, NORMALIZE)
         z = gl.where(i[:, None] >= j[None, :], z * scale, 0.0)
         if GATE:
             # w, [i, j]: what i reads from an earlier j.
@@ -204,10 +196,7 @@ def delta_hopper_gradients_kernel(
         beta = gl.load(beta_ptr + at * TOKENS + i)
         d_beta = gl.sum(gl.where(i[:, None] == j[None, :], m, 0.0), 1) / beta / beta
         gl.store(d_beta_ptr + row + (start + i).to(gl.int64) * H_v, d_beta, mask=start + i < last)
-        if KIND == TOKEN:
-            m *= decay
-        if NORMALIZE:
-            m *= gl.load(k_norms_ptr + key_at * TOKENS + i)[:, None] * norms
+        m *= between_pairs(prefix_ptr + at * TOKENS, k_norms_ptr + key_at * TOKENS, k_norms_ptr + key_at * TOKENS, KIND, NORMALIZE)
         m = gl.where(i[:, None] > j[None, :], -m, 0.0)
         m_tiles.index(0).store(m.to(dtype))
         if GATE:
