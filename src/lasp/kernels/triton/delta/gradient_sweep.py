@@ -10,6 +10,7 @@ flight together. What lies between tokens is made once: its transpose is read fr
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -24,9 +25,11 @@ from lasp.kernels.triton.delta.hopper import (
     STATE,
     STATE_LEFT,
     TOKENS,
+    VECTOR,
     WIDE,
     WIDTH,
     afresh,
+    ask_vector,
     between_pairs,
     meet,
     segment_of,
@@ -34,6 +37,8 @@ from lasp.kernels.triton.delta.hopper import (
     write,
 )
 
+# Sums over rows, each of what either half of the warps has; in shared memory.
+READS, STORED, D_BETA, D_GATE, ACROSS, SUMS = (gl.constexpr(n) for n in (0, 1, 2, 3, 4, 16))
 PAIRS_LEFT = gl.constexpr(gl.DotOperandLayout(0, PAIRS, 2))
 
 
@@ -80,11 +85,14 @@ def delta_gradient_sweep_kernel(
     dv_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)
     s_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, WIDTH], layout)  # S^T
     d_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, WIDTH], layout)  # D^T
-    z_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)  # z, then w
-    m_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
+    z_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
+    m_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)  # m, then sums
+    prefixes = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
+    betas = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
+    q_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
+    k_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
     i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
-    token = gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
     no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, PAIRS)
     nothing = gl.zeros([TOKENS, WIDTH], gl.float32, WIDE)
 
@@ -130,9 +138,18 @@ def delta_gradient_sweep_kernel(
     tma.async_copy_global_to_shared(dv_view, [start, 0], dv_here, dv_tiles.index(0), start < last)
     mbarrier.expect(d_here, 2 * bytes, start < last)
     tma.async_copy_global_to_shared(d_view, [0, 0], d_here, d_tiles.index(0), start < last)
+    ask_vector(betas.index(0), beta_ptr + at * TOKENS, start < last)
+    if KIND == TOKEN:
+        ask_vector(prefixes.index(0), prefix_ptr + at * TOKENS, start < last)
+    if NORMALIZE:
+        ask_vector(q_lengths.index(0), q_norms_ptr + key_at * TOKENS, start < last)
+        ask_vector(k_lengths.index(0), k_norms_ptr + key_at * TOKENS, start < last)
+    async_copy.commit_group()
+    sums = m_tiles._reinterpret(gl.float32, [SUMS, 2, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for c in range(count):
         s_tiles.index(0).store(state.to(dtype))
         fence_async_shared()
+        async_copy.wait_group(0)
         mbarrier.wait(tokens_here, c & 1)
         meet()
         following = start + TOKENS
@@ -142,6 +159,17 @@ def delta_gradient_sweep_kernel(
         tma.async_copy_global_to_shared(u_view, [following, 0], tokens_here, u_tiles.index(ahead), following < last)
         tma.async_copy_global_to_shared(q_view, [following, 0], tokens_here, q_tiles.index(ahead), following < last)
         tma.async_copy_global_to_shared(k_view, [following, 0], tokens_here, k_tiles.index(ahead), following < last)
+        ask_vector(betas.index(ahead), beta_ptr + (at + 1) * TOKENS, following < last)
+        if KIND == TOKEN:
+            ask_vector(prefixes.index(ahead), prefix_ptr + (at + 1) * TOKENS, following < last)
+        if NORMALIZE:
+            ask_vector(q_lengths.index(ahead), q_norms_ptr + (key_at + 1) * TOKENS, following < last)
+            ask_vector(k_lengths.index(ahead), k_norms_ptr + (key_at + 1) * TOKENS, following < last)
+        async_copy.commit_group()
+        prefix, beta = prefixes.index(c & 1), betas.index(c & 1)
+        q_norms, k_norms = q_lengths.index(c & 1), k_lengths.index(c & 1)
+        if c > 0:
+            _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
         here, only = afresh(c & 1), afresh(0)
         u_tile, do_tile, q_tile, k_tile = u_tiles.index(here), do_tiles.index(here), q_tiles.index(here), k_tiles.index(here)
         s_tile = s_tiles.index(only)
@@ -153,22 +181,21 @@ def delta_gradient_sweep_kernel(
         to_end = from_start
         total = 0.0
         if KIND == TOKEN:
-            prefix = gl.load(prefix_ptr + at * TOKENS + token)
             total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
-            from_start = gl.exp2(prefix)
-            to_end = gl.exp2(total - prefix)
+            from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
+            to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
         q_read = from_start * scale
         k_read = from_start
         if NORMALIZE:
-            k_norms = gl.load(k_norms_ptr + key_at * TOKENS + token)
-            q_read *= gl.load(q_norms_ptr + key_at * TOKENS + token)
-            k_read *= k_norms
-            to_end *= k_norms
+            lengths = k_norms.load(gl.SliceLayout(1, WIDE))
+            q_read *= q_norms.load(gl.SliceLayout(1, WIDE))
+            k_read *= lengths
+            to_end *= lengths
         if GATE:
             z, dq, scores = warpgroup_mma_wait(0, [z, dq, scores])
         else:
             z, dq = warpgroup_mma_wait(0, [z, dq])
-        z *= between_pairs(prefix_ptr + at * TOKENS, q_norms_ptr + key_at * TOKENS, k_norms_ptr + key_at * TOKENS, KIND, NORMALIZE)
+        z *= between_pairs(prefix, q_norms, k_norms, KIND, NORMALIZE)
         z = gl.where(i[:, None] >= j[None, :], z * scale, 0.0)
         if GATE:
             # w, [i, j]: what i reads from an earlier j.
@@ -176,7 +203,7 @@ def delta_gradient_sweep_kernel(
         z_tiles.index(0).store(z.to(dtype))
         dq *= q_read[:, None]
         if GATE:
-            reads = gl.sum(q_tile.load(WIDE).to(gl.float32) * dq, 1)
+            reads = _sums(q_tile.load(WIDE).to(gl.float32) * dq)
         fence_async_shared()
         mbarrier.wait(dv_here, c & 1)
         meet()
@@ -193,21 +220,22 @@ def delta_gradient_sweep_kernel(
             dq, dk, m = warpgroup_mma_wait(0, [dq, dk, m])
         write(dq_ptr, dq, 0, row, H_v, start, last)
         # u is beta times what was missing, dv beta times its gradient.
-        beta = gl.load(beta_ptr + at * TOKENS + i)
-        d_beta = gl.sum(gl.where(i[:, None] == j[None, :], m, 0.0), 1) / beta / beta
-        gl.store(d_beta_ptr + row + (start + i).to(gl.int64) * H_v, d_beta, mask=start + i < last)
-        m *= between_pairs(prefix_ptr + at * TOKENS, k_norms_ptr + key_at * TOKENS, k_norms_ptr + key_at * TOKENS, KIND, NORMALIZE)
+        strength = beta.load(gl.SliceLayout(1, PAIRS))
+        d_beta = _sums(gl.where(i[:, None] == j[None, :], m / (strength * strength)[:, None], 0.0))
+        m *= between_pairs(prefix, k_norms, k_norms, KIND, NORMALIZE)
         m = gl.where(i[:, None] > j[None, :], -m, 0.0)
         m_tiles.index(0).store(m.to(dtype))
         if GATE:
             crossing += m * scores
-            z_tiles.index(0).store(crossing.to(dtype))
+            # In the place of `do`, which is done with.
+            w_tiles = do_tiles.index(c & 1)._reinterpret(dtype, [2, TOKENS, TOKENS], layout)
+            w_tiles.index(0).store(crossing.to(dtype))
         fence_async_shared()
         mbarrier.wait(d_here, c & 1)
         meet()
         here, only = afresh(c & 1), afresh(0)
         u_tile, k_tile, dv_tile, s_tile = u_tiles.index(here), k_tiles.index(here), dv_tiles.index(only), s_tiles.index(only)
-        z_tile, m_tile, d_tile = z_tiles.index(only), m_tiles.index(only), d_tiles.index(only)
+        m_tile, d_tile = m_tiles.index(only), d_tiles.index(only)
         read = warpgroup_mma(dv_tile, s_tile, nothing, use_acc=False, is_async=True)
         dk = warpgroup_mma(m_tile, k_tile, dk, is_async=True)
         dk = warpgroup_mma(m_tile.permute((1, 0)), k_tile, dk, is_async=True)
@@ -215,10 +243,11 @@ def delta_gradient_sweep_kernel(
         if GATE:
             t = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS_LEFT))[:, None]
             before = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS_LEFT))[None, :]
+            w_tile = do_tiles.index(here)._reinterpret(dtype, [2, TOKENS, TOKENS], layout).index(0)
             crossed = warpgroup_mma(
-                (before < t).to(dtype), z_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
+                (before < t).to(dtype), w_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
             )
-            across = gl.sum(gl.sum(state * d_tile.load(STATE).to(gl.float32), 1), 0) * gl.exp2(total)
+            across = gl.sum(state * d_tile.load(STATE).to(gl.float32), 1) * gl.exp2(total)
             read, dk, written, crossed = warpgroup_mma_wait(0, [read, dk, written, crossed])
         else:
             read, dk, written = warpgroup_mma_wait(0, [read, dk, written])
@@ -228,7 +257,11 @@ def delta_gradient_sweep_kernel(
         mbarrier.expect(d_here, 2 * bytes, following < last)
         tma.async_copy_global_to_shared(d_view, [(c + 1) * WIDTH, 0], d_here, d_tiles.index(0), following < last)
         # Rounded before it decays, as forward had it.
-        u_to_end = gl.convert_layout(to_end, gl.SliceLayout(0, STATE_LEFT))
+        u_to_end = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(0, STATE_LEFT))
+        if KIND == TOKEN:
+            u_to_end = gl.exp2(total - prefix.load(gl.SliceLayout(0, STATE_LEFT)))
+        if NORMALIZE:
+            u_to_end *= k_norms.load(gl.SliceLayout(0, STATE_LEFT))
         weighted = (u_tile.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * u_to_end[None, :]).to(dtype)
         state *= gl.exp2(total)
         state = warpgroup_mma(weighted, k_tile, state, is_async=True)
@@ -236,18 +269,55 @@ def delta_gradient_sweep_kernel(
         written *= to_end[:, None]
         if GATE:
             keys = k_tile.load(WIDE).to(gl.float32)
-            reads += gl.sum(keys * read, 1)
-            stored = gl.sum(keys * written, 1)
-            reads = gl.convert_layout(reads, gl.SliceLayout(0, PAIRS))
-            stored = gl.convert_layout(stored, gl.SliceLayout(0, PAIRS))
-            dg = gl.where(j[None, :] >= i[:, None], crossed + reads[None, :], stored[None, :])
-            dg = gl.sum(dg, 1) + across
-            gl.store(dg_ptr + row + (start + i).to(gl.int64) * H_v, dg, mask=start + i < last)
+            _keep(sums, READS, reads + _sums(keys * read))
+            _keep(sums, STORED, _sums(keys * written))
+            sums.index(ACROSS).store(across.reshape([2, TOKENS]))
+        _keep(sums, D_BETA, d_beta)
         write(dk_ptr, dk + read + written, 0, row, H_v, start, last)
+        if GATE:
+            meet()
+            column: gl.constexpr = gl.SliceLayout(0, PAIRS)
+            reads = _whole(sums, READS, column)
+            stored = _whole(sums, STORED, column)
+            dg = gl.where(j[None, :] >= i[:, None], crossed + reads[None, :], stored[None, :])
+            _keep(sums, D_GATE, _sums(dg))
         state = warpgroup_mma_wait(0, [state])
         start = following
         at += 1
         key_at += 1
+    if count > 0:
+        meet()
+        _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
     mbarrier.invalidate(tokens_here)
     mbarrier.invalidate(dv_here)
     mbarrier.invalidate(d_here)
+
+
+@gluon.jit
+def _sums(tile):
+    """[TOKENS, 2]: sums of the rows of a tile, of either half of its columns; what lies in one warp."""
+    return gl.sum(tile.reshape([TOKENS, 2, tile.shape[1] // 2]), 2)
+
+
+@gluon.jit
+def _keep(sums, which: gl.constexpr, found):
+    sums.index(which).permute((1, 0)).store(found)
+
+
+@gluon.jit
+def _whole(sums, which: gl.constexpr, layout: gl.constexpr):
+    """[TOKENS]: what `_keep` kept, of both halves."""
+    halves = sums._reinterpret(gl.float32, [2 * SUMS, TOKENS], VECTOR)
+    return halves.index(2 * which).load(layout) + halves.index(2 * which + 1).load(layout)
+
+
+@gluon.jit
+def _store_sums(sums, d_beta_ptr, dg_ptr, H_v, start, last, GATE: gl.constexpr):
+    """Store the gradients of beta and of the gate from the sums of a chunk."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    t = start + gl.arange(0, TOKENS, layout)
+    gl.store(d_beta_ptr + t.to(gl.int64) * H_v, _whole(sums, D_BETA, layout), mask=t < last)
+    if GATE:
+        across = sums.index(ACROSS).load(gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0]))
+        across = gl.sum(gl.sum(across, 1), 0)
+        gl.store(dg_ptr + t.to(gl.int64) * H_v, _whole(sums, D_GATE, layout) + across, mask=t < last)

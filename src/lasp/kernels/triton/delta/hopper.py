@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from lasp.kernels.triton.common.decays import TOKEN
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import CHUNK_PLACE, PLACE
 
 # Triton 3.7 calls it otherwise.
@@ -24,6 +24,7 @@ PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
 STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
 STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a number a token, in shared memory
 PART, PARTS = gl.constexpr(64), gl.constexpr(2)  # channels that a program has at a time
 AS_LEFT = gl.constexpr(gl.DotOperandLayout(0, NARROW, 2))
 
@@ -83,16 +84,33 @@ def tokens_view(ptr, row, heads, last, layout: gl.constexpr):
 
 
 @gluon.jit
-def between_pairs(prefix_ptr, norms_ptr, k_norms_ptr, KIND: gl.constexpr, NORMALIZE: gl.constexpr):
+def ask_vector(tile, ptr, wanted):
+    """Ask for numbers, fp32, as of each token of a chunk."""
+    t = gl.arange(0, tile.shape[0], gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    async_copy.async_copy_global_to_shared(tile, ptr + t, mask=(t < tile.shape[0]) & wanted)
+
+
+@gluon.jit
+def between_pairs(prefix, norms, k_norms, KIND: gl.constexpr, NORMALIZE: gl.constexpr):
     """[TOKENS, TOKENS]: the decay from token j to a later i, and their lengths. Of an earlier i it may be infinite, so
-    what it is multiplied with is to be replaced."""
-    i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
-    j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
+    what it is multiplied with is to be replaced. All three are in shared memory."""
     factors = gl.full([TOKENS, TOKENS], 1.0, gl.float32, PAIRS)
     if KIND == TOKEN:
-        factors = gl.exp2(gl.load(prefix_ptr + i)[:, None] - gl.load(prefix_ptr + j)[None, :])
+        rows = prefix.load(gl.SliceLayout(1, PAIRS))
+        factors = gl.exp2(rows[:, None] - prefix.load(gl.SliceLayout(0, PAIRS))[None, :])
     if NORMALIZE:
-        factors *= gl.load(norms_ptr + i)[:, None] * gl.load(k_norms_ptr + j)[None, :]
+        factors *= norms.load(gl.SliceLayout(1, PAIRS))[:, None] * k_norms.load(gl.SliceLayout(0, PAIRS))[None, :]
+    return factors
+
+
+@gluon.jit
+def reading_factors(prefix, norms, scale, KIND: gl.constexpr, NORMALIZE: gl.constexpr, layout: gl.constexpr):
+    """[TOKENS]: decays from the chunk's start to its tokens, times their lengths and `scale`."""
+    factors = gl.full([TOKENS], 1.0, gl.float32, layout) * scale
+    if KIND == TOKEN:
+        factors *= gl.exp2(prefix.load(layout))
+    if NORMALIZE and KIND != CHANNEL:
+        factors *= norms.load(layout)
     return factors
 
 

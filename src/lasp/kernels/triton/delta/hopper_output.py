@@ -8,6 +8,7 @@ those with u.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -22,9 +23,11 @@ from lasp.kernels.triton.delta.hopper import (
     STATE,
     STATE_LEFT,
     TOKENS,
+    VECTOR,
     WIDE,
     WIDTH,
     afresh,
+    ask_vector,
     between_pairs,
     meet,
     segment_of,
@@ -81,9 +84,13 @@ def delta_hopper_output_kernel(
     s_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, WIDTH], layout)  # S^T
     w_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)  # beta W, then o
     u_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)
+    prefixes = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
+    betas = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
+    q_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
+    k_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
+    decays = gl.allocate_shared_memory(gl.float32, [2, WIDTH], VECTOR)
     i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
-    token = gl.arange(0, TOKENS, gl.SliceLayout(1, WIDE))
     r = gl.arange(0, WIDTH, gl.SliceLayout(1, STATE))
     d = gl.arange(0, WIDTH, gl.SliceLayout(0, STATE))
     no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, PAIRS)
@@ -127,10 +134,20 @@ def delta_hopper_output_kernel(
         )
         tma.async_copy_global_to_shared(r_view, [start, 0], here, r_tiles.index(0), start < last)
         tma.async_copy_global_to_shared(p_view, [0, 0], here, p_tiles.index(0), start < last)
+    ask_vector(betas.index(0), beta_ptr + at * TOKENS, start < last)
+    if KIND == CHANNEL:
+        ask_vector(decays.index(0), totals_ptr + at * WIDTH, start < last)
+    if KIND == TOKEN:
+        ask_vector(prefixes.index(0), prefix_ptr + at * TOKENS, start < last)
+    if NORMALIZE:
+        ask_vector(q_lengths.index(0), q_norms_ptr + key_at * TOKENS, start < last)
+        ask_vector(k_lengths.index(0), k_norms_ptr + key_at * TOKENS, start < last)
+    async_copy.commit_group()
     for c in range(count):
         s_tiles.index(0).store(state.to(dtype))
         fence_async_shared()
         tma.store_wait(0)
+        async_copy.wait_group(0)
         mbarrier.wait(here, c & 1)
         meet()
         following = start + TOKENS
@@ -140,6 +157,17 @@ def delta_hopper_output_kernel(
         tma.async_copy_global_to_shared(k_view, [following, 0], here, k_tiles.index(ahead), following < last)
         tma.async_copy_global_to_shared(v_view, [following, 0], here, v_tiles.index(ahead), following < last)
         tma.async_copy_global_to_shared(a_view, [(c + 1) * TOKENS, 0], here, a_tiles.index(ahead), following < last)
+        ask_vector(betas.index(ahead), beta_ptr + (at + 1) * TOKENS, following < last)
+        if KIND == CHANNEL:
+            ask_vector(decays.index(ahead), totals_ptr + (at + 1) * WIDTH, following < last)
+        if KIND == TOKEN:
+            ask_vector(prefixes.index(ahead), prefix_ptr + (at + 1) * TOKENS, following < last)
+        if NORMALIZE:
+            ask_vector(q_lengths.index(ahead), q_norms_ptr + (key_at + 1) * TOKENS, following < last)
+            ask_vector(k_lengths.index(ahead), k_norms_ptr + (key_at + 1) * TOKENS, following < last)
+        async_copy.commit_group()
+        prefix, beta = prefixes.index(c & 1), betas.index(c & 1).load(gl.SliceLayout(1, WIDE))
+        q_norms, k_norms = q_lengths.index(c & 1), k_lengths.index(c & 1)
         place, only = afresh(c & 1), afresh(0)
         q_tile, k_tile, s_tile = q_tiles.index(place), k_tiles.index(place), s_tiles.index(only)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
@@ -150,8 +178,7 @@ def delta_hopper_output_kernel(
             tma.async_copy_global_to_shared(p_view, [(c + 1) * TOKENS, 0], here, p_tiles.index(ahead), following < last)
             read = warpgroup_mma(r_tiles.index(place), s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
             out = warpgroup_mma(q_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            decay = gl.exp2(gl.load(totals_ptr + at * WIDTH + d))
-            beta = gl.load(beta_ptr + at * TOKENS + token)
+            decay = gl.exp2(decays.index(c & 1).load(gl.SliceLayout(0, STATE)))
             read, out = warpgroup_mma_wait(0, [read, out])
         else:
             scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
@@ -159,21 +186,17 @@ def delta_hopper_output_kernel(
             out = warpgroup_mma(q_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
             decay = 1.0
             if KIND == TOKEN:
-                prefix = gl.load(prefix_ptr + at * TOKENS + token)
                 total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
                 decay = gl.exp2(total)
-                from_start = gl.exp2(prefix)
-                to_end = gl.exp2(total - prefix)
+                from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
+                to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
             q_read = from_start * scale
             if NORMALIZE:
-                k_norms = gl.load(k_norms_ptr + key_at * TOKENS + token)
-                q_read *= gl.load(q_norms_ptr + key_at * TOKENS + token)
-                from_start *= k_norms
-                to_end *= k_norms
-            beta = gl.load(beta_ptr + at * TOKENS + token)
-            pairs = between_pairs(
-                prefix_ptr + at * TOKENS, q_norms_ptr + key_at * TOKENS, k_norms_ptr + key_at * TOKENS, KIND, NORMALIZE
-            )
+                lengths = k_norms.load(gl.SliceLayout(1, WIDE))
+                q_read *= q_norms.load(gl.SliceLayout(1, WIDE))
+                from_start *= lengths
+                to_end *= lengths
+            pairs = between_pairs(prefix, q_norms, k_norms, KIND, NORMALIZE)
             scores, read, out = warpgroup_mma_wait(0, [scores, read, out])
             scores = gl.where(i[:, None] >= j[None, :], scores * (pairs * scale), 0.0)
             p_tiles.index(0).store(scores.to(dtype))
@@ -195,7 +218,11 @@ def delta_hopper_output_kernel(
         p_tile = p_tiles.index(place if KIND == CHANNEL else only)
         out = warpgroup_mma(p_tile, u_tile, out, is_async=True)
         # Rounded before it decays, as backward will have it.
-        u_to_end = gl.convert_layout(to_end, gl.SliceLayout(0, STATE_LEFT))
+        u_to_end = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(0, STATE_LEFT))
+        if KIND == TOKEN:
+            u_to_end = gl.exp2(total - prefix.load(gl.SliceLayout(0, STATE_LEFT)))
+        if NORMALIZE and KIND != CHANNEL:
+            u_to_end *= k_norms.load(gl.SliceLayout(0, STATE_LEFT))
         weighted = (u_tile.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * u_to_end[None, :]).to(dtype)
         if KIND == CHANNEL:
             state *= decay[None, :]
