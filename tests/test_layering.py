@@ -187,7 +187,9 @@ def too_wide(path: Path, tree: ast.AST) -> list[str]:
 
 def is_kernel(node: ast.FunctionDef) -> bool:
     """True if a function is one that is launched, not one that kernels call."""
-    return node.name.endswith("_kernel") and any("triton.jit" in ast.unparse(mark) for mark in node.decorator_list)
+    return node.name.endswith("_kernel") and any(
+        re.search(r"(triton|gluon)\.jit", ast.unparse(mark)) for mark in node.decorator_list
+    )
 
 
 def test_calls_and_definitions_are_narrow():
@@ -205,7 +207,8 @@ def test_a_wide_call_is_seen():
 
 def wrongly_untyped(text: str) -> bool:
     """True if mypy leaves a file out that holds no kernel, or looks into one that does."""
-    return ("# mypy: ignore-errors" in text) != ("import triton.language as tl" in text)
+    languages = ("import triton.language as tl", "from triton.experimental.gluon import language as gl")
+    return ("# mypy: ignore-errors" in text) != any(language in text for language in languages)
 
 
 def test_only_kernels_are_untyped():

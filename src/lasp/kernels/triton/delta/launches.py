@@ -24,8 +24,11 @@ from lasp.kernels.triton.decay.scalar.launches import GATE_SUMS_HEADS, GATE_SUMS
 from lasp.kernels.triton.delta.channel_gradients import delta_channel_gradients_kernel
 from lasp.kernels.triton.delta.channel_operands import delta_channel_operands_kernel
 from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
-from lasp.kernels.triton.delta.gradient_sweep import delta_gradient_sweep_kernel
 from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
+from lasp.kernels.triton.delta.hopper.gradients import delta_hopper_gradients_kernel
+from lasp.kernels.triton.delta.hopper.output import delta_hopper_output_kernel
+from lasp.kernels.triton.delta.hopper.reverse import delta_hopper_reverse_kernel
+from lasp.kernels.triton.delta.hopper.summary import SLICES, delta_hopper_summary_kernel
 from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
 from lasp.kernels.triton.delta.output import delta_output_kernel
 from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
@@ -67,6 +70,7 @@ class DeltaLaunches:
         with_gate: whether the gradient of the gate is wanted.
         from_zero: whether runs are whole and start from no state.
         erases: whether tokens read with a key of their own.
+        own: whether sweeps are those that Hopper has of its own.
         joined: whether states and gradients are made in one sweep.
         state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
         bounds_chunks: whether it is known what passes chunks at most. bounds: of that.
@@ -105,7 +109,8 @@ class DeltaLaunches:
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
-        self.joined = p.joined and not erases and not interprets()
+        self.own = p.own and not erases and not interprets()
+        self.joined = self.own and kind != CHANNEL.value
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -178,11 +183,15 @@ class DeltaLaunches:
     @cached_property
     def summary(self) -> Launch:
         tiles, (K, V) = self.plan.summary, self.state[2:]
+        if self.own and self.kind != TOKEN.value:
+            return self._own(delta_hopper_summary_kernel, SLICES.value, 4, TOTAL=not self.from_zero)
         return self._sweep(delta_summary_kernel, -(-(V + K) // tiles.columns), tiles, TOTAL=not self.from_zero)
 
     @cached_property
     def output(self) -> Launch:
         tiles = self.plan.output
+        if self.own:
+            return self._own(delta_hopper_output_kernel, 1, WIDE_WARPS)
         return self._sweep(delta_output_kernel, -(-self.state[3] // tiles.columns), tiles)
 
     @cached_property
@@ -199,6 +208,8 @@ class DeltaLaunches:
         return self._reverse(total=True, values=True)
 
     def _reverse(self, *, total: bool, values: bool) -> Launch:
+        if self.own and (values or self.kind != TOKEN.value):
+            return self._own(delta_hopper_reverse_kernel, 1, WIDE_WARPS, TOTAL=total, VALUES=values)
         return self._state_sweep(delta_reverse_kernel, self.plan.reverse, TOTAL=total, VALUES=values)
 
     @cached_property
@@ -210,8 +221,12 @@ class DeltaLaunches:
         return self._sweep(kernel, self.state_chunks[3] // tiles.columns, tiles, **own)
 
     @cached_property
-    def gradient_sweep(self) -> Launch:
-        return self._sweep(delta_gradient_sweep_kernel, 1, Tiles(self.state[3], WIDE_WARPS, 1))
+    def joined_gradients(self) -> Launch:
+        return self._own(delta_hopper_gradients_kernel, 1, WIDE_WARPS)
+
+    def _own(self, kernel: Any, slices: int, warps: int, **own: Any) -> Launch:
+        """A sweep of Hopper's own, in Triton's lower language."""
+        return self._sweep(kernel, slices, Tiles(self.state[3] // slices, warps, 1), **own)
 
     @cached_property
     def gradients(self) -> Launch:

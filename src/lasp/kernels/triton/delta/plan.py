@@ -22,6 +22,7 @@ from lasp.kernels.triton.decay.plan import (
 )
 
 CHUNK = 64
+OWN_DIM = 128  # of channels and values
 SMALL_CHUNK = 32  # of fp32: products by vector instructions, and gates summed pair by pair
 
 
@@ -41,7 +42,7 @@ class DeltaPlan(NamedTuple):
         operands: of what such gates make of chunks before any sweep.
         exact: whether decays between tokens are summed pair by pair.
         descriptors: whether chunks are read by tensor descriptors.
-        joined: whether heads are of the size that one sweep for Hopper makes states and gradients of.
+        own: whether heads are of the size for which Hopper has sweeps of its own.
         stores: whether sweeps then also write by them.
         precision: of products of fp32 operands.
         solve_precision: of those that invert chunks, and of those that carry states over segments.
@@ -63,7 +64,7 @@ class DeltaPlan(NamedTuple):
     operands: Tiles
     exact: bool
     descriptors: bool
-    joined: bool
+    own: bool
     stores: bool
     precision: str
     solve_precision: str
@@ -155,7 +156,7 @@ def delta_plan(
         operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 2 if hopper and not exact else 1),
         exact=exact,
         descriptors=descriptors,
-        joined=hopper and descriptors and not per_channel and K == V == 128,
+        own=hopper and descriptors and K == V == OWN_DIM,
         stores=hopper,  # for Blackwell, loops of several stages that write so do not compile
         precision="ieee",
         solve_precision="ieee" if exact else three,

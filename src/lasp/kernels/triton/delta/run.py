@@ -384,7 +384,7 @@ def gradients(
     dg: Tensor | None = None
     if launches.joined:
         dg = _fp32(x, tuple(x.beta.shape)) if launches.with_gate else None
-        launches.gradient_sweep(
+        launches.joined_gradients(
             **shared,
             prefix_ptr=chunks.gates[0] if chunks.gates else unread,
             dg_ptr=given(dg, unread),

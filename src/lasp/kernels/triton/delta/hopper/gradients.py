@@ -1,13 +1,14 @@
 # mypy: ignore-errors
-"""`states` and `gradients` in one sweep for Hopper, in Triton's lower language: heads of 128 channels and 128 values, bf16.
+"""Sweep over segments for what `states` and `gradients` make elsewhere; the legend is that of `gradients`.
 
-The sums and roundings are those of `gradients`, whose legend holds, but for what crosses a token within its chunk. That
-is here a product of w_ij, rounded, with a matrix of ones, and nothing in it cancels. A program has a segment. S stays in its registers and is written nowhere. Every tile has a place in shared memory, and what goes
-there next is asked for when the last product that reads it is done; products that do not need one another are in
-flight together. What lies between tokens is made once: its transpose is read from shared memory.
+S stays in registers, and is written nowhere. What crosses a token t within its chunk is a product of w_ij, rounded,
+with a matrix of ones,
+
+    sum_{i >= t > j} w_ij = sum_{i >= t} (w 1_{j < t})_it
+
+in which nothing cancels. What lies between tokens is made once: its transpose is read from shared memory.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -20,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lasp.kernels.triton.common.decays import TOKEN
-from lasp.kernels.triton.delta.hopper import (
+from lasp.kernels.triton.delta.hopper.common import (
     PAIRS,
     STATE,
     STATE_LEFT,
@@ -43,7 +44,7 @@ PAIRS_LEFT = gl.constexpr(gl.DotOperandLayout(0, PAIRS, 2))
 
 
 @gluon.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
-def delta_gradient_sweep_kernel(
+def delta_hopper_gradients_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
     do_ptr,  # [B, T, H_v, V]
@@ -171,7 +172,12 @@ def delta_gradient_sweep_kernel(
         if c > 0:
             _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
         here, only = afresh(c & 1), afresh(0)
-        u_tile, do_tile, q_tile, k_tile = u_tiles.index(here), do_tiles.index(here), q_tiles.index(here), k_tiles.index(here)
+        u_tile, do_tile, q_tile, k_tile = (
+            u_tiles.index(here),
+            do_tiles.index(here),
+            q_tiles.index(here),
+            k_tiles.index(here),
+        )
         s_tile = s_tiles.index(only)
         z = warpgroup_mma(do_tile, u_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
         dq = warpgroup_mma(do_tile, s_tile, nothing, use_acc=False, is_async=True)
@@ -218,7 +224,7 @@ def delta_gradient_sweep_kernel(
             dq, dk, m, scores = warpgroup_mma_wait(0, [dq, dk, m, scores])
         else:
             dq, dk, m = warpgroup_mma_wait(0, [dq, dk, m])
-        write(dq_ptr, dq, 0, row, H_v, start, last)
+        write(dq_ptr, dq, row, H_v, start, last)
         # u is beta times what was missing, dv beta times its gradient.
         strength = beta.load(gl.SliceLayout(1, PAIRS))
         d_beta = _sums(gl.where(i[:, None] == j[None, :], m / (strength * strength)[:, None], 0.0))
@@ -234,7 +240,12 @@ def delta_gradient_sweep_kernel(
         mbarrier.wait(d_here, c & 1)
         meet()
         here, only = afresh(c & 1), afresh(0)
-        u_tile, k_tile, dv_tile, s_tile = u_tiles.index(here), k_tiles.index(here), dv_tiles.index(only), s_tiles.index(only)
+        u_tile, k_tile, dv_tile, s_tile = (
+            u_tiles.index(here),
+            k_tiles.index(here),
+            dv_tiles.index(only),
+            s_tiles.index(only),
+        )
         m_tile, d_tile = m_tiles.index(only), d_tiles.index(only)
         read = warpgroup_mma(dv_tile, s_tile, nothing, use_acc=False, is_async=True)
         dk = warpgroup_mma(m_tile, k_tile, dk, is_async=True)
@@ -273,7 +284,7 @@ def delta_gradient_sweep_kernel(
             _keep(sums, STORED, _sums(keys * written))
             sums.index(ACROSS).store(across.reshape([2, TOKENS]))
         _keep(sums, D_BETA, d_beta)
-        write(dk_ptr, dk + read + written, 0, row, H_v, start, last)
+        write(dk_ptr, dk + read + written, row, H_v, start, last)
         if GATE:
             meet()
             column: gl.constexpr = gl.SliceLayout(0, PAIRS)

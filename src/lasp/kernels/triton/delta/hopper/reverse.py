@@ -1,9 +1,8 @@
 # mypy: ignore-errors
-"""`reverse` for Hopper, in Triton's lower language: heads of 128 channels and 128 values, bf16.
+"""Sweep backward over segments with the gradient D of the state: `reverse` for Hopper.
 
-The same sums in the same roundings. A program has a segment. What the next chunk needs is on its way meanwhile, and
-products that do not need one another are in flight together: of a chunk those with D and between tokens, then what
-outputs' gradients give to dU and to D, then A's, then what dv takes from D.
+In flight together are, of a chunk, products with D and between tokens; then what outputs' gradients give to dU and to
+D; then A's; then what dv takes from D.
 """
 
 from triton.experimental import gluon
@@ -19,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import PLACE
-from lasp.kernels.triton.delta.hopper import (
+from lasp.kernels.triton.delta.hopper.common import (
     PAIRS,
     STATE,
     STATE_LEFT,
@@ -48,8 +47,11 @@ def delta_hopper_reverse_kernel(
     beta_ptr,  # fp32 [B, H_v, chunks C]
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
+    g_ptr,  # not read
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
+    suffix_ptr,  # not read
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
+    bounds_ptr,  # not read
     added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
     dv_ptr,  # [B, T, H_v, V], written if VALUES
     d_chunks_ptr,  # [B, H_v, chunks, V, K], written if VALUES: D^T at the end of each chunk, rounded
@@ -258,6 +260,6 @@ def delta_hopper_reverse_kernel(
     tma.store_wait(0)
     mbarrier.invalidate(here)
     if VALUES == 0:
-        if wanted | (TOTAL != 0):
-            added_ptr += ((batch * H_v + head) * segments + gl.program_id(1)) * WIDTH * WIDTH
-            gl.store(added_ptr + (r[:, None] + d[None, :] * WIDTH), state)
+        # Of a run's first segment what is written is looked at by nobody unless TOTAL.
+        added_ptr += ((batch * H_v + head) * segments + gl.program_id(1)) * WIDTH * WIDTH
+        gl.store(added_ptr + (r[:, None] + d[None, :] * WIDTH), state)

@@ -1,8 +1,10 @@
 # mypy: ignore-errors
-"""What kernels for Hopper in Triton's lower language share: a chunk's place, and tiles that come and go.
+"""Give the kernels for Hopper what they share: a segment's place, layouts of results, and tiles that come and go.
 
-They take chunks of 64 tokens and heads of 128 channels and 128 values. A tile that is asked for is in shared memory
-once its group is waited for, and every thread has met the others.
+They are in the lower of Triton's languages, where registers, shared memory and waits are said: several products are in
+flight together, and what the next chunk needs is on its way. They take chunks of 64 tokens, heads of 128 channels and
+128 values, and bf16. Elsewhere, and in the interpreter, the kernels that they are named after make the same sums in the
+same roundings.
 """
 
 from triton.experimental import gluon
@@ -11,45 +13,18 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
-from lasp.kernels.triton.common.program import CHUNK_PLACE, PLACE
+from lasp.kernels.triton.common.program import PLACE
 
-# Triton 3.7 calls it otherwise.
+# A barrier between a program's threads; Triton 3.7 calls it otherwise.
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 TOKENS, WIDTH = gl.constexpr(64), gl.constexpr(128)
-# Of results of products with 64 columns, and of what is multiplied from registers.
-NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 # Results of products between tokens, of tokens and channels, and of values and channels, by eight warps.
 PAIRS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 WIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
 STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
 STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of a number a token, in shared memory
-PART, PARTS = gl.constexpr(64), gl.constexpr(2)  # channels that a program has at a time
-AS_LEFT = gl.constexpr(gl.DotOperandLayout(0, NARROW, 2))
-
-
-@gluon.jit
-def chunk_of(item, end, places_ptr, T, H, H_v, chunks, PACKED: gl.constexpr):
-    """A chunk's number among a run's, its first token and the one after its last, its index in [B, H_v, chunks], the
-    first rows of its batch and head in [B, T, H] and in [B, T, H_v], and its index in [B, H, chunks]. No tokens from
-    `end` on."""
-    heads = end // chunks
-    chunk = item // heads
-    batch = ((item % heads) // H_v).to(gl.int64)
-    head = item % H_v
-    key_head = head // (H_v // H)
-    if PACKED:
-        entry = places_ptr + chunk * CHUNK_PLACE
-        start = gl.load(entry, mask=item < end, other=0)
-        last = gl.load(entry + 1, mask=item < end, other=0)
-    else:
-        start = chunk * TOKENS
-        last = gl.minimum(start + TOKENS, T)
-    at = (batch * H_v + head) * chunks + chunk
-    key_at = (batch * H + key_head) * chunks + chunk
-    last = gl.where(item < end, last, 0)
-    return chunk, start, last, at, batch * T * H + key_head, batch * T * H_v + head, key_at
 
 
 @gluon.jit
@@ -114,14 +89,6 @@ def reading_factors(prefix, norms, scale, KIND: gl.constexpr, NORMALIZE: gl.cons
     return factors
 
 
-@gluon.constexpr_function
-def loaded(columns, bits):
-    """The layout of a tile of so many columns of which each thread copies 16 bytes of a row at a time."""
-    each = 128 // bits
-    threads = columns // each
-    return gl.BlockedLayout([1, each], [32 // threads, threads], [4, 1], [1, 0])
-
-
 @gluon.jit
 def afresh(x):
     """x, int32; what is made of it is made again, lest the compiler keep what was made of it before."""
@@ -129,40 +96,10 @@ def afresh(x):
 
 
 @gluon.jit
-def again(x):
-    """`afresh` of fp32."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def ask_tokens(tile, ptr, column, row, heads, start, last):
-    """Ask for [TOKENS, N]: columns from `column` on of tokens from `start` on of the head whose first row is `row`;
-    zeros from `last` on."""
-    layout: gl.constexpr = loaded(tile.shape[1], tile.dtype.primitive_bitwidth)
-    t = gl.arange(0, TOKENS, gl.SliceLayout(1, layout))
-    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
-    # Of `start`, lest addresses of all rows be kept in registers from chunk to chunk.
-    rows = (row + (start + t).to(gl.int64) * heads) * WIDTH + column
-    inside = (start + t < last)[:, None] & (d < WIDTH)[None, :]
-    async_copy.async_copy_global_to_shared(tile, ptr + (rows[:, None] + d[None, :]), mask=inside)
-
-
-@gluon.jit
-def ask_state(tile, ptr, column, at, wanted):
-    """Ask for [WIDTH, N] of a chunk's [WIDTH, WIDTH], columns from `column` on."""
-    layout: gl.constexpr = loaded(tile.shape[1], tile.dtype.primitive_bitwidth)
-    r = gl.arange(0, WIDTH, gl.SliceLayout(1, layout))
-    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
-    ptr += at * (WIDTH * WIDTH) + column
-    if wanted:
-        async_copy.async_copy_global_to_shared(tile, ptr + (r[:, None] * WIDTH + d[None, :]))
-
-
-@gluon.jit
-def write(ptr, tile, column, row, heads, start, last):
-    """The inverse of `ask_tokens`, from registers."""
-    t = gl.arange(0, TOKENS, gl.SliceLayout(1, tile.type.layout))
-    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
-    rows = (row + (start + t).to(gl.int64) * heads) * WIDTH + column
-    inside = (start + t < last)[:, None] & (d < WIDTH)[None, :]
+def write(ptr, tile, row, heads, start, last):
+    """Store [TOKENS, WIDTH] of a head's tokens from `start` on, but none from `last` on."""
+    t = start + gl.arange(0, TOKENS, gl.SliceLayout(1, tile.type.layout))
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, tile.type.layout))
+    rows = (row + t.to(gl.int64) * heads) * WIDTH
+    inside = (t < last)[:, None] & (d < WIDTH)[None, :]
     gl.store(ptr + (rows[:, None] + d[None, :]), tile.to(ptr.dtype.element_ty), mask=inside)

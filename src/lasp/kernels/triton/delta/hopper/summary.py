@@ -1,8 +1,7 @@
 # mypy: ignore-errors
-"""`summary` for Hopper, in Triton's lower language: heads of 128 channels and 128 values, bf16, without a gate per token.
+"""Summarize each segment where gates are not per token: `summary` for Hopper.
 
-The same sums in the same roundings. A program has a segment and 64 of the columns of S and M, two programs a
-processor. What the next chunk needs is on its way meanwhile.
+A program has 64 of the columns of S and M, two programs a processor.
 """
 
 from triton.experimental import gluon
@@ -18,8 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.triton.common.decays import CHANNEL
 from lasp.kernels.triton.common.program import PLACE
-from lasp.kernels.triton.delta.hopper import (
-    NARROW,
+from lasp.kernels.triton.delta.hopper.common import (
     TOKENS,
     VECTOR,
     WIDTH,
@@ -30,7 +28,8 @@ from lasp.kernels.triton.delta.hopper import (
     tokens_view,
 )
 
-COLUMNS = gl.constexpr(64)
+COLUMNS, SLICES = gl.constexpr(64), gl.constexpr(4)  # of V and K together
+NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 STATE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 STATE_LEFT = gl.constexpr(gl.DotOperandLayout(0, STATE, 2))
 
@@ -43,7 +42,10 @@ def delta_hopper_summary_kernel(
     inverse_ptr,  # [B, H_v, chunks, C, C]: A - I
     beta_ptr,  # fp32 [B, H_v, chunks C]
     norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
+    prefix_ptr,  # not read
+    suffix_ptr,  # not read
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
+    bounds_ptr,  # not read
     added_ptr,  # fp32 [B, H_v, segments, K, V], written, but for a run's last segment unless TOTAL
     moves_ptr,  # fp32 [B, H_v, segments, K, K], written: M, but for a run's first segment unless TOTAL
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -60,11 +62,10 @@ def delta_hopper_summary_kernel(
 ):
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, WIDTH], dtype)
-    slices: gl.constexpr = 2 * WIDTH // COLUMNS
-    head, batch, start, last, chunk, border, ends = segment_of(
-        gl.program_id(0) // slices, places_ptr, T, H_v, segments, segment_chunks, PACKED
+    head, batch, start, last, chunk, _, ends = segment_of(
+        gl.program_id(0) // SLICES, places_ptr, T, H_v, segments, segment_chunks, PACKED
     )
-    column = gl.program_id(0) % slices * COLUMNS
+    column = gl.program_id(0) % SLICES * COLUMNS
     moves = column >= WIDTH
     if TOTAL == 0:
         begin = 0

@@ -1,9 +1,7 @@
 # mypy: ignore-errors
-"""`output` for Hopper, in Triton's lower language: heads of 128 channels and 128 values, bf16.
+"""Sweep over segments for outputs, what every token writes, and the state that leaves the run: `output` for Hopper.
 
-The same sums in the same roundings. A program has a segment. What the next chunk needs is on its way meanwhile, and
-products that do not need one another are in flight together: of a chunk those with S and between tokens, then A's, then
-those with u.
+In flight together are, of a chunk, products with S and between tokens; then A's; then those with u.
 """
 
 from triton.experimental import gluon
@@ -18,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
-from lasp.kernels.triton.delta.hopper import (
+from lasp.kernels.triton.delta.hopper.common import (
     PAIRS,
     STATE,
     STATE_LEFT,
@@ -46,7 +44,9 @@ def delta_hopper_output_kernel(
     beta_ptr,  # fp32 [B, H_v, chunks C]
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
+    g_ptr,  # not read
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
+    suffix_ptr,  # not read
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
     o_ptr,  # [B, T, H_v, V], written
     u_ptr,  # [B, T, H_v, V], written
