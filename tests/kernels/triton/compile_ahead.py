@@ -215,7 +215,7 @@ def needs(kernel: Compilable, target: GPUTarget) -> dict[str, Any]:
 # One of each sort of kernel: calls, and what is compiled of what they launch.
 COMPILED = {
     Call("constant"): "summary|output",
-    Call("scalar", learned=True): "output|query_gradient|key_gradient|gate_gradient",
+    Call("scalar", learned=True): "output|query_gradient|key_gradient|gate_(gradient|pairs)",
     Call("scalar", learned=True, H=8): "key_gradient",  # fp32
     Call("scalar", learned=True, T=512): "output|key_gradient",
     Call("constant", D=256): "output",

@@ -83,7 +83,7 @@ def test_convolution(
 
 def test_convolution_of_a_slice_without_what_came_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns of a wider tensor are read where they lie; over several programs' tokens."""
-    monkeypatch.setattr(launches, "LENGTH", 2)
+    monkeypatch.setattr(launches, "LENGTH", 4)
     launches._convolution.cache_clear()
     wide, weight = normal(2, 70, 160).to(device, FP32), normal(72, 4, seed=1).to(device, FP32)
     x = wide[..., 16:88]
@@ -162,7 +162,14 @@ def test_gated_norm(dtype: torch.dtype, activation: str, gate: bool, fused: None
 
 
 @pytest.mark.parametrize(("dtype", "groups"), [(FP32, 1), (FP32, 2), (BF16, 1)])
-def test_gated_norm_with_a_skip(dtype: torch.dtype, groups: int, fused: None, device: torch.device) -> None:
+def test_gated_norm_with_a_skip(
+    dtype: torch.dtype, groups: int, fused: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are summed by several programs, of several rows one after another."""
+    monkeypatch.setattr(launches, "ELEMENTS", 64)
+    monkeypatch.setattr(launches, "SUMMED", 3 * 64)
+    launches._gated_norm.cache_clear()
+
     def norm(**x: Tensor) -> Tensor:
         return layers.gated_skip_norm(**x, groups=groups, eps=1e-5)  # type: ignore[arg-type]
 

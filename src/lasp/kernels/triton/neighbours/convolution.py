@@ -2,7 +2,8 @@
 """The short convolution: y_t = activation(bias + sum_j weight[:, W - 1 - j] x_{t - j}), and its gradients.
 
 A program walks S intervals of tokens side by side, each thread some channels of one, and holds the last rows in
-registers: every row is read once, but for those around an interval's ends. Nothing is kept for the backward pass, which
+registers: every row is read once, but for those around an interval's ends. It reads four rows while it works on the
+four before. Nothing is kept for the backward pass, which
 walks backwards and computes what went into the activation again. Rows before the first token may be given; without
 them they are zero. W is 4 at most; taps that there are not are zero.
 """
@@ -39,6 +40,45 @@ def _bias(bias_ptr, c, C: tl.constexpr, BIAS: tl.constexpr):
         return tl.zeros_like(c).to(tl.float32)[None, :]
 
 
+@triton.jit
+def _rows(x_ptr, before_ptr, t, step: tl.constexpr, c, T, C: tl.constexpr, ROW: tl.constexpr, W: tl.constexpr):
+    """Rows t, t + step, t + 2 step and t + 3 step, as they are stored."""
+    return (
+        _row(x_ptr, before_ptr, t, c, T, C, ROW, W),
+        _row(x_ptr, before_ptr, t + step, c, T, C, ROW, W),
+        _row(x_ptr, before_ptr, t + 2 * step, c, T, C, ROW, W),
+        _row(x_ptr, before_ptr, t + 3 * step, c, T, C, ROW, W),
+    )
+
+
+@triton.jit
+def _output(y_ptr, t, y, c, T, C: tl.constexpr, SILU: tl.constexpr):
+    if SILU:
+        y *= tl.sigmoid(y)
+    place = y_ptr + (t * C)[:, None] + c[None, :]
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _activated_gradient(d_y, total, SILU: tl.constexpr):
+    """The gradient of `total`, which went into the activation."""
+    d = d_y.to(tl.float32)
+    if SILU:
+        s = tl.sigmoid(total)
+        d *= s * (1.0 + total * (1.0 - s))
+    return d
+
+
+@triton.jit
+def _store_gradient(d_x_ptr, d_before_ptr, t, d_x, c, T, C: tl.constexpr, W: tl.constexpr):
+    inside = (c < C)[None, :]
+    place = d_x_ptr + (t * C)[:, None] + c[None, :]
+    tl.store(place, d_x.to(d_x_ptr.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & inside)
+    if d_before_ptr is not None:
+        place = d_before_ptr + ((t + W - 1) * C)[:, None] + c[None, :]
+        tl.store(place, d_x.to(d_before_ptr.dtype.element_ty), mask=((t < 0) & (t < T))[:, None] & inside)
+
+
 @triton.jit(do_not_specialize=["T", "blocks"])
 def convolution_kernel(
     x_ptr,  # [B, T, C], ROW elements from a token to the next
@@ -54,7 +94,7 @@ def convolution_kernel(
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     S: tl.constexpr,
-    LENGTH: tl.constexpr,  # of an interval
+    LENGTH: tl.constexpr,  # of an interval, a multiple of four
     BC: tl.constexpr,
 ):
     """A program for S intervals and BC channels."""
@@ -72,19 +112,16 @@ def convolution_kernel(
     x1 = _row(x_ptr, before_ptr, t - 1, c, T, C, ROW, W).to(tl.float32)
     x2 = _row(x_ptr, before_ptr, t - 2, c, T, C, ROW, W).to(tl.float32)
     x3 = _row(x_ptr, before_ptr, t - 3, c, T, C, ROW, W).to(tl.float32)
-    coming = _row(x_ptr, None, t, c, T, C, ROW, W)
-    for _ in range(LENGTH):
-        x0 = coming.to(tl.float32)
-        coming = _row(x_ptr, None, t + 1, c, T, C, ROW, W)
-        y = bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        if SILU:
-            y *= tl.sigmoid(y)
-        place = y_ptr + (t * C)[:, None] + c[None, :]
-        tl.store(place, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
-        x3 = x2
-        x2 = x1
-        x1 = x0
-        t += 1
+    r0, r1, r2, r3 = _rows(x_ptr, None, t, 1, c, T, C, ROW, W)
+    for _ in range(0, LENGTH, 4):
+        x0, x_1, x_2, x_3 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
+        r0, r1, r2, r3 = _rows(x_ptr, None, t + 4, 1, c, T, C, ROW, W)
+        _output(y_ptr, t, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, c, T, C, SILU)
+        _output(y_ptr, t + 1, bias + a0 * x_1 + a1 * x0 + a2 * x1 + a3 * x2, c, T, C, SILU)
+        _output(y_ptr, t + 2, bias + a0 * x_2 + a1 * x_1 + a2 * x0 + a3 * x1, c, T, C, SILU)
+        _output(y_ptr, t + 3, bias + a0 * x_3 + a1 * x_2 + a2 * x_1 + a3 * x0, c, T, C, SILU)
+        x1, x2, x3 = x_3, x_2, x_1
+        t += 4
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
@@ -111,7 +148,6 @@ def convolution_gradient_kernel(
     """A program for S intervals and BC channels; the first begins with the W - 1 tokens before the sequence."""
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = (c < C)[None, :]
     first = tl.cast(tl.program_id(0) % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH - (W - 1)
     x_ptr += batch * T * ROW
     d_y_ptr += batch * T * C
@@ -119,53 +155,48 @@ def convolution_gradient_kernel(
     if before_ptr is not None:
         before_ptr += batch * (W - 1) * C
         d_before_ptr += batch * (W - 1) * C
+    else:
+        d_before_ptr = None
     a0, a1 = _tap(weight_ptr, c, 0, C, W), _tap(weight_ptr, c, 1, C, W)
     a2, a3 = _tap(weight_ptr, c, 2, C, W), _tap(weight_ptr, c, 3, C, W)
     bias = _bias(bias_ptr, c, C, BIAS)
-    # Gradients of what went into the activation 1, 2 and 3 tokens later. They begin as three values: Triton takes a
-    # variable that begins as another one and becomes it in the loop for one that does not change there.
-    d1 = tl.zeros((S, BC), tl.float32)
-    d2 = tl.zeros((S, BC), tl.float32)
-    d3 = tl.zeros((S, BC), tl.float32)
-    # Sums of those of taps and bias.
     zero = tl.zeros((S, BC), tl.float32)
     sum0, sum1, sum2, sum3, sum_bias = zero, zero, zero, zero, zero
-    # The last tokens of all that the interval's own depend on.
-    t = first + LENGTH - 1 + (W - 1)
-    x0 = _row(x_ptr, before_ptr, t, c, T, C, ROW, W).to(tl.float32)
-    x1 = _row(x_ptr, before_ptr, t - 1, c, T, C, ROW, W).to(tl.float32)
-    x2 = _row(x_ptr, before_ptr, t - 2, c, T, C, ROW, W).to(tl.float32)
-    x3_coming = _row(x_ptr, before_ptr, t - 3, c, T, C, ROW, W)
-    d_coming = _row(d_y_ptr, None, t, c, T, C, C, W)
-    for n in range(LENGTH + W - 1):
-        x3, d0 = x3_coming.to(tl.float32), d_coming.to(tl.float32)
-        x3_coming = _row(x_ptr, before_ptr, t - 4, c, T, C, ROW, W)
-        d_coming = _row(d_y_ptr, None, t - 1, c, T, C, C, W)
-        if SILU:
-            total = bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-            s = tl.sigmoid(total)
-            d0 *= s * (1.0 + total * (1.0 - s))
-        d_x = a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3
-        # Those after the interval are another's.
-        own = tl.where(n >= W - 1, d0, 0.0)
-        sum_bias += own
-        sum0 += own * x0
-        sum1 += own * x1
-        sum2 += own * x2
-        sum3 += own * x3
-        here = (t < T) & (n >= W - 1)
-        place = d_x_ptr + (t * C)[:, None] + c[None, :]
-        tl.store(place, d_x.to(d_x_ptr.dtype.element_ty), mask=((t >= 0) & here)[:, None] & inside)
-        if before_ptr is not None:
-            place = d_before_ptr + ((t + W - 1) * C)[:, None] + c[None, :]
-            tl.store(place, d_x.to(d_before_ptr.dtype.element_ty), mask=((t < 0) & here)[:, None] & inside)
-        d3 = d2
-        d2 = d1
-        d1 = d0
-        x0 = x1
-        x1 = x2
-        x2 = x3
-        t -= 1
+    # Gradients of what went into the activation 1, 2 and 3 tokens later: of the interval's last token first. Sums of
+    # those are another interval's.
+    t = first + LENGTH - 1
+    r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t + 3, -1, c, T, C, ROW, W)
+    x0, x1, x2, x3 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
+    x_1 = _row(x_ptr, before_ptr, t - 1, c, T, C, ROW, W).to(tl.float32)
+    x_2 = _row(x_ptr, before_ptr, t - 2, c, T, C, ROW, W).to(tl.float32)
+    e0, e1, e2, _ = _rows(d_y_ptr, None, t + 3, -1, c, T, C, C, W)
+    d3 = _activated_gradient(e0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
+    d2 = _activated_gradient(e1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x_1, SILU)
+    d1 = _activated_gradient(e2, bias + a0 * x2 + a1 * x3 + a2 * x_1 + a3 * x_2, SILU)
+    x0, x1, x2 = x3, x_1, x_2
+    r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 3, -1, c, T, C, ROW, W)
+    e0, e1, e2, e3 = _rows(d_y_ptr, None, t, -1, c, T, C, C, W)
+    for _ in range(0, LENGTH, 4):
+        x3, x4, x5, x6 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
+        f0, f1, f2, f3 = e0, e1, e2, e3
+        r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 7, -1, c, T, C, ROW, W)
+        e0, e1, e2, e3 = _rows(d_y_ptr, None, t - 4, -1, c, T, C, C, W)
+        d0 = _activated_gradient(f0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t, a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3, c, T, C, W)
+        d_1 = _activated_gradient(f1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x4, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 1, a0 * d_1 + a1 * d0 + a2 * d1 + a3 * d2, c, T, C, W)
+        d_2 = _activated_gradient(f2, bias + a0 * x2 + a1 * x3 + a2 * x4 + a3 * x5, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 2, a0 * d_2 + a1 * d_1 + a2 * d0 + a3 * d1, c, T, C, W)
+        d_3 = _activated_gradient(f3, bias + a0 * x3 + a1 * x4 + a2 * x5 + a3 * x6, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 3, a0 * d_3 + a1 * d_2 + a2 * d_1 + a3 * d0, c, T, C, W)
+        sum_bias += d0 + d_1 + d_2 + d_3
+        sum0 += d0 * x0 + d_1 * x1 + d_2 * x2 + d_3 * x3
+        sum1 += d0 * x1 + d_1 * x2 + d_2 * x3 + d_3 * x4
+        sum2 += d0 * x2 + d_1 * x3 + d_2 * x4 + d_3 * x5
+        sum3 += d0 * x3 + d_1 * x4 + d_2 * x5 + d_3 * x6
+        d1, d2, d3 = d_3, d_2, d_1
+        x0, x1, x2 = x4, x5, x6
+        t -= 4
     sums_ptr += tl.cast(tl.program_id(0), tl.int64) * (W + 1) * C + c
     tl.store(sums_ptr + (W - 1) * C, tl.sum(sum0, 0), mask=c < C)
     if W > 1:

@@ -21,7 +21,7 @@ from lasp.kernels.triton.neighbours.stepped_decay import stepped_decay_gradient_
 ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
 WARPS = 4
 # Intervals of a convolution's program, tokens of each, channels.
-INTERVALS, LENGTH, CHANNELS = 16, 32, 64
+INTERVALS, LENGTH, CHANNELS = 8, 64, 64
 # Elements of a program at a time, and of one that sums over them in all.
 ELEMENTS, SUMMED = 2048, 1 << 17
 

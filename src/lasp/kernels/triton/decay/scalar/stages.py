@@ -142,11 +142,10 @@ def gradients(
     if not launches.with_decay:
         return local.dq, dk, dv, None
     dg = unread.new_empty(x.v.shape[:3])
+    decay = {"g_ptr": gates["g_ptr"], "prefix_ptr": gates["prefix_ptr"]}
+    launches.gate_pairs(**operands, v_ptr=x.v, **decay, dg_ptr=dg, places_ptr=given(launches.chunk_places, dg))
     launches.gate_gradient(
-        **operands,
-        v_ptr=x.v,
-        g_ptr=gates["g_ptr"],
-        prefix_ptr=gates["prefix_ptr"],
+        **decay,
         q_sums_ptr=local.sums,
         k_sums_ptr=sums,
         states_ptr=entering,
