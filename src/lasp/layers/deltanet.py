@@ -114,6 +114,7 @@ class DeltaNet(Mixer):
         self.v_proj = nn.Linear(d_model, values, bias=False)
         # One convolution over the three, so that one message carries what it needs across ranks.
         self.convolution = ShortConvolution(config.convolved, config.conv_width)
+        self.parts_of_convolution = (keys, keys, values)
         self.beta_proj = nn.Linear(d_model, config.num_heads, bias=False)
         self.decay_proj: nn.Module | None = None
         self.decay: SteppedDecay | None = None
@@ -136,8 +137,7 @@ class DeltaNet(Mixer):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), x
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
-        mixed, x = parts
-        q, k, v = mixed.split([math.prod(self.keys), math.prod(self.keys), math.prod(self.values)], -1)
+        q, k, v, x = parts
         log_decay = None
         if self.decay is not None and self.decay_proj is not None:
             _, log_decay = self.decay(self.decay_proj(x))

@@ -9,7 +9,6 @@ is N, its value_dim P and its num_key_heads G.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +80,7 @@ class Mamba2(Mixer):
         self.widths = [inner, config.convolved, self.num_heads]
         self.in_proj = nn.Linear(context.d_model, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(config.convolved, config.conv_width, bias=True)
+        self.parts_of_convolution = (inner, *(self.num_groups * self.state_dim,) * 2)
         self.decay = SteppedDecay(self.num_heads)
         self.skip = nn.Parameter(torch.ones(self.num_heads))
         self.norm_eps = context.norm_eps
@@ -97,11 +97,9 @@ class Mamba2(Mixer):
         return mixed, z, dt
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
-        mixed, z, dt = parts
-        heads, groups = (self.num_heads, self.head_dim), (self.num_groups, self.state_dim)
-        values, keys, queries = mixed.split([math.prod(heads), math.prod(groups), math.prod(groups)], -1)
-        values = values.unflatten(-1, heads)
-        keys, queries = (t.unflatten(-1, groups) for t in (keys, queries))
+        values, keys, queries, z, dt = parts
+        values = values.unflatten(-1, (self.num_heads, self.head_dim))
+        keys, queries = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (keys, queries))
         stepped, log_decay = self.decay.values(dt, values)
         return MixerInputs(keys, stepped, log_decay, q=queries, kept=(z, values))
 

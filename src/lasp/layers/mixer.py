@@ -199,9 +199,11 @@ class Mixer(nn.Module):
         _check_context(context)
         self.config, self.backend, self.d_model = config, context.backend, context.d_model
         self.convolution: ShortConvolution | None = None
+        self.parts_of_convolution: tuple[int, ...] | None = None  # that `before` takes its output in
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first."""
+        """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first, and puts
+        its parts in that place."""
         return (x,)
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
@@ -253,10 +255,15 @@ class Mixer(nn.Module):
         memory, window = state if isinstance(state, RecurrentState) else (state, None)
         parts = self.project(x)
         if self.convolution is not None:
-            mixed, window = self.convolution(
-                parts[0], state=window, output_state=output_state, cu_seqlens=cu_seqlens, sp=sp
+            mixed, window = self.convolution.in_parts(
+                parts[0],
+                self.parts_of_convolution,
+                state=window,
+                output_state=output_state,
+                cu_seqlens=cu_seqlens,
+                sp=sp,
             )
-            parts = (mixed, *parts[1:])
+            parts = (*mixed, *parts[1:])
         inputs = self.before(parts, start)
         pending = self.begin(
             inputs, initial_state=memory, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp

@@ -157,8 +157,8 @@ def around(dtype: torch.dtype) -> None:
 
     x, weight, bias, before = empty(1, 4096, 4352), empty(4352, 4), empty(4352), empty(1, 3, 4352)
     for silu, rows in itertools.product((False, True), (None, before)):
-        launches.convolve(x, weight, bias, rows, silu)
-        launches.convolve_gradients(x, x, weight, None if silu else bias, rows, silu)
+        parts = launches.convolve(x, weight, bias, rows, silu, (4096, 128, 128))
+        launches.convolve_gradients(parts, x, weight, None if silu else bias, rows, silu)
     wide, skip, steps = empty(1, 4096, 64, 64), empty(64), torch.float32
     for gate, activation in ((wide, "silu"), (wide, "sigmoid"), (None, "none")):
         ways = (wide, gate, None, None, empty(512), 8, activation, False, 1e-5)

@@ -82,14 +82,17 @@ def test_convolution(
 
 
 def test_convolution_of_a_slice_without_what_came_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns of a wider tensor are read where they lie; over several programs' tokens."""
+    """Columns of a wider tensor are read where they lie; over several programs' tokens; in three parts."""
     monkeypatch.setattr(launches, "LENGTH", 4)
+    monkeypatch.setattr(launches, "CHANNELS", 16)
     launches._convolution.cache_clear()
     wide, weight = normal(2, 70, 160).to(device, FP32), normal(72, 4, seed=1).to(device, FP32)
     x = wide[..., 16:88]
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return convolution(x, weight, None, None, True)
+        parts = convolution(x, weight, None, None, True, [40, 24, 8])
+        assert all(part.is_contiguous() for part in parts)
+        return torch.cat(parts, 2)
 
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return lasp.short_convolution(x, weight, activation="silu")[0]
