@@ -42,12 +42,13 @@ from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.delta import launches as delta_launches
+from lasp.kernels.triton.loss import launches as losses
 from lasp.kernels.triton.neighbours import launches
 from lasp.ops import checks
 from lasp.sequence import arguments
 
 TYPES_OF_INPUTS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-TYPES = TYPES_OF_INPUTS | {torch.int32: "*i32"}
+TYPES = TYPES_OF_INPUTS | {torch.int32: "*i32", torch.int64: "*i64"}
 META = torch.device("meta")
 # Shared memory a program may have, in bytes.
 LIMITS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
@@ -169,6 +170,8 @@ def around(dtype: torch.dtype) -> None:
     launches.gated_norm_gradients(wide, *skipped)
     rates, raw = (empty(64, dtype=steps), empty(64, dtype=steps)), empty(1, 4096, 64)
     launches.stepped_decay(raw, wide, *rates)
+    for gradient in (False, True):
+        losses.cross_entropy(empty(64, 50288), empty(64, dtype=torch.int64), -100, gradient=gradient)
     launches.stepped_decay_gradients(wide, empty(1, 4096, 64, dtype=steps), raw, wide, *rates)
 
 
