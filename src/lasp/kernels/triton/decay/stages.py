@@ -236,7 +236,10 @@ def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
     heads = x.q.shape[2]
     if gradient.shape[2] == heads:
         return gradient
-    return gradient.unflatten(2, (heads, -1)).sum(3).to(x.q.dtype)
+    parts = gradient.unflatten(2, (heads, -1))
+    # PyTorch's sum over so few, not the last dim, takes three times as long.
+    total = parts[:, :, :, 0] + parts[:, :, :, 1] if parts.shape[3] == 2 else parts.sum(3)
+    return total.to(x.q.dtype)
 
 
 def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
