@@ -19,7 +19,6 @@ from lasp.layers.fields import check_divisor
 from lasp.layers.fused import gated_skip_norm
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
-from lasp.layers.recomputed import recomputed
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import linear_attention_begin
@@ -29,6 +28,8 @@ from lasp.ops.pending import PendingOutputs
 @mixer("mamba2")
 class Mamba2(Mixer):
     """Causal SSD over [B, T, D]; see `Config`."""
+
+    recomputes = "all"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
@@ -107,9 +108,7 @@ class Mamba2(Mixer):
         return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return recomputed(self._projected, o, *kept)
-
-    def _projected(self, o: Tensor, z: Tensor, values: Tensor) -> Tensor:
+        z, values = kept
         y = gated_skip_norm(o, z, values, self.skip, self.gain, groups=self.num_groups, eps=self.norm_eps)
         return self.out_proj(y)
 

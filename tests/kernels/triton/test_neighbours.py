@@ -16,8 +16,9 @@ import lasp
 from lasp.halo import functions as halo
 from lasp.halo.fused import convolution
 from lasp.kernels.triton.neighbours import launches
-from lasp.layers import MIXERS, LayerContext
+from lasp.layers import LayerContext, mixer
 from lasp.layers import fused as layers
+from lasp.layers.mamba2 import Mamba2
 from lasp.ops.autograd import TRACEABLE
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
@@ -206,20 +207,35 @@ def test_stepped_values(dtype: torch.dtype, fused: None, device: torch.device) -
 
 
 @pytest.mark.ci
-def test_a_layer_compiles_whole(fused: None, device: torch.device) -> None:
-    """The fused neighbours are part of its graph; gradients are the eager ones."""
-    config = MIXERS["mamba2"].config(num_heads=2, key_dim=16, value_dim=16)
+def test_a_layer_compiles_whole(fused: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused neighbours are part of its graph, gradients the eager ones; what they make of a projection, and a
+    recurrence reads, is not kept. The control: a layer of which only the end runs again."""
+    monkeypatch.setattr(mixer, "has_fused_kernels", lambda device, dtype: True)
+    config = Mamba2.Config(num_heads=2, key_dim=16, value_dim=16, num_key_heads=1)
     torch.manual_seed(0)
-    layer = config.build(LayerContext(24)).to(device)
-    x = normal(1, 5, 24).to(device, FP32).requires_grad_()
+    layer = config.build(LayerContext(24, backend="triton")).to(device)
+    x = normal(1, 64, 24).to(device, FP32).requires_grad_()
     leaves = [x, *layer.parameters()]
 
     def gradients(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     eager = layer(x)[0]
-    expected = gradients(eager)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=TRACEABLE, backend="aot_eager")(x)[0]
-    for got, reference in zip((compiled, *gradients(compiled)), (eager, *expected), strict=True):
-        assert relative_error(got, reference) <= 2e-6
+    expected, kept = gradients(eager), []
+    for recomputes in ("all", "after"):
+        monkeypatch.setattr(type(layer), "recomputes", recomputes)
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=TRACEABLE, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            compiled = run(x)[0]
+        kept.append(sum(sizes.values()))
+        for got, reference in zip((compiled, *gradients(compiled)), (eager, *expected), strict=True):
+            assert relative_error(got, reference) <= 2e-6
+    inner, convolved = config.num_heads * config.value_dim, config.convolved
+    assert kept[1] - kept[0] >= 0.95 * 4 * x.shape[1] * (inner + convolved)
