@@ -19,7 +19,7 @@ step.
 
 Two ranks on GPUs have a goal: with "auto", 32,768 tokens a rank cost at most 1.02 times one rank's, 8,192 tokens at
 most 1.08 times, launched either way. It is the layer's, and if the layer misses one, the exit code is 1; how the
-recurrence alone does is told too.
+recurrence alone does is told too. Whatever is not right makes it 1 too, and is named at the end.
 """
 
 from __future__ import annotations
@@ -174,20 +174,14 @@ class Bench:
         return peers | {"authors' kernel on one rank": peer(alone)._replace(is_alone=True)}
 
     def check(self) -> dict[str, dict[str, float]]:
-        """Errors of all schedules, by kind.
-
-        Raises RuntimeError if one is too large, or if without an exchange it is not.
-        """
-        result = {}
+        """Errors of all schedules, by kind; right where all are small, and without an exchange the error is not."""
+        result: dict[str, dict[str, float]] = {}
         for of, kind in self.kinds.items():
             as_it_is = Peer(nullcontext(kind.over(None)), kind.exact)
             errors = {name: self.error(kind, as_it_is, kind.over(group)) for name, group in self.groups.items()}
-            bound, control = BOUNDS[self.dtype], self.error(kind, as_it_is, kind.over(None))
-            if max(errors.values()) >= bound or control < 2 * max(bound, *errors.values()):
-                raise RuntimeError(
-                    f"{of}: errors are to be below {bound}, and far above without an exchange, {control}: {errors}"
-                )
-            result[of] = errors | {"control: no exchange": control}
+            worst, control = max(errors.values()), self.error(kind, as_it_is, kind.over(None))
+            is_right = worst < BOUNDS[self.dtype] and control > 2 * worst
+            result[of] = errors | {"control: no exchange": control, "is_right": is_right}
         return result
 
     def error(self, kind: Kind, peer: Peer, method: Method) -> float:
@@ -370,10 +364,11 @@ def measure(options: argparse.Namespace) -> int:
         if options.peers is None or any(part in name for part in options.peers):
             one = {row["tokens"]: row["s"] for row in alone if row["of"] == peer.of}
             keep(bench.peer(name, peer, one, max(1, options.repetitions // 4)))
+    wrong = [f"{of}: {errors}" for of, errors in record["errors"].items() if not errors["is_right"]]
     if world.is_first:
-        print(f"{table(record)}\n\nwritten to {path}")
+        print(f"{table(record)}\n\nwritten to {path}", *(f"WRONG: {line}" for line in wrong), sep="\n")
     leave(world)
-    return int(any(goal["of"] == "layer" and not goal["met"] for goal in record["goals"]))
+    return int(bool(wrong) or any(goal["of"] == "layer" and not goal["met"] for goal in record["goals"]))
 
 
 def main() -> int:
