@@ -235,7 +235,7 @@ class Mixer(nn.Module):
         self,
         x: Tensor,
         *,
-        start: int = 0,
+        start: int | None = None,
         state: LayerState | None = None,
         output_state: bool = False,
         cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -245,7 +245,7 @@ class Mixer(nn.Module):
 
         Args:
             x: [B, T, D]. Under sequence parallelism T is this rank's share.
-            start: global position of x's first token.
+            start: global position of x's first token; by default 0, or under `sp` where this rank's tokens lie.
             state: what came before the whole sequence, as the layer gave it; nothing if None.
             output_state: also return the state after the whole sequence: [B, H_v, K, V] in fp32 (fp64 for fp64 x), of
                 a layer with a short convolution that and the window; of softmax attention keys beside values.
@@ -260,6 +260,8 @@ class Mixer(nn.Module):
         """
         with broadcast_errors(sp):
             self._check(x, start, state, output_state)
+            if start is None:
+                start = 0 if sp is None else sp.offset(x.shape[1])
         parts = self.project(x)
         alone = state is None and not output_state and cu_seqlens is None and (sp is None or sp.size == 1)
         if alone and self.recomputes == "all" and torch.is_grad_enabled() and self._is_one_graph(parts[0]):
@@ -305,14 +307,14 @@ class Mixer(nn.Module):
         compiling = torch.compiler.is_compiling() and self.backend in ("auto", "triton")
         return compiling and has_fused_kernels(x.device, x.dtype)
 
-    def _check(self, x: Tensor, start: int, state: LayerState | None, output_state: bool) -> None:
+    def _check(self, x: Tensor, start: int | None, state: LayerState | None, output_state: bool) -> None:
         check_floats("x", x, "[B, T, D]", 3)
         if x.shape[2] != self.d_model:
             raise ValueError(f"x must be [B, T, D] with D = {self.d_model}, got shape {tuple(x.shape)}")
         if state is not None and isinstance(state, RecurrentState) == (self.convolution is None):
             raise ValueError(f"state must be one that a {type(self).__name__} gave, got {type(state).__name__}")
         check_flags(output_state=output_state)
-        if not torch.compiler.is_compiling():  # where a position may be a symbol
+        if start is not None and not torch.compiler.is_compiling():  # where a position may be a symbol
             whole("start", start, 0)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
-from lasp.kernels.triton.common.launch import given, use_scratch
+from lasp.kernels.triton.common.launch import given
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.channel import stages as channel
 from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
@@ -61,7 +61,6 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
         launches = runs.launches_of(shape, q.device)
     else:
         launches = runs.packed_launches_of(shape, documents, q.device)
-    use_scratch()
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and (g is None or g.is_contiguous())):
         q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), None if g is None else g.contiguous()
     return DecayRun(q, k, v, g, scale, documents, launches)
@@ -122,7 +121,6 @@ def totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> Segments:
 
 
 def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Segments]:
-    use_scratch()  # backward passes have threads of their own
     assert d_o.dtype == x.v.dtype
     launches, gathers = x.launches, x.launches.plan.gathers
     others = saved[2:] if launches.keeps_states else saved[1:]
@@ -148,7 +146,7 @@ def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, S
 
 
 def _new_sums(x: DecayRun) -> SegmentSums:
-    states = torch.empty(x.launches.states, dtype=torch.float32, device=x.v.device)
+    states = x.v.new_empty(x.launches.states, dtype=torch.float32)
     return states, states.new_empty(x.launches.decays)
 
 
@@ -194,7 +192,7 @@ def outputs(
     kept; gates, or what was prepared per chunk."""
     launches = x.launches
     state_in = None if state_in is None else state_in.contiguous()
-    o, leaving = torch.empty_like(x.v), torch.empty(launches.state, dtype=torch.float32, device=x.v.device)
+    o, leaving = torch.empty_like(x.v), x.v.new_empty(launches.state, dtype=torch.float32)
     if isinstance(launches, ChannelLaunches):
         assert partial is not None and isinstance(totals, channel.ChannelSegments)
         channel.outputs(x, launches, totals, partial, o, leaving, state_in)
