@@ -207,7 +207,8 @@ class Mixer(nn.Module):
         _check_context(context)
         self.config, self.backend, self.d_model = config, context.backend, context.d_model
         self.convolution: ShortConvolution | None = None
-        self.parts_of_convolution: tuple[int, ...] | None = None  # that `before` takes its output in
+        # Widths of those that `before` takes the convolution's output in; it takes that whole if None.
+        self.parts_of_convolution: tuple[int, ...] | None = None
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first, and puts
@@ -277,15 +278,15 @@ class Mixer(nn.Module):
         """Give what `after` takes, and the state after the sequence."""
         memory, window = state if isinstance(state, RecurrentState) else (state, None)
         if self.convolution is not None:
-            mixed, window = self.convolution.in_parts(
+            mixed, window = self.convolution(
                 parts[0],
-                self.parts_of_convolution,
                 state=window,
                 output_state=sequence["output_final_state"],
                 cu_seqlens=sequence["cu_seqlens"],
                 sp=sequence["sp"],
+                widths=self.parts_of_convolution,
             )
-            parts = (*mixed, *parts[1:])
+            parts = (*([mixed] if self.parts_of_convolution is None else mixed), *parts[1:])
         inputs = self.before(parts, start)
         pending = self.begin(inputs, initial_state=memory, **sequence)
         q, kept = self.queries(x, inputs)
