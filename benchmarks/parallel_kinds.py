@@ -1,4 +1,4 @@
-"""Recurrences, and layers of every family, over ranks or on one: the kinds that `sequence_parallel` measures.
+"""Recurrences, and layers of every family, over ranks or on one: the kinds that `sequence_parallel` measures."""
 
 from __future__ import annotations
 
