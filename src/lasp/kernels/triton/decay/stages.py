@@ -68,7 +68,8 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
 
 def _shape(x: DecayInputs, with_decay: bool, from_zero: bool) -> RunShape:
     kind = KINDS[0 if x.g is None else x.g.dim()]
-    return RunShape(x.q.shape, x.v.shape, x.q.dtype, kind, with_decay, x.scale, from_zero)
+    gate_heads = x.g.shape[2] if x.g is not None and kind == CHANNEL else 0
+    return RunShape(x.q.shape, x.v.shape, x.q.dtype, kind, with_decay, x.scale, from_zero, gate_heads)
 
 
 def _leaving(saved: Saved) -> Tensor:
@@ -230,11 +231,14 @@ def gradients(
 
 
 def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
-    """[B, T, H_v, K] -> [B, T, H, K]."""
+    """[B, T, H_v, K] (of gates per channel [B, T, H_g, K]) -> [B, T, H, K]."""
     heads = x.q.shape[2]
     if gradient.shape[2] == heads:
         return gradient
-    return gradient.unflatten(2, (heads, -1)).sum(3).to(x.q.dtype)
+    parts = gradient.unflatten(2, (heads, -1))
+    # PyTorch's sum over so few, not the last dim, takes three times as long.
+    total = parts[:, :, :, 0] + parts[:, :, :, 1] if parts.shape[3] == 2 else parts.sum(3)
+    return total.to(x.q.dtype)
 
 
 def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
@@ -249,7 +253,8 @@ def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: b
     if keeps_states(p, want_gate):
         results.append(state(B, H_v, p.segments, K, V))
     if shape.kind == CHANNEL:
-        return [*results, *channel.empty_prepared(x.q, x.v, p)]
+        assert x.g is not None
+        return [*results, *channel.empty_prepared(x.q, x.g, p)]
     if shape.kind == TOKEN:
         return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
     return results

@@ -160,11 +160,17 @@ def gradients(
     if not launches.with_decay:
         return local.dq, dk, dv, None
     dg = unread.new_empty(x.v.shape[:3])
-    launches.gate_gradient(
+    launches.gate_pairs(
         q_ptr=x.q,
         k_ptr=x.k,
         v_ptr=x.v,
         do_ptr=d_o,
+        g_ptr=g,
+        prefix_ptr=prefix,
+        dg_ptr=dg,
+        places_ptr=given(launches.chunk_places, dg),
+    )
+    launches.gate_gradient(
         g_ptr=g,
         prefix_ptr=prefix,
         q_sums_ptr=local.sums,
