@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import statistics
@@ -58,8 +59,12 @@ def steps(family: str, variant: str, tokens: int, options: argparse.Namespace) -
     text = torch.randint(config.vocab_size, (1, tokens + 1), device=device, generator=random)
     seconds = []
     for number in range(options.steps + 1):
-        if number == 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if number == 1:
+            if options.lock is not None:
+                held = options.lock.open("w")  # to the end of the process, which has one row
+                fcntl.flock(held, fcntl.LOCK_EX)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             out = model.training(text[:, :-1], labels=text[:, 1:].contiguous())
@@ -103,6 +108,7 @@ def measured(options: argparse.Namespace, family_variant: tuple[str, str]) -> di
     command = [sys.executable, "-m", "benchmarks.models", "--one", family, variant, "--tokens", str(options.tokens)]
     command += ["--size", options.size, "--steps", str(options.steps)]
     command += [] if options.layers is None else ["--layers", str(options.layers)]
+    command += [] if options.lock is None else ["--lock", str(options.lock)]
     paths = [str(path) for path in (options.with_fla if variant == "fla" else None,) if path is not None]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     row: dict[str, Any] = {"family": family, "variant": variant}
@@ -139,7 +145,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="1b")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=600.0, help="of each row")
-    parser.add_argument("--parallel", type=int, default=1, help="rows at once, to try the script: times are then none")
+    parser.add_argument("--parallel", type=int, default=1, help="rows at once; with --lock only one has timed steps")
+    parser.add_argument("--lock", type=Path, help="file that a process locks while its steps are timed")
     parser.add_argument("--with-fla", type=Path, help="folder with flash-linear-attention")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("FAMILY", "VARIANT"), help=argparse.SUPPRESS)
