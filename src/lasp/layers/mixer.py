@@ -24,7 +24,7 @@ from lasp.layers.short_convolution import ShortConvolution
 from lasp.layers.state import RecurrentState
 from lasp.ops.pending import PendingOutputs
 from lasp.sequence.arguments import check_flags, check_floats, check_kind, positive, whole
-from lasp.sequence.sequence_parallel import broadcast_errors
+from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -262,6 +262,7 @@ class Mixer(nn.Module):
         with broadcast_errors(sp):
             self._check(x, start, state, output_state)
             if start is None:
+                check_shard(sp, x.shape[1])
                 start = 0 if sp is None else sp.offset(x.shape[1])
         parts = self.project(x)
         alone = state is None and not output_state and cu_seqlens is None and (sp is None or sp.size == 1)

@@ -42,8 +42,8 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
 
 def _summary(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> Summary:
     """Summary of the run: its map of the state, or of the state's gradient."""
-    _, state = run.scanned(x, added, moves, None, leaves=True, reverse=reverse)
-    return Summary(Dense(run.transition_of(x, moves, reverse=reverse)), state)
+    state, transition = run.run_of_segments(x, added, moves, reverse=reverse)
+    return Summary(Dense(transition), state)
 
 
 def summarize(x: DeltaRun) -> tuple[Summary, DeltaSegments]:
