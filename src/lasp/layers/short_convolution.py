@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lasp.halo import short_convolution
-from lasp.halo.functions import ACTIVATIONS, MAX_WIDTH
+from lasp.halo.functions import ACTIVATIONS, MAX_WIDTH, short_convolution_in_parts
 from lasp.layers.fields import check_counts
 from lasp.sequence.arguments import check_flags, check_generator
 
@@ -63,7 +62,8 @@ class ShortConvolution(nn.Module):
         output_state: bool = False,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        widths: Sequence[int] | None = None,
+    ) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
         """Convolve.
 
         Args:
@@ -72,20 +72,23 @@ class ShortConvolution(nn.Module):
             output_state: also return the state after the whole sequence.
             cu_seqlens: of packed documents, global.
             sp: the ranks that share the sequence.
+            widths: of up to three parts that y is wanted in, C in all; each is dense where kernels run.
 
         Returns:
-            y [B, T, C] and the state, or None unless asked for.
+            y [B, T, C], or its parts [B, T, widths[n]], and the state, or None unless asked for.
         """
-        return short_convolution(
+        parts, window = short_convolution_in_parts(
             x,
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
+            widths,
             activation=self.activation,
             initial_state=state,
             output_final_state=output_state,
             cu_seqlens=cu_seqlens,
             sp=sp,
         )
+        return parts[0] if widths is None else parts, window
 
 
 def check_width(width: int, name: str = "conv_width") -> None:

@@ -6,6 +6,7 @@ over tokens, the gradients of parameters, are taken in fp32, in parts of fixed s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from lasp.kernels.triton.neighbours.stepped_decay import stepped_decay_gradient_
 ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
 WARPS = 4
 # Intervals of a convolution's program, tokens of each, channels.
-INTERVALS, LENGTH, CHANNELS = 16, 32, 64
+INTERVALS, LENGTH, CHANNELS = 8, 64, 64
+MAX_PARTS = 3  # that a convolution's output is written in
 # Elements of a program at a time, and of one that sums over them in all.
 ELEMENTS, SUMMED = 2048, 1 << 17
 
@@ -48,7 +50,7 @@ class _Convolution(NamedTuple):
     tokens: int
     row: int
     batch: int
-    channels: int
+    parts: tuple[int, ...]
     width: int
     bias: bool
     silu: bool
@@ -60,42 +62,58 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
     covered = shape.tokens + shape.width - 1 if backward else shape.tokens
     blocks = -(-covered // (INTERVALS * LENGTH))
     fixed: dict[str, Any] = {
-        "T": shape.tokens, "blocks": blocks, "C": shape.channels, "ROW": shape.row, "W": shape.width,
-        "BIAS": shape.bias, "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
+        "T": shape.tokens, "blocks": blocks, "ROW": shape.row, "W": shape.width, "BIAS": shape.bias,
+        "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
     }  # fmt: skip
+    fixed |= {f"C{n}": width for n, width in enumerate(shape.parts)}
     kernel = convolution_gradient_kernel if backward else convolution_kernel
-    grid = (blocks * shape.batch, -(-shape.channels // CHANNELS))
+    grid = (blocks * shape.batch, sum(-(-width // CHANNELS) for width in shape.parts))
     return Launch(kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 def _shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, d_y: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    silu: bool,
+    widths: Sequence[int],
+    d_y: Tensor | None = None,
 ) -> _Convolution:
-    batch, tokens, channels = x.shape
+    batch, tokens, _ = x.shape
     dtypes = _dtypes(x, weight, bias, before, d_y)
-    return _Convolution(tokens, _row(x), batch, channels, weight.shape[1], bias is not None, silu, dtypes)
+    parts = (*widths, 0, 0)[:MAX_PARTS]
+    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], bias is not None, silu, dtypes)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
-    """[B, T, C] of x [B, T, C], strided; weight [C, W], bias [C], the rows before [B, W - 1, C]."""
+def _parts(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The arguments of the kernels' three parts; the first one for those that there are not."""
+    return dict(zip(("first_ptr", "second_ptr", "third_ptr"), (*tensors, tensors[0], tensors[0]), strict=False))
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, widths: Sequence[int]
+) -> list[Tensor]:
+    """y of x [B, T, C], strided, in up to three parts [B, T, widths[n]]; weight [C, W], bias [C], the rows before
+    [B, W - 1, C]."""
     x, weight = _strided(x), weight.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _convolution(_shape(x, weight, bias, before, silu), False)(
+    parts = [torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device) for width in widths]
+    _convolution(_shape(x, weight, bias, before, silu, widths), False)(
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=weight if bias is None else bias,
-        y_ptr=y,
+        **_parts(parts),
         before_ptr=None if before is None else before.contiguous(),
     )
-    return y
+    return parts
 
 
 def convolve_gradients(
-    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
+    d_y: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the rows before; of what there is not, something."""
-    x, weight = _strided(x), weight.contiguous()
-    launch = _convolution(_shape(x, weight, bias, before, silu, d_y), True)
+    """Gradients of x, weight, bias and the rows before, of those of y's parts; of what there is not, something."""
+    x, weight, d_y = _strided(x), weight.contiguous(), [part.contiguous() for part in d_y]
+    launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
     B, C, W = x.shape[0], x.shape[2], weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(launch.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
@@ -104,7 +122,7 @@ def convolve_gradients(
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=weight if bias is None else bias,
-        d_y_ptr=d_y.contiguous(),
+        **_parts(d_y),
         d_x_ptr=d_x,
         sums_ptr=sums,
         d_before_ptr=d_before,
@@ -129,7 +147,7 @@ class _GatedNorm(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _gated_norm(shape: _GatedNorm, backward: bool) -> Launch:
+def _gated_norm(shape: _GatedNorm, backward: bool, again: bool = False) -> Launch:
     columns = triton.next_power_of_2(shape.columns)
     rows = max(1, ELEMENTS // columns)
     warps = min(16, max(WARPS, rows * columns // 256))
@@ -140,6 +158,7 @@ def _gated_norm(shape: _GatedNorm, backward: bool) -> Launch:
     }  # fmt: skip
     kernel = gated_norm_gradient_kernel if backward else gated_norm_kernel
     if backward:
+        fixed["AGAIN"] = again
         own = shape.groups if shape.gain > 1 or shape.skip else 1
         count = shape.rows // own
         fixed["steps"] = max(1, min(SUMMED // (rows * columns), -(-count // rows)))
@@ -167,8 +186,9 @@ def _norm_call(
     gate_first: bool,
     eps: float,
     d_y: Tensor | None = None,
+    again: bool = False,
 ) -> _NormCall:
-    """Return the call of the norm or, with d_y, of its gradients."""
+    """Return the call of the norm or, with d_y, of its gradients; again: and of its output."""
     o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
     width = o.shape[2:].numel()
     columns = width // groups
@@ -184,7 +204,7 @@ def _norm_call(
         "skip_ptr": gain if skip is None else skip,
         "gain_ptr": gain.contiguous(),
     }
-    return _NormCall(_gated_norm(shape, d_y is not None), given)
+    return _NormCall(_gated_norm(shape, d_y is not None, again), given)
 
 
 def gated_norm(
@@ -223,15 +243,17 @@ def gated_norm_gradients(
     activation: str,
     gate_first: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of o, z, x, skip and gain; of what there is not, something."""
-    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, d_y)
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of o, z, x, skip and gain, and, if wanted `again`, the output; of what there is not, something."""
+    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, d_y, again)
     width, o = o.shape[2:].numel(), given["o_ptr"]
     d_o, d_z, d_x = torch.empty_like(o), o.new_empty(0), o.new_empty(0)
     if z is not None:
         d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if x is not None:
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(d_y, memory_format=torch.contiguous_format) if again else o.new_empty(0)
     programs, own = launch.grid
     parts = (programs * own, width // groups) if gain.numel() * groups == width else (programs, gain.numel())
     d_gain = torch.empty(parts, dtype=torch.float32, device=o.device)
@@ -242,11 +264,12 @@ def gated_norm_gradients(
         d_o_ptr=d_o,
         d_z_ptr=d_o if z is None else d_z,
         d_x_ptr=d_o if x is None else d_x,
+        y_ptr=y if again else d_o,
         d_gain_ptr=d_gain,
         d_skip_ptr=d_gain if skip is None else d_skip,
     )
     skips = o.new_empty(0) if skip is None else d_skip.sum(0).unflatten(0, (skip.numel(), -1)).sum(1).to(skip.dtype)
-    return d_o, d_z, d_x, skips, d_gain.sum(0).to(gain.dtype)
+    return d_o, d_z, d_x, skips, d_gain.sum(0).to(gain.dtype), y
 
 
 class _SteppedDecay(NamedTuple):
