@@ -28,7 +28,6 @@ from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
 from lasp.kernels.triton.delta.hopper.gradients import delta_hopper_gradients_kernel
 from lasp.kernels.triton.delta.hopper.output import delta_hopper_output_kernel
 from lasp.kernels.triton.delta.hopper.reverse import delta_hopper_reverse_kernel
-from lasp.kernels.triton.delta.hopper.summary import SLICES, delta_hopper_summary_kernel
 from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
 from lasp.kernels.triton.delta.output import delta_output_kernel
 from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
@@ -183,15 +182,13 @@ class DeltaLaunches:
     @cached_property
     def summary(self) -> Launch:
         tiles, (K, V) = self.plan.summary, self.state[2:]
-        if self.own and self.kind != TOKEN.value:
-            return self._own(delta_hopper_summary_kernel, SLICES.value, 4, TOTAL=not self.from_zero)
         return self._sweep(delta_summary_kernel, -(-(V + K) // tiles.columns), tiles, TOTAL=not self.from_zero)
 
     @cached_property
     def output(self) -> Launch:
         tiles = self.plan.output
         if self.own:
-            return self._own(delta_hopper_output_kernel, 1, WIDE_WARPS)
+            return self._own(delta_hopper_output_kernel)
         return self._sweep(delta_output_kernel, -(-self.state[3] // tiles.columns), tiles)
 
     @cached_property
@@ -208,8 +205,9 @@ class DeltaLaunches:
         return self._reverse(total=True, values=True)
 
     def _reverse(self, *, total: bool, values: bool) -> Launch:
-        if self.own and (values or self.kind != TOKEN.value):
-            return self._own(delta_hopper_reverse_kernel, 1, WIDE_WARPS, TOTAL=total, VALUES=values)
+        # The other knows after which chunks nothing is left.
+        if self.own and (values or not self.bounds_chunks):
+            return self._own(delta_hopper_reverse_kernel, TOTAL=total, VALUES=values)
         return self._state_sweep(delta_reverse_kernel, self.plan.reverse, TOTAL=total, VALUES=values)
 
     @cached_property
@@ -222,11 +220,11 @@ class DeltaLaunches:
 
     @cached_property
     def joined_gradients(self) -> Launch:
-        return self._own(delta_hopper_gradients_kernel, 1, WIDE_WARPS)
+        return self._own(delta_hopper_gradients_kernel)
 
-    def _own(self, kernel: Any, slices: int, warps: int, **own: Any) -> Launch:
-        """A sweep of Hopper's own, in Triton's lower language."""
-        return self._sweep(kernel, slices, Tiles(self.state[3] // slices, warps, 1), **own)
+    def _own(self, kernel: Any, **own: Any) -> Launch:
+        """A sweep of Hopper's own, with all columns of a state in a program."""
+        return self._sweep(kernel, 1, Tiles(self.state[3], WIDE_WARPS, 1), **own)
 
     @cached_property
     def gradients(self) -> Launch:
