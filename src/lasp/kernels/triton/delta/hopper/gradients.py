@@ -311,7 +311,7 @@ def _sums(tile):
 
 @gluon.jit
 def _scaled(found, factors):
-    """What `_sums` found, each row times its factor."""
+    """Returns what `_sums` found, each row times its factor."""
     return found * gl.convert_layout(factors, gl.SliceLayout(1, found.type.layout))[:, None]
 
 
