@@ -19,6 +19,7 @@ class DeviceLimits(NamedTuple):
     hopper: bool
 
 
+GLUON_VERSIONS = ("3.6.", "3.7.")
 INTERPRETED = DeviceLimits(4, 1 << 20, True)
 
 _devices: dict[torch.device, DeviceLimits] = {}
@@ -35,6 +36,11 @@ def ready_to_interpret() -> None:
 def interprets() -> bool:
     """Return whether kernels are interpreted, and not compiled."""
     return not isinstance(load_chunk, triton.JITFunction)
+
+
+def takes_gluon() -> bool:
+    """Return whether this Triton compiles kernels in its lower language, which changes from version to version."""
+    return triton.__version__.startswith(GLUON_VERSIONS) and not interprets()
 
 
 def device_limits(device: torch.device) -> DeviceLimits:

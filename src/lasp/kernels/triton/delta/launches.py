@@ -5,6 +5,7 @@ Made once for a shape, so that a call allocates and launches and does little els
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cached_property, lru_cache, wraps
 from typing import Any
@@ -14,7 +15,7 @@ import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, gate_sums_kernel
-from lasp.kernels.triton.common.device import device_limits, interprets
+from lasp.kernels.triton.common.device import device_limits, takes_gluon
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import base_levels
@@ -25,9 +26,6 @@ from lasp.kernels.triton.delta.channel_gradients import delta_channel_gradients_
 from lasp.kernels.triton.delta.channel_operands import delta_channel_operands_kernel
 from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
 from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
-from lasp.kernels.triton.delta.hopper.gradients import delta_hopper_gradients_kernel
-from lasp.kernels.triton.delta.hopper.output import delta_hopper_output_kernel
-from lasp.kernels.triton.delta.hopper.reverse import delta_hopper_reverse_kernel
 from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
 from lasp.kernels.triton.delta.output import delta_output_kernel
 from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
@@ -108,7 +106,7 @@ class DeltaLaunches:
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
-        self.own = p.own and not erases and not interprets()
+        self.own = p.own and not erases and takes_gluon()
         self.joined = self.own and kind != CHANNEL.value
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
@@ -188,7 +186,7 @@ class DeltaLaunches:
     def output(self) -> Launch:
         tiles = self.plan.output
         if self.own:
-            return self._own(delta_hopper_output_kernel)
+            return self._own("output")
         return self._sweep(delta_output_kernel, -(-self.state[3] // tiles.columns), tiles)
 
     @cached_property
@@ -207,7 +205,7 @@ class DeltaLaunches:
     def _reverse(self, *, total: bool, values: bool) -> Launch:
         # The other knows after which chunks nothing is left.
         if self.own and (values or not self.bounds_chunks):
-            return self._own(delta_hopper_reverse_kernel, TOTAL=total, VALUES=values)
+            return self._own("reverse", TOTAL=total, VALUES=values)
         return self._state_sweep(delta_reverse_kernel, self.plan.reverse, TOTAL=total, VALUES=values)
 
     @cached_property
@@ -220,10 +218,12 @@ class DeltaLaunches:
 
     @cached_property
     def joined_gradients(self) -> Launch:
-        return self._own(delta_hopper_gradients_kernel)
+        return self._own("gradients")
 
-    def _own(self, kernel: Any, **own: Any) -> Launch:
-        """A sweep of Hopper's own, with all columns of a state in a program."""
+    def _own(self, name: str, **own: Any) -> Launch:
+        """A sweep of Hopper's own, with all columns of a state in a program; loaded where this Triton takes it."""
+        module = importlib.import_module(f"lasp.kernels.triton.delta.hopper.{name}")
+        kernel = getattr(module, f"delta_hopper_{name}_kernel")
         return self._sweep(kernel, 1, Tiles(self.state[3], WIDE_WARPS, 1), **own)
 
     @cached_property
