@@ -66,12 +66,6 @@ def ask_vector(tile, ptr, wanted):
 
 
 @gluon.jit
-def last_of(vector):
-    """Returns the number of a chunk's last token, from shared memory."""
-    return gl.sum(vector.slice(TOKENS - 1, 1).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
-
-
-@gluon.jit
 def between_pairs(prefix, norms, k_norms, KIND: gl.constexpr, NORMALIZE: gl.constexpr):
     """[TOKENS, TOKENS]: the decay from token j to a later i, and their lengths. Of an earlier i it may be infinite, so
     what it is multiplied with is to be replaced. All three are in shared memory."""

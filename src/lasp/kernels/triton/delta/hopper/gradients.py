@@ -32,7 +32,6 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
-    last_of,
     meet,
     segment_of,
     tokens_view,
@@ -170,6 +169,8 @@ def delta_hopper_gradients_kernel(
         async_copy.commit_group()
         prefix, beta = prefixes.index(c & 1), betas.index(c & 1)
         q_norms, k_norms = q_lengths.index(c & 1), k_lengths.index(c & 1)
+        if c > 0:
+            _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
         here, only = afresh(c & 1), afresh(0)
         u_tile, do_tile, q_tile, k_tile = (
             u_tiles.index(here),
@@ -182,13 +183,11 @@ def delta_hopper_gradients_kernel(
         dq = warpgroup_mma(do_tile, s_tile, nothing, use_acc=False, is_async=True)
         if GATE:
             scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
-        if c > 0:
-            _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
         to_end = from_start
         total = 0.0
         if KIND == TOKEN:
-            total = last_of(prefix)
+            total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
             from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
             to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
         q_read = from_start * scale
@@ -277,13 +276,15 @@ def delta_hopper_gradients_kernel(
         weighted = (u_tile.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * u_to_end[None, :]).to(dtype)
         state *= gl.exp2(total)
         state = warpgroup_mma(weighted, k_tile, state, is_async=True)
+        read *= -k_read[:, None]
+        written *= to_end[:, None]
         if GATE:
             keys = k_tile.load(WIDE).to(gl.float32)
-            _keep(sums, READS, reads - _scaled(_sums(keys * read), k_read))
-            _keep(sums, STORED, _scaled(_sums(keys * written), to_end))
+            _keep(sums, READS, reads + _sums(keys * read))
+            _keep(sums, STORED, _sums(keys * written))
             sums.index(ACROSS).store(across.reshape([2, TOKENS]))
         _keep(sums, D_BETA, d_beta)
-        write(dk_ptr, dk - read * k_read[:, None] + written * to_end[:, None], row, H_v, start, last)
+        write(dk_ptr, dk + read + written, row, H_v, start, last)
         if GATE:
             meet()
             column: gl.constexpr = gl.SliceLayout(0, PAIRS)
@@ -307,12 +308,6 @@ def delta_hopper_gradients_kernel(
 def _sums(tile):
     """[TOKENS, 2]: sums of the rows of a tile, of either half of its columns; what lies in one warp."""
     return gl.sum(tile.reshape([TOKENS, 2, tile.shape[1] // 2]), 2)
-
-
-@gluon.jit
-def _scaled(found, factors):
-    """Returns what `_sums` found, each row times its factor."""
-    return found * gl.convert_layout(factors, gl.SliceLayout(1, found.type.layout))[:, None]
 
 
 @gluon.jit

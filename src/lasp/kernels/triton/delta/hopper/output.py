@@ -27,7 +27,6 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
-    last_of,
     meet,
     segment_of,
     tokens_view,
@@ -187,7 +186,7 @@ def delta_hopper_output_kernel(
             out = warpgroup_mma(q_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
             decay = 1.0
             if KIND == TOKEN:
-                total = last_of(prefix)
+                total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
                 decay = gl.exp2(total)
                 from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
                 to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))

@@ -29,7 +29,6 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
-    last_of,
     meet,
     reading_factors,
     segment_of,
@@ -206,7 +205,7 @@ def delta_hopper_reverse_kernel(
         else:
             decay = 1.0
             if KIND == TOKEN:
-                total = last_of(prefix)
+                total = gl.load(prefix_ptr + (at + c) * TOKENS + TOKENS - 1)
                 decay = gl.exp2(total)
                 from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
                 to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
