@@ -40,7 +40,7 @@ def test_every_length_is_a_row_and_the_profile_names_operators(
 
 
 def test_kernels_that_a_profiler_gives_to_several_operators_count_once() -> None:
-    """As measured: 65 launches of an optimizer's step, said to be those of 13 operators; and two kernels as they are."""
+    """65 launches of an optimizer's step, said to be those of 13 operators, as measured; other kernels as they are."""
     work = {("step", "optimizer and clipping"): (13 * 65, 13.0), ("mm", "mixer"): (4, 4.0), ("mm", "norms"): (1, 1.0)}
     once = each_once(work, Counter({"step": 65, "mm": 5}))
     assert once == work | {("step", "optimizer and clipping"): (65, 1.0)}
