@@ -62,7 +62,7 @@ class DecayLaunches:
             documents' segments; None without documents.
         reads: shape of what is read from states per value head.
         gradient, gradient_dtype: shape and dtype of the gradients of q and k, per value head, or of gates per channel
-            per head of gates.
+            per head of gates. alike: they are those of q and k.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -93,6 +93,7 @@ class DecayLaunches:
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
         H_g = shape.gate_heads or H_v
         self.reads, self.gradient, self.gradient_dtype = (B, T, H_v, K), (B, T, H_g, K), partial_dtype(dtype, H, H_g)
+        self.alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), dtype)
         # What these names mean in every kernel.
         self._known: dict[str, Any] = {
             "scale": shape.scale, "B": B, "T": T, "H": H, "H_v": H_v, "H_g": H_g, "K": K, "V": V,
