@@ -313,7 +313,8 @@ def test_the_check_sees(mistake: str, device: torch.device) -> None:
     assert min(errors_of(solve(p, device), references)[n] for n in ("o", "d_q", "d_k")) > 100 * BOUNDS[FP32][0]
 
 
-def test_what_the_kernels_do_not_take() -> None:
-    p = problem(Case("none", T=3, K=300))
-    with pytest.raises(ValueError, match="backend='torch'"):
+@pytest.mark.parametrize("keys", [2, 300])
+def test_what_the_kernels_do_not_take(keys: int) -> None:
+    p = problem(Case("none", T=3, K=keys))
+    with pytest.raises(ValueError, match=f"does not take K = {keys} here: .*backend='torch'"):
         solve(p, torch.device("cpu"))
