@@ -12,8 +12,8 @@ With z = scale tril(do u^T), m = -strict(dv u^T), both without decays:
 
 A token reads with k unless it has a key r of its own: k then has the sum of both gradients.
 What pairs within the chunk add to dg cancels where it should, to fp32, since both sides take the same rounded operands.
-Where gates forget, next to nothing may be left. So in fp32 what does not cross a token is not taken off but left out: of
-pairs, and of the sum in `leaving` what it and later tokens add.
+Where gates forget, next to nothing may be left. So in fp32 what does not cross a token is not taken off but left out:
+of pairs, and of the sum in `leaving` what it and later tokens add.
 Where gates are bounded all tokens meet in the chunk's middle; other chunks go by levels, as in
 `decay.channel.intra_chunk`.
 """
