@@ -1,6 +1,7 @@
-"""Speed, extra memory, host cost and errors of the delta rule's kernels, in one run on one GPU.
+"""Speed, extra memory, host cost and errors of the delta rule's kernels, in one run on one GPU, also beside peers.
 
     python benchmarks/delta_kernels.py --output benchmarks/results
+    python benchmarks/delta_kernels.py --peers flashqla fla          # what to install: baselines/delta.py, kernels.py
 
 For shapes that `benchmarks/kernels.py` has not (grouped heads, packed documents), and launch by launch. Times are
 medians of replays of CUDA graphs, kernels alone; extra memory is what forward and backward need beyond inputs, outputs
@@ -14,20 +15,23 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from baselines import delta
 from kernels import (
     DELTA_CASES,
     DELTA_KINDS,
     cold_start_seconds,
     delta_inputs,
     errors,
+    fla_delta,
     graph_milliseconds,
+    milliseconds,
     ours,
     peak_bytes,
 )
@@ -64,15 +68,35 @@ SHAPES = (
 )
 
 
+Rule = Callable[[dict[str, Tensor], Sequence[int] | None], Tensor]
+
+
+def fused(x: dict[str, Tensor], bounds: Sequence[int] | None) -> Tensor:
+    return lasp.delta_rule(x["q"], x["k"], x["v"], x["beta"], x.get("g"), cu_seqlens=bounds, backend="triton")[0]
+
+
+def flashqla(x: dict[str, Tensor], bounds: Sequence[int] | None) -> Tensor:
+    if "g" not in x or x["g"].dim() == 4:
+        raise ValueError("FlashQLA is Gated DeltaNet alone")
+    return delta.flashqla(x["q"], x["k"], x["v"], x["beta"], x["g"], bounds)
+
+
+def fla(x: dict[str, Tensor], bounds: Sequence[int] | None) -> Tensor:
+    if bounds is not None:
+        raise ValueError("packed documents of flash-linear-attention are not measured")
+    return fla_delta(x)
+
+
+PEERS: dict[str, Rule] = {"flashqla": flashqla, "fla": fla}
+
+
 class Problem(NamedTuple):
     x: dict[str, Tensor]
     bounds: tuple[int, ...] | None
+    rule: Rule = fused
 
     def forward(self) -> Tensor:
-        x = self.x
-        return lasp.delta_rule(x["q"], x["k"], x["v"], x["beta"], x.get("g"), cu_seqlens=self.bounds, backend="triton")[
-            0
-        ]
+        return self.rule(self.x, self.bounds)
 
     def forward_alone(self) -> Tensor:
         with torch.no_grad():
@@ -149,6 +173,29 @@ def measured(shape: Shape, parts: bool) -> dict[str, Any]:
     return row | ({"launches": launches(p)} if parts else {})
 
 
+def peer(shape: Shape, name: str) -> dict[str, Any]:
+    """A peer on the same tensors: by CUDA graphs where they can be captured, else eager. Refusing is a result too."""
+    p = problem(shape)._replace(rule=PEERS[name])
+    row: dict[str, Any] = {"peer": name}
+    try:
+        ours = problem(shape).both()
+        row["farthest_from_ours"] = max(
+            ((theirs.float() - own.float()).norm() / own.float().norm()).item()
+            for theirs, own in zip(p.both(), ours, strict=True)
+        )
+        del ours
+        row["extra_gib"] = extra_bytes(p) / 2**30
+        for part, call in (("forward", p.forward_alone), ("both", p.both)):
+            row[part] = milliseconds(call) | {"launch": "eager"}
+            try:
+                row[part] = graph_milliseconds(call) | {"launch": "graph"}
+            except RuntimeError as error:
+                row[part]["no_graph"] = str(error)[:120]
+    except Exception as error:  # compilers of kernels have classes of their own
+        row["refused"] = " ".join(str(error).split())[:200]
+    return row
+
+
 def tables(result: dict[str, Any]) -> str:
     lines = [
         f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}, bf16, K = V = {DIM}.",
@@ -161,6 +208,12 @@ def tables(result: dict[str, Any]) -> str:
         times = (f"{row[part]['median']:.3f}{goal}" for part, goal in zip(("forward", "both"), goals, strict=True))
         size = f"{row['tokens']}, {row['heads']}/{row['value_heads']}, {row['documents']}"
         lines.append(f"| {row['kind']} | {size} | {' | '.join(times)} | {row['extra_gib']:.2f} |")
+        for found in row.get("peers", []):
+            if "refused" in found:
+                lines.append(f"| by {found['peer']} | | refused: {found['refused'][:60]} | | |")
+                continue
+            times = (f"{found[part]['median']:.3f} ({found[part]['launch']})" for part in ("forward", "both"))
+            lines.append(f"| by {found['peer']} | | {' | '.join(times)} | {found['extra_gib']:.2f} |")
     for row in result["rows"]:
         if "launches" in row:
             parts = (f"{each['kernel'].removesuffix('_kernel')} {each['ms']:.3f}" for each in row["launches"])
@@ -195,6 +248,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=[])
+    parser.add_argument("--only-speed", action="store_true", help="no host times, errors or cold starts")
     options = parser.parse_args()
     if options.report is not None:
         print(tables(json.loads(options.report.read_text())))
@@ -207,7 +262,12 @@ def main() -> None:
     path = options.output / f"delta-kernels-{device.replace(' ', '-').lower()}.json"
     for shape in SHAPES:
         result["rows"].append(measured(shape, parts=shape[1:4] == (65536, 16, 16)))
+        for name in options.peers:
+            result["rows"][-1].setdefault("peers", []).append(peer(shape, name))
         path.write_text(json.dumps(result, indent=1))
+    if options.only_speed:
+        print(tables(result))
+        return
     result["host_ms"] = {kind: host(kind) for kind in DELTA_KINDS}
     path.write_text(json.dumps(result, indent=1))
     result["errors"] = {kind: {case: errors(kind, ours, case=case) for case in DELTA_CASES} for kind in DELTA_KINDS}

@@ -51,7 +51,8 @@ def kept(family: str, layer: int) -> dict[str, Any]:
             copies += tensor.nbytes
         elif tensor.shape[-2:] != (mixer.key_dim, mixer.value_dim) or tensor.shape[1] == TOKENS:  # no states
             name = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            rows[name] = rows.get(name, 0) + tensor.nbytes // TOKENS
+            # A view keeps all that it is of.
+            rows[name] = rows.get(name, 0) + tensor.untyped_storage().nbytes() // TOKENS
     rows = dict(sorted(rows.items(), key=lambda row: -row[1]))
     found = {"bytes_per_token": sum(rows.values()), "copies": copies, "rows": rows}
     return {"model": f"{family}-1b", "layer": layer, **found}

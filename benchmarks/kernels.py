@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py --output benchmarks/results            # this library and softmax attention
     python benchmarks/kernels.py --peers fla --shapes main              # and flash-linear-attention, if installed
-    python benchmarks/kernels.py --kinds delta "gated delta" kda --shapes main --name delta-kernels
+    python benchmarks/kernels.py --kinds delta "gated delta" kda --shapes main --name delta-kernels --peers fla flashqla
 
-flash-linear-attention refuses gated kernels on Hopper with Triton before 3.7.1.
+flash-linear-attention (`pip install flash-linear-attention`) refuses gated kernels on Hopper with Triton before 3.7.1.
+FlashQLA is Gated DeltaNet alone (`baselines/delta.py` says what to install); it compiles for minutes.
 
 Every figure goes into one JSON file; `benchmarks/kernels_report.py` makes tables and plots of docs/results/kernels.md.
 Times are medians over repetitions of calls queued without waiting (so that the host hides behind the GPU, where it
@@ -28,6 +29,7 @@ from typing import Any
 
 import peer_tuning
 import torch
+from baselines import delta
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -123,13 +125,19 @@ def fla_delta(x: dict[str, Tensor]) -> Tensor:
     return (chunk_kda if x["g"].dim() == 4 else chunk_gated_delta_rule)(**given)[0]
 
 
+def flashqla(x: dict[str, Tensor]) -> Tensor:
+    if "beta" not in x or "g" not in x or x["g"].dim() == 4:
+        raise ValueError("FlashQLA is Gated DeltaNet alone")
+    return delta.flashqla(*(x[name] for name in ("q", "k", "v", "beta", "g")))
+
+
 def softmax(x: dict[str, Tensor]) -> Tensor:
     q, k, v = (x[name].transpose(1, 2) for name in "qkv")
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"lasp": ours, "fla": fla}
+IMPLEMENTATIONS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"lasp": ours, "fla": fla, "flashqla": flashqla}
 
 
 def wanted_gradients(x: dict[str, Tensor]) -> list[Tensor]:
@@ -267,7 +275,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *DELTA_KINDS), default=list(KINDS))
-    parser.add_argument("--peers", nargs="*", choices=("fla",), default=[])
+    parser.add_argument("--peers", nargs="*", choices=("fla", "flashqla"), default=[])
     parser.add_argument("--only-speed", action="store_true", help="no errors, cold start or crossover")
     parser.add_argument("--name", default="kernels")
     options = parser.parse_args()
@@ -286,8 +294,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{options.name}-{device.replace(' ', '-').lower()}.json"
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, copy {rate / 1e12:.2f} TB/s")
-    for peer in options.peers:
-        peer_tuning.compile_all(peer, options.shapes, options.kinds)
+    if "fla" in options.peers:
+        peer_tuning.compile_all("fla", options.shapes, options.kinds)
     print(f"{'shape':26}{'decay':10}{'':6}{'forward':>9}{'floor':>8}{'both':>9}{'floor':>8}{'peak GiB':>10}")
     for shape in (SHAPES[name] for name in options.shapes):
         for kind in options.kinds:

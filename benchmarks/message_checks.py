@@ -26,8 +26,9 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 import lasp
+from benchmarks.parallel_kinds import Shape, kind_named
 from benchmarks.processes import run
-from benchmarks.sequence_parallel import Shape, random_sample, step, whole_layer
+from benchmarks.sequence_parallel import step
 from lasp.distributed.call import Call, Calls
 from lasp.distributed.record import RECORD_BYTES, Description, Record
 from lasp.distributed.sealed import HEADER_BYTES, SealedCalls, TorchStamps
@@ -151,8 +152,8 @@ def headers(rounds: int) -> dict[str, Any]:
         for what, work in works.items():
             kernels, microseconds = gpu_work(work)
             found[f"{name}, {what}"] = {"kernels": kernels, "gpu_us": microseconds, "host_us": host_us(work, rounds)}
-    kind = whole_layer(LAYER, device)
-    method, sample = kind.over(None), random_sample(kind, LAYER.tokens[0], device)
+    kind = kind_named("layer", LAYER, device)
+    method, sample = kind.over(None), kind.sample(LAYER.tokens[0], device)
     for _ in range(5):
         step(method, sample, kind.parameters)
     times = []

@@ -19,38 +19,39 @@ step.
 
 Two ranks on GPUs have a goal: with "auto", 32,768 tokens a rank cost at most 1.02 times one rank's, 8,192 tokens at
 most 1.08 times, launched either way. It is the layer's, and if the layer misses one, the exit code is 1; how the
-recurrence alone does is told too.
+recurrence alone does is told too. Whatever is not right makes it 1 too, and is named at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import lasp
 from benchmarks.baselines.authors import authors_methods, authors_package
+from benchmarks.baselines.delta import flashqla_over
 from benchmarks.baselines.ring import ring_attention
 from benchmarks.baselines.torch_ring import tokens_of, torch_ring
 from benchmarks.baselines.ulysses import ulysses
 from benchmarks.graphs import Captured, Graphs, Refused, largest_error
+from benchmarks.parallel_kinds import DELTA, Kind, Method, Sample, Shape, constant_decays, kind_named, names
 from benchmarks.processes import run
 from benchmarks.sequence_parallel_report import goals, plot, table
-from lasp.exchange import EXCHANGES, Auto, Constants, Payload
+from lasp.exchange import EXCHANGES, Auto, Constants
 from lasp.exchange.measure import Timing, exchange_work, timings
-from lasp.models.presets import preset
 from lasp.train.config import ParallelOptions, TrainConfig
 from lasp.train.world import World, join, leave
 
@@ -58,57 +59,15 @@ RESULTS = Path(__file__).parent / "results"
 # Relative errors against fp64 of what is computed in bf16 (on GPUs; softmax's gradients need the most) and fp32.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 CHECKED_TOKENS = 192
-SLOWEST_DECAY = 0.02
 # Schedules measured unless all are asked for, as far as they exist.
 USUAL = ("ring", "all_gather")
-ONE_RANK = ("recurrence", "eager", "one rank")
+ONE_RANK = ("eager", "one rank")
 # Schedules whose host must know what the device found, which no capture allows.
 ON_HOST = {"reach": Refused("its host reads which heads forget")}
 # From here on a call takes long enough for fewer repetitions.
 LONG_TOKENS = 131072
 
-Method = Callable[..., Tensor]
-
-
-class Shape(NamedTuple):
-    heads: int
-    head_dim: int
-    tokens: tuple[int, ...]
-    """Of a rank."""
-
-    @property
-    def d_model(self) -> int:
-        return self.heads * self.head_dim
-
-
 FULL, TINY = Shape(16, 128, (8192, 32768, LONG_TOKENS)), Shape(4, 16, (64, 128))
-
-
-class Sample(NamedTuple):
-    """A method's inputs, and the gradient of its output."""
-
-    inputs: tuple[Tensor, ...]
-    d_o: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
-        return Sample(tuple(function(x) for x in self.inputs), function(self.d_o))
-
-
-class Kind(NamedTuple):
-    """Something that is measured.
-
-    Attributes:
-        over: the method over the ranks of a group, or on this one alone.
-        exact: the same on one device, of fp64 inputs.
-        num_inputs, size: inputs, and [1, n, *size] of each and of the output.
-        parameters: those whose gradients are part of the work.
-    """
-
-    over: Callable[[lasp.SequenceParallel | None], Method]
-    exact: Method
-    num_inputs: int
-    size: tuple[int, ...]
-    parameters: tuple[Tensor, ...] = ()
 
 
 class Peer(NamedTuple):
@@ -116,6 +75,7 @@ class Peer(NamedTuple):
 
     Attributes:
         exact: the same on one device.
+        of: the kind that it is beside.
         in_slices: a rank's tokens are those of `baselines.torch_ring.tokens_of`, and not consecutive.
         heads_first: tensors are [1, H, n, D]; they are so before the time is taken.
         is_alone: every rank has a sequence of its own.
@@ -125,58 +85,12 @@ class Peer(NamedTuple):
 
     method: AbstractContextManager[Method]
     exact: Method
+    of: str = "recurrence"
     in_slices: bool = False
     heads_first: bool = False
     is_alone: bool = False
     checked_tokens: int = CHECKED_TOKENS
     most_tokens: int = LONG_TOKENS
-
-
-def recurrence(shape: Shape, log_decay: Tensor) -> Kind:
-    """q, k, v [1, n, H, D] -> o [1, n, H, D], with constant decays [H]."""
-
-    def over(sp: lasp.SequenceParallel | None) -> Method:
-        return lambda q, k, v: lasp.linear_attention(q, k, v, log_decay, sp=sp)[0]
-
-    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lasp.linear_attention(q, k, v, log_decay, backend="torch")[0]
-
-    return Kind(over, exact, 3, (shape.heads, shape.head_dim))
-
-
-def whole_layer(shape: Shape, device: torch.device) -> Kind:
-    """x [1, n, H D] -> y [1, n, H D] by a middle layer of a TransNormer, whose weights are the same on all ranks."""
-    dims = {"num_heads": shape.heads, "key_dim": shape.head_dim, "value_dim": shape.head_dim}
-    config = preset("transnormer", "1b", d_model=shape.d_model, **dims)
-    torch.manual_seed(0)
-    layer = config.build_mixer(config.num_layers // 2)  # the first has positions, late ones hardly a decay
-    exactly = _in_fp64(layer).to(device)
-    layer = layer.to(device)
-
-    def over(sp: lasp.SequenceParallel | None) -> Method:
-        def method(x: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-                return layer(x, sp=sp)[0]
-
-        return method
-
-    return Kind(over, lambda x: exactly(x)[0], 1, (shape.d_model,), tuple(layer.parameters()))
-
-
-def _in_fp64(layer: nn.Module) -> nn.Module:
-    layer = deepcopy(layer).double()
-    vars(layer)["backend"] = "torch"
-    return layer
-
-
-def random_sample(kind: Kind, tokens: int, device: torch.device, seed: int = 0) -> Sample:
-    random = torch.Generator(device).manual_seed(seed)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    *inputs, d_o = (
-        torch.randn(1, tokens, *kind.size, device=device, generator=random).to(dtype)
-        for _ in range(kind.num_inputs + 1)
-    )
-    return Sample(tuple(inputs), d_o)
 
 
 def step(method: Method, sample: Sample, parameters: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
@@ -189,11 +103,14 @@ def step(method: Method, sample: Sample, parameters: Sequence[Tensor] = ()) -> t
 class Bench:
     """All methods on the ranks of a world."""
 
-    def __init__(self, world: World, shape: Shape, constants: Path | None, schedules: Sequence[str]) -> None:
+    def __init__(
+        self, world: World, shape: Shape, constants: Path | None, schedules: Sequence[str], kinds: Sequence[str]
+    ) -> None:
         assert world.mesh is not None
         self.world, self.shape, self.mesh = world, shape, world.mesh["sp"]
-        self.log_decay = -SLOWEST_DECAY * torch.linspace(0.1, 1.0, shape.heads, device=world.device)
-        self.kinds = {"recurrence": recurrence(shape, self.log_decay), "layer": whole_layer(shape, world.device)}
+        self.log_decay = constant_decays(shape, world.device)
+        size = "tiny" if shape.head_dim == TINY.head_dim else "1b"
+        self.kinds = {name: kind_named(name, shape, world.device, size=size) for name in kinds}
         chosen: Any = "auto" if constants is None else Auto(Constants.load(constants))
         self.groups = {
             name: lasp.SequenceParallel(self.mesh, exchange=exchange)
@@ -211,13 +128,16 @@ class Bench:
 
     def peers(self, authors: Path | None) -> dict[str, Peer]:
         """Each to be entered once."""
+        peers = {name: peer for of in self.kinds if of.startswith(DELTA) for name, peer in self.flashqla(of).items()}
+        if "recurrence" not in self.kinds:
+            return peers
         group, sp, own = self.mesh.get_group(), self.groups["auto"], self.log_decay.chunk(self.world.size)
         exact = self.kinds["recurrence"].exact
 
         def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return lasp.linear_attention(q, k, v, own[self.world.rank])[0]
 
-        peers = {
+        peers |= {
             "ulysses, linear": Peer(nullcontext(lambda q, k, v: ulysses(linear, q, k, v, group)), exact),
             "softmax, gathered": Peer(
                 nullcontext(lambda q, k, v: lasp.softmax_attention(q, k, v, sp=sp)[0]), softmax_of_one
@@ -228,8 +148,17 @@ class Bench:
                 "ring softmax": Peer(nullcontext(lambda q, k, v: ring_attention(q, k, v, group)), softmax_of_one)
             }
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
-            peers[f"ring softmax, PyTorch's, {name}"] = Peer(torch_ring(self.mesh, backend), softmax_of_one, True)
+            ring = Peer(torch_ring(self.mesh, backend), softmax_of_one, in_slices=True)
+            peers[f"ring softmax, PyTorch's, {name}"] = ring
         return peers if authors is None else peers | self.peers_of_authors(authors)
+
+    def flashqla(self, of: str) -> dict[str, Peer]:
+        """FlashQLA's own context parallelism, where it is installed."""
+        if not self.is_cuda or importlib.util.find_spec("flash_qla") is None:
+            return {}
+        kind = self.kinds[of]
+        method = flashqla_over(self.mesh.get_group(), kind.heads)
+        return {f"FlashQLA, {of}": Peer(nullcontext(method), kind.exact, of)}
 
     def peers_of_authors(self, checkout: Path) -> dict[str, Peer]:
         """Their outputs are not scaled."""
@@ -245,47 +174,58 @@ class Bench:
         return peers | {"authors' kernel on one rank": peer(alone)._replace(is_alone=True)}
 
     def check(self) -> dict[str, dict[str, float]]:
-        """Errors of all schedules, by kind.
+        """Errors of all schedules, of one rank with the whole sequence, and without an exchange, by kind.
 
-        Raises RuntimeError if one is too large, or if without an exchange it is not.
+        Right are errors that are small, or no larger than one rank's (a norm makes much of a token whose outputs are
+        next to nothing), if without an exchange they are larger.
         """
-        result = {}
+        result: dict[str, dict[str, float]] = {}
+        own = slice(self.world.rank * CHECKED_TOKENS, (self.world.rank + 1) * CHECKED_TOKENS)
         for of, kind in self.kinds.items():
-            as_it_is = Peer(nullcontext(kind.over(None)), kind.exact)
-            errors = {name: self.error(kind, as_it_is, kind.over(group)) for name, group in self.groups.items()}
-            bound, control = BOUNDS[self.dtype], self.error(kind, as_it_is, kind.over(None))
-            if max(errors.values()) >= bound or control < 10 * bound:
-                raise RuntimeError(
-                    f"{of}: errors are to be below {bound}, and far above without an exchange, {control}: {errors}"
-                )
-            result[of] = errors | {"control: no exchange": control}
+            whole = kind.sample(CHECKED_TOKENS * self.world.size, self.world.device)
+            references = step(kind.exact, whole.map(torch.Tensor.double))
+            alone = self.worst(step(kind.over(None), whole), references)
+            shard, expected = whole.map(lambda x: x[:, own]), [reference[:, own] for reference in references]
+            errors = {
+                name: self.worst(step(kind.over(group), shard), expected)
+                for name, group in {**self.groups, "control: no exchange": None}.items()
+            }
+            *right, control = errors.values()
+            is_right = max(right) < max(BOUNDS[self.dtype], 1.5 * alone) and control > 2 * max(right)
+            result[of] = errors | {"one rank": alone, "is_right": is_right}
         return result
+
+    def worst(self, values: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+        """The largest relative error on any rank."""
+        return max(row[0] for row in self.world.gather([largest_error(values, references)]))
 
     def error(self, kind: Kind, peer: Peer, method: Method) -> float:
         """The largest relative error, on any rank, of the output and the inputs' gradients on a short sequence."""
         rank, size = (0, 1) if peer.is_alone else (self.world.rank, self.world.size)
         tokens = peer.checked_tokens
-        whole = random_sample(kind, tokens * size, self.world.device)
+        whole = kind.sample(tokens * size, self.world.device)
         own = torch.arange(rank * tokens, (rank + 1) * tokens)
         own = (tokens_of(rank, size, tokens * size) if peer.in_slices else own).to(self.world.device)
         references = step(peer.exact, whole.map(torch.Tensor.double))
         values = step(method, laid_out(whole.map(lambda x: x[:, own]), peer))
         if peer.heads_first:
             values = tuple(value.transpose(1, 2) for value in values)
-        worst = [largest_error(values, [reference[:, own] for reference in references])]
-        return max(row[0] for row in self.world.gather(worst))
+        return self.worst(values, [reference[:, own] for reference in references])
 
     def schedules(self, of: str, tokens: int, repetitions: int, names: Sequence[str]) -> list[dict[str, Any]]:
         """One rank, the schedules named, and their exchanges by themselves, at so many tokens a rank."""
         kind, device = self.kinds[of], self.world.device
-        sample = random_sample(kind, tokens, device, seed=self.world.rank)
+        sample = kind.sample(tokens, device, seed=self.world.rank)
         groups = {name: self.groups[name] for name in names}
-        load = Payload(self.shape.heads, self.shape.head_dim, self.shape.head_dim, 1)
         steps: dict[str, Callable[[], Any]] = {
             name: partial(step, kind.over(group), sample, kind.parameters)
             for name, group in {"one rank": None, **groups}.items()
         }
-        exchanges = {name: exchange_work(self.comm, group.exchange, load, device) for name, group in groups.items()}
+        exchanges = {
+            name: exchange_work(self.comm, group.exchange, kind.load, device)
+            for name, group in groups.items()
+            if kind.load is not None
+        }
         label = {"of": of, "tokens": tokens}
         rows = self.turns({**label, "launch": "eager"}, steps, exchanges, repetitions)
         if not self.is_cuda or not names:
@@ -335,13 +275,13 @@ class Bench:
     def peer(self, name: str, peer: Peer, one: dict[int, float], repetitions: int) -> list[dict[str, Any]]:
         """A peer at its lengths, and if it is right. What it refuses is a result too."""
         rows: list[dict[str, Any]] = []
-        kind, label = self.kinds["recurrence"], {"of": "recurrence", "launch": "eager", "method": name}
+        kind, label = self.kinds[peer.of], {"of": peer.of, "launch": "eager", "method": name}
         with peer.method as method:
             # No error may leave the context: PyTorch's would stay in force.
             try:
                 error = self.error(kind, peer, method)
                 for tokens in (tokens for tokens in self.shape.tokens if tokens <= peer.most_tokens):
-                    sample = laid_out(random_sample(kind, tokens, self.world.device, seed=self.world.rank), peer)
+                    sample = laid_out(kind.sample(tokens, self.world.device, seed=self.world.rank), peer)
                     work, times = partial(step, method, sample), fewer(repetitions, tokens, 3)
                     (timing,) = timings(self.comm, [work], self.world.device, times, warmup=1)
                     row = {**label, "tokens": tokens, **figures(timing), "to_one": timing.median / one[tokens]}
@@ -398,7 +338,7 @@ def measure(options: argparse.Namespace) -> int:
     where = torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {os.cpu_count()} cores, gloo"
     schedules = list(EXCHANGES) if options.all_schedules else list(USUAL)
     schedules += ["peer"] if world.device.type == "cuda" else []
-    bench = Bench(world, shape, options.constants, schedules)
+    bench = Bench(world, shape, options.constants, schedules, options.of)
     record: dict[str, Any] = {
         "what": "an attention layer, and its recurrence, constant decay, forward and backward, over ranks and on one",
         "date": datetime.date.today().isoformat(),
@@ -426,25 +366,31 @@ def measure(options: argparse.Namespace) -> int:
             path.write_text(json.dumps(record, indent=1) + "\n")
 
     # Peers alone need one rank's recurrence all the same.
-    kinds, names = (["recurrence"], []) if options.only == "peers" else (list(bench.kinds), list(bench.groups))
+    peers = {} if options.only == "schedules" else bench.peers(options.authors)
+    kinds, names = list(bench.kinds), list(bench.groups)
+    if options.only == "peers":
+        kinds, names = list(dict.fromkeys(peer.of for peer in peers.values())), []
     for tokens in shape.tokens:
         for of in kinds:
             keep(bench.schedules(of, tokens, options.repetitions, names))
-    alone = [row for row in record["rows"] if (row["of"], row["launch"], row["method"]) == ONE_RANK]
-    one = {row["tokens"]: row["s"] for row in alone}
-    peers = {} if options.only == "schedules" else bench.peers(options.authors)
+    alone = [row for row in record["rows"] if (row["launch"], row["method"]) == ONE_RANK]
     for name, peer in peers.items():
         if options.peers is None or any(part in name for part in options.peers):
+            one = {row["tokens"]: row["s"] for row in alone if row["of"] == peer.of}
             keep(bench.peer(name, peer, one, max(1, options.repetitions // 4)))
+    wrong = [f"{of}: {errors}" for of, errors in record["errors"].items() if not errors["is_right"]]
     if world.is_first:
-        print(f"{table(record)}\n\nwritten to {path}")
+        print(f"{table(record)}\n\nwritten to {path}", *(f"WRONG: {line}" for line in wrong), sep="\n")
     leave(world)
-    return int(any(goal["of"] == "layer" and not goal["met"] for goal in record["goals"]))
+    return int(bool(wrong) or any(goal["of"] == "layer" and not goal["met"] for goal in record["goals"]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
+    parser.add_argument(
+        "--of", nargs="+", default=["recurrence", "layer"], help=f"of {', '.join(map(repr, names(FULL)))}"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", help="of a rank; default: 8192 32768 131072")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--constants", type=Path, help="for auto: what `lasp bench exchange --save` wrote")
@@ -462,6 +408,9 @@ def main() -> int:
         plot(record, options.image)
         print(table(record))
         return 0
+    known = names(TINY if options.tiny else FULL)
+    if unknown := [of for of in options.of if of not in known]:
+        parser.error(f"--of {unknown}: known are {', '.join(map(repr, known))}")
     if options.authors is not None and (options.tiny or options.device == "cpu" or not torch.cuda.is_available()):
         parser.error("--authors needs GPUs: their kernels run nowhere else")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,9 @@ def solve(
     problem: Problem, backend: str, dtype: torch.dtype = torch.float64, device: torch.device | None = None
 ) -> dict[str, Tensor]:
     """Outputs, final state and all gradients, computed on one device, on the CPU."""
+    wide = torch.promote_types(dtype, torch.float32)
     leaves = {
-        name: None if t is None else t.to(device, dtype, copy=True).requires_grad_()
+        name: None if t is None else t.to(device, dtype if name in "qkv" else wide, copy=True).requires_grad_()
         for name, t in problem.inputs.items()
     }
     o, final = lasp.linear_attention(

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from world import run
 
+import lasp
 from lasp.layers import LayerContext, LinearAttention
 from lasp.models import CausalLM, preset
 
@@ -103,3 +106,20 @@ def test_errors_say_what_to_do():
         LinearAttention.Config(**sizes, gate="tanh")
     with pytest.raises(ValueError, match="one value for each of 2 heads, got 3"):
         LinearAttention.Config(**sizes, decay=(-1.0, -1.0, -1.0))
+
+
+@pytest.mark.parametrize("name", ["transnormer", "retnet"])
+def test_positions_over_ranks_are_the_sequences(name):
+    attention, x = layer_and_input(name, 0)
+    with torch.no_grad():
+        expected = attention(x)[0]
+
+    def rank(_):
+        sp = lasp.SequenceParallel(dist.group.WORLD, lengths=(T - 9, 9))
+        with torch.no_grad():
+            y, as_if_first = (attention(sp.shard(x), sp=sp, **start)[0] for start in ({}, {"start": 0}))
+        return error(y, sp.shard(expected)), error(as_if_first, sp.shard(expected))
+
+    found = run(2, rank)
+    assert max(right for right, _ in found) < 1e-12
+    assert found[1][1] > 1e-3  # the second rank's tokens at the first's places

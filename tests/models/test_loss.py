@@ -112,5 +112,6 @@ def test_what_it_cannot_do_it_refuses() -> None:
 
 def test_a_chunk_is_bounded_by_its_logits() -> None:
     assert default_chunk_tokens(50_272, on_gpu=True) * 50_272 <= 1 << 27
+    assert default_chunk_tokens(50_272, on_gpu=True, fused=True) * 50_272 <= 1 << 28
     assert default_chunk_tokens(50_272, on_gpu=False) * 50_272 <= 1 << 24
     assert default_chunk_tokens(1_000_000, on_gpu=True) == 2048

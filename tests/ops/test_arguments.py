@@ -256,7 +256,7 @@ for _name, _kind in MIXERS.items():
         _kind.config(**_config).build(CONTEXT),
         {"x": torch.zeros(1, 8, 8)},
         {
-            "x": (*MISSING, torch.zeros(1, 8, 7), torch.zeros(8, 8)), "start": (*COUNT, None), "state": OTHER,
+            "x": (*MISSING, torch.zeros(1, 8, 7), torch.zeros(8, 8)), "start": COUNT, "state": OTHER,
             "output_state": FLAG, "cu_seqlens": CU_SEQLENS, "sp": (*OTHER, True),
         },
     )  # fmt: skip

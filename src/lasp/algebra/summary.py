@@ -29,9 +29,9 @@ class Summary:
     transition: Transition
     state: Tensor
 
-    def apply(self, state: Tensor) -> Tensor:
-        """The state after the run when `state` enters it."""
-        return self.transition.apply(state) + self.state
+    def apply(self, state: Tensor | None) -> Tensor:
+        """The state after the run when `state` enters it, or nothing if None."""
+        return self.state if state is None else self.transition.apply(state) + self.state
 
     def __getitem__(self, index: int | slice) -> Summary:
         return Summary(self.transition[index], self.state[index])

@@ -15,6 +15,7 @@ overflow nor lose the small ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, TypeVar
 
 import torch
@@ -82,13 +83,13 @@ def _sum(late: Tensor, early: Tensor) -> Tensor:
     return torch.where(forgets, -torch.inf, late + early)
 
 
-def _is_zero(matrix: Tensor) -> Tensor:
-    return (matrix == 0).all(-1, keepdim=True).all(-2, keepdim=True)
+def _remembers(matrix: Tensor) -> Tensor:
+    return matrix.any(dim=(-2, -1), keepdim=True)
 
 
-def _forgotten(forgets: Tensor, product: Tensor) -> Tensor:
-    """A product with a zero matrix: zero, where it came out as NaN. Where not, it is kept, for its gradient."""
-    return torch.where(forgets & product.isnan(), 0.0, product)
+def _forgotten(remembers: Tensor, product: Tensor) -> Tensor:
+    """A product, in which NaN is zero where a matrix is that remembers nothing. Else it is kept, for its gradient."""
+    return torch.where(remembers, product, product.nan_to_num(0.0, inf, -inf))
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,10 @@ class Dense(Transition):
     matrix: Tensor
 
     def apply(self, state: Tensor) -> Tensor:
-        return _forgotten(_is_zero(self.matrix), self.matrix @ state)
+        return _forgotten(_remembers(self.matrix), self.matrix @ state)
 
     def compose(self, early: Dense) -> Dense:
-        return Dense(_forgotten(_is_zero(self.matrix) | _is_zero(early.matrix), self.matrix @ early.matrix))
+        return Dense(_forgotten(_remembers(self.matrix) & _remembers(early.matrix), self.matrix @ early.matrix))
 
     def adjoint(self) -> Dense:
         return Dense(self.matrix.mT)

@@ -47,10 +47,15 @@ def entering_state_bytes(each: Layer, batch: int) -> float:
 
 
 def loss_bytes(config: ModelConfig, positions: int, precision: str, *, on_gpu: bool) -> float:
-    """Bytes that lasp.models.loss holds at once: a chunk of logits in fp32 and in the dtype of matrix products, and
-    under autocast a 16-bit copy of the head."""
-    logits = min(positions, default_chunk_tokens(config.vocab_size, on_gpu=on_gpu)) * config.vocab_size
-    return logits * 8.0 if precision == "fp32" else logits * 6.0 + 2.0 * config.vocab_size * config.d_model
+    """Bytes that lasp.models.loss holds at once: a chunk of logits in the dtype of matrix products and, on a CPU, in
+    fp32; under autocast a 16-bit copy of the head."""
+    chunk = default_chunk_tokens(config.vocab_size, on_gpu=on_gpu, fused=on_gpu)
+    logits, beside = min(positions, chunk) * config.vocab_size, 0.0 if on_gpu else 4.0
+    return (
+        logits * (4.0 + beside)
+        if precision == "fp32"
+        else (logits * (2.0 + beside) + 2.0 * config.vocab_size * config.d_model)
+    )
 
 
 class Memory(NamedTuple):

@@ -18,11 +18,12 @@ class ExchangeResult(NamedTuple):
     """States that an exchange brings.
 
     Attributes:
-        entering: the state that enters this rank's shard: all earlier ranks applied to the initial state.
+        entering: the state that enters this rank's shard: all earlier ranks applied to the initial state. None for
+            zero, where that was given as None.
         total: the state after all ranks, the same on every rank; None unless asked for.
     """
 
-    entering: Tensor
+    entering: Tensor | None
     total: Tensor | None
 
 
@@ -68,7 +69,7 @@ class Exchange(ABC):
 
     Attributes:
         wants_own_stream: it computes between its messages, which must not wait behind local work.
-        accepts_zero_initial: `initial` may be None for zero.
+        accepts_zero_initial: `initial` may be None for zero, which then is not multiplied.
         selects: it is a choice among others, made by `selected` once for what is carried.
     """
 

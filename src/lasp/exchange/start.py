@@ -281,6 +281,7 @@ def _exchange(
     # The compiler lays tensors out as it likes; messages are contiguous.
     summary = Summary(_KINDS[kind](*(t.contiguous() for t in transition)), state.contiguous())
     result = start(ranks, call, summary, initial.contiguous(), reverse=reverse, want_total=want_total).wait()
+    assert result.entering is not None
     # New memory: an operator must not give its inputs back, and the compiler may write over what it is given.
     total = state.new_empty(0) if result.total is None else _copy(result.total)
     return _copy(result.entering), total

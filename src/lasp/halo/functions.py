@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,6 @@ MAX_WIDTH = 8
 FUSED_WIDTH = 4  # up to which there are fused kernels
 
 
-@untraced_over_ranks
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -63,6 +63,37 @@ def short_convolution(
         ValueError: an argument does not fit.
         ExchangeError: the ranks of `sp` disagree, or one does not answer in time.
     """
+    (y,), final = short_convolution_in_parts(
+        x,
+        weight,
+        bias,
+        None,
+        activation=activation,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        sp=sp,
+    )
+    return y, final
+
+
+@partial(untraced_over_ranks, name="short_convolution")
+def short_convolution_in_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: Sequence[int] | None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    sp: SequenceParallel | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """`short_convolution`, whose y comes in up to three parts [B, T, widths[n]]; widths: [C] if None.
+
+    Kernels write each apart, dense as a recurrence wants it, and read the parts' gradients where they are.
+    """
     with broadcast_errors(sp):
         _check_x(x)
         _check_weight(x, weight, bias)
@@ -78,11 +109,15 @@ def short_convolution(
         if read.override is not None:
             rows = [read.back(x, j) for j in range(width, -1, -1)]
             fixed = _activated(_convolve(rows, weight, bias), activation)
+        sizes = [x.shape[2]] if widths is None else list(widths)
         if width < FUSED_WIDTH and has_fused_kernels(x.device, x.dtype):
-            y = convolution(x, weight, bias, read.before, activation == "silu")
+            parts = convolution(x, weight, bias, read.before, activation == "silu", sizes)
         else:
-            y = _activated(_convolve_all(read.extended(x), weight, bias), activation)
-        return y if read.override is None else y.index_copy(1, read.override.tokens, fixed), read.final
+            parts = _activated(_convolve_all(read.extended(x), weight, bias), activation).split(sizes, 2)
+        if read.override is not None and fixed is not None:
+            tokens = read.override.tokens
+            parts = [y.index_copy(1, tokens, own) for y, own in zip(parts, fixed.split(sizes, 2), strict=True)]
+        return tuple(parts), read.final
 
 
 @untraced_over_ranks

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lasp.layers.fields import check_choice, check_divisor
 from lasp.layers.gates import GatedHeadNorm, LowRank, SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
-from lasp.layers.recomputed import recomputed
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import delta_rule_begin
@@ -39,6 +38,8 @@ OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 @mixer("deltanet")
 class DeltaNet(Mixer):
     """Causal delta-rule attention over [B, T, D]; see `Config`."""
+
+    recomputes = "after"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
@@ -114,6 +115,7 @@ class DeltaNet(Mixer):
         self.v_proj = nn.Linear(d_model, values, bias=False)
         # One convolution over the three, so that one message carries what it needs across ranks.
         self.convolution = ShortConvolution(config.convolved, config.conv_width)
+        self.parts_of_convolution = (keys, keys, values)
         self.beta_proj = nn.Linear(d_model, config.num_heads, bias=False)
         self.decay_proj: nn.Module | None = None
         self.decay: SteppedDecay | None = None
@@ -136,8 +138,7 @@ class DeltaNet(Mixer):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), x
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
-        mixed, x = parts
-        q, k, v = mixed.split([math.prod(self.keys), math.prod(self.keys), math.prod(self.values)], -1)
+        q, k, v, x = parts
         log_decay = None
         if self.decay is not None and self.decay_proj is not None:
             _, log_decay = self.decay(self.decay_proj(x))
@@ -160,10 +161,7 @@ class DeltaNet(Mixer):
         )
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return recomputed(self._projected, o, *kept)
-
-    def _projected(self, o: Tensor, *gate: Tensor) -> Tensor:
-        return self.out_proj(self.norm(o, *gate))
+        return self.out_proj(self.norm(o, *kept))
 
 
 # Published models. Where each number comes from stands in docs/design/models.md.

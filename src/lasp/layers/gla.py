@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lasp.layers.fields import check_counts
 from lasp.layers.gates import GatedHeadNorm, LowRank
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
-from lasp.layers.recomputed import recomputed
 from lasp.layers.registry import family, mixer, shape
 from lasp.ops import linear_attention_begin
 from lasp.ops.pending import PendingOutputs
@@ -25,6 +24,8 @@ GATE_TEMPERATURE = 16.0
 @mixer("gla")
 class GatedLinearAttention(Mixer):
     """Causal GLA over [B, T, D], with a silu output gate; see `Config`."""
+
+    recomputes = "after"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
@@ -79,10 +80,7 @@ class GatedLinearAttention(Mixer):
         return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return recomputed(self._projected, o, *kept)
-
-    def _projected(self, o: Tensor, *gate: Tensor) -> Tensor:
-        return self.out_proj(self.norm(o, *gate))
+        return self.out_proj(self.norm(o, *kept))
 
 
 # The models of 340M and 1.3B parameters that the authors trained: docs/design/models.md.

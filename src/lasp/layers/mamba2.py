@@ -9,7 +9,6 @@ is N, its value_dim P and its num_key_heads G.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from lasp.layers.fields import check_divisor
 from lasp.layers.fused import gated_skip_norm
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
-from lasp.layers.recomputed import recomputed
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import linear_attention_begin
@@ -30,6 +28,8 @@ from lasp.ops.pending import PendingOutputs
 @mixer("mamba2")
 class Mamba2(Mixer):
     """Causal SSD over [B, T, D]; see `Config`."""
+
+    recomputes = "all"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
@@ -81,6 +81,7 @@ class Mamba2(Mixer):
         self.widths = [inner, config.convolved, self.num_heads]
         self.in_proj = nn.Linear(context.d_model, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(config.convolved, config.conv_width, bias=True)
+        self.parts_of_convolution = (inner, *(self.num_groups * self.state_dim,) * 2)
         self.decay = SteppedDecay(self.num_heads)
         self.skip = nn.Parameter(torch.ones(self.num_heads))
         self.norm_eps = context.norm_eps
@@ -97,11 +98,9 @@ class Mamba2(Mixer):
         return mixed, z, dt
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
-        mixed, z, dt = parts
-        heads, groups = (self.num_heads, self.head_dim), (self.num_groups, self.state_dim)
-        values, keys, queries = mixed.split([math.prod(heads), math.prod(groups), math.prod(groups)], -1)
-        values = values.unflatten(-1, heads)
-        keys, queries = (t.unflatten(-1, groups) for t in (keys, queries))
+        values, keys, queries, z, dt = parts
+        values = values.unflatten(-1, (self.num_heads, self.head_dim))
+        keys, queries = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (keys, queries))
         stepped, log_decay = self.decay.values(dt, values)
         return MixerInputs(keys, stepped, log_decay, q=queries, kept=(z, values))
 
@@ -109,9 +108,7 @@ class Mamba2(Mixer):
         return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return recomputed(self._projected, o, *kept)
-
-    def _projected(self, o: Tensor, z: Tensor, values: Tensor) -> Tensor:
+        z, values = kept
         y = gated_skip_norm(o, z, values, self.skip, self.gain, groups=self.num_groups, eps=self.norm_eps)
         return self.out_proj(y)
 

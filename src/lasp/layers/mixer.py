@@ -9,20 +9,22 @@ of other tokens and other ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lasp.kernels.select import BACKENDS
+from lasp.kernels.select import BACKENDS, has_fused_kernels
 from lasp.layers.fields import check_choice, check_fields
+from lasp.layers.recomputed import recomputed, recomputed_around_scans
 from lasp.layers.short_convolution import ShortConvolution
 from lasp.layers.state import RecurrentState
 from lasp.ops.pending import PendingOutputs
 from lasp.sequence.arguments import check_flags, check_floats, check_kind, positive, whole
-from lasp.sequence.sequence_parallel import broadcast_errors
+from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 
 if TYPE_CHECKING:
     from lasp.sequence import SequenceParallel
@@ -191,7 +193,13 @@ class Mixer(nn.Module):
 
     A mixer gives `before`, `begin` and `after`, and `queries` where something needs no other rank, so that it hides
     the exchange; with a short convolution also `project`. `forward` runs them, for all mixers alike.
+
+    Attributes:
+        recomputes: "after" if it runs again in the backward pass; "all" if in compiled graphs all does that comes
+            after `project` but the recurrence.
     """
+
+    recomputes: ClassVar[str] = ""
 
     def __init__(self, config: MixerConfig, context: LayerContext) -> None:
         super().__init__()
@@ -199,9 +207,11 @@ class Mixer(nn.Module):
         _check_context(context)
         self.config, self.backend, self.d_model = config, context.backend, context.d_model
         self.convolution: ShortConvolution | None = None
+        self.parts_of_convolution: tuple[int, ...] | None = None  # that `before` takes its output in
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first."""
+        """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first, and puts
+        its parts in that place."""
         return (x,)
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
@@ -225,7 +235,7 @@ class Mixer(nn.Module):
         self,
         x: Tensor,
         *,
-        start: int = 0,
+        start: int | None = None,
         state: LayerState | None = None,
         output_state: bool = False,
         cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -235,7 +245,7 @@ class Mixer(nn.Module):
 
         Args:
             x: [B, T, D]. Under sequence parallelism T is this rank's share.
-            start: global position of x's first token.
+            start: global position of x's first token; by default 0, or under `sp` where this rank's tokens lie.
             state: what came before the whole sequence, as the layer gave it; nothing if None.
             output_state: also return the state after the whole sequence: [B, H_v, K, V] in fp32 (fp64 for fp64 x), of
                 a layer with a short convolution that and the window; of softmax attention keys beside values.
@@ -250,33 +260,67 @@ class Mixer(nn.Module):
         """
         with broadcast_errors(sp):
             self._check(x, start, state, output_state)
-        memory, window = state if isinstance(state, RecurrentState) else (state, None)
+            if start is None:
+                check_shard(sp, x.shape[1])
+                start = 0 if sp is None else sp.offset(x.shape[1])
         parts = self.project(x)
-        if self.convolution is not None:
-            mixed, window = self.convolution(
-                parts[0], state=window, output_state=output_state, cu_seqlens=cu_seqlens, sp=sp
-            )
-            parts = (mixed, *parts[1:])
-        inputs = self.before(parts, start)
-        pending = self.begin(
-            inputs, initial_state=memory, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp
+        alone = state is None and not output_state and cu_seqlens is None and (sp is None or sp.size == 1)
+        if alone and self.recomputes == "all" and torch.is_grad_enabled() and self._is_one_graph(parts[0]):
+            return recomputed_around_scans(partial(self._alone, start), x, *parts), None
+        o, kept, state = self._mixed(
+            x, parts, start, state, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp
         )
+        return (recomputed if self.recomputes else _run)(self._after, o, *kept), state
+
+    def _mixed(
+        self, x: Tensor, parts: tuple[Tensor, ...], start: int, state: LayerState | None, **sequence: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], LayerState | None]:
+        """Give what `after` takes, and the state after the sequence."""
+        memory, window = state if isinstance(state, RecurrentState) else (state, None)
+        if self.convolution is not None:
+            mixed, window = self.convolution.in_parts(
+                parts[0],
+                self.parts_of_convolution,
+                state=window,
+                output_state=sequence["output_final_state"],
+                cu_seqlens=sequence["cu_seqlens"],
+                sp=sequence["sp"],
+            )
+            parts = (*mixed, *parts[1:])
+        inputs = self.before(parts, start)
+        pending = self.begin(inputs, initial_state=memory, **sequence)
         q, kept = self.queries(x, inputs)
         o, memory = pending.finish(q)
-        y = self.after(o, kept)
         if self.convolution is None or memory is None or window is None:
-            return y, memory
-        return y, RecurrentState(memory, window)
+            return o, kept, memory
+        return o, kept, RecurrentState(memory, window)
 
-    def _check(self, x: Tensor, start: int, state: LayerState | None, output_state: bool) -> None:
+    def _after(self, o: Tensor, *kept: Tensor) -> Tensor:
+        return self.after(o, kept)
+
+    def _alone(self, start: int, x: Tensor, *parts: Tensor) -> Tensor:
+        """Give y of a whole sequence without a state."""
+        o, kept, _ = self._mixed(x, parts, start, None, output_final_state=False, cu_seqlens=None, sp=None)
+        return self.after(o, kept)
+
+    def _is_one_graph(self, x: Tensor) -> bool:
+        """True if the compiler takes the layer's recurrence, and what stands around it, as operators."""
+        compiling = torch.compiler.is_compiling() and self.backend in ("auto", "triton")
+        return compiling and has_fused_kernels(x.device, x.dtype)
+
+    def _check(self, x: Tensor, start: int | None, state: LayerState | None, output_state: bool) -> None:
         check_floats("x", x, "[B, T, D]", 3)
         if x.shape[2] != self.d_model:
             raise ValueError(f"x must be [B, T, D] with D = {self.d_model}, got shape {tuple(x.shape)}")
         if state is not None and isinstance(state, RecurrentState) == (self.convolution is None):
             raise ValueError(f"state must be one that a {type(self).__name__} gave, got {type(state).__name__}")
         check_flags(output_state=output_state)
-        if not torch.compiler.is_compiling():  # where a position may be a symbol
+        if start is not None and not torch.compiler.is_compiling():  # where a position may be a symbol
             whole("start", start, 0)
+
+
+def _run(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    return function(*arguments)
 
 
 def _check_context(context: LayerContext) -> None:

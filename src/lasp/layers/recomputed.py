@@ -1,10 +1,11 @@
 """Parts of layers that run again in the backward pass, rather than keep what they make."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 R = TypeVar("R")
 
@@ -18,3 +19,23 @@ def recomputed(run: Callable[..., R], *arguments: Any) -> R:
         return run(*arguments)
     result: R = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
     return result
+
+
+def recomputed_around_scans(run: Callable[..., R], *arguments: Any) -> R:
+    """Run as `recomputed` does, but keep what recurrences and products of matrices give.
+
+    For compiled graphs, where both are operators. What a recurrence reads is made again for its backward pass.
+    """
+    result: R = checkpoint(
+        run,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _kept),
+    )
+    return result
+
+
+def _kept(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    costly = (torch.ops.lasp.scan_forward.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if operator in costly else CheckpointPolicy.PREFER_RECOMPUTE

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lasp.halo import short_convolution
-from lasp.halo.functions import ACTIVATIONS, MAX_WIDTH
+from lasp.halo.functions import ACTIVATIONS, MAX_WIDTH, short_convolution_in_parts
 from lasp.layers.fields import check_counts
 from lasp.sequence.arguments import check_flags, check_generator
 
@@ -76,10 +75,25 @@ class ShortConvolution(nn.Module):
         Returns:
             y [B, T, C] and the state, or None unless asked for.
         """
-        return short_convolution(
+        (y,), window = self.in_parts(x, None, state=state, output_state=output_state, cu_seqlens=cu_seqlens, sp=sp)
+        return y, window
+
+    def in_parts(
+        self,
+        x: Tensor,
+        widths: Sequence[int] | None,
+        *,
+        state: Tensor | None,
+        output_state: bool,
+        cu_seqlens: Tensor | Sequence[int] | None,
+        sp: SequenceParallel | None,
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Convolve as `forward` does: y in parts [B, T, widths[n]], three at most, each dense where kernels run."""
+        return short_convolution_in_parts(
             x,
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
+            widths,
             activation=self.activation,
             initial_state=state,
             output_final_state=output_state,

@@ -6,14 +6,14 @@ matrix product itself, and the backward pass only scales. Fused linear cross ent
 docs/results/loss.md says what they do not cover and this must.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: the operator's schema is read from them.
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.kernels.select import has_fused_kernels
 from lasp.recurrence.derivatives import first_derivatives
 from lasp.sequence.arguments import check_floats, check_ids, whole
 
@@ -21,14 +21,17 @@ IGNORED_LABEL = -100
 
 # Logits alive at once. A GPU takes more: every chunk reads and writes the whole gradient of the weight, which 2048
 # tokens' products hide.
-_CHUNK_LOGITS, _CHUNK_LOGITS_GPU = 1 << 24, 1 << 27
+_CHUNK_LOGITS, _CHUNK_LOGITS_GPU, _CHUNK_LOGITS_FUSED = 1 << 24, 1 << 27, 1 << 28
 _FEWEST_TOKENS, _FEWEST_TOKENS_GPU = 128, 2048
 
 
-def default_chunk_tokens(vocab: int, *, on_gpu: bool) -> int:
-    """Tokens whose logits are computed at once, a power of two: of other numbers, matrix products are slower."""
+def default_chunk_tokens(vocab: int, *, on_gpu: bool, fused: bool = False) -> int:
+    """Tokens whose logits are computed at once, a power of two: of other numbers, matrix products are slower.
+
+    fused: by a kernel, on a GPU: nothing in fp32 stands beside them.
+    """
     logits, fewest = (_CHUNK_LOGITS_GPU, _FEWEST_TOKENS_GPU) if on_gpu else (_CHUNK_LOGITS, _FEWEST_TOKENS)
-    return max(fewest, 1 << (logits // vocab).bit_length() >> 1)
+    return max(fewest, 1 << ((_CHUNK_LOGITS_FUSED if fused else logits) // vocab).bit_length() >> 1)
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
@@ -37,8 +40,9 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_t
     Matrix products are in autocast's dtype where it is on; log softmax, the loss and the sum over tokens of the
     weight's gradient in fp32 (fp64 for fp64 hidden). Without gradients wanted, none is computed.
 
-    Memory in the forward pass: the logits of a chunk in fp32 and in the products' dtype (768 MiB on a GPU in bf16, 128
-    MiB on a CPU in fp32; more where 2048 or 128 tokens have more), and under autocast a copy of the weight. From there
+    Memory in the forward pass: the logits of a chunk in the products' dtype, and without fused kernels in fp32 (512 MiB
+    on a GPU in bf16, 128 MiB on a CPU in fp32; more where 2048 or 128 tokens have more), and under autocast a copy of
+    the weight. From there
     to the backward pass: the two gradients, hidden's in the products' dtype, the weight's in fp32.
 
     Args:
@@ -59,7 +63,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_t
     if _product_dtype(hidden) != _product_dtype(weight):
         raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(weight.shape[0], on_gpu=hidden.is_cuda)
+        fused = has_fused_kernels(hidden.device, _product_dtype(hidden))
+        chunk_tokens = default_chunk_tokens(weight.shape[0], on_gpu=hidden.is_cuda, fused=fused)
     chunk_tokens = whole("chunk_tokens", chunk_tokens, 1)
     needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     if not any(needed):
@@ -122,19 +127,41 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, d_hidden: Tensor | No
     # Zeros add nothing to the weight's gradient. To clear rows of logits would be another pass over all of them.
     x = hidden.to(weight.dtype).masked_fill(ignored, 0)
     logits = x @ weight.mT
-    log_p = logits.log_softmax(-1, dtype=_wide(hidden))
-    loss = F.nll_loss(log_p, labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    if d_hidden is None and d_weight is None:
-        return loss
-    # softmax - 1 at the label; there from the logarithm, or p - 1 is rounded to nothing where p is nearly 1.
-    label = labels.clamp(min=0)[:, None]
-    at_label = log_p.gather(1, label).expm1().to(logits.dtype)
-    d_logits = torch.exp(log_p, out=logits).scatter_(1, label, at_label)
+    wanted = d_hidden is not None or d_weight is not None
+    if has_fused_kernels(logits.device, logits.dtype):
+        loss = _fused_cross_entropy(logits, labels, wanted)
+    else:
+        loss = _cross_entropy(logits, labels, wanted, _wide(hidden))
     if d_hidden is not None:
-        torch.mm(d_logits, weight, out=d_hidden).masked_fill_(ignored, 0)
+        torch.mm(logits, weight, out=d_hidden).masked_fill_(ignored, 0)
     if d_weight is not None:
-        _add_product(d_weight, d_logits.mT, x)
+        _add_product(d_weight, logits.mT, x)
     return loss
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
+    """The sum over rows, in `dtype`; if wanted, the gradient of logits [N, vocab] takes their place."""
+    log_p = logits.log_softmax(-1, dtype=dtype)
+    loss = F.nll_loss(log_p, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    if wanted:
+        # softmax - 1 at the label; there from the logarithm, or p - 1 is rounded to nothing where p is nearly 1.
+        label = labels.clamp(min=0)[:, None]
+        at_label = log_p.gather(1, label).expm1().to(logits.dtype)
+        torch.exp(log_p, out=logits).scatter_(1, label, at_label)
+    return loss
+
+
+@torch.library.custom_op("lasp::cross_entropy", mutates_args=("logits",))
+def _fused_cross_entropy(logits: Tensor, labels: Tensor, wanted: bool) -> Tensor:
+    """`_cross_entropy` in fp32, by a kernel that reads logits once and holds nothing beside them."""
+    from lasp.kernels.triton.loss import launches
+
+    return launches.cross_entropy(logits, labels, IGNORED_LABEL, gradient=wanted).sum()
+
+
+@_fused_cross_entropy.register_fake
+def _(logits: Tensor, labels: Tensor, wanted: bool) -> Tensor:
+    return logits.new_empty((), dtype=torch.float32)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -6,6 +6,7 @@ Without gradients the blocks run as before.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -81,7 +82,13 @@ def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
 
     shapes: one for all blocks of a model.
     """
+    # Advice to whoever writes parts that are recomputed, of which ours change nothing in place.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_advice)
     block.forward = _Compiled(block, shapes)  # type: ignore[method-assign]
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "context_fn is passed to torch.utils.checkpoint" not in str(record.msg)
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:

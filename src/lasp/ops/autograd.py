@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | Non
         x = plan.change(x)
     if not stages.grouped_heads:
         x = ungrouped(x)
-    result: tuple[Tensor, Tensor | None] = _Scan.apply(plan, call, begun, x, initial, *x.tensors())
+    result: tuple[Tensor, Tensor | None] = _Scan.apply(_Pass(plan, call, begun, x), initial, *x.tensors())
     return result
 
 
@@ -102,17 +102,19 @@ def _forward(
 _exact_forward, _exact_backward = _exactly(_forward), _exactly(backward)
 
 
+class _Pass(NamedTuple):
+    """A pass as `_Scan` is given it beside its tensors: one argument, since PyTorch looks at each."""
+
+    plan: ScanPlan
+    call: SequenceCall | None
+    begun: Begun | None
+    given: Inputs
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: ScanPlan,
-        call: SequenceCall | None,
-        begun: Begun | None,
-        given: Inputs,
-        initial: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, of: _Pass, initial: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        plan, call, begun, given = of
         is_traced = plan.stages.empty_saved is None  # then `tensors` are others than those in `given`
         run = given.with_tensors(tensors) if is_traced else given
         x = plan.stages.prepare(run, initial is None and plan.ranks is None)
@@ -137,5 +139,5 @@ class _Scan(torch.autograd.Function):
         d_o = torch.zeros_like(x.v) if d_o is None else d_o.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
         compute = _exact_backward if plan.stages.multiplies else backward
-        gradients, d_initial = compute(plan, call, x, saved, d_o, d_final, ctx.needs_input_grad[4])
-        return None, None, None, None, d_initial, *gradients
+        gradients, d_initial = compute(plan, call, x, saved, d_o, d_final, ctx.needs_input_grad[1])
+        return None, d_initial, *gradients

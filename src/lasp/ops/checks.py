@@ -19,6 +19,7 @@ from lasp.sequence.arguments import check_floats, check_tensor, number
 from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)
+_FORM = "[B, T, H, D]"
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -27,7 +28,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     Raises:
         ValueError: they are not.
     """
-    _check_alike(q=q, k=k, v=v)
+    check_floats("q", q, _FORM, 4)
+    _check_alike("k", k, "q", q)
+    if k.shape != q.shape:
+        raise ValueError(f"k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
+    _check_values_fit(v, "q", q)
 
 
 def check_keys(k: Tensor, v: Tensor) -> None:
@@ -36,28 +41,29 @@ def check_keys(k: Tensor, v: Tensor) -> None:
     Raises:
         ValueError: k or v does not fit.
     """
-    _check_alike(k=k, v=v)
+    check_floats("k", k, _FORM, 4)
+    _check_values_fit(v, "k", k)
 
 
-def _check_alike(**inputs: Tensor) -> None:
-    *others, (_, v) = inputs.items()
-    name, first = others[0]
-    for other, tensor in inputs.items():
-        check_floats(other, tensor, "[B, T, H, D]", 4)
-        if tensor.dtype != first.dtype:
-            raise ValueError(f"q, k and v must have one dtype, got {name} {first.dtype} and {other} {tensor.dtype}")
-        if tensor.device != first.device:
-            given = f"{name} on {first.device} and {other} on {tensor.device}"
-            raise ValueError(f"q, k and v must be on one device, got {given}")
-    for other, tensor in others[1:]:
-        if tensor.shape != first.shape:
-            raise ValueError(f"{other} must have {name}'s shape {tuple(first.shape)}, got {tuple(tensor.shape)}")
-    if v.shape[:2] != first.shape[:2]:
-        raise ValueError(f"v must have {name}'s batch and tokens {tuple(first.shape[:2])}, got {tuple(v.shape[:2])}")
-    if first.shape[3] == 0 or v.shape[3] == 0 or first.shape[2] == 0 or v.shape[2] % first.shape[2]:
+def _check_alike(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    check_floats(name, tensor, _FORM, 4)
+    if tensor.dtype != other.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {like} {other.dtype} and {name} {tensor.dtype}")
+    if tensor.device != other.device:
+        given = f"{like} on {other.device} and {name} on {tensor.device}"
+        raise ValueError(f"q, k and v must be on one device, got {given}")
+
+
+def _check_values_fit(v: Tensor, like: str, other: Tensor) -> None:
+    _check_alike("v", v, like, other)
+    B, T, H, K = other.shape
+    v_B, v_T, H_v, V = v.shape
+    if v_B != B or v_T != T:
+        raise ValueError(f"v must have {like}'s batch and tokens {(B, T)}, got {(v_B, v_T)}")
+    if not (H and K and V) or H_v % H:
         raise ValueError(
-            f"v's heads must be a multiple of {name}'s and no dim but B and T may be 0; got {name} "
-            f"{tuple(first.shape)}, v {tuple(v.shape)}"
+            f"v's heads must be a multiple of {like}'s and no dim but B and T may be 0; got {like} "
+            f"{(B, T, H, K)}, v {(v_B, v_T, H_v, V)}"
         )
 
 

@@ -38,9 +38,12 @@ def untraced(function: _Function, what: str | None = None) -> _Function:
     return cast(_Function, wrapped)
 
 
-def untraced_over_ranks(function: _Function) -> _Function:
-    """`function`, which takes a keyword `sp`: a compiled graph breaks around it where other ranks take part."""
-    outside = untraced(function, f"{function.__name__} over several ranks")
+def untraced_over_ranks(function: _Function, name: str | None = None) -> _Function:
+    """`function`, which takes a keyword `sp`: a compiled graph breaks around it where other ranks take part.
+
+    name: that users know it by; its own if None.
+    """
+    outside = untraced(function, f"{name or function.__name__} over several ranks")
 
     @wraps(function)
     def wrapped(*arguments: Any, sp: Any = None, **options: Any) -> Any:

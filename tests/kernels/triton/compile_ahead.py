@@ -42,12 +42,13 @@ from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.delta import launches as delta_launches
+from lasp.kernels.triton.loss import launches as losses
 from lasp.kernels.triton.neighbours import launches
 from lasp.ops import checks
 from lasp.sequence import arguments
 
 TYPES_OF_INPUTS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-TYPES = TYPES_OF_INPUTS | {torch.int32: "*i32"}
+TYPES = TYPES_OF_INPUTS | {torch.int32: "*i32", torch.int64: "*i64"}
 META = torch.device("meta")
 # Shared memory a program may have, in bytes.
 LIMITS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
@@ -157,8 +158,8 @@ def around(dtype: torch.dtype) -> None:
 
     x, weight, bias, before = empty(1, 4096, 4352), empty(4352, 4), empty(4352), empty(1, 3, 4352)
     for silu, rows in itertools.product((False, True), (None, before)):
-        launches.convolve(x, weight, bias, rows, silu)
-        launches.convolve_gradients(x, x, weight, None if silu else bias, rows, silu)
+        parts = launches.convolve(x, weight, bias, rows, silu, (4096, 128, 128))
+        launches.convolve_gradients(parts, x, weight, None if silu else bias, rows, silu)
     wide, skip, steps = empty(1, 4096, 64, 64), empty(64), torch.float32
     for gate, activation in ((wide, "silu"), (wide, "sigmoid"), (None, "none")):
         ways = (wide, gate, None, None, empty(512), 8, activation, False, 1e-5)
@@ -169,6 +170,8 @@ def around(dtype: torch.dtype) -> None:
     launches.gated_norm_gradients(wide, *skipped)
     rates, raw = (empty(64, dtype=steps), empty(64, dtype=steps)), empty(1, 4096, 64)
     launches.stepped_decay(raw, wide, *rates)
+    for gradient in (False, True):
+        losses.cross_entropy(empty(64, 50288), empty(64, dtype=torch.int64), -100, gradient=gradient)
     launches.stepped_decay_gradients(wide, empty(1, 4096, 64, dtype=steps), raw, wide, *rates)
 
 
@@ -215,7 +218,7 @@ def needs(kernel: Compilable, target: GPUTarget) -> dict[str, Any]:
 # One of each sort of kernel: calls, and what is compiled of what they launch.
 COMPILED = {
     Call("constant"): "summary|output",
-    Call("scalar", learned=True): "output|query_gradient|key_gradient|gate_gradient",
+    Call("scalar", learned=True): "output|query_gradient|key_gradient|gate_(gradient|pairs)",
     Call("scalar", learned=True, H=8): "key_gradient",  # fp32
     Call("scalar", learned=True, T=512): "output|key_gradient",
     Call("constant", D=256): "output",

@@ -223,16 +223,12 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     drawn = [torch.randn(shape, generator=random).to(device) for shape in shapes]
     q_sums, inner, leaving, k_sums, d_inner, d_leaving = drawn
     inner, d_inner = inner.to(launches.inner_dtype), d_inner.to(launches.inner_dtype)
-    zeros = torch.zeros(1, bounds[-1], H_v, K, dtype=dtype, device=device)
     prefix = torch.zeros(launches.gates, device=device)
     forgotten = 2
     prefix[:, :, (forgotten + 1) * C - 1] = -20.0
-    dg = torch.empty(1, bounds[-1], H_v, device=device)
+    formed = torch.randn(1, bounds[-1], H_v, generator=random).to(device)  # by `gate_pairs`, of the chunk that forgets
+    dg = formed.clone()
     launches.gate_gradient(
-        q_ptr=zeros,
-        k_ptr=zeros,
-        v_ptr=zeros,
-        do_ptr=zeros,
         g_ptr=dg,
         prefix_ptr=prefix,
         q_sums_ptr=q_sums,
@@ -269,7 +265,8 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
             reads = reads_q[:, part].flip(1).cumsum(1).flip(1) + reads_k[:, part].cumsum(1) - reads_k[:, part]
             within = (pairs_q - pairs_k)[:, part].flip(1).cumsum(1).flip(1)
             within[:, 0] = 0.0
-            within *= number > 0 or c != forgotten  # formed of q, k, v, which are zero
+            if number == 0 and c == forgotten:
+                within = formed[0, part].T
             expected[..., part.start - first : part.stop - first] = across[..., None] + (reads + within).cpu()
         got = dg[0, first:last].T.cpu()
         assert relative_error(got, expected[0]) < 1e-5

@@ -16,8 +16,9 @@ import lasp
 from lasp.halo import functions as halo
 from lasp.halo.fused import convolution
 from lasp.kernels.triton.neighbours import launches
-from lasp.layers import MIXERS, LayerContext
+from lasp.layers import LayerContext, mixer
 from lasp.layers import fused as layers
+from lasp.layers.mamba2 import Mamba2
 from lasp.ops.autograd import TRACEABLE
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
@@ -82,14 +83,17 @@ def test_convolution(
 
 
 def test_convolution_of_a_slice_without_what_came_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns of a wider tensor are read where they lie; over several programs' tokens."""
-    monkeypatch.setattr(launches, "LENGTH", 2)
+    """Columns of a wider tensor are read where they lie; over several programs' tokens; in three parts."""
+    monkeypatch.setattr(launches, "LENGTH", 4)
+    monkeypatch.setattr(launches, "CHANNELS", 16)
     launches._convolution.cache_clear()
     wide, weight = normal(2, 70, 160).to(device, FP32), normal(72, 4, seed=1).to(device, FP32)
     x = wide[..., 16:88]
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return convolution(x, weight, None, None, True)
+        parts = convolution(x, weight, None, None, True, [40, 24, 8])
+        assert all(part.is_contiguous() for part in parts)
+        return torch.cat(parts, 2)
 
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return lasp.short_convolution(x, weight, activation="silu")[0]
@@ -162,7 +166,14 @@ def test_gated_norm(dtype: torch.dtype, activation: str, gate: bool, fused: None
 
 
 @pytest.mark.parametrize(("dtype", "groups"), [(FP32, 1), (FP32, 2), (BF16, 1)])
-def test_gated_norm_with_a_skip(dtype: torch.dtype, groups: int, fused: None, device: torch.device) -> None:
+def test_gated_norm_with_a_skip(
+    dtype: torch.dtype, groups: int, fused: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are summed by several programs, of several rows one after another."""
+    monkeypatch.setattr(launches, "ELEMENTS", 64)
+    monkeypatch.setattr(launches, "SUMMED", 3 * 64)
+    launches._gated_norm.cache_clear()
+
     def norm(**x: Tensor) -> Tensor:
         return layers.gated_skip_norm(**x, groups=groups, eps=1e-5)  # type: ignore[arg-type]
 
@@ -196,20 +207,35 @@ def test_stepped_values(dtype: torch.dtype, fused: None, device: torch.device) -
 
 
 @pytest.mark.ci
-def test_a_layer_compiles_whole(fused: None, device: torch.device) -> None:
-    """The fused neighbours are part of its graph; gradients are the eager ones."""
-    config = MIXERS["mamba2"].config(num_heads=2, key_dim=16, value_dim=16)
+def test_a_layer_compiles_whole(fused: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused neighbours are part of its graph, gradients the eager ones; what they make of a projection, and a
+    recurrence reads, is not kept. The control: a layer of which only the end runs again."""
+    monkeypatch.setattr(mixer, "has_fused_kernels", lambda device, dtype: True)
+    config = Mamba2.Config(num_heads=2, key_dim=16, value_dim=16, num_key_heads=1)
     torch.manual_seed(0)
-    layer = config.build(LayerContext(24)).to(device)
-    x = normal(1, 5, 24).to(device, FP32).requires_grad_()
+    layer = config.build(LayerContext(24, backend="triton")).to(device)
+    x = normal(1, 64, 24).to(device, FP32).requires_grad_()
     leaves = [x, *layer.parameters()]
 
     def gradients(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     eager = layer(x)[0]
-    expected = gradients(eager)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=TRACEABLE, backend="aot_eager")(x)[0]
-    for got, reference in zip((compiled, *gradients(compiled)), (eager, *expected), strict=True):
-        assert relative_error(got, reference) <= 2e-6
+    expected, kept = gradients(eager), []
+    for recomputes in ("all", "after"):
+        monkeypatch.setattr(type(layer), "recomputes", recomputes)
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=TRACEABLE, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            compiled = run(x)[0]
+        kept.append(sum(sizes.values()))
+        for got, reference in zip((compiled, *gradients(compiled)), (eager, *expected), strict=True):
+            assert relative_error(got, reference) <= 2e-6
+    inner, convolved = config.num_heads * config.value_dim, config.convolved
+    assert kept[1] - kept[0] >= 0.95 * 4 * x.shape[1] * (inner + convolved)

@@ -109,7 +109,6 @@ class PendingPeer:
         stored = 0 if self._stored is None else self._stored.numel()
         if isinstance(self._transition, Dense):
             own = Summary(self._transition, state)
-            initial = torch.zeros_like(state) if initial is None else initial
             line = Line(self._comm, self._reverse)
             return fold(line, own, initial, memory.collect(state, stored, self._seal), self._want_total)
         initial = None if initial is None else initial.contiguous()
@@ -148,7 +147,6 @@ class Peer(Exchange):
             )
         if shared.in_use:
             # Begun within another's wait, on every rank alike: one memory holds one exchange at a time.
-            initial = torch.zeros_like(state) if initial is None else initial
             return AllGather().begin(messages, summary, initial, reverse=reverse, want_total=want_total)
         shared.follow(device)
         shared.in_use = True

@@ -19,7 +19,7 @@ from lasp.exchange.payload import Payload
 
 class PendingAllGather:
     def __init__(
-        self, line: Line, summary: Summary, initial: Tensor, gathering: Gathering[Tensor], want_total: bool
+        self, line: Line, summary: Summary, initial: Tensor | None, gathering: Gathering[Tensor], want_total: bool
     ) -> None:
         self._line, self._summary, self._initial = line, summary, initial
         self._gathering, self._want_total = gathering, want_total
@@ -28,8 +28,11 @@ class PendingAllGather:
         return fold(self._line, self._summary, self._initial, self._gathering.wait(), self._want_total)
 
 
-def fold(line: Line, own: Summary, initial: Tensor, gathered: Tensor, want_total: bool) -> ExchangeResult:
-    """All ranks' packed summaries [size, n], like this rank's `own`, applied to `initial` in the line's order."""
+def fold(line: Line, own: Summary, initial: Tensor | None, gathered: Tensor, want_total: bool) -> ExchangeResult:
+    """All ranks' packed summaries [size, n], like this rank's `own`, applied to `initial` in the line's order.
+
+    `initial` is zero if None, and then also what enters the first rank.
+    """
     state, entering = initial, initial
     for position in range(line.size):
         if position == line.position:
@@ -44,10 +47,11 @@ class AllGather(Exchange):
     """One all-gather of the summaries."""
 
     name = "all_gather"
+    accepts_zero_initial = True
     wants_own_stream = False  # it computes nothing before it is waited for
 
     def begin(
-        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+        self, comm: Messages, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool
     ) -> PendingAllGather:
         return PendingAllGather(Line(comm, reverse), summary, initial, comm.all_gather(summary.pack()), want_total)
 

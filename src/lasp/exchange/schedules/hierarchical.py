@@ -94,7 +94,7 @@ class PendingHierarchical:
             node = own if before is None else compose(own, before)
             leaders = cast(Messages, _Leaders(line.comm, self._leaders))
             across = self._across.begin(leaders, node, self._initial, reverse=line.reverse, want_total=False)
-            entering_node = across.wait().entering
+            entering_node = cast(Tensor, across.wait().entering)
         if place.node > 0:
             entering_node = self._hand_out(entering_node)
         entering = entering_node if before is None else before.apply(entering_node)

@@ -150,6 +150,7 @@ class PendingReach:
             entering[route.got_early] = self._early.wait()
         if self._base is not None:
             carried = self._base.wait()
+            assert carried.entering is not None
             entering[route.far] = carried.entering
             if total is not None and carried.total is not None:
                 total[route.far] = carried.total

@@ -18,7 +18,7 @@ from lasp.exchange.payload import Payload
 
 class PendingRing:
     def __init__(
-        self, line: Line, summary: Summary, initial: Tensor, message: Message[Tensor] | None, want_total: bool
+        self, line: Line, summary: Summary, initial: Tensor | None, message: Message[Tensor] | None, want_total: bool
     ) -> None:
         self._line, self._summary, self._initial = line, summary, initial
         self._message, self._want_total = message, want_total
@@ -26,9 +26,9 @@ class PendingRing:
     def wait(self) -> ExchangeResult:
         line, last = self._line, self._line.size - 1
         entering = self._initial if self._message is None else self._message.wait()
-        leaving = entering
-        if line.position < last or self._want_total:
-            leaving = self._summary.apply(entering)
+        if line.position == last and not self._want_total:
+            return ExchangeResult(entering, None)
+        leaving = self._summary.apply(entering)
         if line.position < last:
             line.comm.send(leaving, line.rank(line.position + 1))
         return ExchangeResult(entering, line.comm.broadcast(leaving, line.rank(last)) if self._want_total else None)
@@ -38,9 +38,10 @@ class Ring(Exchange):
     """Point-to-point, neighbour to neighbour."""
 
     name = "ring"
+    accepts_zero_initial = True
 
     def begin(
-        self, comm: Messages, summary: Summary, initial: Tensor, *, reverse: bool, want_total: bool
+        self, comm: Messages, summary: Summary, initial: Tensor | None, *, reverse: bool, want_total: bool
     ) -> PendingRing:
         line = Line(comm, reverse)
         message = None

@@ -9,7 +9,7 @@ from lasp.kernels.triton.delta.stages import STAGES as DELTA
 from lasp.recurrence.stages import AnyStages
 
 STAGES: Mapping[str, AnyStages] = {
-    "decay": cutting(DECAY, rows=True),
-    "delta": cutting(DELTA, rows=False),
+    "decay": cutting(DECAY, rows=True, shared=True),
+    "delta": cutting(DELTA, rows=False, shared=False),
     "unmasked": unmasked.STAGES,
 }

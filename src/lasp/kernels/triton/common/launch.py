@@ -22,6 +22,12 @@ ALIGNMENT = 16
 _Start = Callable[[int, list[int]], None]  # takes a stream and addresses
 _scratch_of_stream: dict[int | None, Tensor] = {}
 _address = Tensor.data_ptr
+_hooks = triton.knobs.runtime
+
+
+def _use_scratch() -> None:
+    """Gives Triton its allocator. It keeps one per thread, and autograd's threads are not the caller's."""
+    triton.set_allocator(_scratch)
 
 
 class _Bound(NamedTuple):
@@ -47,20 +53,9 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return fresh
 
 
-def use_scratch() -> None:
-    """Gives Triton its allocator. It keeps one per thread, and autograd's threads are not the caller's."""
-    triton.set_allocator(_scratch)
-
-
 def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
     """The argument of a kernel that reads `tensor`: `unread` in the place of None, where it reads none."""
     return unread if tensor is None else tensor
-
-
-def _watched() -> bool:
-    """True if a profiler wants to see every launch."""
-    runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 class Launch:
@@ -99,7 +94,9 @@ class Launch:
             return
         start, pick, absent = bound
         addresses = [*map(_address, pick(tensors)), *absent]
-        if reduce(or_, addresses) % ALIGNMENT or torch._C._cuda_getDevice() != self._device or _watched():
+        # With hooks a profiler wants to see every launch.
+        watched = _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls
+        if watched or reduce(or_, addresses) % ALIGNMENT or torch._C._cuda_getDevice() != self._device:
             self._by_triton(tensors)
         else:
             start(driver.active.get_current_stream(self._device), addresses)
@@ -123,6 +120,7 @@ class Launch:
 
     def _by_triton(self, tensors: dict[str, Tensor | None]) -> Any:
         """Leaves the launch to Triton, which finds the binary, calls hooks, and gives the binary."""
+        _use_scratch()
         with torch.cuda.device(self._device):  # of no effect below 0
             return self.kernel[self.grid](**tensors, **self.fixed, **self.options)
 
@@ -132,7 +130,6 @@ def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Sta
     x, y = grid
     try:
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        _watched()
     except AttributeError:
         return None
     # CUDA's launcher is a Python object around a function in C. All it adds is the memory that some binaries ask for.
@@ -144,4 +141,9 @@ def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Sta
         if triton.__version__.startswith("3.7."):
             start = (function, *attributes, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature)
             return lambda stream, addresses: launch(x, y, 1, stream, *start, (*addresses, *others))
-    return lambda stream, addresses: run(x, y, 1, stream, function, metadata, None, None, None, *addresses, *others)
+
+    def start_with_memory(stream: int, addresses: list[int]) -> None:
+        _use_scratch()
+        run(x, y, 1, stream, function, metadata, None, None, None, *addresses, *others)
+
+    return start_with_memory

@@ -36,13 +36,17 @@ def _widened(tensor: Tensor, dim: int, columns: int) -> Tensor:
 
 
 class HeadCut(NamedTuple):
-    """A way to cut heads: [H, G] of them, K and V of each, into `keys` parts of K and `values` of V."""
+    """A way to cut heads: [H, G] of them, K and V of each, into `keys` parts of K and `values` of V.
+
+    shared: kernels let neighbouring value heads share gates per channel: parts of values need none of their own.
+    """
 
     heads: tuple[int, int]
     K: int
     V: int
     keys: int
     values: int
+    shared: bool
 
     @property
     def parts(self) -> tuple[int, int, int, int]:
@@ -79,13 +83,17 @@ class HeadCut(NamedTuple):
             each = tensor.unflatten(-1, self.heads)[..., :, None, :, None]
             return each.expand(*tensor.shape[:-1], *self.parts).flatten(-4)
         each = _widened(tensor, -1, self.keys * self.widths[0]).unflatten(2, self.heads).unflatten(4, (self.keys, -1))
-        return each.movedim(4, 3)[:, :, :, :, :, None].expand(-1, -1, *self.parts, -1).flatten(2, 5)
+        each = each.movedim(4, 3)
+        if not self.shared:
+            each = each[:, :, :, :, :, None].expand(-1, -1, *self.parts, -1).flatten(4, 5)
+        return each.flatten(2, 4)
 
     def summed_gates(self, tensor: Tensor) -> Tensor:
         """The gradients of all that share one."""
         if tensor.dim() < 4:
             return tensor.unflatten(-1, self.parts).sum((-3, -1)).flatten(-2)
-        parts = tensor.unflatten(2, self.parts).sum(5).movedim(3, 4)
+        parts = tensor.unflatten(2, self.parts[:3]) if self.shared else tensor.unflatten(2, self.parts).sum(5)
+        parts = parts.movedim(3, 4)
         return parts.flatten(2, 3).flatten(3)[..., : self.K]
 
     def of_state(self, tensor: Tensor | None) -> Tensor | None:
@@ -134,10 +142,10 @@ class HeadCut(NamedTuple):
         return self.whole_keys(dq), self.whole_keys(dk), self.whole_values(dv), *own, *erasing
 
 
-def cut_of(x: Given, *, rows: bool) -> HeadCut:
-    """The way to cut x's heads. rows: those of states may be cut."""
+def cut_of(x: Given, *, rows: bool, shared: bool) -> HeadCut:
+    """The way to cut x's heads. rows: those of states may be cut. shared: as in `HeadCut`."""
     (H, K), (H_v, V) = x.q.shape[2:], x.v.shape[2:]
-    return HeadCut((H, H_v // H), K, V, -(-K // FUSED_MAX_DIM) if rows else 1, -(-V // FUSED_MAX_DIM))
+    return HeadCut((H, H_v // H), K, V, -(-K // FUSED_MAX_DIM) if rows else 1, -(-V // FUSED_MAX_DIM), shared)
 
 
 class CutRun:
@@ -171,8 +179,8 @@ class CutRun:
         return leaving, *whole[1:]
 
 
-def cutting(stages: AnyStages, *, rows: bool) -> AnyStages:
-    """`stages` with those for heads wider than they take; rows: those of states may be cut.
+def cutting(stages: AnyStages, *, rows: bool, shared: bool) -> AnyStages:
+    """`stages` with those for heads wider than they take; rows: those of states may be cut; shared: as in `HeadCut`.
 
     What `stages` save must begin with the state that leaves the run.
     """
@@ -180,7 +188,7 @@ def cutting(stages: AnyStages, *, rows: bool) -> AnyStages:
     assert alone is not None
 
     def prepare(given: Given, from_zero: bool) -> CutRun:
-        run = CutRun(given, from_zero, cut_of(given, rows=rows), stages)
+        run = CutRun(given, from_zero, cut_of(given, rows=rows, shared=shared), stages)
         run.inner  # noqa: B018  raises where the kernels do not take such tensors
         return run
 
@@ -204,7 +212,7 @@ def cutting(stages: AnyStages, *, rows: bool) -> AnyStages:
 
     def empty_saved(x: Any, *ways: bool) -> list[Tensor]:
         assert stages.empty_saved is not None
-        cut = cut_of(x, rows=rows)
+        cut = cut_of(x, rows=rows, shared=shared)
         leaving, *others = stages.empty_saved(cut.of_inputs(x), *ways)
         return [cut.whole_state(leaving), *others]
 

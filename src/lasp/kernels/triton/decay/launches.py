@@ -37,6 +37,7 @@ class RunShape(NamedTuple):
         with_decay: whether the decay's gradient is wanted: it needs other, slower sweeps.
         scale: of the outputs.
         from_zero: whether runs are whole and start from no state.
+        gate_heads: of a gate per channel, which several value heads may share; 0 for one each.
     """
 
     q: tuple[int, ...]
@@ -46,6 +47,7 @@ class RunShape(NamedTuple):
     with_decay: bool
     scale: float
     from_zero: bool = False
+    gate_heads: int = 0
 
 
 class DecayLaunches:
@@ -60,7 +62,9 @@ class DecayLaunches:
         places, chunk_places, bounds: tables of packed documents (`packing.Tables`): of segments, of chunks, and of the
             documents' segments; None without documents.
         inner, inner_dtype: of the states before intervals (`intervals`), in tiles of the sweeps, as they read them.
-        gradient, gradient_dtype: shape and dtype of the gradients of q and k per value head.
+        reads: shape of what is read from states per value head.
+        gradient, gradient_dtype: shape and dtype of the gradients of q and k, per value head, or of gates per channel
+            per head of gates.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -89,7 +93,8 @@ class DecayLaunches:
         each = (K,) if per_channel else ()
         self.state, self.total_decay = (runs, H_v, K, V), (runs, H_v, *each)
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
-        self.gradient, self.gradient_dtype = (B, T, H_v, K), partial_dtype(dtype, H, H_v)
+        H_g = shape.gate_heads or H_v
+        self.reads, self.gradient, self.gradient_dtype = (B, T, H_v, K), (B, T, H_g, K), partial_dtype(dtype, H, H_g)
         shortest, longest = INTERVALS[dtype]
         self._intervals = {"SHORTEST": shortest, "LONGEST": longest}
         columns = (p.channel_inter_chunk if per_channel else p.scalar_keys).columns
@@ -98,7 +103,7 @@ class DecayLaunches:
         self.inner_dtype = dtype if dtype == torch.bfloat16 else torch.float32
         # What these names mean in every kernel.
         self._known: dict[str, Any] = {
-            "scale": shape.scale, "B": B, "T": T, "H": H, "H_v": H_v, "K": K, "V": V,
+            "scale": shape.scale, "B": B, "T": T, "H": H, "H_v": H_v, "H_g": H_g, "K": K, "V": V,
             "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
             "KIND": shape.kind, "EXACT": p.exact, "FORGETS": FORGETS[dtype], "FROM_ZERO": shape.from_zero,
             "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
@@ -113,10 +118,6 @@ class DecayLaunches:
         """A program for each segment of each head, and for each slice of the `columns` columns that it makes."""
         grid = (-(-columns // tiles.columns) * self._heads, self.plan.segments)
         return self._launch(kernel, grid, tiles.warps, tiles.stages, **own)
-
-    def _by_chunk(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
-        """A program for each chunk of each head, and for each of so many slices of its channels."""
-        return self._launch(kernel, (slices * self._heads, self.plan.chunks), tiles.warps, tiles.stages, **own)
 
     @cached_property
     def scan(self) -> Launch:

@@ -192,7 +192,8 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool
         # Short runs leave processors idle: twice the programs, of which a processor without one to itself has two.
         return Tiles(64, 4, 3 if cut.alone else 2)
     if columns <= 64:
-        return Tiles(64, 4, 3)
+        # A third stage of 128 contracted would leave a processor room for one program; two hide each other's waits.
+        return Tiles(64, 4, 3 if contracted <= 64 else 2)
     # 128 rows of transposed outputs and states: two warpgroups share every product evenly.
     return Tiles(128, 8, 3)
 
@@ -209,8 +210,9 @@ def _row_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles | None:
     if dtype != torch.bfloat16:
         return None
     widest = max(tile(K, dtype), tile(V, dtype))
-    # Twice the programs of the other sweeps, and two a processor: one works while the other waits.
-    return Tiles(64, 8 if widest > 128 else 4, 3 if widest <= 64 else 2)
+    # Twice the programs of the other sweeps, and two a processor: one works while the other waits. A stage holds 64
+    # columns of K and all of V.
+    return Tiles(64, 8 if widest > 128 else 4, 3 if tile(V, dtype) <= 64 and widest <= 128 else 2)
 
 
 def _summary_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
@@ -248,9 +250,11 @@ def plan(
     if exact and kind == CHANNEL and max(K, V) > 128:
         chunk = CHUNK_SMALLEST  # see `_sweep_tiles`
     chunks = max(1, -(-tokens // chunk))
-    # Programs of gates per channel wait more often: shorter segments for more of them.
+    # Programs of gates per channel wait more often, and of those of narrow values a processor has two: shorter segments
+    # for more of them.
+    twice = kind == CHANNEL or (V <= 64 and dtype == torch.bfloat16)
     summaries = SUMMARIES_COST if kind == CHANNEL and from_zero else 0.0
-    length = segment_chunks(chunks, heads, 2 * processors if kind == CHANNEL else processors, summaries)
+    length = segment_chunks(chunks, heads, 2 * processors if twice else processors, summaries)
     if kind == CHANNEL:
         length = min(length, LONGEST_EXACT_CHANNELS if exact else LONGEST_CHANNELS)
     cut = None

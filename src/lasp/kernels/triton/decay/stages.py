@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.algebra import Diagonal, Identity, Scalar, Summary
-from lasp.kernels.triton.common.launch import given, use_scratch
+from lasp.kernels.triton.common.launch import given
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.channel import stages as channel
 from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
@@ -61,7 +61,6 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
         launches = runs.launches_of(shape, q.device)
     else:
         launches = runs.packed_launches_of(shape, documents, q.device)
-    use_scratch()
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and (g is None or g.is_contiguous())):
         q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), None if g is None else g.contiguous()
     return DecayRun(q, k, v, g, scale, documents, launches)
@@ -69,7 +68,8 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
 
 def _shape(x: DecayInputs, with_decay: bool, from_zero: bool) -> RunShape:
     kind = KINDS[0 if x.g is None else x.g.dim()]
-    return RunShape(x.q.shape, x.v.shape, x.q.dtype, kind, with_decay, x.scale, from_zero)
+    gate_heads = x.g.shape[2] if x.g is not None and kind == CHANNEL else 0
+    return RunShape(x.q.shape, x.v.shape, x.q.dtype, kind, with_decay, x.scale, from_zero, gate_heads)
 
 
 def _leaving(saved: Saved) -> Tensor:
@@ -121,7 +121,6 @@ def totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor) -> Segments:
 
 
 def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool) -> tuple[Summary | None, Segments]:
-    use_scratch()  # backward passes have threads of their own
     assert d_o.dtype == x.v.dtype
     launches, gathers = x.launches, x.launches.plan.gathers
     others = saved[2:] if launches.keeps_states else saved[1:]
@@ -147,7 +146,7 @@ def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, S
 
 
 def _new_sums(x: DecayRun) -> SegmentSums:
-    states = torch.empty(x.launches.states, dtype=torch.float32, device=x.v.device)
+    states = x.v.new_empty(x.launches.states, dtype=torch.float32)
     return states, states.new_empty(x.launches.decays)
 
 
@@ -193,7 +192,7 @@ def outputs(
     kept; gates, or what was prepared per chunk."""
     launches = x.launches
     state_in = None if state_in is None else state_in.contiguous()
-    o, leaving = torch.empty_like(x.v), torch.empty(launches.state, dtype=torch.float32, device=x.v.device)
+    o, leaving = torch.empty_like(x.v), x.v.new_empty(launches.state, dtype=torch.float32)
     if isinstance(launches, ChannelLaunches):
         assert partial is not None and isinstance(totals, channel.ChannelSegments)
         channel.outputs(x, launches, totals, partial, o, leaving, state_in)
@@ -232,11 +231,14 @@ def gradients(
 
 
 def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
-    """[B, T, H_v, K] -> [B, T, H, K]."""
+    """[B, T, H_v, K] (of gates per channel [B, T, H_g, K]) -> [B, T, H, K]."""
     heads = x.q.shape[2]
     if gradient.shape[2] == heads:
         return gradient
-    return gradient.unflatten(2, (heads, -1)).sum(3).to(x.q.dtype)
+    parts = gradient.unflatten(2, (heads, -1))
+    # PyTorch's sum over so few, not the last dim, takes three times as long.
+    total = parts[:, :, :, 0] + parts[:, :, :, 1] if parts.shape[3] == 2 else parts.sum(3)
+    return total.to(x.q.dtype)
 
 
 def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
@@ -251,7 +253,8 @@ def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: b
     if keeps_states(p, want_gate):
         results.append(state(B, H_v, p.segments, K, V))
     if shape.kind == CHANNEL:
-        return [*results, *channel.empty_prepared(x.q, x.v, p)]
+        assert x.g is not None
+        return [*results, *channel.empty_prepared(x.q, x.g, p)]
     if shape.kind == TOKEN:
         return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
     return results

@@ -29,7 +29,7 @@ from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kerne
 from lasp.kernels.triton.delta.output import delta_output_kernel
 from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
 from lasp.kernels.triton.delta.reverse import delta_reverse_kernel
-from lasp.kernels.triton.delta.segment_scan import GIVEN, IDENTITY, ZERO, delta_scan_kernel
+from lasp.kernels.triton.delta.segment_scan import delta_scan_kernel
 from lasp.kernels.triton.delta.solve import solve_kernel
 from lasp.kernels.triton.delta.states import delta_states_kernel
 from lasp.kernels.triton.delta.summary import delta_summary_kernel
@@ -235,20 +235,15 @@ class DeltaLaunches:
         columns, warps, _ = self.plan.operands
         return self._by_chunk(delta_channel_scores_kernel, self._heads, warps, BK=columns, QUERIES=queries)
 
-    def scan(self, *, given: bool, leaves: bool, reverse: bool) -> Launch:
-        """The scan over segments' states; given: a state enters the run. leaves: what leaves it is wanted too."""
-        return self._scan(self.state[3], (GIVEN if given else ZERO).value, leaves, reverse)
-
-    def transition_scan(self, *, reverse: bool) -> Launch:
-        """The run's transition, transposed if `reverse`."""
-        return self._scan(self.state[2], IDENTITY.value, True, reverse)
-
     @_once
-    def _scan(self, columns: int, start: int, leaves: bool, reverse: bool) -> Launch:
-        p, (runs, H_v, K, _) = self.plan, self.state
-        grid = (-(-columns // p.scan.columns) * runs * H_v, 1)
-        ways = {"START": start, "LEAVES": leaves, "REVERSE": reverse, "PRECISION": p.solve_precision}
-        sizes = {"V": columns, "BV": p.scan.columns, "STEP": min(SCAN_STEP, self._tile(K))}
+    def scan(self, *, leaves: bool, reverse: bool) -> Launch:
+        """The scan over segments' states; leaves: the state that leaves the run is wanted too, and its transition."""
+        p, (runs, H_v, K, V) = self.plan, self.state
+        columns = p.scan.columns
+        slices = -(-V // columns) + (-(-K // columns) if leaves else 0)
+        ways = {"LEAVES": leaves, "REVERSE": reverse, "PRECISION": p.solve_precision}
+        sizes = {"BV": columns, "STEP": min(SCAN_STEP, self._tile(K))}
+        grid = (slices * runs * H_v, 1)
         return self._launch(delta_scan_kernel, grid, p.scan.warps, p.scan.stages, **ways, **sizes)
 
 

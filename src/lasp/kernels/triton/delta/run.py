@@ -261,36 +261,40 @@ def summaries(x: DeltaRun, chunks: DeltaChunks) -> tuple[Tensor, Tensor]:
     return added, moves
 
 
-def scanned(
-    x: DeltaRun, added: Tensor, moves: Tensor, outside: Tensor | None, *, leaves: bool, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """States that enter segments; and the one that leaves the run, where `leaves`."""
-    launches, entering = x.launches, torch.empty_like(added)
-    leaving = _fp32(x, launches.state) if leaves else entering
-    launch = launches.scan(given=outside is not None, leaves=leaves, reverse=reverse)
-    launch(
+def entering_segments(x: DeltaRun, added: Tensor, moves: Tensor, outside: Tensor | None, *, reverse: bool) -> Tensor:
+    """States that enter segments, where `outside` enters the run, or nothing if None."""
+    entering = torch.empty_like(added)
+    x.launches.scan(leaves=False, reverse=reverse)(
         added_ptr=added,
         moves_ptr=moves,
         entering_ptr=entering,
-        leaving_ptr=leaving,
-        bounds_ptr=bounds_of(launches.plan, added),
-        outside_ptr=given(outside, added),
+        leaving_ptr=added,
+        products_ptr=added,
+        transition_ptr=added,
+        bounds_ptr=bounds_of(x.launches.plan, added),
+        outside_ptr=outside,
     )
-    return entering, leaving
+    return entering
 
 
-def transition_of(x: DeltaRun, moves: Tensor, *, reverse: bool) -> Tensor:
-    """[B or documents, H_v, K, K]: what the run does to the state that enters it; transposed if `reverse`."""
-    leaving = _fp32(x, x.launches.transition)
-    x.launches.transition_scan(reverse=reverse)(
-        added_ptr=moves,
+def run_of_segments(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Returns what the run adds to a state that enters it, and its transition [B or documents, H_v, K, K].
+
+    reverse: of the gradient, from the end, and transposed.
+    """
+    launches = x.launches
+    leaving, transition = _fp32(x, launches.state), _fp32(x, launches.transition)
+    launches.scan(leaves=True, reverse=reverse)(
+        added_ptr=added,
         moves_ptr=moves,
-        entering_ptr=torch.empty_like(moves),
+        entering_ptr=torch.empty_like(added),
         leaving_ptr=leaving,
-        bounds_ptr=bounds_of(x.launches.plan, moves),
-        outside_ptr=moves,
+        products_ptr=torch.empty_like(moves),
+        transition_ptr=transition,
+        bounds_ptr=bounds_of(launches.plan, added),
+        outside_ptr=None,
     )
-    return leaving
+    return leaving, transition
 
 
 def outputs(
@@ -301,7 +305,7 @@ def outputs(
     entering = state_in
     if segments.added is not None and not launches.plan.whole:
         assert segments.moves is not None
-        entering, _ = scanned(x, segments.added, segments.moves, state_in, leaves=False, reverse=False)
+        entering = entering_segments(x, segments.added, segments.moves, state_in, reverse=False)
     o, u, leaving = torch.empty_like(x.v), torch.empty_like(x.v), _fp32(x, launches.state)
     launches.output(
         **_sweep_operands(x, chunks, leaving),
@@ -360,7 +364,7 @@ def gradients(
     entering = d_state_out
     if added is not None and not launches.plan.whole:
         assert saved.moves is not None
-        entering, _ = scanned(x, added, saved.moves, d_state_out, leaves=False, reverse=True)
+        entering = entering_segments(x, added, saved.moves, d_state_out, reverse=True)
     dv = torch.empty_like(x.v)
     s_chunks, d_chunks = (x.v.new_empty(launches.state_chunks) for _ in range(2))
     _reverse(x, saved, d_o, launches.values, unread, dv, d_chunks, entering)

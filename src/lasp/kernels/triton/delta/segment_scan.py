@@ -1,7 +1,10 @@
 # mypy: ignore-errors
-"""The scan over a rank's segments: the state that enters each, and the one that leaves the last.
+"""The scan over a rank's segments: the state that enters each, and what leaves the last.
 
 S' = M S + added;  of gradients, from the last segment to the first, D' = M^T D + added
+
+Where an exchange wants the run's transition too, other programs of the same launch take the identity's columns through
+the same products.
 """
 
 import triton
@@ -9,19 +12,17 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.program import state_tile
 
-ZERO = tl.constexpr(0)  # what enters the run: nothing,
-GIVEN = tl.constexpr(1)  # a state that is given,
-IDENTITY = tl.constexpr(2)  # or the identity's columns, which leave as the run's transition
-
 
 @triton.jit(do_not_specialize=["H_v", "segments"])
 def delta_scan_kernel(
-    added_ptr,  # fp32 [B, H_v, segments, K, V]; unused if IDENTITY
+    added_ptr,  # fp32 [B, H_v, segments, K, V]
     moves_ptr,  # fp32 [B, H_v, segments, K, K]
-    entering_ptr,  # fp32 [B, H_v, segments, K, V], written; scratch if IDENTITY
+    entering_ptr,  # fp32 [B, H_v, segments, K, V], written
     leaving_ptr,  # fp32 [B or documents, H_v, K, V], written if LEAVES
+    products_ptr,  # fp32 as moves_ptr, scratch if LEAVES: products of the transitions before each
+    transition_ptr,  # fp32 [B or documents, H_v, K, K], written if LEAVES
     bounds_ptr,  # int32 [documents + 1] if PACKED: the segments of each document
-    outside_ptr,  # fp32 as leaving_ptr: what enters the run if GIVEN
+    outside_ptr,  # fp32 as leaving_ptr: what enters the run; or None for zero
     H_v,
     segments,
     K: tl.constexpr,
@@ -29,38 +30,74 @@ def delta_scan_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     STEP: tl.constexpr,  # channels of a product at a time
-    START: tl.constexpr,
     LEAVES: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     slices: tl.constexpr = (V + BV - 1) // BV
-    column = tl.program_id(0) % slices * BV
-    run = (tl.program_id(0) // slices).to(tl.int64)
+    all_slices: tl.constexpr = slices + ((K + BV - 1) // BV if LEAVES else 0)
+    place = tl.program_id(0) % all_slices
+    run = (tl.program_id(0) // all_slices).to(tl.int64)
     begin = run * segments
     if PACKED:
         document = tl.load(bounds_ptr + run // H_v)
         begin = run % H_v * segments + document
         segments = tl.load(bounds_ptr + run // H_v + 1) - document
-    d = tl.arange(0, BK)
-    v = column + tl.arange(0, BV)
-    state = tl.zeros((BK, BV), tl.float32)
-    if START == GIVEN:
-        pointers, mask = state_tile(outside_ptr + run * K * V, 0, column, K, V, V, 1, BK, BV)
-        state = tl.load(pointers, mask=mask, other=0.0)
-    if START == IDENTITY:
-        state = tl.where(d[:, None] == v[None, :], 1.0, 0.0)
-    # From zero, the first segment's transition is not wanted.
-    empty = START == ZERO
+    if place < slices:
+        column = place * BV
+        state = tl.zeros((BK, BV), tl.float32)
+        empty = 1
+        if outside_ptr is not None:
+            pointers, mask = state_tile(outside_ptr + run * K * V, 0, column, K, V, V, 1, BK, BV)
+            state = tl.load(pointers, mask=mask, other=0.0)
+            empty = 0
+        leaving = leaving_ptr + run * K * V
+        _walk(
+            state, empty, added_ptr, moves_ptr, entering_ptr, leaving, begin, segments, column,
+            K, V, BK, BV, STEP, True, LEAVES, REVERSE, PRECISION,
+        )  # fmt: skip
+    elif LEAVES:
+        column = (place - slices) * BV
+        diagonal = tl.arange(0, BK)[:, None] == (column + tl.arange(0, BV))[None, :]
+        state = tl.where(diagonal, 1.0, 0.0)
+        leaving = transition_ptr + run * K * K
+        _walk(
+            state, 0, added_ptr, moves_ptr, products_ptr, leaving, begin, segments, column,
+            K, K, BK, BV, STEP, False, True, REVERSE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _walk(
+    state,
+    empty,  # nothing enters the run: the first segment's transition is not wanted
+    added_ptr,
+    moves_ptr,
+    entering_ptr,
+    leaving_ptr,
+    begin,
+    segments,
+    column,
+    K: tl.constexpr,
+    W: tl.constexpr,  # columns in all
+    BK: tl.constexpr,
+    BW: tl.constexpr,
+    STEP: tl.constexpr,
+    ADDS: tl.constexpr,
+    LEAVES: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write what enters each segment in some columns, and what leaves the last."""
     for turn in range(segments):
         at = begin + (segments - 1 - turn if REVERSE else turn)
-        entering, mask = state_tile(entering_ptr + at * K * V, 0, column, K, V, V, 1, BK, BV)
+        entering, mask = state_tile(entering_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
         tl.store(entering, state, mask=mask)
         if LEAVES or turn < segments - 1:
-            state = tl.zeros((BK, BV), tl.float32)
-            if START != IDENTITY:
-                added, _ = state_tile(added_ptr + at * K * V, 0, column, K, V, V, 1, BK, BV)
+            state = tl.zeros((BK, BW), tl.float32)
+            if ADDS:
+                added, _ = state_tile(added_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
                 state = tl.load(added, mask=mask, other=0.0)
             # Products take their operands from memory: what this program has just stored.
             tl.debug_barrier()
@@ -72,9 +109,9 @@ def delta_scan_kernel(
                     else:
                         rows, inside = state_tile(moves, 0, first, K, K, K, 1, BK, STEP)
                     move = tl.load(rows, mask=inside, other=0.0)
-                    before, within = state_tile(entering_ptr + at * K * V, first, column, K, V, V, 1, STEP, BV)
+                    before, within = state_tile(entering_ptr + at * K * W, first, column, K, W, W, 1, STEP, BW)
                     before = tl.load(before, mask=within, other=0.0)
                     state = tl.dot(move, before, state, input_precision=PRECISION)
     if LEAVES:
-        leaving, mask = state_tile(leaving_ptr + run * K * V, 0, column, K, V, V, 1, BK, BV)
+        leaving, mask = state_tile(leaving_ptr, 0, column, K, W, W, 1, BK, BW)
         tl.store(leaving, state, mask=mask)

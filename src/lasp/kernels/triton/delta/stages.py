@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lasp.algebra import Dense, Summary
 from lasp.kernels.triton.common.decays import TOKEN
-from lasp.kernels.triton.common.launch import given, use_scratch
+from lasp.kernels.triton.common.launch import given
 from lasp.kernels.triton.delta import run
 from lasp.kernels.triton.delta.launches import launches_of
 from lasp.kernels.triton.delta.run import (
@@ -34,7 +34,6 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
         ValueError: the kernels do not take such tensors.
     """
     launches = launches_of(x, alone, x.g is not None and x.g.requires_grad)
-    use_scratch()
     q, k, v = (t.to(launches.operand).contiguous() for t in (x.q, x.k, x.v))
     beta, g = x.beta.contiguous(), None if x.g is None else x.g.contiguous()
     r = None if x.erase_key is None else x.erase_key.to(launches.operand).contiguous()
@@ -43,8 +42,8 @@ def prepare(x: DeltaInputs, alone: bool) -> DeltaRun:
 
 def _summary(x: DeltaRun, added: Tensor, moves: Tensor, *, reverse: bool) -> Summary:
     """Summary of the run: its map of the state, or of the state's gradient."""
-    _, state = run.scanned(x, added, moves, None, leaves=True, reverse=reverse)
-    return Summary(Dense(run.transition_of(x, moves, reverse=reverse)), state)
+    state, transition = run.run_of_segments(x, added, moves, reverse=reverse)
+    return Summary(Dense(transition), state)
 
 
 def summarize(x: DeltaRun) -> tuple[Summary, DeltaSegments]:
@@ -72,7 +71,6 @@ def outputs(
 
 def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, Tensor]:
     kept = _unflat(x, saved)
-    use_scratch()  # backward passes have threads of their own
     added = run.totals_adjoint(x, kept, _d_o(x, d_o), summarized=True)
     assert added is not None
     # Of single segments forward makes none: only an initial state's gradient wants it.
@@ -82,7 +80,6 @@ def summarize_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> tuple[Summary, 
 
 def totals_adjoint(x: DeltaRun, saved: Saved, d_o: Tensor) -> Tensor | None:
     """Segments' sums of the state's gradient; None where runs are single segments."""
-    use_scratch()
     return run.totals_adjoint(x, _unflat(x, saved), _d_o(x, d_o), summarized=False)
 
 

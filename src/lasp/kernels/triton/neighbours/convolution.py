@@ -2,9 +2,10 @@
 """The short convolution: y_t = activation(bias + sum_j weight[:, W - 1 - j] x_{t - j}), and its gradients.
 
 A program walks S intervals of tokens side by side, each thread some channels of one, and holds the last rows in
-registers: every row is read once, but for those around an interval's ends. Nothing is kept for the backward pass, which
-walks backwards and computes what went into the activation again. Rows before the first token may be given; without
-them they are zero. W is 4 at most; taps that there are not are zero.
+registers: every row is read once, but for those around an interval's ends. It reads four rows while it works on the
+four before. Nothing is kept for the backward pass, which walks backwards and computes what went into the activation
+again. Rows before the first token may be given; without them they are zero. W is 4 at most; taps that there are not are
+zero. y comes in parts, dense each, for those who read them.
 """
 
 import triton
@@ -12,10 +13,31 @@ import triton.language as tl
 
 
 @triton.jit
-def _row(x_ptr, before_ptr, t, c, T, C: tl.constexpr, ROW: tl.constexpr, W: tl.constexpr):
+def _part_of(block, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BC: tl.constexpr):
+    """The place of a block of channels in three parts, in whole blocks each: the part, its width, the block's first
+    channel there and among all."""
+    first: tl.constexpr = (C0 + BC - 1) // BC
+    second: tl.constexpr = first + (C1 + BC - 1) // BC
+    part = tl.where(block >= second, 2, tl.where(block >= first, 1, 0))
+    width = tl.where(part == 2, C2, tl.where(part == 1, C1, C0))
+    here = (block - tl.where(part == 2, second, tl.where(part == 1, first, 0))) * BC
+    return part, width, here, here + tl.where(part == 2, C0 + C1, tl.where(part == 1, C0, 0))
+
+
+@triton.jit
+def _of_part(part, first_ptr, second_ptr, third_ptr):
+    ptr = first_ptr
+    if part == 1:
+        ptr = second_ptr
+    elif part == 2:
+        ptr = third_ptr
+    return ptr
+
+
+@triton.jit
+def _row(x_ptr, before_ptr, t, c, inside, T, row, C: tl.constexpr, W: tl.constexpr):
     """Row t [S] of one sequence, [S, BC]; those from -(W - 1) to -1 stand in `before`."""
-    inside = (c < C)[None, :]
-    x = tl.load(x_ptr + (t * ROW)[:, None] + c[None, :], mask=((t >= 0) & (t < T))[:, None] & inside, other=0.0)
+    x = tl.load(x_ptr + (t * row)[:, None] + c[None, :], mask=((t >= 0) & (t < T))[:, None] & inside, other=0.0)
     if before_ptr is not None:
         early = ((t < 0) & (t >= 1 - W))[:, None] & inside
         x = tl.where(early, tl.load(before_ptr + ((t + W - 1) * C)[:, None] + c[None, :], mask=early, other=0.0), x)
@@ -23,20 +45,58 @@ def _row(x_ptr, before_ptr, t, c, T, C: tl.constexpr, ROW: tl.constexpr, W: tl.c
 
 
 @triton.jit
-def _tap(weight_ptr, c, back: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
+def _tap(weight_ptr, c, inside, back: tl.constexpr, W: tl.constexpr):
     """The weight of the row so many tokens back, [1, BC]."""
     if back < W:
-        return tl.load(weight_ptr + c * W + (W - 1 - back), mask=c < C, other=0.0).to(tl.float32)[None, :]
+        return tl.load(weight_ptr + c[None, :] * W + (W - 1 - back), mask=inside, other=0.0).to(tl.float32)
     else:
-        return tl.zeros_like(c).to(tl.float32)[None, :]
+        return tl.zeros_like(inside).to(tl.float32)
 
 
 @triton.jit
-def _bias(bias_ptr, c, C: tl.constexpr, BIAS: tl.constexpr):
+def _bias(bias_ptr, c, inside, BIAS: tl.constexpr):
     if BIAS:
-        return tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        return tl.load(bias_ptr + c[None, :], mask=inside, other=0.0).to(tl.float32)
     else:
-        return tl.zeros_like(c).to(tl.float32)[None, :]
+        return tl.zeros_like(inside).to(tl.float32)
+
+
+@triton.jit
+def _rows(x_ptr, before_ptr, t, step: tl.constexpr, c, inside, T, row, C: tl.constexpr, W: tl.constexpr):
+    """Rows t, t + step, t + 2 step and t + 3 step, as they are stored."""
+    return (
+        _row(x_ptr, before_ptr, t, c, inside, T, row, C, W),
+        _row(x_ptr, before_ptr, t + step, c, inside, T, row, C, W),
+        _row(x_ptr, before_ptr, t + 2 * step, c, inside, T, row, C, W),
+        _row(x_ptr, before_ptr, t + 3 * step, c, inside, T, row, C, W),
+    )
+
+
+@triton.jit
+def _output(y_ptr, t, y, c, inside, T, row, SILU: tl.constexpr):
+    if SILU:
+        y *= tl.sigmoid(y)
+    place = y_ptr + (t * row)[:, None] + c[None, :]
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & inside)
+
+
+@triton.jit
+def _activated_gradient(d_y, total, SILU: tl.constexpr):
+    """The gradient of `total`, which went into the activation."""
+    d = d_y.to(tl.float32)
+    if SILU:
+        s = tl.sigmoid(total)
+        d *= s * (1.0 + total * (1.0 - s))
+    return d
+
+
+@triton.jit
+def _store_gradient(d_x_ptr, d_before_ptr, t, d_x, c, inside, T, C: tl.constexpr, W: tl.constexpr):
+    place = d_x_ptr + (t * C)[:, None] + c[None, :]
+    tl.store(place, d_x.to(d_x_ptr.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & inside)
+    if d_before_ptr is not None:
+        place = d_before_ptr + ((t + W - 1) * C)[:, None] + c[None, :]
+        tl.store(place, d_x.to(d_before_ptr.dtype.element_ty), mask=((t < 0) & (t < T))[:, None] & inside)
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
@@ -44,47 +104,52 @@ def convolution_kernel(
     x_ptr,  # [B, T, C], ROW elements from a token to the next
     weight_ptr,  # [C, W]
     bias_ptr,  # [C] if BIAS
-    y_ptr,  # [B, T, C], written
+    first_ptr,  # [B, T, C0], written; so are the others: y in up to three parts
+    second_ptr,  # [B, T, C1], if C1 > 0
+    third_ptr,  # [B, T, C2], if C2 > 0
     before_ptr,  # [B, W - 1, C], or None
     T,
     blocks,
-    C: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
     ROW: tl.constexpr,
     W: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     S: tl.constexpr,
-    LENGTH: tl.constexpr,  # of an interval
+    LENGTH: tl.constexpr,  # of an interval, a multiple of four
     BC: tl.constexpr,
 ):
     """A program for S intervals and BC channels."""
+    C: tl.constexpr = C0 + C1 + C2
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    part, width, here, c = _part_of(tl.program_id(1), C0, C1, C2, BC)
+    here += tl.arange(0, BC)
+    c += tl.arange(0, BC)
+    inside = (here < width)[None, :]
     # Of long sequences elements are counted in 64 bits.
     t = tl.cast(tl.program_id(0) % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH
     x_ptr += batch * T * ROW
-    y_ptr += batch * T * C
+    y_ptr = _of_part(part, first_ptr, second_ptr, third_ptr) + batch * T * width
     if before_ptr is not None:
         before_ptr += batch * (W - 1) * C
-    a0, a1 = _tap(weight_ptr, c, 0, C, W), _tap(weight_ptr, c, 1, C, W)
-    a2, a3 = _tap(weight_ptr, c, 2, C, W), _tap(weight_ptr, c, 3, C, W)
-    bias = _bias(bias_ptr, c, C, BIAS)
-    x1 = _row(x_ptr, before_ptr, t - 1, c, T, C, ROW, W).to(tl.float32)
-    x2 = _row(x_ptr, before_ptr, t - 2, c, T, C, ROW, W).to(tl.float32)
-    x3 = _row(x_ptr, before_ptr, t - 3, c, T, C, ROW, W).to(tl.float32)
-    coming = _row(x_ptr, None, t, c, T, C, ROW, W)
-    for _ in range(LENGTH):
-        x0 = coming.to(tl.float32)
-        coming = _row(x_ptr, None, t + 1, c, T, C, ROW, W)
-        y = bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        if SILU:
-            y *= tl.sigmoid(y)
-        place = y_ptr + (t * C)[:, None] + c[None, :]
-        tl.store(place, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
-        x3 = x2
-        x2 = x1
-        x1 = x0
-        t += 1
+    a0, a1 = _tap(weight_ptr, c, inside, 0, W), _tap(weight_ptr, c, inside, 1, W)
+    a2, a3 = _tap(weight_ptr, c, inside, 2, W), _tap(weight_ptr, c, inside, 3, W)
+    bias = _bias(bias_ptr, c, inside, BIAS)
+    x1 = _row(x_ptr, before_ptr, t - 1, c, inside, T, ROW, C, W).to(tl.float32)
+    x2 = _row(x_ptr, before_ptr, t - 2, c, inside, T, ROW, C, W).to(tl.float32)
+    x3 = _row(x_ptr, before_ptr, t - 3, c, inside, T, ROW, C, W).to(tl.float32)
+    r0, r1, r2, r3 = _rows(x_ptr, None, t, 1, c, inside, T, ROW, C, W)
+    for _ in range(0, LENGTH, 4):
+        x0, x_1, x_2, x_3 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
+        r0, r1, r2, r3 = _rows(x_ptr, None, t + 4, 1, c, inside, T, ROW, C, W)
+        _output(y_ptr, t, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, here, inside, T, width, SILU)
+        _output(y_ptr, t + 1, bias + a0 * x_1 + a1 * x0 + a2 * x1 + a3 * x2, here, inside, T, width, SILU)
+        _output(y_ptr, t + 2, bias + a0 * x_2 + a1 * x_1 + a2 * x0 + a3 * x1, here, inside, T, width, SILU)
+        _output(y_ptr, t + 3, bias + a0 * x_3 + a1 * x_2 + a2 * x_1 + a3 * x0, here, inside, T, width, SILU)
+        x1, x2, x3 = x_3, x_2, x_1
+        t += 4
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
@@ -92,14 +157,18 @@ def convolution_gradient_kernel(
     x_ptr,  # as above
     weight_ptr,
     bias_ptr,
-    d_y_ptr,  # [B, T, C]
+    first_ptr,  # [B, T, C0]; so are the others: the gradient of y in parts
+    second_ptr,  # [B, T, C1], if C1 > 0
+    third_ptr,  # [B, T, C2], if C2 > 0
     d_x_ptr,  # [B, T, C], written
     sums_ptr,  # fp32 [B blocks, W + 1, C], written: the gradients of weight's columns and of bias, in parts
     d_before_ptr,  # [B, W - 1, C] if there are rows before, written
     before_ptr,  # [B, W - 1, C], or None
     T,
     blocks,
-    C: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
     ROW: tl.constexpr,
     W: tl.constexpr,
     BIAS: tl.constexpr,
@@ -109,69 +178,67 @@ def convolution_gradient_kernel(
     BC: tl.constexpr,
 ):
     """A program for S intervals and BC channels; the first begins with the W - 1 tokens before the sequence."""
+    C: tl.constexpr = C0 + C1 + C2
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = (c < C)[None, :]
+    part, width, here, c = _part_of(tl.program_id(1), C0, C1, C2, BC)
+    here += tl.arange(0, BC)
+    c += tl.arange(0, BC)
+    inside = (here < width)[None, :]
     first = tl.cast(tl.program_id(0) % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH - (W - 1)
     x_ptr += batch * T * ROW
-    d_y_ptr += batch * T * C
+    d_y_ptr = _of_part(part, first_ptr, second_ptr, third_ptr) + batch * T * width
     d_x_ptr += batch * T * C
     if before_ptr is not None:
         before_ptr += batch * (W - 1) * C
         d_before_ptr += batch * (W - 1) * C
-    a0, a1 = _tap(weight_ptr, c, 0, C, W), _tap(weight_ptr, c, 1, C, W)
-    a2, a3 = _tap(weight_ptr, c, 2, C, W), _tap(weight_ptr, c, 3, C, W)
-    bias = _bias(bias_ptr, c, C, BIAS)
-    # Gradients of what went into the activation 1, 2 and 3 tokens later. They begin as three values: Triton takes a
-    # variable that begins as another one and becomes it in the loop for one that does not change there.
-    d1 = tl.zeros((S, BC), tl.float32)
-    d2 = tl.zeros((S, BC), tl.float32)
-    d3 = tl.zeros((S, BC), tl.float32)
-    # Sums of those of taps and bias.
+    else:
+        d_before_ptr = None
+    a0, a1 = _tap(weight_ptr, c, inside, 0, W), _tap(weight_ptr, c, inside, 1, W)
+    a2, a3 = _tap(weight_ptr, c, inside, 2, W), _tap(weight_ptr, c, inside, 3, W)
+    bias = _bias(bias_ptr, c, inside, BIAS)
     zero = tl.zeros((S, BC), tl.float32)
     sum0, sum1, sum2, sum3, sum_bias = zero, zero, zero, zero, zero
-    # The last tokens of all that the interval's own depend on.
-    t = first + LENGTH - 1 + (W - 1)
-    x0 = _row(x_ptr, before_ptr, t, c, T, C, ROW, W).to(tl.float32)
-    x1 = _row(x_ptr, before_ptr, t - 1, c, T, C, ROW, W).to(tl.float32)
-    x2 = _row(x_ptr, before_ptr, t - 2, c, T, C, ROW, W).to(tl.float32)
-    x3_coming = _row(x_ptr, before_ptr, t - 3, c, T, C, ROW, W)
-    d_coming = _row(d_y_ptr, None, t, c, T, C, C, W)
-    for n in range(LENGTH + W - 1):
-        x3, d0 = x3_coming.to(tl.float32), d_coming.to(tl.float32)
-        x3_coming = _row(x_ptr, before_ptr, t - 4, c, T, C, ROW, W)
-        d_coming = _row(d_y_ptr, None, t - 1, c, T, C, C, W)
-        if SILU:
-            total = bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-            s = tl.sigmoid(total)
-            d0 *= s * (1.0 + total * (1.0 - s))
-        d_x = a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3
-        # Those after the interval are another's.
-        own = tl.where(n >= W - 1, d0, 0.0)
-        sum_bias += own
-        sum0 += own * x0
-        sum1 += own * x1
-        sum2 += own * x2
-        sum3 += own * x3
-        here = (t < T) & (n >= W - 1)
-        place = d_x_ptr + (t * C)[:, None] + c[None, :]
-        tl.store(place, d_x.to(d_x_ptr.dtype.element_ty), mask=((t >= 0) & here)[:, None] & inside)
-        if before_ptr is not None:
-            place = d_before_ptr + ((t + W - 1) * C)[:, None] + c[None, :]
-            tl.store(place, d_x.to(d_before_ptr.dtype.element_ty), mask=((t < 0) & here)[:, None] & inside)
-        d3 = d2
-        d2 = d1
-        d1 = d0
-        x0 = x1
-        x1 = x2
-        x2 = x3
-        t -= 1
+    # Gradients of what went into the activation 1, 2 and 3 tokens later: of the interval's last token first. Sums of
+    # those are another interval's.
+    t = first + LENGTH - 1
+    r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t + 3, -1, c, inside, T, ROW, C, W)
+    x0, x1, x2, x3 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
+    x_1 = _row(x_ptr, before_ptr, t - 1, c, inside, T, ROW, C, W).to(tl.float32)
+    x_2 = _row(x_ptr, before_ptr, t - 2, c, inside, T, ROW, C, W).to(tl.float32)
+    e0, e1, e2, _ = _rows(d_y_ptr, None, t + 3, -1, here, inside, T, width, C, W)
+    d3 = _activated_gradient(e0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
+    d2 = _activated_gradient(e1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x_1, SILU)
+    d1 = _activated_gradient(e2, bias + a0 * x2 + a1 * x3 + a2 * x_1 + a3 * x_2, SILU)
+    x0, x1, x2 = x3, x_1, x_2
+    r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 3, -1, c, inside, T, ROW, C, W)
+    e0, e1, e2, e3 = _rows(d_y_ptr, None, t, -1, here, inside, T, width, C, W)
+    for _ in range(0, LENGTH, 4):
+        x3, x4, x5, x6 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
+        f0, f1, f2, f3 = e0, e1, e2, e3
+        r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 7, -1, c, inside, T, ROW, C, W)
+        e0, e1, e2, e3 = _rows(d_y_ptr, None, t - 4, -1, here, inside, T, width, C, W)
+        d0 = _activated_gradient(f0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t, a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3, c, inside, T, C, W)
+        d_1 = _activated_gradient(f1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x4, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 1, a0 * d_1 + a1 * d0 + a2 * d1 + a3 * d2, c, inside, T, C, W)
+        d_2 = _activated_gradient(f2, bias + a0 * x2 + a1 * x3 + a2 * x4 + a3 * x5, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 2, a0 * d_2 + a1 * d_1 + a2 * d0 + a3 * d1, c, inside, T, C, W)
+        d_3 = _activated_gradient(f3, bias + a0 * x3 + a1 * x4 + a2 * x5 + a3 * x6, SILU)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 3, a0 * d_3 + a1 * d_2 + a2 * d_1 + a3 * d0, c, inside, T, C, W)
+        sum_bias += d0 + d_1 + d_2 + d_3
+        sum0 += d0 * x0 + d_1 * x1 + d_2 * x2 + d_3 * x3
+        sum1 += d0 * x1 + d_1 * x2 + d_2 * x3 + d_3 * x4
+        sum2 += d0 * x2 + d_1 * x3 + d_2 * x4 + d_3 * x5
+        sum3 += d0 * x3 + d_1 * x4 + d_2 * x5 + d_3 * x6
+        d1, d2, d3 = d_3, d_2, d_1
+        x0, x1, x2 = x4, x5, x6
+        t -= 4
     sums_ptr += tl.cast(tl.program_id(0), tl.int64) * (W + 1) * C + c
-    tl.store(sums_ptr + (W - 1) * C, tl.sum(sum0, 0), mask=c < C)
+    tl.store(sums_ptr + (W - 1) * C, tl.sum(sum0, 0), mask=here < width)
     if W > 1:
-        tl.store(sums_ptr + (W - 2) * C, tl.sum(sum1, 0), mask=c < C)
+        tl.store(sums_ptr + (W - 2) * C, tl.sum(sum1, 0), mask=here < width)
     if W > 2:
-        tl.store(sums_ptr + (W - 3) * C, tl.sum(sum2, 0), mask=c < C)
+        tl.store(sums_ptr + (W - 3) * C, tl.sum(sum2, 0), mask=here < width)
     if W > 3:
-        tl.store(sums_ptr, tl.sum(sum3, 0), mask=c < C)
-    tl.store(sums_ptr + W * C, tl.sum(sum_bias, 0), mask=c < C)
+        tl.store(sums_ptr, tl.sum(sum3, 0), mask=here < width)
+    tl.store(sums_ptr + W * C, tl.sum(sum_bias, 0), mask=here < width)

@@ -5,10 +5,23 @@ u = o [+ skip x], n = u / rms(u), y = gain n act(z); or u = (o [+ skip x]) act(z
 token. Nothing is kept: the gradient's kernel has a whole row at a time and takes its statistics again.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 NONE, SILU, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+class NormSizes(NamedTuple):
+    """Constants that say where rows lie and what of them there is."""
+
+    N: tl.constexpr
+    GROUPS: tl.constexpr
+    Z_ROW: tl.constexpr
+    X_ROW: tl.constexpr
+    ACT: tl.constexpr
+    SKIP: tl.constexpr
 
 
 @triton.jit
@@ -91,6 +104,26 @@ def gated_norm_kernel(
     tl.store(_row_of_group(y_ptr, rows, mask, columns, GROUPS * N, GROUPS, N), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes: tl.constexpr):
+    """Rows of all that the gradients are made of, as they are stored; o for what there is not."""
+    place = _row_of_group(o_ptr, rows, mask, columns, sizes.GROUPS * sizes.N, sizes.GROUPS, sizes.N)
+    o = tl.load(place, mask=mask, other=0.0)
+    place = _row_of_group(d_y_ptr, rows, mask, columns, sizes.GROUPS * sizes.N, sizes.GROUPS, sizes.N)
+    d_y = tl.load(place, mask=mask, other=0.0)
+    z, x = o, o
+    if sizes.ACT != NONE:
+        z = tl.load(_row_of_group(z_ptr, rows, mask, columns, sizes.Z_ROW, sizes.GROUPS, sizes.N), mask=mask, other=0.0)
+    if sizes.SKIP > 0:
+        x = tl.load(_row_of_group(x_ptr, rows, mask, columns, sizes.X_ROW, sizes.GROUPS, sizes.N), mask=mask, other=0.0)
+    return o, z, x, d_y
+
+
 @triton.jit(do_not_specialize=["eps", "count", "steps"])
 def gated_norm_gradient_kernel(
     o_ptr,  # as above
@@ -118,55 +151,64 @@ def gated_norm_gradient_kernel(
     SKIP: tl.constexpr,
     R: tl.constexpr,
 ):
-    """A program for `steps` times R rows, all of group program_id(1) where groups have gains or skips of their own."""
+    """A program for `steps` times R rows, all of group program_id(1) where groups have gains or skips of their own.
+
+    Of the next rows all is read before these are worked on, and both of a row's sums are taken at once: programs wait
+    for memory and for one another's threads, not for arithmetic.
+    """
+    sizes: tl.constexpr = NormSizes(N=N, GROUPS=GROUPS, Z_ROW=Z_ROW, X_ROW=X_ROW, ACT=ACT, SKIP=SKIP)
     columns = tl.arange(0, BN)
+    inside = columns < N
     d_gain, d_skip = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
     own: tl.constexpr = GAIN > 1 or SKIP > 0
     groups = GROUPS if own else 1
-    for step in range(steps):
-        rows = (tl.cast(tl.program_id(0), tl.int64) * steps + step) * R + tl.arange(0, R)
-        rows = rows * groups + tl.program_id(1)
-        mask = (rows < count)[:, None] & (columns < N)[None, :]
-        o = _load(o_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
-        d_y = _load(d_y_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
-        gain = _gain(gain_ptr, rows, mask, columns, GROUPS, N, GAIN)
-        x, skip = o, 1.0
+    group = tl.program_id(1)
+    gain = tl.load(gain_ptr + (group * N if GAIN > 1 else 0) + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    skip = 1.0
+    if SKIP > 0:
+        skip = tl.load(skip_ptr + (group * N + columns) // SKIP, mask=inside, other=0.0).to(tl.float32)[None, :]
+    first = tl.cast(tl.program_id(0), tl.int64) * steps * R + tl.arange(0, R)
+    last = tl.minimum(count, (tl.cast(tl.program_id(0), tl.int64) + 1) * steps * R * groups)
+    rows = first * groups + group
+    mask = (rows < last)[:, None] & inside[None, :]
+    o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
+    for _ in range(steps):
+        o, z, x, d_y = o_coming.to(tl.float32), z_coming, x_coming.to(tl.float32), d_y_coming.to(tl.float32)
+        here, here_mask = rows, mask
+        rows += R * groups
+        mask = (rows < last)[:, None] & inside[None, :]
+        o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
         if SKIP > 0:
-            x = _load(x_ptr, rows, mask, columns, X_ROW, GROUPS, N)
-            skip = _skip(skip_ptr, rows, mask, columns, GROUPS, N, SKIP)
             o += skip * x
         gate, slope = 1.0, 0.0
         if ACT != NONE:
-            gate, slope = _activation(_load(z_ptr, rows, mask, columns, Z_ROW, GROUPS, N), ACT)
+            gate, slope = _activation(z.to(tl.float32), ACT)
         u = o * gate if GATE_FIRST else o
-        r = tl.rsqrt(tl.sum(u * u, 1) / N + eps)[:, None]
-        n = u * r
         d_n = d_y * gain
+        d_u = d_n if GATE_FIRST else d_n * gate
+        squares, products = tl.reduce((u * u, d_u * u), 1, _add_both)
+        r = tl.rsqrt(squares / N + eps)
+        n = u * r[:, None]
+        d_gain += d_y * n if GATE_FIRST else d_y * n * gate
+        d_o = r[:, None] * (d_u - n * (r * products / N)[:, None])
+        d_z = d_o * o * slope if GATE_FIRST else d_n * n * slope
         if GATE_FIRST:
-            d_gain += d_y * n
-        else:
-            d_gain += d_y * n * gate
-            d_z = d_n * n * slope
-            d_n *= gate
-        d_o = r * (d_n - n * (tl.sum(d_n * n, 1) / N)[:, None])
-        if GATE_FIRST:
-            d_z = d_o * o * slope
             d_o *= gate
         if ACT != NONE:
-            places = _row_of_group(d_z_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
-            tl.store(places, d_z.to(d_z_ptr.dtype.element_ty), mask=mask)
-        places = _row_of_group(d_o_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
-        tl.store(places, d_o.to(d_o_ptr.dtype.element_ty), mask=mask)
+            places = _row_of_group(d_z_ptr, here, here_mask, columns, GROUPS * N, GROUPS, N)
+            tl.store(places, d_z.to(d_z_ptr.dtype.element_ty), mask=here_mask)
+        places = _row_of_group(d_o_ptr, here, here_mask, columns, GROUPS * N, GROUPS, N)
+        tl.store(places, d_o.to(d_o_ptr.dtype.element_ty), mask=here_mask)
         if SKIP > 0:
             d_skip += d_o * x
-            places = _row_of_group(d_x_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
-            tl.store(places, (d_o * skip).to(d_x_ptr.dtype.element_ty), mask=mask)
-    inside, program = columns < N, tl.cast(tl.program_id(0), tl.int64)
+            places = _row_of_group(d_x_ptr, here, here_mask, columns, GROUPS * N, GROUPS, N)
+            tl.store(places, (d_o * skip).to(d_x_ptr.dtype.element_ty), mask=here_mask)
+    program = tl.cast(tl.program_id(0), tl.int64)
     if GAIN == 1:
-        program = program * groups + tl.program_id(1)
+        program = program * groups + group
         tl.store(d_gain_ptr + program * N + columns, tl.sum(d_gain, 0), mask=inside)
     else:
-        tl.store(d_gain_ptr + (program * GROUPS + tl.program_id(1)) * N + columns, tl.sum(d_gain, 0), mask=inside)
+        tl.store(d_gain_ptr + (program * GROUPS + group) * N + columns, tl.sum(d_gain, 0), mask=inside)
     if SKIP > 0:
-        places = d_skip_ptr + (tl.program_id(0) * GROUPS + tl.program_id(1)) * N + columns
+        places = d_skip_ptr + (program * GROUPS + group) * N + columns
         tl.store(places, tl.sum(d_skip, 0), mask=inside)

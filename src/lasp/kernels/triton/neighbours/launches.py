@@ -6,6 +6,7 @@ over tokens, the gradients of parameters, are taken in fp32, in parts of fixed s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from lasp.kernels.triton.neighbours.stepped_decay import stepped_decay_gradient_
 ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
 WARPS = 4
 # Intervals of a convolution's program, tokens of each, channels.
-INTERVALS, LENGTH, CHANNELS = 16, 32, 64
+INTERVALS, LENGTH, CHANNELS = 8, 64, 64
+MAX_PARTS = 3  # that a convolution's output is written in
 # Elements of a program at a time, and of one that sums over them in all.
 ELEMENTS, SUMMED = 2048, 1 << 17
 
@@ -48,7 +50,7 @@ class _Convolution(NamedTuple):
     tokens: int
     row: int
     batch: int
-    channels: int
+    parts: tuple[int, ...]
     width: int
     bias: bool
     silu: bool
@@ -60,42 +62,58 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
     covered = shape.tokens + shape.width - 1 if backward else shape.tokens
     blocks = -(-covered // (INTERVALS * LENGTH))
     fixed: dict[str, Any] = {
-        "T": shape.tokens, "blocks": blocks, "C": shape.channels, "ROW": shape.row, "W": shape.width,
-        "BIAS": shape.bias, "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
+        "T": shape.tokens, "blocks": blocks, "ROW": shape.row, "W": shape.width, "BIAS": shape.bias,
+        "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
     }  # fmt: skip
+    fixed |= {f"C{n}": width for n, width in enumerate(shape.parts)}
     kernel = convolution_gradient_kernel if backward else convolution_kernel
-    grid = (blocks * shape.batch, -(-shape.channels // CHANNELS))
+    grid = (blocks * shape.batch, sum(-(-width // CHANNELS) for width in shape.parts))
     return Launch(kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 def _shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, d_y: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    silu: bool,
+    widths: Sequence[int],
+    d_y: Tensor | None = None,
 ) -> _Convolution:
-    batch, tokens, channels = x.shape
+    batch, tokens, _ = x.shape
     dtypes = _dtypes(x, weight, bias, before, d_y)
-    return _Convolution(tokens, _row(x), batch, channels, weight.shape[1], bias is not None, silu, dtypes)
+    parts = (*widths, 0, 0)[:MAX_PARTS]
+    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], bias is not None, silu, dtypes)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool) -> Tensor:
-    """[B, T, C] of x [B, T, C], strided; weight [C, W], bias [C], the rows before [B, W - 1, C]."""
+def _parts(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The arguments of the kernels' three parts; the first one for those that there are not."""
+    return dict(zip(("first_ptr", "second_ptr", "third_ptr"), (*tensors, tensors[0], tensors[0]), strict=False))
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, widths: Sequence[int]
+) -> list[Tensor]:
+    """y of x [B, T, C], strided, in up to three parts [B, T, widths[n]]; weight [C, W], bias [C], the rows before
+    [B, W - 1, C]."""
     x, weight = _strided(x), weight.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _convolution(_shape(x, weight, bias, before, silu), False)(
+    parts = [torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device) for width in widths]
+    _convolution(_shape(x, weight, bias, before, silu, widths), False)(
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=weight if bias is None else bias,
-        y_ptr=y,
+        **_parts(parts),
         before_ptr=None if before is None else before.contiguous(),
     )
-    return y
+    return parts
 
 
 def convolve_gradients(
-    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
+    d_y: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the rows before; of what there is not, something."""
-    x, weight = _strided(x), weight.contiguous()
-    launch = _convolution(_shape(x, weight, bias, before, silu, d_y), True)
+    """Gradients of x, weight, bias and the rows before, of those of y's parts; of what there is not, something."""
+    x, weight, d_y = _strided(x), weight.contiguous(), [part.contiguous() for part in d_y]
+    launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
     B, C, W = x.shape[0], x.shape[2], weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(launch.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
@@ -104,7 +122,7 @@ def convolve_gradients(
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=weight if bias is None else bias,
-        d_y_ptr=d_y.contiguous(),
+        **_parts(d_y),
         d_x_ptr=d_x,
         sums_ptr=sums,
         d_before_ptr=d_before,

@@ -25,22 +25,22 @@ from lasp.kernels.triton.decay.channel.decays import (
 )
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_g", "chunks"])
 def channel_bounded_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
-    g_ptr,  # [B, T, H_v, K]
+    g_ptr,  # [B, T, H_g, K]
     intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
-    scores_ptr,  # [B, H_v, T, C], written
-    from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
-    to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
-    totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
-    unbounded_ptr,  # int32 [B, H_v, chunks], written: whether the chunk is not bounded, and left to channel_prepare
+    scores_ptr,  # [B, H_g, T, C], written
+    from_start_ptr,  # [B, T, H_g, K], written: scale q_i 2^prefix_i
+    to_end_ptr,  # [B, T, H_g, K], written: k_j 2^suffix_j
+    totals_ptr,  # fp32 [B, H_g, chunks, K], written: base-2 log-decay of the chunk
+    unbounded_ptr,  # int32 [B, H_g, chunks], written: whether the chunk is not bounded, and left to channel_prepare
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
     H,
-    H_v,
+    H_g,
     chunks,
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
@@ -50,7 +50,7 @@ def channel_bounded_prepare_kernel(
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     first, last = chunk_place(places_ptr, tl.program_id(1), T, C, PACKED)
-    _, run, chunk, qk_row, row = chunk_rows(1, chunks, T, H, H_v)
+    _, run, chunk, qk_row, row = chunk_rows(1, chunks, T, H, H_g)
     q_at = q_ptr + qk_row * K
     k_at = k_ptr + qk_row * K
     g_at = g_ptr + row * K
@@ -61,14 +61,14 @@ def channel_bounded_prepare_kernel(
     for k_first in range(0, K, BK):
         q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        gates = load_channel_gates(g_at, first, last, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
         tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
         operand = gate_operand(gates, dtype)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
-        store_chunk(from_start_at, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(from_start_at, from_start, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
-        store_chunk(to_end_at, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(to_end_at, to_end, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
         to_middle = sums_to_middle(intervals_ptr, operand, C)
         longest = tl.maximum(longest, tl.max(tl.abs(to_middle)))
         near_k = (k * tl.exp2(-to_middle)).to(dtype)

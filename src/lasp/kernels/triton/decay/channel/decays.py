@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import floored_log2
-from lasp.kernels.triton.common.program import StateTile, load_chunk, segment_state, tile_at
+from lasp.kernels.triton.common.program import DESCRIPTORS, StateTile, load_chunk, segment_state, tile_at
 
 MIN_BASE_LOG2 = tl.constexpr(-13.5)
 # Operands divided by such a decay are inside bf16's range up to 2^27; products of gradients and these inside fp32's.
@@ -186,3 +186,32 @@ def segment_border(states_ptr, decays_ptr, outside_ptr, index, border, tile, BK:
             beyond *= tl.exp2(decay)[:, None]
         state += beyond
     return state, pointers, mask
+
+
+@triton.jit
+def load_sum(at, first, column, last, H_g, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """[C, BK] of [B, T, H_v, K], summed over the GROUP value heads that share a gate, the first of them at `at`."""
+    x = load_chunk(at, first, column, last, H_g * GROUP * K, K, C, BK, DESCRIPTORS)
+    if GROUP > 1:
+        x = x.to(tl.float32)
+    for other in tl.static_range(1, GROUP):
+        x += load_chunk(at + other * K, first, column, last, H_g * GROUP * K, K, C, BK, DESCRIPTORS)
+    return x
+
+
+@triton.jit
+def load_through(through_ptr, run, chunks, channel, K: tl.constexpr, GROUP: tl.constexpr):
+    """Load likewise [BK] of fp32 [B, H_v, chunks, K], of a program's chunk."""
+    total = tl.zeros_like(channel).to(tl.float32)
+    for each in tl.static_range(GROUP):
+        here = ((run * GROUP + each) * chunks + tl.program_id(1)) * K + channel
+        total += tl.load(through_ptr + here, mask=channel < K, other=0.0)
+    return total
+
+
+@triton.jit
+def gate_heads_of(here, T, H_g, H_v):
+    """Find the run [B, H_g] whose gates a program of value heads takes, and its first row in [B, T, H_g]."""
+    batch = tl.cast(here.batch, tl.int64)
+    head = here.head // (H_v // H_g)
+    return batch * H_g + head, batch * T * H_g + head

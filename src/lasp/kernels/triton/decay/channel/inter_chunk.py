@@ -27,7 +27,7 @@ from lasp.kernels.triton.common.program import (
     sweep_place,
     view,
 )
-from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
+from lasp.kernels.triton.decay.channel.decays import channel_tile, gate_heads_of, segment_border
 from lasp.kernels.triton.decay.intervals import first_interval, interval_of_strongest, leave
 from lasp.kernels.triton.decay.scalar.sweep import read_state
 
@@ -40,9 +40,9 @@ class KeyOperands(NamedTuple):
     Attributes:
         a_ptr: [B, T, H_v, V], do, or v when REVERSE: rows that read the state.
         b_ptr: v, or do: the rows that feed it.
-        c_ptr: [B, T, H_v, K], k 2^suffix, or scale q 2^prefix: rows that feed it.
+        c_ptr: [B, T, H_g, K], k 2^suffix, or scale q 2^prefix: rows that feed it.
         x_ptr: the other of the two: the weights of what is read.
-        totals_ptr: fp32 [B, H_v, chunks, K].
+        totals_ptr: fp32 [B, H_g, chunks, K].
         out_ptr: [B, T, H_v, K], written.
         sums_ptr: fp32 [B, H_v, chunks, K], written.
         inner_ptr: bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BK BV]: the states before intervals,
@@ -91,6 +91,7 @@ def _sweep(
     state,  # [BK, BV]
     column,
     T,
+    H_g,
     H_v,
     segments,
     chunks_of_run,
@@ -110,15 +111,17 @@ def _sweep(
     last = program.last
     _, token_head = rows_of(program, T, H_v, H_v)
     v_row = H_v * V
-    k_row = H_v * K
+    out_row = H_v * K
+    k_row = H_g * K
+    gate_run, gate_row = gate_heads_of(program, T, H_g, H_v)
+    totals_ptr = operands.totals_ptr + (gate_run * chunks_of_run + program.chunk - first // C) * K
     of_chunks = chunks_of(program, H_v, chunks_of_run, K, C)
-    totals_ptr = operands.totals_ptr + of_chunks
     sums_ptr = operands.sums_ptr + of_chunks
     a_view = view(operands.a_ptr + token_head * V, last, v_row, V, C, BV, DESCRIPTORS)
     b_view = view(operands.b_ptr + token_head * V, last, v_row, V, C, BV, DESCRIPTORS)
-    c_view = view(operands.c_ptr + token_head * K, last, k_row, K, C, BK, DESCRIPTORS)
-    x_view = view(operands.x_ptr + token_head * K, last, k_row, K, C, BK, DESCRIPTORS)
-    out_view = view(operands.out_ptr + token_head * K, last, k_row, K, C, BK, DESCRIPTORS)
+    c_view = view(operands.c_ptr + gate_row * K, last, k_row, K, C, BK, DESCRIPTORS)
+    x_view = view(operands.x_ptr + gate_row * K, last, k_row, K, C, BK, DESCRIPTORS)
+    out_view = view(operands.out_ptr + token_head * K, last, out_row, K, C, BK, DESCRIPTORS)
     channel = column + tl.arange(0, BK)
     chunks = tl.cdiv(last - first, C)
     of_segment = totals_ptr + tl.cast(first // C, tl.int64) * K
@@ -153,22 +156,23 @@ def _sweep(
             sums += tl.sum(tl.dot(tl.trans(x), tl.zeros((C, 16), dtype)), 1)
         tl.store(sums_ptr + here, sums, mask=channel < K)
         read = tl.trans(out).to(operands.out_ptr.dtype.element_ty)
-        store_chunk(out_view, read, start, column, last, k_row, K, C, BK, DESCRIPTORS)
+        store_chunk(out_view, read, start, column, last, out_row, K, C, BK, DESCRIPTORS)
 
 
-@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["T", "H_g", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_query_inter_chunk_kernel(
-    from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
-    to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
+    from_start_ptr,  # [B, T, H_g, K]: scale q 2^prefix
+    to_end_ptr,  # [B, T, H_g, K]: k 2^suffix
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
-    totals_ptr,  # fp32 [B, H_v, chunks, K]
+    totals_ptr,  # fp32 [B, H_g, chunks, K]
     read_q_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [B, H_v, chunks, K], written
     inner_ptr,  # written, see `KeyOperands`
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; not read if WHOLE
     places_ptr,  # int32 [segments, 7] if PACKED
     T,
+    H_g,
     H_v,
     segments,
     segment_chunks,
@@ -194,19 +198,19 @@ def channel_query_inter_chunk_kernel(
         totals_ptr=totals_ptr, out_ptr=read_q_ptr, sums_ptr=sums_ptr, inner_ptr=inner_ptr,
     )  # fmt: skip
     _sweep(
-        operands, here, state, k_first, T, H_v, segments, chunks,
+        operands, here, state, k_first, T, H_g, H_v, segments, chunks,
         K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=False, SHORTEST=SHORTEST, LONGEST=LONGEST,
         DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["T", "H_g", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_key_inter_chunk_kernel(
-    from_start_ptr,  # [B, T, H_v, K]: scale q 2^prefix
-    to_end_ptr,  # [B, T, H_v, K]: k 2^suffix
+    from_start_ptr,  # [B, T, H_g, K]: scale q 2^prefix
+    to_end_ptr,  # [B, T, H_g, K]: k 2^suffix
     v_ptr,  # [B, T, H_v, V]
     do_ptr,  # [B, T, H_v, V]
-    totals_ptr,  # fp32 [B, H_v, chunks, K]
+    totals_ptr,  # fp32 [B, H_g, chunks, K]
     read_k_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [B, H_v, chunks, K], written
     inner_ptr,  # written, see `KeyOperands`
@@ -215,6 +219,7 @@ def channel_key_inter_chunk_kernel(
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     T,
+    H_g,
     H_v,
     segments,
     segment_chunks,
@@ -240,7 +245,7 @@ def channel_key_inter_chunk_kernel(
         totals_ptr=totals_ptr, out_ptr=read_k_ptr, sums_ptr=sums_ptr, inner_ptr=inner_ptr,
     )  # fmt: skip
     _sweep(
-        operands, here, state, k_first, T, H_v, segments, chunks,
+        operands, here, state, k_first, T, H_g, H_v, segments, chunks,
         K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=True, SHORTEST=SHORTEST, LONGEST=LONGEST,
         DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip

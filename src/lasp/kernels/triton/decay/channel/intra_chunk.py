@@ -30,6 +30,8 @@ from lasp.kernels.triton.decay.channel.decays import (
     is_late,
     load_channel_gates,
     load_intervals,
+    load_sum,
+    load_through,
     meets,
     prefix_sums,
     suffix_sums,
@@ -39,26 +41,26 @@ from lasp.kernels.triton.decay.channel.decays import (
 )
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_g", "chunks"])
 def channel_intra_chunk_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
-    v_ptr,  # [B, T, H_v, V]
+    v_ptr,  # [B, T, H_v, V], H_v = GROUP H_g
     do_ptr,  # [B, T, H_v, V]
-    g_ptr,  # [B, T, H_v, K]
+    g_ptr,  # [B, T, H_g, K]; GROUP value heads share one
     intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
-    unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
+    unbounded_ptr,  # int32 [B, H_g, chunks] if UNBOUNDED
     read_q_ptr,  # [B, T, H_v, K]: what do reads from the states
     read_k_ptr,  # [B, T, H_v, K]: what v reads from the gradients of states
     through_ptr,  # fp32 [B, H_v, chunks, K]: what passes from before each chunk to after it adds to dg
-    dq_ptr,  # [B, T, H_v, K], written
+    dq_ptr,  # [B, T, H_g, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
     H,
-    H_v,
+    H_g,
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -68,12 +70,13 @@ def channel_intra_chunk_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
+    GROUP: tl.constexpr,
     BASE: tl.constexpr,
     LEVELS: tl.constexpr,
     UNBOUNDED: tl.constexpr,  # as in channel_prepare
 ):
     slices: tl.constexpr = (K + BK - 1) // BK
-    part, _, chunk, qk_row, row = chunk_rows(slices, chunks, T, H, H_v)
+    part, run, chunk, qk_row, row = chunk_rows(slices, chunks, T, H, H_g)
     if is_done(unbounded_ptr, chunk, UNBOUNDED):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
@@ -84,21 +87,23 @@ def channel_intra_chunk_kernel(
     out = row * K
     q_at = q_ptr + qk
     k_at = k_ptr + qk
-    v_at = v_ptr + row * V
-    do_at = do_ptr + row * V
+    v_row = H_g * GROUP * V
+    v_at = v_ptr + row * GROUP * V
+    do_at = do_ptr + row * GROUP * V
     g_at = g_ptr + out
 
-    gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    gates = load_channel_gates(g_at, first, last, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     d_scores = tl.zeros((C, C), tl.float32)
     transposed = tl.zeros((C, C), tl.float32)
-    for v_first in range(0, V, BV):
-        v = load_chunk(v_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
-        do = load_chunk(do_at, first, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
-        d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
-        # A product of its own: see docs/design/kernels.md on transposed accumulators.
-        transposed = tl.dot(v, tl.trans(do), transposed, input_precision=PRECISION)
+    for each in tl.static_range(GROUP):
+        for v_first in range(0, V, BV):
+            v = load_chunk(v_at + each * V, first, v_first, last, v_row, V, C, BV, DESCRIPTORS)
+            do = load_chunk(do_at + each * V, first, v_first, last, v_row, V, C, BV, DESCRIPTORS)
+            d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
+            # A product of its own: see docs/design/kernels.md on transposed accumulators.
+            transposed = tl.dot(v, tl.trans(do), transposed, input_precision=PRECISION)
     symmetric = tl.where(i >= j, d_scores, transposed) * scale
     diagonal = tl.sum(tl.where(i == j, symmetric, 0.0), 1)[:, None]
     symmetric = symmetric.to(dtype)
@@ -124,11 +129,11 @@ def channel_intra_chunk_kernel(
         # What crosses a token whose gate is beyond the floor of `base_operand` is decayed by the rest of it too. It is
         # kept in dk's place.
         within *= tl.exp2(tl.minimum(gates - MIN_BASE_LOG2, 0.0))
-        store_chunk(dk_at, within.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(dk_at, within.to(dk_ptr.dtype.element_ty), first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
     terms = tl.zeros((C, BK), tl.float32)
     # q dq - k dk of pairs, with operands as rounded: so those that do not cross a token cancel in its sum; or if EXACT
     # sums over those that do. They are kept in dg until the others are taken: a third tile would not fit registers.
-    store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dg_at, terms, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
     operand = gate_operand(gates, dtype)
     # q's rows and k's lie apart by the same strides, so one load reads late rows from q and early ones from k.
     offsets = tl.arange(0, C)[:, None] * (H * K) + (k_first + tl.arange(0, BK))[None, :]
@@ -147,38 +152,38 @@ def channel_intra_chunk_kernel(
         own = x * met
         # In fp32 what cannot cancel is not taken off: its rounding would be the same at all tokens before.
         own = sum_over(crosses(level, C), own) if EXACT else tl.where(late, own, -own)
-        terms = load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) + own
-        store_chunk(dg_at, terms, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        terms = load_chunk(dg_at, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS) + own
+        store_chunk(dg_at, terms, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
     # In an order that holds few tiles at a time. A token decays nothing between itself and itself: the diagonal is no
     # part of the gate's gradient.
     q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     dk += diagonal * q
-    read_q = load_chunk(read_q_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * (
+    read_q = load_sum(read_q_ptr + out * GROUP, first, k_first, last, H_g, K, C, BK, GROUP) * (
         tl.exp2(prefix_sums(operand, C)) * scale
     )
     dq += read_q
     terms = q * read_q
     if not EXACT:
-        terms += load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        terms += load_chunk(dg_at, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
     dq += diagonal * k
-    read_k = load_chunk(read_k_ptr + out, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS) * tl.exp2(
+    read_k = load_sum(read_k_ptr + out * GROUP, first, k_first, last, H_g, K, C, BK, GROUP) * tl.exp2(
         suffix_sums(operand, C)
     )
     dk += read_k
     reads = tl.where(ends_chunk(first, last, C), 0.0, k * read_k)
     channel = k_first + tl.arange(0, BK)
-    through = tl.load(through_ptr + chunk * K + channel, mask=channel < K, other=0.0)
+    through = load_through(through_ptr, run, chunks, channel, K, GROUP)
     dg = sums_to_end(terms, dtype, C) + (sums_before(reads, dtype, C) + through[None, :])
     if EXACT:
-        dg += load_chunk(dg_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        dg += load_chunk(dg_at, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
     if BASE > 0:
         # Other threads may have stored it.
         tl.debug_barrier()
-        dg += load_chunk(dk_at, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
-    store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        dg += load_chunk(dk_at, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dq_at, dq.to(dq_ptr.dtype.element_ty), first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dk_at, dk.to(dk_ptr.dtype.element_ty), first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
     if FROM_ZERO:
         # Nothing precedes a run's first token: exactly, not but for rounding.
         dg = tl.where((i == 0) & begins_run(places_ptr, tl.program_id(1), PACKED), 0.0, dg)
-    store_chunk(dg_at, dg, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+    store_chunk(dg_at, dg, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)

@@ -36,6 +36,8 @@ class ChannelLaunches(DecayLaunches):
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
         super().__init__(shape, p)
+        B, _, H_g, _ = self.gradient
+        self._gate_heads, self._group = B * H_g, shape.v[2] // H_g
         base = base_levels(shape.dtype)
         self.bounded = base > 0
         self._levels = {"BASE": base, "LEVELS": p.chunk.bit_length() - 1, "UNBOUNDED": self.bounded}
@@ -109,6 +111,10 @@ class ChannelLaunches(DecayLaunches):
         tiles = self.plan.channel_prepare
         return self._by_chunk(kernel, 1, tiles, BK=tiles.columns, **levels)
 
+    def _by_chunk(self, kernel: Any, slices: int, tiles: Tiles, **own: int) -> Launch:
+        """A program for each chunk of each head of gates, and for each of so many slices of its channels."""
+        return self._launch(kernel, (slices * self._gate_heads, self.plan.chunks), tiles.warps, tiles.stages, **own)
+
     @cached_property
     def bounded_intra_chunk(self) -> Launch:
         return self._intra_chunk(channel_bounded_intra_chunk_kernel, tile(self._dims[1], self._dtype))
@@ -121,7 +127,8 @@ class ChannelLaunches(DecayLaunches):
 
     def _intra_chunk(self, kernel: Any, values: int, **levels: int) -> Launch:
         (K, _), tiles = self._dims, self.plan.channel_intra_chunk
-        return self._by_chunk(kernel, -(-K // tiles.columns), tiles, BK=tiles.columns, BV=values, **levels)
+        widths = {"BK": tiles.columns, "BV": values, "GROUP": self._group}
+        return self._by_chunk(kernel, -(-K // tiles.columns), tiles, **widths, **levels)
 
 
 def base_levels(dtype: torch.dtype) -> int:

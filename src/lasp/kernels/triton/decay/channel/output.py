@@ -11,19 +11,19 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import decayed
-from lasp.kernels.triton.common.program import load_chunk, rows_of, run_of, store_chunk, sweep_place, tile_at, view
-from lasp.kernels.triton.decay.channel.decays import channel_tile, segment_border
+from lasp.kernels.triton.common.program import load_chunk, rows_of, store_chunk, sweep_place, tile_at, view
+from lasp.kernels.triton.decay.channel.decays import channel_tile, gate_heads_of, segment_border
 
 
 class ValueOperands(NamedTuple):
     """The rows of a sweep, of all batches and heads.
 
     Attributes:
-        a_ptr: [B, T, H_v, K], scale q 2^prefix, or k 2^suffix when REVERSE: the rows that read the state.
+        a_ptr: [B, T, H_g, K], scale q 2^prefix, or k 2^suffix when REVERSE: the rows that read the state.
         b_ptr: the other of the two: the rows that feed it.
         c_ptr: [B, T, H_v, V], v, or do.
-        totals_ptr: fp32 [B, H_v, chunks, K].
-        scores_ptr: [B, H_v, T, C].
+        totals_ptr: fp32 [B, H_g, chunks, K].
+        scores_ptr: [B, H_g, T, C].
         out_ptr: [B, T, H_v, V], written.
     """
 
@@ -43,6 +43,7 @@ def _sweep(
     column,
     scale,
     T,
+    H_g,
     H_v,
     chunks_of_run,
     K: tl.constexpr,
@@ -57,13 +58,13 @@ def _sweep(
     dtype: tl.constexpr = operands.a_ptr.dtype.element_ty
     first = here.first
     last = here.last
-    run = run_of(here, H_v)
+    run, gate_row = gate_heads_of(here, T, H_g, H_v)
     _, token_head = rows_of(here, T, H_v, H_v)
-    a_row = H_v * K
+    a_row = H_g * K
     c_row = H_v * V
     totals_ptr = operands.totals_ptr + (run * chunks_of_run + here.chunk - first // C) * K
-    a_view = view(operands.a_ptr + token_head * K, last, a_row, K, C, BK, DESCRIPTORS)
-    b_view = view(operands.b_ptr + token_head * K, last, a_row, K, C, BK, DESCRIPTORS)
+    a_view = view(operands.a_ptr + gate_row * K, last, a_row, K, C, BK, DESCRIPTORS)
+    b_view = view(operands.b_ptr + gate_row * K, last, a_row, K, C, BK, DESCRIPTORS)
     c_view = view(operands.c_ptr + token_head * V, last, c_row, V, C, BV, DESCRIPTORS)
     scores_view = view(operands.scores_ptr + run * T * C, last, C, C, C, C, DESCRIPTORS)
     out_view = view(operands.out_ptr + token_head * V, last, c_row, V, C, BV, DESCRIPTORS)
@@ -94,13 +95,13 @@ def _sweep(
     return state
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H_g", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_output_kernel(
-    q_ptr,  # [B, T, H_v, K], as channel_prepare wrote them
+    q_ptr,  # [B, T, H_g, K], as channel_prepare wrote them
     k_ptr,  # likewise
     v_ptr,  # [B, T, H_v, V]
-    totals_ptr,  # fp32 [B, H_v, chunks, K]
-    scores_ptr,  # [B, H_v, T, C]
+    totals_ptr,  # fp32 [B, H_g, chunks, K]
+    scores_ptr,  # [B, H_g, T, C]
     o_ptr,  # [B, T, H_v, V], written
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in; not read if WHOLE
     before_ptr,  # fp32 [B, H_v, segments, K]: decay from the run's start to each segment; not read if WHOLE
@@ -109,6 +110,7 @@ def channel_output_kernel(
     state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
+    H_g,
     H_v,
     segments,
     segment_chunks,
@@ -135,7 +137,7 @@ def channel_output_kernel(
         a_ptr=q_ptr, b_ptr=k_ptr, c_ptr=v_ptr, totals_ptr=totals_ptr, scores_ptr=scores_ptr, out_ptr=o_ptr
     )
     state = _sweep(
-        operands, here, state, v_first, scale, T, H_v, chunks,
+        operands, here, state, v_first, scale, T, H_g, H_v, chunks,
         K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
     if here.ends:
@@ -143,13 +145,13 @@ def channel_output_kernel(
         tl.store(leaving, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H_g", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_value_gradient_kernel(
-    q_ptr,  # [B, T, H_v, K], as channel_prepare wrote them
+    q_ptr,  # [B, T, H_g, K], as channel_prepare wrote them
     k_ptr,  # likewise
     do_ptr,  # [B, T, H_v, V]
-    totals_ptr,  # fp32 [B, H_v, chunks, K]
-    scores_ptr,  # [B, H_v, T, C]
+    totals_ptr,  # fp32 [B, H_g, chunks, K]
+    scores_ptr,  # [B, H_g, T, C]
     dv_ptr,  # [B, T, H_v, V], written
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of states leaving each segment, from zero; see WHOLE
     after_ptr,  # fp32 [B, H_v, segments, K]: decay from each segment to the run's end; see WHOLE
@@ -157,6 +159,7 @@ def channel_value_gradient_kernel(
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
     T,
+    H_g,
     H_v,
     segments,
     segment_chunks,
@@ -179,6 +182,6 @@ def channel_value_gradient_kernel(
         a_ptr=k_ptr, b_ptr=q_ptr, c_ptr=do_ptr, totals_ptr=totals_ptr, scores_ptr=scores_ptr, out_ptr=dv_ptr
     )
     _sweep(
-        operands, here, state, v_first, scale, T, H_v, chunks,
+        operands, here, state, v_first, scale, T, H_g, H_v, chunks,
         K=K, V=V, BK=BK, BV=BV, C=C, REVERSE=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip

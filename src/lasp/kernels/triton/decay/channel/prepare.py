@@ -38,22 +38,22 @@ from lasp.kernels.triton.decay.channel.decays import (
 )
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_g", "chunks"])
 def channel_prepare_kernel(
     q_ptr,  # [B, T, H, K]
     k_ptr,  # [B, T, H, K]
-    g_ptr,  # [B, T, H_v, K]
+    g_ptr,  # [B, T, H_g, K]
     intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
-    scores_ptr,  # [B, H_v, T, C], written
-    from_start_ptr,  # [B, T, H_v, K], written: scale q_i 2^prefix_i
-    to_end_ptr,  # [B, T, H_v, K], written: k_j 2^suffix_j
-    totals_ptr,  # fp32 [B, H_v, chunks, K], written: base-2 log-decay of the chunk
-    unbounded_ptr,  # int32 [B, H_v, chunks] if UNBOUNDED
+    scores_ptr,  # [B, H_g, T, C], written
+    from_start_ptr,  # [B, T, H_g, K], written: scale q_i 2^prefix_i
+    to_end_ptr,  # [B, T, H_g, K], written: k_j 2^suffix_j
+    totals_ptr,  # fp32 [B, H_g, chunks, K], written: base-2 log-decay of the chunk
+    unbounded_ptr,  # int32 [B, H_g, chunks] if UNBOUNDED
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
     T,
     H,
-    H_v,
+    H_g,
     chunks,
     K: tl.constexpr,
     BK: tl.constexpr,  # channels at a time
@@ -64,7 +64,7 @@ def channel_prepare_kernel(
     LEVELS: tl.constexpr,  # log2(C)
     UNBOUNDED: tl.constexpr,  # only the chunks that channel_bounded_prepare has marked
 ):
-    _, run, chunk, qk_row, row = chunk_rows(1, chunks, T, H, H_v)
+    _, run, chunk, qk_row, row = chunk_rows(1, chunks, T, H, H_g)
     if is_done(unbounded_ptr, chunk, UNBOUNDED):
         return
     dtype: tl.constexpr = q_ptr.dtype.element_ty
@@ -81,7 +81,7 @@ def channel_prepare_kernel(
     for k_first in range(0, K, BK):
         q = load_chunk(q_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
         k = load_chunk(k_at, first, k_first, last, H * K, K, C, BK, DESCRIPTORS)
-        gates = load_channel_gates(g_at, first, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        gates = load_channel_gates(g_at, first, last, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
         if BASE > 0:
             to_middle = sum_over(load_intervals(intervals_ptr, -1, C), base_operand(gates, dtype))
             base_q = (q * tl.exp2(to_middle)).to(dtype)
@@ -102,9 +102,9 @@ def channel_prepare_kernel(
             x = (x * decay).to(dtype)
             scores += tl.where(meets(level, C), tl.dot(x, tl.trans(x), input_precision=PRECISION), 0.0)
         from_start = (q * (tl.exp2(prefix_sums(operand, C)) * scale)).to(dtype)
-        store_chunk(from_start_at, from_start, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(from_start_at, from_start, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
         to_end = (k * tl.exp2(suffix_sums(operand, C))).to(dtype)
-        store_chunk(to_end_at, to_end, first, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+        store_chunk(to_end_at, to_end, first, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
         channel = k_first + tl.arange(0, BK)
         tl.store(totals_ptr + chunk * K + channel, tl.sum(gates, 0), mask=channel < K)
     out = scores_ptr + run * T * C

@@ -25,8 +25,9 @@ class ChannelSegments(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Per chunk: scores [B, H_v, T, C], scale q 2^prefix and k 2^suffix [B, T, H_v, K], the chunks' log-decays
-    [B, H_v, chunks, K] (base 2), and int32 [B, H_v, chunks], which of them `channel_bounded_prepare` has marked."""
+    """Per chunk: scores [B, H_g, T, C], scale q 2^prefix and k 2^suffix [B, T, H_g, K], the chunks' log-decays
+    [B, H_g, chunks, K] (base 2), and int32 [B, H_g, chunks], which of them `channel_bounded_prepare` has marked; H_g:
+    heads of gates."""
 
     scores: Tensor
     from_start: Tensor
@@ -59,12 +60,12 @@ def interval_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
     return torch.stack([*signed, *matrices]).to(device, torch.float32 if exact else torch.float16)
 
 
-def empty_prepared(q: Tensor, v: Tensor, p: LaunchPlan) -> Prepared:
-    (B, T, H_v, _), K = v.shape, q.shape[3]
-    scores = q.new_empty(B, H_v, T, p.chunk)
-    from_start, to_end = (q.new_empty(B, T, H_v, K) for _ in range(2))
-    totals = q.new_empty(B, H_v, p.chunks, K, dtype=torch.float32)
-    return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_v, p.chunks, dtype=torch.int32))
+def empty_prepared(q: Tensor, g: Tensor, p: LaunchPlan) -> Prepared:
+    B, T, H_g, K = g.shape
+    scores = q.new_empty(B, H_g, T, p.chunk)
+    from_start, to_end = (q.new_empty(B, T, H_g, K) for _ in range(2))
+    totals = q.new_empty(B, H_g, p.chunks, K, dtype=torch.float32)
+    return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_g, p.chunks, dtype=torch.int32))
 
 
 def summarize(
@@ -84,7 +85,8 @@ def summarize(
 
 def local_outputs(x: Inputs, launches: ChannelLaunches) -> Prepared:
     p = launches.plan
-    ready = empty_prepared(x.q, x.v, p)
+    assert x.g is not None
+    ready = empty_prepared(x.q, x.g, p)
     intervals = interval_matrices(p.chunk, p.exact, x.q.device)
     places = given(launches.chunk_places, ready.totals)
     tensors = {
@@ -124,8 +126,10 @@ def outputs(
 
 
 def local_gradients(x: Inputs, launches: ChannelLaunches, ready: Prepared, entering: Tensor, d_o: Tensor) -> QueryReads:
-    read_q = x.q.new_empty(launches.gradient, dtype=read_dtype(x.q.dtype))
-    sums, inner = torch.empty_like(ready.totals), ready.totals.new_empty(launches.inner, dtype=launches.inner_dtype)
+    read_q = x.q.new_empty(launches.reads, dtype=read_dtype(x.q.dtype))
+    B, _, H_v, K = launches.reads
+    sums = ready.totals.new_empty(B, H_v, launches.plan.chunks, K)
+    inner = sums.new_empty(launches.inner, dtype=launches.inner_dtype)
     launches.query_inter_chunk(
         from_start_ptr=ready.from_start,
         to_end_ptr=ready.to_end,
@@ -151,7 +155,7 @@ def gradients(
     d_o: Tensor,
     d_state_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq and dk per value head; dv; dg."""
+    """dq and dk per head of gates; dv; dg."""
     p, ready = launches.plan, adjoint.prepared
     assert ready is not None
     d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)

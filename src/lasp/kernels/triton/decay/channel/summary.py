@@ -9,17 +9,18 @@ from lasp.kernels.triton.common.program import load_chunk, needed_chunks, place,
 from lasp.kernels.triton.decay.channel.decays import gate_operand, load_channel_gates, prefix_sums, suffix_sums
 
 
-@triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["scale", "T", "H", "H_g", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_summary_kernel(
-    k_ptr,  # [B, T, H, K]; q when REVERSE; if PREPARED with its decays, [B, T, H_v, K], see channel_prepare
+    k_ptr,  # [B, T, H, K]; q when REVERSE; if PREPARED with its decays, [B, T, H_g, K], see channel_prepare
     v_ptr,  # [B, T, H_v, V]; do when REVERSE
-    g_ptr,  # [B, T, H_v, K]; if PREPARED fp32 [B, H_v, chunks, K]: base-2 log-decays of chunks
+    g_ptr,  # [B, T, H_g, K]; if PREPARED fp32 [B, H_g, chunks, K]: base-2 log-decays of chunks
     totals_ptr,  # fp32 [B, H_v, segments, K, V], written
     decays_ptr,  # fp32 [B, H_v, segments, K], base 2, written
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
     T,
     H,
+    H_g,
     H_v,
     segments,
     segment_chunks,
@@ -43,16 +44,17 @@ def channel_summary_kernel(
     )
     k_first = part * BK
     row = tl.cast(batch, tl.int64) * T
-    k_head = head if PREPARED else head // (H_v // H)
-    k_heads = H_v if PREPARED else H
+    k_heads = H_g if PREPARED else H
+    k_head = head // (H_v // k_heads)
+    g_head = head // (H_v // H_g)
     k_view = view(k_ptr + (row * k_heads + k_head) * K, last, k_heads * K, K, C, BK, DESCRIPTORS)
     v_view = view(v_ptr + (row * H_v + head) * V, last, H_v * V, V, C, BV, DESCRIPTORS)
     channel = k_first + tl.arange(0, BK)
     if PREPARED:
-        run = tl.cast(batch, tl.int64) * H_v + head
+        run = tl.cast(batch, tl.int64) * H_g + g_head
         totals_of_chunks = g_ptr + (run * chunks + chunk - first // C) * K + channel
     else:
-        g_view = view(g_ptr + (row * H_v + head) * K, last, H_v * K, K, C, BK, DESCRIPTORS)
+        g_view = view(g_ptr + (row * H_g + g_head) * K, last, H_g * K, K, C, BK, DESCRIPTORS)
     # Transposed, [BV, BK], so that a channel's decay is one column's.
     state = tl.zeros((BV, BK), tl.float32)
     decay = tl.zeros((BK,), tl.float64)
@@ -65,7 +67,7 @@ def channel_summary_kernel(
             total = tl.load(totals_of_chunks + tl.cast(start // C, tl.int64) * K, mask=channel < K, other=0.0)
             weighted = k
         else:
-            gates = load_channel_gates(g_view, start, last, k_first, last, H_v * K, K, C, BK, DESCRIPTORS)
+            gates = load_channel_gates(g_view, start, last, k_first, last, H_g * K, K, C, BK, DESCRIPTORS)
             operand = gate_operand(gates, dtype)
             total = tl.sum(gates, 0)
             if REVERSE:

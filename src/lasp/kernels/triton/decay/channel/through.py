@@ -14,15 +14,15 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.decays import beyond_one
 from lasp.kernels.triton.common.program import as_swept, run_bounds, run_of, sweep_place, tile_at
-from lasp.kernels.triton.decay.channel.decays import channel_tile
-from lasp.kernels.triton.decay.channel.inter_chunk import AT_A_TIME, chunks_of, interval_of_channels
+from lasp.kernels.triton.decay.channel.decays import channel_tile, gate_heads_of
+from lasp.kernels.triton.decay.channel.inter_chunk import AT_A_TIME, interval_of_channels
 from lasp.kernels.triton.decay.intervals import first_interval, next_interval
 
 
-@triton.jit(do_not_specialize=["T", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["T", "H_g", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_through_kernel(
-    totals_ptr,  # fp32 [B, H_v, chunks, K]
-    q_sums_ptr,  # likewise: of the sweep of do
+    totals_ptr,  # fp32 [B, H_g, chunks, K]
+    q_sums_ptr,  # fp32 [B, H_v, chunks, K]: of the sweep of do
     k_sums_ptr,  # likewise: of that of v
     inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BK BV]: S before each interval
     d_inner_ptr,  # likewise: D
@@ -31,6 +31,7 @@ def channel_through_kernel(
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V]: D leaving the run, or None for zero
     T,
+    H_g,
     H_v,
     segments,
     segment_chunks,
@@ -52,8 +53,9 @@ def channel_through_kernel(
     first = here.first
     last = here.last
     channel = k_first + tl.arange(0, CHANNELS)
-    of_segment = chunks_of(here, H_v, chunks, K, C) + tl.cast(first // C, tl.int64) * K
-    totals_ptr += of_segment
+    gate_run, _ = gate_heads_of(here, T, H_g, H_v)
+    totals_ptr += (gate_run * chunks + here.chunk) * K
+    of_segment = (run_of(here, H_v) * chunks + here.chunk) * K
     q_sums_ptr += of_segment
     k_sums_ptr += of_segment
     through_ptr += of_segment

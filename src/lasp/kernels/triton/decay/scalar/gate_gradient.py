@@ -20,23 +20,19 @@ the first chunk of a run that starts from no state, and in the last of one whose
 
 Pairs within a chunk are the difference of what both sweeps sum of it: what does not cross t cancels to fp32, since they
 round the scores alike. That is next to all of it where gates forget within a few tokens: there, and for fp32 inputs,
-w is formed and summed here.
+w is formed and summed, by `gate_pairs`.
 """
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate, pair_decay
-from lasp.kernels.triton.common.program import DESCRIPTORS, as_swept, load_chunk, place, run_bounds
+from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate
+from lasp.kernels.triton.common.program import as_swept, place, run_bounds
 from lasp.kernels.triton.decay.intervals import first_interval, interval_of
 
 
-@triton.jit(do_not_specialize=["scale", "T", "rows", "H", "H_v", "segments", "segment_chunks", "chunks"])
+@triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])
 def gate_gradient_kernel(
-    q_ptr,  # [B, T, H, K]
-    k_ptr,  # [B, T, H, K]
-    v_ptr,  # [B, T, H_v, V]
-    do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v] or [B, T, H_v]
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     q_sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C]: q . dq, of the state and, unless EXACT, of the chunk
@@ -44,33 +40,29 @@ def gate_gradient_kernel(
     inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, SIZE]: S before intervals, see `intervals`
     d_inner_ptr,  # likewise: D
     state_out_ptr,  # fp32 [B, H_v, K, V]: S leaving the run
-    dg_ptr,  # fp32 [B, T, H_v], written
+    dg_ptr,  # fp32 [B, T, H_v], written; of chunks whose pairs are formed it has their sums
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # likewise: D, or None for zero
-    scale,
     T,
     rows,  # B H_v
-    H,
     H_v,
     segments,
     segment_chunks,
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,  # columns of q, k, v, do at a time
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a state at a time
     C: tl.constexpr,
     SHORTEST: tl.constexpr,  # interval, in chunks: see `interval_of`
     LONGEST: tl.constexpr,  # which is what a program has
     PARTS: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,  # elements of a state at a time
     KIND: tl.constexpr,
-    ROUND: tl.constexpr,  # see `as_swept`
     FORGETS: tl.constexpr,  # what is less than rounding changes, base 2, see `beyond_one`
+    ROUND: tl.constexpr,  # see `as_swept`
     EXACT: tl.constexpr,
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     stretch, head, batch, segment, first, last, chunk, border, ends = place(
         places_ptr, tl.cdiv(segment_chunks, LONGEST), segments, segment_chunks, T, H_v, C, PACKED
@@ -140,24 +132,6 @@ def gate_gradient_kernel(
     forgets = (beyond_one(totals, lengths) < FORGETS) & (c < count)
     formed = c < count if EXACT else forgets
     dg_at = dg_ptr + batch * tl.cast(T, tl.int64) * H_v + head
-    if tl.max(formed.to(tl.int32), 0) > 0:
-        row = tl.cast(batch, tl.int64) * T
-        qk = (row * H + head // (H_v // H)) * K
-        vo = (row * H_v + head) * V
-        for n in range(count):
-            if tl.sum(tl.where(c == n, formed.to(tl.int32), 0), 0) > 0:
-                begins = first + n * C
-                w = _pairs_between(
-                    q_ptr + qk, k_ptr + qk, v_ptr + vo, do_ptr + vo, g_ptr, prefix_ptr, rate, begins, last,
-                    H * K, H_v * V, H_v, K, V, BD, C, KIND, EXACT, PRECISION,
-                )  # fmt: skip
-                # [t, j]: what reads j from t on.
-                later = tl.cumsum(w, 0, reverse=True)
-                t = tl.arange(0, C)
-                crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale
-                tl.store(dg_at + (begins + t) * tl.cast(H_v, tl.int64), crossing, mask=begins + t < last)
-        # Other threads read what these have stored.
-        tl.debug_barrier()
     dg_at += at * tl.cast(H_v, tl.int64)
     # No pair of a chunk crosses its first token.
     within = tl.where(i == 0, 0.0, tl.cumsum(pairs, 1, reverse=True))
@@ -211,44 +185,3 @@ def _across(q, k, cut, starts, before, stops, after, ends, count, c):
     drift = (at_end - whole - at_begin) / (right - left)
     share = tl.where(ends & (right == count), 0.0, 0.5)
     return tl.where(cut, 0.0, at_begin + earlier - q + drift * (c - left + share))
-
-
-@triton.jit
-def _pairs_between(
-    q_ptr,  # all at [B, T, heads, dim] of the batch and head
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    g_ptr,
-    prefix_ptr,  # token by token
-    rate,
-    first,
-    last,
-    qk_row,
-    vo_row,
-    H_v,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BD: tl.constexpr,
-    C: tl.constexpr,
-    KIND: tl.constexpr,
-    EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """w [C, C] of a chunk, but for the scale; readers are rows."""
-    scores = tl.zeros((C, C), tl.float32)
-    for column in range(0, K, BD):
-        q = load_chunk(q_ptr, first, column, last, qk_row, K, C, BD, DESCRIPTORS)
-        k = load_chunk(k_ptr, first, column, last, qk_row, K, C, BD, DESCRIPTORS)
-        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-    d_scores = tl.zeros((C, C), tl.float32)
-    for column in range(0, V, BD):
-        do = load_chunk(do_ptr, first, column, last, vo_row, V, C, BD, DESCRIPTORS)
-        v = load_chunk(v_ptr, first, column, last, vo_row, V, C, BD, DESCRIPTORS)
-        d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
-    prefix = tl.zeros((C,), tl.float32)
-    if KIND == TOKEN:
-        prefix = tl.load(prefix_ptr + first + tl.arange(0, C))
-    g_chunk = g_ptr + tl.cast(first, tl.int64) * H_v
-    decay = pair_decay(g_chunk, H_v, rate, prefix, last - first, KIND, C, True, EXACT)
-    return scores * d_scores * decay

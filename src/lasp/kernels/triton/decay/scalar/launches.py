@@ -13,6 +13,7 @@ from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.launches import DecayLaunches, RunShape
 from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan, narrow, tile
 from lasp.kernels.triton.decay.scalar.gate_gradient import gate_gradient_kernel
+from lasp.kernels.triton.decay.scalar.gate_pairs import gate_pairs_kernel
 from lasp.kernels.triton.decay.scalar.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.scalar.key_value_gradient import key_value_gradient_kernel
 from lasp.kernels.triton.decay.scalar.operands import GATHERED, ZERO
@@ -22,7 +23,7 @@ from lasp.kernels.triton.decay.scalar.summary import summary_kernel
 from lasp.kernels.triton.decay.scalar.sweep import PART_ROWS
 from lasp.kernels.triton.decay.scalar.value_gradient import value_gradient_kernel
 
-GATE_BLOCK, GATE_WARPS = 8192, 8
+GATE_BLOCK, GATE_WARPS, PAIR_WARPS = 8192, 8, 4
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 # dk and dv of segments shorter than this are faster apart, unless they are as short as those that gather.
 PAIRED_CHUNKS = 24
@@ -124,6 +125,13 @@ class ScalarLaunches(DecayLaunches):
         return self._by_segment(kernel, K, tiles, BK=tiles.columns, BV=tile(V, self._dtype), **ways, **states)
 
     @cached_property
+    def gate_pairs(self) -> Launch:
+        """A program for each chunk of each head."""
+        (K, V), p = self._dims, self.plan
+        columns = narrow(max(K, V), self._dtype)
+        return self._launch(gate_pairs_kernel, (self._heads * p.chunks, 1), PAIR_WARPS, 1, rows=self._heads, BD=columns)
+
+    @cached_property
     def gate_gradient(self) -> Launch:
         """A program for each of the longest intervals of each head."""
         (K, V), p = self._dims, self.plan
@@ -133,7 +141,6 @@ class ScalarLaunches(DecayLaunches):
             GATE_WARPS,
             1,
             rows=self._heads,
-            BD=narrow(max(K, V), self._dtype),
             PARTS=self.sums[0],
             SIZE=self.inner[-1],
             BLOCK=min(GATE_BLOCK, triton.next_power_of_2(K * V)),

@@ -36,14 +36,16 @@ def gate_sums(x: Inputs, launches: ScalarLaunches) -> tuple[Tensor, ...]:
     if not launches.per_token:
         return ()
     gates = tuple(x.v.new_empty(launches.gates, dtype=torch.float32) for _ in range(launches.num_gates))
-    launches.gate_sums(**_gates(x, gates, gates[0]), places_ptr=given(launches.chunk_places, gates[0]))
+    g, prefix, suffix = _gates(x, gates, gates[0])
+    places = given(launches.chunk_places, prefix)
+    launches.gate_sums(g_ptr=g, prefix_ptr=prefix, suffix_ptr=suffix, places_ptr=places)
     return gates
 
 
-def _gates(x: Inputs, sums: tuple[Tensor, ...], unread: Tensor) -> dict[str, Tensor]:
+def _gates(x: Inputs, sums: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The decay, and its prefix and suffix sums of a gate per token; `unread` for what there is not."""
-    prefix, suffix = (*sums, unread, unread)[:2]
-    return {"g_ptr": x.q if x.g is None else x.g, "prefix_ptr": prefix, "suffix_ptr": suffix}
+    g = x.q if x.g is None else x.g
+    return (g, unread, unread) if not sums else (g, sums[0], sums[-1])
 
 
 def summarize(
@@ -59,8 +61,17 @@ def summarize(
     """Write the sums of every segment; reverse: with q and the gradient of outputs in the places of k and v."""
     states, decays = sums
     launch = launches.summary_adjoint if reverse else launches.summary
-    places = given(launches.places, states)
-    launch(k_ptr=k, v_ptr=v, **_gates(x, gates, states), totals_ptr=states, decays_ptr=decays, places_ptr=places)
+    g, prefix, suffix = _gates(x, gates, states)
+    launch(
+        k_ptr=k,
+        v_ptr=v,
+        g_ptr=g,
+        prefix_ptr=prefix,
+        suffix_ptr=suffix,
+        totals_ptr=states,
+        decays_ptr=decays,
+        places_ptr=given(launches.places, states),
+    )
 
 
 def outputs(
@@ -70,11 +81,14 @@ def outputs(
     states, decays, gates = totals
     if states is None and launches.keeps_states:
         states = leaving.new_empty(launches.states)
+    g, prefix, suffix = _gates(x, gates, leaving)
     launches.output(
         q_ptr=x.q,
         k_ptr=x.k,
         v_ptr=x.v,
-        **_gates(x, gates, leaving),
+        g_ptr=g,
+        prefix_ptr=prefix,
+        suffix_ptr=suffix,
         o_ptr=o,
         states_ptr=given(states, leaving),
         before_ptr=given(decays, leaving),
@@ -93,12 +107,15 @@ def local_gradients(
     inner = unread
     if launches.with_decay:
         inner = unread.new_empty(launches.inner, dtype=launches.inner_dtype)
+    g, prefix, suffix = _gates(x, gates, unread)
     launches.query_gradient(
         q_ptr=x.q,
         k_ptr=x.k,
         v_ptr=x.v,
         do_ptr=d_o,
-        **_gates(x, gates, unread),
+        g_ptr=g,
+        prefix_ptr=prefix,
+        suffix_ptr=suffix,
         dq_ptr=dq,
         sums_ptr=sums,
         inner_ptr=inner,
@@ -121,36 +138,38 @@ def gradients(
     """dq and dk per value head; dv; dg."""
     unread = leaving
     d_states, after = given(adjoint.states, unread), given(adjoint.decays, unread)
-    operands = {"q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o}
-    gates = _gates(x, adjoint.gates, unread)
+    g, prefix, suffix = _gates(x, adjoint.gates, unread)
     places = given(launches.places, d_states)
-    states = {"d_states_ptr": d_states, "after_ptr": after, "places_ptr": places, "d_state_out_ptr": d_state_out}
+    read = {
+        "q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o, "g_ptr": g, "prefix_ptr": prefix, "suffix_ptr": suffix,
+        "d_states_ptr": d_states, "after_ptr": after, "places_ptr": places, "d_state_out_ptr": d_state_out,
+    }  # fmt: skip
 
     dk, dv = torch.empty_like(local.dq), torch.empty_like(x.v)
     if launches.paired:
-        launches.key_value_gradient(**operands, v_ptr=x.v, **gates, dk_ptr=dk, dv_ptr=dv, **states)
+        launches.key_value_gradient(v_ptr=x.v, dk_ptr=dk, dv_ptr=dv, **read)
         return local.dq, dk, dv, None
-    launches.value_gradient(**operands, **gates, dv_ptr=dv, **states)
+    launches.value_gradient(dv_ptr=dv, **read)
     sums = inner = unread
     if launches.with_decay:
         sums, inner = unread.new_empty(launches.sums), torch.empty_like(local.inner)
-    launches.key_gradient(
-        **operands,
-        v_ptr=x.v,
-        **gates,
-        dk_ptr=dk,
-        sums_ptr=sums,
-        inner_ptr=inner,
-        **states,
-    )
+    launches.key_gradient(v_ptr=x.v, dk_ptr=dk, sums_ptr=sums, inner_ptr=inner, **read)
     if not launches.with_decay:
         return local.dq, dk, dv, None
     dg = unread.new_empty(x.v.shape[:3])
-    launches.gate_gradient(
-        **operands,
+    launches.gate_pairs(
+        q_ptr=x.q,
+        k_ptr=x.k,
         v_ptr=x.v,
-        g_ptr=gates["g_ptr"],
-        prefix_ptr=gates["prefix_ptr"],
+        do_ptr=d_o,
+        g_ptr=g,
+        prefix_ptr=prefix,
+        dg_ptr=dg,
+        places_ptr=given(launches.chunk_places, dg),
+    )
+    launches.gate_gradient(
+        g_ptr=g,
+        prefix_ptr=prefix,
         q_sums_ptr=local.sums,
         k_sums_ptr=sums,
         inner_ptr=local.inner,

@@ -1,0 +1,77 @@
+# mypy: ignore-errors
+"""The part of a decay's gradient that crosses a token within its chunk, where it is not a difference of sweeps' sums.
+
+    sum_{i >= t > j} w_ij,  w_ij = scale 2^between(j, i) (q_i . k_j) (do_i . v_j)        (see `gate_gradient`)
+
+of chunks that forget what was before them, and for fp32 inputs of all.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate, pair_decay
+from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk
+
+
+@triton.jit(do_not_specialize=["scale", "T", "rows", "H", "H_v", "chunks"])
+def gate_pairs_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    g_ptr,  # [H_v] or [B, T, H_v]
+    prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
+    dg_ptr,  # fp32 [B, T, H_v], written where pairs are formed
+    places_ptr,  # int32 [chunks, 3] if PACKED
+    scale,
+    T,
+    rows,  # B H_v
+    H,
+    H_v,
+    chunks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,  # columns of q, k, v, do at a time
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    FORGETS: tl.constexpr,  # as in `gate_gradient`
+    EXACT: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program for each chunk of each head: all of them at once, where a program for many would wait for each."""
+    chunk = tl.program_id(0) // rows
+    run = tl.cast(tl.program_id(0) % rows, tl.int64)
+    batch = run // H_v
+    head = run % H_v
+    first, last = chunk_place(places_ptr, chunk, T, C, PACKED)
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    prefix_ptr += (run * chunks + chunk) * C
+    rate = head_rate(g_ptr, KIND)
+    length = last - first
+    total = length * rate
+    if KIND == TOKEN:
+        total = tl.load(prefix_ptr + C - 1)
+    if EXACT or beyond_one(total, length) < FORGETS:
+        qk = batch * T * H + head // (H_v // H)
+        vo = batch * T * H_v + head
+        scores = tl.zeros((C, C), tl.float32)
+        for column in range(0, K, BD):
+            q = load_chunk(q_ptr + qk * K, first, column, last, H * K, K, C, BD, DESCRIPTORS)
+            k = load_chunk(k_ptr + qk * K, first, column, last, H * K, K, C, BD, DESCRIPTORS)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+        d_scores = tl.zeros((C, C), tl.float32)
+        for column in range(0, V, BD):
+            do = load_chunk(do_ptr + vo * V, first, column, last, H_v * V, V, C, BD, DESCRIPTORS)
+            v = load_chunk(v_ptr + vo * V, first, column, last, H_v * V, V, C, BD, DESCRIPTORS)
+            d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
+        t = tl.arange(0, C)
+        prefix = tl.zeros((C,), tl.float32)
+        if KIND == TOKEN:
+            prefix = tl.load(prefix_ptr + t)
+        g_chunk = g_ptr + tl.cast(first, tl.int64) * H_v
+        w = scores * d_scores * pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, True, EXACT)
+        # [t, j]: what reads j from t on.
+        later = tl.cumsum(w, 0, reverse=True)
+        crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale
+        tl.store(dg_ptr + vo + (first + t) * tl.cast(H_v, tl.int64), crossing, mask=first + t < last)

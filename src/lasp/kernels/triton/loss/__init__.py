@@ -1,0 +1,1 @@
+"""The kernel of the loss over a large vocabulary."""
