@@ -226,6 +226,7 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     prefix = torch.zeros(launches.gates, device=device)
     forgotten = 2
     prefix[:, :, (forgotten + 1) * C - 1] = -20.0
+    prefix[:, :, (forgotten + 2) * C - 1] = -2.0  # which lets states pass, and wants short intervals
     formed = torch.randn(1, bounds[-1], H_v, generator=random).to(device)  # by `gate_pairs`, of the chunk that forgets
     dg = formed.clone()
     launches.gate_gradient(

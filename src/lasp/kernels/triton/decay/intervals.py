@@ -15,9 +15,11 @@ from lasp.kernels.triton.common.decays import TOKEN
 # Chunks, at least and at most. What fp32 inputs keep is worth the least; fp16 reads states in two parts.
 INTERVALS = {torch.bfloat16: (4, 32), torch.float16: (32, 32), torch.float32: (4, 4)}
 # bf16's are the shorter the more a chunk forgets: sums of the gradient over tokens are then smaller. Log-decays of the
-# strongest chunk, base 2, beyond which they are half of the longest, or the shortest.
+# strongest chunk, base 2, beyond which they are half of the longest, or the shortest; beyond the last nothing passes a
+# chunk (launches.FORGETS), so there is nothing to follow.
 HALVED_LOG2 = tl.constexpr(-0.3)
 SHORTEST_LOG2 = tl.constexpr(-1.3)
+NOTHING_LOG2 = tl.constexpr(-9.2)
 TOTALS = tl.constexpr(64)  # of chunks, read at a time
 
 
@@ -30,13 +32,19 @@ def interval_of(
     if SHORTEST == LONGEST:
         return LONGEST
     else:
-        strongest = rate * C
+        strongest = of_passed(rate * C)
         if KIND == TOKEN:
             for first in range(0, chunks, TOTALS):
                 chunk = first + tl.arange(0, TOTALS)
                 totals = tl.load(prefix_ptr + chunk * C + C - 1, mask=chunk < chunks, other=0.0)
-                strongest = tl.minimum(strongest, tl.min(totals, 0))
+                strongest = tl.minimum(strongest, tl.min(of_passed(totals), 0))
         return interval_of_strongest(strongest, SHORTEST, LONGEST)
+
+
+@triton.jit
+def of_passed(log2):
+    """Log-decays of chunks that states pass; zero for others."""
+    return tl.where(log2 < NOTHING_LOG2, 0.0, log2)
 
 
 @triton.jit

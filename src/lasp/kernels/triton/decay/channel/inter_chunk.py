@@ -28,7 +28,7 @@ from lasp.kernels.triton.common.program import (
     view,
 )
 from lasp.kernels.triton.decay.channel.decays import channel_tile, gate_heads_of, segment_border
-from lasp.kernels.triton.decay.intervals import first_interval, interval_of_strongest, leave
+from lasp.kernels.triton.decay.intervals import first_interval, interval_of_strongest, leave, of_passed
 from lasp.kernels.triton.decay.scalar.sweep import read_state
 
 AT_A_TIME = tl.constexpr(16)  # chunks
@@ -80,7 +80,7 @@ def interval_of_channels(
             chunk = first + tl.arange(0, AT_A_TIME)[:, None]
             mask = (chunk < chunks) & (channel < K)
             totals = tl.load(totals_ptr + tl.cast(chunk, tl.int64) * K + channel, mask=mask, other=0.0)
-            strongest = tl.minimum(strongest, tl.min(totals, 0))
+            strongest = tl.minimum(strongest, tl.min(of_passed(totals), 0))
         return interval_of_strongest(tl.min(strongest, 0), SHORTEST, LONGEST)
 
 
