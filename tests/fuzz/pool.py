@@ -270,12 +270,12 @@ def run(draws: Iterator[Draw], device: str, processes: int, deadline: Callable[[
     waits_until = float("inf")
     try:
         while True:
+            if left is not None and deadline():
+                left, waits_until = None, time.monotonic() + GRACE_S
             idle = [crew for crew in crews if crew.is_idle]
             while left is not None and (idle or len(crews) < processes):
-                is_over = deadline()
-                following = None if is_over else next(left, None)
+                following = next(left, None)
                 if following is None:
-                    waits_until = time.monotonic() + GRACE_S if is_over else waits_until
                     left = None
                     break
                 if not idle:

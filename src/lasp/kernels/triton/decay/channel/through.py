@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What passes through each chunk adds to the gradient of a gate per channel, of what both sweeps of keys left.
+"""The gradient of a gate per channel at chunks: what passes through each, of what both sweeps of keys left.
 
 dg at a chunk's end is S D summed over V: that at the segment's end, plus what queries of later chunks read and minus
 what keys add to them (`sums` of channel_inter_chunk). Less what the chunk's own keys add, it is `through`: what passes
