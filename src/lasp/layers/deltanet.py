@@ -39,8 +39,6 @@ OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 class DeltaNet(Mixer):
     """Causal delta-rule attention over [B, T, D]; see `Config`."""
 
-    recomputes = "after"
-
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
         """The delta rule with its gates.
@@ -161,7 +159,7 @@ class DeltaNet(Mixer):
         )
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return self.out_proj(self.norm(o, *kept))
+        return self.norm.projected(o, kept[0] if kept else None, self.out_proj.weight)
 
 
 # Published models. Where each number comes from stands in docs/design/models.md.

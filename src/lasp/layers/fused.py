@@ -5,6 +5,7 @@ The kernels are operators, which compiled graphs take as they are. Kept for the 
 
 # No postponed annotations: the operators' schemas are read from them.
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.kernels.select import has_fused_kernels
+from lasp.layers.recomputed import recomputed
 from lasp.recurrence.inputs import state_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -61,10 +63,11 @@ def _gated_norm_gradients(
     activation: str,
     gate_first: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lasp.kernels.triton.neighbours import launches
 
-    return launches.gated_norm_gradients(d_y, o, gate, x, skip, gain, groups, activation, gate_first, eps)
+    return launches.gated_norm_gradients(d_y, o, gate, x, skip, gain, groups, activation, gate_first, eps, again)
 
 
 @_gated_norm_gradients.register_fake
@@ -79,11 +82,12 @@ def _(
     activation: str,
     gate_first: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None) -> Tensor:
         return o.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
-    return like(o), like(gate), like(x), like(skip), like(gain)
+    return like(o), like(gate), like(x), like(skip), like(gain), like(d_y if again else None)
 
 
 def _keep_gated_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,14 +96,65 @@ def _keep_gated_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gated_norm_backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    o, gate, x, skip, gain = ctx.saved_tensors
-    groups, activation, gate_first, eps = ctx.ways
-    gradients = _gated_norm_gradients(d_y, o, gate, x, skip, gain, groups, activation, gate_first, eps)
-    given = zip((o, gate, x, skip, gain), gradients, strict=True)
-    return *(None if tensor is None else d for tensor, d in given), None, None, None, None
+    given = ctx.saved_tensors
+    gradients = _gated_norm_gradients(d_y, *given, *ctx.ways, False)[:5]
+    found = (None if tensor is None else d for tensor, d in zip(given, gradients, strict=True))
+    return *found, None, None, None, None
 
 
 _gated_norm.register_autograd(_gated_norm_backward, setup_context=_keep_gated_norm)
+
+
+@torch.library.custom_op("lasp::normed_projection", mutates_args=())
+def _normed_projection(
+    o: Tensor,
+    gate: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    weight: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> Tensor:
+    """gated_norm(..) weight^T. The norm's output is not kept: the kernel of its gradients makes it again, for weight's.
+
+    weight: [N, D], of o's dtype.
+    """
+    return _gated_norm(o, gate, x, skip, gain, groups, activation, gate_first, eps) @ weight.mT  # type: ignore[no-any-return]
+
+
+@_normed_projection.register_fake
+def _(
+    o: Tensor,
+    gate: Tensor | None,
+    x: Tensor | None,
+    skip: Tensor | None,
+    gain: Tensor,
+    weight: Tensor,
+    groups: int,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+) -> Tensor:
+    return o.new_empty(*o.shape[:2], weight.shape[0])
+
+
+def _keep_projection(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.ways = inputs[6:]
+
+
+def _projection_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    *given, weight = ctx.saved_tensors
+    *gradients, y = _gated_norm_gradients(d_out @ weight, *given, *ctx.ways, True)
+    d_weight = d_out.flatten(0, 1).mT @ y.flatten(0, 1)
+    found = (None if tensor is None else d for tensor, d in zip(given, gradients, strict=True))
+    return *found, d_weight, None, None, None, None
+
+
+_normed_projection.register_autograd(_projection_backward, setup_context=_keep_projection)
 
 
 def gated_norm(o: Tensor, gate: Tensor | None, gain: Tensor, *, activation: str, eps: float) -> Tensor:
@@ -117,6 +172,30 @@ def gated_norm(o: Tensor, gate: Tensor | None, gain: Tensor, *, activation: str,
         return _gated_norm(o, gate, None, None, gain, o.shape[2], activation, False, eps)  # type: ignore[no-any-return]
     y = F.rms_norm(o, (o.shape[3],), gain.to(o.dtype), eps).flatten(-2)
     return y if gate is None else y * ACTIVATIONS[activation](gate)
+
+
+def project_gated_norm(
+    o: Tensor, gate: Tensor | None, gain: Tensor, weight: Tensor, *, activation: str, eps: float
+) -> Tensor:
+    """Project gated_norm(o, gate, gain) by weight [N, H V] to [B, T, N] in o's dtype; kept are o and the gate alone."""
+    if has_fused_kernels(o.device, o.dtype):
+        ways = (o.shape[2], activation, False, eps)
+        return _normed_projection(o, gate, None, None, gain, weight.to(o.dtype), *ways)  # type: ignore[no-any-return]
+    return recomputed(_project, partial(gated_norm, activation=activation, eps=eps), weight, o, gate, gain)
+
+
+def project_gated_skip_norm(
+    o: Tensor, gate: Tensor, x: Tensor, skip: Tensor, gain: Tensor, weight: Tensor, *, groups: int, eps: float
+) -> Tensor:
+    """Project gated_skip_norm(o, gate, x, skip, gain) likewise."""
+    if has_fused_kernels(o.device, o.dtype):
+        ways = (groups, "silu", True, eps)
+        return _normed_projection(o, gate, x, skip, gain, weight.to(o.dtype), *ways)  # type: ignore[no-any-return]
+    return recomputed(_project, partial(gated_skip_norm, groups=groups, eps=eps), weight, o, gate, x, skip, gain)
+
+
+def _project(norm: Callable[..., Tensor], weight: Tensor, *arguments: Any) -> Tensor:
+    return F.linear(norm(*arguments), weight)
 
 
 def gated_skip_norm(

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_activation, check_counts
-from lasp.layers.fused import ACTIVATIONS, gated_norm, stepped_values
+from lasp.layers.fused import ACTIVATIONS, gated_norm, project_gated_norm, stepped_values
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
+from lasp.layers.recomputed import recomputed
 from lasp.recurrence.inputs import state_dtype
 from lasp.sequence.arguments import check_flags, check_generator, number
 
@@ -111,8 +112,19 @@ class GatedHeadNorm(nn.Module):
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """o [B, T, H, V], gate [B, T, H * V] or None -> [B, T, H * V]."""
-        if self.activation is None:
-            gate = None
-        if self.fused is None and gate is not None and self.activation is not None:
-            return self.norm(o).flatten(-2) * self.activation(gate)
-        return gated_norm(o, gate, self.norm.weight, activation=self.fused or "silu", eps=self.norm.eps)
+        if self._is_known(gate):
+            gate = gate if self.activation is not None else None
+            return gated_norm(o, gate, self.norm.weight, activation=self.fused or "silu", eps=self.norm.eps)
+        assert gate is not None and self.activation is not None
+        return self.norm(o).flatten(-2) * self.activation(gate)
+
+    def projected(self, o: Tensor, gate: Tensor | None, weight: Tensor) -> Tensor:
+        """forward(o, gate) weight^T, [B, T, D] by weight [D, H * V]: kept are o and the gate."""
+        if not self._is_known(gate):
+            return recomputed(lambda o, gate: F.linear(self(o, gate), weight), o, gate)
+        gate = gate if self.activation is not None else None
+        return project_gated_norm(o, gate, self.norm.weight, weight, activation=self.fused or "silu", eps=self.norm.eps)
+
+    def _is_known(self, gate: Tensor | None) -> bool:
+        """True unless the activation of a gate is one that kernels do not know."""
+        return gate is None or self.activation is None or self.fused is not None

@@ -25,8 +25,6 @@ GATE_TEMPERATURE = 16.0
 class GatedLinearAttention(Mixer):
     """Causal GLA over [B, T, D], with a silu output gate; see `Config`."""
 
-    recomputes = "after"
-
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
         """GLA.
@@ -80,7 +78,7 @@ class GatedLinearAttention(Mixer):
         return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, backend=self.backend, **sequence)
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        return self.out_proj(self.norm(o, *kept))
+        return self.norm.projected(o, kept[0] if kept else None, self.out_proj.weight)
 
 
 # The models of 340M and 1.3B parameters that the authors trained: docs/design/models.md.

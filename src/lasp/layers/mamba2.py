@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_divisor
-from lasp.layers.fused import gated_skip_norm
+from lasp.layers.fused import project_gated_skip_norm
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.registry import family, mixer, shape
@@ -29,7 +29,7 @@ from lasp.ops.pending import PendingOutputs
 class Mamba2(Mixer):
     """Causal SSD over [B, T, D]; see `Config`."""
 
-    recomputes = "all"
+    recomputes = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
@@ -109,8 +109,8 @@ class Mamba2(Mixer):
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         z, values = kept
-        y = gated_skip_norm(o, z, values, self.skip, self.gain, groups=self.num_groups, eps=self.norm_eps)
-        return self.out_proj(y)
+        given = (o, z, values, self.skip, self.gain, self.out_proj.weight)
+        return project_gated_skip_norm(*given, groups=self.num_groups, eps=self.norm_eps)
 
 
 # The authors' models of 370M and 1.3B parameters: docs/design/models.md.

@@ -9,7 +9,7 @@ of other tokens and other ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lasp.kernels.select import BACKENDS, has_fused_kernels
 from lasp.layers.fields import check_choice, check_fields
-from lasp.layers.recomputed import recomputed, recomputed_around_scans
+from lasp.layers.recomputed import recomputed_around_scans
 from lasp.layers.short_convolution import ShortConvolution
 from lasp.layers.state import RecurrentState
 from lasp.ops.pending import PendingOutputs
@@ -195,11 +195,11 @@ class Mixer(nn.Module):
     the exchange; with a short convolution also `project`. `forward` runs them, for all mixers alike.
 
     Attributes:
-        recomputes: "after" if it runs again in the backward pass; "all" if in compiled graphs all does that comes
-            after `project` but the recurrence.
+        recomputes: whether in compiled graphs all that comes after `project`, but the recurrence, runs again in the
+            backward pass.
     """
 
-    recomputes: ClassVar[str] = ""
+    recomputes: ClassVar[bool] = False
 
     def __init__(self, config: MixerConfig, context: LayerContext) -> None:
         super().__init__()
@@ -207,7 +207,8 @@ class Mixer(nn.Module):
         _check_context(context)
         self.config, self.backend, self.d_model = config, context.backend, context.d_model
         self.convolution: ShortConvolution | None = None
-        self.parts_of_convolution: tuple[int, ...] | None = None  # that `before` takes its output in
+        # Widths of those that `before` takes the convolution's output in; it takes that whole if None.
+        self.parts_of_convolution: tuple[int, ...] | None = None
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first, and puts
@@ -265,12 +266,12 @@ class Mixer(nn.Module):
                 start = 0 if sp is None else sp.offset(x.shape[1])
         parts = self.project(x)
         alone = state is None and not output_state and cu_seqlens is None and (sp is None or sp.size == 1)
-        if alone and self.recomputes == "all" and torch.is_grad_enabled() and self._is_one_graph(parts[0]):
+        if alone and self.recomputes and torch.is_grad_enabled() and self._is_one_graph(parts[0]):
             return recomputed_around_scans(partial(self._alone, start), x, *parts), None
         o, kept, state = self._mixed(
             x, parts, start, state, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp
         )
-        return (recomputed if self.recomputes else _run)(self._after, o, *kept), state
+        return self.after(o, kept), state
 
     def _mixed(
         self, x: Tensor, parts: tuple[Tensor, ...], start: int, state: LayerState | None, **sequence: Any
@@ -278,15 +279,15 @@ class Mixer(nn.Module):
         """Give what `after` takes, and the state after the sequence."""
         memory, window = state if isinstance(state, RecurrentState) else (state, None)
         if self.convolution is not None:
-            mixed, window = self.convolution.in_parts(
+            mixed, window = self.convolution(
                 parts[0],
-                self.parts_of_convolution,
                 state=window,
                 output_state=sequence["output_final_state"],
                 cu_seqlens=sequence["cu_seqlens"],
                 sp=sequence["sp"],
+                widths=self.parts_of_convolution,
             )
-            parts = (*mixed, *parts[1:])
+            parts = (*([mixed] if self.parts_of_convolution is None else mixed), *parts[1:])
         inputs = self.before(parts, start)
         pending = self.begin(inputs, initial_state=memory, **sequence)
         q, kept = self.queries(x, inputs)
@@ -294,9 +295,6 @@ class Mixer(nn.Module):
         if self.convolution is None or memory is None or window is None:
             return o, kept, memory
         return o, kept, RecurrentState(memory, window)
-
-    def _after(self, o: Tensor, *kept: Tensor) -> Tensor:
-        return self.after(o, kept)
 
     def _alone(self, start: int, x: Tensor, *parts: Tensor) -> Tensor:
         """Give y of a whole sequence without a state."""
@@ -317,10 +315,6 @@ class Mixer(nn.Module):
         check_flags(output_state=output_state)
         if start is not None and not torch.compiler.is_compiling():  # where a position may be a symbol
             whole("start", start, 0)
-
-
-def _run(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    return function(*arguments)
 
 
 def _check_context(context: LayerContext) -> None:

@@ -62,7 +62,8 @@ class ShortConvolution(nn.Module):
         output_state: bool = False,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        widths: Sequence[int] | None = None,
+    ) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
         """Convolve.
 
         Args:
@@ -71,25 +72,12 @@ class ShortConvolution(nn.Module):
             output_state: also return the state after the whole sequence.
             cu_seqlens: of packed documents, global.
             sp: the ranks that share the sequence.
+            widths: of up to three parts that y is wanted in, C in all; each is dense where kernels run.
 
         Returns:
-            y [B, T, C] and the state, or None unless asked for.
+            y [B, T, C], or its parts [B, T, widths[n]], and the state, or None unless asked for.
         """
-        (y,), window = self.in_parts(x, None, state=state, output_state=output_state, cu_seqlens=cu_seqlens, sp=sp)
-        return y, window
-
-    def in_parts(
-        self,
-        x: Tensor,
-        widths: Sequence[int] | None,
-        *,
-        state: Tensor | None,
-        output_state: bool,
-        cu_seqlens: Tensor | Sequence[int] | None,
-        sp: SequenceParallel | None,
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Convolve as `forward` does: y in parts [B, T, widths[n]], three at most, each dense where kernels run."""
-        return short_convolution_in_parts(
+        parts, window = short_convolution_in_parts(
             x,
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
@@ -100,6 +88,7 @@ class ShortConvolution(nn.Module):
             cu_seqlens=cu_seqlens,
             sp=sp,
         )
+        return parts[0] if widths is None else parts, window
 
 
 def check_width(width: int, name: str = "conv_width") -> None:

@@ -164,10 +164,11 @@ def around(dtype: torch.dtype) -> None:
     for gate, activation in ((wide, "silu"), (wide, "sigmoid"), (None, "none")):
         ways = (wide, gate, None, None, empty(512), 8, activation, False, 1e-5)
         launches.gated_norm(*ways)
-        launches.gated_norm_gradients(wide, *ways)
+        launches.gated_norm_gradients(wide, *ways, again=gate is not None)
     skipped = (wide, wide, wide, skip, empty(4096), 1, "silu", True, 1e-5)
     launches.gated_norm(*skipped)
-    launches.gated_norm_gradients(wide, *skipped)
+    for again in (False, True):
+        launches.gated_norm_gradients(wide, *skipped, again=again)
     rates, raw = (empty(64, dtype=steps), empty(64, dtype=steps)), empty(1, 4096, 64)
     launches.stepped_decay(raw, wide, *rates)
     for gradient in (False, True):

@@ -64,7 +64,7 @@ class DecayLaunches:
         inner, inner_dtype: of the states before intervals (`intervals`), in tiles of the sweeps, as they read them.
         reads: shape of what is read from states per value head.
         gradient, gradient_dtype: shape and dtype of the gradients of q and k, per value head, or of gates per channel
-            per head of gates.
+            per head of gates. alike: they are those of q and k.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -95,6 +95,7 @@ class DecayLaunches:
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
         H_g = shape.gate_heads or H_v
         self.reads, self.gradient, self.gradient_dtype = (B, T, H_v, K), (B, T, H_g, K), partial_dtype(dtype, H, H_g)
+        self.alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), dtype)
         shortest, longest = INTERVALS[dtype]
         self._intervals = {"SHORTEST": shortest, "LONGEST": longest}
         columns = (p.channel_inter_chunk if per_channel else p.scalar_keys).columns

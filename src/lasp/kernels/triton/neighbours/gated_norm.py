@@ -135,6 +135,7 @@ def gated_norm_gradient_kernel(
     d_o_ptr,  # likewise, written; so are those of z and x
     d_z_ptr,
     d_x_ptr,
+    y_ptr,  # as gated_norm_kernel writes it, written again if AGAIN
     d_gain_ptr,  # fp32 [programs, GAIN N], written: in parts
     d_skip_ptr,  # fp32 [programs, GROUPS N], written: for every channel, in parts; if SKIP
     eps,
@@ -149,6 +150,7 @@ def gated_norm_gradient_kernel(
     ACT: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     SKIP: tl.constexpr,
+    AGAIN: tl.constexpr,
     R: tl.constexpr,
 ):
     """A program for `steps` times R rows, all of group program_id(1) where groups have gains or skips of their own.
@@ -190,6 +192,10 @@ def gated_norm_gradient_kernel(
         r = tl.rsqrt(squares / N + eps)
         n = u * r[:, None]
         d_gain += d_y * n if GATE_FIRST else d_y * n * gate
+        if AGAIN:
+            y = n * gain if GATE_FIRST else n * gain * gate
+            places = _row_of_group(y_ptr, here, here_mask, columns, GROUPS * N, GROUPS, N)
+            tl.store(places, y.to(y_ptr.dtype.element_ty), mask=here_mask)
         d_o = r[:, None] * (d_u - n * (r * products / N)[:, None])
         d_z = d_o * o * slope if GATE_FIRST else d_n * n * slope
         if GATE_FIRST:

@@ -147,7 +147,7 @@ class _GatedNorm(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _gated_norm(shape: _GatedNorm, backward: bool) -> Launch:
+def _gated_norm(shape: _GatedNorm, backward: bool, again: bool = False) -> Launch:
     columns = triton.next_power_of_2(shape.columns)
     rows = max(1, ELEMENTS // columns)
     warps = min(16, max(WARPS, rows * columns // 256))
@@ -158,6 +158,7 @@ def _gated_norm(shape: _GatedNorm, backward: bool) -> Launch:
     }  # fmt: skip
     kernel = gated_norm_gradient_kernel if backward else gated_norm_kernel
     if backward:
+        fixed["AGAIN"] = again
         own = shape.groups if shape.gain > 1 or shape.skip else 1
         count = shape.rows // own
         fixed["steps"] = max(1, min(SUMMED // (rows * columns), -(-count // rows)))
@@ -185,8 +186,9 @@ def _norm_call(
     gate_first: bool,
     eps: float,
     d_y: Tensor | None = None,
+    again: bool = False,
 ) -> _NormCall:
-    """Return the call of the norm or, with d_y, of its gradients."""
+    """Return the call of the norm or, with d_y, of its gradients; again: and of its output."""
     o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
     width = o.shape[2:].numel()
     columns = width // groups
@@ -202,7 +204,7 @@ def _norm_call(
         "skip_ptr": gain if skip is None else skip,
         "gain_ptr": gain.contiguous(),
     }
-    return _NormCall(_gated_norm(shape, d_y is not None), given)
+    return _NormCall(_gated_norm(shape, d_y is not None, again), given)
 
 
 def gated_norm(
@@ -241,15 +243,17 @@ def gated_norm_gradients(
     activation: str,
     gate_first: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of o, z, x, skip and gain; of what there is not, something."""
-    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, d_y)
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of o, z, x, skip and gain, and, if wanted `again`, the output; of what there is not, something."""
+    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, d_y, again)
     width, o = o.shape[2:].numel(), given["o_ptr"]
     d_o, d_z, d_x = torch.empty_like(o), o.new_empty(0), o.new_empty(0)
     if z is not None:
         d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if x is not None:
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(d_y, memory_format=torch.contiguous_format) if again else o.new_empty(0)
     programs, own = launch.grid
     parts = (programs * own, width // groups) if gain.numel() * groups == width else (programs, gain.numel())
     d_gain = torch.empty(parts, dtype=torch.float32, device=o.device)
@@ -260,11 +264,12 @@ def gated_norm_gradients(
         d_o_ptr=d_o,
         d_z_ptr=d_o if z is None else d_z,
         d_x_ptr=d_o if x is None else d_x,
+        y_ptr=y if again else d_o,
         d_gain_ptr=d_gain,
         d_skip_ptr=d_gain if skip is None else d_skip,
     )
     skips = o.new_empty(0) if skip is None else d_skip.sum(0).unflatten(0, (skip.numel(), -1)).sum(1).to(skip.dtype)
-    return d_o, d_z, d_x, skips, d_gain.sum(0).to(gain.dtype)
+    return d_o, d_z, d_x, skips, d_gain.sum(0).to(gain.dtype), y
 
 
 class _SteppedDecay(NamedTuple):

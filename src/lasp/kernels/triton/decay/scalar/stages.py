@@ -35,7 +35,8 @@ class QueryGradient(NamedTuple):
 def gate_sums(x: Inputs, launches: ScalarLaunches) -> tuple[Tensor, ...]:
     if not launches.per_token:
         return ()
-    gates = tuple(x.v.new_empty(launches.gates, dtype=torch.float32) for _ in range(launches.num_gates))
+    assert x.g is not None
+    gates = tuple(x.g.new_empty(launches.gates) for _ in range(launches.num_gates))
     g, prefix, suffix = _gates(x, gates, gates[0])
     places = given(launches.chunk_places, prefix)
     launches.gate_sums(g_ptr=g, prefix_ptr=prefix, suffix_ptr=suffix, places_ptr=places)
@@ -102,7 +103,7 @@ def outputs(
 def local_gradients(
     x: Inputs, launches: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
 ) -> QueryGradient:
-    dq = x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype)
+    dq = torch.empty_like(x.q) if launches.alike else x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype)
     sums = unread.new_empty(launches.sums) if launches.with_decay else unread
     inner = unread
     if launches.with_decay:
