@@ -98,7 +98,7 @@ def test_a_state_dropped_at_a_boundary_is_found(
 
 
 def test_what_is_not_waited_for_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """When time is over, and when it is interrupted: what was found until then is printed."""
+    """Prints what was found until then, when time is over and when it is interrupted."""
     hanging = torch.multiprocessing.get_context("fork").Event()
     monkeypatch.setattr(pool, "check", lambda *case: hanging.wait())
     monkeypatch.setattr(pool, "GRACE_S", 0.2)

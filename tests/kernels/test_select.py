@@ -65,7 +65,7 @@ def test_a_gpu_left_to_pytorch_is_a_warning(monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.mark.parametrize("major", [AMPERE, HOPPER])
 def test_kernels_that_are_not_right_are_not_taken(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By `auto`, nor where they are asked for: the delta rule's of few key channels, and of wide keys with a gate per
+    """Tests `auto`, and those who ask for them: the delta rule's of few key channels, and of wide keys with a gate per
     channel, of 16 bits, where a program has less shared memory than on Hopper. Others are the controls."""
     gpu = device(monkeypatch, major)
     taken = []

@@ -76,7 +76,7 @@ def test_a_chunk_of_many_more_tokens_than_channels(channels: int, monkeypatch: p
 
 
 def test_a_chunk_has_at_most_so_many_tokens_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a number of channels that is no power of two: rounded up, they were up to twice as many, as in the control."""
+    """Takes channels that are no power of two: rounded up, tokens were up to twice as many, as in the control."""
     random = torch.Generator().manual_seed(0)
     q, k = (torch.nn.functional.normalize(torch.randn(1, 63, 8, 5, generator=random), dim=-1) for _ in "qk")
     x = {
