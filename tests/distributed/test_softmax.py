@@ -17,7 +17,7 @@ import lasp
 from lasp.softmax import exchange as softmax_exchange
 from lasp.softmax import functions as softmax_functions
 from lasp.softmax.blocks import blocks_of
-from lasp.softmax.local import aligned
+from lasp.softmax.local import align_gradient, aligned
 
 BOUND = 1e-12
 D, DV = 4, 3
@@ -175,6 +175,20 @@ def test_inputs_that_lie_beside_what_kernels_read():
             torch.autograd.grad(found, given, d_o), torch.autograd.grad(expected, alone, d_o.clone()), strict=True
         ):
             assert relative_error(d, d_alone) < 8e-3
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_gradients_that_lie_beside_what_kernels_read(mended):
+    """As that of a concatenation does; the control is one that is not seen to."""
+    x = torch.randn(2, 9, 4, 16).bfloat16().requires_grad_()
+    o, seen = x * 1, []
+    if mended:
+        align_gradient(o)
+    o.register_hook(seen.append)
+    d = torch.randn(2, 9, 4, 19).bfloat16()
+    torch.cat((torch.zeros(2, 9, 4, 3).bfloat16(), o), -1).backward(d)
+    assert torch.equal(x.grad, d[..., 3:])
+    assert (seen[0].storage_offset() % 8 == 0 and all(s % 8 == 0 for s in seen[0].stride()[:-1])) == mended
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -33,6 +33,8 @@ def attend(
             o = attend_by_scores(*parts, sinks, block.window, options)
         else:
             o = sdpa_block(*parts, block.window, options)
+            if o.is_cuda and not torch.compiler.is_compiling():
+                align_gradient(o)
         outputs.append(o.reshape(q.shape[0], _tokens(block), q.shape[2], v.shape[3]))
     if blocks.order is None:
         return outputs[0]
@@ -86,6 +88,12 @@ def aligned(x: Tensor) -> Tensor:
     ):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def align_gradient(o: Tensor) -> None:
+    """Has the gradient of o, which may be a part of wider rows as that of a concatenation is, come `aligned`."""
+    if o.requires_grad:
+        o.register_hook(aligned)
 
 
 def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> Tensor:
