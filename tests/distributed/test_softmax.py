@@ -179,7 +179,7 @@ def test_inputs_that_lie_beside_what_kernels_read():
 
 @pytest.mark.parametrize("mended", [True, False])
 def test_gradients_that_lie_beside_what_kernels_read(mended):
-    """As that of a concatenation does; the control is one that is not seen to."""
+    """Takes that of a concatenation, which does; the control is one that is not seen to."""
     x = torch.randn(2, 9, 4, 16).bfloat16().requires_grad_()
     o, seen = x * 1, []
     if mended:
