@@ -89,7 +89,7 @@ def test_a_chunk_has_at_most_so_many_tokens_a_channel(monkeypatch: pytest.Monkey
     d_o, d_final = torch.randn(1, 63, 8, 64, generator=random), torch.randn(1, 8, 5, 64, generator=random)
 
     def gate_gradient(dtype: torch.dtype) -> Tensor:
-        leaves = {name: tensor.to(dtype).requires_grad_(name == "g") for name, tensor in x.items()}
+        leaves: dict[str, Any] = {name: tensor.to(dtype).requires_grad_(name == "g") for name, tensor in x.items()}
         o, final = lasp.delta_rule(**leaves, output_final_state=True, backend="torch")
         return torch.autograd.grad((o, final), leaves["g"], (d_o.to(dtype), d_final.to(dtype)))[0]
 
