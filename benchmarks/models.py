@@ -7,23 +7,20 @@
 `lasp` is this library's model, compiled or not; `fla` and `transformers` are the same model with their layers in the
 place of its mixers (benchmarks/baselines/layers.py): the same tokens, norms, feed-forward, loss and optimizer (AdamW,
 fp32 weights, bf16 autocast). transnormer, compiled, is the yardstick of a run. Every row has a process of its own,
-which is ended after --seconds; one that does not fit is tried at half the tokens, and says so. Rows are printed as
-JSON.
+which is ended after --seconds; one that does not fit is tried at half the tokens, and says so. Rows come one after
+another, printed as JSON: beside a library that tunes its kernels, figures were off by half.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +56,8 @@ def steps(family: str, variant: str, tokens: int, options: argparse.Namespace) -
     text = torch.randint(config.vocab_size, (1, tokens + 1), device=device, generator=random)
     seconds = []
     for number in range(options.steps + 1):
-        if number == 1:
-            if options.lock is not None:
-                held = options.lock.open("w")  # to the end of the process, which has one row
-                fcntl.flock(held, fcntl.LOCK_EX)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+        if number == 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             out = model.training(text[:, :-1], labels=text[:, 1:].contiguous())
@@ -108,7 +101,6 @@ def measured(options: argparse.Namespace, family_variant: tuple[str, str]) -> di
     command = [sys.executable, "-m", "benchmarks.models", "--one", family, variant, "--tokens", str(options.tokens)]
     command += ["--size", options.size, "--steps", str(options.steps)]
     command += [] if options.layers is None else ["--layers", str(options.layers)]
-    command += [] if options.lock is None else ["--lock", str(options.lock)]
     paths = [str(path) for path in (options.with_fla if variant == "fla" else None,) if path is not None]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     row: dict[str, Any] = {"family": family, "variant": variant}
@@ -145,8 +137,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="1b")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=600.0, help="of each row")
-    parser.add_argument("--parallel", type=int, default=1, help="rows at once; with --lock only one has timed steps")
-    parser.add_argument("--lock", type=Path, help="file that a process locks while its steps are timed")
     parser.add_argument("--with-fla", type=Path, help="folder with flash-linear-attention")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("FAMILY", "VARIANT"), help=argparse.SUPPRESS)
@@ -176,13 +166,13 @@ def main() -> None:
         "steps": options.steps,
         "rows": [],
     }
-    with ThreadPoolExecutor(options.parallel) as pool:
-        for row in pool.map(partial(measured, options), wanted):
-            print(json.dumps(row), flush=True)
-            figures["rows"].append(row)
-            if options.output is not None:
-                name = f"{datetime.date.today()}-{figures['device'].lower().replace(' ', '-')}-models.json"
-                (options.output / name).write_text(json.dumps(figures, indent=1) + "\n")
+    for family_variant in wanted:
+        row = measured(options, family_variant)
+        print(json.dumps(row), flush=True)
+        figures["rows"].append(row)
+        if options.output is not None:
+            name = f"{datetime.date.today()}-{figures['device'].lower().replace(' ', '-')}-models.json"
+            (options.output / name).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Predicted beside measured steps, time and memory, of every family: `python -m benchmarks.plan_table`.
 
-Reads the measured steps of benchmarks/results and prints the documentation's table. Exit code 1 where a constant in
+Reads the measured steps of benchmarks/results and prints the documentation's table; with --steps that of the measured
+ones alone, and with --parts what a step spent its time on. Exit code 1 where a constant in
 lasp.analysis.measured is not that of the files (by more than 0.01), a time is off by more than a tenth, or memory by
 more than a twentieth.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from lasp.analysis.planner import Estimate, Job, ParallelLayout, estimate
 from lasp.models import preset
 
 RESULTS = Path(__file__).parent / "results"
-FILES = ("2026-11-30-nvidia-h200-train-families.json",)
+FILES = ("2026-11-30-nvidia-h200-train-families-2.json",)
 
 
 def runs() -> Iterator[dict[str, Any]]:
@@ -30,24 +32,58 @@ def runs() -> Iterator[dict[str, Any]]:
 def predicted(run: dict[str, Any], tokens: int, slowdown: float, kept: float) -> Estimate:
     config = preset(*run["model"].rsplit("-", 1), **run["overrides"])
     job = Job(
-        config=config, device=device("h200"), devices=1, seq_len=tokens, batch=1, slowdown=slowdown, kept=kept
+        config=config, device=device("h200"), devices=1, seq_len=tokens, batch=1, slowdown=slowdown, kept=kept,
+        compiled=run["compile"],
     )  # fmt: skip
     return estimate(job, ParallelLayout("data", 1, 1, "ddp", run["recomputation"], "-"))
 
 
 def constants(run: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Slowdown and kept: means over the lengths of what was measured relative to the formulas."""
+    """Slowdown, the mean over the lengths of what was measured relative to the formulas, and kept, of all together."""
     plain = [predicted(run, row["tokens"], 1.0, 1.0) for row in rows]
     slowdown = [row["step_s"] / each.step_s for row, each in zip(rows, plain, strict=True)]
-    held = [sum(each.memory[:3]) for each in plain]
-    kept = [
-        (row["peak_memory_bytes"] - weights) / (each.memory.total - weights)
-        for row, each, weights in zip(rows, plain, held, strict=True)
-    ]
-    return statistics.mean(slowdown), statistics.mean(kept)
+    held = [sum(each.memory[:3]) for each in plain]  # of gradients what is more than activations: nothing
+    kept = sum(row["peak_memory_bytes"] for row in rows) - sum(held)
+    return statistics.mean(slowdown), kept / (sum(each.memory.total for each in plain) - sum(held))
+
+
+def steps_table() -> None:
+    """Print tokens/s, utilisation and peak memory in GiB of every model, eager and compiled."""
+    cells: dict[str, dict[tuple[int, bool], str]] = {}
+    for run in runs():
+        for row in run["rows"]:
+            figures = f"{row['tokens_per_s']:,.0f}, {100 * row['utilisation']:.1f} %"
+            figures += f", {row['peak_memory_bytes'] / 2**30:.1f}"
+            cells.setdefault(run["model"].rsplit("-", 1)[0], {})[row["tokens"], run["compile"]] = figures
+    columns = sorted({column for row in cells.values() for column in row})
+    names = [f"{tokens:,} tokens, {'compiled' if compiled else 'eager'}" for tokens, compiled in columns]
+    print(f"| model | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    for name, row in cells.items():
+        print(f"| {name} | {' | '.join(row[column] for column in columns)} |")
+
+
+def parts_table() -> None:
+    """Print milliseconds of every part of a profiled step, and the floor of those that have one."""
+    profiled = [run for run in runs() if run["parts"]]
+    parts = list(profiled[0]["parts"])
+    print(f"| model | {' | '.join(parts)} |\n|{'---|' * (len(parts) + 1)}")
+    for run in profiled:
+        row = []
+        for part in parts:
+            found = run["parts"][part]
+            floor = found.get("floor_s", 0.0)
+            row.append(f"{1e3 * found['s']:.0f}" + (f" ({1e3 * floor:.0f})" if floor else ""))
+        print(f"| {run['model']} | {' | '.join(row)} |")
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--parts", action="store_true")
+    options = parser.parse_args()
+    if options.steps or options.parts:
+        (steps_table if options.steps else parts_table)()
+        return 0
     failed = False
     print("| model | | tokens | tokens/s predicted | measured | | GiB predicted | measured | |")
     print("|---|---|---|---|---|---|---|---|---|")

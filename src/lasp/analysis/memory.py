@@ -72,10 +72,15 @@ class Memory(NamedTuple):
     def total(self) -> float:
         return sum(self)
 
-    def scaled(self, kept: float, *, keeps: bool) -> Memory:
-        """Memory where blocks keep so many times what is listed; unless `keeps`, of one block at a time."""
+    def scaled(self, kept: float, *, keeps: bool, alone: bool) -> Memory:
+        """Memory where blocks keep so many times what is listed; unless `keeps`, of one block at a time.
+
+        alone: one process trains. Its gradients are made as activations go, so that of them only those count that are
+        more than these; buckets of several processes are there all the time.
+        """
         activations, states = (kept * size if keeps else size for size in (self.activations, self.states))
-        return self._replace(activations=activations, states=states, buffers=kept * self.buffers)
+        gradients = max(0.0, self.gradients - activations - states) if alone else self.gradients
+        return self._replace(gradients=gradients, activations=activations, states=states, buffers=kept * self.buffers)
 
 
 def training_memory(
@@ -91,6 +96,7 @@ def training_memory(
     extra_per_token: float = 0.0,
     weight_share: float = 1.0,
     buffers: float = 0.0,
+    compiled: bool = False,
 ) -> Memory:
     """Memory at the peak of a step, on one rank.
 
@@ -107,6 +113,7 @@ def training_memory(
         extra_per_token: bytes that a method keeps beside (per token and layer).
         weight_share: of a layer's weights, where tensor parallelism divides them.
         buffers: bytes that a method needs at once beside.
+        compiled: blocks are, and make 16-bit copies of weights again where they read them.
     """
     each = layers(config)
     inside = sum(one.parameters for one in each)
@@ -138,7 +145,7 @@ def training_memory(
     if sharding in ("zero2", "zero3"):
         # Gathered weights, and the gradients of one layer before their sum, which is fp32.
         buffers += narrow * (count if sharding == "zero2" else 2 * largest_layer) + 4 * largest_layer
-    elif precision == "bf16":
+    elif precision == "bf16" and not compiled:
         matrices = sum(one.mixer_matrices + one.ffn_matrices for one in each) * weight_share
         # Autocast's 16-bit copies live as long as the layer's activations. Weights gathered in 16 bits need none.
         buffers += 2 * matrices / (1 if recomputation == "none" else config.num_layers)

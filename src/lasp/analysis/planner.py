@@ -41,6 +41,7 @@ class Job:
         seq_len: tokens of each.
         slowdown, kept: time of a device's own work relative to the roofline's, and memory of what blocks keep relative
             to the lists'; see lasp.analysis.measured.
+        compiled: blocks are.
     """
 
     config: ModelConfig
@@ -50,6 +51,7 @@ class Job:
     batch: int
     slowdown: float = 1.0
     kept: float = 1.0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("devices", self.devices), ("seq_len", self.seq_len), ("batch", self.batch)):
@@ -173,9 +175,10 @@ def estimate(job: Job, layout: ParallelLayout) -> Estimate:
         processors=device.processors,
         # Ulysses and ring keep what they exchanged beside what they were given; tensor parallelism gathers its input.
         extra_per_token=_kept(config, narrow) if layout.method == "ulysses" else 0.0,
+        compiled=job.compiled,
         weight_share=1 / sp if is_tensor else 1.0,
         buffers=_buffers(config, layout, batch, tokens, narrow),
-    ).scaled(job.kept, keeps=layout.recomputation == "none")
+    ).scaled(job.kept, keeps=layout.recomputation == "none", alone=ranks == 1)
     return Estimate(
         layout=layout,
         memory=memory,

@@ -70,6 +70,7 @@ def plan(job: Job, *, compiled: bool = False) -> dict[str, Any]:
     range, by what others were measured to take.
     """
     steps, (least, most) = measured(job.config, job.device.name, compiled=compiled), slowdowns(compiled=compiled)
+    job = replace(job, compiled=compiled)
     job = job if steps is None else replace(job, slowdown=steps.slowdown, kept=steps.kept)
     methods: list[dict[str, Any]] = []
     for method in METHODS:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from lasp.models.causal_lm import Block
 
 MIXER, CONVOLUTION, FEED_FORWARD, NORM = "mixer", "convolution", "feed-forward", "norms"
 LOSS, OPTIMIZER, EXCHANGE, BLOCK = "embedding and loss", "optimizer and clipping", "exchange", "compiled, fused"
+Work: TypeAlias = dict[tuple[str, str], tuple[int, float]]  # calls and seconds, by kernel and part
 PARTS = (MIXER, CONVOLUTION, FEED_FORWARD, NORM, BLOCK, LOSS, OPTIMIZER, EXCHANGE)
 _MODULES: dict[type[nn.Module], str] = {
     ShortConvolution: CONVOLUTION,
@@ -66,20 +68,36 @@ def profiled(step: Callable[[], None], model: nn.Module, device: torch.device, c
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with _ranges(model), profile(activities=activities, record_shapes=True, acc_events=True) as found:
         step()
-    weights = _weights(model)
-    kernels: dict[str, tuple[int, float]] = {}
+    weights, events = _weights(model), list(found.events())
+    work: Work = {}
     parts = {part: {"s": 0.0, "product_flops": 0.0} for part in PARTS}
-    for event, place in _placed(found.events()):
+    for event, place in _placed(events):
         for name, seconds in _work(event, on_gpu):
-            calls, before = kernels.get(name, (0, 0.0))
-            kernels[name] = calls + 1, before + seconds
-            part = parts[_part(name, event, place, weights)]
-            part["s"] += seconds
-            part["product_flops"] += _product_flops(event)
+            part = _part(name, event, place, weights)
+            calls, before = work.get((name, part), (0, 0.0))
+            work[name, part] = calls + 1, before + seconds
+            parts[part]["product_flops"] += _product_flops(event)
+    if on_gpu:
+        work = each_once(work, Counter(event.name for event in events if not str(event.device_type).endswith("CPU")))
+    kernels: dict[str, tuple[int, float]] = {}
+    for (name, part), (calls, seconds) in work.items():
+        parts[part]["s"] += seconds
+        known, before = kernels.get(name, (0, 0.0))
+        kernels[name] = known + calls, before + seconds
     total = sum(part["s"] for part in parts.values()) or 1.0
     longest = sorted(kernels.items(), key=lambda each: -each[1][1])[:count]
     rows = [{"name": name, "calls": calls, "s": s, "share": s / total} for name, (calls, s) in longest]
     return {"kernels": rows, "parts": parts}
+
+
+def each_once(work: Work, ran: Counter[str]) -> Work:
+    """Scale the work of every kernel to the calls that there were: the profiler gives kernels of an operator that has
+    many, such as the optimizer's step, to several operators at times."""
+    given = Counter[str]()
+    for (name, _), (calls, _) in work.items():
+        given[name] += calls
+    share = {name: min(1.0, ran[name] / given[name]) if ran[name] else 1.0 for name in given}
+    return {key: (round(share[key[0]] * calls), share[key[0]] * s) for key, (calls, s) in work.items()}
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)
 _FORM = "[B, T, H, D]"
+_GATES = ("[H_v]", "[B, T, H_v]", "[B, T, H_v, K]")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -86,12 +87,10 @@ def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> Non
         ValueError: the shape, dtype or device does not fit.
     """
     check_tensor("g", g, "of log-decays")
-    (batch, tokens, heads), keys = v.shape[:3], q.shape[3]
-    allowed = {"[H_v]": (heads,), "[B, T, H_v]": (batch, tokens, heads), "[B, T, H_v, K]": (batch, tokens, heads, keys)}
-    if not constant:
-        del allowed["[H_v]"]
-    if tuple(g.shape) not in allowed.values():
-        *others, last = (f"{name} {shape}" for name, shape in allowed.items())
+    each, keys = tuple(v.shape[:3]), q.shape[3]
+    shapes = (each[2:], each, (*each, keys))
+    if tuple(g.shape) not in (shapes if constant else shapes[1:]):
+        *others, last = [f"{name} {shape}" for name, shape in zip(_GATES, shapes, strict=True)][not constant :]
         raise ValueError(f"g must be {', '.join(others)} or {last}, got {tuple(g.shape)}")
     if not g.is_floating_point() or g.device != q.device:
         raise ValueError(f"g must be floating point on {q.device}, got {g.dtype} on {g.device}")

@@ -27,6 +27,8 @@ from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, number
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 
+_CAUSAL, _SEES_ALL = {"causal": True}, {"causal": False}
+
 
 def linear_attention(
     q: Tensor,
@@ -151,7 +153,7 @@ def _planned(
     if g is not None and not (g.is_cuda and stages.bad_values_give_nan):
         check_gate_values(g)
     ranks = sp if sp is not None and sp.size > 1 else None
-    options = {"causal": causal}
+    options = _CAUSAL if causal else _SEES_ALL
     return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, documents, options), x
 
 

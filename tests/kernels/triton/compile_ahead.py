@@ -119,6 +119,8 @@ def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | No
         # Autocast knows no such device.
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device: False))
         stack.enter_context(patch.dict(devices._devices, {META: device}))
+        # Not taken with every Triton that compiles them.
+        stack.enter_context(patch.object(delta_launches, "takes_gluon", lambda: True))
         for module in (arguments, checks):
             stack.enter_context(patch.object(module, "check_tensor", check_tensor))
         for call in calls:
@@ -230,7 +232,9 @@ COMPILED = {
     Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk
     # Of Hopper, which has its own, the sweep of gradients makes the states too.
     Call("none", delta=True): "delta_(output|states|hopper_output|hopper_gradients)",
-    Call("channel", learned=True): "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk)",
+    Call("channel", learned=True): (
+        "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk|through)"
+    ),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
-from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, gate_sums_kernel
+from lasp.kernels.triton.common.decays import CHANNEL, NONE, TOKEN, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits, takes_gluon
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_changes
@@ -93,10 +93,10 @@ class DeltaLaunches:
         erases: bool,
     ) -> None:
         (B, T, H, K), (H_v, V) = q, v[2:]
-        if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
+        if dtype not in FUSED_DTYPES or V > FUSED_MAX_DIM:
             raise ValueError(
-                f"backend 'triton' takes bf16, fp16 and fp32 with K up to {FUSED_MAX_DIM} for the delta rule, got "
-                f"{dtype} with K = {K}, V = {V}; use backend='torch'"
+                f"backend 'triton' takes bf16, fp16 and fp32 with V up to {FUSED_MAX_DIM} here, got {dtype} with V = "
+                f"{V}; use backend='torch'"
             )
         if max(p.segments, B * H_v) > MAX_GRID:
             raise ValueError(
@@ -106,8 +106,9 @@ class DeltaLaunches:
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
-        self.own = p.own and not erases and takes_gluon()
-        self.joined = self.own and kind != CHANNEL.value
+        # Where they have run on a GPU, and their results have been compared there.
+        self.own = p.own and B == 1 and not p.whole and not erases and takes_gluon()
+        self.joined = self.own and (kind == NONE.value or (kind == TOKEN.value and with_gate))
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
