@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -94,6 +95,24 @@ def test_a_state_dropped_at_a_boundary_is_found(
     assert main(arguments) == 1
     monkeypatch.undo()
     assert main(arguments) == 0
+
+
+def test_what_is_not_waited_for_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints what was found until then, when time is over and when it is interrupted."""
+    hanging = torch.multiprocessing.get_context("fork").Event()
+    monkeypatch.setattr(pool, "check", lambda *case: hanging.wait())
+    monkeypatch.setattr(pool, "GRACE_S", 0.2)
+    assert main([*RUN, "--seconds", "0.2"]) == 0
+    told = capsys.readouterr().out
+    assert "--case 87:0" in told.partition("not finished after")[2] and "\n0 cases" in told
+
+    def interrupted(draws: Iterator[pool.Draw], *_: object) -> Iterator[pool.Outcome]:
+        yield pool.Outcome(next(draws), ["o off"], 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fuzz.__main__.run", interrupted)
+    assert main(RUN) == 1
+    assert "\n1 cases in 0 s, 1 findings" in capsys.readouterr().out
 
 
 def test_a_process_that_dies_or_hangs_is_reported(

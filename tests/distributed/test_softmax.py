@@ -17,6 +17,7 @@ import lasp
 from lasp.softmax import exchange as softmax_exchange
 from lasp.softmax import functions as softmax_functions
 from lasp.softmax.blocks import blocks_of
+from lasp.softmax.local import align_gradient, aligned
 
 BOUND = 1e-12
 D, DV = 4, 3
@@ -151,6 +152,43 @@ def test_reference_rounds_last():
     o, _ = lasp.softmax_attention(q, k, v, backend="reference")
     assert o.dtype == torch.bfloat16
     assert relative_error(o, exact) < 1.2 * relative_error(exact.bfloat16(), exact)
+
+
+def test_inputs_that_lie_beside_what_kernels_read():
+    """A part of wider rows, every other column, rows that begin beside an address of 16 bytes: read as if they were
+    alone. CUDA's kernels end the process for them (on a GPU they do so here)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wide = torch.randn(3, 2, 9, 4, 37, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    moved = torch.randn(2 * 9 * 4 * 16 + 1, device=device).bfloat16()[1:].view(2, 9, 4, 16)
+    for part in (wide[..., 3:35], wide[..., ::2], wide[..., 5:21], moved.expand(3, *moved.shape)):
+        given = [x.detach().requires_grad_() for x in part]
+        alone = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in part]
+        for x, copy in zip(given, alone, strict=True):
+            read = aligned(x)
+            assert torch.equal(read, x) and read.data_ptr() % 16 == 0
+            assert read.stride(-1) == 1 and (x.shape[-1] % 8 != 0 or all(s % 8 == 0 for s in read.stride()[:-1]))
+            assert aligned(copy) is copy  # the control
+        (found, _), (expected, _) = lasp.softmax_attention(*given), lasp.softmax_attention(*alone)
+        assert relative_error(found, expected) < 5e-3  # by other kernels, on a CPU
+        d_o = wide[0, ..., : found.shape[-1]]
+        for d, d_alone in zip(
+            torch.autograd.grad(found, given, d_o), torch.autograd.grad(expected, alone, d_o.clone()), strict=True
+        ):
+            assert relative_error(d, d_alone) < 8e-3
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_gradients_that_lie_beside_what_kernels_read(mended):
+    """Takes that of a concatenation, which does; the control is one that is not seen to."""
+    x = torch.randn(2, 9, 4, 16).bfloat16().requires_grad_()
+    o, seen = x * 1, []
+    if mended:
+        align_gradient(o)
+    o.register_hook(seen.append)
+    d = torch.randn(2, 9, 4, 19).bfloat16()
+    torch.cat((torch.zeros(2, 9, 4, 3).bfloat16(), o), -1).backward(d)
+    assert torch.equal(x.grad, d[..., 3:])
+    assert (seen[0].storage_offset() % 8 == 0 and all(s % 8 == 0 for s in seen[0].stride()[:-1])) == mended
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

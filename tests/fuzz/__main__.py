@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -33,12 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit_s = float("inf") if options.seconds is None else options.seconds
     cases: Counter[str] = Counter()
     found: Counter[str] = Counter()
-    for outcome in run(draws, options.device, most, lambda: time.monotonic() - start > limit_s):
-        kind = _kind(outcome)
-        cases[kind] += 1
-        if outcome.found:
-            found[kind] += 1
-            print(_told(outcome), flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for outcome in run(draws, options.device, most, lambda: time.monotonic() - start > limit_s):
+            if outcome.found is None:
+                print(f"not finished after {outcome.seconds:.0f} s: {outcome.draw}", flush=True)
+                continue
+            kind = _kind(outcome)
+            cases[kind] += 1
+            if outcome.found:
+                found[kind] += 1
+                print(_told(outcome), flush=True)
     for kind in sorted(cases):
         print(f"{kind:<40} {cases[kind]:>6} cases {found[kind]:>4} findings")
     print(f"{cases.total()} cases in {time.monotonic() - start:.0f} s, {found.total()} findings")
@@ -48,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=sys.modules[__package__].__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, help="begin no case after so many; without --cases, for ever")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="begin no case after so many, and end within half a minute; without --cases, for ever",
+    )
     parser.add_argument("--cases", type=int, help="so many, and no more")
     parser.add_argument("--seed", type=int, help="of the cases; drawn, and printed, if not given")
     parser.add_argument("--family", choices=tuple(FAMILIES), default="all")
@@ -64,9 +74,11 @@ def _kind(outcome: Outcome) -> str:
 
 
 def _told(outcome: Outcome) -> str:
+    assert outcome.found is not None
     lines = [f"FOUND after {outcome.seconds:.0f} s: {outcome.draw}", f"    {outcome.draw.case}"]
     return "\n".join(lines + [f"    {line}" for text in outcome.found for line in text.splitlines()])
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it is told what was found, as with an interrupt
     sys.exit(main())

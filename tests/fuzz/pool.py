@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ from .solve import Results, joined, library
 
 # For a case: a GPU may have dozens of kernels to compile first.
 CASE_S = {"cpu": 150.0, "cuda": 400.0}
+# For cases still running when no more are begun.
+GRACE_S = 20.0
 # For a message between ranks.
 TIMEOUT_S = 60.0
 
@@ -51,10 +54,10 @@ class Draw(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Outcome of a case: what was found, nothing if all is well."""
+    """Outcome of a case: what was found, nothing if all is well, None if it was not waited for."""
 
     draw: Draw
-    found: list[str]
+    found: list[str] | None
     seconds: float
 
 
@@ -127,6 +130,7 @@ def check(case: Case, device: torch.device, ranks: Ranks | None) -> list[str]:
 
 def _work(rank: int, device: str, pipe: Any) -> None:
     """Runs in a process of a crew."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is the first process's to take
     try:
         _serve(rank, device, pipe)
     except EOFError:
@@ -245,6 +249,10 @@ class Crew:
         of, self._draw = self._draw, None
         return Outcome(of, found, seconds), goes_on and not dead
 
+    def unfinished(self) -> Outcome:
+        assert self._draw is not None
+        return Outcome(self._draw, None, time.monotonic() - self._since)
+
     def end(self) -> None:
         for process in self._processes:
             process.kill()
@@ -256,14 +264,17 @@ class Crew:
 
 
 def run(draws: Iterator[Draw], device: str, processes: int, deadline: Callable[[], bool]) -> Iterator[Outcome]:
-    """The outcomes of cases, as they come, until `deadline()`; those begun by then are waited for."""
+    """The outcomes of cases, as they come, until `deadline()`; those begun by then are waited for, but not for long."""
     crews: list[Crew] = []
     left: Iterator[Draw] | None = draws
+    waits_until = float("inf")
     try:
         while True:
+            if left is not None and deadline():
+                left, waits_until = None, time.monotonic() + GRACE_S
             idle = [crew for crew in crews if crew.is_idle]
             while left is not None and (idle or len(crews) < processes):
-                following = None if deadline() else next(left, None)
+                following = next(left, None)
                 if following is None:
                     left = None
                     break
@@ -272,6 +283,9 @@ def run(draws: Iterator[Draw], device: str, processes: int, deadline: Callable[[
                     idle.append(crews[-1])
                 idle.pop().begin(following)
             busy = [crew for crew in crews if not crew.is_idle]
+            if time.monotonic() > waits_until:
+                yield from (crew.unfinished() for crew in busy)
+                return
             if not busy:
                 return
             wait([event for crew in busy for event in crew.events], timeout=1.0)

@@ -12,7 +12,8 @@ import torch
 
 import lasp
 from lasp.kernels import select
-from lasp.kernels.triton.decay.plan import CHANNEL
+from lasp.kernels.triton.common import device as devices
+from lasp.kernels.triton.decay.plan import CHANNEL, TOKEN
 from lasp.kernels.triton.delta.plan import delta_plan
 
 
@@ -37,14 +38,20 @@ def test_what_is_taken_is_said_once(is_compiled: bool, caplog: pytest.LogCapture
     assert said.levelname == "INFO" and "decay recurrence: torch (the tensors are on cpu" in said.getMessage()
 
 
-HOPPER, AMPERE = 9, 8
-SHARED_BYTES = {HOPPER: 232448, AMPERE: 166912}  # that a program may have
+HOPPER, AMPERE, TURING = 9, 8, 7
+SHARED_BYTES = {HOPPER: 232448, AMPERE: 166912, TURING: 65536}  # that a program may have
 
 
 def device(monkeypatch: pytest.MonkeyPatch, major: int) -> torch.device:
     """A GPU of that generation, as far as the choice looks."""
-    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=SHARED_BYTES[major])
+    properties = SimpleNamespace(
+        major=major,
+        minor=5 if major == TURING else 0,
+        multi_processor_count=132,
+        shared_memory_per_block_optin=SHARED_BYTES[major],
+    )
     monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(devices, "_devices", {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     return torch.device("cuda", major)
 
@@ -58,14 +65,26 @@ def test_a_gpu_left_to_pytorch_is_a_warning(monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.mark.parametrize("major", [AMPERE, HOPPER])
 def test_kernels_that_are_not_right_are_not_taken(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The delta rule's of wide keys with a gate per channel, of 16 bits, where a program has less shared memory than on
-    Hopper; other gates, narrower keys and Hopper are the controls."""
+    """Tests `auto`, and those who ask for them: the delta rule's of few key channels, and of wide keys with a gate per
+    channel, of 16 bits, where a program has less shared memory than on Hopper. Others are the controls."""
     gpu = device(monkeypatch, major)
-    ways = itertools.product((False, True), (128, 256), (torch.bfloat16, torch.float32))
-    for keys, expected in ((1, "torch"), (3, "torch"), (4, "triton")):
-        assert select._choose("delta", gpu, torch.bfloat16, keys) == expected
-    taken = {way: select._choose("delta", gpu, way[2], way[1], way[0]) for way in ways}
+    taken = []
+    for way in itertools.product((False, True), (1, 3, 4, 128, 256, 257), (torch.bfloat16, torch.float32)):
+        per_channel, keys, dtype = way
+        taken += [way] if select._choose("delta", gpu, dtype, keys, per_channel) == "triton" else []
+        with nullcontext() if way in taken else pytest.raises(ValueError, match="use backend='torch'"):
+            delta_plan(
+                1000, 4, keys, 128, dtype, CHANNEL if per_channel else TOKEN, 132, SHARED_BYTES[major], major == HOPPER
+            )
     left = [(True, 256, torch.bfloat16)] if major == AMPERE else []
-    assert [way for way, backend in taken.items() if backend == "torch"] == left
-    with pytest.raises(ValueError, match="use backend='torch'") if left else nullcontext():
-        delta_plan(1000, 4, 256, 128, torch.bfloat16, CHANNEL, 132, SHARED_BYTES[major], major == HOPPER)
+    assert taken == [
+        way
+        for way in itertools.product((False, True), (4, 128, 256), (torch.bfloat16, torch.float32))
+        if way not in left
+    ]
+
+
+def test_a_gpu_too_old_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"compute capability 8\.0 and more, cuda:7 has 7\.5; use backend='torch'"):
+        devices.device_limits(device(monkeypatch, TURING))
+    assert devices.device_limits(device(monkeypatch, HOPPER)).hopper

@@ -75,6 +75,30 @@ def test_a_chunk_of_many_more_tokens_than_channels(channels: int, monkeypatch: p
     assert error() > BOUNDS[torch.float32]
 
 
+def test_a_chunk_has_at_most_so_many_tokens_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes channels that are no power of two: rounded up, tokens were up to twice as many, as in the control."""
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.nn.functional.normalize(torch.randn(1, 63, 8, 5, generator=random), dim=-1) for _ in "qk")
+    x = {
+        "q": q,
+        "k": k,
+        "v": torch.randn(1, 63, 8, 64, generator=random),
+        "beta": torch.rand(1, 63, 8, generator=random),
+    }
+    x["g"] = torch.tensor([-1e-7, -0.01, -0.1, -8.0] * 2) * torch.rand(1, 63, 8, generator=random)
+    d_o, d_final = torch.randn(1, 63, 8, 64, generator=random), torch.randn(1, 8, 5, 64, generator=random)
+
+    def gate_gradient(dtype: torch.dtype) -> Tensor:
+        leaves: dict[str, Any] = {name: tensor.to(dtype).requires_grad_(name == "g") for name, tensor in x.items()}
+        o, final = lasp.delta_rule(**leaves, output_final_state=True, backend="torch")
+        return torch.autograd.grad((o, final), leaves["g"], (d_o.to(dtype), d_final.to(dtype)))[0]
+
+    expected = gate_gradient(torch.float64)
+    assert relative_error(gate_gradient(torch.float32), expected) < 5e-7
+    monkeypatch.setattr(delta, "CHUNK_PER_CHANNEL", 2 * delta.CHUNK_PER_CHANNEL)
+    assert relative_error(gate_gradient(torch.float32), expected) > 5e-7
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_gate_that_forgets_all_costs_slow_ones_no_digits(per_channel: bool) -> None:
     """Compares in fp64, where sums of both would lose what is asked for."""

@@ -13,13 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lasp.kernels.limits import (
-    FUSED_CAPABILITY,
-    FUSED_DTYPES,
-    FUSED_MAX_DIM,
-    FUSED_MIN_KEYS,
-    WIDE_CHANNELS_SHARED_BYTES,
-)
+from lasp.kernels.limits import FUSED_CAPABILITY, FUSED_DTYPES, FUSED_MAX_DIM, against_keys
 from lasp.recurrence.inputs import Inputs
 from lasp.recurrence.stages import AnyStages
 
@@ -84,13 +78,9 @@ def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys:
         return f"the GPU's compute capability is below {FUSED_CAPABILITY}.0"
     if dtype not in FUSED_DTYPES:
         return f"the fused kernels take 16 and 32 bits, not {dtype}"
-    wide = per_channel and keys > 128 and dtype == torch.bfloat16
-    if wide and getattr(properties, "shared_memory_per_block_optin", 0) < WIDE_CHANNELS_SHARED_BYTES:
-        return f"gates per channel of {keys} channels need {WIDE_CHANNELS_SHARED_BYTES} bytes of shared memory"
-    if 0 < keys < FUSED_MIN_KEYS:
-        return f"of keys of fewer than {FUSED_MIN_KEYS} channels the delta rule's fused kernels lose digits"
-    if keys > FUSED_MAX_DIM:
-        return f"keys have {keys} channels, the delta rule's fused kernels take up to {FUSED_MAX_DIM}"
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    if keys > 0 and (reason := against_keys(keys, per_channel, dtype, shared)):
+        return reason
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 

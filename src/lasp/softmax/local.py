@@ -12,6 +12,8 @@ from lasp.softmax.scores import ScoreOptions, attend_by_scores, reference_block,
 
 # Of the memory-efficient kernels' custom_mask_type.
 _LOWER_RIGHT = 2
+# Bytes that CUDA's kernels read at a time.
+_ALIGNMENT = 16
 
 
 def attend(
@@ -31,6 +33,8 @@ def attend(
             o = attend_by_scores(*parts, sinks, block.window, options)
         else:
             o = sdpa_block(*parts, block.window, options)
+            if o.is_cuda and not torch.compiler.is_compiling():
+                align_gradient(o)
         outputs.append(o.reshape(q.shape[0], _tokens(block), q.shape[2], v.shape[3]))
     if blocks.order is None:
         return outputs[0]
@@ -48,6 +52,8 @@ def sdpa_block(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: Sco
         # Kernels multiply what they have masked, -inf, and find the largest score before they do: that takes a scale
         # above 0. Its sign is exact in any dtype, so queries carry it.
         q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
+    if q.is_cuda:
+        q, k, v = aligned(q), aligned(k), aligned(v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if window is not None:
@@ -63,6 +69,31 @@ def sdpa_block(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: Sco
     # A square block needs no mask, and one query sees everything.
     o = F.scaled_dot_product_attention(q, k, v, is_causal=causal and queries == keys, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where it does not lie as CUDA's kernels read it.
+
+    PyTorch does not look, and what reads beside its address ends the process's use of the GPU. Rows of any other width
+    it copies itself.
+    """
+    step = _ALIGNMENT // x.element_size()
+    rows = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    # A compiler cannot ask where x begins, and sees to that itself.
+    begins = torch.compiler.is_compiling() or x.storage_offset() % step == 0
+    if (
+        begins
+        and (x.shape[-1] == 1 or x.stride(-1) == 1)
+        and (x.shape[-1] % step != 0 or all(stride % step == 0 for stride in rows))
+    ):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def align_gradient(o: Tensor) -> None:
+    """Has the gradient of o, which may be a part of wider rows as that of a concatenation is, come `aligned`."""
+    if o.requires_grad:
+        o.register_hook(aligned)
 
 
 def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, grouped: bool) -> Tensor:

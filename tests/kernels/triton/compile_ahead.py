@@ -226,7 +226,9 @@ COMPILED = {
     Call("constant", D=256, dtype=torch.float32): "key_value_gradient",
     Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk
     Call("none", delta=True): "delta_(output|states)",
-    Call("channel", learned=True): "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk)",
+    Call("channel", learned=True): (
+        "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk|through)"
+    ),
 }
 
 

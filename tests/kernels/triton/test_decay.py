@@ -18,12 +18,13 @@ from lasp import linear_attention
 from lasp.kernels.torch.decay import STAGES as exact
 from lasp.kernels.triton.decay import plan as plans
 from lasp.kernels.triton.decay import runs
-from lasp.kernels.triton.decay.channel import inter_chunk as channel_inter_chunk
 from lasp.kernels.triton.decay.channel import launches as channel
 from lasp.kernels.triton.decay.channel import stages as channel_stages
+from lasp.kernels.triton.decay.channel import through as channel_through
+from lasp.kernels.triton.decay.intervals import INTERVALS
 from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.scalar import launches as scalar
-from lasp.kernels.triton.decay.scalar import operands, sweep
+from lasp.kernels.triton.decay.scalar import sweep
 from lasp.kernels.triton.decay.scalar import sweep_row_major as rows_module
 from lasp.kernels.triton.decay.stages import STAGES as fused
 from lasp.recurrence.inputs import DecayInputs
@@ -204,26 +205,28 @@ def test_what_is_no_decay_gives_nan(kind: str, bad: float, device: torch.device)
     assert values["state_out"][:, 0].isfinite().all() and not values["state_out"][:, 1].isfinite().any()
 
 
-@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize(("dtype", "from_zero"), [(torch.float16, False), (torch.bfloat16, True)], ids=str)
 def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
-    from_zero: bool, device: torch.device
+    dtype: torch.dtype, from_zero: bool, device: torch.device
 ) -> None:
     """The kernel alone, given sums that do not fit <S, D> at intervals' borders, as if much had been rounded: of two
-    segments, the first of two intervals, the other of one; in one interval a chunk forgets."""
-    C, interval = 64, 64 * operands.interval_chunks(False)
+    segments, the first of two intervals, the other of one; in one interval a chunk forgets. In bf16 that one's segment
+    has short intervals."""
+    C, interval = 64, 64 * INTERVALS[dtype][0]
     bounds, H_v, K = (0, interval, interval + 256, interval + 326), 2, 16
-    p = plans.plan(bounds[-1], H_v, K, K, torch.float16, 2, 4, 1 << 20, True)
+    p = plans.plan(bounds[-1], H_v, K, K, dtype, 2, 4, 1 << 20, True)
     p = p._replace(segment_chunks=(interval + 256) // C, segments=2)
-    shape = RunShape((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), torch.float16, plans.TOKEN, True, 1.0, from_zero)
+    shape = RunShape((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), dtype, plans.TOKEN, True, 1.0, from_zero)
     launches = scalar.ScalarLaunches(shape, p)
     random = torch.Generator().manual_seed(0)
-    state, d_state = (launches.states, launches.inner, launches.state), launches.state
-    shapes = (launches.sums, launches.sums, *state, *state, d_state)
+    shapes = (*(launches.sums, launches.inner, launches.state) * 2,)
     drawn = [torch.randn(shape, generator=random).to(device) for shape in shapes]
-    q_sums, k_sums, states, inner, leaving, d_states, d_inner, d_entering, d_leaving = drawn
+    q_sums, inner, leaving, k_sums, d_inner, d_leaving = drawn
+    inner, d_inner = inner.to(launches.inner_dtype), d_inner.to(launches.inner_dtype)
     prefix = torch.zeros(launches.gates, device=device)
-    forgotten = 5
+    forgotten = 2
     prefix[:, :, (forgotten + 1) * C - 1] = -20.0
+    prefix[:, :, (forgotten + 2) * C - 1] = -2.0  # which lets states pass, and wants short intervals
     formed = torch.randn(1, bounds[-1], H_v, generator=random).to(device)  # by `gate_pairs`, of the chunk that forgets
     dg = formed.clone()
     launches.gate_gradient(
@@ -231,26 +234,18 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
         prefix_ptr=prefix,
         q_sums_ptr=q_sums,
         k_sums_ptr=k_sums,
-        states_ptr=states,
         inner_ptr=inner,
-        state_out_ptr=leaving,
-        d_states_ptr=d_states,
         d_inner_ptr=d_inner,
-        d_state_in_ptr=d_entering,
+        state_out_ptr=leaving,
         dg_ptr=dg,
         places_ptr=dg,
         d_state_out_ptr=None if from_zero else d_leaving,
     )
-
-    def paired(state: Tensor, d_state: Tensor) -> Tensor:
-        return (state * d_state).sum((-2, -1))[0]
-
-    known = [
-        paired(states[:, :, 0], d_entering),
-        paired(inner[:, :, 1], d_inner[:, :, 1]),
-        paired(states[:, :, 1], d_states[:, :, 0]),
-        paired(leaving, d_leaving),
-    ]
+    # Where a segment's states are is known from its first chunk and number.
+    places = (0, 1, bounds[2] // interval + 1)
+    paired = (inner.float() * d_inner.float()).sum(-1)[0]
+    d_leaving = d_leaving if dtype == torch.float16 else d_leaving.to(dtype).float()
+    known = [*(paired[:, place] for place in places), (leaving * d_leaving).sum((-2, -1))[0]]
     (reads_q, pairs_q), (reads_k, pairs_k) = (sums.sum(0)[:, 0] for sums in (q_sums, k_sums))
     for number, ((first, last), (start, end)) in enumerate(zip(pairwise(bounds), pairwise(known), strict=True)):
         chunks = [slice(at, min(at + C, last)) for at in range(first, last, C)]
@@ -364,7 +359,7 @@ def test_gates_per_token_gather_little_rounding_over_an_interval(
 
     def one_segment(*arguments: object) -> plans.LaunchPlan:
         found = plans.plan(*arguments[:-1], False)  # not gathered
-        assert found.rows and operands.interval_chunks(False) == found.chunks
+        assert found.rows and INTERVALS[torch.bfloat16][0] < found.chunks
         keys = found.scalar_keys if rows else plans.Tiles(64, 4, 2)
         return found._replace(segment_chunks=found.chunks, segments=1, rows=rows, scalar_keys=keys)
 
@@ -418,6 +413,7 @@ def test_gates_per_channel_gather_little_rounding_over_a_segment(
     assert fused.prepare(p.x, False).launches.plan.chunks == plans.LONGEST_CHANNELS
     expected = solution(p)["dg"]
     assert relative_error(run(fused, p)["dg"], expected) < 8e-3
-    if device.type == "cpu":  # the control: a compiled kernel is not patched
-        monkeypatch.setattr(channel_inter_chunk, "_tie", lambda *arguments: None)
+    if device.type == "cpu":  # the control, one long interval that is not tied: a compiled kernel is not patched
+        monkeypatch.setitem(INTERVALS, torch.bfloat16, (32, 32))
+        monkeypatch.setattr(channel_through, "_tie", lambda *arguments: None)
         assert relative_error(run(fused, p)["dg"], expected) > 1e-2

@@ -313,7 +313,23 @@ def test_the_check_sees(mistake: str, device: torch.device) -> None:
     assert min(errors_of(solve(p, device), references)[n] for n in ("o", "d_q", "d_k")) > 100 * BOUNDS[FP32][0]
 
 
-def test_what_the_kernels_do_not_take() -> None:
-    p = problem(Case("none", T=3, K=300))
-    with pytest.raises(ValueError, match="backend='torch'"):
+def test_rounding_of_what_crosses_no_gate_is_not_summed(device: torch.device) -> None:
+    """Gates per channel that forget all but a few times, beside the gradient of a final state: what each token adds to
+    that crosses no gate, and is far larger than what does."""
+    p = problem(Case("channel", T=16, H_v=4, K=64, V=2, strongest=50.0))
+    found, expected = solve(p, device)["d_g"], solve(p, torch.device("cpu"), "torch", exact=True)["d_g"]
+
+    def worst(found: Tensor) -> float:
+        sums = zip(found.double().sum(1).unbind(1), expected.sum(1).unbind(1), strict=True)
+        return max(relative_error(*pair) for pair in sums)
+
+    assert worst(found) < 2e-6
+    # The control: a few roundings, the same at all tokens of a chunk.
+    assert worst(found + 8 * torch.finfo(FP32).eps * expected.abs().amax(1, keepdim=True)) > 2e-6
+
+
+@pytest.mark.parametrize("keys", [2, 300])
+def test_what_the_kernels_do_not_take(keys: int) -> None:
+    p = problem(Case("none", T=3, K=keys))
+    with pytest.raises(ValueError, match=f"does not take K = {keys} here: .*backend='torch'"):
         solve(p, torch.device("cpu"))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from exchange.simulated import run as simulate
 from exchange.simulated import sequence_parallel
 from problems import GATES
@@ -14,9 +13,8 @@ from tolerances import relative_error
 from torch import Tensor
 
 import lasp
+from lasp.kernels.triton.decay import intervals, runs
 from lasp.kernels.triton.decay import plan as plans
-from lasp.kernels.triton.decay import runs
-from lasp.kernels.triton.decay.scalar import operands
 
 pytestmark = pytest.mark.ci
 
@@ -32,7 +30,7 @@ def _short_segments(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> No
     (compiled kernels are not patched: test_gpu has long intervals)."""
     monkeypatch.setattr(runs, "plan", lambda *arguments: plans.plan(*arguments)._replace(segment_chunks=2))
     if device.type == "cpu":
-        monkeypatch.setattr(operands, "EXACT_INTERVAL", tl.constexpr(1))
+        monkeypatch.setitem(intervals.INTERVALS, torch.float32, (1, 1))
 
 
 def problem(gate: str, H_v: int = 2) -> tuple[dict[str, Tensor], Tensor, Tensor]:

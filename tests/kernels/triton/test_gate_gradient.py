@@ -100,7 +100,9 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
+        ("scalar", BF16),
         ("scalar", FP16),
+        ("channel", BF16),
         pytest.param("channel", FP16, marks=pytest.mark.ci),
         pytest.param("channel", FP32, marks=pytest.mark.ci),
     ],

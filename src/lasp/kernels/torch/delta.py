@@ -95,7 +95,7 @@ class DeltaLocalGradients(NamedTuple):
 def _cut_inputs(x: DeltaInputs) -> tuple[Chunking, list[Tensor]]:
     """q, k, v, beta and g if there is one, in chunks. Padding neither decays nor writes."""
     tokens, channels = x.q.shape[1], x.q.shape[3]
-    limit = min(CHUNK, CHUNK_PER_CHANNEL << (channels - 1).bit_length())
+    limit = min(CHUNK, CHUNK_PER_CHANNEL << (channels.bit_length() - 1))
     chunking = Chunking(tokens, chunk_size(limit, tokens, x.documents), x.documents)
     dtype = state_dtype(x.q.dtype)
     tensors = [t for t in x.tensors() if t is not None]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from lasp.kernels.limits import FUSED_CAPABILITY
 from lasp.kernels.triton.common.program import load_chunk
 
 
@@ -41,6 +42,11 @@ def device_limits(device: torch.device) -> DeviceLimits:
     if device not in _devices:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
+            if torch.version.hip is None and properties.major < FUSED_CAPABILITY:
+                raise ValueError(
+                    f"backend 'triton' takes GPUs of compute capability {FUSED_CAPABILITY}.0 and more, {device} has "
+                    f"{properties.major}.{properties.minor}; use backend='torch'"
+                )
             # AMD's properties lack the second; its devices have 64 KB.
             shared = getattr(properties, "shared_memory_per_block_optin", 65536)
             hopper = torch.version.hip is None and properties.major == 9

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.launch import Launch
-from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, Tiles, keeps_states
+from lasp.kernels.triton.decay.intervals import INTERVALS
+from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, Tiles, keeps_states, tile
 from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
 
 MAX_GRID = 65535  # of a launch's second and third dims
@@ -60,6 +61,7 @@ class DecayLaunches:
         states, decays: of those at the ends of segments.
         places, chunk_places, bounds: tables of packed documents (`packing.Tables`): of segments, of chunks, and of the
             documents' segments; None without documents.
+        inner, inner_dtype: of the states before intervals (`intervals`), in tiles of the sweeps, as they read them.
         reads: shape of what is read from states per value head.
         gradient, gradient_dtype: shape and dtype of the gradients of q and k, per value head, or of gates per channel
             per head of gates. alike: they are those of q and k.
@@ -94,6 +96,12 @@ class DecayLaunches:
         H_g = shape.gate_heads or H_v
         self.reads, self.gradient, self.gradient_dtype = (B, T, H_v, K), (B, T, H_g, K), partial_dtype(dtype, H, H_g)
         self.alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), dtype)
+        shortest, longest = INTERVALS[dtype]
+        self._intervals = {"SHORTEST": shortest, "LONGEST": longest}
+        columns = (p.channel_inter_chunk if per_channel else p.scalar_keys).columns
+        in_tiles = -(-K // columns) * columns * tile(V, dtype)
+        self.inner = (B, H_v, -(-p.chunks // shortest) + p.segments, in_tiles)
+        self.inner_dtype = dtype if dtype == torch.bfloat16 else torch.float32
         # What these names mean in every kernel.
         self._known: dict[str, Any] = {
             "scale": shape.scale, "B": B, "T": T, "H": H, "H_v": H_v, "H_g": H_g, "K": K, "V": V,

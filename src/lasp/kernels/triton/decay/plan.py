@@ -25,7 +25,7 @@ STATE_COST = 0.017
 SUMMARIES_COST = 8.0
 # Chunks: the gradients of gates per channel gather rounding over a segment (channel_inter_chunk), however long the run.
 LONGEST_CHANNELS = 32
-LONGEST_EXACT_CHANNELS = 4  # as `EXACT_INTERVAL`
+LONGEST_EXACT_CHANNELS = 4  # as `INTERVALS`
 # Up to here sweeps that gather states were faster than summaries on an H100 (docs/design/kernels.md): chunks of a
 # run, and of what a program gathers. Sums of gates per token are loaded when wanted: half as much again a chunk.
 LONGEST_GATHERED = 32

@@ -12,6 +12,8 @@ With z = scale tril(do u^T), m = -strict(dv u^T), both without decays:
 
 A token reads with k unless it has a key r of its own: k then has the sum of both gradients.
 What pairs within the chunk add to dg cancels where it should, to fp32, since both sides take the same rounded operands.
+Where gates forget, next to nothing may be left. So in fp32 what does not cross a token is not taken off but left out:
+of pairs, and of the sum in `leaving` what it and later tokens add.
 Where gates are bounded all tokens meet in the chunk's middle; other chunks go by levels, as in
 `decay.channel.intra_chunk`.
 """
@@ -30,6 +32,7 @@ from lasp.kernels.triton.common.program import (
 )
 from lasp.kernels.triton.decay.channel.decays import (
     base_operand,
+    crosses,
     gate_operand,
     in_base_block,
     is_late,
@@ -96,6 +99,7 @@ def delta_channel_gradients_kernel(
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = k_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     here = gradient_place(places_ptr, (K + BK - 1) // BK, B, T, H_v, C, PACKED)
     at = run_of(here, H_v) * chunks + here.chunk
     if _is_others(unbounded_ptr, at, BOUNDED, MARKED):
@@ -207,8 +211,15 @@ def delta_channel_gradients_kernel(
         written *= tl.exp2(tl.dot(operand, (i > j).to(operand.dtype), input_precision="ieee"))
         if GATE:
             passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
-            leaving = tl.sum(k * written, 1) + passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
-        terms = q * dq + r * dr - k * written
+            leaving = passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
+            if not EXACT:
+                leaving += tl.sum(k * written, 1)
+        terms = q * dq + r * dr
+        if EXACT:
+            # A difference would keep later tokens' rounding.
+            crossing = tl.dot(k * written, (i < j).to(dtype), input_precision="ieee")
+        else:
+            terms -= k * written
         # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
         dq += diagonal * k
         dk = (written if ERASES else dr + written) + diagonal * q
@@ -250,7 +261,10 @@ def delta_channel_gradients_kernel(
             else:
                 dk += d_x
             own += x * found
-            terms += tl.where(is_reading, own, -own)
+            if EXACT:
+                crossing += tl.dot(own, tl.trans(crosses(level, C)).to(dtype), input_precision="ieee")
+            else:
+                terms += tl.where(is_reading, own, -own)
         dq = tl.trans((dq * q_norms).to(dq_ptr.dtype.element_ty))
         store_chunk(dq_ptr, dq, start, column, last, keys, K, C, BK, DESCRIPTORS)
     if ERASES:
@@ -260,6 +274,8 @@ def delta_channel_gradients_kernel(
     store_chunk(dk_ptr, dk, start, column, last, keys, K, C, BK, DESCRIPTORS)
     if GATE:
         dg = _sums_to_end(terms, dtype, C) + leaving[:, None]
+        if EXACT:
+            dg += crossing
         if FROM_ZERO:
             # Nothing precedes a run's first token: exactly, not but for rounding.
             dg = tl.where((j == 0) & begins_run(places_ptr, here.chunk, PACKED), 0.0, dg)

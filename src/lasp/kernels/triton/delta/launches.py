@@ -90,10 +90,10 @@ class DeltaLaunches:
         erases: bool,
     ) -> None:
         (B, T, H, K), (H_v, V) = q, v[2:]
-        if dtype not in FUSED_DTYPES or max(K, V) > FUSED_MAX_DIM:
+        if dtype not in FUSED_DTYPES or V > FUSED_MAX_DIM:
             raise ValueError(
-                f"backend 'triton' takes bf16, fp16 and fp32 with K up to {FUSED_MAX_DIM} for the delta rule, got "
-                f"{dtype} with K = {K}, V = {V}; use backend='torch'"
+                f"backend 'triton' takes bf16, fp16 and fp32 with V up to {FUSED_MAX_DIM} here, got {dtype} with V = "
+                f"{V}; use backend='torch'"
             )
         if max(p.segments, B * H_v) > MAX_GRID:
             raise ValueError(

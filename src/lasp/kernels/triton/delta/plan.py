@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lasp.kernels.limits import WIDE_CHANNELS_SHARED_BYTES
+from lasp.kernels.limits import against_keys
 from lasp.kernels.triton.common.packing import DESCRIPTOR_CHUNKS
 from lasp.kernels.triton.decay.plan import (
     CHANNEL,
@@ -104,11 +104,8 @@ def delta_plan(
     per_channel = kind == CHANNEL
     exact = dtype == torch.float32
     wide = max(K, V) > 128
-    if per_channel and K > 128 and not exact and shared_bytes < WIDE_CHANNELS_SHARED_BYTES:
-        raise ValueError(
-            f"backend 'triton' takes gates per channel of a delta rule with K = {K} in 16 bits where a program may "
-            f"have {WIDE_CHANNELS_SHARED_BYTES} bytes of shared memory, here {shared_bytes}; use backend='torch'"
-        )
+    if reason := against_keys(K, per_channel, dtype, shared_bytes):
+        raise ValueError(f"backend 'triton' does not take K = {K} here: {reason}; use backend='torch'")
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
     chunk = SMALL_CHUNK if exact else CHUNK
     chunks = max(1, -(-tokens // chunk))

@@ -18,11 +18,13 @@ from lasp.kernels.triton.decay.channel.intra_chunk import channel_intra_chunk_ke
 from lasp.kernels.triton.decay.channel.output import channel_output_kernel, channel_value_gradient_kernel
 from lasp.kernels.triton.decay.channel.prepare import channel_prepare_kernel
 from lasp.kernels.triton.decay.channel.summary import channel_summary_kernel
+from lasp.kernels.triton.decay.channel.through import channel_through_kernel
 from lasp.kernels.triton.decay.launches import DecayLaunches, RunShape
 from lasp.kernels.triton.decay.plan import LaunchPlan, Tiles, narrow, tile
 
 # Base blocks have 2^BASE_LEVELS tokens where the dtype has the range for it, see `prepare`.
 BASE_LEVELS = 4
+THROUGH_CHANNELS = 32
 
 
 class ChannelLaunches(DecayLaunches):
@@ -85,8 +87,15 @@ class ChannelLaunches(DecayLaunches):
 
     def _sweep_of_keys(self, kernel: Any) -> Launch:
         (K, V), tiles = self._dims, self.plan.channel_inter_chunk
-        widths = {"BK": tiles.columns, "BV": tile(V, self._dtype)}
+        widths = {"BK": tiles.columns, "BV": tile(V, self._dtype), **self._intervals}
         return self._by_segment(kernel, K, tiles, WHOLE=self.plan.gathers, **widths)
+
+    @cached_property
+    def through(self) -> Launch:
+        (K, V), tiles = self._dims, self.plan.channel_inter_chunk
+        widths = {"CHANNELS": min(THROUGH_CHANNELS, tiles.columns), "BK": tiles.columns, "BV": tile(V, self._dtype)}
+        ways = {"ROUND": self._dtype == torch.bfloat16, **self._intervals}
+        return self._by_segment(channel_through_kernel, K, Tiles(widths["CHANNELS"], 1, 1), **widths, **ways)
 
     # Chunk by chunk.
 

@@ -37,10 +37,12 @@ class Prepared(NamedTuple):
 
 
 class QueryReads(NamedTuple):
-    """Reads by do from the states [B, T, H_v, K], and what they add to dg, per chunk [B, H_v, chunks, K]."""
+    """Reads by do from the states [B, T, H_v, K]; what they add to dg, per chunk [B, H_v, chunks, K]; and the states
+    before intervals (`DecayLaunches.inner`)."""
 
     read_q: Tensor
     sums: Tensor
+    inner: Tensor
 
 
 @functools.cache
@@ -127,6 +129,7 @@ def local_gradients(x: Inputs, launches: ChannelLaunches, ready: Prepared, enter
     read_q = x.q.new_empty(launches.reads, dtype=read_dtype(x.q.dtype))
     B, _, H_v, K = launches.reads
     sums = ready.totals.new_empty(B, H_v, launches.plan.chunks, K)
+    inner = sums.new_empty(launches.inner, dtype=launches.inner_dtype)
     launches.query_inter_chunk(
         from_start_ptr=ready.from_start,
         to_end_ptr=ready.to_end,
@@ -135,10 +138,11 @@ def local_gradients(x: Inputs, launches: ChannelLaunches, ready: Prepared, enter
         totals_ptr=ready.totals,
         read_q_ptr=read_q,
         sums_ptr=sums,
+        inner_ptr=inner,
         states_ptr=entering,
         places_ptr=given(launches.places, sums),
     )
-    return QueryReads(read_q, sums)
+    return QueryReads(read_q, sums, inner)
 
 
 def gradients(
@@ -156,7 +160,7 @@ def gradients(
     assert ready is not None
     d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)
     places = given(launches.places, d_states)
-    read_k, through = torch.empty_like(local.read_q), torch.empty_like(local.sums)
+    read_k, k_sums, d_inner = (torch.empty_like(each) for each in local)
     launches.key_inter_chunk(
         from_start_ptr=ready.from_start,
         to_end_ptr=ready.to_end,
@@ -164,12 +168,22 @@ def gradients(
         do_ptr=d_o,
         totals_ptr=ready.totals,
         read_k_ptr=read_k,
-        sums_ptr=local.sums,
-        through_ptr=through,
-        states_ptr=entering,
-        state_out_ptr=leaving,
+        sums_ptr=k_sums,
+        inner_ptr=d_inner,
         d_states_ptr=d_states,
         after_ptr=after,
+        places_ptr=places,
+        d_state_out_ptr=d_state_out,
+    )
+    through = torch.empty_like(k_sums)
+    launches.through(
+        totals_ptr=ready.totals,
+        q_sums_ptr=local.sums,
+        k_sums_ptr=k_sums,
+        inner_ptr=local.inner,
+        d_inner_ptr=d_inner,
+        state_out_ptr=leaving,
+        through_ptr=through,
         places_ptr=places,
         d_state_out_ptr=d_state_out,
     )

@@ -7,7 +7,7 @@
 reads_q_i is what q_i reads from the state that enters the chunk, times do_i; reads_k_j what k_j adds to the state that
 leaves it, times that state's gradient. The sweeps of dq and dk left both in parts. `across` passes the whole chunk,
 from the states before it to what comes after it, and is not known as such. But d_g is <S, D> at both ends of an
-interval (`operands`), and from one chunk to the next
+interval (`intervals`), and from one chunk to the next
 
     d_g before a chunk = across + sum reads_q,        after it = across + sum reads_k
 
@@ -28,7 +28,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate
 from lasp.kernels.triton.common.program import as_swept, place, run_bounds
-from lasp.kernels.triton.decay.scalar.operands import inner_borders, intervals_in
+from lasp.kernels.triton.decay.intervals import first_interval, interval_of
 
 
 @triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])
@@ -37,15 +37,12 @@ def gate_gradient_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     q_sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C]: q . dq, of the state and, unless EXACT, of the chunk
     k_sums_ptr,  # likewise: k . dk
-    states_ptr,  # fp32 [B, H_v, segments, K, V]: S, entering each segment; if FROM_ZERO, not read of a run's first
-    inner_ptr,  # fp32 [B, H_v, intervals, K, V]: within segments, see `inner_borders`
-    state_out_ptr,  # fp32 [B, H_v, K, V]: leaving the run
-    d_states_ptr,  # fp32 as states: D, leaving each segment but a run's last
-    d_inner_ptr,  # fp32 as inner
-    d_state_in_ptr,  # fp32 as state_out: entering the run; unused if FROM_ZERO
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, SIZE]: S before intervals, see `intervals`
+    d_inner_ptr,  # likewise: D
+    state_out_ptr,  # fp32 [B, H_v, K, V]: S leaving the run
     dg_ptr,  # fp32 [B, T, H_v], written; of chunks whose pairs are formed it has their sums
     places_ptr,  # int32 [segments, 7] if PACKED
-    d_state_out_ptr,  # None if D leaving the run is zero
+    d_state_out_ptr,  # likewise: D, or None for zero
     T,
     rows,  # B H_v
     H_v,
@@ -54,9 +51,11 @@ def gate_gradient_kernel(
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK: tl.constexpr,  # elements of a state at a time
     C: tl.constexpr,
-    INTERVAL_CHUNKS: tl.constexpr,
+    SHORTEST: tl.constexpr,  # interval, in chunks: see `interval_of`
+    LONGEST: tl.constexpr,  # which is what a program has
     PARTS: tl.constexpr,
     KIND: tl.constexpr,
     FORGETS: tl.constexpr,  # what is less than rounding changes, base 2, see `beyond_one`
@@ -65,54 +64,58 @@ def gate_gradient_kernel(
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     PACKED: tl.constexpr,
 ):
-    SIZE: tl.constexpr = K * V
-    interval, head, batch, segment, first, last, chunk, border, ends = place(
-        places_ptr, intervals_in(segment_chunks, EXACT), segments, segment_chunks, T, H_v, C, PACKED
+    stretch, head, batch, segment, first, last, chunk, border, ends = place(
+        places_ptr, tl.cdiv(segment_chunks, LONGEST), segments, segment_chunks, T, H_v, C, PACKED
     )
-    intervals = intervals_in(tl.cdiv(last - first, C), EXACT)
-    if interval >= intervals:  # of a short segment
+    of_segment = tl.cdiv(last - first, C)
+    stretches = tl.cdiv(of_segment, LONGEST)
+    if stretch >= stretches:  # of a short segment
         return
     run = tl.cast(batch, tl.int64) * H_v + head
-    index = run * segments + segment
-    begin, _ = run_bounds(places_ptr, T, PACKED)
-
-    inner = inner_borders(inner_ptr, run, chunks, chunk, SIZE, EXACT) + interval * SIZE
-    d_inner = inner_borders(d_inner_ptr, run, chunks, chunk, SIZE, EXACT) + interval * SIZE
-    state = inner
-    d_state = d_inner
-    from_nothing = False
-    if interval == 0:
-        state = states_ptr + index * SIZE
-        d_state = d_states_ptr + (index - 1) * SIZE
-        if first == begin:
-            d_state = d_state_in_ptr + border * SIZE
-            from_nothing = FROM_ZERO
-    start = _paired(state, d_state, from_nothing == 0, SIZE, BLOCK, ROUND)
-    state = inner + SIZE
-    d_state = d_inner + SIZE
-    to_nothing = False
-    if interval == intervals - 1:
-        state = states_ptr + (index + 1) * SIZE
-        d_state = d_states_ptr + index * SIZE
-        if ends:
-            state = state_out_ptr + border * SIZE
-            to_nothing = d_state_out_ptr is None
-            if d_state_out_ptr is not None:
-                d_state = d_state_out_ptr + border * SIZE
-    end = _paired(state, d_state, to_nothing == 0, SIZE, BLOCK, ROUND)
-
+    padded = chunks * C
     slot = chunk * C - first
-    first += interval * INTERVAL_CHUNKS * C
-    last = tl.minimum(first + INTERVAL_CHUNKS * C, last)
+    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
+    prefix_ptr += run * padded + slot
+    rate = head_rate(g_ptr, KIND)
+    interval = interval_of(prefix_ptr + first, rate, of_segment, C, KIND, SHORTEST, LONGEST)
+    run_first, _ = run_bounds(places_ptr, T, PACKED)
+    from_nothing = (stretch == 0) & (first == run_first) & FROM_ZERO
+    ends &= stretch == stretches - 1
+    to_nothing = ends & (d_state_out_ptr is None)
+
+    first += stretch * LONGEST * C
+    last = tl.minimum(first + LONGEST * C, last)
     count = tl.cdiv(last - first, C)
-    c = tl.arange(0, INTERVAL_CHUNKS)
+    c = tl.arange(0, LONGEST)
     i = tl.arange(0, C)[None, :]
     at = first + c[:, None] * C + i
     inside = at < last
-    reads_q = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
-    reads_k = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
-    pairs = tl.zeros((INTERVAL_CHUNKS, C), tl.float32)
-    padded = chunks * C
+    starts = (c % interval == 0) & (c < count)
+    stops = (c % interval == interval - 1) | (c == count - 1)
+    # <S, D> before each chunk, and after each, where it is known.
+    before = tl.zeros((LONGEST,), tl.float32)
+    after = tl.zeros((LONGEST,), tl.float32)
+    walked = stretch * LONGEST
+    first_state = first_interval(run, segment, chunk, segments, chunks, SHORTEST)
+    for begin in range(0, count, interval):
+        at_begin = (first_state + (walked + begin) // SHORTEST) * SIZE
+        known = _paired(inner_ptr + at_begin, d_inner_ptr + at_begin, SIZE, BLOCK, False)
+        before = tl.where(c == begin, known, before)
+        after = tl.where(c == begin - 1, known, after)
+    if not ends:
+        # What the next stretch, or the next segment, begins with.
+        next_state = first_state + (walked + count) // SHORTEST
+        if walked + count == of_segment:
+            next_state = first_interval(run, segment + 1, chunk + of_segment, segments, chunks, SHORTEST)
+        known = _paired(inner_ptr + next_state * SIZE, d_inner_ptr + next_state * SIZE, SIZE, BLOCK, False)
+        after = tl.where(c == count - 1, known, after)
+    elif d_state_out_ptr is not None:
+        leaving = border * (K * V)
+        known = _paired(state_out_ptr + leaving, d_state_out_ptr + leaving, K * V, BLOCK, ROUND)
+        after = tl.where(c == count - 1, known, after)
+    reads_q = tl.zeros((LONGEST, C), tl.float32)
+    reads_k = tl.zeros((LONGEST, C), tl.float32)
+    pairs = tl.zeros((LONGEST, C), tl.float32)
     for part in range(PARTS):
         here = (part * 2 * rows + run) * padded + slot + at
         reads_q += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
@@ -122,9 +125,6 @@ def gate_gradient_kernel(
             pairs += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
             pairs -= tl.load(k_sums_ptr + here, mask=inside, other=0.0)
 
-    g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
-    prefix_ptr += run * padded + slot
-    rate = head_rate(g_ptr, KIND)
     lengths = tl.minimum(last - first - c * C, C)
     totals = lengths * rate
     if KIND == TOKEN:
@@ -140,8 +140,7 @@ def gate_gradient_kernel(
     first_cut = from_nothing & (c == 0)
     last_cut = to_nothing & (c == count - 1)
     cut = forgets | first_cut | last_cut
-    ends &= interval == intervals - 1
-    across = _across(tl.sum(reads_q, 1), tl.sum(reads_k, 1), cut, start, end, ends, count, c)
+    across = _across(tl.sum(reads_q, 1), tl.sum(reads_k, 1), cut, starts, before, stops, after, ends, count, c)
     # Nothing of a chunk's last token, large as it may be: it crosses none.
     reads_k = tl.where((i == C - 1) | (at == last - 1), 0.0, reads_k)
     earlier = tl.cumsum(reads_k, 1) - reads_k
@@ -150,32 +149,39 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def _paired(state_ptr, d_state_ptr, known, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
-    """<S, D> of two states, or zero where one is zero and not there."""
+def _paired(state_ptr, d_state_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+    """<S, D> of two states of so many elements; ROUND: D as keys in bf16 read it, as the others are."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, SIZE, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        inside = (at < SIZE) & known
-        state = tl.load(state_ptr + at, mask=inside, other=0.0)
-        total += state * as_swept(tl.load(d_state_ptr + at, mask=inside, other=0.0), ROUND)
+        state = tl.load(state_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        d_state = tl.load(d_state_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        total += state * as_swept(d_state, ROUND)
     return tl.sum(total)
 
 
 @triton.jit
-def _across(q, k, cut, start, end, ends, count, c):
-    """Sum what passes each chunk, from the sums of reads [chunks] by q and by k: nothing where `cut`. Of a span of
-    others it is followed from the known d_g before the first, and tied to that after the last, `drift` a chunk."""
+def _across(q, k, cut, starts, before, stops, after, ends, count, c):
+    """Sum what passes each chunk, of the sums of reads [chunks] by q and by k: nothing where `cut`. From one of those,
+    or from an interval's first chunk, of `starts`, to the next one, or the last, of `stops`, it is followed from the
+    known d_g before the first, and tied to that after the last, `drift` a chunk."""
     here = c[:, None]
     other = c[None, :]
     is_cut = cut[None, :]
-    right = tl.min(tl.where(is_cut & (other > here), other, count), 1)  # the first chunk after the span
-    left = tl.max(tl.where(is_cut & (other < here), other + 1, 0), 1)  # the first of the span
+    # The first chunk after the span, and the first of the span.
+    right = tl.min(tl.where((is_cut | starts[None, :]) & (other > here), other, count), 1)
+    left = tl.max(tl.where((is_cut | stops[None, :]) & (other < here), other + 1, 0), 1)
     gained = tl.where(cut, 0.0, k - q)[None, :]
     span = (other >= left[:, None]) & (other < right[:, None])
     earlier = tl.sum(tl.where(span & (other < here), gained, 0.0), 1)
     whole = tl.sum(tl.where(span, gained, 0.0), 1)
-    after = tl.sum(tl.where(other == right[:, None], q[None, :], 0.0), 1) + tl.where(right == count, end, 0.0)
-    before = tl.sum(tl.where(other + 1 == left[:, None], k[None, :], 0.0), 1) + tl.where(left == 0, start, 0.0)
-    drift = (after - whole - before) / (right - left)
+    # Where an interval does not end, a chunk that is cut does.
+    next_q = tl.where(starts, 0.0, q)[None, :]
+    last_k = tl.where(stops, 0.0, k)[None, :]
+    is_next = other == right[:, None]
+    is_last = other + 1 == left[:, None]
+    at_end = tl.sum(tl.where(is_next, next_q, 0.0) + tl.where(other + 1 == right[:, None], after[None, :], 0.0), 1)
+    at_begin = tl.sum(tl.where(other == left[:, None], before[None, :], 0.0) + tl.where(is_last, last_k, 0.0), 1)
+    drift = (at_end - whole - at_begin) / (right - left)
     share = tl.where(ends & (right == count), 0.0, 0.5)
-    return tl.where(cut, 0.0, before + earlier - q + drift * (c - left + share))
+    return tl.where(cut, 0.0, at_begin + earlier - q + drift * (c - left + share))

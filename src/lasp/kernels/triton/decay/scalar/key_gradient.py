@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import rows_of, run_bounds, sweep_place, tile_at
+from lasp.kernels.triton.common.program import rows_of, sweep_place
 from lasp.kernels.triton.decay.scalar.operands import (
     GATHERED,
     Operands,
@@ -29,10 +29,8 @@ def key_gradient_kernel(
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: k . dk, of the state and of chunks
-    inner_ptr,  # fp32 [B, H_v, intervals, K, V], written if SUMS: see `inner_borders`
-    d_state_in_ptr,  # fp32 [B, H_v, K, V], written if SUMS and not FROM_ZERO: gradients of those entering the run
-    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero, not read if GATHER;
-    # replaced, if SUMS, by those with d_state_out; see KEEPS
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BV BK], written if SUMS: see `intervals`
+    d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero; not read if GATHER
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
@@ -53,15 +51,15 @@ def key_gradient_kernel(
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
+    SHORTEST: tl.constexpr,  # interval, in chunks: see `interval_of`
+    LONGEST: tl.constexpr,
     GATHER: tl.constexpr,  # 0 if d_states are read, else as in `sweep`; with ROWS never GATHERED
-    KEEPS: tl.constexpr,  # whether they are written if GATHERED and SUMS
-    FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
-    state, inside, mask = border_state(
+    state, _, _ = border_state(
         d_states_ptr,
         after_ptr,
         d_state_out_ptr,
@@ -80,7 +78,10 @@ def key_gradient_kernel(
     sizes: tl.constexpr = Sizes(A=V, N=K, BA=BV, BC=BK, C=C)
     span = span_of(here, k_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
-    terms = terms_of(k_ptr + qk * K, sums_ptr, inner_ptr, here, B, H_v, chunks, sizes, ROWS, EXACT)
+    terms = terms_of(
+        k_ptr + qk * K, sums_ptr, inner_ptr, decay, here, B, H_v, segments, chunks, sizes,
+        KIND=KIND, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST,
+    )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:
         state = gather(
@@ -88,22 +89,8 @@ def key_gradient_kernel(
             KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT,
             DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
         )  # fmt: skip
-    if SUMS and (KEEPS if GATHER else d_state_out_ptr is not None):
-        # A tile smaller than the program is held by several threads: none may store before all have loaded.
-        tl.debug_barrier()
-        tl.store(inside, state, mask=mask)
-    state = sweep_of_keys(
+    sweep_of_keys(
         operands, decay, terms, state, span, sizes,
-        KIND=KIND, REVERSE=True, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT,
+        KIND=KIND, REVERSE=True, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT, SHORTEST=SHORTEST,
         DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip
-    if SUMS and not FROM_ZERO:
-        begin, _ = run_bounds(places_ptr, T, PACKED)
-        if here.first == begin:
-            entering, within = tile_at(
-                d_state_in_ptr + here.border * K * V,
-                key_tile(k_first, K, V, ROWS),
-                BV if ROWS else BK,
-                BK if ROWS else BV,
-            )
-            tl.store(entering, state, mask=within)

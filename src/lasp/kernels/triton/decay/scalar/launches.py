@@ -16,7 +16,7 @@ from lasp.kernels.triton.decay.scalar.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.scalar.gate_pairs import gate_pairs_kernel
 from lasp.kernels.triton.decay.scalar.key_gradient import key_gradient_kernel
 from lasp.kernels.triton.decay.scalar.key_value_gradient import key_value_gradient_kernel
-from lasp.kernels.triton.decay.scalar.operands import GATHERED, ZERO, interval_chunks
+from lasp.kernels.triton.decay.scalar.operands import GATHERED, ZERO
 from lasp.kernels.triton.decay.scalar.output import output_kernel
 from lasp.kernels.triton.decay.scalar.query_gradient import query_gradient_kernel
 from lasp.kernels.triton.decay.scalar.summary import summary_kernel
@@ -38,7 +38,6 @@ class ScalarLaunches(DecayLaunches):
         paired: whether dk and dv are made in one launch.
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
-        inner: of the states at the borders of intervals (see `operands`), or None where segments are single ones.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -52,8 +51,6 @@ class ScalarLaunches(DecayLaunches):
         slices = -(-K // p.scalar_keys.columns)
         parts = slices if p.rows else slices * p.scalar_keys.columns // PART_ROWS.value
         self.sums = (parts, 2, *self.gates)
-        interval = interval_chunks(p.exact)
-        self.inner = (B, H_v, -(-p.chunks // interval), K, V) if p.segment_chunks > interval else None
 
     @cached_property
     def gate_sums(self) -> Launch:
@@ -119,12 +116,12 @@ class ScalarLaunches(DecayLaunches):
 
     @cached_property
     def key_gradient(self) -> Launch:
-        return self._sweep_of_keys(key_gradient_kernel, GATHER=self._gather, KEEPS=self.keeps_states)
+        return self._sweep_of_keys(key_gradient_kernel, GATHER=self._gather)
 
     def _sweep_of_keys(self, kernel: Any, **states: int) -> Launch:
         (K, V), p = self._dims, self.plan
         tiles = p.scalar_keys if self.with_decay else p.keys
-        ways = {"SUMS": self.with_decay, "ROWS": self.with_decay and p.rows}
+        ways = {"SUMS": self.with_decay, "ROWS": self.with_decay and p.rows, **self._intervals}
         return self._by_segment(kernel, K, tiles, BK=tiles.columns, BV=tile(V, self._dtype), **ways, **states)
 
     @cached_property
@@ -136,17 +133,17 @@ class ScalarLaunches(DecayLaunches):
 
     @cached_property
     def gate_gradient(self) -> Launch:
-        """A program for each interval of each head."""
+        """A program for each of the longest intervals of each head."""
         (K, V), p = self._dims, self.plan
-        interval = interval_chunks(p.exact)
         return self._launch(
             gate_gradient_kernel,
-            (-(-p.segment_chunks // interval) * self._heads, p.segments),
+            (-(-p.segment_chunks // self._intervals["LONGEST"]) * self._heads, p.segments),
             GATE_WARPS,
             1,
             rows=self._heads,
-            BLOCK=min(GATE_BLOCK, triton.next_power_of_2(K * V)),
-            INTERVAL_CHUNKS=interval,
             PARTS=self.sums[0],
+            SIZE=self.inner[-1],
+            BLOCK=min(GATE_BLOCK, triton.next_power_of_2(K * V)),
             ROUND=self._dtype == torch.bfloat16,
+            **self._intervals,
         )

@@ -1,9 +1,5 @@
 # mypy: ignore-errors
-"""Operands of a sweep: rows, the decay, tokens, sizes, the state that it begins with, and what it leaves.
-
-Intervals are so many chunks of a segment, at whose borders a decay's gradient is known from <S, D> (`gate_gradient`).
-S, the state, and D, its gradient, come by there in sweeps of two directions: that of dq leaves S, that of dk leaves D.
-"""
+"""Operands of a sweep: rows, the decay, tokens, sizes, the state that it begins with, and what it leaves."""
 
 from typing import NamedTuple
 
@@ -16,10 +12,6 @@ from lasp.kernels.triton.common.program import StateTile, run_of, segment_state,
 # How sweeps come by the state of a segment's start, where not from summaries (then GATHER is 0):
 GATHERED = tl.constexpr(1)  # from the tokens before it
 ZERO = tl.constexpr(2)  # there are none before it: runs are single segments
-# Chunks. Rounding gathers between two borders: shorter intervals gather less, but at a border a sweep starts anew, and
-# states are written and read. Exactness is worth that to fp32 inputs.
-INTERVAL = tl.constexpr(32)
-EXACT_INTERVAL = tl.constexpr(4)
 
 
 class Operands(NamedTuple):
@@ -64,13 +56,17 @@ class GateTerms(NamedTuple):
     Attributes:
         x_ptr: q for the sweep of dq, k for that of dk: laid out like c.
         sums_ptr: [parts, 2, sums_row], written; at the head and the slice's first part.
-        inner_ptr: states within the segment (`inner_borders`), [N, A] each, written.
+        inner_ptr: tiles of states, inner_row apart, before every SHORTEST-th chunk of the segment: those before
+            intervals are written.
+        interval: its chunks.
     """
 
     x_ptr: tl.tensor
     sums_ptr: tl.tensor
     sums_row: tl.tensor
     inner_ptr: tl.tensor
+    inner_row: tl.tensor
+    interval: tl.tensor
 
 
 class Span(NamedTuple):
@@ -143,40 +139,3 @@ def border_state(states_ptr, decays_ptr, outside_ptr, index, border, tile, BR: t
 def decay_to_segment(decay_ptr, GATHER: tl.constexpr):
     """The decay of what enters the run on its way to a segment; `gather` applies it itself."""
     return 1.0 if GATHER else tl.exp2(tl.load(decay_ptr))
-
-
-def interval_chunks(exact: bool) -> int:
-    return (EXACT_INTERVAL if exact else INTERVAL).value
-
-
-@triton.jit
-def intervals_in(chunks, EXACT: tl.constexpr):
-    """Intervals of a segment of so many chunks."""
-    return tl.cdiv(chunks, EXACT_INTERVAL if EXACT else INTERVAL)
-
-
-@triton.jit
-def next_interval(turn, chunks, REVERSE: tl.constexpr, EXACT: tl.constexpr):
-    """The interval that a sweep walks next: its first chunk and the one after its last."""
-    interval = intervals_in(chunks, EXACT) - 1 - turn if REVERSE else turn
-    length = EXACT_INTERVAL if EXACT else INTERVAL
-    return interval * length, tl.minimum((interval + 1) * length, chunks)
-
-
-@triton.jit
-def inner_borders(ptr, run, chunks, chunk, size, EXACT: tl.constexpr):
-    """Pointer to the states, of `size` elements, at the ends of a segment's intervals but the last: the n-th at n size.
-
-    ptr: [runs, intervals, K, V], a place for every interval's length of the chunks of all segments. Inner borders are
-    so far apart, also of short segments.
-    """
-    return ptr + (run * intervals_in(chunks, EXACT) + chunk // (EXACT_INTERVAL if EXACT else INTERVAL)) * size
-
-
-@triton.jit
-def leave(inner_ptr, border, chunks, state, tile, EXACT: tl.constexpr):
-    """Stores a state where it is, after so many of the segment's chunks, if that is at an inner border."""
-    if (border > 0) & (border < chunks):
-        inner_ptr += border // (EXACT_INTERVAL if EXACT else INTERVAL) * tile.R * tile.S
-        pointers, mask = tile_at(inner_ptr, tile, state.shape[0], state.shape[1])
-        tl.store(pointers, state, mask=mask)

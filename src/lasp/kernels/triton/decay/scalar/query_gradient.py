@@ -29,7 +29,7 @@ def query_gradient_kernel(
     suffix_ptr,  # likewise
     dq_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: q . dq, of the state and of chunks
-    inner_ptr,  # fp32 [B, H_v, intervals, K, V], written if SUMS: see `inner_borders`
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BV BK], written if SUMS: see `intervals`
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
@@ -49,6 +49,8 @@ def query_gradient_kernel(
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
+    SHORTEST: tl.constexpr,  # interval, in chunks: see `interval_of`
+    LONGEST: tl.constexpr,
     GATHER: tl.constexpr,  # 0 if states are read, else as in `sweep`; with ROWS never GATHERED
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -74,7 +76,10 @@ def query_gradient_kernel(
     sizes: tl.constexpr = Sizes(A=V, N=K, BA=BV, BC=BK, C=C)
     span = span_of(here, k_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
-    terms = terms_of(q_ptr + qk * K, sums_ptr, inner_ptr, here, B, H_v, chunks, sizes, ROWS, EXACT)
+    terms = terms_of(
+        q_ptr + qk * K, sums_ptr, inner_ptr, decay, here, B, H_v, segments, chunks, sizes,
+        KIND=KIND, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST,
+    )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:
         state = gather(
@@ -84,6 +89,6 @@ def query_gradient_kernel(
         )  # fmt: skip
     sweep_of_keys(
         operands, decay, terms, state, span, sizes,
-        KIND=KIND, REVERSE=False, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT,
+        KIND=KIND, REVERSE=False, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT, SHORTEST=SHORTEST,
         DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
     )  # fmt: skip

@@ -25,7 +25,7 @@ class ScalarSegments(NamedTuple):
 
 class QueryGradient(NamedTuple):
     """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts
-    [parts, 2, B, H_v, chunks C] and the states at the inner borders of intervals [B, H_v, intervals, K, V]."""
+    [parts, 2, B, H_v, chunks C] and the states before intervals (`DecayLaunches.inner`)."""
 
     dq: Tensor
     sums: Tensor
@@ -105,7 +105,9 @@ def local_gradients(
 ) -> QueryGradient:
     dq = torch.empty_like(x.q) if launches.alike else x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype)
     sums = unread.new_empty(launches.sums) if launches.with_decay else unread
-    inner = _inner_states(launches, unread)
+    inner = unread
+    if launches.with_decay:
+        inner = unread.new_empty(launches.inner, dtype=launches.inner_dtype)
     g, prefix, suffix = _gates(x, gates, unread)
     launches.query_gradient(
         q_ptr=x.q,
@@ -148,16 +150,11 @@ def gradients(
     if launches.paired:
         launches.key_value_gradient(v_ptr=x.v, dk_ptr=dk, dv_ptr=dv, **read)
         return local.dq, dk, dv, None
-    # First: the sweep of dk may add d_state_out to d_states.
     launches.value_gradient(dv_ptr=dv, **read)
-    sums, inner, d_state_in = unread, _inner_states(launches, unread), unread
+    sums = inner = unread
     if launches.with_decay:
-        sums = unread.new_empty(launches.sums)
-        if not launches.from_zero:
-            d_state_in = unread.new_empty(launches.state)
-        if adjoint.states is None and launches.keeps_states:
-            read["d_states_ptr"] = d_states = unread.new_empty(launches.states)
-    launches.key_gradient(v_ptr=x.v, dk_ptr=dk, sums_ptr=sums, inner_ptr=inner, d_state_in_ptr=d_state_in, **read)
+        sums, inner = unread.new_empty(launches.sums), torch.empty_like(local.inner)
+    launches.key_gradient(v_ptr=x.v, dk_ptr=dk, sums_ptr=sums, inner_ptr=inner, **read)
     if not launches.with_decay:
         return local.dq, dk, dv, None
     dg = unread.new_empty(x.v.shape[:3])
@@ -176,19 +173,11 @@ def gradients(
         prefix_ptr=prefix,
         q_sums_ptr=local.sums,
         k_sums_ptr=sums,
-        states_ptr=entering,
         inner_ptr=local.inner,
-        state_out_ptr=leaving,
-        d_states_ptr=d_states,
         d_inner_ptr=inner,
-        d_state_in_ptr=d_state_in,
+        state_out_ptr=leaving,
         dg_ptr=dg,
         places_ptr=places,
         d_state_out_ptr=d_state_out,
     )
     return local.dq, dk, dv, dg.sum((0, 1)) if x.g is not None and x.g.dim() == 1 else dg
-
-
-def _inner_states(launches: ScalarLaunches, unread: Tensor) -> Tensor:
-    """Memory for the states that the sweeps of dq and dk leave within segments; `unread` where they leave none."""
-    return unread.new_empty(launches.inner) if launches.with_decay and launches.inner is not None else unread

@@ -17,7 +17,7 @@ so the state is the left operand of its product, taken from registers, and no ac
 
 Where the decay's gradient is wanted (SUMS), the sweeps of dq and dk also yield q_i . dq_i and k_j . dk_j (see
 gate_gradient), what comes of the state apart from what comes of the chunk, each in parts of PART_ROWS columns of out:
-so much a warp adds up by itself. They leave states within the segment (`leave`).
+so much a warp adds up by itself. They leave their states before intervals (`intervals`).
 """
 
 import triton
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.decays import NONE, chunk_decays, decayed, head_rate, pair_decay
 from lasp.kernels.triton.common.program import load_chunk, run_bounds, store_chunk, view
-from lasp.kernels.triton.decay.scalar.operands import intervals_in, key_tile, leave, next_interval
+from lasp.kernels.triton.decay.intervals import leave, next_interval
 
 PART_ROWS = tl.constexpr(16)
 TF32_MASK = tl.constexpr(-(1 << 13))  # of the 10 bits that tf32 keeps of a mantissa of 23
@@ -46,6 +46,7 @@ def sweep(
     EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SHORTEST: tl.constexpr = 0,  # interval, of `terms`
 ):
     """The state after the segment; out is written, and what `terms` say."""
     SUMS: tl.constexpr = terms is not None
@@ -66,12 +67,13 @@ def sweep(
     if SUMS:
         x_view = view(terms.x_ptr, last, operands.c_row, N, C, BC, DESCRIPTORS)
     chunks = tl.cdiv(last - first, C)
-    for turn in range(intervals_in(chunks, EXACT) if SUMS else 1):
+    for turn in range(tl.cdiv(chunks, terms.interval) if SUMS else 1):
         begin, end = 0, chunks
         if SUMS:
-            begin, end = next_interval(turn, chunks, REVERSE, EXACT)
-            border = end if REVERSE else begin
-            leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, False), EXACT)
+            begin, end = next_interval(turn, chunks, terms.interval, REVERSE)
+            inner_ptr = terms.inner_ptr + begin // SHORTEST * terms.inner_row
+            if not REVERSE:
+                leave(inner_ptr, state)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             length = tl.minimum(last - start, C)
@@ -112,6 +114,8 @@ def sweep(
                 if not EXACT:
                     own = tl.reshape(tl.trans(x).to(tl.float32) * within, (parts, PART_ROWS, C))
                     tl.store(terms.sums_ptr + sums_row + rows, tl.sum(own, 1))
+        if SUMS and REVERSE:
+            leave(inner_ptr, state)
     return state
 
 

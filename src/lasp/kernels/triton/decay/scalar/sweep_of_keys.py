@@ -4,26 +4,48 @@
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton.common.decays import head_rate
 from lasp.kernels.triton.common.program import run_of
-from lasp.kernels.triton.decay.scalar.operands import GateTerms, inner_borders
+from lasp.kernels.triton.decay.intervals import first_interval, interval_of
+from lasp.kernels.triton.decay.scalar.operands import GateTerms
 from lasp.kernels.triton.decay.scalar.sweep import PART_ROWS, sweep
 from lasp.kernels.triton.decay.scalar.sweep_row_major import sweep_rows
 
 
 @triton.jit
 def terms_of(
-    x_ptr, sums_ptr, inner_ptr, here, B, H_v, chunks, sizes: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr
+    x_ptr,
+    sums_ptr,
+    inner_ptr,
+    decay,
+    here,
+    B,
+    H_v,
+    segments,
+    chunks,
+    sizes: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
 ):
-    """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C] and inner states [B, H_v, intervals, K, V];
-    x_ptr at the head's rows."""
+    """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C], inner states
+    [B, H_v, chunks / SHORTEST + segments, slices, BA BC]; x_ptr at the head's rows."""
+    C: tl.constexpr = sizes.C
     run = run_of(here, H_v)
-    sums_row = tl.cast(B, tl.int64) * H_v * (chunks * sizes.C)
+    row = tl.cast(B, tl.int64) * H_v * chunks
     parts: tl.constexpr = 1 if ROWS else sizes.BC // PART_ROWS
+    inner_row = tl.cast((sizes.N + sizes.BC - 1) // sizes.BC * sizes.BA * sizes.BC, tl.int64)
+    first_inner = first_interval(run, here.segment, here.chunk, segments, chunks, SHORTEST)
+    rate = head_rate(decay.g_ptr, KIND)
+    of_segment = tl.cdiv(here.last - here.first, C)
     return GateTerms(
         x_ptr=x_ptr,
-        sums_ptr=sums_ptr + here.part * parts * 2 * sums_row + run * chunks * sizes.C,
-        sums_row=sums_row,
-        inner_ptr=inner_borders(inner_ptr, run, chunks, here.chunk, sizes.N * sizes.A, EXACT),
+        sums_ptr=sums_ptr + here.part * parts * 2 * row * C + run * chunks * C,
+        sums_row=row * C,
+        inner_ptr=inner_ptr + first_inner * inner_row + here.part * (sizes.BA * sizes.BC),
+        inner_row=inner_row,
+        interval=interval_of(decay.prefix_ptr + here.chunk * C, rate, of_segment, C, KIND, SHORTEST, LONGEST),
     )
 
 
@@ -40,6 +62,7 @@ def sweep_of_keys(
     SUMS: tl.constexpr,  # whether `terms` are wanted
     ROWS: tl.constexpr,  # whether by `sweep_rows`
     EXACT: tl.constexpr,
+    SHORTEST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -47,10 +70,11 @@ def sweep_of_keys(
     if ROWS:
         return sweep_rows(
             operands, decay, terms, state, span, sizes,
-            KIND=KIND, REVERSE=REVERSE, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            KIND=KIND, REVERSE=REVERSE, SHORTEST=SHORTEST, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     else:
         return sweep(
             operands, decay, terms if SUMS else None, state, span, sizes,
-            KIND=KIND, REVERSE=REVERSE, WEIGH_B=False, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            KIND=KIND, REVERSE=REVERSE, WEIGH_B=False, EXACT=EXACT, SHORTEST=SHORTEST,
+            DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from lasp.kernels.triton.common.decays import NONE, TOKEN, chunk_decays, head_rate, pair_decay
 from lasp.kernels.triton.common.program import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.scalar.operands import intervals_in, key_tile, leave, next_interval
+from lasp.kernels.triton.decay.intervals import leave, next_interval
 from lasp.kernels.triton.decay.scalar.sweep import add_chunk
 
 
@@ -27,6 +27,7 @@ def sweep_rows(
     sizes: tl.constexpr,
     KIND: tl.constexpr,
     REVERSE: tl.constexpr,
+    SHORTEST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -52,10 +53,11 @@ def sweep_rows(
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
     chunks = tl.cdiv(last - first, C)
-    for turn in range(intervals_in(chunks, False)):
-        begin, end = next_interval(turn, chunks, REVERSE, False)
-        border = end if REVERSE else begin
-        leave(terms.inner_ptr, border, chunks, state, key_tile(column, N, A, True), False)
+    for turn in range(tl.cdiv(chunks, terms.interval)):
+        begin, end = next_interval(turn, chunks, terms.interval, REVERSE)
+        inner_ptr = terms.inner_ptr + begin // SHORTEST * terms.inner_row
+        if not REVERSE:
+            leave(inner_ptr, state)
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             a = load_chunk(a_view, start, 0, last, a_row, A, C, BA, DESCRIPTORS)
@@ -90,4 +92,6 @@ def sweep_rows(
             tl.store(terms.sums_ptr + terms.sums_row + span.slot + start + tl.arange(0, C), of_chunk)
 
             state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
+        if REVERSE:
+            leave(inner_ptr, state)
     return state
