@@ -36,6 +36,8 @@ SPILLS = {
         "output_kernel of wide heads": 336,
     },
     "cuda:100": {
+        "convolution_gradient_kernel": 24,
+        "gated_norm_gradient_kernel": 8,
         "channel_bounded_intra_chunk_kernel": 192,
         "channel_bounded_prepare_kernel": 64,
         "channel_intra_chunk_kernel": 768,

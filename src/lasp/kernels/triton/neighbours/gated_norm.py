@@ -173,13 +173,20 @@ def gated_norm_gradient_kernel(
     last = tl.minimum(count, (tl.cast(tl.program_id(0), tl.int64) + 1) * steps * R * groups)
     rows = first * groups + group
     mask = (rows < last)[:, None] & inside[None, :]
-    o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
+    # Registers have no room for another row of fp32.
+    AHEAD: tl.constexpr = o_ptr.dtype.element_ty != tl.float32
+    if AHEAD:
+        o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
     for _ in range(steps):
-        o, z, x, d_y = o_coming.to(tl.float32), z_coming, x_coming.to(tl.float32), d_y_coming.to(tl.float32)
         here, here_mask = rows, mask
         rows += R * groups
         mask = (rows < last)[:, None] & inside[None, :]
-        o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
+        if AHEAD:
+            o, z, x, d_y = o_coming.to(tl.float32), z_coming, x_coming.to(tl.float32), d_y_coming.to(tl.float32)
+            o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
+        else:
+            o, z, x, d_y = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, here, here_mask, columns, sizes)
+            d_y = d_y.to(tl.float32)
         if SKIP > 0:
             o += skip * x
         gate, slope = 1.0, 0.0
