@@ -17,8 +17,8 @@ from warm_shell import WarmShell, shortened
 
 # Of the quickstarts two are mostly `lasp plan`, which has tests of its own, and one loads transformers for seconds.
 _LATER = dict.fromkeys(("million-tokens", "plan", "transformers"), pytest.mark.exhaustive)
-# Two train for longest, and one measures.
-_LATER |= dict.fromkeys(("resume", "train", "exchange"), pytest.mark.ci)
+# Three train for longest, and one measures.
+_LATER |= dict.fromkeys(("resume", "train", "generate", "exchange"), pytest.mark.ci)
 QUICKSTARTS = sorted((DOCS / "quickstart").glob("*.md"))
 OTHERS = [ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md"))]
 

@@ -233,7 +233,7 @@ def test_every_family_compiles_on_one_process(
     assert worst(whole_gradients(compiled.module), whole_gradients(plain.module))[1] < 2e-6
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("most", [pytest.param(2, marks=pytest.mark.ci), pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_any_number_of_lengths_trains_and_those_that_are_not_compiled_are_told_of(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,8 +261,7 @@ OVER_RANKS = ("deltanet", "gla", "kda", "retnet", "linear-transformer", "transno
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param("mamba2", marks=pytest.mark.ci),
-        "hybrid",
+        *(pytest.param(family, marks=pytest.mark.ci) for family in ("mamba2", "hybrid")),
         *(pytest.param(family, marks=pytest.mark.exhaustive) for family in OVER_RANKS),
     ],
 )
