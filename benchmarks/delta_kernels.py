@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from baselines import delta
 from kernels import (
     DELTA_CASES,
     DELTA_KINDS,
@@ -30,6 +29,7 @@ from kernels import (
     delta_inputs,
     errors,
     fla_delta,
+    flashqla,
     graph_milliseconds,
     milliseconds,
     ours,
@@ -73,12 +73,6 @@ Rule = Callable[[dict[str, Tensor], Sequence[int] | None], Tensor]
 
 def fused(x: dict[str, Tensor], bounds: Sequence[int] | None) -> Tensor:
     return lasp.delta_rule(x["q"], x["k"], x["v"], x["beta"], x.get("g"), cu_seqlens=bounds, backend="triton")[0]
-
-
-def flashqla(x: dict[str, Tensor], bounds: Sequence[int] | None) -> Tensor:
-    if "g" not in x or x["g"].dim() == 4:
-        raise ValueError("FlashQLA is Gated DeltaNet alone")
-    return delta.flashqla(x["q"], x["k"], x["v"], x["beta"], x["g"], bounds)
 
 
 def fla(x: dict[str, Tensor], bounds: Sequence[int] | None) -> Tensor:

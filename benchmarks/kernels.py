@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,10 @@ def fla_delta(x: dict[str, Tensor]) -> Tensor:
     return (chunk_kda if x["g"].dim() == 4 else chunk_gated_delta_rule)(**given)[0]
 
 
-def flashqla(x: dict[str, Tensor]) -> Tensor:
+def flashqla(x: dict[str, Tensor], bounds: Sequence[int] | None = None) -> Tensor:
     if "beta" not in x or "g" not in x or x["g"].dim() == 4:
         raise ValueError("FlashQLA is Gated DeltaNet alone")
-    return delta.flashqla(*(x[name] for name in ("q", "k", "v", "beta", "g")))
+    return delta.flashqla(x["q"], x["k"], x["v"], x["beta"], x["g"], bounds)
 
 
 def softmax(x: dict[str, Tensor]) -> Tensor:

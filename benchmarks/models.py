@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines.layers import LAYERS, replace_mixers
+from benchmarks.training import new_module, train_on
 
 FAMILIES = ("transnormer", "mamba2", "gated-deltanet", "gla", "retnet", "deltanet", "kda", "hybrid")
 VARIANTS = ("lasp compiled", "lasp eager", *LAYERS)
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 def steps(family: str, variant: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """One row: medians of --steps steps on random tokens, after one that is not timed."""
-    from lasp.models import CausalLM, preset
+    from lasp.models import preset
     from lasp.parallelize import parallelize
     from lasp.train.config import OptimizerOptions
     from lasp.train.optimizer import build_optimizer
@@ -44,10 +45,7 @@ def steps(family: str, variant: str, tokens: int, options: argparse.Namespace) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = {} if options.layers is None else {"num_layers": options.layers}
     config = preset(family, options.size, **layers)
-    with torch.device("meta"):
-        module = CausalLM(config)
-    module.to_empty(device=device)
-    module.init_weights(torch.Generator(device).manual_seed(0))
+    module = new_module(config, device, torch.Generator(device).manual_seed(0))
     if variant in LAYERS:
         replace_mixers(module, family, variant)
     model = parallelize(module, None, compile=variant == "lasp compiled")
@@ -59,12 +57,7 @@ def steps(family: str, variant: str, tokens: int, options: argparse.Namespace) -
         if number == 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            out = model.training(text[:, :-1], labels=text[:, 1:].contiguous())
-        model.mean_loss(out.loss_sum, tokens).backward()
-        model.clip_gradients(1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train_on(model, optimizer, text, bf16=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from lasp.models import NAMES, CausalLM, preset
+from benchmarks.training import new_module, train_on
+from lasp.models import NAMES, preset
 from lasp.parallelize import parallelize
 from lasp.train.config import OptimizerOptions
 from lasp.train.optimizer import build_optimizer, learning_rate
@@ -50,10 +51,7 @@ def losses(family: str, way: str, options: argparse.Namespace) -> list[float]:
     layers = {} if options.layers is None else {"num_layers": options.layers}
     config = preset(family, options.size, backend=backend, **layers)
     device = torch.device(options.device)
-    with torch.device("meta"):
-        module = CausalLM(config)
-    module.to_empty(device=device)
-    module.init_weights(torch.Generator("cpu").manual_seed(seed))
+    module = new_module(config, device, torch.Generator("cpu").manual_seed(seed))
     if moved:
         weight = next(p for p in module.blocks.parameters() if p.ndim == 2)
         with torch.no_grad():
@@ -68,13 +66,7 @@ def losses(family: str, way: str, options: argparse.Namespace) -> list[float]:
             group["lr"] = learning_rate(step, options.steps, settings)
         start = step * tokens % (len(source) - tokens - 1)
         sequence = source[None, start : start + tokens + 1]
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            out = model.training(sequence[:, :-1], labels=sequence[:, 1:].contiguous())
-        model.mean_loss(out.loss_sum, tokens).backward()
-        model.clip_gradients(1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        found.append(out.loss_sum.detach() / tokens)
+        found.append(train_on(model, optimizer, sequence, bf16=options.precision == "bf16") / tokens)
     return torch.stack(found).tolist()  # type: ignore[no-any-return]
 
 
