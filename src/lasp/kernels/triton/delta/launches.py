@@ -28,7 +28,7 @@ from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
 from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
 from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
 from lasp.kernels.triton.delta.output import delta_output_kernel
-from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
+from lasp.kernels.triton.delta.plan import OWN_COLUMNS, DeltaPlan, Tiles, delta_plan, tile
 from lasp.kernels.triton.delta.reverse import delta_reverse_kernel
 from lasp.kernels.triton.delta.segment_scan import delta_scan_kernel
 from lasp.kernels.triton.delta.solve import solve_kernel
@@ -108,7 +108,7 @@ class DeltaLaunches:
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
         # Where they have run on a GPU, and their results have been compared there.
         self.own = p.own and B == 1 and not p.whole and not erases and takes_gluon()
-        self.joined = self.own and (kind == NONE.value or (kind == TOKEN.value and with_gate))
+        self.joined = self.own and K == V == OWN_COLUMNS and (kind == NONE.value or (kind == TOKEN.value and with_gate))
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -204,8 +204,7 @@ class DeltaLaunches:
         return self._reverse(total=True, values=True)
 
     def _reverse(self, *, total: bool, values: bool) -> Launch:
-        # The other knows after which chunks nothing is left.
-        if self.own and (values or not self.bounds_chunks):
+        if self.own:
             return self._own("reverse", TOTAL=total, VALUES=values)
         return self._state_sweep(delta_reverse_kernel, self.plan.reverse, TOTAL=total, VALUES=values)
 
@@ -225,7 +224,7 @@ class DeltaLaunches:
         """A sweep of Hopper's own, with all columns of a state in a program; loaded where this Triton takes it."""
         module = importlib.import_module(f"lasp.kernels.triton.delta.hopper.{name}")
         kernel = getattr(module, f"delta_hopper_{name}_kernel")
-        return self._sweep(kernel, 1, Tiles(self.state[3], WIDE_WARPS, 1), **own)
+        return self._sweep(kernel, self.state[3] // OWN_COLUMNS, Tiles(OWN_COLUMNS, WIDE_WARPS, 1), **own)
 
     @cached_property
     def gradients(self) -> Launch:

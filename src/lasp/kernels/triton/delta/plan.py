@@ -22,7 +22,7 @@ from lasp.kernels.triton.decay.plan import (
 )
 
 CHUNK = 64
-OWN_DIM = 128  # of channels and values
+OWN_COLUMNS = 128  # of values, of a program of Hopper's own sweeps
 SMALL_CHUNK = 32  # of fp32: products by vector instructions, and gates summed pair by pair
 
 
@@ -112,7 +112,10 @@ def delta_plan(
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
     chunk = SMALL_CHUNK if exact else CHUNK
     chunks = max(1, -(-tokens // chunk))
-    length = segment_chunks(chunks, heads, processors, SUMMARIES_COST)
+    # Hopper's own sweeps have a processor for each program; with decays of their own, keys are two tiles.
+    own = hopper and not exact and K in (128, 256) and V in (128, 256) and not (per_channel and K > 128)
+    slices = V // OWN_COLUMNS if own else 1
+    length = segment_chunks(chunks, heads * slices, processors, SUMMARIES_COST)
     if exact:
         sweep = keys = Tiles(16, 8, 1) if wide else Tiles(32, 4, 1)
         summary = output = reverse = states = sweep
@@ -153,7 +156,7 @@ def delta_plan(
         operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 2 if hopper and not exact else 1),
         exact=exact,
         descriptors=descriptors,
-        own=hopper and descriptors and K == V == OWN_DIM,
+        own=own and descriptors,
         stores=hopper,  # for Blackwell, loops of several stages that write so do not compile
         precision="ieee",
         solve_precision="ieee" if exact else three,

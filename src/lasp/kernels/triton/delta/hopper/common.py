@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import PLACE
+from lasp.kernels.triton.delta.chunk import FORGOTTEN, SPAN
 
 # A barrier between a program's threads; Triton 3.7 calls it otherwise.
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -51,11 +52,27 @@ def segment_of(program, places_ptr, T, H_v, segments, segment_chunks, PACKED: gl
 
 
 @gluon.jit
-def tokens_view(ptr, row, heads, last, layout: gl.constexpr):
-    """A head's tokens, whose first row is `row`, to be read in tiles [TOKENS, WIDTH]; zeros from `last` on."""
-    return tma.make_tensor_descriptor(
-        ptr + row * WIDTH, [last, WIDTH], [heads * WIDTH, 1], [TOKENS, WIDTH], layout
-    )  # fmt: skip
+def tokens_view(ptr, row, last, columns: gl.constexpr, layout: gl.constexpr):
+    """Columns of a head's tokens from `ptr` on, with `row` elements from one token to the next, to be read in tiles
+    [TOKENS, columns]; zeros from `last` on."""
+    return tma.make_tensor_descriptor(ptr, [last, columns], [row, 1], [TOKENS, columns], layout)
+
+
+@gluon.jit
+def chunks_reached(bounds_ptr, at, count):
+    """Count those of a segment's `count` chunks, its first, of which its start knows anything: `chunks_reached` with
+    REVERSE."""
+    square: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
+    i = gl.arange(0, SPAN, gl.SliceLayout(1, square))
+    j = gl.arange(0, SPAN, gl.SliceLayout(0, square))
+    passed = 0.0
+    reached = 1
+    for first in range(0, count, SPAN):
+        bounds = gl.load(bounds_ptr + at + first + j, mask=first + j < count, other=0.0)
+        before = passed + gl.sum(gl.where(j[None, :] < i[:, None], bounds[None, :], 0.0), 1)
+        reached = gl.maximum(reached, gl.max(gl.where((first + i < count) & (before >= FORGOTTEN), first + i + 1, 0), 0))
+        passed += gl.sum(bounds, 0)
+    return gl.where(passed == passed, gl.minimum(reached, count), count)
 
 
 @gluon.jit

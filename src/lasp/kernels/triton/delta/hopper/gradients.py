@@ -121,11 +121,11 @@ def delta_hopper_gradients_kernel(
     mbarrier.init(d_here, 1)
     fence_async_shared()
     meet()
-    do_view = tokens_view(do_ptr, row, H_v, last, layout)
-    dv_view = tokens_view(dv_ptr, row, H_v, last, layout)
-    u_view = tokens_view(u_ptr, row, H_v, last, layout)
-    q_view = tokens_view(q_ptr, key_row, H, last, layout)
-    k_view = tokens_view(k_ptr, key_row, H, last, layout)
+    do_view = tokens_view(do_ptr + row * WIDTH, H_v * WIDTH, last, WIDTH, layout)
+    dv_view = tokens_view(dv_ptr + row * WIDTH, H_v * WIDTH, last, WIDTH, layout)
+    u_view = tokens_view(u_ptr + row * WIDTH, H_v * WIDTH, last, WIDTH, layout)
+    q_view = tokens_view(q_ptr + key_row * WIDTH, H * WIDTH, last, WIDTH, layout)
+    k_view = tokens_view(k_ptr + key_row * WIDTH, H * WIDTH, last, WIDTH, layout)
     count = (last - start + TOKENS - 1) // TOKENS
     d_view = tma.make_tensor_descriptor(
         d_chunks_ptr + at * (WIDTH * WIDTH), [count * WIDTH, WIDTH], [WIDTH, 1], [WIDTH, WIDTH], layout
