@@ -14,7 +14,7 @@ import torch
 import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
-from lasp.kernels.triton.common.decays import CHANNEL, NONE, TOKEN, gate_sums_kernel
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits, takes_gluon
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.common.packing import packed_changes
@@ -106,9 +106,8 @@ class DeltaLaunches:
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
-        # Where they have run on a GPU, and their results have been compared there.
-        self.own = p.own and B == 1 and not p.whole and not erases and takes_gluon()
-        self.joined = self.own and K == V == OWN_COLUMNS and (kind == NONE.value or (kind == TOKEN.value and with_gate))
+        self.own = p.own and not erases and takes_gluon()
+        self.joined = self.own and K == V == OWN_COLUMNS and kind != CHANNEL.value
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -119,7 +118,7 @@ class DeltaLaunches:
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
-        self.gates = (-(-K // p.keys.columns), B, T, H_v)
+        self.gates = (-(-K // (OWN_COLUMNS if self.own else p.keys.columns)), B, T, H_v)
         self.per_channel = kind == CHANNEL.value
         self.bounded = self.per_channel and base_levels(self.operand) > 0
         self.totals, self.operands = (B, H_v, p.chunks, K), (B, T, H_v, K)
@@ -220,14 +219,18 @@ class DeltaLaunches:
     def joined_gradients(self) -> Launch:
         return self._own("gradients")
 
-    def _own(self, name: str, **own: Any) -> Launch:
-        """A sweep of Hopper's own, with all columns of a state in a program; loaded where this Triton takes it."""
+    def _own(self, name: str, slices: int | None = None, **own: Any) -> Launch:
+        """A sweep of Hopper's own, with so many slices of a state, by default of its columns; loaded where this Triton
+        takes it."""
+        slices = self.state[3] // OWN_COLUMNS if slices is None else slices
         module = importlib.import_module(f"lasp.kernels.triton.delta.hopper.{name}")
         kernel = getattr(module, f"delta_hopper_{name}_kernel")
-        return self._sweep(kernel, self.state[3] // OWN_COLUMNS, Tiles(OWN_COLUMNS, WIDE_WARPS, 1), **own)
+        return self._sweep(kernel, slices, Tiles(OWN_COLUMNS, WIDE_WARPS, 1), **own)
 
     @cached_property
     def gradients(self) -> Launch:
+        if self.own:
+            return self._own("chunk_gradients", slices=self.state[2] // OWN_COLUMNS)
         return self._of_channels(delta_gradients_kernel, self.plan.keys)
 
     @_once

@@ -411,6 +411,8 @@ def gradients(
                 launches.channel_gradients(bounded=bounded)(**shared, **own, dg_ptr=given(dg, unread))
         else:
             parts = _fp32(x, launches.gates) if launches.with_gate else unread
+            if launches.own:
+                shared["places_ptr"] = places_of(launches.plan, unread)
             launches.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
             if launches.with_gate:
                 dg = parts[0] if parts.shape[0] == 1 else parts.sum(0)

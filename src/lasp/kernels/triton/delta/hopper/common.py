@@ -83,6 +83,12 @@ def ask_vector(tile, ptr, wanted):
 
 
 @gluon.jit
+def last_of(vector):
+    """Returns the number of a chunk's last token, from shared memory."""
+    return gl.sum(vector.slice(TOKENS - 1, 1).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
 def between_pairs(prefix, norms, k_norms, KIND: gl.constexpr, NORMALIZE: gl.constexpr):
     """[TOKENS, TOKENS]: the decay from token j to a later i, and their lengths. Of an earlier i it may be infinite, so
     what it is multiplied with is to be replaced. All three are in shared memory."""
@@ -113,10 +119,10 @@ def afresh(x):
 
 
 @gluon.jit
-def write(ptr, tile, row, heads, start, last):
-    """Store [TOKENS, WIDTH] of a head's tokens from `start` on, but none from `last` on."""
+def write(ptr, tile, row, start, last):
+    """Store a tile [TOKENS, columns] of tokens from `start` on, but none from `last` on; `row` elements from one token to
+    the next."""
     t = start + gl.arange(0, TOKENS, gl.SliceLayout(1, tile.type.layout))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, tile.type.layout))
-    rows = (row + t.to(gl.int64) * heads) * WIDTH
-    inside = (t < last)[:, None] & (d < WIDTH)[None, :]
-    gl.store(ptr + (rows[:, None] + d[None, :]), tile.to(ptr.dtype.element_ty), mask=inside)
+    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
+    inside = (t < last)[:, None] & (d >= 0)[None, :]
+    gl.store(ptr + ((t.to(gl.int64) * row)[:, None] + d[None, :]), tile.to(ptr.dtype.element_ty), mask=inside)

@@ -32,6 +32,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
+    last_of,
     meet,
     segment_of,
     tokens_view,
@@ -169,8 +170,6 @@ def delta_hopper_gradients_kernel(
         async_copy.commit_group()
         prefix, beta = prefixes.index(c & 1), betas.index(c & 1)
         q_norms, k_norms = q_lengths.index(c & 1), k_lengths.index(c & 1)
-        if c > 0:
-            _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
         here, only = afresh(c & 1), afresh(0)
         u_tile, do_tile, q_tile, k_tile = (
             u_tiles.index(here),
@@ -183,11 +182,13 @@ def delta_hopper_gradients_kernel(
         dq = warpgroup_mma(do_tile, s_tile, nothing, use_acc=False, is_async=True)
         if GATE:
             scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
+        if c > 0:
+            store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, True, GATE)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
         to_end = from_start
         total = 0.0
         if KIND == TOKEN:
-            total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
+            total = last_of(prefix)
             from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
             to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
         q_read = from_start * scale
@@ -209,7 +210,7 @@ def delta_hopper_gradients_kernel(
         z_tiles.index(0).store(z.to(dtype))
         dq *= q_read[:, None]
         if GATE:
-            reads = _sums(q_tile.load(WIDE).to(gl.float32) * dq)
+            reads = sums_of(q_tile.load(WIDE).to(gl.float32) * dq)
         fence_async_shared()
         mbarrier.wait(dv_here, c & 1)
         meet()
@@ -224,10 +225,10 @@ def delta_hopper_gradients_kernel(
             dq, dk, m, scores = warpgroup_mma_wait(0, [dq, dk, m, scores])
         else:
             dq, dk, m = warpgroup_mma_wait(0, [dq, dk, m])
-        write(dq_ptr, dq, row, H_v, start, last)
+        write(dq_ptr + row * WIDTH, dq, H_v * WIDTH, start, last)
         # u is beta times what was missing, dv beta times its gradient.
         strength = beta.load(gl.SliceLayout(1, PAIRS))
-        d_beta = _sums(gl.where(i[:, None] == j[None, :], m / (strength * strength)[:, None], 0.0))
+        d_beta = sums_of(gl.where(i[:, None] == j[None, :], m / (strength * strength)[:, None], 0.0))
         m *= between_pairs(prefix, k_norms, k_norms, KIND, NORMALIZE)
         m = gl.where(i[:, None] > j[None, :], -m, 0.0)
         m_tiles.index(0).store(m.to(dtype))
@@ -276,59 +277,63 @@ def delta_hopper_gradients_kernel(
         weighted = (u_tile.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * u_to_end[None, :]).to(dtype)
         state *= gl.exp2(total)
         state = warpgroup_mma(weighted, k_tile, state, is_async=True)
-        read *= -k_read[:, None]
-        written *= to_end[:, None]
         if GATE:
             keys = k_tile.load(WIDE).to(gl.float32)
-            _keep(sums, READS, reads + _sums(keys * read))
-            _keep(sums, STORED, _sums(keys * written))
+            keep(sums, READS, reads - scaled(sums_of(keys * read), k_read))
+            keep(sums, STORED, scaled(sums_of(keys * written), to_end))
             sums.index(ACROSS).store(across.reshape([2, TOKENS]))
-        _keep(sums, D_BETA, d_beta)
-        write(dk_ptr, dk + read + written, row, H_v, start, last)
+        keep(sums, D_BETA, d_beta)
+        write(dk_ptr + row * WIDTH, dk - read * k_read[:, None] + written * to_end[:, None], H_v * WIDTH, start, last)
         if GATE:
             meet()
             column: gl.constexpr = gl.SliceLayout(0, PAIRS)
-            reads = _whole(sums, READS, column)
-            stored = _whole(sums, STORED, column)
+            reads = whole_of(sums, READS, column)
+            stored = whole_of(sums, STORED, column)
             dg = gl.where(j[None, :] >= i[:, None], crossed + reads[None, :], stored[None, :])
-            _keep(sums, D_GATE, _sums(dg))
+            keep(sums, D_GATE, sums_of(dg))
         state = warpgroup_mma_wait(0, [state])
         start = following
         at += 1
         key_at += 1
     if count > 0:
         meet()
-        _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
+        store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, True, GATE)
     mbarrier.invalidate(tokens_here)
     mbarrier.invalidate(dv_here)
     mbarrier.invalidate(d_here)
 
 
 @gluon.jit
-def _sums(tile):
+def sums_of(tile):
     """[TOKENS, 2]: sums of the rows of a tile, of either half of its columns; what lies in one warp."""
     return gl.sum(tile.reshape([TOKENS, 2, tile.shape[1] // 2]), 2)
 
 
 @gluon.jit
-def _keep(sums, which: gl.constexpr, found):
+def scaled(found, factors):
+    """Returns what `_sums` found, each row times its factor."""
+    return found * gl.convert_layout(factors, gl.SliceLayout(1, found.type.layout))[:, None]
+
+
+@gluon.jit
+def keep(sums, which: gl.constexpr, found):
     sums.index(which).permute((1, 0)).store(found)
 
 
 @gluon.jit
-def _whole(sums, which: gl.constexpr, layout: gl.constexpr):
+def whole_of(sums, which: gl.constexpr, layout: gl.constexpr):
     """[TOKENS]: what `_keep` kept, of both halves."""
     halves = sums._reinterpret(gl.float32, [2 * SUMS, TOKENS], VECTOR)
     return halves.index(2 * which).load(layout) + halves.index(2 * which + 1).load(layout)
 
 
 @gluon.jit
-def _store_sums(sums, d_beta_ptr, dg_ptr, H_v, start, last, GATE: gl.constexpr):
-    """Store the gradients of beta and of the gate from the sums of a chunk."""
+def store_sums(sums, d_beta_ptr, dg_ptr, H_v, start, last, betas, GATE: gl.constexpr):
+    """Store the gradients of beta, if `betas`, and of the gate from the sums of a chunk."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     t = start + gl.arange(0, TOKENS, layout)
-    gl.store(d_beta_ptr + t.to(gl.int64) * H_v, _whole(sums, D_BETA, layout), mask=t < last)
+    gl.store(d_beta_ptr + t.to(gl.int64) * H_v, whole_of(sums, D_BETA, layout), mask=(t < last) & betas)
     if GATE:
         across = sums.index(ACROSS).load(gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0]))
         across = gl.sum(gl.sum(across, 1), 0)
-        gl.store(dg_ptr + t.to(gl.int64) * H_v, _whole(sums, D_GATE, layout) + across, mask=t < last)
+        gl.store(dg_ptr + t.to(gl.int64) * H_v, whole_of(sums, D_GATE, layout) + across, mask=t < last)

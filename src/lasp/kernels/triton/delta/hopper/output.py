@@ -25,6 +25,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
+    last_of,
     meet,
     segment_of,
     tokens_view,
@@ -186,7 +187,7 @@ def delta_hopper_output_kernel(
             )  # fmt: skip
             read = warpgroup_mma(k_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if KIND == TOKEN:
-                total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
+                total = last_of(prefix)
                 decay = gl.exp2(total)
                 from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
             q_read = from_start * scale

@@ -28,6 +28,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     ask_vector,
     between_pairs,
     chunks_reached,
+    last_of,
     meet,
     reading_factors,
     segment_of,
@@ -212,7 +213,7 @@ def delta_hopper_reverse_kernel(
         else:
             decay = 1.0
             if KIND == TOKEN:
-                total = gl.load(prefix_ptr + (at + c) * TOKENS + TOKENS - 1)
+                total = last_of(prefix)
                 decay = gl.exp2(total)
                 from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
                 to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
