@@ -329,7 +329,7 @@ def test_rounding_of_what_crosses_no_gate_is_not_summed(device: torch.device) ->
 
 
 @pytest.mark.parametrize("keys", [2, 300])
-def test_what_the_kernels_do_not_take(keys: int) -> None:
+def test_what_the_kernels_do_not_take(keys: int, device: torch.device) -> None:
     p = problem(Case("none", T=3, K=keys))
     with pytest.raises(ValueError, match=f"does not take K = {keys} here: .*backend='torch'"):
-        solve(p, torch.device("cpu"))
+        solve(p, device)
