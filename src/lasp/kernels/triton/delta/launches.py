@@ -37,7 +37,6 @@ from lasp.kernels.triton.delta.summary import delta_summary_kernel
 from lasp.recurrence.inputs import NORM_EPS, DeltaInputs
 
 WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
-SCAN_STEP = 32
 
 
 def _once(make: Callable[..., Launch]) -> Callable[..., Launch]:
@@ -51,6 +50,10 @@ def _once(make: Callable[..., Launch]) -> Callable[..., Launch]:
         return self.made[key]
 
     return found
+
+
+def OWN_SUMMARY(self: Any) -> bool:
+    return True
 
 
 class DeltaLaunches:
@@ -134,6 +137,7 @@ class DeltaLaunches:
             "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
             "KIND": kind, "ERASES": erases, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
             "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.bounded, "UNBOUNDED": self.bounded,
+            "JOINED": self.joined, "SPREAD": self.gradient_dtype.itemsize // self.operand.itemsize,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
             "DESCRIPTORS": p.descriptors, "STORES": p.descriptors and p.stores, "PACKED": p.packed,
             "PRECISION": p.precision,
@@ -180,6 +184,8 @@ class DeltaLaunches:
     @cached_property
     def summary(self) -> Launch:
         tiles, (K, V) = self.plan.summary, self.state[2:]
+        if self.own and OWN_SUMMARY(self):
+            return self._own("summary", (V + K) // OWN_COLUMNS, TOTAL=not self.from_zero)
         return self._sweep(delta_summary_kernel, -(-(V + K) // tiles.columns), tiles, TOTAL=not self.from_zero)
 
     @cached_property
@@ -231,21 +237,21 @@ class DeltaLaunches:
     def gradients(self) -> Launch:
         if self.own:
             return self._own("chunk_gradients", slices=self.state[2] // OWN_COLUMNS)
-        return self._of_channels(delta_gradients_kernel, self.plan.keys)
+        return self._of_channels(delta_gradients_kernel, self.plan.keys, 64)
 
     @_once
     def channel_gradients(self, *, bounded: bool) -> Launch:
-        return self._of_channels(delta_channel_gradients_kernel, self.plan.channel, BOUNDED=bounded)
+        return self._of_channels(delta_channel_gradients_kernel, self.plan.channel, 128, BOUNDED=bounded)
 
-    def _of_channels(self, kernel: Any, tiles: Tiles, **own: Any) -> Launch:
-        """A program for some channels of each chunk of each value head, in the order of `gradient_place`."""
+    def _of_channels(self, kernel: Any, tiles: Tiles, values: int, **own: Any) -> Launch:
+        """A program for some channels of each chunk of each value head, in the order of `gradient_place`; values: how
+        many it takes at a time where there are more than 128."""
         grid = (-(-self.state[2] // tiles.columns) * self._heads * self.plan.chunks, 1)
-        sizes = {"BK": tiles.columns, "BV": self._values(tiles.columns)}
+        rows = self.state_chunks[3]
+        # Few where a thread holds what it contracts.
+        at_once = min(rows, tiles.columns) if self.plan.exact else rows if rows <= 128 else values
+        sizes = {"BK": tiles.columns, "BV": at_once}
         return self._launch(kernel, grid, tiles.warps, tiles.stages, **sizes, **own)
-
-    def _values(self, columns: int) -> int:
-        """Columns of values at a time: few where a thread holds what it contracts, or where V is wide."""
-        return min(self.state_chunks[3], columns if self.plan.exact else 128)
 
     @_once
     def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
@@ -265,7 +271,7 @@ class DeltaLaunches:
         columns = p.scan.columns
         slices = -(-V // columns) + (-(-K // columns) if leaves else 0)
         ways = {"LEAVES": leaves, "REVERSE": reverse, "PRECISION": p.solve_precision}
-        sizes = {"BV": columns, "STEP": min(SCAN_STEP, self._tile(K))}
+        sizes = {"BV": columns, "STEP": min(p.scan_step, self._tile(K))}
         grid = (slices * runs * H_v, 1)
         return self._launch(delta_scan_kernel, grid, p.scan.warps, p.scan.stages, **ways, **sizes)
 

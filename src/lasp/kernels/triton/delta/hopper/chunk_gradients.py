@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Gradients of heads with more than 128 channels or values, chunk by chunk: `gradients` for Hopper.
 
-A program has 128 channels of a segment's chunks. Products over values are made of 64 of them at a time, whose tiles come
-three ahead; then what lies between tokens takes its part, as in the sweep for heads of 128.
+A program has 128 channels of a segment's chunks. Products over values are made of 64 of them at a time, whose tiles are
+asked for three ahead; then what lies between tokens takes its part, as in the sweep for heads of 128.
 """
 
 from triton.experimental import gluon
@@ -52,7 +52,25 @@ ROWS = gl.constexpr(gl.BlockedLayout([1, 32], [8, 4], [8, 1], [1, 0]))  # of a t
 
 
 @gluon.jit
-def _ask(step, wanted, start, parts: gl.constexpr, V: gl.constexpr, column, here, do_view, u_view, dv_view, s_view, d_view, do_tiles, u_tiles, dv_tiles, s_tiles, d_tiles):
+def _ask(
+    step,
+    wanted,
+    start,
+    parts: gl.constexpr,
+    V: gl.constexpr,
+    column,
+    here,
+    do_view,
+    u_view,
+    dv_view,
+    s_view,
+    d_view,
+    do_tiles,
+    u_tiles,
+    dv_tiles,
+    s_tiles,
+    d_tiles,
+):
     """Ask for the tiles of 64 values of a chunk; step: their place in the segment's order."""
     bytes: gl.constexpr = 3 * TOKENS * TOKENS * 2 + 2 * TOKENS * WIDTH * 2
     stage = step % STAGES
@@ -260,7 +278,12 @@ def delta_hopper_chunk_gradients_kernel(
         fence_async_shared()
         meet()
         only = afresh(0)
-        q_tile, k_tile, z_tile, m_tile = q_tiles.index(only), k_tiles.index(only), z_tiles.index(only), m_tiles.index(only)
+        q_tile, k_tile, z_tile, m_tile = (
+            q_tiles.index(only),
+            k_tiles.index(only),
+            z_tiles.index(only),
+            m_tiles.index(only),
+        )
         dq = warpgroup_mma(z_tile, k_tile, dq, is_async=True)
         dk = warpgroup_mma(m_tile, k_tile, dk, is_async=True)
         dk = warpgroup_mma(m_tile.permute((1, 0)), k_tile, dk, is_async=True)

@@ -59,18 +59,32 @@ def tokens_view(ptr, row, last, columns: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def chunks_reached(bounds_ptr, at, count):
-    """Count those of a segment's `count` chunks, its first, of which its start knows anything: `chunks_reached` with
-    REVERSE."""
+def chunk_gradient_view(ptr, row, heads, last, SPREAD: gl.constexpr, layout: gl.constexpr):
+    """Describe half the rows of D^T of every chunk of a head, each in the place of a token of dq or dk, in tiles
+    [TOKENS, TOKENS].
+
+    SPREAD: how many elements of D one of dq is long.
+    """
+    width: gl.constexpr = WIDTH * SPREAD
+    return tma.make_tensor_descriptor(ptr + row * width, [last, WIDTH], [heads * width, 1], [TOKENS, TOKENS], layout)
+
+
+@gluon.jit
+def chunks_reached(bounds_ptr, at, count, REVERSE: gl.constexpr):
+    """Count those of a segment's `count` chunks, its last (REVERSE: first), of which its end (start) knows anything; as
+    the general launches' function of that name."""
     square: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     i = gl.arange(0, SPAN, gl.SliceLayout(1, square))
     j = gl.arange(0, SPAN, gl.SliceLayout(0, square))
     passed = 0.0
     reached = 1
     for first in range(0, count, SPAN):
-        bounds = gl.load(bounds_ptr + at + first + j, mask=first + j < count, other=0.0)
+        place = first + j if REVERSE else count - 1 - first - j
+        bounds = gl.load(bounds_ptr + at + place, mask=first + j < count, other=0.0)
         before = passed + gl.sum(gl.where(j[None, :] < i[:, None], bounds[None, :], 0.0), 1)
-        reached = gl.maximum(reached, gl.max(gl.where((first + i < count) & (before >= FORGOTTEN), first + i + 1, 0), 0))
+        reached = gl.maximum(
+            reached, gl.max(gl.where((first + i < count) & (before >= FORGOTTEN), first + i + 1, 0), 0)
+        )
         passed += gl.sum(bounds, 0)
     return gl.where(passed == passed, gl.minimum(reached, count), count)
 
@@ -120,8 +134,10 @@ def afresh(x):
 
 @gluon.jit
 def write(ptr, tile, row, start, last):
-    """Store a tile [TOKENS, columns] of tokens from `start` on, but none from `last` on; `row` elements from one token to
-    the next."""
+    """Store a tile [TOKENS, columns] of tokens from `start` on, but none from `last` on.
+
+    row: elements from one token to the next.
+    """
     t = start + gl.arange(0, TOKENS, gl.SliceLayout(1, tile.type.layout))
     d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
     inside = (t < last)[:, None] & (d >= 0)[None, :]

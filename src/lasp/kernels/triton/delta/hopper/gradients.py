@@ -32,6 +32,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
+    chunk_gradient_view,
     last_of,
     meet,
     segment_of,
@@ -55,7 +56,9 @@ def delta_hopper_gradients_kernel(
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
-    d_chunks_ptr,  # [B, H_v, chunks, V, K]: D^T at the end of each chunk
+    d_first_ptr,  # dq's memory, in k's dtype: the first rows of D^T at the end of each chunk (`reverse`), read before
+    d_rest_ptr,  # dk's, likewise: the others
+    d_entering_ptr,  # fp32 as entering_ptr: D at the end of each segment
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     d_beta_ptr,  # fp32 [B, T, H_v], written
@@ -70,6 +73,7 @@ def delta_hopper_gradients_kernel(
     segments,
     segment_chunks,
     chunks,
+    SPREAD: gl.constexpr,  # how many of k's elements one of dq's is long
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     GATE: gl.constexpr,
@@ -107,9 +111,9 @@ def delta_hopper_gradients_kernel(
     at = (batch * H_v + head) * chunks + chunk
     key_at = (batch * H + key_head) * chunks + chunk
 
+    source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
     state = gl.zeros([WIDTH, WIDTH], gl.float32, STATE)
     if entering_ptr is not None:
-        source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
         r = gl.arange(0, WIDTH, gl.SliceLayout(1, STATE))
         d = gl.arange(0, WIDTH, gl.SliceLayout(0, STATE))
         state = gl.load(entering_ptr + source * WIDTH * WIDTH + (r[:, None] + d[None, :] * WIDTH))
@@ -128,9 +132,9 @@ def delta_hopper_gradients_kernel(
     q_view = tokens_view(q_ptr + key_row * WIDTH, H * WIDTH, last, WIDTH, layout)
     k_view = tokens_view(k_ptr + key_row * WIDTH, H * WIDTH, last, WIDTH, layout)
     count = (last - start + TOKENS - 1) // TOKENS
-    d_view = tma.make_tensor_descriptor(
-        d_chunks_ptr + at * (WIDTH * WIDTH), [count * WIDTH, WIDTH], [WIDTH, 1], [WIDTH, WIDTH], layout
-    )
+    d_first = chunk_gradient_view(d_first_ptr, row, H_v, last, SPREAD, layout)
+    d_rest = chunk_gradient_view(d_rest_ptr, row, H_v, last, SPREAD, layout)
+    quarters = d_tiles._reinterpret(dtype, [4, TOKENS, TOKENS], layout)
     mbarrier.expect(tokens_here, 4 * bytes, start < last)
     tma.async_copy_global_to_shared(do_view, [start, 0], tokens_here, do_tiles.index(0), start < last)
     tma.async_copy_global_to_shared(u_view, [start, 0], tokens_here, u_tiles.index(0), start < last)
@@ -138,8 +142,7 @@ def delta_hopper_gradients_kernel(
     tma.async_copy_global_to_shared(k_view, [start, 0], tokens_here, k_tiles.index(0), start < last)
     mbarrier.expect(dv_here, bytes, start < last)
     tma.async_copy_global_to_shared(dv_view, [start, 0], dv_here, dv_tiles.index(0), start < last)
-    mbarrier.expect(d_here, 2 * bytes, start < last)
-    tma.async_copy_global_to_shared(d_view, [0, 0], d_here, d_tiles.index(0), start < last)
+    _ask_gradient(d_first, d_rest, start, d_here, quarters, count > 1)
     ask_vector(betas.index(0), beta_ptr + at * TOKENS, start < last)
     if KIND == TOKEN:
         ask_vector(prefixes.index(0), prefix_ptr + at * TOKENS, start < last)
@@ -225,6 +228,10 @@ def delta_hopper_gradients_kernel(
             dq, dk, m, scores = warpgroup_mma_wait(0, [dq, dk, m, scores])
         else:
             dq, dk, m = warpgroup_mma_wait(0, [dq, dk, m])
+        if c < count - 1:
+            mbarrier.wait(d_here, c & 1)
+        else:
+            _entering_gradient(quarters, d_entering_ptr + source * WIDTH * WIDTH)
         write(dq_ptr + row * WIDTH, dq, H_v * WIDTH, start, last)
         # u is beta times what was missing, dv beta times its gradient.
         strength = beta.load(gl.SliceLayout(1, PAIRS))
@@ -238,7 +245,6 @@ def delta_hopper_gradients_kernel(
             w_tiles = do_tiles.index(c & 1)._reinterpret(dtype, [2, TOKENS, TOKENS], layout)
             w_tiles.index(0).store(crossing.to(dtype))
         fence_async_shared()
-        mbarrier.wait(d_here, c & 1)
         meet()
         here, only = afresh(c & 1), afresh(0)
         u_tile, k_tile, dv_tile, s_tile = (
@@ -266,8 +272,7 @@ def delta_hopper_gradients_kernel(
         meet()
         mbarrier.expect(dv_here, bytes, following < last)
         tma.async_copy_global_to_shared(dv_view, [following, 0], dv_here, dv_tiles.index(0), following < last)
-        mbarrier.expect(d_here, 2 * bytes, following < last)
-        tma.async_copy_global_to_shared(d_view, [(c + 1) * WIDTH, 0], d_here, d_tiles.index(0), following < last)
+        _ask_gradient(d_first, d_rest, following, d_here, quarters, c + 2 < count)
         # Rounded before it decays, as forward had it.
         u_to_end = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(0, STATE_LEFT))
         if KIND == TOKEN:
@@ -301,6 +306,28 @@ def delta_hopper_gradients_kernel(
     mbarrier.invalidate(tokens_here)
     mbarrier.invalidate(dv_here)
     mbarrier.invalidate(d_here)
+
+
+@gluon.jit
+def _ask_gradient(d_first, d_rest, start, here, quarters, wanted):
+    """Ask for a chunk's D^T [WIDTH, WIDTH], which lies in shared memory by halves of its columns."""
+    mbarrier.expect(here, WIDTH * WIDTH * 2, wanted)
+    for n in gl.static_range(2):
+        tma.async_copy_global_to_shared(d_first, [start, n * TOKENS], here, quarters.index(2 * n), wanted)
+        tma.async_copy_global_to_shared(d_rest, [start, n * TOKENS], here, quarters.index(2 * n + 1), wanted)
+
+
+@gluon.jit
+def _entering_gradient(quarters, ptr):
+    """Store in shared memory D^T of a segment's last chunk, whose tokens may be too few to hold it: what enters, as
+    `reverse` rounds it."""
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0])
+    v = gl.arange(0, TOKENS, gl.SliceLayout(1, rows))
+    d = gl.arange(0, TOKENS, gl.SliceLayout(0, rows))
+    for n in range(4):
+        place = afresh(n)
+        offsets = (place % 2 * TOKENS + v)[:, None] + ((place // 2 * TOKENS + d) * WIDTH)[None, :]
+        quarters.index(n).store(gl.load(ptr + offsets).to(quarters.dtype))
 
 
 @gluon.jit

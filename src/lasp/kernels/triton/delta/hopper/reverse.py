@@ -27,6 +27,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
+    chunk_gradient_view,
     chunks_reached,
     last_of,
     meet,
@@ -54,7 +55,9 @@ def delta_hopper_reverse_kernel(
     bounds_ptr,  # fp32 [B, H_v, chunks] if TOKEN, unless VALUES: log2 of what passes a chunk at most
     added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
     dv_ptr,  # [B, T, H_v, V], written if VALUES
-    d_chunks_ptr,  # [B, H_v, chunks, V, K], written if VALUES: D^T at the end of each chunk, rounded
+    d_chunks_ptr,  # [B, H_v, chunks, V, K], written if VALUES: D^T at the end of each chunk, rounded; if JOINED dq's
+    # memory, for its first rows, and but for a segment's last chunk
+    d_rest_ptr,  # if JOINED and VALUES dk's memory, for the other rows
     places_ptr,  # int32 [segments, 7] if PACKED
     entering_ptr,  # fp32 as added_ptr, if VALUES: D at the end of each segment; or None for zero
     scale,
@@ -66,6 +69,8 @@ def delta_hopper_reverse_kernel(
     chunks,
     K: gl.constexpr,
     V: gl.constexpr,
+    JOINED: gl.constexpr,
+    SPREAD: gl.constexpr,  # as in `gradients`
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     TOTAL: gl.constexpr,  # whether a run's whole is wanted
@@ -98,7 +103,7 @@ def delta_hopper_reverse_kernel(
     walked = count
     if KIND == TOKEN and VALUES == 0:
         # Of what comes later nothing is left at the segment's start.
-        walked = chunks_reached(bounds_ptr, at, count)
+        walked = chunks_reached(bounds_ptr, at, count, True)
     walked = gl.where(wanted, walked, 0)
     # Those that are asked for a chunk ahead have two places, but for those that are done with before its last product.
     q_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, K], layout)
@@ -142,9 +147,14 @@ def delta_hopper_reverse_kernel(
     )
     if VALUES:
         dv_view = tokens_view(dv_ptr + row * V + column, H_v * V, last, WIDTH, layout)
-        d_view = tma.make_tensor_descriptor(
-            d_chunks_ptr + at * (V * K), [count * V, K], [K, 1], [WIDTH, K], layout
-        )
+        if JOINED:
+            d_first = chunk_gradient_view(d_chunks_ptr, row, H_v, last, SPREAD, layout)
+            d_rest = chunk_gradient_view(d_rest_ptr, row, H_v, last, SPREAD, layout)
+            quarters = d_tiles._reinterpret(dtype, [4, TOKENS, TOKENS], layout)
+        else:
+            d_view = tma.make_tensor_descriptor(
+                d_chunks_ptr + at * (V * K), [count * V, K], [K, 1], [WIDTH, K], layout
+            )  # fmt: skip
     c = walked - 1
     mbarrier.expect(here, expected, wanted)
     tma.async_copy_global_to_shared(q_view, [start + c * TOKENS, 0], here, q_tiles.index(0), wanted)
@@ -177,7 +187,17 @@ def delta_hopper_reverse_kernel(
         mbarrier.wait(here, step & 1)
         meet()
         if VALUES:
-            tma.async_copy_shared_to_global(d_view, [c * V + column, 0], d_tiles.index(0))
+            if JOINED:
+                if step > 0:
+                    for n in gl.static_range(2):
+                        tma.async_copy_shared_to_global(
+                            d_first, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n)
+                        )
+                        tma.async_copy_shared_to_global(
+                            d_rest, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n + 1)
+                        )
+            else:
+                tma.async_copy_shared_to_global(d_view, [c * V + column, 0], d_tiles.index(0))
         following = start + (c - 1) * TOKENS
         ahead = (step + 1) & 1
         mbarrier.expect(here, expected, c > 0)
