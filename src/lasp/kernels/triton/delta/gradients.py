@@ -26,8 +26,9 @@ from lasp.kernels.triton.common.decays import TOKEN
 from lasp.kernels.triton.common.program import DESCRIPTORS, load_chunk, rows_of, run_of, slots_of, store_chunk
 from lasp.kernels.triton.delta.chunk import between, lengths, token_pairs, token_sums
 from lasp.kernels.triton.delta.within import (
+    between_tokens,
+    from_state,
     gradient_place,
-    over_values,
     passing,
     state_tile_of,
     store_d_beta,
@@ -98,14 +99,8 @@ def delta_gradients_kernel(
         g_ptr += tokens
     i, j = token_pairs(C)
 
-    if V <= BV:
-        u = token_tile(u_ptr, start, last, row, V, BV, C)
-        do = token_tile(do_ptr, start, last, row, V, BV, C)
-    else:
-        z, m, z_t, m_t, dq, dk, written, met = over_values(
-            do_ptr, u_ptr, dv_ptr, s_chunks_ptr, d_chunks_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, GATE,
-            PRECISION,
-        )  # fmt: skip
+    u = token_tile(u_ptr, start, last, row, V, BV, C)
+    do = token_tile(do_ptr, start, last, row, V, BV, C)
     q = load_chunk(q_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     k = load_chunk(k_ptr, start, column, last, H * K, K, C, BK, DESCRIPTORS)
     r = k
@@ -119,26 +114,23 @@ def delta_gradients_kernel(
     pairs = between(g_ptr, H_v, prefix, start, last, KIND, C, True, EXACT)
     if NORMALIZE:
         pairs *= k_norms[None, :]
-    if V <= BV:
-        z = tl.dot(do, tl.trans(u), input_precision=PRECISION)
-    z *= pairs * q_norms[:, None]
+    z = between_tokens(do, u, do_ptr, u_ptr, start, last, row, V, BV, C, PRECISION) * (pairs * q_norms[:, None])
     if GATE:
         # [t, j]: what reads j from t on; of j before t.
         crossing = tl.where(i > j, z * tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-    if V <= BV:
-        state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
-        dq = tl.dot(do, state, input_precision=PRECISION)
+    z = z.to(dtype)
+    state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
+    dq = from_state(do, state, do_ptr, s_chunks_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
     dq *= (tl.exp2(prefix) * q_norms)[:, None]
     if GATE:
         reads = tl.sum(q.to(tl.float32) * dq, 1)
-    dq = tl.dot(z.to(dtype), k, dq, input_precision=PRECISION)
+    dq = tl.dot(z, k, dq, input_precision=PRECISION)
     store_chunk(
         dq_ptr + tokens * K, dq.to(dq_ptr.dtype.element_ty), start, column, last, H_v * K, K, C, BK, DESCRIPTORS
     )
 
-    if V <= BV:
-        dv = token_tile(dv_ptr, start, last, row, V, BV, C)
-        m = tl.dot(dv, tl.trans(u), input_precision=PRECISION)
+    dv = token_tile(dv_ptr, start, last, row, V, BV, C)
+    m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
     if here.part == 0:
         store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
     m = tl.where(i > j, -m * pairs, 0.0)
@@ -148,42 +140,37 @@ def delta_gradients_kernel(
         crossing += m * tl.dot(r, tl.trans(k), input_precision=PRECISION)
         gained = tl.sum(crossing, 0)
         lost = tl.sum(crossing, 1)
-    if V <= BV:
-        dk = tl.dot(dv, state, input_precision=PRECISION)
+    m = m.to(dtype)
+    dk = from_state(dv, state, dv_ptr, s_chunks_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
     dk *= -(tl.exp2(prefix) * k_norms)[:, None]
     if GATE:
         reads += tl.sum(r.to(tl.float32) * dk, 1)
-    dk = tl.dot(m.to(dtype), k, dk, input_precision=PRECISION)
+    dk = tl.dot(m, k, dk, input_precision=PRECISION)
     if ERASES:
         dr = dk.to(dr_ptr.dtype.element_ty)
         store_chunk(dr_ptr + tokens * K, dr, start, column, last, H_v * K, K, C, BK, DESCRIPTORS)
 
-    if V <= BV:
-        d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
-        written = tl.dot(u, d_state, input_precision=PRECISION)
+    d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
+    written = from_state(u, d_state, u_ptr, d_chunks_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION)
     written *= (tl.exp2(suffix) * k_norms)[:, None]
     dk = written if ERASES else dk + written
     if GATE:
         gained += tl.sum(k.to(tl.float32) * written, 1)
-        if V <= BV:
-            met = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
-        dg = tl.sum(met, 0) * tl.exp2(total) + tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
+        across = tl.sum(passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS), 0)
+        dg = across * tl.exp2(total) + tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
         t = start + tl.arange(0, C)
         dg_ptr += tl.cast(here.part, tl.int64) * B * T * H_v + tokens
         tl.store(dg_ptr + tl.cast(t, tl.int64) * H_v, dg, mask=t < last)
     pairs = between(g_ptr, H_v, prefix, start, last, KIND, C, False, EXACT)
     if NORMALIZE:
         pairs *= k_norms[:, None]
-    if V <= BV:
-        z_t = tl.dot(u, tl.trans(do), input_precision=PRECISION)
-    z_t *= pairs * q_norms[None, :]
-    dk = tl.dot(z_t.to(dtype), q, dk, input_precision=PRECISION)
-    if V <= BV:
-        m_t = tl.dot(u, tl.trans(dv), input_precision=PRECISION)
-    m_t = tl.where(i < j, -m_t * pairs, 0.0)
+    z = between_tokens(u, do, u_ptr, do_ptr, start, last, row, V, BV, C, PRECISION) * (pairs * q_norms[None, :])
+    dk = tl.dot(z.to(dtype), q, dk, input_precision=PRECISION)
+    m = between_tokens(u, dv, u_ptr, dv_ptr, start, last, row, V, BV, C, PRECISION)
+    m = tl.where(i < j, -m * pairs, 0.0)
     if NORMALIZE:
-        m_t *= k_norms[None, :]
-    dk = tl.dot(m_t.to(dtype), r, dk, input_precision=PRECISION)
+        m *= k_norms[None, :]
+    dk = tl.dot(m.to(dtype), r, dk, input_precision=PRECISION)
     store_chunk(
         dk_ptr + tokens * K, dk.to(dk_ptr.dtype.element_ty), start, column, last, H_v * K, K, C, BK, DESCRIPTORS
     )

@@ -237,21 +237,21 @@ class DeltaLaunches:
     def gradients(self) -> Launch:
         if self.own:
             return self._own("chunk_gradients", slices=self.state[2] // OWN_COLUMNS)
-        return self._of_channels(delta_gradients_kernel, self.plan.keys, 64)
+        return self._of_channels(delta_gradients_kernel, self.plan.keys)
 
     @_once
     def channel_gradients(self, *, bounded: bool) -> Launch:
-        return self._of_channels(delta_channel_gradients_kernel, self.plan.channel, 128, BOUNDED=bounded)
+        return self._of_channels(delta_channel_gradients_kernel, self.plan.channel, BOUNDED=bounded)
 
-    def _of_channels(self, kernel: Any, tiles: Tiles, values: int, **own: Any) -> Launch:
-        """A program for some channels of each chunk of each value head, in the order of `gradient_place`; values: how
-        many it takes at a time where there are more than 128."""
+    def _of_channels(self, kernel: Any, tiles: Tiles, **own: Any) -> Launch:
+        """A program for some channels of each chunk of each value head, in the order of `gradient_place`."""
         grid = (-(-self.state[2] // tiles.columns) * self._heads * self.plan.chunks, 1)
-        rows = self.state_chunks[3]
-        # Few where a thread holds what it contracts.
-        at_once = min(rows, tiles.columns) if self.plan.exact else rows if rows <= 128 else values
-        sizes = {"BK": tiles.columns, "BV": at_once}
+        sizes = {"BK": tiles.columns, "BV": self._values(tiles.columns)}
         return self._launch(kernel, grid, tiles.warps, tiles.stages, **sizes, **own)
+
+    def _values(self, columns: int) -> int:
+        """Columns of values at a time: few where a thread holds what it contracts, or where V is wide."""
+        return min(self.state_chunks[3], columns if self.plan.exact else 128)
 
     @_once
     def channel_operands(self, *, queries: bool, keys: bool) -> Launch:

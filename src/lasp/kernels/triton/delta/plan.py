@@ -139,8 +139,6 @@ def delta_plan(
             summary = Tiles(128, 8, 3) if per_channel else summary
         # With all channels what lies between tokens is made once; a processor then has one program.
         keys = Tiles(128, 4, 1) if most == 3 and not wide else Tiles(64, 8 if wide or most == 1 else 4, 1)
-        if V > 128 and most > 1:
-            keys = Tiles(128, 8, most)  # values come in a loop, each tile once
     # Then states stay in registers from segment to segment, and the next transition is on its way.
     at_once = most == 3 and not exact and K <= 128
     # The copy engine wants rows of a multiple of 16 bytes.

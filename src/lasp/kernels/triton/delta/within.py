@@ -114,40 +114,6 @@ def from_state_t(
 
 
 @triton.jit
-def over_values(
-    do_ptr, u_ptr, dv_ptr, s_ptr, d_ptr, start, last, row, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    C: tl.constexpr, COLUMNS: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products of a chunk over values that do not fit, in one loop, so that each tile is loaded once and ahead:
-    do u^T, dv u^T, their transposes (as products: accumulators are not transposed), do S^T, dv S^T, u D^T, and if GATE
-    <S, D> channel by channel."""
-    z = tl.zeros((C, C), tl.float32)
-    m = tl.zeros((C, C), tl.float32)
-    z_t = tl.zeros((C, C), tl.float32)
-    m_t = tl.zeros((C, C), tl.float32)
-    asked = tl.zeros((C, BK), tl.float32)
-    read = tl.zeros((C, BK), tl.float32)
-    written = tl.zeros((C, BK), tl.float32)
-    met = tl.zeros((BK,), tl.float32)
-    for v in range(0, V, BV):
-        do = load_chunk(do_ptr, start, v, last, row, V, C, BV, DESCRIPTORS)
-        u = load_chunk(u_ptr, start, v, last, row, V, C, BV, DESCRIPTORS)
-        dv = load_chunk(dv_ptr, start, v, last, row, V, C, BV, DESCRIPTORS)
-        state = _state_piece(s_ptr, v, column, BV, BK, COLUMNS)
-        d_state = _state_piece(d_ptr, v, column, BV, BK, COLUMNS)
-        z = tl.dot(do, tl.trans(u), z, input_precision=PRECISION)
-        m = tl.dot(dv, tl.trans(u), m, input_precision=PRECISION)
-        z_t = tl.dot(u, tl.trans(do), z_t, input_precision=PRECISION)
-        m_t = tl.dot(u, tl.trans(dv), m_t, input_precision=PRECISION)
-        asked = tl.dot(do, state, asked, input_precision=PRECISION)
-        read = tl.dot(dv, state, read, input_precision=PRECISION)
-        written = tl.dot(u, d_state, written, input_precision=PRECISION)
-        if GATE:
-            met += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
-    return z, m, z_t, m_t, asked, read, written, met
-
-
-@triton.jit
 def passing(d_state, s_ptr, d_ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
     """<S, D> channel by channel, [BK]: summed over V; S is read once more rather than kept."""
     if V <= BV:
