@@ -37,8 +37,7 @@ def gate_gradient_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     q_sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C]: q . dq, of the state and, unless EXACT, of the chunk
     k_sums_ptr,  # likewise: k . dk
-    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, SIZE]: S before intervals, see `intervals`
-    d_inner_ptr,  # likewise: D
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, SIZE]: S and D before intervals
     state_out_ptr,  # fp32 [B, H_v, K, V]: S leaving the run
     dg_ptr,  # fp32 [B, T, H_v], written; of chunks whose pairs are formed it has their sums
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -98,8 +97,8 @@ def gate_gradient_kernel(
     walked = stretch * LONGEST
     first_state = first_interval(run, segment, chunk, segments, chunks, SHORTEST)
     for begin in range(0, count, interval):
-        at_begin = (first_state + (walked + begin) // SHORTEST) * SIZE
-        known = _paired(inner_ptr + at_begin, d_inner_ptr + at_begin, SIZE, BLOCK, False)
+        at_begin = inner_ptr + (first_state + (walked + begin) // SHORTEST) * (2 * SIZE)
+        known = _paired(at_begin, at_begin + SIZE, SIZE, BLOCK, False)
         before = tl.where(c == begin, known, before)
         after = tl.where(c == begin - 1, known, after)
     if not ends:
@@ -107,7 +106,8 @@ def gate_gradient_kernel(
         next_state = first_state + (walked + count) // SHORTEST
         if walked + count == of_segment:
             next_state = first_interval(run, segment + 1, chunk + of_segment, segments, chunks, SHORTEST)
-        known = _paired(inner_ptr + next_state * SIZE, d_inner_ptr + next_state * SIZE, SIZE, BLOCK, False)
+        following = inner_ptr + next_state * (2 * SIZE)
+        known = _paired(following, following + SIZE, SIZE, BLOCK, False)
         after = tl.where(c == count - 1, known, after)
     elif d_state_out_ptr is not None:
         leaving = border * (K * V)
