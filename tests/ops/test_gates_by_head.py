@@ -57,8 +57,8 @@ def test_every_head(has_beta: bool, per_channel: bool) -> None:
 
 
 def test_what_a_token_erases_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compares the definition in fp32. The control is a token's transition as a matrix: of keys of 256 channels that is next
-    to one, to whose digits it rounds what is erased."""
+    """Compares the definition in fp32. The control is a token's transition as a matrix: of keys of 256 channels that is
+    next to one, to whose digits it rounds what is erased."""
     x, d_o = problem(has_beta=True, per_channel=False, channels=256, tokens=24)
     x, d_o = {name: tensor[:1, :, :2] for name, tensor in x.items()}, d_o[:1, :, :2]
     expected = gradients(x, d_o, torch.float64, "reference")
