@@ -160,7 +160,7 @@ def gate_gradient_kernel(
 
 @triton.jit
 def _is_near(prefix_ptr, totals, rate, start, run_first, run_last, C: tl.constexpr, KIND: tl.constexpr):
-    """Whether what passes chunks that begin with tokens `start` was formed, as `gate_pairs` decides it."""
+    """True where what passes chunks that begin with tokens `start` was formed, as `gate_pairs` decides it."""
     between = (start > run_first) & (start + C < run_last)
     earlier = tl.zeros_like(totals) + C * rate
     later = tl.minimum(run_last - start - C, C) * rate
