@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.neighbours.convolution import convolution_gradient_kernel, convolution_kernel
 from lasp.kernels.triton.neighbours.gated_norm import NONE, SIGMOID, SILU, gated_norm_gradient_kernel, gated_norm_kernel
 from lasp.kernels.triton.neighbours.stepped_decay import stepped_decay_gradient_kernel, stepped_decay_kernel
@@ -68,7 +68,7 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
     fixed |= {f"C{n}": width for n, width in enumerate(shape.parts)}
     kernel = convolution_gradient_kernel if backward else convolution_kernel
     grid = (blocks * shape.batch, sum(-(-width // CHANNELS) for width in shape.parts))
-    return Launch(kernel, grid, fixed, warps=WARPS, stages=1)
+    return bind(kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 def _shape(
@@ -116,7 +116,7 @@ def convolve_gradients(
     launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
     B, C, W = x.shape[0], x.shape[2], weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(launch.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
+    sums = torch.empty(launch.of.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
     d_before = x.new_empty(B, W - 1, C)
     launch(
         x_ptr=x,
@@ -165,7 +165,7 @@ def _gated_norm(shape: _GatedNorm, backward: bool, again: bool = False) -> Launc
         grid = (-(-count // (rows * fixed["steps"])), own)
     else:
         grid = (-(-shape.rows // rows), 1)
-    return Launch(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=warps, stages=1)
+    return bind(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=warps, stages=1)
 
 
 class _NormCall(NamedTuple):
@@ -254,7 +254,7 @@ def gated_norm_gradients(
     if x is not None:
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty_like(d_y, memory_format=torch.contiguous_format) if again else o.new_empty(0)
-    programs, own = launch.grid
+    programs, own = launch.of.grid
     parts = (programs * own, width // groups) if gain.numel() * groups == width else (programs, gain.numel())
     d_gain = torch.empty(parts, dtype=torch.float32, device=o.device)
     d_skip = torch.empty(programs if skip is not None else 0, width, dtype=torch.float32, device=o.device)
@@ -294,7 +294,7 @@ def _stepped_decay(shape: _SteppedDecay, backward: bool) -> Launch:
     if backward:
         fixed["steps"] = steps
     grid = (-(-shape.tokens // (tokens * steps)), shape.heads)
-    return Launch(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=WARPS, stages=1)
+    return bind(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=WARPS, stages=1)
 
 
 def _decay_shape(raw: Tensor, x: Tensor, *others: Tensor) -> _SteppedDecay:
@@ -321,7 +321,7 @@ def stepped_decay_gradients(
     launch = _stepped_decay(_decay_shape(raw, x, bias, log_rate, d_values, d_decay), True)
     d_raw = torch.empty(raw.shape, dtype=raw.dtype, device=x.device)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(launch.grid[0], 2, raw.shape[2], dtype=torch.float32, device=x.device)
+    sums = torch.empty(launch.of.grid[0], 2, raw.shape[2], dtype=torch.float32, device=x.device)
     launch(
         raw_ptr=raw,
         x_ptr=x,
