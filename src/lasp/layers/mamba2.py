@@ -1,7 +1,7 @@
 """Mamba-2's layer: the state-space dual (SSD) as linear attention with a gate per head.
 
 The recurrence h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t^T, y_t = C_t h_t + D x_t (Dao & Gu, arXiv 2405.21060) is
-linear attention with queries C, keys B, values dt x and log-decays A dt.
+linear attention with queries C, keys B, values x, weights dt, log-decays A dt and the skip D.
 
 H = heads, P = channels of one head, G = groups of heads that share B and C, N = state dimension. As a mixer's key_dim
 is N, its value_dim P and its num_key_heads G.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_divisor
-from lasp.layers.fused import project_gated_skip_norm
+from lasp.layers.fused import project_norm_of_gated
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
 from lasp.layers.registry import family, mixer, shape
@@ -101,16 +101,17 @@ class Mamba2(Mixer):
         values, keys, queries, z, dt = parts
         values = values.unflatten(-1, (self.num_heads, self.head_dim))
         keys, queries = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (keys, queries))
-        stepped, log_decay = self.decay.values(dt, values)
-        return MixerInputs(keys, stepped, log_decay, q=queries, kept=(z, values))
+        log_step, log_decay = self.decay.logarithms(dt)
+        return MixerInputs(keys, values, log_decay, q=queries, log_weight=log_step, kept=(z,))
 
     def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
-        return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
+        ways = {"log_weight": inputs.log_weight, "skip": self.skip, "scale": 1.0, "backend": self.backend}
+        return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, **ways, **sequence)  # type: ignore[arg-type]
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        z, values = kept
-        given = (o, z, values, self.skip, self.gain, self.out_proj.weight)
-        return project_gated_skip_norm(*given, groups=self.num_groups, eps=self.norm_eps)
+        (z,) = kept
+        weights = (self.gain, self.out_proj.weight)
+        return project_norm_of_gated(o, z, *weights, groups=self.num_groups, eps=self.norm_eps)
 
 
 # The authors' models of 370M and 1.3B parameters: docs/design/models.md.

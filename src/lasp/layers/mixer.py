@@ -174,7 +174,7 @@ class MixerInputs(NamedTuple):
 
     Attributes:
         k: [B, T, H, K]. v: [B, T, H_v, V].
-        log_decay: as the operator takes it.
+        log_decay, log_weight: as the operator takes them.
         beta: [B, T, H_v], of delta rules.
         q: [B, T, H, K], where it is known already; else `Mixer.queries` makes it.
         kept: what `Mixer.after` reads beside the operator's outputs.
@@ -185,6 +185,7 @@ class MixerInputs(NamedTuple):
     log_decay: Tensor | None = None
     beta: Tensor | None = None
     q: Tensor | None = None
+    log_weight: Tensor | None = None
     kept: tuple[Tensor, ...] = ()
 
 

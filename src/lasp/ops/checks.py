@@ -96,6 +96,23 @@ def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> Non
         raise ValueError(f"g must be floating point on {q.device}, got {g.dtype} on {g.device}")
 
 
+def check_weights(log_weight: Tensor | None, skip: Tensor | None, v: Tensor) -> None:
+    """Check that log_weight is [B, T, H_v] and skip [H_v], where given.
+
+    Raises:
+        ValueError: the shape, dtype or device does not fit.
+    """
+    given = {"log_weight": (log_weight, "[B, T, H_v]", v.shape[:3]), "skip": (skip, "[H_v]", v.shape[2:3])}
+    for name, (tensor, form, shape) in given.items():
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, form)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {form} {tuple(shape)}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() or tensor.device != v.device:
+            raise ValueError(f"{name} must be floating point on {v.device}, got {tensor.dtype} on {tensor.device}")
+
+
 def check_gate_values(g: Tensor) -> None:
     """g is a natural logarithm of a decay.
 

@@ -166,7 +166,7 @@ def test_gated_norm(dtype: torch.dtype, activation: str, gate: bool, fused: None
 
 
 @pytest.mark.parametrize(("dtype", "groups"), [(FP32, 1), (FP32, 2), (BF16, 1)])
-def test_gated_norm_with_a_skip(
+def test_norm_of_what_is_gated(
     dtype: torch.dtype, groups: int, fused: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients are summed by several programs, of several rows one after another."""
@@ -175,55 +175,34 @@ def test_gated_norm_with_a_skip(
     launches._gated_norm.cache_clear()
 
     def norm(**x: Tensor) -> Tensor:
-        return layers.gated_skip_norm(**x, groups=groups, eps=1e-5)  # type: ignore[arg-type]
+        return layers.norm_of_gated(**x, groups=groups, eps=1e-5)
 
     inputs = inputs_of_norm(heads=4, channels=10, per_channel=True, gate=True)
-    inputs |= {"x": normal(2, 11, 4, 10, seed=4), "skip": normal(4, seed=5)}
     found = results(norm, {n: t.to(device) for n, t in inputs.items()}, dtype)
     expected = results(norm, rounded(inputs, dtype), torch.float64)
     compare(found, expected, BOUNDS[dtype])
-    inputs["skip"] = inputs["skip"].roll(1)
+    inputs["gain"] = inputs["gain"].roll(1)
     moved = results(norm, {n: t.to(device) for n, t in inputs.items()}, dtype)
-    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 0", "d_gate", "d_x")) > 0.1
+    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 0", "d_gate", "d_o")) > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "skips"), [(FP32, True), (BF16, True), (FP32, False), (BF16, False)])
-def test_a_norm_before_a_projection(dtype: torch.dtype, skips: bool, fused: None, device: torch.device) -> None:
-    """The weight's gradient is of the norm's output, which is not kept; the control: of another token's."""
+@pytest.mark.parametrize(("dtype", "first"), [(FP32, True), (BF16, True), (FP32, False), (BF16, False)])
+def test_a_norm_before_a_projection(dtype: torch.dtype, first: bool, fused: None, device: torch.device) -> None:
+    """The weight's gradient is of the norm's output, which is not kept; the control: of another token's. With the gate
+    first, and last."""
 
     def project(**x: Tensor) -> Tensor:
-        if skips:
-            return layers.project_gated_skip_norm(**x, groups=1, eps=1e-5)  # type: ignore[arg-type]
-        return layers.project_gated_norm(**x, activation="silu", eps=1e-5)  # type: ignore[arg-type]
+        if first:
+            return layers.project_norm_of_gated(**x, groups=1, eps=1e-5)
+        return layers.project_gated_norm(**x, activation="silu", eps=1e-5)
 
-    inputs = inputs_of_norm(heads=4, channels=10, per_channel=skips, gate=True) | {"weight": normal(6, 40, seed=6)}
-    if skips:
-        inputs |= {"x": normal(2, 11, 4, 10, seed=4), "skip": normal(4, seed=5)}
+    inputs = inputs_of_norm(heads=4, channels=10, per_channel=first, gate=True) | {"weight": normal(6, 40, seed=6)}
     found = results(project, {n: t.to(device) for n, t in inputs.items()}, dtype)
     expected = results(project, rounded(inputs, dtype), torch.float64)
     compare(found, expected, 1.5 * BOUNDS[dtype])
     inputs["o"] = inputs["o"].roll(1, 1)
     moved = results(project, {n: t.to(device) for n, t in inputs.items()}, dtype)
     assert relative_error(moved["d_weight"].cpu(), expected["d_weight"]) > 0.1
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_stepped_values(dtype: torch.dtype, fused: None, device: torch.device) -> None:
-    """Steps from next to nothing to many."""
-    inputs = {"raw": 8 * normal(2, 19, 3), "x": normal(2, 19, 3, 20, seed=1)}
-    rates = {"bias": normal(3, seed=2), "log_rate": normal(3, seed=3)}
-
-    def step(**x: Tensor) -> tuple[Tensor, ...]:
-        exact = {name: x[name].to(torch.promote_types(x[name].dtype, FP32)) for name in rates}
-        return layers.stepped_values(**{**x, **exact})  # type: ignore[arg-type]
-
-    inputs |= rates
-    found = results(step, {n: t.to(device) for n, t in inputs.items()}, dtype)
-    expected = results(step, rounded(inputs, dtype), torch.float64)
-    compare(found, expected, BOUNDS[dtype])
-    inputs["bias"] = inputs["bias"].roll(1)
-    moved = results(step, {n: t.to(device) for n, t in inputs.items()}, dtype)
-    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 1", "d_raw", "d_x")) > 0.05
 
 
 @pytest.mark.ci
