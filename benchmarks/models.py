@@ -49,7 +49,7 @@ def steps(family: str, variant: str, tokens: int, options: argparse.Namespace) -
     if variant in LAYERS:
         replace_mixers(module, family, variant)
     model = parallelize(module, None, compile=variant == "lasp compiled")
-    optimizer = build_optimizer(model, OptimizerOptions())
+    optimizer = build_optimizer(model, OptimizerOptions(lr=2e-6))  # the model stays as it was initialised
     random = torch.Generator(device).manual_seed(0)
     text = torch.randint(config.vocab_size, (1, tokens + 1), device=device, generator=random)
     seconds = []

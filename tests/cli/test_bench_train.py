@@ -12,11 +12,14 @@ from world import run
 
 from lasp.analysis.flops import flops_per_token
 from lasp.analysis.model import layer
+from lasp.bench import steps
 from lasp.bench.profile import each_once
 from lasp.bench.steps import BenchTrainConfig, for_device, measure
 from lasp.cli.main import main
 from lasp.models import preset
-from lasp.train.config import ModelOptions, ParallelOptions
+from lasp.parallelize import ParallelModel
+from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions
+from lasp.train.optimizer import build_optimizer
 
 SMALL = ["--model.size", "tiny", "--model.overrides", "num_layers", "1", "--device", "cpu", "--steps", "2"]
 
@@ -37,6 +40,27 @@ def test_every_length_is_a_row_and_the_profile_names_operators(
         assert row["utilisation"] is None  # a CPU has no datasheet here
     assert sum(kernel["share"] for kernel in figures["kernels"]) <= 1 + 1e-9
     assert "x floor" in text and all(figures["parts"][part]["floor_s"] > 0 for part in ("mixer", "feed-forward"))
+
+
+def test_the_model_stays_as_it_was_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a training's peak rate, random tokens would make gates forget all within a few steps."""
+    config = BenchTrainConfig(
+        model=ModelOptions(family="kda", overrides={"num_layers": 1}), tokens=(64,), steps=2, device="cpu"
+    )
+    weights: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def build(model: ParallelModel, options: OptimizerOptions) -> torch.optim.Optimizer:
+        weights[:] = [(each, each.detach().clone()) for each in model.module.parameters()]
+        return build_optimizer(model, options)
+
+    def moved() -> float:
+        measure(config)
+        return max((now - then).abs().max().item() for now, then in weights)
+
+    monkeypatch.setattr(steps, "build_optimizer", build)
+    assert 0 < moved() <= 3 * 1.1 * steps.FIRST_STEPS.lr
+    monkeypatch.setattr(steps, "FIRST_STEPS", OptimizerOptions())
+    assert moved() > 1e-3
 
 
 def test_kernels_that_a_profiler_gives_to_several_operators_count_once() -> None:

@@ -160,7 +160,7 @@ def test_the_generator_decides():
     assert torch.equal(*values) and not torch.equal(values[0][:3], SteppedDecay(3, 2).log_rate)
 
 
-def test_messages():
+def test_messages() -> None:
     sizes: dict[str, Any] = {"num_heads": 4, "key_dim": 3, "value_dim": 5}
     with pytest.raises(ValueError, match="num_key_heads must divide num_heads 4, got 3"):
         DeltaNet.Config(**sizes, num_key_heads=3)

@@ -36,11 +36,14 @@ from lasp.train.world import World, join, leave, naming_lost_peers
 
 # Tokens of a rank: what lengths that nobody asked for are multiples of.
 LENGTH_UNIT = 64
+# As in the first steps of a long run's warm-up: the model stays as it was initialised. At the peak rate random tokens
+# make some gates forget all within steps, for which kernels have other, slower ways.
+FIRST_STEPS = OptimizerOptions(lr=2e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainConfig:
-    """Time whole training steps (forward, backward, clipping, AdamW) on random tokens.
+    """Time whole training steps (forward, backward, clipping, AdamW) on random tokens, of a model as initialised.
 
     What is not given is chosen for the device: a model of a billion parameters, 32K tokens and more and bf16 on a GPU;
     a tiny one, some thousand tokens and fp32 on a CPU.
@@ -258,7 +261,7 @@ def _text(tokens: int, vocab_size: int, world: World) -> torch.Tensor:
 
 def _step(model: ParallelModel, precision: str, world: World) -> Callable[[torch.Tensor], None]:
     """A training step on this process's share of a sequence."""
-    optimizer = build_optimizer(model, OptimizerOptions())
+    optimizer = build_optimizer(model, FIRST_STEPS)
 
     def step(text: torch.Tensor) -> None:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -383,7 +383,6 @@ def test_gates_per_token_gather_little_rounding_over_an_interval(
         assert error() > 1.2 * found
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as there
 def test_strong_gates_hide_a_large_gradient_of_the_final_state(device: torch.device) -> None:
     """The state that leaves the last chunk adds much to the gradient of its last gates, none a few tokens before."""
     p = problem("channel", Dims(T=128, H_v=1, K=64, V=64), device, torch.bfloat16, strongest=20.0)

@@ -137,14 +137,12 @@ def test_all_results_bf16(gate: str, device: torch.device, short_segments: None)
     check(Case(gate, BF16, T=200, K=64, beta=1.0), device)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of masked overflows
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 def test_strong_gates_bf16(gate: str, device: torch.device, short_segments: None) -> None:
     """Down to -20, so that of a gate per channel no chunk is bounded; and values that are cut into two heads."""
     check(Case(gate, BF16, T=70, H=2, V=192, beta=1.0, strongest=20.0, normalize=True), device)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("gate", GATES)
 def test_an_erase_key_bf16(gate: str, device: torch.device, short_segments: None) -> None:
     """Covers grouped heads, which share it; bounded gates per channel beside strong ones; values that are cut."""
@@ -329,7 +327,7 @@ def test_rounding_of_what_crosses_no_gate_is_not_summed(device: torch.device) ->
 
 
 @pytest.mark.parametrize("keys", [2, 300])
-def test_what_the_kernels_do_not_take(keys: int) -> None:
+def test_what_the_kernels_do_not_take(keys: int, device: torch.device) -> None:
     p = problem(Case("none", T=3, K=keys))
     with pytest.raises(ValueError, match=f"does not take K = {keys} here: .*backend='torch'"):
-        solve(p, torch.device("cpu"))
+        solve(p, device)

@@ -75,7 +75,6 @@ def expectation(x: dict[str, Tensor], d_o: Tensor, **options: Any) -> Tensor:
 
 
 @pytest.mark.ci
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what the interpreter's NumPy says of masked overflows
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("scalar", BF16), ("scalar", FP16), ("scalar", FP32), ("channel", BF16), ("channel", FP16), ("channel", FP32)],
@@ -96,7 +95,6 @@ def test_every_head(kind: str, dtype: torch.dtype, device: torch.device) -> None
         assert max(error) > bound
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -125,7 +123,6 @@ def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, de
     assert max(max(pair) for pair in errors_by_head(shifted, expected)) > BOUNDS[dtype][1]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_rounding_of_what_crosses_nothing_is_not_summed(kind: str, device: torch.device) -> None:
     """Takes fp32 where pairs of late tokens, and what the last ones add to a final state, are far larger than what

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_gpu_cases import BF16, BOUNDS, CASES, FP16, FP32, GATHERED, KINDS, SHORT, Case
+from test_gpu_cases import BF16, BOUNDS, CASES, FP16, FP32, GATHERED, KINDS, PAIRED, SHORT, UNLEARNED, Case
 from tolerances import relative_error
 from torch import Tensor
 
@@ -143,17 +143,12 @@ def test_more_elements_than_32_bits_count(kind: str) -> None:
         assert relative_error(value[:, -near:], reference[:, -near:]) <= BOUNDS[BF16].gradients, name
 
 
-LONG = {"T": 4090, "H": 4}
-
-
 @pytest.mark.parametrize(
     "dims",
-    [{}, LONG, LONG | {"documents": (0, 2500, 2501, 4090)}, GATHERED | {"H_v": 4}],
+    [{}, PAIRED, PAIRED | {"documents": (0, 5000, 5001, PAIRED["T"])}, GATHERED | {"H_v": 4}],
     ids=["short", "long", "packed", "gathered"],
 )
-@pytest.mark.parametrize(
-    ("kind", "D"), [*((kind, 128) for kind in KINDS[:3]), *(("constant", D) for D in (64, 256, 512))]
-)
+@pytest.mark.parametrize(("kind", "D"), UNLEARNED)
 def test_decays_that_are_not_learned(kind: str, D: int, dims: dict[str, Any]) -> None:
     """Other sweeps than where the gate's gradient is wanted; of long runs dk and dv are made in one launch."""
     case = Case(kind, BF16, D, D, **dims)

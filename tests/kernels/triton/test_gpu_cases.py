@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lasp.kernels.limits import FUSED_MAX_DIM
 from lasp.kernels.triton.common import decays
 from lasp.kernels.triton.common.device import DeviceLimits
+from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.plan import plan
+from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
 
 # What the cases are planned for where they name no processors: an H100 or H200.
 HOPPER = DeviceLimits(132, 232448, True)
@@ -63,6 +66,9 @@ WHOLE: dict[str, Any] = {"T": 4133, "H": 16, "H_v": 32, "processors": None}
 SHORT: dict[str, Any] = {"T": 333, "B": 2, "processors": None}
 # Without an initial state: sweeps gather the states of segments; of gates per channel there is one segment.
 GATHERED: dict[str, Any] = {"T": 473, "H": 4, "B": 2, "processors": None, "initial": False}
+# Of heads of their own, decays that are not learned: so long that dk and dv are made in one launch.
+UNLEARNED = [*((kind, 128) for kind in KINDS[:3]), *(("constant", D) for D in (64, 256, 512))]
+PAIRED: dict[str, Any] = {"T": 8186, "H": 4}
 # Packed: documents of several segments, one of a single token, an empty one; short ones, many a segment's length.
 LONG_DOCUMENTS: dict[str, Any] = {"T": 3003, "documents": (0, 1500, 1500, 3002, 3003)}
 SHORT_DOCUMENTS: dict[str, Any] = {"T": 333, "documents": (0, 1, 1, 70, 199, 333), "processors": None}
@@ -119,3 +125,14 @@ def test_the_cases_reach_every_way_of_moving_chunks() -> None:
     assert wanted <= ways_of(CASES)
     # The control: what starts from a state gathers none.
     assert wanted - ways_of([case for case in CASES if case.initial]) == {way for way in wanted if way[2]}
+
+
+def test_long_runs_are_paired() -> None:
+    def paired(kind: str, D: int, T: int) -> bool:
+        width, shape = min(D, FUSED_MAX_DIM), PAIRED | {"T": T}
+        q = (1, shape["T"], shape["H"], width)
+        p = plan(T, shape["H"], width, width, BF16, DECAYS[kind].value, 8, *HOPPER[1:], False)
+        return ScalarLaunches(RunShape(q, q, BF16, DECAYS[kind].value, False, 1.0), p).paired
+
+    assert all(paired(*head, PAIRED["T"]) for head in UNLEARNED)
+    assert not any(paired(*head, PAIRED["T"] // 8) for head in UNLEARNED)  # the control: shorter ones are not
