@@ -67,7 +67,8 @@ Shape = tuple[int, int, int, int, int]
     ("dtype", "shape", "documents", "from_zero", "begins"),
     [
         (BF16, (200, 1, 2, 16, 24), None, False, False),
-        (BF16, (150, 2, 4, 16, 16), [0, 20, 20, 130, 150], True, True),
+        (BF16, (150, 2, 4, 16, 64), [0, 20, 20, 130, 150], True, True),  # two heads a program for dq and dk
+        (BF16, (390, 1, 4, 16, 64), None, False, False),
         (FP16, (150, 1, 2, 16, 16), None, True, False),
         (FP32, (70, 1, 2, 16, 16), None, False, True),  # of values weighed before
     ],

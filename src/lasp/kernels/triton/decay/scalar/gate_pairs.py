@@ -32,7 +32,8 @@ def gate_pairs_kernel(
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,  # columns of q, k, v, do at a time
+    BK: tl.constexpr,  # columns of q and k at a time
+    BV: tl.constexpr,  # and of v and do
     C: tl.constexpr,
     KIND: tl.constexpr,
     FORGETS: tl.constexpr,  # as in `gate_gradient`
@@ -57,15 +58,18 @@ def gate_pairs_kernel(
     if EXACT or beyond_one(total, length) < FORGETS:
         qk = batch * T * H + head // (H_v // H)
         vo = batch * T * H_v + head
+        # Under way while scores are formed.
+        do = load_chunk(do_ptr + vo * V, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+        v = load_chunk(v_ptr + vo * V, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
         scores = tl.zeros((C, C), tl.float32)
-        for column in range(0, K, BD):
-            q = load_chunk(q_ptr + qk * K, first, column, last, H * K, K, C, BD, DESCRIPTORS)
-            k = load_chunk(k_ptr + qk * K, first, column, last, H * K, K, C, BD, DESCRIPTORS)
+        for column in range(0, K, BK):
+            q = load_chunk(q_ptr + qk * K, first, column, last, H * K, K, C, BK, DESCRIPTORS)
+            k = load_chunk(k_ptr + qk * K, first, column, last, H * K, K, C, BK, DESCRIPTORS)
             scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-        d_scores = tl.zeros((C, C), tl.float32)
-        for column in range(0, V, BD):
-            do = load_chunk(do_ptr + vo * V, first, column, last, H_v * V, V, C, BD, DESCRIPTORS)
-            v = load_chunk(v_ptr + vo * V, first, column, last, H_v * V, V, C, BD, DESCRIPTORS)
+        d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        for column in range(BV, V, BV):
+            do = load_chunk(do_ptr + vo * V, first, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+            v = load_chunk(v_ptr + vo * V, first, column, last, H_v * V, V, C, BV, DESCRIPTORS)
             d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
         t = tl.arange(0, C)
         prefix = tl.zeros((C,), tl.float32)
@@ -76,7 +80,13 @@ def gate_pairs_kernel(
             added = tl.load(suffix_ptr + (run * chunks + chunk) * C + t)
         g_chunk = g_ptr + tl.cast(first, tl.int64) * H_v
         w = scores * d_scores * pair_decay(g_chunk, H_v, rate, prefix, added, length, KIND, C, True, EXACT)
-        # [t, j]: what reads j from t on.
-        later = tl.cumsum(w, 0, reverse=True)
-        crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale
+        w = tl.where(t[:, None] > t[None, :], w, 0.0)
+        if EXACT:
+            # [t, j]: what reads j from t on.
+            later = tl.cumsum(w, 0, reverse=True)
+            crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale
+        else:
+            # What j begins, less what i ends: a scan of one row, not of all.
+            changes = tl.sum(w, 0) - tl.sum(w, 1)
+            crossing = (tl.cumsum(changes, 0) - changes) * scale
         tl.store(dg_ptr + vo + (first + t) * tl.cast(H_v, tl.int64), crossing, mask=first + t < last)

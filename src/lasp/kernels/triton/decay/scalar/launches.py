@@ -11,7 +11,7 @@ import triton
 from lasp.kernels.triton.common.decays import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.launches import DecayLaunches, RunShape
-from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan, narrow, tile
+from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan, Tiles, narrow, tile
 from lasp.kernels.triton.decay.scalar.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.scalar.gate_pairs import gate_pairs_kernel
 from lasp.kernels.triton.decay.scalar.key_gradient import key_gradient_kernel
@@ -27,6 +27,8 @@ GATE_BLOCK, GATE_WARPS, PAIR_WARPS = 8192, 8, 4
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 # dk and dv of segments shorter than this are faster apart, unless they are as short as those that gather.
 PAIRED_CHUNKS = 24
+# Of the sweeps of dq and dk for two heads of 64 values.
+PAIRED_HEADS = Tiles(64, 8, 2)
 
 
 class ScalarLaunches(DecayLaunches):
@@ -39,6 +41,7 @@ class ScalarLaunches(DecayLaunches):
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
         skipped: of sums of do . v; none unless tokens have weights.
+        heads: neighbours that share a head of q and k, of which a program of dq or dk makes the sum.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -53,6 +56,12 @@ class ScalarLaunches(DecayLaunches):
         parts = slices if p.rows else slices * p.scalar_keys.columns // PART_ROWS.value
         self.sums = (parts, 2, *self.gates)
         self.weighs = shape.weighs
+        in_pairs = (
+            p.rows and self.per_token and shape.with_decay and H_v // H % 2 == 0 and tile(V, self._dtype) == V == 64
+        )
+        self.heads = 2 if in_pairs else 1
+        self.gradient = (*self.gradient[:2], H_v // self.heads, K)
+        self.alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), self._dtype)
         self.skipped = (slices if self.weighs else 0, B, H_v, p.segments)
 
     @cached_property
@@ -124,15 +133,28 @@ class ScalarLaunches(DecayLaunches):
     def _sweep_of_keys(self, kernel: Any, **states: int) -> Launch:
         (K, V), p = self._dims, self.plan
         tiles = p.scalar_keys if self.with_decay else p.keys
-        ways = {"SUMS": self.with_decay, "ROWS": self.with_decay and p.rows, **self._intervals}
-        return self._by_segment(kernel, K, tiles, BK=tiles.columns, BV=tile(V, self._dtype), **ways, **states)
+        ways = {"SUMS": self.with_decay, "ROWS": self.with_decay and p.rows, "HEADS": self.heads, **self._intervals}
+        if self.heads > 1:
+            tiles = PAIRED_HEADS._replace(columns=tiles.columns)
+        grid = (-(-K // tiles.columns) * (self._heads // self.heads), p.segments)
+        known = {"BK": tiles.columns, "BV": tile(V, self._dtype)}
+        return self._launch(kernel, grid, tiles.warps, tiles.stages, **known, **ways, **states)
 
     @cached_property
     def gate_pairs(self) -> Launch:
         """A program for each chunk of each head."""
         (K, V), p = self._dims, self.plan
         columns = narrow(max(K, V), self._dtype)
-        return self._launch(gate_pairs_kernel, (self._heads * p.chunks, 1), PAIR_WARPS, 1, rows=self._heads, BD=columns)
+        all_keys = self._dtype == torch.bfloat16 and tile(K, self._dtype) == 128
+        return self._launch(
+            gate_pairs_kernel,
+            (self._heads * p.chunks, 1),
+            PAIR_WARPS,
+            1,
+            rows=self._heads,
+            BK=128 if all_keys else columns,
+            BV=columns,
+        )
 
     @cached_property
     def gate_gradient(self) -> Launch:
@@ -148,5 +170,6 @@ class ScalarLaunches(DecayLaunches):
             SIZE=self.inner[-1],
             BLOCK=min(GATE_BLOCK, triton.next_power_of_2(K * V)),
             ROUND=self._dtype == torch.bfloat16,
+            HEADS=self.heads,
             **self._intervals,
         )

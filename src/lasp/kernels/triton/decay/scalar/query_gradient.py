@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import rows_of, sweep_place
+from lasp.kernels.triton.common.program import rows_of
 from lasp.kernels.triton.decay.scalar.operands import (
     GATHERED,
     Operands,
@@ -15,7 +15,7 @@ from lasp.kernels.triton.decay.scalar.operands import (
     span_of,
 )
 from lasp.kernels.triton.decay.scalar.sweep import gather
-from lasp.kernels.triton.decay.scalar.sweep_of_keys import sweep_of_keys, terms_of
+from lasp.kernels.triton.decay.scalar.sweep_of_keys import heads_place, sweep_of_keys, terms_of
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -27,7 +27,7 @@ def query_gradient_kernel(
     g_ptr,  # [H_v], [B, T, H_v] or unused
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
-    dq_ptr,  # [B, T, H_v, K], written
+    dq_ptr,  # [B, T, H_v / HEADS, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: q . dq, of the state and of chunks
     inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BV BK], written if SUMS: see `intervals`
     skipped_ptr,  # fp32 [slices, B, H_v, segments], written if WEIGHS: sums of do . v
@@ -57,8 +57,10 @@ def query_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHS: tl.constexpr,  # whether tokens have weights
+    HEADS: tl.constexpr,  # neighbours that share a head of q and k, which a program has: 1, or with ROWS 2
 ):
-    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
+    here, index, k_first = heads_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED, HEADS)
+    tl.static_assert(HEADS == 1 or (ROWS and BV == V))
     state, _, _ = border_state(
         states_ptr,
         None,
@@ -70,17 +72,23 @@ def query_gradient_kernel(
         BK if ROWS else BV,
         GATHER,
     )
+    second = None
+    if HEADS == 2:
+        second, _, _ = border_state(
+            states_ptr, None, None, index + segments, here.border + 1,
+            key_tile(k_first, K, V, ROWS), BV, BK, GATHER,
+        )  # fmt: skip
     qk, vo = rows_of(here, T, H, H_v)
     operands = Operands(
-        a_ptr=do_ptr + vo * V, b_ptr=v_ptr + vo * V, c_ptr=k_ptr + qk * K, out_ptr=dq_ptr + vo * K,
-        a_row=H_v * V, b_row=H_v * V, c_row=H * K, out_row=H_v * K,
+        a_ptr=do_ptr + vo * V, b_ptr=v_ptr + vo * V, c_ptr=k_ptr + qk * K, out_ptr=dq_ptr + vo // HEADS * K,
+        a_row=H_v * V, b_row=H_v * V, c_row=H * K, out_row=H_v // HEADS * K,
     )  # fmt: skip
     sizes: tl.constexpr = Sizes(A=V, N=K, BA=BV, BC=BK, C=C)
     span = span_of(here, k_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     terms = terms_of(
         q_ptr + qk * K, sums_ptr, inner_ptr, skipped_ptr, decay, here, B, H_v, segments, chunks, sizes,
-        KIND=KIND, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST,
+        KIND=KIND, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST, HEADS=HEADS,
     )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:
@@ -90,7 +98,7 @@ def query_gradient_kernel(
             DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     sweep_of_keys(
-        operands, decay, terms, state, span, sizes,
+        operands, decay, terms, state, second, span, sizes,
         KIND=KIND, REVERSE=False, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT, SHORTEST=SHORTEST,
         DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
     )  # fmt: skip

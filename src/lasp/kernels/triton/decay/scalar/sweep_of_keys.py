@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import head_rate
-from lasp.kernels.triton.common.program import run_of
+from lasp.kernels.triton.common.program import ProgramPlace, place, run_of
 from lasp.kernels.triton.decay.intervals import first_interval, interval_of
 from lasp.kernels.triton.decay.scalar.operands import GateTerms
 from lasp.kernels.triton.decay.scalar.sweep import PART_ROWS, sweep
@@ -29,8 +29,9 @@ def terms_of(
     ROWS: tl.constexpr,
     SHORTEST: tl.constexpr,
     LONGEST: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C], inner states
+    """The `GateTerms` of a program, of its first head, of sums [parts, 2, B, H_v, chunks C], inner states
     [B, H_v, chunks / SHORTEST + segments, slices, BA BC], skipped [slices, B, H_v, segments]; x_ptr at the head's rows.
     """
     C: tl.constexpr = sizes.C
@@ -48,8 +49,42 @@ def terms_of(
         inner_ptr=inner_ptr + first_inner * inner_row + here.part * (sizes.BA * sizes.BC),
         inner_row=inner_row,
         skipped_ptr=skipped_ptr + ((here.part * tl.cast(B, tl.int64)) * H_v + run) * segments + here.segment,
-        interval=interval_of(decay.prefix_ptr + here.chunk * C, rate, of_segment, C, KIND, SHORTEST, LONGEST),
+        interval=interval_of(
+            decay.prefix_ptr + here.chunk * C, chunks * C, rate, of_segment, C, KIND, SHORTEST, LONGEST, HEADS
+        ),
+        next_gates=tl.cast(chunks, tl.int64) * C,
+        next_inner=(tl.cdiv(chunks, SHORTEST) + segments) * inner_row,
+        next_skipped=segments,
     )
+
+
+@triton.jit
+def heads_place(
+    places_ptr,
+    segments,
+    segment_chunks,
+    T,
+    H_v,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """`sweep_place` of a program that has HEADS heads: of the first."""
+    group = place(places_ptr, (N + BN - 1) // BN, segments, segment_chunks, T, H_v // HEADS, C, PACKED)
+    here = ProgramPlace(
+        part=group.part,
+        head=group.head * HEADS,
+        batch=group.batch,
+        segment=group.segment,
+        first=group.first,
+        last=group.last,
+        chunk=group.chunk,
+        border=group.border * HEADS,
+        ends=group.ends,
+    )
+    return here, run_of(here, H_v) * segments + here.segment, here.part * BN
 
 
 @triton.jit
@@ -58,6 +93,7 @@ def sweep_of_keys(
     decay,
     terms,
     state,
+    second,  # state of the second of two heads, else None
     span,
     sizes: tl.constexpr,
     KIND: tl.constexpr,
@@ -73,7 +109,7 @@ def sweep_of_keys(
     """Sweep the keys, in rows or in columns: see `sweep`."""
     if ROWS:
         return sweep_rows(
-            operands, decay, terms, state, span, sizes,
+            operands, decay, terms, state, second, span, sizes,
             KIND=KIND, REVERSE=REVERSE, SHORTEST=SHORTEST, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     else:
