@@ -19,6 +19,7 @@ from lasp.layers.fields import check_divisor
 from lasp.layers.fused import project_norm_of_gated
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
+from lasp.layers.projection import project_in_parts
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import linear_attention_begin
@@ -78,10 +79,11 @@ class Mamba2(Mixer):
         self.num_heads, self.head_dim = config.num_heads, config.value_dim
         self.num_groups, self.state_dim = config.groups, config.key_dim
         inner = self.num_heads * self.head_dim
-        self.widths = [inner, config.convolved, self.num_heads]
+        self.widths = [inner, config.convolved + self.num_heads]
         self.in_proj = nn.Linear(context.d_model, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(config.convolved, config.conv_width, bias=True)
         self.parts_of_convolution = (inner, *(self.num_groups * self.state_dim,) * 2)
+        self.passing = self.num_heads  # its steps
         self.decay = SteppedDecay(self.num_heads)
         self.skip = nn.Parameter(torch.ones(self.num_heads))
         self.norm_eps = context.norm_eps
@@ -94,11 +96,11 @@ class Mamba2(Mixer):
         nn.init.ones_(self.gain)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        z, mixed, dt = self.in_proj(x).split(self.widths, -1)
-        return mixed, z, dt
+        z, mixed = project_in_parts(x, self.in_proj.weight, self.widths)
+        return mixed, z
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
-        values, keys, queries, z, dt = parts
+        values, keys, queries, dt, z = parts
         values = values.unflatten(-1, (self.num_heads, self.head_dim))
         keys, queries = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (keys, queries))
         log_step, log_decay = self.decay.logarithms(dt)

@@ -208,8 +208,10 @@ class Mixer(nn.Module):
         _check_context(context)
         self.config, self.backend, self.d_model = config, context.backend, context.d_model
         self.convolution: ShortConvolution | None = None
-        # Widths of those that `before` takes the convolution's output in; it takes that whole if None.
+        # Widths of those that `before` takes the convolution's output in; it takes that whole if None. Columns behind
+        # those that are convolved come as one more part.
         self.parts_of_convolution: tuple[int, ...] | None = None
+        self.passing = 0
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first, and puts
@@ -287,6 +289,7 @@ class Mixer(nn.Module):
                 cu_seqlens=sequence["cu_seqlens"],
                 sp=sequence["sp"],
                 widths=self.parts_of_convolution,
+                passing=self.passing,
             )
             parts = (*([mixed] if self.parts_of_convolution is None else mixed), *parts[1:])
         inputs = self.before(parts, start)

@@ -99,6 +99,9 @@ def test_convolution_of_a_slice_without_what_came_before(device: torch.device, m
         return lasp.short_convolution(x, weight, activation="silu")[0]
 
     assert not x.is_contiguous()
+    # Columns behind them pass.
+    beside = convolution(wide[..., 16:90], weight, None, None, True, [40, 24, 8])
+    assert torch.equal(beside.pop(), wide[..., 88:90]) and torch.equal(torch.cat(beside, 2), convolve(x, weight))
     found = convolve(x, weight)
     expected = exact(x.cpu().double(), weight.cpu().double())
     assert relative_error(found.cpu(), expected) <= 2e-6 and relative_error(found.cpu().roll(1, 1), expected) > 0.1
@@ -203,6 +206,38 @@ def test_a_norm_before_a_projection(dtype: torch.dtype, first: bool, fused: None
     inputs["o"] = inputs["o"].roll(1, 1)
     moved = results(project, {n: t.to(device) for n, t in inputs.items()}, dtype)
     assert relative_error(moved["d_weight"].cpu(), expected["d_weight"]) > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(FP32, 4e-6), (BF16, 2e-2)])
+def test_all_of_a_layer(dtype: torch.dtype, bound: float, fused: None, device: torch.device) -> None:
+    """Its projection in parts, of which the steps pass the convolution; the control: steps of another token."""
+    config = Mamba2.Config(num_heads=4, key_dim=16, value_dim=16, num_key_heads=1)
+    torch.manual_seed(0)
+    exact = config.build(LayerContext(24, backend="torch")).double()
+    x, d_y = rounded({"x": normal(1, 70, 24)}, dtype)["x"], normal(1, 70, 24)
+
+    def results_of(layer: Any, x: Tensor) -> dict[str, Tensor]:
+        leaves = {"x": x.detach().requires_grad_(), **dict(layer.named_parameters())}
+        y = layer(leaves["x"])[0]
+        found = torch.autograd.grad(y, list(leaves.values()), d_y.to(y))
+        named = {"y": y.detach()} | {f"d_{name}": d for name, d in zip(leaves, found, strict=True)}
+        return named | {"d_steps": named["d_in_proj.weight"][-4:]}
+
+    layer = config.build(LayerContext(24, backend="triton")).to(device, dtype)
+    with torch.no_grad():
+        for mine, other in zip(layer.parameters(), exact.parameters(), strict=True):
+            other.copy_(other.to(mine.dtype))
+            mine.copy_(other)
+    expected = results_of(exact, x)
+    compare(results_of(layer, x.to(device, dtype)), expected, bound)
+    layer.project = lambda x: mixed_up(type(layer).project(layer, x))  # type: ignore[attr-defined, operator]
+
+    def mixed_up(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        mixed, z = parts
+        return torch.cat((mixed[..., :-4], mixed[..., -4:].roll(1, 1)), -1), z
+
+    moved = results_of(layer, x.to(device, dtype))
+    assert relative_error(moved["d_steps"].cpu(), expected["d_steps"]) > 0.1
 
 
 @pytest.mark.ci

@@ -51,6 +51,7 @@ class _Convolution(NamedTuple):
     batch: int
     parts: tuple[int, ...]
     width: int
+    beside: int
     bias: bool
     silu: bool
     dtypes: tuple[torch.dtype | None, ...]
@@ -65,6 +66,8 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
         "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
     }  # fmt: skip
     fixed |= {f"C{n}": width for n, width in enumerate(shape.parts)}
+    if backward:
+        fixed["D_ROW"] = sum(shape.parts) + shape.beside
     kernel = convolution_gradient_kernel if backward else convolution_kernel
     grid = (blocks * shape.batch, sum(-(-width // CHANNELS) for width in shape.parts))
     return Launch(kernel, grid, fixed, warps=WARPS, stages=1)
@@ -79,10 +82,11 @@ def _shape(
     widths: Sequence[int],
     d_y: Tensor | None = None,
 ) -> _Convolution:
-    batch, tokens, _ = x.shape
+    batch, tokens, channels = x.shape
     dtypes = _dtypes(x, weight, bias, before, d_y)
     parts = (*widths, 0, 0)[:MAX_PARTS]
-    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], bias is not None, silu, dtypes)
+    beside = channels - sum(widths)
+    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], beside, bias is not None, silu, dtypes)
 
 
 def _parts(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -94,7 +98,7 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, widths: Sequence[int]
 ) -> list[Tensor]:
     """y of x [B, T, C], strided, in up to three parts [B, T, widths[n]]; weight [C, W], bias [C], the rows before
-    [B, W - 1, C]."""
+    [B, W - 1, C]. Further columns of x come last, as they are."""
     x, weight = _strided(x), weight.contiguous()
     parts = [torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device) for width in widths]
     _convolution(_shape(x, weight, bias, before, silu, widths), False)(
@@ -104,16 +108,19 @@ def convolve(
         **_parts(parts),
         before_ptr=None if before is None else before.contiguous(),
     )
-    return parts
+    rest = x[..., sum(widths) :]
+    return [*parts, rest.clone(memory_format=torch.contiguous_format)] if rest.shape[2] else parts
 
 
 def convolve_gradients(
     d_y: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the rows before, of those of y's parts; of what there is not, something."""
+    B, (C, W) = x.shape[0], weight.shape
+    d_rest = d_y[-1] if x.shape[2] > C else None
+    d_y = d_y if d_rest is None else d_y[:-1]
     x, weight, d_y = _strided(x), weight.contiguous(), [part.contiguous() for part in d_y]
     launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
-    B, C, W = x.shape[0], x.shape[2], weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(launch.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
     d_before = x.new_empty(B, W - 1, C)
@@ -127,6 +134,8 @@ def convolve_gradients(
         d_before_ptr=d_before,
         before_ptr=None if before is None else before.contiguous(),
     )
+    if d_rest is not None:
+        d_x[..., C:] = d_rest
     total = sums.sum(0).to(weight.dtype)
     return d_x, total[:W].t().contiguous(), total[W].clone(), d_before
 
