@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import rows_of
+from lasp.kernels.triton.common.program import rows_of, sweep_place
 from lasp.kernels.triton.decay.scalar.operands import (
     GATHERED,
     Operands,
@@ -15,7 +15,7 @@ from lasp.kernels.triton.decay.scalar.operands import (
     span_of,
 )
 from lasp.kernels.triton.decay.scalar.sweep import gather
-from lasp.kernels.triton.decay.scalar.sweep_of_keys import heads_place, sweep_of_keys, terms_of
+from lasp.kernels.triton.decay.scalar.sweep_of_keys import sweep_of_keys, terms_of
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -60,7 +60,7 @@ def key_gradient_kernel(
     WEIGHS: tl.constexpr,  # whether tokens have weights
     HEADS: tl.constexpr,  # neighbours that share a head of q and k, which a program has: 1, or with ROWS 2
 ):
-    here, index, k_first = heads_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED, HEADS)
+    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED, HEADS)
     tl.static_assert(HEADS == 1 or (ROWS and BV == V))
     state, _, _ = border_state(
         d_states_ptr,

@@ -27,8 +27,10 @@ GATE_BLOCK, GATE_WARPS, PAIR_WARPS = 8192, 8, 4
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 # dk and dv of segments shorter than this are faster apart, unless they are as short as those that gather.
 PAIRED_CHUNKS = 24
-# Of the sweeps of dq and dk for two heads of 64 values.
+# Of the sweeps for two heads of 64 values, of dq and dk, of o and dv.
 PAIRED_HEADS = Tiles(64, 8, 2)
+PAIRED_VALUES = Tiles(64, 8, 2)
+VALUES_IN_PAIRS = False
 
 
 class ScalarLaunches(DecayLaunches):
@@ -41,7 +43,7 @@ class ScalarLaunches(DecayLaunches):
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
         skipped: of sums of do . v; none unless tokens have weights.
-        heads: neighbours that share a head of q and k, of which a program of dq or dk makes the sum.
+        heads: neighbours that share a head of q and k, which a program has at a time; of dq or dk it makes their sum.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -111,7 +113,10 @@ class ScalarLaunches(DecayLaunches):
 
     def _sweep_of_values(self, kernel: Any, **ways: int) -> Launch:
         (K, V), tiles = self._dims, self.plan.values
-        return self._by_segment(kernel, V, tiles, BK=tile(K, self._dtype), BV=tiles.columns, **ways)
+        heads = self.heads if VALUES_IN_PAIRS else 1
+        if heads > 1:
+            tiles = PAIRED_VALUES
+        return self._by_segment(kernel, V, tiles, heads, BK=tile(K, self._dtype), BV=tiles.columns, HEADS=heads, **ways)
 
     @cached_property
     def key_value_gradient(self) -> Launch:
@@ -135,10 +140,10 @@ class ScalarLaunches(DecayLaunches):
         tiles = p.scalar_keys if self.with_decay else p.keys
         ways = {"SUMS": self.with_decay, "ROWS": self.with_decay and p.rows, "HEADS": self.heads, **self._intervals}
         if self.heads > 1:
-            tiles = PAIRED_HEADS._replace(columns=tiles.columns)
-        grid = (-(-K // tiles.columns) * (self._heads // self.heads), p.segments)
-        known = {"BK": tiles.columns, "BV": tile(V, self._dtype)}
-        return self._launch(kernel, grid, tiles.warps, tiles.stages, **known, **ways, **states)
+            tiles = PAIRED_HEADS
+        return self._by_segment(
+            kernel, K, tiles, self.heads, BK=tiles.columns, BV=tile(V, self._dtype), **ways, **states
+        )
 
     @cached_property
     def gate_pairs(self) -> Launch:

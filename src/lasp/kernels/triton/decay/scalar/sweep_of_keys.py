@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.decays import head_rate
-from lasp.kernels.triton.common.program import ProgramPlace, place, run_of
+from lasp.kernels.triton.common.program import run_of
 from lasp.kernels.triton.decay.intervals import first_interval, interval_of
 from lasp.kernels.triton.decay.scalar.operands import GateTerms
 from lasp.kernels.triton.decay.scalar.sweep import PART_ROWS, sweep
@@ -56,35 +56,6 @@ def terms_of(
         next_inner=(tl.cdiv(chunks, SHORTEST) + segments) * inner_row,
         next_skipped=segments,
     )
-
-
-@triton.jit
-def heads_place(
-    places_ptr,
-    segments,
-    segment_chunks,
-    T,
-    H_v,
-    N: tl.constexpr,
-    BN: tl.constexpr,
-    C: tl.constexpr,
-    PACKED: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """`sweep_place` of a program that has HEADS heads: of the first."""
-    group = place(places_ptr, (N + BN - 1) // BN, segments, segment_chunks, T, H_v // HEADS, C, PACKED)
-    here = ProgramPlace(
-        part=group.part,
-        head=group.head * HEADS,
-        batch=group.batch,
-        segment=group.segment,
-        first=group.first,
-        last=group.last,
-        chunk=group.chunk,
-        border=group.border * HEADS,
-        ends=group.ends,
-    )
-    return here, run_of(here, H_v) * segments + here.segment, here.part * BN
 
 
 @triton.jit
