@@ -324,6 +324,13 @@ def figures(timing: Timing) -> dict[str, Any]:
     return {"s": timing.median, "quartiles_s": timing[1:]}
 
 
+def scheduled(options: argparse.Namespace, is_cuda: bool) -> list[str]:
+    """Schedules that are measured beside "auto"."""
+    if options.schedules is not None:
+        return list(options.schedules)
+    return [*(EXCHANGES if options.all_schedules else USUAL), *(["peer"] if is_cuda else [])]
+
+
 def measure(options: argparse.Namespace) -> int:
     """Measures in each of the processes; the first prints and writes. Returns 1 if a goal is missed."""
     if options.authors is not None:
@@ -336,9 +343,7 @@ def measure(options: argparse.Namespace) -> int:
         shape = shape._replace(tokens=tuple(options.tokens))
     is_cuda = world.device.type == "cuda"
     where = torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {os.cpu_count()} cores, gloo"
-    schedules = list(EXCHANGES) if options.all_schedules else list(USUAL)
-    schedules += ["peer"] if world.device.type == "cuda" else []
-    bench = Bench(world, shape, options.constants, schedules, options.of)
+    bench = Bench(world, shape, options.constants, scheduled(options, is_cuda), options.of)
     record: dict[str, Any] = {
         "what": "an attention layer, and its recurrence, constant decay, forward and backward, over ranks and on one",
         "date": datetime.date.today().isoformat(),
@@ -395,6 +400,7 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--constants", type=Path, help="for auto: what `lasp bench exchange --save` wrote")
     parser.add_argument("--all-schedules", action="store_true", help=f"not only auto, {', '.join(USUAL)}")
+    parser.add_argument("--schedules", nargs="*", choices=[*EXCHANGES, "peer"], help="these, and auto, instead")
     parser.add_argument("--only", choices=("schedules", "peers"))
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="of the peers, those whose name has such a part")
     parser.add_argument("--authors", type=Path, metavar="PATH", help="a checkout of the LASP authors' repository; GPUs")
