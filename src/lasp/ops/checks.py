@@ -14,6 +14,7 @@ from lasp.exchange.start import SequenceCall
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
+from lasp.recurrence.untraced import untraced
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_floats, check_tensor, number
 from lasp.sequence.shards import document_bounds, document_digest
@@ -214,6 +215,14 @@ def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
         )
 
 
+def are_traced(cu_seqlens: Tensor | Sequence[int] | None, sp: SequenceParallel | None) -> bool:
+    """True of packed documents that a compiled graph takes as a tensor on the host: it looks into them as it runs."""
+    alone = sp is None or sp.size == 1
+    return (
+        alone and torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu"
+    )
+
+
 def packed(
     cu_seqlens: Tensor | Sequence[int] | None, batch: int, tokens: int, sp: SequenceParallel | None
 ) -> Documents | None:
@@ -224,9 +233,19 @@ def packed(
     """
     if cu_seqlens is None:
         return None
+    return _documents_here(cu_seqlens, batch, tokens, sp)
+
+
+def _read_documents(
+    cu_seqlens: Tensor | Sequence[int], batch: int, tokens: int, sp: SequenceParallel | None
+) -> Documents:
     total = tokens if sp is None else sp.total(tokens)
     bounds = document_bounds(cu_seqlens, total, batch)
     return documents_here(bounds, 0 if sp is None else sp.offset(tokens), tokens)
+
+
+# Outside of compiled graphs, which break around what is done with them: kernels' tables are kept with them.
+_documents_here = untraced(_read_documents, "packed documents, unless a tensor on the host, of a decay on one device,")
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.autograd import begin_early, scan
 from lasp.ops.checks import (
+    are_traced,
     check_gate,
     check_gate_values,
     check_initial,
@@ -173,19 +174,21 @@ def _planned(
             raise ValueError("causal=False has no order in which to decay: g must be None")
         check_gate(g, k, v)
         g = g.to(state_dtype(k.dtype))
-    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
-    if documents is not None and not causal:
+    if cu_seqlens is not None and not causal:
         raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
+    traced = causal and initial_state is None and not output_final_state and are_traced(cu_seqlens, sp)
+    stages = select("decay" if causal else "unmasked", backend, DecayInputs(q, k, v, g, 1.0))
+    bounds = cu_seqlens if traced and isinstance(cu_seqlens, Tensor) and stages.empty_saved is not None else None
+    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp) if bounds is None else None
     x = DecayInputs(q, k, v, g, scale_of(k, scale), documents)
     check_initial(x, initial_state)
-    stages = select("decay" if causal else "unmasked", backend, x)
     if log_weight is not None or skip is not None:
         x = _weighed(x, log_weight, skip, stages.weighs is not None and stages.weighs(x))
     if g is not None and not (g.is_cuda and stages.bad_values_give_nan):
         check_gate_values(g)
     ranks = sp if sp is not None and sp.size > 1 else None
     options = _CAUSAL if causal else _SEES_ALL
-    return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, documents, options), x
+    return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, documents, bounds, options), x
 
 
 def _weighed(x: DecayInputs, log_weight: Tensor | None, skip: Tensor | None, taken: bool) -> DecayInputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -95,17 +96,46 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
 
     eager = packed(*leaves)  # type: ignore[arg-type]
     torch._dynamo.reset()
-    compiled = torch.compile(packed, backend="aot_eager")(*leaves)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")  # traced without it, and said so
+        compiled = torch.compile(packed, backend="aot_eager")(*leaves)  # type: ignore[arg-type]
     assert torch.equal(compiled, eager)
     for got, reference in zip(gradients(compiled, leaves, d_o), gradients(eager, leaves, d_o), strict=True):
         assert torch.equal(got, reference)
 
 
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_packed_documents_are_part_of_the_graph(gate: str, device: torch.device) -> None:
+    """As a tensor, whose numbers may be others each time; a graph for each number of documents. The control: that they
+    are others shows."""
+    leaves, d_o = leaves_of(gate, device)
+    leaves[6] = None
+
+    def packed(bounds: Tensor, q: Tensor, k: Tensor, v: Tensor, _: None, g: Tensor | None, *__: None) -> Tensor:
+        return 2.0 * lasp.linear_attention(2.0 * q, k, v, g, cu_seqlens=bounds, backend="triton")[0]
+
+    torch._dynamo.reset()
+    counters.clear()
+    run = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=False)
+    outputs = []
+    for bounds in ([0, 3, 30, 30, 70], [0, 0, 40, 69, 70], [0, 35, 70]):
+        eager, compiled = (each(torch.tensor(bounds), *leaves) for each in (packed, run))
+        outputs.append(compiled)
+        found, expected = ((y.detach(), *gradients(y, leaves, d_o)) for y in (compiled, eager))
+        for got, reference in zip(found, expected, strict=True):
+            assert relative_error(got, reference) <= 2e-6  # other sizes, other sums
+    assert counters["stats"]["unique_graphs"] == 2
+    assert relative_error(outputs[0], outputs[1]) > 0.1
+    with pytest.raises(ValueError, match="must rise from 0 to the 70 tokens"):
+        run(torch.tensor([0, 35, 71]), *leaves)
+
+
 @pytest.mark.parametrize(("gate", "delta"), CASES)
 def test_operator_contract(gate: str, delta: bool, device: torch.device) -> None:
     """Schema, fake shapes and autograd registration, as PyTorch checks them."""
-    leaves, _ = leaves_of(gate, device, delta)
+    (*leaves, initial), _ = leaves_of(gate, device, delta)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given = (*leaves, None, None, None, initial)
     torch.library.opcheck(
-        scan_forward, (*leaves, 0.25, delta and gate != "scalar", gate != "none", True, ALONE), test_utils=tests
+        scan_forward, (*given, 0.25, delta and gate != "scalar", gate != "none", True, ALONE), test_utils=tests
     )
