@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +16,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lasp
+from lasp.models import CausalLM, preset, recomputation
 from lasp.ops.compiled import ALONE, scan_forward
+from lasp.parallelize import parallelize
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
 # The kind of decay; whether of a delta rule.
@@ -104,14 +109,16 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
         assert torch.equal(got, reference)
 
 
-@pytest.mark.parametrize("gate", GATES[1:])
+@pytest.mark.parametrize(
+    "gate", ["constant", *(pytest.param(gate, marks=pytest.mark.ci) for gate in ("scalar", "channel"))]
+)
 def test_packed_documents_are_part_of_the_graph(gate: str, device: torch.device) -> None:
     """As a tensor, whose numbers may be others each time; a graph for each number of documents. The control: that they
     are others shows."""
     leaves, d_o = leaves_of(gate, device)
     leaves[6] = None
 
-    def packed(bounds: Tensor, q: Tensor, k: Tensor, v: Tensor, _: None, g: Tensor | None, *__: None) -> Tensor:
+    def packed(bounds: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Any, g: Tensor | None, *__: Any) -> Tensor:
         return 2.0 * lasp.linear_attention(2.0 * q, k, v, g, cu_seqlens=bounds, backend="triton")[0]
 
     torch._dynamo.reset()
@@ -128,6 +135,26 @@ def test_packed_documents_are_part_of_the_graph(gate: str, device: torch.device)
     assert relative_error(outputs[0], outputs[1]) > 0.1
     with pytest.raises(ValueError, match="must rise from 0 to the 70 tokens"):
         run(torch.tensor([0, 35, 71]), *leaves)
+
+
+@pytest.mark.ci
+def test_blocks_are_compiled_with_packed_documents(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other lengths, and other numbers up to a power of two, by one graph; the control: more take another."""
+    monkeypatch.setattr(recomputation, "has_fused_kernels", lambda device, dtype: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = dataclasses.replace(preset("retnet", "tiny", num_layers=1), backend="triton")
+    torch.manual_seed(0)
+    eager = CausalLM(config).to(device)
+    compiled = parallelize(copy.deepcopy(eager), None, compile=True)
+    tokens = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(0)).to(device)
+    torch._dynamo.reset()
+    counters.clear()
+    for bounds, graphs in (([0, 5, 5, 40], 1), ([0, 10, 11, 33, 40], 1), ([0, 1, 2, 3, 36, 40], 2)):
+        for model in (eager, compiled.training):
+            model(tokens, labels=tokens, cu_seqlens=bounds).loss_sum.backward()
+        assert counters["stats"]["unique_graphs"] == graphs
+    for one, other in zip(eager.parameters(), compiled.module.parameters(), strict=True):
+        assert relative_error(other.grad, one.grad) <= 5e-6
 
 
 @pytest.mark.parametrize(("gate", "delta"), CASES)
