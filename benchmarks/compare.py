@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -145,6 +146,7 @@ def work() -> None:
             calls |= kernel_calls(*asked[1:]) if asked[0] == "kernels" else host_calls(*asked[1:])
             if asked[0] == "host":  # one for all processes, which never measure at once
                 pin({max(processors, default=0)})
+                gc.freeze()  # to collect all that was loaded takes longer than a round
             print("null", file=answers)
         else:
             print(json.dumps(calls[asked]()), file=answers)
@@ -154,9 +156,9 @@ class Revision:
     """A process with `lasp` of one checkout."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
-        self._source = str(folder.resolve() / "src")
+        self.source = str(folder.resolve() / "src")
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([self._source, str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([self.source, str(HERE)]),
             "TRITON_CACHE_DIR": str(cache),
             "PYTHONHASHSEED": "0",
         }
@@ -167,9 +169,9 @@ class Revision:
 
     def __enter__(self) -> Revision:
         found = self._read()
-        if not Path(found).is_relative_to(self._source):
+        if not Path(found).is_relative_to(self.source):
             self.__exit__()
-            raise RuntimeError(f"expected lasp from {self._source}, got {found}")
+            raise RuntimeError(f"expected lasp from {self.source}, got {found}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,7 +183,7 @@ class Revision:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self._source} ended with exit code {self._process.wait()}")
+            raise RuntimeError(f"the process of {self.source} ended with exit code {self._process.wait()}")
         return line.strip()
 
     def ask(self, what: Any) -> None:
@@ -190,6 +192,17 @@ class Revision:
 
     def answer(self) -> Any:
         return json.loads(self._read())
+
+
+def compile_side_by_side(sets: list[list[Revision]], groups: list[list[Any]]) -> None:
+    """Has each group compiled in a process of each folder that has no other to compile, as far as there are any."""
+    asked = []
+    for group, revisions in zip(groups, itertools.cycle(sets), strict=False):
+        for revision in {revision.source: revision for revision in revisions}.values():
+            revision.ask(group)
+            asked.append(revision)
+    for revision in asked:
+        revision.answer()
 
 
 def prepare(revisions: list[Revision], group: list[Any]) -> None:
@@ -251,6 +264,7 @@ def compare(folders: list[Path], options: argparse.Namespace) -> list[Compared]:
             for _ in range(options.processes if host else 1)
         ]
         sets = [[stack.enter_context(revision) for revision in revisions] for revisions in started]
+        compile_side_by_side(sets, [group for group, *_ in host])
         for group, parts, count in [*kernels, *host]:
             for revisions in sets[:count]:
                 prepare(revisions, group)

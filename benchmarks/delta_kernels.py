@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import triton
 from kernels import (
     DELTA_CASES,
     DELTA_KINDS,
@@ -38,7 +39,7 @@ from kernels import (
 from torch import Tensor
 
 import lasp
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import BoundKernel
 
 DIM, HOST_TOKENS, ROUNDS, CALLS = 128, 256, 15, 20
 
@@ -113,18 +114,23 @@ def problem(shape: Shape) -> Problem:
 
 def launches(p: Problem) -> list[dict[str, Any]]:
     """Each launch of a forward and backward pass: its kernel, programs and milliseconds."""
-    found: list[tuple[Launch, dict[str, Tensor | None]]] = []
-    call = Launch.__call__
+    found: list[tuple[BoundKernel, dict[str, Tensor | None]]] = []
+    run, hook = BoundKernel.run, triton.knobs.runtime.launch_enter_hook
 
-    def record(launch: Launch, **tensors: Tensor | None) -> None:
-        call(launch, **tensors)
+    def record(launch: BoundKernel, tensors: dict[str, Tensor | None]) -> None:
+        run(launch, tensors)
         found.append((launch, tensors))
 
-    with patch.object(Launch, "__call__", record):
+    def watch(metadata: object) -> None:
+        """Has every launch run as the first does."""
+
+    with patch.object(BoundKernel, "run", record):
+        hook.add(watch)
         p.both()
+        hook.remove(watch)
     rows = []
     for launch, tensors in found:
-        times = graph_milliseconds(partial(launch, **tensors))
+        times = graph_milliseconds(partial(launch.run, tensors))
         rows.append({"kernel": launch.kernel.__name__, "grid": launch.grid, "ms": times["median"]})
     return rows
 

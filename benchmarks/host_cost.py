@@ -51,10 +51,21 @@ class _Limits(NamedTuple):
     hopper: bool = True
 
 
+class CudaLauncher:
+    """Stands for Triton's of this name, which most binaries have."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+    arg_annotations = kernel_signature = ()
+
+    @staticmethod
+    def launch(*_: object) -> None: ...
+
+
 def stub_launches() -> None:
     """Let tensors of the CPU pass for a GPU's, and binaries of Triton do nothing, in this process for good."""
     importlib.import_module("lasp.kernels.triton.decay.stages")
-    binary = SimpleNamespace(run=lambda *_: None, function=0, packed_metadata=())
+    binary = SimpleNamespace(run=CudaLauncher(), function=0, packed_metadata=())
     triton.JITFunction.__getitem__ = lambda kernel, grid: lambda *given, **named: binary  # type: ignore[method-assign]
     triton.runtime.driver.set_active(SimpleNamespace(get_current_stream=lambda device: 0))
     torch.Tensor.get_device = lambda tensor: 0  # type: ignore[assignment, method-assign]

@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --output benchmarks/results            # this library and softmax attention
     python benchmarks/kernels.py --peers fla --shapes main              # and flash-linear-attention, if installed
+    python benchmarks/kernels.py --forgetting scalar channel             # what gates that forget cost, alone
     python benchmarks/kernels.py --kinds delta "gated delta" kda --shapes main --name delta-kernels --peers fla flashqla
 
 flash-linear-attention (`pip install flash-linear-attention`) refuses gated kernels on Hopper with Triton before 3.7.1.
@@ -49,6 +50,10 @@ DELTA_KINDS = ("delta", "gated delta", "kda")
 DELTA_CASES = ("random", "beta to 2", "cosine 0.8", "runs of equal keys", "never forgets")
 CROSSOVER_TOKENS = (512, 1024, 2048, 4096, 8192)
 SLOWEST_DECAY = 0.02
+# Strongest log-decays of heads: on average a chunk keeps 2^-0.1, 2^-0.9, 2^-2.8 or 2^-6.9 of a state. The more it
+# forgets, the shorter are the intervals of a gate's gradient.
+FORGETTING = (0.002, 0.02, 0.06, 0.15)
+FORGETTING_ROUNDS = 6
 
 
 def inputs(
@@ -163,7 +168,8 @@ def milliseconds(function: Callable[[], Any], repetitions: int = 9, calls: int =
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
-def graph_milliseconds(function: Callable[[], Any]) -> dict[str, float]:
+def captured(function: Callable[[], Any]) -> Callable[[], None]:
+    """Returns the replay of a CUDA graph of `function`: its kernels alone."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -172,7 +178,11 @@ def graph_milliseconds(function: Callable[[], Any]) -> dict[str, float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return milliseconds(graph.replay)
+    return graph.replay
+
+
+def graph_milliseconds(function: Callable[[], Any]) -> dict[str, float]:
+    return milliseconds(captured(function))
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -255,6 +265,30 @@ def crossover() -> list[dict[str, Any]]:
     return rows
 
 
+def forgetting(kind: str) -> list[dict[str, Any]]:
+    """Least milliseconds of the kernels alone, in turns, by heads' strongest log-decay; last of heads of every one."""
+    replays: list[dict[str, Callable[[], None]]] = []
+    read = []  # by replays, which do not hold it
+    cases = [*((strongest,) * 4 for strongest in FORGETTING), FORGETTING]
+    for case in cases:
+        x = inputs(SHAPES["main"], kind)
+        with torch.no_grad():
+            heads = torch.tensor(case, device="cuda").repeat(x["q"].shape[2] // len(case))
+            x["g"] *= heads.view(-1, *[1] * (x["g"].dim() - 3)) / SLOWEST_DECAY
+        detached = {name: tensor.detach() for name, tensor in x.items()}
+        read.append(x)
+        replays.append({"forward": captured(partial(ours, detached)), "both": captured(partial(step, ours, x))})
+    times: list[dict[str, list[float]]] = [{"forward": [], "both": []} for _ in cases]
+    for _ in range(FORGETTING_ROUNDS):
+        for replay, found in zip(replays, times, strict=True):
+            for part, milliseconds_of in found.items():
+                milliseconds_of.append(milliseconds(replay[part])["min"])
+    return [
+        {"kind": kind, "strongest": sorted(set(case)), **{part: min(each) for part, each in found.items()}}
+        for case, found in zip(cases, times, strict=True)
+    ]
+
+
 def measure(implementation: str, shape: tuple[int, int, int, int], kind: str) -> dict[str, Any]:
     call, x = IMPLEMENTATIONS[implementation], inputs(shape, kind)
 
@@ -277,6 +311,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *DELTA_KINDS), default=list(KINDS))
     parser.add_argument("--peers", nargs="*", choices=("fla", "flashqla"), default=[])
     parser.add_argument("--only-speed", action="store_true", help="no errors, cold start or crossover")
+    parser.add_argument("--forgetting", nargs="+", choices=("scalar", "channel"), help="these kinds, and nothing else")
     parser.add_argument("--name", default="kernels")
     options = parser.parse_args()
 
@@ -292,8 +327,16 @@ def main() -> None:
         "rows": [],
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{options.name}-{device.replace(' ', '-').lower()}.json"
+    name = f"{options.name}{'-forgetting' if options.forgetting else ''}-{device.replace(' ', '-').lower()}.json"
+    path = options.output / name
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, copy {rate / 1e12:.2f} TB/s")
+    for kind in options.forgetting or ():
+        for of_gates in forgetting(kind):
+            result["rows"].append(of_gates)
+            path.write_text(json.dumps(result, indent=1))
+            print(f"{kind:10}{of_gates['strongest']!s:28}{of_gates['forward']:9.3f}{of_gates['both']:9.3f}", flush=True)
+    if options.forgetting:
+        return
     if "fla" in options.peers:
         peer_tuning.compile_all("fla", options.shapes, options.kinds)
     print(f"{'shape':26}{'decay':10}{'':6}{'forward':>9}{'floor':>8}{'both':>9}{'floor':>8}{'peak GiB':>10}")

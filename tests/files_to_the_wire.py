@@ -61,22 +61,22 @@ def _files_called(sp: Any, backend: str, gate: str) -> list[str]:
 @contextmanager
 def noting_launches(modules: set[str]) -> Iterator[None]:
     """Adds the modules of the kernels launched meanwhile. What the interpreter calls of them is not the host's."""
-    from lasp.kernels.triton.common.launch import Launch
+    from lasp.kernels.triton.common.launch import BoundKernel
 
-    run = Launch.__call__
+    run = BoundKernel.run
 
-    def noted(self: Launch, **tensors: Any) -> None:
+    def noted(self: BoundKernel, tensors: dict[str, Any]) -> None:
         modules.add(self.kernel.fn.__module__)
         profile = sys.getprofile()
         sys.setprofile(None)
-        run(self, **tensors)
+        run(self, tensors)
         sys.setprofile(profile)
 
-    Launch.__call__ = noted  # type: ignore[method-assign]
+    BoundKernel.run = noted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Launch.__call__ = run  # type: ignore[method-assign]
+        BoundKernel.run = run  # type: ignore[method-assign]
 
 
 def holds_kernels(path: Path) -> bool:

@@ -43,7 +43,7 @@ def test_every_length_is_a_row_and_the_profile_names_operators(
 
 
 def test_the_model_stays_as_it_was_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a training's peak rate, random tokens would make gates forget all within a few steps."""
+    """Compares with a training's peak rate, at which random tokens make gates forget all within a few steps."""
     config = BenchTrainConfig(
         model=ModelOptions(family="kda", overrides={"num_layers": 1}), tokens=(64,), steps=2, device="cpu"
     )

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import count, islice
 
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit_s = float("inf") if options.seconds is None else options.seconds
     cases: Counter[str] = Counter()
     found: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     with contextlib.suppress(KeyboardInterrupt):
         for outcome in run(draws, options.device, most, lambda: time.monotonic() - start > limit_s):
             if outcome.found is None:
@@ -42,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             kind = _kind(outcome)
             cases[kind] += 1
+            seconds[kind] += outcome.seconds
             if outcome.found:
                 found[kind] += 1
                 print(_told(outcome), flush=True)
     for kind in sorted(cases):
-        print(f"{kind:<40} {cases[kind]:>6} cases {found[kind]:>4} findings")
+        print(f"{kind:<40} {cases[kind]:>6} cases {found[kind]:>4} findings {seconds[kind] / cases[kind]:>7.1f} s each")
     print(f"{cases.total()} cases in {time.monotonic() - start:.0f} s, {found.total()} findings")
     return 1 if found else 0
 

@@ -13,6 +13,8 @@ from tolerances import BOUNDS, relative_error
 from torch import Tensor
 
 import lasp
+from lasp.algebra import Dense
+from lasp.kernels.reference.tokens import Erasure
 from lasp.kernels.torch import delta
 
 RATES = torch.tensor((-1e-3, -0.1, -1.6, -6.0, -16.0))
@@ -52,6 +54,25 @@ def test_every_head(has_beta: bool, per_channel: bool) -> None:
     reference = expected["g"]
     off = found["g"] + torch.finfo(torch.float32).eps * reference.norm() / reference.numel() ** 0.5
     assert relative_error(off.double().sum(1)[:, -1], reference.sum(1)[:, -1]) > BOUNDS[torch.float32]
+
+
+def test_what_a_token_erases_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares the definition in fp32. The control is a token's transition as a matrix: of keys of 256 channels that is
+    next to one, to whose digits it rounds what is erased."""
+    x, d_o = problem(has_beta=True, per_channel=False, channels=256, tokens=24)
+    x, d_o = {name: tensor[:1, :, :2] for name, tensor in x.items()}, d_o[:1, :, :2]
+    expected = gradients(x, d_o, torch.float64, "reference")
+
+    def error() -> float:
+        found = gradients(x, d_o, torch.float32, "reference")
+        return max(
+            relative_error(found[name][:, :, head], expected[name][:, :, head]) for name in found for head in (0, 1)
+        )
+
+    assert error() <= 5e-7
+    apply = Erasure.apply
+    monkeypatch.setattr(Erasure, "apply", lambda token, state: apply(token, Dense.identity(state).matrix) @ state)
+    assert error() > 5e-7
 
 
 @pytest.mark.parametrize("channels", [1, 2])

@@ -40,7 +40,7 @@ from lasp.exchange.peer.memory import BLOCK, WARPS
 from lasp.kernels.limits import WIDE_CHANNELS_SHARED_BYTES
 from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.common.device import DeviceLimits
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import BoundKernel
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.delta import launches as delta_launches
 from lasp.kernels.triton.loss import launches as losses
@@ -96,7 +96,7 @@ def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | No
     """Returns what calls, forward and backward, launch on such a device of 132 processors: each once."""
     found: dict[str, Compilable] = {}
 
-    def record(launch: Launch, **tensors: Tensor | None) -> None:
+    def record(launch: BoundKernel, tensors: dict[str, Tensor | None]) -> None:
         signature, constants = {}, {}
         assert set(tensors) == set(launch.tensors)
         for parameter in launch.kernel.params:
@@ -117,7 +117,7 @@ def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | No
     delta_launches._launches.cache_clear()
     device = DeviceLimits(132, LIMITS[target], target == "cuda:90")
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Launch, "__call__", record))
+        stack.enter_context(patch.object(BoundKernel, "run", record))
         # Autocast knows no such device.
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device: False))
         stack.enter_context(patch.dict(devices._devices, {META: device}))

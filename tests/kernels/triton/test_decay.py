@@ -219,10 +219,10 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     shape = RunShape((1, bounds[-1], 1, K), (1, bounds[-1], H_v, K), dtype, plans.TOKEN, True, 1.0, from_zero)
     launches = scalar.ScalarLaunches(shape, p)
     random = torch.Generator().manual_seed(0)
-    shapes = (*(launches.sums, launches.inner, launches.state) * 2,)
+    shapes = (launches.sums, launches.sums, launches.inner, launches.state, launches.state)
     drawn = [torch.randn(shape, generator=random).to(device) for shape in shapes]
-    q_sums, inner, leaving, k_sums, d_inner, d_leaving = drawn
-    inner, d_inner = inner.to(launches.inner_dtype), d_inner.to(launches.inner_dtype)
+    q_sums, k_sums, inner, leaving, d_leaving = drawn
+    inner = inner.to(launches.inner_dtype)
     prefix = torch.zeros(launches.gates, device=device)
     forgotten = 2
     prefix[:, :, (forgotten + 1) * C - 1] = -20.0
@@ -235,7 +235,6 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
         q_sums_ptr=q_sums,
         k_sums_ptr=k_sums,
         inner_ptr=inner,
-        d_inner_ptr=d_inner,
         state_out_ptr=leaving,
         dg_ptr=dg,
         dw_ptr=dg,
@@ -244,7 +243,7 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
     )
     # Where a segment's states are is known from its first chunk and number.
     places = (0, 1, bounds[2] // interval + 1)
-    paired = (inner.float() * d_inner.float()).sum(-1)[0]
+    paired = inner.float().prod(3).sum(-1)[0]
     d_leaving = d_leaving if dtype == torch.float16 else d_leaving.to(dtype).float()
     known = [*(paired[:, place] for place in places), (leaving * d_leaving).sum((-2, -1))[0]]
     (reads_q, pairs_q), (reads_k, pairs_k) = (sums.sum(0)[:, 0] for sums in (q_sums, k_sums))

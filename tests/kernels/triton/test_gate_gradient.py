@@ -123,6 +123,21 @@ def test_every_head_that_forgets_within_chunks(kind: str, dtype: torch.dtype, de
     assert max(max(pair) for pair in errors_by_head(shifted, expected)) > BOUNDS[dtype][1]
 
 
+def test_what_passes_chunks_that_let_little_pass(device: torch.device) -> None:
+    """Takes fp32: as a difference of what a chunk's tokens read it had no digits, and its rounding was the same at all
+    of them. The control is such a rounding."""
+    rates = (-0.45, -0.5, -0.55)
+    bounds = (0, 37, 420, 450)
+    x, d_o = problem("scalar", FP32, tokens=bounds[-1], batch=1, rates=rates)
+    expected = expectation(x, d_o, cu_seqlens=bounds)
+    found = gate_gradient({name: t.to(device) for name, t in x.items()}, d_o.to(device), "triton", cu_seqlens=bounds)
+    random = torch.Generator().manual_seed(1)
+    assert max(max(pair) for pair in errors_by_head(found, expected)) <= 5e-7
+    noise = torch.finfo(FP32).eps * expected.std() * torch.randn(len(found[0]) // 32 + 1, generator=random)
+    shifted = found + noise.repeat_interleave(32)[: len(found[0]), None]
+    assert max(summed for _, summed in errors_by_head(shifted, expected)) > 5e-7
+
+
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_rounding_of_what_crosses_nothing_is_not_summed(kind: str, device: torch.device) -> None:
     """Takes fp32 where pairs of late tokens, and what the last ones add to a final state, are far larger than what

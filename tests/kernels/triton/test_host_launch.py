@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from lasp.kernels.triton.common import launch as launches
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 
 STREAM, FUNCTION, METADATA = 7, 11, (4, 1, 0)
 
@@ -48,7 +48,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 def launch_of(kernel: Kernel, *names: str, grid: tuple[int, int] = (1, 1), **fixed: Any) -> Launch:
     kernel.arg_names = [*names, *fixed]
-    return Launch(kernel, grid, dict(reversed(fixed.items())), warps=4, stages=1)
+    return bind(kernel, grid, dict(reversed(fixed.items())), warps=4, stages=1)
 
 
 def test_after_the_first_call_a_binary_gets_addresses(kernel: Kernel) -> None:
@@ -60,10 +60,10 @@ def test_after_the_first_call_a_binary_gets_addresses(kernel: Kernel) -> None:
     assert kernel.by_triton == [((3, 2), {"x_ptr": x, "y_ptr": y, "n": 5, "scale": 0.5, "C": 64, "PACKED": True})]
     others = (FUNCTION, METADATA, None, None, None)
     assert kernel.directly == [(1, 3, 2, 1, STREAM, *others, x.data_ptr(), y.data_ptr(), 5, 0.5, 64, True)]
-    with pytest.raises(KeyError, match="y_ptr"):
+    with pytest.raises(TypeError, match="y_ptr"):
         launch(x_ptr=x)
     with pytest.raises(AssertionError, match="takes"):
-        Launch(kernel, (1, 1), {"n": 5, "scales": 0.5, "C": 64, "PACKED": True}, warps=4, stages=1)
+        bind(kernel, (1, 1), {"n": 5, "scales": 0.5, "C": 64, "PACKED": True}, warps=4, stages=1)
 
 
 def test_with_and_without_its_last_tensor_a_kernel_is_two_binaries(kernel: Kernel) -> None:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from lasp.exchange.peer.kernels import FLAG_BYTES, WORDS, collect_kernel, fold_kernel, push_kernel
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 
 # A summary is cut into so many programs at most: all run at once, beside whatever else a GPU does.
 BLOCK, WARPS = 4096, 4
@@ -146,7 +146,7 @@ def _push(dtype: torch.dtype, rank: int, ranks: int, stored: int, size: int, slo
     fixed = {"rank": rank, "stored": stored, "size": size, "slot_bytes": slot_bytes}
     fixed |= {"SIZE": ranks, "BLOCK": BLOCK, "EVEN": size % BLOCK == 0}
     grid = (_blocks(size) + _blocks(stored), 1)
-    return Launch(push_kernel, grid, fixed, warps=WARPS, stages=1)
+    return bind(push_kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 @lru_cache(maxsize=256)
@@ -166,7 +166,7 @@ def _fold(
     fixed |= {"SIZE": ranks, "BLOCK": BLOCK, "EVEN": size % BLOCK == 0, "EACH": each}
     fixed |= {"REVERSE": reverse, "FROM_ZERO": zero, "EXACT": not _INTERPRETED}
     grid = (_blocks(size), 1)
-    return Launch(fold_kernel, grid, fixed, warps=WARPS, stages=1, **_ROUNDED_APART, **_ASSERTING)
+    return bind(fold_kernel, grid, fixed, warps=WARPS, stages=1, **_ROUNDED_APART, **_ASSERTING)
 
 
 @lru_cache(maxsize=256)
@@ -174,4 +174,4 @@ def _collect(dtype: torch.dtype, rank: int, ranks: int, stored: int, size: int, 
     fixed = {"rank": rank, "stored": stored, "size": size, "slot_bytes": slot_bytes, "polls": polls}
     fixed |= {"SIZE": ranks, "BLOCK": BLOCK}
     grid = (_blocks(stored + size), 1)
-    return Launch(collect_kernel, grid, fixed, warps=WARPS, stages=1, **_ASSERTING)
+    return bind(collect_kernel, grid, fixed, warps=WARPS, stages=1, **_ASSERTING)

@@ -9,9 +9,8 @@ once (`Launch`), and a call is one of its binary's C launcher with plain address
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
-from operator import itemgetter, or_
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, Protocol, cast
 
 import torch
 import triton
@@ -19,23 +18,14 @@ from torch import Tensor
 from triton.runtime import driver
 
 ALIGNMENT = 16
-_Start = Callable[[int, list[int]], None]  # takes a stream and addresses
+_Start = Callable[[tuple[int, ...]], None]  # takes addresses
 _scratch_of_stream: dict[int | None, Tensor] = {}
-_address = Tensor.data_ptr
 _hooks = triton.knobs.runtime
 
 
 def _use_scratch() -> None:
     """Gives Triton its allocator. It keeps one per thread, and autograd's threads are not the caller's."""
     triton.set_allocator(_scratch)
-
-
-class _Bound(NamedTuple):
-    """A binary's start, the way to pick its tensors in the kernel's order, and addresses for those left out."""
-
-    start: _Start
-    pick: Callable[[dict[str, Any]], tuple[Tensor, ...]]
-    absent: tuple[int, ...]
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -58,48 +48,59 @@ def given(tensor: Tensor | None, unread: Tensor) -> Tensor:
     return unread if tensor is None else tensor
 
 
-class Launch:
-    """A kernel with its grid and all that it takes but tensors, by name.
+class Launch(Protocol):
+    """Runs a kernel on tensors, by name: whenever it is called, of the same dtypes and on the same device.
+
+    The last of the kernel's, or always the same last ones, may be None where it can do without them.
+    """
+
+    of: BoundKernel
+
+    def __call__(self, **tensors: Tensor | None) -> None: ...
+
+
+def bind(
+    kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: bool
+) -> Launch:
+    """Returns a launch of `kernel`.
 
     Args:
         kernel: its tensors come first among its parameters.
         grid: programs along both axes.
-        fixed: scalars that the kernel does not specialise, and its constexprs.
+        fixed: scalars that the kernel does not specialise, and its constexprs: all that it takes but tensors.
         warps, stages, options: the compiler's.
     """
+    of = BoundKernel(kernel, grid, fixed, {"num_warps": warps, "num_stages": stages, **options})
+    launch = _maker(of.tensors)(of)
+    launch.of = of
+    return launch
 
-    __slots__ = ("_bound", "_device", "_dtypes", "_last", "_others", "fixed", "grid", "kernel", "options", "tensors")
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: bool
-    ) -> None:
+class BoundKernel:
+    """A kernel with its grid and all that it takes but tensors, by name.
+
+    Attributes:
+        tensors: names of those.
+        starts: of its binaries with the last tensor, and without; None until they are known.
+        device: on which they are.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], options: dict[str, int]) -> None:
         names = kernel.arg_names
         self.tensors = tuple(names[: len(names) - len(fixed)])
         assert set(names[len(self.tensors) :]) == set(fixed), f"{kernel} takes {names}, not {tuple(fixed)} at the end"
-        self.kernel, self.grid, self.fixed = kernel, grid, fixed
-        self.options = {"num_warps": warps, "num_stages": stages, **options}
+        self.kernel, self.grid, self.fixed, self.options = kernel, grid, fixed, options
+        self.starts: list[_Start | None] = [None, None]
+        self.device = -1
         self._others = tuple(fixed[name] for name in names[len(self.tensors) :])
-        self._last, self._device = self.tensors[-1], -1
-        self._bound: list[_Bound | None] = [None, None]  # with the last tensor, and without
         self._dtypes: dict[str, torch.dtype] = {}
 
-    def __call__(self, **tensors: Tensor | None) -> None:
-        """Runs the kernel on `tensors`: whenever it is called, of the same names and dtypes and on the same device.
-
-        The last of the kernel's, or always the same last ones, may be None where it can do without them.
-        """
-        bound = self._bound[tensors[self._last] is None]
-        if bound is None:
+    def run(self, tensors: dict[str, Tensor | None]) -> None:
+        """Launches what its `Launch` does not: what is not known yet, and what Triton must see."""
+        if self.starts[tensors[self.tensors[-1]] is None] is None:
             self._first(tensors)
-            return
-        start, pick, absent = bound
-        addresses = [*map(_address, pick(tensors)), *absent]
-        # With hooks a profiler wants to see every launch.
-        watched = _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls
-        if watched or reduce(or_, addresses) % ALIGNMENT or torch._C._cuda_getDevice() != self._device:
-            self._by_triton(tensors)
         else:
-            start(driver.active.get_current_stream(self._device), addresses)
+            self._by_triton(tensors)
 
     def _first(self, tensors: dict[str, Tensor | None]) -> None:
         if 0 in self.grid:
@@ -110,22 +111,48 @@ class Launch:
         for name, tensor in given.items():
             known = self._dtypes.setdefault(name, tensor.dtype)
             assert tensor.dtype == known, f"a launch of {self.kernel} for {name} in {known} got {tensor.dtype}"
-        self._device = next(iter(given.values())).get_device()
+        self.device = next(iter(given.values())).get_device()
         compiled = self._by_triton(tensors)
-        if self._device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given.values()):
-            start = _bind(compiled, self.grid, self._others)
-            pick = itemgetter(*given) if len(given) > 1 else lambda tensors: tuple(tensors[name] for name in given)
-            absent = (0,) * (len(self.tensors) - len(given))
-            self._bound[tensors[self._last] is None] = None if start is None else _Bound(start, pick, absent)
+        if self.device >= 0 and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in given.values()):
+            self.starts[tensors[self.tensors[-1]] is None] = _start_of(compiled, self.grid, self._others, self.device)
 
     def _by_triton(self, tensors: dict[str, Tensor | None]) -> Any:
         """Leaves the launch to Triton, which finds the binary, calls hooks, and gives the binary."""
         _use_scratch()
-        with torch.cuda.device(self._device):  # of no effect below 0
+        with torch.cuda.device(self.device):  # of no effect below 0
             return self.kernel[self.grid](**tensors, **self.fixed, **self.options)
 
 
-def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Start | None:
+@cache
+def _maker(names: tuple[str, ...]) -> Callable[[BoundKernel], Launch]:
+    """Makes launches that take tensors of these names.
+
+    Written out for them, as `namedtuple` writes a class: to collect keywords in a dictionary, and to pick them from it
+    in the kernel's order, takes the host as long as all the rest of a launch.
+    """
+    addresses = [f"_{n} = 0 if {name} is None else {name}.data_ptr()" for n, name in enumerate(names)]
+    ordered = [f"_{n}" for n in range(len(names))]
+    # With hooks a profiler wants to see every launch.
+    source = f"""
+def make(of):
+    starts = of.starts
+    def launch(*, {", ".join(names)}):
+        start = starts[{names[-1]} is None]
+        watched = _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls
+        if start is not None and not watched and torch._C._cuda_getDevice() == of.device:
+            {"; ".join(addresses)}
+            if not ({" | ".join(ordered)}) % ALIGNMENT:
+                start(({", ".join(ordered)},))
+                return
+        of.run({{{", ".join(f"'{name}': {name}" for name in names)}}})
+    return launch
+"""
+    made: dict[str, Any] = {}
+    exec(source, globals(), made)
+    return cast(Callable[[BoundKernel], Launch], made["make"])
+
+
+def _start_of(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...], device: int) -> _Start | None:
     """A function that launches a binary over `grid`, with `others` after the addresses; None for an unknown Triton."""
     x, y = grid
     try:
@@ -137,13 +164,19 @@ def _bind(compiled: Any, grid: tuple[int, int], others: tuple[Any, ...]) -> _Sta
         launch, attributes = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
         if triton.__version__.startswith("3.6."):
             start = (function, *attributes, None, None, metadata, None, None, None)
-            return lambda stream, addresses: launch(x, y, 1, stream, *start, *addresses, *others)
+            return lambda addresses: launch(
+                x, y, 1, driver.active.get_current_stream(device), *start, *addresses, *others
+            )
         if triton.__version__.startswith("3.7."):
             start = (function, *attributes, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature)
-            return lambda stream, addresses: launch(x, y, 1, stream, *start, (*addresses, *others))
+            return lambda addresses: launch(
+                x, y, 1, driver.active.get_current_stream(device), *start, (*addresses, *others)
+            )
 
-    def start_with_memory(stream: int, addresses: list[int]) -> None:
+    def start_with_memory(addresses: tuple[int, ...]) -> None:
         _use_scratch()
-        run(x, y, 1, stream, function, metadata, None, None, None, *addresses, *others)
+        run(
+            x, y, 1, driver.active.get_current_stream(device), function, metadata, None, None, None, *addresses, *others
+        )
 
     return start_with_memory

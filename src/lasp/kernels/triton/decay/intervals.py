@@ -74,7 +74,8 @@ def next_interval(turn, chunks, interval, REVERSE: tl.constexpr):
 @triton.jit
 def first_interval(run, segment, chunk, segments, chunks, SHORTEST: tl.constexpr):
     """The place of the state before a segment that begins with `chunk` among those of all runs,
-    [runs, chunks / SHORTEST + segments]: a segment has one for each of the shortest intervals that it may have."""
+    [runs, chunks / SHORTEST + segments, 2], each beside its gradient: a segment has one for each of the shortest
+    intervals that it may have."""
     return run * (tl.cdiv(chunks, SHORTEST) + segments) + chunk // SHORTEST + segment
 
 

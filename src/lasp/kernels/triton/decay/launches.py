@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.decay.intervals import INTERVALS
 from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, Tiles, keeps_states, tile
 from lasp.kernels.triton.decay.segment_scan import SCAN_BLOCK, SCAN_WARPS, scan_kernel
@@ -63,10 +63,11 @@ class DecayLaunches:
         states, decays: of those at the ends of segments.
         places, chunk_places, bounds: tables of packed documents (`packing.Tables`): of segments, of chunks, and of the
             documents' segments; None without documents.
-        inner, inner_dtype: of the states before intervals (`intervals`), in tiles of the sweeps, as they read them.
+        inner, inner_dtype: of the states before intervals and their gradients (`intervals`), in tiles of the sweeps, as
+            they read them.
         reads: shape of what is read from states per value head.
         gradient, gradient_dtype: shape and dtype of the gradients of q and k, per value head, or of gates per channel
-            per head of gates. alike: they are those of q and k.
+            per head of gates.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -97,12 +98,12 @@ class DecayLaunches:
         self.states, self.decays = (B, H_v, p.segments, K, V), (B, H_v, p.segments, *each)
         H_g = shape.gate_heads or H_v
         self.reads, self.gradient, self.gradient_dtype = (B, T, H_v, K), (B, T, H_g, K), partial_dtype(dtype, H, H_g)
-        self.alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), dtype)
+        self._alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), dtype)
         shortest, longest = INTERVALS[dtype]
         self._intervals = {"SHORTEST": shortest, "LONGEST": longest}
         columns = (p.channel_inter_chunk if per_channel else p.scalar_keys).columns
         in_tiles = -(-K // columns) * columns * tile(V, dtype)
-        self.inner = (B, H_v, -(-p.chunks // shortest) + p.segments, in_tiles)
+        self.inner = (B, H_v, -(-p.chunks // shortest) + p.segments, 2, in_tiles)
         self.inner_dtype = dtype if dtype == torch.bfloat16 else torch.float32
         # What these names mean in every kernel.
         self._known: dict[str, Any] = {
@@ -112,10 +113,15 @@ class DecayLaunches:
             "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision, "WEIGHS": shape.weighs,
         }  # fmt: skip
 
+    def new_gradient(self, q: Tensor) -> Tensor:
+        """Memory for the gradient of q."""
+        # To be like a tensor takes the host half the time of a shape.
+        return torch.empty_like(q) if self._alike else q.new_empty(self.gradient, dtype=self.gradient_dtype)
+
     def _launch(self, kernel: Any, grid: tuple[int, int], warps: int, stages: int, **own: Any) -> Launch:
         """A launch of `kernel` with what is its own beside what is known of the run."""
         known = {name: self._known[name] for name in kernel.arg_names if name in self._known}
-        return Launch(kernel, grid, {**known, **own}, warps=warps, stages=stages)
+        return bind(kernel, grid, {**known, **own}, warps=warps, stages=stages)
 
     def _by_segment(self, kernel: Any, columns: int, tiles: Tiles, heads: int = 1, **own: Any) -> Launch:
         """A program for each segment of each of so many heads, and for each slice of the `columns` that it makes."""

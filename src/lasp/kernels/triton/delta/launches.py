@@ -16,7 +16,7 @@ import triton
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.decays import CHANNEL, NONE, TOKEN, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits, takes_gluon
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import base_levels
 from lasp.kernels.triton.decay.launches import MAX_GRID
@@ -148,7 +148,7 @@ class DeltaLaunches:
         """A launch of `kernel` with what is its own beside what is known of the run."""
         known = {name: self._known[name] for name in kernel.arg_names if name in self._known}
         own = {name: value for name, value in own.items() if name in kernel.arg_names}
-        return Launch(kernel, grid, {**known, **own}, warps=warps, stages=stages)
+        return bind(kernel, grid, {**known, **own}, warps=warps, stages=stages)
 
     def _sweep(self, kernel: Any, slices: int, tiles: Tiles, **own: Any) -> Launch:
         """A program for each segment of each head, and for each of so many slices of its states' columns."""

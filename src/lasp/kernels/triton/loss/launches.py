@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.loss.cross_entropy import cross_entropy_kernel
 
 WARPS = 8
@@ -17,7 +17,7 @@ LANES, EACH = 256, 16
 @lru_cache(maxsize=256)
 def _launch(rows: int, vocab: int, dtype: torch.dtype, ignored: int, gradient: bool) -> Launch:
     fixed = {"VOCAB": vocab, "IGNORED": ignored, "GRADIENT": gradient, "LANES": LANES, "EACH": EACH}
-    return Launch(cross_entropy_kernel, (rows, 1), fixed, warps=WARPS, stages=1)
+    return bind(cross_entropy_kernel, (rows, 1), fixed, warps=WARPS, stages=1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignored: int, *, gradient: bool) -> Tensor:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.messages.kernels import WORDS, begin_kernel, open_kernel, seal_kernel
 
 BLOCK, WARPS = 4096, 4
@@ -33,7 +33,7 @@ class TritonStamps:
 
 @lru_cache(maxsize=4096)
 def _begin(plan: int) -> Launch:
-    return Launch(begin_kernel, (1, 1), {"plan": plan}, warps=1, stages=1)
+    return bind(begin_kernel, (1, 1), {"plan": plan}, warps=1, stages=1)
 
 
 @lru_cache(maxsize=256)
@@ -41,14 +41,14 @@ def _seal(dtype: torch.dtype, count: int) -> Launch:
     # One program at least, for the header.
     grid = (max(1, -(-count // BLOCK)), 1)
     fixed = {"count": count, "HEAD": _head(dtype), "BLOCK": BLOCK}
-    return Launch(seal_kernel, grid, fixed, warps=WARPS, stages=1)
+    return bind(seal_kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 @lru_cache(maxsize=256)
 def _open(dtype: torch.dtype, messages: int, length: int) -> Launch:
     grid = (max(1, -(-(length - _head(dtype)) // BLOCK)), messages)
     fixed = {"length": length, "HEAD": _head(dtype), "FLOATING": dtype.is_floating_point, "BLOCK": BLOCK}
-    return Launch(open_kernel, grid, fixed, warps=WARPS, stages=1)
+    return bind(open_kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 def _head(dtype: torch.dtype) -> int:

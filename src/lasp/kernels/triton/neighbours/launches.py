@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import Launch
+from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.neighbours.convolution import convolution_gradient_kernel, convolution_kernel
 from lasp.kernels.triton.neighbours.gated_norm import NONE, SIGMOID, SILU, gated_norm_gradient_kernel, gated_norm_kernel
 
@@ -70,7 +70,7 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
         fixed["D_ROW"] = sum(shape.parts) + shape.beside
     kernel = convolution_gradient_kernel if backward else convolution_kernel
     grid = (blocks * shape.batch, sum(-(-width // CHANNELS) for width in shape.parts))
-    return Launch(kernel, grid, fixed, warps=WARPS, stages=1)
+    return bind(kernel, grid, fixed, warps=WARPS, stages=1)
 
 
 def _shape(
@@ -122,7 +122,7 @@ def convolve_gradients(
     x, weight, d_y = _strided(x), weight.contiguous(), [part.contiguous() for part in d_y]
     launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(launch.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
+    sums = torch.empty(launch.of.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
     d_before = x.new_empty(B, W - 1, C)
     launch(
         x_ptr=x,
@@ -170,7 +170,7 @@ def _gated_norm(shape: _GatedNorm, backward: bool, again: bool = False) -> Launc
         grid = (-(-count // (rows * fixed["steps"])), own)
     else:
         grid = (-(-shape.rows // rows), 1)
-    return Launch(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=warps, stages=1)
+    return bind(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=warps, stages=1)
 
 
 class _NormCall(NamedTuple):
@@ -247,7 +247,7 @@ def gated_norm_gradients(
     if z is not None:
         d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     y = torch.empty_like(d_y, memory_format=torch.contiguous_format) if again else o.new_empty(0)
-    programs, own = launch.grid
+    programs, own = launch.of.grid
     parts = (programs * own, width // groups) if gain.numel() * groups == width else (programs, gain.numel())
     d_gain = torch.empty(parts, dtype=torch.float32, device=o.device)
     launch(

@@ -45,8 +45,8 @@ class KeyOperands(NamedTuple):
         totals_ptr: fp32 [B, H_g, chunks, K].
         out_ptr: [B, T, H_v, K], written.
         sums_ptr: fp32 [B, H_v, chunks, K], written.
-        inner_ptr: bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BK BV]: the states before intervals,
-            written.
+        inner_ptr: bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, slices, BK BV]: S and D before intervals, of
+            which a sweep writes its own.
     """
 
     a_ptr: tl.tensor
@@ -127,9 +127,10 @@ def _sweep(
     of_segment = totals_ptr + tl.cast(first // C, tl.int64) * K
     interval = interval_of_channels(of_segment, chunks, column, K, BK, SHORTEST, LONGEST)
     run = run_of(program, H_v)
-    inner_row: tl.constexpr = (K + BK - 1) // BK * (BK * BV)
+    size: tl.constexpr = (K + BK - 1) // BK * (BK * BV)
+    inner_row: tl.constexpr = 2 * size
     place = first_interval(run, program.segment, program.chunk, segments, chunks_of_run, SHORTEST)
-    inner_ptr = operands.inner_ptr + place * inner_row + program.part * (BK * BV)
+    inner_ptr = operands.inner_ptr + place * inner_row + (size if REVERSE else 0) + program.part * (BK * BV)
     for step in range(chunks):
         index = chunks - 1 - step if REVERSE else step
         start = first + index * C

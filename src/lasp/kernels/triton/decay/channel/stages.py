@@ -63,9 +63,10 @@ def interval_matrices(chunk: int, exact: bool, device: torch.device) -> Tensor:
 def empty_prepared(q: Tensor, g: Tensor, p: LaunchPlan) -> Prepared:
     B, T, H_g, K = g.shape
     scores = q.new_empty(B, H_g, T, p.chunk)
-    from_start, to_end = (q.new_empty(B, T, H_g, K) for _ in range(2))
+    from_start = q.new_empty(B, T, H_g, K)
     totals = q.new_empty(B, H_g, p.chunks, K, dtype=torch.float32)
-    return Prepared(scores, from_start, to_end, totals, q.new_empty(B, H_g, p.chunks, dtype=torch.int32))
+    unbounded = q.new_empty(B, H_g, p.chunks, dtype=torch.int32)
+    return Prepared(scores, from_start, torch.empty_like(from_start), totals, unbounded)
 
 
 def summarize(
@@ -160,7 +161,7 @@ def gradients(
     assert ready is not None
     d_states, after = given(adjoint.states, leaving), given(adjoint.decays, leaving)
     places = given(launches.places, d_states)
-    read_k, k_sums, d_inner = (torch.empty_like(each) for each in local)
+    read_k, k_sums = torch.empty_like(local.read_q), torch.empty_like(local.sums)
     launches.key_inter_chunk(
         from_start_ptr=ready.from_start,
         to_end_ptr=ready.to_end,
@@ -169,26 +170,25 @@ def gradients(
         totals_ptr=ready.totals,
         read_k_ptr=read_k,
         sums_ptr=k_sums,
-        inner_ptr=d_inner,
+        inner_ptr=local.inner,
         d_states_ptr=d_states,
         after_ptr=after,
         places_ptr=places,
         d_state_out_ptr=d_state_out,
     )
-    through = torch.empty_like(k_sums)
+    through = local.sums  # in their place
     launches.through(
         totals_ptr=ready.totals,
-        q_sums_ptr=local.sums,
         k_sums_ptr=k_sums,
         inner_ptr=local.inner,
-        d_inner_ptr=d_inner,
         state_out_ptr=leaving,
         through_ptr=through,
         places_ptr=places,
         d_state_out_ptr=d_state_out,
     )
-    dq = x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype)
-    dk, dg = torch.empty_like(dq), through.new_empty(launches.gradient)
+    assert x.g is not None
+    dq = launches.new_gradient(x.q)
+    dk, dg = torch.empty_like(dq), torch.empty_like(x.g)
     intervals = interval_matrices(p.chunk, p.exact, x.q.device)
     operands = {
         "q_ptr": x.q, "k_ptr": x.k, "v_ptr": x.v, "do_ptr": d_o, "g_ptr": x.g, "intervals_ptr": intervals,

@@ -22,12 +22,10 @@ from lasp.kernels.triton.decay.intervals import first_interval, next_interval
 @triton.jit(do_not_specialize=["T", "H_g", "H_v", "segments", "segment_chunks", "chunks"])
 def channel_through_kernel(
     totals_ptr,  # fp32 [B, H_g, chunks, K]
-    q_sums_ptr,  # fp32 [B, H_v, chunks, K]: of the sweep of do
-    k_sums_ptr,  # likewise: of that of v
-    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BK BV]: S before each interval
-    d_inner_ptr,  # likewise: D
+    k_sums_ptr,  # fp32 [B, H_v, chunks, K]: of the sweep of v
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, slices, BK BV]: S and D before intervals
     state_out_ptr,  # fp32 [B, H_v, K, V]: S leaving the run
-    through_ptr,  # fp32 [B, H_v, chunks, K], written
+    through_ptr,  # fp32 [B, H_v, chunks, K]: sums of the sweep of do, each replaced when it is taken
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V]: D leaving the run, or None for zero
     T,
@@ -56,14 +54,14 @@ def channel_through_kernel(
     gate_run, _ = gate_heads_of(here, T, H_g, H_v)
     totals_ptr += (gate_run * chunks + here.chunk) * K
     of_segment = (run_of(here, H_v) * chunks + here.chunk) * K
-    q_sums_ptr += of_segment
     k_sums_ptr += of_segment
     through_ptr += of_segment
     count = tl.cdiv(last - first, C)
     slice = k_first // BK
     interval = interval_of_channels(totals_ptr, count, slice * BK, K, BK, SHORTEST, LONGEST)
     # Where this program's rows of a tile are.
-    inner_row: tl.constexpr = (K + BK - 1) // BK * (BK * BV)
+    size: tl.constexpr = (K + BK - 1) // BK * (BK * BV)
+    inner_row: tl.constexpr = 2 * size
     rows = slice * (BK * BV) + (k_first - slice * BK) * BV
     run = run_of(here, H_v)
     first_state = first_interval(run, here.segment, here.chunk, segments, chunks, SHORTEST)
@@ -73,7 +71,7 @@ def channel_through_kernel(
     carry = tl.zeros((CHANNELS,), tl.float32)
     if not here.ends:
         following = first_interval(run, here.segment + 1, here.chunk + count, segments, chunks, SHORTEST)
-        carry = _paired(inner_ptr, d_inner_ptr, following * inner_row + rows, CHANNELS, BV)
+        carry = _paired(inner_ptr + following * inner_row + rows, size, CHANNELS, BV)
     elif d_state_out_ptr is not None:
         leaving = here.border * K * V
         pointers, mask = tile_at(state_out_ptr + leaving, channel_tile(k_first, 0, K, V), CHANNELS, BV)
@@ -89,7 +87,7 @@ def channel_through_kernel(
             index = begin + end - 1 - step
             at = tl.cast(index, tl.int64) * K + channel
             total = tl.load(totals_ptr + at, mask=channel < K, other=0.0)
-            q_sums = tl.load(q_sums_ptr + at, mask=channel < K, other=0.0)
+            q_sums = tl.load(through_ptr + at, mask=channel < K, other=0.0)
             k_sums = tl.load(k_sums_ptr + at, mask=channel < K, other=0.0)
             cut = ((index == 0) & from_nothing) | ((index == count - 1) & to_nothing)
             forgets = (beyond_one(total, tl.minimum(last - first - index * C, C)) < FORGETS) | cut
@@ -103,7 +101,7 @@ def channel_through_kernel(
             tl.store(through_ptr + at, carry, mask=channel < K)
             carry += q_sums
         known = _paired(
-            inner_ptr, d_inner_ptr, (first_state + begin // SHORTEST) * inner_row + rows, CHANNELS, BV
+            inner_ptr + (first_state + begin // SHORTEST) * inner_row + rows, size, CHANNELS, BV
         )  # fmt: skip
         # Other threads read what these have stored.
         tl.debug_barrier()
@@ -114,10 +112,10 @@ def channel_through_kernel(
 
 
 @triton.jit
-def _paired(inner_ptr, d_inner_ptr, at, CHANNELS: tl.constexpr, BV: tl.constexpr):
-    """S D summed over V, of the channels' rows of a tile."""
-    at += tl.arange(0, CHANNELS)[:, None] * BV + tl.arange(0, BV)[None, :]
-    return tl.sum(tl.load(inner_ptr + at).to(tl.float32) * tl.load(d_inner_ptr + at).to(tl.float32), 1)
+def _paired(state_ptr, size, CHANNELS: tl.constexpr, BV: tl.constexpr):
+    """S D summed over V, of the channels' rows of a tile, and of that `size` after it."""
+    at = state_ptr + tl.arange(0, CHANNELS)[:, None] * BV + tl.arange(0, BV)[None, :]
+    return tl.sum(tl.load(at).to(tl.float32) * tl.load(at + size).to(tl.float32), 1)
 
 
 @triton.jit

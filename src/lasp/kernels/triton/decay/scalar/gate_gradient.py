@@ -29,6 +29,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate
 from lasp.kernels.triton.common.program import as_swept, place, run_bounds
 from lasp.kernels.triton.decay.intervals import first_interval, interval_of
+from lasp.kernels.triton.decay.scalar.gate_pairs import are_near
 
 
 @triton.jit(do_not_specialize=["T", "rows", "H_v", "segments", "segment_chunks", "chunks"])
@@ -37,8 +38,7 @@ def gate_gradient_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     q_sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C]: q . dq, of the state and, unless EXACT, of the chunk
     k_sums_ptr,  # likewise: k . dk
-    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, SIZE]: S before intervals, see `intervals`
-    d_inner_ptr,  # likewise: D
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, SIZE]: S and D before intervals
     state_out_ptr,  # fp32 [B, H_v, K, V]: S leaving the run
     dg_ptr,  # fp32 [B, T, H_v], written; of chunks whose pairs are formed it has their sums
     dw_ptr,  # fp32 [B, T, H_v], written if WEIGHS: the gradient of the logarithms of tokens' weights, k . dk
@@ -82,7 +82,7 @@ def gate_gradient_kernel(
     rate = head_rate(g_ptr, KIND)
     together = prefix_ptr + first - head % HEADS * padded
     interval = interval_of(together, padded, rate, of_segment, C, KIND, SHORTEST, LONGEST, HEADS)
-    run_first, _ = run_bounds(places_ptr, T, PACKED)
+    run_first, run_last = run_bounds(places_ptr, T, PACKED)
     from_nothing = (stretch == 0) & (first == run_first) & FROM_ZERO
     ends &= stretch == stretches - 1
     to_nothing = ends & (d_state_out_ptr is None)
@@ -102,8 +102,8 @@ def gate_gradient_kernel(
     walked = stretch * LONGEST
     first_state = first_interval(run, segment, chunk, segments, chunks, SHORTEST)
     for begin in range(0, count, interval):
-        at_begin = (first_state + (walked + begin) // SHORTEST) * SIZE
-        known = _paired(inner_ptr + at_begin, d_inner_ptr + at_begin, SIZE, BLOCK, False)
+        at_begin = inner_ptr + (first_state + (walked + begin) // SHORTEST) * (2 * SIZE)
+        known = _paired(at_begin, at_begin + SIZE, SIZE, BLOCK, False)
         before = tl.where(c == begin, known, before)
         after = tl.where(c == begin - 1, known, after)
     if not ends:
@@ -111,7 +111,8 @@ def gate_gradient_kernel(
         next_state = first_state + (walked + count) // SHORTEST
         if walked + count == of_segment:
             next_state = first_interval(run, segment + 1, chunk + of_segment, segments, chunks, SHORTEST)
-        known = _paired(inner_ptr + next_state * SIZE, d_inner_ptr + next_state * SIZE, SIZE, BLOCK, False)
+        following = inner_ptr + next_state * (2 * SIZE)
+        known = _paired(following, following + SIZE, SIZE, BLOCK, False)
         after = tl.where(c == count - 1, known, after)
     elif d_state_out_ptr is not None:
         leaving = border * (K * V)
@@ -150,12 +151,33 @@ def gate_gradient_kernel(
     first_cut = from_nothing & (c == 0)
     last_cut = to_nothing & (c == count - 1)
     cut = forgets | first_cut | last_cut
-    across = _across(tl.sum(reads_q, 1), tl.sum(reads_k, 1), cut, starts, before, stops, after, ends, count, c)
+    sums_q = tl.sum(reads_q, 1)
+    sums_k = tl.sum(reads_k, 1)
+    if EXACT:
+        near = _is_near(prefix_ptr, totals, rate, first + c * C, run_first, run_last, C, KIND) & (c < count)
+        # All that crosses a chunk's first token is what passes the chunk, which `gate_pairs` has formed.
+        passed = tl.where(near, tl.sum(tl.where(i == 0, within, 0.0), 1), 0.0)
+        cut = cut | near
+        sums_q += passed
+        sums_k += passed
+    across = _across(sums_q, sums_k, cut, starts, before, stops, after, ends, count, c)
     # Nothing of a chunk's last token, large as it may be: it crosses none.
     reads_k = tl.where((i == C - 1) | (at == last - 1), 0.0, reads_k)
     earlier = tl.cumsum(reads_k, 1) - reads_k
     dg = across[:, None] + tl.cumsum(reads_q, 1, reverse=True) + earlier + within
     tl.store(dg_at, dg, mask=inside)
+
+
+@triton.jit
+def _is_near(prefix_ptr, totals, rate, start, run_first, run_last, C: tl.constexpr, KIND: tl.constexpr):
+    """True where what passes chunks that begin with tokens `start` was formed, as `gate_pairs` decides it."""
+    between = (start > run_first) & (start + C < run_last)
+    earlier = tl.zeros_like(totals) + C * rate
+    later = tl.minimum(run_last - start - C, C) * rate
+    if KIND == TOKEN:
+        earlier = tl.load(prefix_ptr + start - 1, mask=between, other=0.0)
+        later = tl.load(prefix_ptr + start + 2 * C - 1, mask=between, other=0.0)
+    return between & are_near(earlier, totals, later)
 
 
 @triton.jit

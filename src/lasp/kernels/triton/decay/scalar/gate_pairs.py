@@ -3,14 +3,18 @@
 
     sum_{i >= t > j} w_ij,  w_ij = scale 2^between(j, i) (q_i . k_j) (do_i . v_j)        (see `gate_gradient`)
 
-of chunks that forget what was before them, and for fp32 inputs of all.
+of chunks that forget what was before them, and for fp32 inputs of all. Of these, where a chunk and both beside it let
+next to nothing pass, what does is formed too, of the pairs of both: as a difference of sums it would have no digits.
 """
 
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate, pair_decay
-from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk
+from lasp.kernels.triton.common.decays import TOKEN, beyond_one, head_gates, head_rate, log2_gate, pair_decay
+from lasp.kernels.triton.common.program import DESCRIPTORS, begins_run, chunk_place, load_chunk
+
+# Base 2: what then passes two chunks is as little to what passes one, as that is to what passes none.
+NEAR_LOG2 = tl.constexpr(-12.0)
 
 
 @triton.jit(do_not_specialize=["scale", "T", "rows", "H", "H_v", "chunks"])
@@ -61,11 +65,7 @@ def gate_pairs_kernel(
         # Under way while scores are formed.
         do = load_chunk(do_ptr + vo * V, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
         v = load_chunk(v_ptr + vo * V, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
-        scores = tl.zeros((C, C), tl.float32)
-        for column in range(0, K, BK):
-            q = load_chunk(q_ptr + qk * K, first, column, last, H * K, K, C, BK, DESCRIPTORS)
-            k = load_chunk(k_ptr + qk * K, first, column, last, H * K, K, C, BK, DESCRIPTORS)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+        scores = _products(q_ptr + qk * K, k_ptr + qk * K, first, last, first, last, H * K, K, C, BK, PRECISION)
         d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         for column in range(BV, V, BV):
             do = load_chunk(do_ptr + vo * V, first, column, last, H_v * V, V, C, BV, DESCRIPTORS)
@@ -85,8 +85,64 @@ def gate_pairs_kernel(
             # [t, j]: what reads j from t on.
             later = tl.cumsum(w, 0, reverse=True)
             crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale
+            near = _is_near(places_ptr, prefix_ptr, rate, total, chunk, chunks, T, C, KIND, PACKED)
+            passing = tl.zeros((C, C), tl.float32)
+            if near:
+                after, end = chunk_place(places_ptr, chunk + 1, T, C, PACKED)
+                passing = _products(
+                    q_ptr + qk * K, k_ptr + qk * K, after, end, first - C, first, H * K, K, C, BK, PRECISION
+                )  # fmt: skip
+                passing *= _products(
+                    do_ptr + vo * V, v_ptr + vo * V, after, end, first - C, first, H_v * V, V, C, BV, PRECISION
+                )  # fmt: skip
+                to_end = (C - 1 - t) * rate
+                from_start = (t + 1) * rate
+                if KIND == TOKEN:
+                    to_end = tl.cumsum(log2_gate(g_chunk + (t + 1 - C) * H_v, t < C - 1), 0, reverse=True)
+                    from_start = tl.load(prefix_ptr + C + t)
+                passing *= tl.exp2(from_start[:, None] + total + to_end[None, :])
+            crossing += tl.sum(passing) * scale
         else:
             # What j begins, less what i ends: a scan of one row, not of all.
             changes = tl.sum(w, 0) - tl.sum(w, 1)
             crossing = (tl.cumsum(changes, 0) - changes) * scale
         tl.store(dg_ptr + vo + (first + t) * tl.cast(H_v, tl.int64), crossing, mask=first + t < last)
+
+
+@triton.jit
+def _products(
+    a_ptr, b_ptr, a_first, a_last, b_first, b_last, row, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T [C, C] of two chunks' rows."""
+    product = tl.zeros((C, C), tl.float32)
+    for column in range(0, D, BD):
+        a = load_chunk(a_ptr, a_first, column, a_last, row, D, C, BD, DESCRIPTORS)
+        b = load_chunk(b_ptr, b_first, column, b_last, row, D, C, BD, DESCRIPTORS)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _is_near(
+    places_ptr, prefix_ptr, rate, total, chunk, chunks, T, C: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr
+):
+    """True if a chunk of such a log-decay, and both beside it in its run, let next to nothing pass."""
+    near = False
+    following = tl.minimum(chunk + 1, chunks - 1)
+    between = (begins_run(places_ptr, chunk, PACKED) == 0) & (begins_run(places_ptr, following, PACKED) == 0)
+    if between & (following > chunk):
+        first, last = chunk_place(places_ptr, following, T, C, PACKED)
+        earlier = C * rate
+        later = (last - first) * rate
+        if KIND == TOKEN:
+            earlier = tl.load(prefix_ptr - 1)
+            later = tl.load(prefix_ptr + 2 * C - 1)
+        near = are_near(earlier, total, later)
+    return near
+
+
+@triton.jit
+def are_near(earlier, total, later):
+    """True where three chunks in a row of such log-decays let next to nothing pass."""
+    return (earlier < NEAR_LOG2) & (total < NEAR_LOG2) & (later < NEAR_LOG2)

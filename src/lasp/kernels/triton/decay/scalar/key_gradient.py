@@ -29,7 +29,7 @@ def key_gradient_kernel(
     suffix_ptr,  # likewise
     dk_ptr,  # [B, T, H_v / HEADS, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: k . dk, of the state and of chunks
-    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BV BK], written if SUMS: see `intervals`
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, slices, BV BK], written if SUMS: `intervals`
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero; not read if GATHER
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -89,7 +89,7 @@ def key_gradient_kernel(
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     terms = terms_of(
         k_ptr + qk * K, sums_ptr, inner_ptr, sums_ptr, decay, here, B, H_v, segments, chunks, sizes,
-        KIND=KIND, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST, HEADS=HEADS,
+        KIND=KIND, REVERSE=True, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST, HEADS=HEADS,
     )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:

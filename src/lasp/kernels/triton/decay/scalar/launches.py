@@ -63,7 +63,7 @@ class ScalarLaunches(DecayLaunches):
         )
         self.heads = 2 if in_pairs else 1
         self.gradient = (*self.gradient[:2], H_v // self.heads, K)
-        self.alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), self._dtype)
+        self._alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), self._dtype)
         self.skipped = (slices if self.weighs else 0, B, H_v, p.segments)
 
     @cached_property

@@ -29,7 +29,7 @@ def query_gradient_kernel(
     suffix_ptr,  # likewise
     dq_ptr,  # [B, T, H_v / HEADS, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: q . dq, of the state and of chunks
-    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, slices, BV BK], written if SUMS: see `intervals`
+    inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, slices, BV BK], written if SUMS: `intervals`
     skipped_ptr,  # fp32 [slices, B, H_v, segments], written if WEIGHS: sums of do . v
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
@@ -88,7 +88,7 @@ def query_gradient_kernel(
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     terms = terms_of(
         q_ptr + qk * K, sums_ptr, inner_ptr, skipped_ptr, decay, here, B, H_v, segments, chunks, sizes,
-        KIND=KIND, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST, HEADS=HEADS,
+        KIND=KIND, REVERSE=False, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST, HEADS=HEADS,
     )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:

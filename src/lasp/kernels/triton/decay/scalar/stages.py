@@ -121,7 +121,7 @@ def outputs(
 def local_gradients(
     x: ScalarRun, launches: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
 ) -> QueryGradient:
-    dq = torch.empty_like(x.q) if launches.alike else x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype)
+    dq = launches.new_gradient(x.q)
     sums = unread.new_empty(launches.sums) if launches.with_decay else unread
     inner = unread
     if launches.with_decay:
@@ -171,10 +171,10 @@ def gradients(
         launches.key_value_gradient(v_ptr=x.v, dk_ptr=dk, dv_ptr=dv, **read)
         return local.dq, dk, dv, None
     launches.value_gradient(dv_ptr=dv, skip_ptr=given(x.skip, unread), **read)
-    sums = inner = unread
+    sums = unread
     if launches.with_decay:
-        sums, inner = unread.new_empty(launches.sums), torch.empty_like(local.inner)
-    launches.key_gradient(v_ptr=x.v, dk_ptr=dk, sums_ptr=sums, inner_ptr=inner, **read)
+        sums = unread.new_empty(launches.sums)
+    launches.key_gradient(v_ptr=x.v, dk_ptr=dk, sums_ptr=sums, inner_ptr=local.inner, **read)
     if not launches.with_decay:
         return local.dq, dk, dv, None
     dg = unread.new_empty(x.v.shape[:3])
@@ -196,7 +196,6 @@ def gradients(
         q_sums_ptr=local.sums,
         k_sums_ptr=sums,
         inner_ptr=local.inner,
-        d_inner_ptr=inner,
         state_out_ptr=leaving,
         dg_ptr=dg,
         dw_ptr=dw,

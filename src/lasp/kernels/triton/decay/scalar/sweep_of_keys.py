@@ -26,34 +26,36 @@ def terms_of(
     chunks,
     sizes: tl.constexpr,
     KIND: tl.constexpr,
+    REVERSE: tl.constexpr,
     ROWS: tl.constexpr,
     SHORTEST: tl.constexpr,
     LONGEST: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """The `GateTerms` of a program, of its first head, of sums [parts, 2, B, H_v, chunks C], inner states
-    [B, H_v, chunks / SHORTEST + segments, slices, BA BC], skipped [slices, B, H_v, segments]; x_ptr at the head's rows.
-    """
+    [B, H_v, chunks / SHORTEST + segments, 2, slices, BA BC], skipped [slices, B, H_v, segments]; x_ptr at the head's
+    rows."""
     C: tl.constexpr = sizes.C
     run = run_of(here, H_v)
     row = tl.cast(B, tl.int64) * H_v * chunks
     parts: tl.constexpr = 1 if ROWS else sizes.BC // PART_ROWS
-    inner_row = tl.cast((sizes.N + sizes.BC - 1) // sizes.BC * sizes.BA * sizes.BC, tl.int64)
+    size = tl.cast((sizes.N + sizes.BC - 1) // sizes.BC * sizes.BA * sizes.BC, tl.int64)
     first_inner = first_interval(run, here.segment, here.chunk, segments, chunks, SHORTEST)
+    first_inner = 2 * first_inner + (1 if REVERSE else 0)
     rate = head_rate(decay.g_ptr, KIND)
     of_segment = tl.cdiv(here.last - here.first, C)
     return GateTerms(
         x_ptr=x_ptr,
         sums_ptr=sums_ptr + here.part * parts * 2 * row * C + run * chunks * C,
         sums_row=row * C,
-        inner_ptr=inner_ptr + first_inner * inner_row + here.part * (sizes.BA * sizes.BC),
-        inner_row=inner_row,
+        inner_ptr=inner_ptr + first_inner * size + here.part * (sizes.BA * sizes.BC),
+        inner_row=2 * size,
         skipped_ptr=skipped_ptr + ((here.part * tl.cast(B, tl.int64)) * H_v + run) * segments + here.segment,
         interval=interval_of(
             decay.prefix_ptr + here.chunk * C, chunks * C, rate, of_segment, C, KIND, SHORTEST, LONGEST, HEADS
         ),
         next_gates=tl.cast(chunks, tl.int64) * C,
-        next_inner=(tl.cdiv(chunks, SHORTEST) + segments) * inner_row,
+        next_inner=(tl.cdiv(chunks, SHORTEST) + segments) * (2 * size),
         next_skipped=segments,
     )
 
