@@ -84,21 +84,10 @@ def run_of(here, H_v):
 
 @triton.jit
 def sweep_place(places_ptr, segments, segment_chunks, T, H_v, N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-                PACKED: tl.constexpr, HEADS: tl.constexpr = 1):  # fmt: skip
-    """The place of a program that sweeps a segment of HEADS heads for BN of N columns, as of the first of them; the
-    index of its segment [B, H_v, segments] and its first column."""
-    group = place(places_ptr, (N + BN - 1) // BN, segments, segment_chunks, T, H_v // HEADS, C, PACKED)
-    here = ProgramPlace(
-        part=group.part,
-        head=group.head * HEADS,
-        batch=group.batch,
-        segment=group.segment,
-        first=group.first,
-        last=group.last,
-        chunk=group.chunk,
-        border=group.border * HEADS,
-        ends=group.ends,
-    )
+                PACKED: tl.constexpr):  # fmt: skip
+    """The place of a program that sweeps a segment for BN of N columns; the index of its segment [B, H_v, segments] and
+    its first column."""
+    here = place(places_ptr, (N + BN - 1) // BN, segments, segment_chunks, T, H_v, C, PACKED)
     return here, run_of(here, H_v) * segments + here.segment, here.part * BN
 
 

@@ -25,18 +25,10 @@ TOTALS = tl.constexpr(64)  # of chunks, read at a time
 
 @triton.jit
 def interval_of(
-    prefix_ptr,
-    next_head,
-    rate,
-    chunks,
-    C: tl.constexpr,
-    KIND: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    LONGEST: tl.constexpr,
-    HEADS: tl.constexpr,
+    prefix_ptr, rate, chunks, C: tl.constexpr, KIND: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr
 ):
-    """Chunks of an interval of a segment of so many, whose gates' sums begin at prefix_ptr, those of further HEADS that
-    walk with it next_head apart: the same to whoever asks, since a least number does not depend on the order."""
+    """Chunks of an interval of a segment of so many, whose gates' sums begin at prefix_ptr: the same to whoever asks,
+    since a least number does not depend on the order."""
     if SHORTEST == LONGEST:
         return LONGEST
     else:
@@ -44,10 +36,8 @@ def interval_of(
         if KIND == TOKEN:
             for first in range(0, chunks, TOTALS):
                 chunk = first + tl.arange(0, TOTALS)
-                for head in tl.static_range(HEADS):
-                    ends = prefix_ptr + head * next_head + chunk * C + C - 1
-                    totals = tl.load(ends, mask=chunk < chunks, other=0.0)
-                    strongest = tl.minimum(strongest, tl.min(of_passed(totals), 0))
+                totals = tl.load(prefix_ptr + chunk * C + C - 1, mask=chunk < chunks, other=0.0)
+                strongest = tl.minimum(strongest, tl.min(of_passed(totals), 0))
         return interval_of_strongest(strongest, SHORTEST, LONGEST)
 
 

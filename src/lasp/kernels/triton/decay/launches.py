@@ -123,9 +123,9 @@ class DecayLaunches:
         known = {name: self._known[name] for name in kernel.arg_names if name in self._known}
         return bind(kernel, grid, {**known, **own}, warps=warps, stages=stages)
 
-    def _by_segment(self, kernel: Any, columns: int, tiles: Tiles, heads: int = 1, **own: Any) -> Launch:
-        """A program for each segment of each of so many heads, and for each slice of the `columns` that it makes."""
-        grid = (-(-columns // tiles.columns) * (self._heads // heads), self.plan.segments)
+    def _by_segment(self, kernel: Any, columns: int, tiles: Tiles, **own: Any) -> Launch:
+        """A program for each segment of each head, and for each slice of the `columns` columns that it makes."""
+        grid = (-(-columns // tiles.columns) * self._heads, self.plan.segments)
         return self._launch(kernel, grid, tiles.warps, tiles.stages, **own)
 
     @cached_property

@@ -65,7 +65,6 @@ def gate_gradient_kernel(
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     PACKED: tl.constexpr,
     WEIGHS: tl.constexpr,
-    HEADS: tl.constexpr,  # that walk together, as in the sweeps of dq and dk
 ):
     stretch, head, batch, segment, first, last, chunk, border, ends = place(
         places_ptr, tl.cdiv(segment_chunks, LONGEST), segments, segment_chunks, T, H_v, C, PACKED
@@ -80,8 +79,7 @@ def gate_gradient_kernel(
     g_ptr = head_gates(g_ptr, batch, head, T, H_v, KIND)
     prefix_ptr += run * padded + slot
     rate = head_rate(g_ptr, KIND)
-    together = prefix_ptr + first - head % HEADS * padded
-    interval = interval_of(together, padded, rate, of_segment, C, KIND, SHORTEST, LONGEST, HEADS)
+    interval = interval_of(prefix_ptr + first, rate, of_segment, C, KIND, SHORTEST, LONGEST)
     run_first, run_last = run_bounds(places_ptr, T, PACKED)
     from_nothing = (stretch == 0) & (first == run_first) & FROM_ZERO
     ends &= stretch == stretches - 1

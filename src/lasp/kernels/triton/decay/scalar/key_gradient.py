@@ -27,7 +27,7 @@ def key_gradient_kernel(
     g_ptr,  # [H_v], [B, T, H_v] or unused
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
-    dk_ptr,  # [B, T, H_v / HEADS, K], written
+    dk_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: k . dk, of the state and of chunks
     inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, slices, BV BK], written if SUMS: `intervals`
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: of those leaving each segment, from zero; not read if GATHER
@@ -58,10 +58,8 @@ def key_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHS: tl.constexpr,  # whether tokens have weights
-    HEADS: tl.constexpr,  # neighbours that share a head of q and k, which a program has: 1, or with ROWS 2
 ):
-    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED, HEADS)
-    tl.static_assert(HEADS == 1 or (ROWS and BV == V))
+    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
     state, _, _ = border_state(
         d_states_ptr,
         after_ptr,
@@ -73,23 +71,17 @@ def key_gradient_kernel(
         BK if ROWS else BV,
         GATHER,
     )
-    second = None
-    if HEADS == 2:
-        second, _, _ = border_state(
-            d_states_ptr, after_ptr, d_state_out_ptr, index + segments, here.border + 1,
-            key_tile(k_first, K, V, ROWS), BV, BK, GATHER,
-        )  # fmt: skip
     qk, vo = rows_of(here, T, H, H_v)
     operands = Operands(
-        a_ptr=v_ptr + vo * V, b_ptr=do_ptr + vo * V, c_ptr=q_ptr + qk * K, out_ptr=dk_ptr + vo // HEADS * K,
-        a_row=H_v * V, b_row=H_v * V, c_row=H * K, out_row=H_v // HEADS * K,
+        a_ptr=v_ptr + vo * V, b_ptr=do_ptr + vo * V, c_ptr=q_ptr + qk * K, out_ptr=dk_ptr + vo * K,
+        a_row=H_v * V, b_row=H_v * V, c_row=H * K, out_row=H_v * K,
     )  # fmt: skip
     sizes: tl.constexpr = Sizes(A=V, N=K, BA=BV, BC=BK, C=C)
     span = span_of(here, k_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     terms = terms_of(
         k_ptr + qk * K, sums_ptr, inner_ptr, sums_ptr, decay, here, B, H_v, segments, chunks, sizes,
-        KIND=KIND, REVERSE=True, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST, HEADS=HEADS,
+        KIND=KIND, REVERSE=True, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST,
     )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:
@@ -99,7 +91,7 @@ def key_gradient_kernel(
             DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     sweep_of_keys(
-        operands, decay, terms, state, second, span, sizes,
+        operands, decay, terms, state, span, sizes,
         KIND=KIND, REVERSE=True, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT, SHORTEST=SHORTEST,
         DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 from lasp.kernels.triton.common.decays import gate_sums_kernel
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.launches import DecayLaunches, RunShape
-from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan, Tiles, narrow, tile
+from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan, narrow, tile
 from lasp.kernels.triton.decay.scalar.gate_gradient import gate_gradient_kernel
 from lasp.kernels.triton.decay.scalar.gate_pairs import gate_pairs_kernel
 from lasp.kernels.triton.decay.scalar.key_gradient import key_gradient_kernel
@@ -27,10 +27,6 @@ GATE_BLOCK, GATE_WARPS, PAIR_WARPS = 8192, 8, 4
 GATE_SUMS_WARPS, GATE_SUMS_HEADS = 4, 16
 # dk and dv of segments shorter than this are faster apart, unless they are as short as those that gather.
 PAIRED_CHUNKS = 24
-# Of the sweeps for two heads of 64 values, of dq and dk, of o and dv.
-PAIRED_HEADS = Tiles(64, 8, 2)
-PAIRED_VALUES = Tiles(64, 8, 2)
-VALUES_IN_PAIRS = False
 
 
 class ScalarLaunches(DecayLaunches):
@@ -42,8 +38,7 @@ class ScalarLaunches(DecayLaunches):
         paired: whether dk and dv are made in one launch.
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
-        skipped: of sums of do . v; none unless tokens have weights.
-        heads: neighbours that share a head of q and k, which a program has at a time; of dq or dk it makes their sum.
+        skipped: of sums of do . v, where tokens have weights.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
@@ -57,14 +52,7 @@ class ScalarLaunches(DecayLaunches):
         slices = -(-K // p.scalar_keys.columns)
         parts = slices if p.rows else slices * p.scalar_keys.columns // PART_ROWS.value
         self.sums = (parts, 2, *self.gates)
-        self.weighs = shape.weighs
-        in_pairs = (
-            p.rows and self.per_token and shape.with_decay and H_v // H % 2 == 0 and tile(V, self._dtype) == V == 64
-        )
-        self.heads = 2 if in_pairs else 1
-        self.gradient = (*self.gradient[:2], H_v // self.heads, K)
-        self._alike = (self.gradient, self.gradient_dtype) == (tuple(shape.q), self._dtype)
-        self.skipped = (slices if self.weighs else 0, B, H_v, p.segments)
+        self.weighs, self.skipped = shape.weighs, (B, H_v, p.segments)
 
     @cached_property
     def gate_sums(self) -> Launch:
@@ -113,10 +101,7 @@ class ScalarLaunches(DecayLaunches):
 
     def _sweep_of_values(self, kernel: Any, **ways: int) -> Launch:
         (K, V), tiles = self._dims, self.plan.values
-        heads = self.heads if VALUES_IN_PAIRS else 1
-        if heads > 1:
-            tiles = PAIRED_VALUES
-        return self._by_segment(kernel, V, tiles, heads, BK=tile(K, self._dtype), BV=tiles.columns, HEADS=heads, **ways)
+        return self._by_segment(kernel, V, tiles, BK=tile(K, self._dtype), BV=tiles.columns, **ways)
 
     @cached_property
     def key_value_gradient(self) -> Launch:
@@ -138,28 +123,15 @@ class ScalarLaunches(DecayLaunches):
     def _sweep_of_keys(self, kernel: Any, **states: int) -> Launch:
         (K, V), p = self._dims, self.plan
         tiles = p.scalar_keys if self.with_decay else p.keys
-        ways = {"SUMS": self.with_decay, "ROWS": self.with_decay and p.rows, "HEADS": self.heads, **self._intervals}
-        if self.heads > 1:
-            tiles = PAIRED_HEADS
-        return self._by_segment(
-            kernel, K, tiles, self.heads, BK=tiles.columns, BV=tile(V, self._dtype), **ways, **states
-        )
+        ways = {"SUMS": self.with_decay, "ROWS": self.with_decay and p.rows, **self._intervals}
+        return self._by_segment(kernel, K, tiles, BK=tiles.columns, BV=tile(V, self._dtype), **ways, **states)
 
     @cached_property
     def gate_pairs(self) -> Launch:
         """A program for each chunk of each head."""
         (K, V), p = self._dims, self.plan
         columns = narrow(max(K, V), self._dtype)
-        all_keys = self._dtype == torch.bfloat16 and tile(K, self._dtype) == 128
-        return self._launch(
-            gate_pairs_kernel,
-            (self._heads * p.chunks, 1),
-            PAIR_WARPS,
-            1,
-            rows=self._heads,
-            BK=128 if all_keys else columns,
-            BV=columns,
-        )
+        return self._launch(gate_pairs_kernel, (self._heads * p.chunks, 1), PAIR_WARPS, 1, rows=self._heads, BD=columns)
 
     @cached_property
     def gate_gradient(self) -> Launch:
@@ -175,6 +147,5 @@ class ScalarLaunches(DecayLaunches):
             SIZE=self.inner[-1],
             BLOCK=min(GATE_BLOCK, triton.next_power_of_2(K * V)),
             ROUND=self._dtype == torch.bfloat16,
-            HEADS=self.heads,
             **self._intervals,
         )

@@ -59,9 +59,7 @@ class GateTerms(NamedTuple):
         inner_ptr: tiles of states, inner_row apart, before every SHORTEST-th chunk of the segment: those before
             intervals are written.
         interval: its chunks.
-        skipped_ptr: the sum of q's tokens' do . v is written there, where tokens have weights.
-        next_gates, next_inner, next_skipped: how far the next head's are from them, of gates' sums and sums_ptr, of
-            inner_ptr, and of skipped_ptr.
+        skipped_ptr: the sum of q's tokens' do . v is written there, where tokens have weights, by the first slice.
     """
 
     x_ptr: tl.tensor
@@ -71,9 +69,6 @@ class GateTerms(NamedTuple):
     inner_row: tl.tensor
     interval: tl.tensor
     skipped_ptr: tl.tensor
-    next_gates: tl.tensor
-    next_inner: tl.tensor
-    next_skipped: tl.tensor
 
 
 class Span(NamedTuple):

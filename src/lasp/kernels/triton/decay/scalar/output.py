@@ -15,7 +15,6 @@ from lasp.kernels.triton.decay.scalar.operands import (
     value_tile,
 )
 from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
-from lasp.kernels.triton.decay.scalar.sweep_of_pairs import sweep_pair
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -54,9 +53,8 @@ def output_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHS: tl.constexpr,  # whether tokens have weights, and heads a skip
-    HEADS: tl.constexpr,  # that a program has: 1, or 2 by `sweep_pair`
 ):
-    here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED, HEADS)
+    here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, entering, mask = border_state(
         states_ptr, before_ptr, state_in_ptr, index, here.border, value_tile(v_first, K, V), BV, BK, GATHER
     )
@@ -84,38 +82,11 @@ def output_kernel(
         )  # fmt: skip
         if KEEPS:
             tl.store(entering, state, mask=mask)
-    if HEADS == 2:
-        second, entering, mask = border_state(
-            states_ptr,
-            before_ptr,
-            state_in_ptr,
-            index + segments,
-            here.border + 1,
-            value_tile(v_first, K, V),
-            BV,
-            BK,
-            GATHER,
-        )
-        if state_in_ptr is not None:
-            tl.debug_barrier()
-            tl.store(entering, second, mask=mask)
-        second_skip = None
-        if WEIGHS:
-            second_skip = tl.load(skip_ptr + here.head + 1)
-        state, second = sweep_pair(
-            operands, decay, tl.cast(chunks, tl.int64) * C, state, second, span, sizes,
-            REVERSE=False, WEIGH_B=LEARNED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
-            WEIGHS=WEIGHS, skip=skip, second_skip=second_skip,
-        )  # fmt: skip
-        if here.ends:
-            leaving, _ = tile_at(state_out_ptr + (here.border + 1) * K * V, value_tile(v_first, K, V), BV, BK)
-            tl.store(leaving, second, mask=mask)
-    else:
-        state = sweep(
-            operands, decay, None, state, span, sizes,
-            KIND=KIND, REVERSE=False, WEIGH_B=LEARNED, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
-            WEIGHS=WEIGHS, skip=skip,
-        )  # fmt: skip
+    state = sweep(
+        operands, decay, None, state, span, sizes,
+        KIND=KIND, REVERSE=False, WEIGH_B=LEARNED, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        WEIGHS=WEIGHS, skip=skip,
+    )  # fmt: skip
     if here.ends:
         leaving, _ = tile_at(state_out_ptr + here.border * K * V, value_tile(v_first, K, V), BV, BK)
         tl.store(leaving, state, mask=mask)

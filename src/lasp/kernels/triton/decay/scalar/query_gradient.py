@@ -27,10 +27,10 @@ def query_gradient_kernel(
     g_ptr,  # [H_v], [B, T, H_v] or unused
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise
-    dq_ptr,  # [B, T, H_v / HEADS, K], written
+    dq_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: q . dq, of the state and of chunks
     inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, slices, BV BK], written if SUMS: `intervals`
-    skipped_ptr,  # fp32 [slices, B, H_v, segments], written if WEIGHS: sums of do . v
+    skipped_ptr,  # fp32 [B, H_v, segments], written if WEIGHS: sums of do . v
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
@@ -57,10 +57,8 @@ def query_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHS: tl.constexpr,  # whether tokens have weights
-    HEADS: tl.constexpr,  # neighbours that share a head of q and k, which a program has: 1, or with ROWS 2
 ):
-    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED, HEADS)
-    tl.static_assert(HEADS == 1 or (ROWS and BV == V))
+    here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
     state, _, _ = border_state(
         states_ptr,
         None,
@@ -72,23 +70,17 @@ def query_gradient_kernel(
         BK if ROWS else BV,
         GATHER,
     )
-    second = None
-    if HEADS == 2:
-        second, _, _ = border_state(
-            states_ptr, None, None, index + segments, here.border + 1,
-            key_tile(k_first, K, V, ROWS), BV, BK, GATHER,
-        )  # fmt: skip
     qk, vo = rows_of(here, T, H, H_v)
     operands = Operands(
-        a_ptr=do_ptr + vo * V, b_ptr=v_ptr + vo * V, c_ptr=k_ptr + qk * K, out_ptr=dq_ptr + vo // HEADS * K,
-        a_row=H_v * V, b_row=H_v * V, c_row=H * K, out_row=H_v // HEADS * K,
+        a_ptr=do_ptr + vo * V, b_ptr=v_ptr + vo * V, c_ptr=k_ptr + qk * K, out_ptr=dq_ptr + vo * K,
+        a_row=H_v * V, b_row=H_v * V, c_row=H * K, out_row=H_v * K,
     )  # fmt: skip
     sizes: tl.constexpr = Sizes(A=V, N=K, BA=BV, BC=BK, C=C)
     span = span_of(here, k_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     terms = terms_of(
         q_ptr + qk * K, sums_ptr, inner_ptr, skipped_ptr, decay, here, B, H_v, segments, chunks, sizes,
-        KIND=KIND, REVERSE=False, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST, HEADS=HEADS,
+        KIND=KIND, REVERSE=False, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST,
     )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
     if GATHER == GATHERED:
@@ -98,7 +90,7 @@ def query_gradient_kernel(
             DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     sweep_of_keys(
-        operands, decay, terms, state, second, span, sizes,
+        operands, decay, terms, state, span, sizes,
         KIND=KIND, REVERSE=False, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT, SHORTEST=SHORTEST,
         DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
     )  # fmt: skip

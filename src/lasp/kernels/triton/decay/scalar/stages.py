@@ -203,5 +203,5 @@ def gradients(
         d_state_out_ptr=d_state_out,
     )
     if launches.weighs:
-        return local.dq, dk, dv, dg, dw, local.skipped[0].sum((0, 2))
+        return local.dq, dk, dv, dg, dw, local.skipped.sum((0, 2))
     return local.dq, dk, dv, dg.sum((0, 1)) if x.g is not None and x.g.dim() == 1 else dg

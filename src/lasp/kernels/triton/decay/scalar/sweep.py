@@ -95,17 +95,18 @@ def sweep(
             a_t = tl.trans(a)
             read = read_state(state, a_t, SUMS, PRECISION)
             products = tl.dot(b, a_t, input_precision=PRECISION)
-            scores = (products * pairs).to(dtype)
             if SUMS and WEIGHS and not REVERSE:
-                skipped += own_products(products)
+                skipped += own_products(products, span.column == 0)
+            products *= pairs
+            if skip is not None:
+                # A token's own pair has its skip: c itself would have to be brought into out's layout.
+                products += tl.where(own_pairs(C), skip, 0.0)
+            scores = products.to(dtype)
             if SUMS:
                 within = tl.dot(c_t, scores, input_precision=PRECISION)
                 out = tl.fma(read, from_state[None, :], within)
             else:
-                read *= from_state[None, :]
-                if skip is not None:
-                    read += skip * c_t
-                out = tl.dot(c_t, scores, read, input_precision=PRECISION)
+                out = tl.dot(c_t, scores, read * from_state[None, :], input_precision=PRECISION)
 
             state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
             o = tl.trans(out).to(operands.out_ptr.dtype.element_ty)
@@ -125,16 +126,27 @@ def sweep(
                     tl.store(terms.sums_ptr + sums_row + rows, tl.sum(own, 1))
         if SUMS and REVERSE:
             leave(inner_ptr, state)
-    if SUMS and WEIGHS and not REVERSE:
-        tl.store(terms.skipped_ptr, tl.sum(skipped, 0))
+    if SUMS and WEIGHS and not REVERSE:  # noqa: SIM102  (known, and not known, to the compiler)
+        if span.column == 0:
+            tl.store(terms.skipped_ptr, tl.sum(skipped, 0))
     return state
 
 
 @triton.jit
-def own_products(products):
-    """The diagonal of all pairs' products [C, C]: of each token with itself."""
-    i = tl.arange(0, products.shape[0])
-    return tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1)
+def own_pairs(C: tl.constexpr):
+    """True for the pair of a token with itself, of all pairs [C, C] of a chunk's."""
+    i = tl.arange(0, C)
+    return i[:, None] == i[None, :]
+
+
+@triton.jit
+def own_products(products, wanted):
+    """The diagonal of all pairs' products [C, C]; zeros unless wanted."""
+    C: tl.constexpr = products.shape[0]
+    own = tl.zeros((C,), tl.float32)
+    if wanted:
+        own = tl.sum(tl.where(own_pairs(C), products, 0.0), 1)
+    return own
 
 
 @triton.jit

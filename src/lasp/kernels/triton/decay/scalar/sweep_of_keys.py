@@ -30,11 +30,9 @@ def terms_of(
     ROWS: tl.constexpr,
     SHORTEST: tl.constexpr,
     LONGEST: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
-    """The `GateTerms` of a program, of its first head, of sums [parts, 2, B, H_v, chunks C], inner states
-    [B, H_v, chunks / SHORTEST + segments, 2, slices, BA BC], skipped [slices, B, H_v, segments]; x_ptr at the head's
-    rows."""
+    """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C], inner states
+    [B, H_v, chunks / SHORTEST + segments, 2, slices, BA BC], skipped [B, H_v, segments]; x_ptr at the head's rows."""
     C: tl.constexpr = sizes.C
     run = run_of(here, H_v)
     row = tl.cast(B, tl.int64) * H_v * chunks
@@ -50,13 +48,8 @@ def terms_of(
         sums_row=row * C,
         inner_ptr=inner_ptr + first_inner * size + here.part * (sizes.BA * sizes.BC),
         inner_row=2 * size,
-        skipped_ptr=skipped_ptr + ((here.part * tl.cast(B, tl.int64)) * H_v + run) * segments + here.segment,
-        interval=interval_of(
-            decay.prefix_ptr + here.chunk * C, chunks * C, rate, of_segment, C, KIND, SHORTEST, LONGEST, HEADS
-        ),
-        next_gates=tl.cast(chunks, tl.int64) * C,
-        next_inner=(tl.cdiv(chunks, SHORTEST) + segments) * (2 * size),
-        next_skipped=segments,
+        skipped_ptr=skipped_ptr + run * segments + here.segment,
+        interval=interval_of(decay.prefix_ptr + here.chunk * C, rate, of_segment, C, KIND, SHORTEST, LONGEST),
     )
 
 
@@ -66,7 +59,6 @@ def sweep_of_keys(
     decay,
     terms,
     state,
-    second,  # state of the second of two heads, else None
     span,
     sizes: tl.constexpr,
     KIND: tl.constexpr,
@@ -82,7 +74,7 @@ def sweep_of_keys(
     """Sweep the keys, in rows or in columns: see `sweep`."""
     if ROWS:
         return sweep_rows(
-            operands, decay, terms, state, second, span, sizes,
+            operands, decay, terms, state, span, sizes,
             KIND=KIND, REVERSE=REVERSE, SHORTEST=SHORTEST, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     else:

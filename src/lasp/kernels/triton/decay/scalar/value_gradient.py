@@ -15,7 +15,6 @@ from lasp.kernels.triton.decay.scalar.operands import (
     value_tile,
 )
 from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
-from lasp.kernels.triton.decay.scalar.sweep_of_pairs import sweep_pair
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -51,9 +50,8 @@ def value_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHS: tl.constexpr,  # whether tokens have weights, and heads a skip
-    HEADS: tl.constexpr,  # that a program has: 1, or 2 by `sweep_pair`
 ):
-    here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED, HEADS)
+    here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, _, _ = border_state(
         d_states_ptr, after_ptr, d_state_out_ptr, index, here.border, value_tile(v_first, K, V), BV, BK, GATHER
     )
@@ -75,29 +73,8 @@ def value_gradient_kernel(
             KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT,
             DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
-    if HEADS == 2:
-        second, _, _ = border_state(
-            d_states_ptr,
-            after_ptr,
-            d_state_out_ptr,
-            index + segments,
-            here.border + 1,
-            value_tile(v_first, K, V),
-            BV,
-            BK,
-            GATHER,
-        )
-        second_skip = None
-        if WEIGHS:
-            second_skip = tl.load(skip_ptr + here.head + 1)
-        sweep_pair(
-            operands, decay, tl.cast(chunks, tl.int64) * C, state, second, span, sizes,
-            REVERSE=True, WEIGH_B=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
-            WEIGHS=WEIGHS, skip=skip, second_skip=second_skip,
-        )  # fmt: skip
-    else:
-        sweep(
-            operands, decay, None, state, span, sizes,
-            KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
-            WEIGHS=WEIGHS, skip=skip,
-        )  # fmt: skip
+    sweep(
+        operands, decay, None, state, span, sizes,
+        KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        WEIGHS=WEIGHS, skip=skip,
+    )  # fmt: skip
