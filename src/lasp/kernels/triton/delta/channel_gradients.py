@@ -183,90 +183,108 @@ def delta_channel_gradients_kernel(
         dk = written / to if ERASES else dr + written / to
         terms -= far_k * written
     else:
+        # What z gives before what m gives, since both at once would not fit registers.
         state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
-        dv = token_tile(dv_ptr, start, last, row, V, BV, C)
-        m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
-        if here.part == 0:
-            store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
-        z_t = between_tokens(u, do, u_ptr, do_ptr, start, last, row, V, BV, C, PRECISION) * scale
-        m_t = between_tokens(u, dv, u_ptr, dv_ptr, start, last, row, V, BV, C, PRECISION)
         dq = from_state_t(
             state, do, s_chunks_ptr, do_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         ) * scale  # fmt: skip
-        dr = from_state_t(
-            state, dv, s_chunks_ptr, dv_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
-        )  # fmt: skip
-        d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
-        written = from_state_t(
-            d_state, u, d_chunks_ptr, u_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
-        )  # fmt: skip
-        diagonal = tl.sum(tl.where(i == j, z, 0.0), 0)[None, :]
-        # Both symmetric, without a diagonal.
-        z = tl.where(i > j, z, tl.where(i < j, z_t, 0.0)).to(dtype)
-        m = -tl.where(i > j, m, tl.where(i < j, m_t, 0.0))
-        m = m.to(dtype)
-        from_start = tl.exp2(tl.dot(operand, (i <= j).to(operand.dtype), input_precision="ieee"))
-        dq *= from_start
-        dr *= -from_start
-        written *= tl.exp2(tl.dot(operand, (i > j).to(operand.dtype), input_precision="ieee"))
-        if GATE:
-            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
-            leaving = passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
-            if not EXACT:
-                leaving += tl.sum(k * written, 1)
-        terms = q * dq + r * dr
-        if EXACT:
-            # A difference would keep later tokens' rounding.
-            crossing = tl.dot(k * written, (i < j).to(dtype), input_precision="ieee")
-        else:
-            terms -= k * written
+        dq *= _decays_from_start(operand, C)
+        terms = q * dq
         # A token decays nothing between itself and itself: the diagonal is no part of the gate's gradient.
+        diagonal = tl.sum(tl.where(i == j, z, 0.0), 0)[None, :]
         dq += diagonal * k
-        dk = (written if ERASES else dr + written) + diagonal * q
+        dk = diagonal * q
+        z_t = between_tokens(u, do, u_ptr, do_ptr, start, last, row, V, BV, C, PRECISION) * scale
+        z = _both_halves(z, z_t, dtype, C)
+        if EXACT:
+            crossing = tl.zeros_like(terms)
         if BASE > 0:
             to_middle = _sums(base_operand(gates, dtype), intervals_ptr, -1, C)
-            to = tl.exp2(to_middle)
-            back = tl.exp2(-to_middle)
             block = in_base_block(BASE, C)
-            near_q = (q * to).to(dtype)
-            near_r = (r * to).to(dtype)
-            far_k = (k * back).to(dtype)
-            d_q = tl.dot(far_k, tl.where(block & (i < j), z, 0.0), input_precision=PRECISION)
-            dq += to * d_q
-            d_reads = tl.dot(far_k, tl.where(block & (i < j), m, 0.0), input_precision=PRECISION)
-            d_writes = tl.dot(near_q, tl.where(block & (i > j), z, 0.0), input_precision=PRECISION)
-            d_writes = tl.dot(near_r, tl.where(block & (i > j), m, 0.0), d_writes, input_precision=PRECISION)
-            if ERASES:
-                dr += to * d_reads
-                dk += back * d_writes
-            else:
-                dk += to * d_reads + back * d_writes
-            terms += near_q * d_q + near_r * d_reads - far_k * d_writes
+            far = (k * tl.exp2(-to_middle)).to(dtype)
+            found = tl.dot(far, tl.where(block & (i < j), z, 0.0), input_precision=PRECISION)
+            near = (q * tl.exp2(to_middle)).to(dtype)
+            terms += near * found
+            dq += tl.exp2(to_middle) * found
+            found = tl.dot(near, tl.where(block & (i > j), z, 0.0), input_precision=PRECISION)
+            terms -= far * found
+            dk += tl.exp2(-to_middle) * found
         for level in range(BASE, LEVELS):
             is_reading = tl.trans(is_late(level, C))
             decay = tl.exp2(_sums(operand, intervals_ptr, level, C))
-            met = meets(level, C)
             x = (tl.where(is_reading, q, k) * decay).to(dtype)
-            found = tl.dot(x, tl.where(met, z, 0.0), input_precision=PRECISION)
-            d_x = decay * found
-            dq += tl.where(is_reading, d_x, 0.0)
-            dk += tl.where(is_reading, 0.0, d_x)
+            found = tl.dot(x, tl.where(meets(level, C), z, 0.0), input_precision=PRECISION)
             own = x * found
-            x = (tl.where(is_reading, r, k) * decay).to(dtype)
-            found = tl.dot(x, tl.where(met, m, 0.0), input_precision=PRECISION)
-            d_x = decay * found
-            if ERASES:
-                dr += tl.where(is_reading, d_x, 0.0)
-                dk += tl.where(is_reading, 0.0, d_x)
-            else:
-                dk += d_x
-            own += x * found
+            found *= decay
+            dq += tl.where(is_reading, found, 0.0)
+            dk += tl.where(is_reading, 0.0, found)
             if EXACT:
                 crossing += tl.dot(own, tl.trans(crosses(level, C)).to(dtype), input_precision="ieee")
             else:
                 terms += tl.where(is_reading, own, -own)
         dq = tl.trans((dq * q_norms).to(dq_ptr.dtype.element_ty))
         store_chunk(dq_ptr, dq, start, column, last, keys, K, C, BK, DESCRIPTORS)
+
+        dv = token_tile(dv_ptr, start, last, row, V, BV, C)
+        m = between_tokens(dv, u, dv_ptr, u_ptr, start, last, row, V, BV, C, PRECISION)
+        if here.part == 0:
+            store_d_beta(d_beta_ptr + tokens, beta_ptr + at * C, m, start, last, H_v, C)
+        m_t = between_tokens(u, dv, u_ptr, dv_ptr, start, last, row, V, BV, C, PRECISION)
+        m = _both_halves(-m, -m_t, dtype, C)
+        dr = from_state_t(
+            state, dv, s_chunks_ptr, dv_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        )  # fmt: skip
+        dr *= -_decays_from_start(operand, C)
+        terms += r * dr
+        if not ERASES:
+            dk += dr
+        if BASE > 0:
+            to_middle = _sums(base_operand(gates, dtype), intervals_ptr, -1, C)
+            block = in_base_block(BASE, C)
+            far = (k * tl.exp2(-to_middle)).to(dtype)
+            found = tl.dot(far, tl.where(block & (i < j), m, 0.0), input_precision=PRECISION)
+            near = (r * tl.exp2(to_middle)).to(dtype)
+            terms += near * found
+            if ERASES:
+                dr += tl.exp2(to_middle) * found
+            else:
+                dk += tl.exp2(to_middle) * found
+            found = tl.dot(near, tl.where(block & (i > j), m, 0.0), input_precision=PRECISION)
+            terms -= far * found
+            dk += tl.exp2(-to_middle) * found
+        for level in range(BASE, LEVELS):
+            is_reading = tl.trans(is_late(level, C))
+            decay = tl.exp2(_sums(operand, intervals_ptr, level, C))
+            x = (tl.where(is_reading, r, k) * decay).to(dtype)
+            found = tl.dot(x, tl.where(meets(level, C), m, 0.0), input_precision=PRECISION)
+            own = x * found
+            found *= decay
+            if ERASES:
+                dr += tl.where(is_reading, found, 0.0)
+                dk += tl.where(is_reading, 0.0, found)
+            else:
+                dk += found
+            if EXACT:
+                crossing += tl.dot(own, tl.trans(crosses(level, C)).to(dtype), input_precision="ieee")
+            else:
+                terms += tl.where(is_reading, own, -own)
+
+        d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
+        written = from_state_t(
+            d_state, u, d_chunks_ptr, u_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
+        )  # fmt: skip
+        written *= tl.exp2(tl.dot(operand, (i > j).to(operand.dtype), input_precision="ieee"))
+        if GATE:
+            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
+            leaving = passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
+            if not EXACT:
+                leaving += tl.sum(k * written, 1)
+        if EXACT:
+            # A difference would keep later tokens' rounding.
+            crossing += tl.dot(k * written, (i < j).to(dtype), input_precision="ieee")
+        else:
+            terms -= k * written
+        dk += written
     if ERASES:
         dr = tl.trans(dr.to(dr_ptr.dtype.element_ty))
         store_chunk(dr_ptr + tokens * K, dr, start, column, last, keys, K, C, BK, DESCRIPTORS)
@@ -288,6 +306,21 @@ def _is_others(unbounded_ptr, at, BOUNDED: tl.constexpr, MARKED: tl.constexpr):
         return (tl.load(unbounded_ptr + at) == 0) != BOUNDED
     else:
         return False
+
+
+@triton.jit
+def _decays_from_start(operand, C: tl.constexpr):
+    """[BK, C]: from the chunk's start to each token, its own included."""
+    up_to = tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :]
+    return tl.exp2(tl.dot(operand, up_to.to(operand.dtype), input_precision="ieee"))
+
+
+@triton.jit
+def _both_halves(lower, upper, dtype: tl.constexpr, C: tl.constexpr):
+    """A symmetric [C, C] of what lies below the diagonal, without one; upper: `lower` transposed, made as a product."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return tl.where(i > j, lower, tl.where(i < j, upper, 0.0)).to(dtype)
 
 
 @triton.jit
