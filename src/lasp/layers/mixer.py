@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasp.kernels.select import BACKENDS, has_fused_kernels
+from lasp.kernels.select import BACKENDS, has_fused_delta_rules, has_fused_kernels
 from lasp.layers.fields import check_choice, check_fields
 from lasp.layers.recomputed import recomputed_around_scans
 from lasp.layers.short_convolution import ShortConvolution
@@ -308,7 +308,9 @@ class Mixer(nn.Module):
     def _is_one_graph(self, x: Tensor) -> bool:
         """True if the compiler takes the layer's recurrence, and what stands around it, as operators."""
         compiling = torch.compiler.is_compiling() and self.backend in ("auto", "triton")
-        return compiling and has_fused_kernels(x.device, x.dtype)
+        if not compiling or not has_fused_kernels(x.device, x.dtype):
+            return False
+        return self.config.rule != "delta" or has_fused_delta_rules(x.device, x.dtype, self.config.key_dim)
 
     def _check(self, x: Tensor, start: int | None, state: LayerState | None, output_state: bool) -> None:
         check_floats("x", x, "[B, T, D]", 3)

@@ -92,5 +92,5 @@ def bounded_documents(cu_seqlens: tuple[int, ...], tokens: int) -> Documents:
 
 
 def any_documents(bound: int) -> Documents:
-    """So many documents, of which nothing else is known."""
+    """Return so many documents, of which nothing else is known."""
     return Documents((0,), (), False, False, bound, (), (), bound)

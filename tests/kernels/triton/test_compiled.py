@@ -113,8 +113,8 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
     "gate", ["constant", *(pytest.param(gate, marks=pytest.mark.ci) for gate in ("scalar", "channel"))]
 )
 def test_packed_documents_are_part_of_the_graph(gate: str, device: torch.device) -> None:
-    """As a tensor, whose numbers may be others each time; a graph for each number of documents. The control: that they
-    are others shows."""
+    """Given as a tensor, whose numbers may be others each time; a graph for each number of documents. The control: that
+    they are others shows."""
     leaves, d_o = leaves_of(gate, device)
     leaves[6] = None
 
@@ -139,7 +139,7 @@ def test_packed_documents_are_part_of_the_graph(gate: str, device: torch.device)
 
 @pytest.mark.ci
 def test_blocks_are_compiled_with_packed_documents(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of other lengths, and other numbers up to a power of two, by one graph; the control: more take another."""
+    """Take other lengths, and other numbers up to a power of two, with one graph; the control: more take another."""
     monkeypatch.setattr(recomputation, "has_fused_kernels", lambda device, dtype: True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = dataclasses.replace(preset("retnet", "tiny", num_layers=1), backend="triton")
