@@ -37,6 +37,7 @@ from kernels import (
     peak_bytes,
 )
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import lasp
 from lasp.kernels.triton.common.launch import BoundKernel
@@ -52,20 +53,26 @@ class Shape(NamedTuple):
     documents: int = 1
     strongest: float = 0.1  # log-decay; the mean is half of it
     goal: tuple[float, float] | None = None  # forward and both, ms
+    key_dim: int = DIM
+    value_dim: int = DIM
+    parts: bool = False  # whether it is measured launch by launch too
 
 
 SHAPES = (
     Shape("gated delta", 32768, goal=(0.40, 1.6)),
     Shape("gated delta", 32768, value_heads=32, goal=(0.85, 3.0)),
     Shape("gated delta", 8192, goal=(0.17, 0.6)),
-    Shape("delta", 65536, goal=(0.9, 3.0)),
-    Shape("gated delta", 65536),
-    Shape("kda", 65536, strongest=0.04, goal=(1.8, 5.0)),
+    Shape("delta", 65536, goal=(0.9, 3.0), parts=True),
+    Shape("gated delta", 65536, parts=True),
+    Shape("kda", 65536, strongest=0.04, goal=(1.8, 5.0), parts=True),
     Shape("gated delta", 32768, value_heads=32, documents=4, goal=(0.6, 2.6)),
     *(
         Shape(kind, 65536, heads=4, value_heads=4, strongest=strongest)
         for kind, strongest in (("delta", 0.1), ("gated delta", 0.1), ("kda", 0.04))
     ),
+    # Gates that no chunk bounds; the heads of gated-deltanet-1b.
+    Shape("kda", 65536, strongest=12.0, parts=True),
+    Shape("gated delta", 32768, heads=6, value_heads=6, key_dim=256, value_dim=512, parts=True),
 )
 
 
@@ -104,9 +111,12 @@ class Problem(NamedTuple):
 
 
 def problem(shape: Shape) -> Problem:
-    x = delta_inputs((1, shape.tokens, shape.value_heads, DIM), shape.kind, strongest=shape.strongest)
+    x = delta_inputs((1, shape.tokens, shape.value_heads, shape.value_dim), shape.kind, strongest=shape.strongest)
     for name in ("q", "k"):
-        x[name] = x[name].detach()[:, :, : shape.heads].contiguous().requires_grad_()
+        tensor = x[name].detach()[:, :, : shape.heads, : shape.key_dim]
+        if shape.key_dim < shape.value_dim:
+            tensor = normalize(tensor.float(), dim=-1).to(tensor.dtype)
+        x[name] = tensor.contiguous().requires_grad_()
     each = shape.tokens // shape.documents
     bounds = tuple(range(0, shape.tokens + 1, each)) if shape.documents > 1 else None
     return Problem(x, bounds)
@@ -166,11 +176,11 @@ def host(kind: str) -> dict[str, float]:
     return found
 
 
-def measured(shape: Shape, parts: bool) -> dict[str, Any]:
+def measured(shape: Shape) -> dict[str, Any]:
     p = problem(shape)
     row: dict[str, Any] = shape._asdict() | {"extra_gib": extra_bytes(p) / 2**30}
     row["forward"], row["both"] = graph_milliseconds(p.forward_alone), graph_milliseconds(p.both)
-    return row | ({"launches": launches(p)} if parts else {})
+    return row | ({"launches": launches(p)} if shape.parts else {})
 
 
 def peer(shape: Shape, name: str) -> dict[str, Any]:
@@ -198,7 +208,7 @@ def peer(shape: Shape, name: str) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}, bf16, K = V = {DIM}.",
+        f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}, bf16, K = V = {DIM} if not said.",
         "",
         "| recurrence | T, heads of q and k / of v, documents | forward ms (goal) | both ms (goal) | extra GiB |",
         "|---|---|---|---|---|",
@@ -206,8 +216,7 @@ def tables(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         goals = ["" if row["goal"] is None else f" ({goal:g})" for goal in row["goal"] or (0, 0)]
         times = (f"{row[part]['median']:.3f}{goal}" for part, goal in zip(("forward", "both"), goals, strict=True))
-        size = f"{row['tokens']}, {row['heads']}/{row['value_heads']}, {row['documents']}"
-        lines.append(f"| {row['kind']} | {size} | {' | '.join(times)} | {row['extra_gib']:.2f} |")
+        lines.append(f"| {row['kind']} | {_size(row)} | {' | '.join(times)} | {row['extra_gib']:.2f} |")
         for found in row.get("peers", []):
             if "refused" in found:
                 lines.append(f"| by {found['peer']} | | refused: {found['refused'][:60]} | | |")
@@ -217,7 +226,7 @@ def tables(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         if "launches" in row:
             parts = (f"{each['kernel'].removesuffix('_kernel')} {each['ms']:.3f}" for each in row["launches"])
-            lines += ["", f"{row['kind']}, T = {row['tokens']}, launch by launch, ms: {', '.join(parts)}."]
+            lines += ["", f"{row['kind']}, {_size(row)}, launch by launch, ms: {', '.join(parts)}."]
     # A run that was cut off has the first of these.
     for label, figures in (
         (f"Host ms of an eager call, T = {HOST_TOKENS}", "host_ms"),
@@ -237,6 +246,16 @@ def tables(result: dict[str, Any]) -> str:
                 cells = (f"{found[name]:.1e}" if name in found else "" for name in names)
                 lines.append(f"| {kind} | {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _size(row: dict[str, Any]) -> str:
+    """What tells a row from others of its kind."""
+    said = [f"{row['tokens']}", f"{row['heads']}/{row['value_heads']}", f"{row['documents']}"]
+    if (row["key_dim"], row["value_dim"]) != (DIM, DIM):
+        said.append(f"K = {row['key_dim']}, V = {row['value_dim']}")
+    if row["strongest"] > 1:
+        said.append(f"gates to -{row['strongest']:g}")
+    return ", ".join(said)
 
 
 def _figures(each: float | dict[str, float]) -> str:
@@ -261,7 +280,7 @@ def main() -> None:
     result: dict[str, Any] = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "rows": []}
     path = options.output / f"delta-kernels-{device.replace(' ', '-').lower()}.json"
     for shape in SHAPES:
-        result["rows"].append(measured(shape, parts=shape[1:4] == (65536, 16, 16)))
+        result["rows"].append(measured(shape))
         for name in options.peers:
             result["rows"][-1].setdefault("peers", []).append(peer(shape, name))
         path.write_text(json.dumps(result, indent=1))

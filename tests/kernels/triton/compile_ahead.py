@@ -237,6 +237,7 @@ COMPILED = {
     Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk
     # Of Hopper, which has its own, the sweep of gradients makes the states too.
     Call("none", delta=True): "delta_(output|states|hopper_output|hopper_gradients)",
+    Call("scalar", learned=True, D=256, delta=True): "delta_(output|gradients|hopper_output|hopper_chunk_gradients)",
     Call("channel", learned=True): (
         "channel_(bounded_)?(prepare|intra_chunk)|channel_(summary|output|key_inter_chunk|through)"
     ),

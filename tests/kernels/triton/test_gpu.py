@@ -24,6 +24,8 @@ from lasp.kernels.limits import FUSED_MAX_DIM
 from lasp.kernels.triton.common import device as devices
 from lasp.kernels.triton.decay import runs
 from lasp.kernels.triton.decay.stages import STAGES as fused
+from lasp.kernels.triton.delta import launches as delta_launches
+from lasp.kernels.triton.delta.launches import DeltaLaunches
 from lasp.recurrence.inputs import DecayInputs
 
 DEVICE = torch.device("cuda", 0)
@@ -203,25 +205,64 @@ DELTA = {"T": 20037, "H": 2, "H_v": 4, "initial": True}
 )
 def test_delta_rule(dtype: torch.dtype, K: int, V: int, kind: str, dims: dict[str, Any]) -> None:
     """Segments are as the device's processors decide, with what the interpreter has not: the copy engine's tiles."""
-    x, d_o, d_final = inputs(Case(kind, dtype, K, V, **dims))
-    beta = torch.rand(1, x["v"].shape[1], 4, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    check_delta_rule(Case(kind, dtype, K, V, **dims))
+
+
+BATCH = {"T": 12037, "B": 2}
+SINGLE_SEGMENTS = {"T": 1500, "H": 64, "H_v": 128}
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "kind", "dims", "learned", "normalize"),
+    [
+        (128, 128, "scalar", BATCH, True, True),
+        (128, 128, "channel", BATCH, True, True),
+        (256, 256, "scalar", BATCH, True, False),
+        (128, 128, "scalar", SINGLE_SEGMENTS, True, False),
+        (128, 128, "channel", SINGLE_SEGMENTS | {"initial": False}, True, True),
+        (256, 128, "none", SINGLE_SEGMENTS, True, True),
+        (128, 128, "scalar", DELTA, False, True),
+        (128, 256, "scalar", DELTA, False, True),
+        (128, 128, "scalar", DELTA, True, False),
+        (128, 128, "none", DELTA | {"initial": False}, True, False),
+    ],
+    ids=str,
+)
+def test_delta_rule_by_hoppers_own_launches(
+    K: int, V: int, kind: str, dims: dict[str, Any], learned: bool, normalize: bool
+) -> None:
+    """Every way in which Hopper's own launches are taken, and that they are where they can be."""
+    delta_launches._launches.cache_clear()
+    with patch.object(DeltaLaunches, "_own", autospec=True, side_effect=DeltaLaunches._own) as own:
+        check_delta_rule(Case(kind, BF16, K, V, **dims), learned, normalize)
+    assert own.called == (devices.takes_gluon() and devices.device_limits(DEVICE).hopper)
+
+
+def check_delta_rule(case: Case, learned: bool = True, normalize: bool = True) -> None:
+    x, d_o, d_final = inputs(case)
+    random = torch.Generator("cuda").manual_seed(1)
+    beta = torch.rand(case.B, case.T, case.H_v, device="cuda", generator=random)
     x = {"q": x["q"], "k": x["k"], "v": x["v"], "beta": beta} | {name: x[name] for name in list(x)[3:]}
+    if not normalize:
+        x |= {name: torch.nn.functional.normalize(x[name].float(), dim=-1).to(case.dtype) for name in ("q", "k")}
 
     def solved(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in x.items()}
+        leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_(learned or name != "g") for name, t in x.items()}
         o, final = lasp.delta_rule(
-            **leaves, output_final_state=True, normalize_qk=True, cu_seqlens=dims.get("documents"), backend=backend
+            **leaves, output_final_state=True, normalize_qk=normalize, cu_seqlens=case.documents, backend=backend
         )
-        found = torch.autograd.grad((o, final), list(leaves.values()), (d_o.to(o), d_final.to(final)))
-        names = (f"d_{name}" for name in leaves)
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        found = torch.autograd.grad((o, final), list(wanted.values()), (d_o.to(o), d_final.to(final)))
+        names = (f"d_{name}" for name in wanted)
         return {"o": o.detach(), "final_state": final.detach()} | dict(zip(names, found, strict=True))
 
     values = solved("triton", None)
     if "LASP_TEST_PART" in os.environ:
         return
     references = solved("torch", torch.float64)
+    bounds = BOUNDS[case.dtype]
     for name, value in values.items():
-        bound = BOUNDS[dtype].outputs if name in ("o", "final_state") else BOUNDS[dtype].gradients
+        bound = bounds.outputs if name in ("o", "final_state") else bounds.gradients
         assert relative_error(value, references[name]) <= bound, name
 
 

@@ -138,19 +138,21 @@ def narrow(dim: int, dtype: torch.dtype) -> int:
     return min(32 if dtype == torch.float32 else 64, tile(dim, dtype))
 
 
-def segment_chunks(chunks: int, heads: int, processors: int, summaries: float = 0.0) -> int:
+def segment_chunks(chunks: int, heads: int, processors: int, summaries: float = 0.0, scan: float = 0.0) -> int:
     """Chunks per segment that make `heads` runs of `chunks` chunks fastest on a device.
 
     Few long segments save state traffic, many short ones fill the processors: programs run in waves, one or two
     per processor, and the last wave should be full.
 
-    summaries: what those and a scan over them cost, where a single segment does without.
+    summaries: what those and a scan over them cost, where a single segment does without. scan: what it costs for each
+    segment, as far as that is not small.
     """
 
     def cost(length: int) -> float:
         programs = heads * -(-chunks // length)
         waves = -(-programs // processors)
-        return waves * (length + START_COST) + STATE_COST * programs + (summaries if length < chunks else 0.0)
+        scanned = summaries + scan * -(-chunks // length) if length < chunks else 0.0
+        return waves * (length + START_COST) + STATE_COST * programs + scanned
 
     # Every number of segments up to a few waves' worth; more only adds states.
     most = max(1, min(chunks, 8 * processors // heads + 1))

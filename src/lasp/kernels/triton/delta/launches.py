@@ -14,7 +14,7 @@ import torch
 import triton
 
 from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
-from lasp.kernels.triton.common.decays import CHANNEL, NONE, TOKEN, gate_sums_kernel
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits, takes_gluon
 from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.common.packing import packed_changes
@@ -28,7 +28,7 @@ from lasp.kernels.triton.delta.channel_scores import delta_channel_scores_kernel
 from lasp.kernels.triton.delta.gradients import delta_gradients_kernel
 from lasp.kernels.triton.delta.norms import key_gradient_sum_kernel, norms_kernel
 from lasp.kernels.triton.delta.output import delta_output_kernel
-from lasp.kernels.triton.delta.plan import DeltaPlan, Tiles, delta_plan, tile
+from lasp.kernels.triton.delta.plan import OWN_COLUMNS, DeltaPlan, Tiles, delta_plan, tile
 from lasp.kernels.triton.delta.reverse import delta_reverse_kernel
 from lasp.kernels.triton.delta.segment_scan import delta_scan_kernel
 from lasp.kernels.triton.delta.solve import solve_kernel
@@ -37,7 +37,6 @@ from lasp.kernels.triton.delta.summary import delta_summary_kernel
 from lasp.recurrence.inputs import NORM_EPS, DeltaInputs
 
 WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
-SCAN_STEP = 32
 
 
 def _once(make: Callable[..., Launch]) -> Callable[..., Launch]:
@@ -106,9 +105,8 @@ class DeltaLaunches:
             )
         self.plan, self.scale, self.kind, self.normalize, self.dtype = p, scale, kind, normalize, dtype
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
-        # Where they have run on a GPU, and their results have been compared there.
-        self.own = p.own and B == 1 and not p.whole and not erases and takes_gluon()
-        self.joined = self.own and (kind == NONE.value or (kind == TOKEN.value and with_gate))
+        self.own = p.own and not erases and takes_gluon()
+        self.joined = self.own and K == V == OWN_COLUMNS and kind != CHANNEL.value
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -119,7 +117,7 @@ class DeltaLaunches:
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
-        self.gates = (-(-K // p.keys.columns), B, T, H_v)
+        self.gates = (-(-K // (OWN_COLUMNS if self.own else p.keys.columns)), B, T, H_v)
         self.per_channel = kind == CHANNEL.value
         self.bounded = self.per_channel and base_levels(self.operand) > 0
         self.totals, self.operands = (B, H_v, p.chunks, K), (B, T, H_v, K)
@@ -135,6 +133,7 @@ class DeltaLaunches:
             "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
             "KIND": kind, "ERASES": erases, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
             "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.bounded, "UNBOUNDED": self.bounded,
+            "JOINED": self.joined, "SPREAD": self.gradient_dtype.itemsize // self.operand.itemsize,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
             "DESCRIPTORS": p.descriptors, "STORES": p.descriptors and p.stores, "PACKED": p.packed,
             "PRECISION": p.precision,
@@ -181,6 +180,8 @@ class DeltaLaunches:
     @cached_property
     def summary(self) -> Launch:
         tiles, (K, V) = self.plan.summary, self.state[2:]
+        if self.own and K > OWN_COLUMNS:  # of fewer channels the general one is the faster
+            return self._own("summary", (V + K) // OWN_COLUMNS, TOTAL=not self.from_zero)
         return self._sweep(delta_summary_kernel, -(-(V + K) // tiles.columns), tiles, TOTAL=not self.from_zero)
 
     @cached_property
@@ -204,8 +205,7 @@ class DeltaLaunches:
         return self._reverse(total=True, values=True)
 
     def _reverse(self, *, total: bool, values: bool) -> Launch:
-        # The other knows after which chunks nothing is left.
-        if self.own and (values or not self.bounds_chunks):
+        if self.own:
             return self._own("reverse", TOTAL=total, VALUES=values)
         return self._state_sweep(delta_reverse_kernel, self.plan.reverse, TOTAL=total, VALUES=values)
 
@@ -221,14 +221,18 @@ class DeltaLaunches:
     def joined_gradients(self) -> Launch:
         return self._own("gradients")
 
-    def _own(self, name: str, **own: Any) -> Launch:
-        """A sweep of Hopper's own, with all columns of a state in a program; loaded where this Triton takes it."""
+    def _own(self, name: str, slices: int | None = None, **own: Any) -> Launch:
+        """A sweep of Hopper's own, with so many slices of a state, by default of its columns; loaded where this Triton
+        takes it."""
+        slices = self.state[3] // OWN_COLUMNS if slices is None else slices
         module = importlib.import_module(f"lasp.kernels.triton.delta.hopper.{name}")
         kernel = getattr(module, f"delta_hopper_{name}_kernel")
-        return self._sweep(kernel, 1, Tiles(self.state[3], WIDE_WARPS, 1), **own)
+        return self._sweep(kernel, slices, Tiles(OWN_COLUMNS, WIDE_WARPS, 1), **own)
 
     @cached_property
     def gradients(self) -> Launch:
+        if self.own:
+            return self._own("chunk_gradients", slices=self.state[2] // OWN_COLUMNS)
         return self._of_channels(delta_gradients_kernel, self.plan.keys)
 
     @_once
@@ -263,7 +267,7 @@ class DeltaLaunches:
         columns = p.scan.columns
         slices = -(-V // columns) + (-(-K // columns) if leaves else 0)
         ways = {"LEAVES": leaves, "REVERSE": reverse, "PRECISION": p.solve_precision}
-        sizes = {"BV": columns, "STEP": min(SCAN_STEP, self._tile(K))}
+        sizes = {"BV": columns, "STEP": min(p.scan_step, self._tile(K))}
         grid = (slices * runs * H_v, 1)
         return self._launch(delta_scan_kernel, grid, p.scan.warps, p.scan.stages, **ways, **sizes)
 

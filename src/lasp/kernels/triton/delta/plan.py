@@ -22,7 +22,8 @@ from lasp.kernels.triton.decay.plan import (
 )
 
 CHUNK = 64
-OWN_DIM = 128  # of channels and values
+OWN_COLUMNS = 128  # of values, of a program of Hopper's own sweeps
+WIDE_SCAN_COST = 0.85  # of a segment of heads with more than 128 channels, as `SUMMARIES_COST`
 SMALL_CHUNK = 32  # of fp32: products by vector instructions, and gates summed pair by pair
 
 
@@ -38,6 +39,7 @@ class DeltaPlan(NamedTuple):
         summary, output, reverse, states: of the sweeps that hold states of few columns.
         keys: of dq and dk.
         scan: of the scan over segments.
+        scan_step: channels of its products at a time.
         channel: of the gradients of a gate per channel.
         operands: of what such gates make of chunks before any sweep.
         exact: whether decays between tokens are summed pair by pair.
@@ -60,6 +62,7 @@ class DeltaPlan(NamedTuple):
     states: Tiles
     keys: Tiles
     scan: Tiles
+    scan_step: int
     channel: Tiles
     operands: Tiles
     exact: bool
@@ -112,7 +115,11 @@ def delta_plan(
     most = 3 if shared_bytes >= SHARED_FOR_THREE_STAGES else 2 if shared_bytes >= SHARED_FOR_TWO_STAGES else 1
     chunk = SMALL_CHUNK if exact else CHUNK
     chunks = max(1, -(-tokens // chunk))
-    length = segment_chunks(chunks, heads, processors, SUMMARIES_COST)
+    # Hopper's own sweeps have a processor for each program; with decays of their own, keys are two tiles.
+    own = hopper and not exact and K in (128, 256) and V in (128, 256) and not (per_channel and K > 128)
+    slices = V // OWN_COLUMNS if own else 1
+    scan = WIDE_SCAN_COST if K > 128 else 0.0
+    length = segment_chunks(chunks, heads * slices, processors, SUMMARIES_COST, scan)
     if exact:
         sweep = keys = Tiles(16, 8, 1) if wide else Tiles(32, 4, 1)
         summary = output = reverse = states = sweep
@@ -132,6 +139,8 @@ def delta_plan(
             summary = Tiles(128, 8, 3) if per_channel else summary
         # With all channels what lies between tokens is made once; a processor then has one program.
         keys = Tiles(128, 4, 1) if most == 3 and not wide else Tiles(64, 8 if wide or most == 1 else 4, 1)
+    # Then states stay in registers from segment to segment, and the next transition is on its way.
+    at_once = most == 3 and not exact and K <= 128
     # The copy engine wants rows of a multiple of 16 bytes.
     aligned = K * dtype.itemsize % 16 == 0 and V * dtype.itemsize % 16 == 0
     three = "tf32x3" if most > 1 else "ieee"
@@ -147,13 +156,14 @@ def delta_plan(
         reverse=reverse._replace(columns=min(reverse.columns, tile(V, dtype))),
         states=states._replace(columns=min(states.columns, tile(V, dtype))),
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),
-        scan=Tiles(16, 4, 2 if most > 1 else 1),
+        scan=Tiles(16, 8 if at_once else 4, 2 if most > 1 else 1),
+        scan_step=128 if at_once else 32,
         channel=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
         # The next channels' loads are on their way meanwhile.
         operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 2 if hopper and not exact else 1),
         exact=exact,
         descriptors=descriptors,
-        own=hopper and descriptors and K == V == OWN_DIM,
+        own=own and descriptors,
         stores=hopper,  # for Blackwell, loops of several stages that write so do not compile
         precision="ieee",
         solve_precision="ieee" if exact else three,

@@ -329,7 +329,7 @@ def totals_adjoint(x: DeltaRun, saved: DeltaSaved, d_o: Tensor, *, summarized: b
         return None
     added = _fp32(x, launches.states)
     launch = launches.whole_adjoint if summarized else launches.adjoint
-    _reverse(x, saved, d_o, launch, added, added, added, None)
+    _reverse(x, saved, d_o, launch, added, added, (added, added), None)
     return added
 
 
@@ -340,9 +340,10 @@ def _reverse(
     launch: Launch,
     added: Tensor,
     dv: Tensor,
-    d_chunks: Tensor,
+    d_chunks: tuple[Tensor, Tensor],
     entering: Tensor | None,
 ) -> None:
+    rest = {"d_rest_ptr": d_chunks[1]} if x.launches.own else {}
     launch(
         **_sweep_operands(x, saved.chunks, saved.leaving),
         **_query_operands(x, saved.chunks, saved.queries, saved.leaving),
@@ -350,7 +351,8 @@ def _reverse(
         bounds_ptr=saved.chunks.bounds,
         added_ptr=added,
         dv_ptr=dv,
-        d_chunks_ptr=d_chunks,
+        d_chunks_ptr=d_chunks[0],
+        **rest,
         places_ptr=places_of(x.launches.plan, saved.leaving),
         entering_ptr=entering,
     )
@@ -365,11 +367,18 @@ def gradients(
     if added is not None and not launches.plan.whole:
         assert saved.moves is not None
         entering = entering_segments(x, added, saved.moves, d_state_out, reverse=True)
-    dv, d_chunks = torch.empty_like(x.v), x.v.new_empty(launches.state_chunks)
-    _reverse(x, saved, d_o, launches.values, unread, dv, d_chunks, entering)
+    dv = torch.empty_like(x.v)
     dq, dk, *erasing = (
         x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype) for _ in range(3 if launches.erases else 2)
     )
+    if launches.joined:
+        # A chunk's D is as large as its dq and dk, which are written after it has been read. Of a segment's last chunk,
+        # whose tokens may be too few to hold it, it is what enters the segment.
+        d_chunks = dq.view(x.v.dtype), dk.view(x.v.dtype)
+        entering = _fp32(x, launches.state).zero_() if entering is None else entering
+    else:
+        d_chunks = (x.v.new_empty(launches.state_chunks),) * 2
+    _reverse(x, saved, d_o, launches.values, unread, dv, d_chunks, entering)
     d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
     shared = {
         "q_ptr": x.q,
@@ -383,7 +392,6 @@ def gradients(
         "dq_ptr": dq,
         "dk_ptr": dk,
         "d_beta_ptr": d_beta,
-        "d_chunks_ptr": d_chunks,
     }
     dg: Tensor | None = None
     if launches.joined:
@@ -392,6 +400,9 @@ def gradients(
             **shared,
             prefix_ptr=chunks.gates[0] if chunks.gates else unread,
             dg_ptr=given(dg, unread),
+            d_first_ptr=d_chunks[0],
+            d_rest_ptr=d_chunks[1],
+            d_entering_ptr=entering,
             places_ptr=places_of(launches.plan, unread),
             entering_ptr=saved.entering,
         )
@@ -402,6 +413,7 @@ def gradients(
             "dr_ptr": erasing[0] if erasing else dk,
             "g_ptr": given(x.g, unread),
             "s_chunks_ptr": s_chunks,
+            "d_chunks_ptr": d_chunks[0],
             "places_ptr": chunks_of(launches.plan, unread),
         }
         if chunks.channels is not None:
@@ -411,6 +423,8 @@ def gradients(
                 launches.channel_gradients(bounded=bounded)(**shared, **own, dg_ptr=given(dg, unread))
         else:
             parts = _fp32(x, launches.gates) if launches.with_gate else unread
+            if launches.own:
+                shared["places_ptr"] = places_of(launches.plan, unread)
             launches.gradients(**shared, **_gates(chunks.gates, unread), dg_ptr=parts)
             if launches.with_gate:
                 dg = parts[0] if parts.shape[0] == 1 else parts.sum(0)

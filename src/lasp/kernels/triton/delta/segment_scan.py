@@ -90,28 +90,40 @@ def _walk(
     PRECISION: tl.constexpr,
 ):
     """Write what enters each segment in some columns, and what leaves the last."""
-    for turn in range(segments):
+    for turn in range(segments if LEAVES else segments - 1):
         at = begin + (segments - 1 - turn if REVERSE else turn)
         entering, mask = state_tile(entering_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
         tl.store(entering, state, mask=mask)
-        if LEAVES or turn < segments - 1:
-            state = tl.zeros((BK, BW), tl.float32)
-            if ADDS:
-                added, _ = state_tile(added_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
-                state = tl.load(added, mask=mask, other=0.0)
+        after = tl.zeros((BK, BW), tl.float32)
+        if ADDS:
+            added, _ = state_tile(added_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
+            after = tl.load(added, mask=mask, other=0.0)
+        moves = moves_ptr + at * K * K
+        known = (turn > 0) | (empty == 0)
+        if STEP == BK:
+            move = _transition(moves, 0, known, K, BK, STEP, REVERSE)
+            state = tl.dot(move, state, after, input_precision=PRECISION)
+        else:
             # Products take their operands from memory: what this program has just stored.
             tl.debug_barrier()
-            if (turn > 0) | (empty == 0):
-                moves = moves_ptr + at * K * K
-                for first in range(0, K, STEP):
-                    if REVERSE:
-                        rows, inside = state_tile(moves, 0, first, K, K, 1, K, BK, STEP)
-                    else:
-                        rows, inside = state_tile(moves, 0, first, K, K, K, 1, BK, STEP)
-                    move = tl.load(rows, mask=inside, other=0.0)
-                    before, within = state_tile(entering_ptr + at * K * W, first, column, K, W, W, 1, STEP, BW)
-                    before = tl.load(before, mask=within, other=0.0)
-                    state = tl.dot(move, before, state, input_precision=PRECISION)
-    if LEAVES:
-        leaving, mask = state_tile(leaving_ptr, 0, column, K, W, W, 1, BK, BW)
-        tl.store(leaving, state, mask=mask)
+            for first in range(0, K, STEP):
+                before, within = state_tile(entering_ptr + at * K * W, first, column, K, W, W, 1, STEP, BW)
+                before = tl.load(before, mask=within, other=0.0)
+                move = _transition(moves, first, known, K, BK, STEP, REVERSE)
+                after = tl.dot(move, before, after, input_precision=PRECISION)
+            state = after
+    ptr = leaving_ptr
+    if not LEAVES:
+        ptr = entering_ptr + (begin if REVERSE else begin + segments - 1) * K * W
+    pointers, mask = state_tile(ptr, 0, column, K, W, W, 1, BK, BW)
+    tl.store(pointers, state, mask=mask & (segments > 0))
+
+
+@triton.jit
+def _transition(moves, first, known, K: tl.constexpr, BK: tl.constexpr, STEP: tl.constexpr, REVERSE: tl.constexpr):
+    """[BK, STEP] of a segment's transition, transposed if REVERSE; zeros if it is not known."""
+    if REVERSE:
+        rows, inside = state_tile(moves, 0, first, K, K, 1, K, BK, STEP)
+    else:
+        rows, inside = state_tile(moves, 0, first, K, K, K, 1, BK, STEP)
+    return tl.load(rows, mask=inside & known, other=0.0)

@@ -193,11 +193,26 @@ def _inverse(overlaps):
     i = tl.arange(0, S)
     lower = tl.where((i[:, None] > i[None, :])[None, :, :], overlaps, 0.0)
     lower = tl.reshape(tl.permute(lower, (2, 0, 1)), (S, N * S // LANES, LANES))
-    row = i[:, None, None]
     column = tl.arange(0, LANES)[None, None, :]
-    block = tl.broadcast_to(column // S * S, (S, N * S // LANES, LANES))
-    inverse = tl.broadcast_to(tl.where(row == column % S, 1.0, 0.0), (S, N * S // LANES, LANES))
-    for late in range(1, S):
+    block = tl.broadcast_to(column // S * S, (S // 2, N * S // LANES, LANES))
+    row = tl.arange(0, S // 2)[:, None, None]
+    # Rows of the first half know nothing of those of the second.
+    lower, later = _halves(lower)
+    inverse = tl.broadcast_to(tl.where(row == column % S, 1.0, 0.0), (S // 2, N * S // LANES, LANES))
+    for late in range(1, S // 2):
         known = tl.sum(tl.gather(lower, block + late, 2) * inverse, 0)
         inverse -= tl.where(row == late, known[None, :, :], 0.0)
+    rest = tl.broadcast_to(tl.where(row + S // 2 == column % S, 1.0, 0.0), (S // 2, N * S // LANES, LANES))
+    for late in range(S // 2, S):
+        known = tl.sum(tl.gather(lower, block + late, 2) * inverse, 0)
+        known += tl.sum(tl.gather(later, block + late, 2) * rest, 0)
+        rest -= tl.where(row + S // 2 == late, known[None, :, :], 0.0)
+    inverse = tl.permute(tl.join(inverse, rest), (3, 0, 1, 2))
     return tl.permute(tl.reshape(inverse, (S, N, S)), (1, 0, 2))
+
+
+@triton.jit
+def _halves(x):
+    """Cut the first dim into halves."""
+    S: tl.constexpr = x.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(x, (2, S, x.shape[1], x.shape[2])), (1, 2, 3, 0)))

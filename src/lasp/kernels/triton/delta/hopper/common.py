@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import PLACE
+from lasp.kernels.triton.delta.chunk import FORGOTTEN, SPAN
 
 # A barrier between a program's threads; Triton 3.7 calls it otherwise.
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -51,11 +52,41 @@ def segment_of(program, places_ptr, T, H_v, segments, segment_chunks, PACKED: gl
 
 
 @gluon.jit
-def tokens_view(ptr, row, heads, last, layout: gl.constexpr):
-    """A head's tokens, whose first row is `row`, to be read in tiles [TOKENS, WIDTH]; zeros from `last` on."""
-    return tma.make_tensor_descriptor(
-        ptr + row * WIDTH, [last, WIDTH], [heads * WIDTH, 1], [TOKENS, WIDTH], layout
-    )  # fmt: skip
+def tokens_view(ptr, row, last, columns: gl.constexpr, layout: gl.constexpr):
+    """Columns of a head's tokens from `ptr` on, with `row` elements from one token to the next, to be read in tiles
+    [TOKENS, columns]; zeros from `last` on."""
+    return tma.make_tensor_descriptor(ptr, [last, columns], [row, 1], [TOKENS, columns], layout)
+
+
+@gluon.jit
+def chunk_gradient_view(ptr, row, heads, last, SPREAD: gl.constexpr, layout: gl.constexpr):
+    """Describe half the rows of D^T of every chunk of a head, each in the place of a token of dq or dk, in tiles
+    [TOKENS, TOKENS].
+
+    SPREAD: how many elements of D one of dq is long.
+    """
+    width: gl.constexpr = WIDTH * SPREAD
+    return tma.make_tensor_descriptor(ptr + row * width, [last, WIDTH], [heads * width, 1], [TOKENS, TOKENS], layout)
+
+
+@gluon.jit
+def chunks_reached(bounds_ptr, at, count, REVERSE: gl.constexpr):
+    """Count those of a segment's `count` chunks, its last (REVERSE: first), of which its end (start) knows anything; as
+    the general launches' function of that name."""
+    square: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
+    i = gl.arange(0, SPAN, gl.SliceLayout(1, square))
+    j = gl.arange(0, SPAN, gl.SliceLayout(0, square))
+    passed = 0.0
+    reached = 1
+    for first in range(0, count, SPAN):
+        place = first + j if REVERSE else count - 1 - first - j
+        bounds = gl.load(bounds_ptr + at + place, mask=first + j < count, other=0.0)
+        before = passed + gl.sum(gl.where(j[None, :] < i[:, None], bounds[None, :], 0.0), 1)
+        reached = gl.maximum(
+            reached, gl.max(gl.where((first + i < count) & (before >= FORGOTTEN), first + i + 1, 0), 0)
+        )
+        passed += gl.sum(bounds, 0)
+    return gl.where(passed == passed, gl.minimum(reached, count), count)
 
 
 @gluon.jit
@@ -63,6 +94,12 @@ def ask_vector(tile, ptr, wanted):
     """Ask for numbers, fp32, as of each token of a chunk."""
     t = gl.arange(0, tile.shape[0], gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     async_copy.async_copy_global_to_shared(tile, ptr + t, mask=(t < tile.shape[0]) & wanted)
+
+
+@gluon.jit
+def last_of(vector):
+    """Returns the number of a chunk's last token, from shared memory."""
+    return gl.sum(vector.slice(TOKENS - 1, 1).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit
@@ -96,10 +133,12 @@ def afresh(x):
 
 
 @gluon.jit
-def write(ptr, tile, row, heads, start, last):
-    """Store [TOKENS, WIDTH] of a head's tokens from `start` on, but none from `last` on."""
+def write(ptr, tile, row, start, last):
+    """Store a tile [TOKENS, columns] of tokens from `start` on, but none from `last` on.
+
+    row: elements from one token to the next.
+    """
     t = start + gl.arange(0, TOKENS, gl.SliceLayout(1, tile.type.layout))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, tile.type.layout))
-    rows = (row + t.to(gl.int64) * heads) * WIDTH
-    inside = (t < last)[:, None] & (d < WIDTH)[None, :]
-    gl.store(ptr + (rows[:, None] + d[None, :]), tile.to(ptr.dtype.element_ty), mask=inside)
+    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
+    inside = (t < last)[:, None] & (d >= 0)[None, :]
+    gl.store(ptr + ((t.to(gl.int64) * row)[:, None] + d[None, :]), tile.to(ptr.dtype.element_ty), mask=inside)

@@ -32,6 +32,8 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
+    chunk_gradient_view,
+    last_of,
     meet,
     segment_of,
     tokens_view,
@@ -54,7 +56,9 @@ def delta_hopper_gradients_kernel(
     q_norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE
     k_norms_ptr,  # likewise
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
-    d_chunks_ptr,  # [B, H_v, chunks, V, K]: D^T at the end of each chunk
+    d_first_ptr,  # dq's memory, in k's dtype: the first rows of D^T at the end of each chunk (`reverse`), read before
+    d_rest_ptr,  # dk's, likewise: the others
+    d_entering_ptr,  # fp32 as entering_ptr: D at the end of each segment
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     d_beta_ptr,  # fp32 [B, T, H_v], written
@@ -69,6 +73,7 @@ def delta_hopper_gradients_kernel(
     segments,
     segment_chunks,
     chunks,
+    SPREAD: gl.constexpr,  # how many of k's elements one of dq's is long
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     GATE: gl.constexpr,
@@ -106,9 +111,9 @@ def delta_hopper_gradients_kernel(
     at = (batch * H_v + head) * chunks + chunk
     key_at = (batch * H + key_head) * chunks + chunk
 
+    source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
     state = gl.zeros([WIDTH, WIDTH], gl.float32, STATE)
     if entering_ptr is not None:
-        source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
         r = gl.arange(0, WIDTH, gl.SliceLayout(1, STATE))
         d = gl.arange(0, WIDTH, gl.SliceLayout(0, STATE))
         state = gl.load(entering_ptr + source * WIDTH * WIDTH + (r[:, None] + d[None, :] * WIDTH))
@@ -121,15 +126,15 @@ def delta_hopper_gradients_kernel(
     mbarrier.init(d_here, 1)
     fence_async_shared()
     meet()
-    do_view = tokens_view(do_ptr, row, H_v, last, layout)
-    dv_view = tokens_view(dv_ptr, row, H_v, last, layout)
-    u_view = tokens_view(u_ptr, row, H_v, last, layout)
-    q_view = tokens_view(q_ptr, key_row, H, last, layout)
-    k_view = tokens_view(k_ptr, key_row, H, last, layout)
+    do_view = tokens_view(do_ptr + row * WIDTH, H_v * WIDTH, last, WIDTH, layout)
+    dv_view = tokens_view(dv_ptr + row * WIDTH, H_v * WIDTH, last, WIDTH, layout)
+    u_view = tokens_view(u_ptr + row * WIDTH, H_v * WIDTH, last, WIDTH, layout)
+    q_view = tokens_view(q_ptr + key_row * WIDTH, H * WIDTH, last, WIDTH, layout)
+    k_view = tokens_view(k_ptr + key_row * WIDTH, H * WIDTH, last, WIDTH, layout)
     count = (last - start + TOKENS - 1) // TOKENS
-    d_view = tma.make_tensor_descriptor(
-        d_chunks_ptr + at * (WIDTH * WIDTH), [count * WIDTH, WIDTH], [WIDTH, 1], [WIDTH, WIDTH], layout
-    )
+    d_first = chunk_gradient_view(d_first_ptr, row, H_v, last, SPREAD, layout)
+    d_rest = chunk_gradient_view(d_rest_ptr, row, H_v, last, SPREAD, layout)
+    quarters = d_tiles._reinterpret(dtype, [4, TOKENS, TOKENS], layout)
     mbarrier.expect(tokens_here, 4 * bytes, start < last)
     tma.async_copy_global_to_shared(do_view, [start, 0], tokens_here, do_tiles.index(0), start < last)
     tma.async_copy_global_to_shared(u_view, [start, 0], tokens_here, u_tiles.index(0), start < last)
@@ -137,8 +142,7 @@ def delta_hopper_gradients_kernel(
     tma.async_copy_global_to_shared(k_view, [start, 0], tokens_here, k_tiles.index(0), start < last)
     mbarrier.expect(dv_here, bytes, start < last)
     tma.async_copy_global_to_shared(dv_view, [start, 0], dv_here, dv_tiles.index(0), start < last)
-    mbarrier.expect(d_here, 2 * bytes, start < last)
-    tma.async_copy_global_to_shared(d_view, [0, 0], d_here, d_tiles.index(0), start < last)
+    _ask_gradient(d_first, d_rest, start, d_here, quarters, count > 1)
     ask_vector(betas.index(0), beta_ptr + at * TOKENS, start < last)
     if KIND == TOKEN:
         ask_vector(prefixes.index(0), prefix_ptr + at * TOKENS, start < last)
@@ -169,8 +173,6 @@ def delta_hopper_gradients_kernel(
         async_copy.commit_group()
         prefix, beta = prefixes.index(c & 1), betas.index(c & 1)
         q_norms, k_norms = q_lengths.index(c & 1), k_lengths.index(c & 1)
-        if c > 0:
-            _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
         here, only = afresh(c & 1), afresh(0)
         u_tile, do_tile, q_tile, k_tile = (
             u_tiles.index(here),
@@ -183,11 +185,13 @@ def delta_hopper_gradients_kernel(
         dq = warpgroup_mma(do_tile, s_tile, nothing, use_acc=False, is_async=True)
         if GATE:
             scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
+        if c > 0:
+            store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, True, GATE)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
         to_end = from_start
         total = 0.0
         if KIND == TOKEN:
-            total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
+            total = last_of(prefix)
             from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
             to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
         q_read = from_start * scale
@@ -209,7 +213,7 @@ def delta_hopper_gradients_kernel(
         z_tiles.index(0).store(z.to(dtype))
         dq *= q_read[:, None]
         if GATE:
-            reads = _sums(q_tile.load(WIDE).to(gl.float32) * dq)
+            reads = sums_of(q_tile.load(WIDE).to(gl.float32) * dq)
         fence_async_shared()
         mbarrier.wait(dv_here, c & 1)
         meet()
@@ -224,10 +228,14 @@ def delta_hopper_gradients_kernel(
             dq, dk, m, scores = warpgroup_mma_wait(0, [dq, dk, m, scores])
         else:
             dq, dk, m = warpgroup_mma_wait(0, [dq, dk, m])
-        write(dq_ptr, dq, row, H_v, start, last)
+        if c < count - 1:
+            mbarrier.wait(d_here, c & 1)
+        else:
+            _entering_gradient(quarters, d_entering_ptr + source * WIDTH * WIDTH)
+        write(dq_ptr + row * WIDTH, dq, H_v * WIDTH, start, last)
         # u is beta times what was missing, dv beta times its gradient.
         strength = beta.load(gl.SliceLayout(1, PAIRS))
-        d_beta = _sums(gl.where(i[:, None] == j[None, :], m / (strength * strength)[:, None], 0.0))
+        d_beta = sums_of(gl.where(i[:, None] == j[None, :], m / (strength * strength)[:, None], 0.0))
         m *= between_pairs(prefix, k_norms, k_norms, KIND, NORMALIZE)
         m = gl.where(i[:, None] > j[None, :], -m, 0.0)
         m_tiles.index(0).store(m.to(dtype))
@@ -237,7 +245,6 @@ def delta_hopper_gradients_kernel(
             w_tiles = do_tiles.index(c & 1)._reinterpret(dtype, [2, TOKENS, TOKENS], layout)
             w_tiles.index(0).store(crossing.to(dtype))
         fence_async_shared()
-        mbarrier.wait(d_here, c & 1)
         meet()
         here, only = afresh(c & 1), afresh(0)
         u_tile, k_tile, dv_tile, s_tile = (
@@ -265,8 +272,7 @@ def delta_hopper_gradients_kernel(
         meet()
         mbarrier.expect(dv_here, bytes, following < last)
         tma.async_copy_global_to_shared(dv_view, [following, 0], dv_here, dv_tiles.index(0), following < last)
-        mbarrier.expect(d_here, 2 * bytes, following < last)
-        tma.async_copy_global_to_shared(d_view, [(c + 1) * WIDTH, 0], d_here, d_tiles.index(0), following < last)
+        _ask_gradient(d_first, d_rest, following, d_here, quarters, c + 2 < count)
         # Rounded before it decays, as forward had it.
         u_to_end = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(0, STATE_LEFT))
         if KIND == TOKEN:
@@ -276,59 +282,85 @@ def delta_hopper_gradients_kernel(
         weighted = (u_tile.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * u_to_end[None, :]).to(dtype)
         state *= gl.exp2(total)
         state = warpgroup_mma(weighted, k_tile, state, is_async=True)
-        read *= -k_read[:, None]
-        written *= to_end[:, None]
         if GATE:
             keys = k_tile.load(WIDE).to(gl.float32)
-            _keep(sums, READS, reads + _sums(keys * read))
-            _keep(sums, STORED, _sums(keys * written))
+            keep(sums, READS, reads - scaled(sums_of(keys * read), k_read))
+            keep(sums, STORED, scaled(sums_of(keys * written), to_end))
             sums.index(ACROSS).store(across.reshape([2, TOKENS]))
-        _keep(sums, D_BETA, d_beta)
-        write(dk_ptr, dk + read + written, row, H_v, start, last)
+        keep(sums, D_BETA, d_beta)
+        write(dk_ptr + row * WIDTH, dk - read * k_read[:, None] + written * to_end[:, None], H_v * WIDTH, start, last)
         if GATE:
             meet()
             column: gl.constexpr = gl.SliceLayout(0, PAIRS)
-            reads = _whole(sums, READS, column)
-            stored = _whole(sums, STORED, column)
+            reads = whole_of(sums, READS, column)
+            stored = whole_of(sums, STORED, column)
             dg = gl.where(j[None, :] >= i[:, None], crossed + reads[None, :], stored[None, :])
-            _keep(sums, D_GATE, _sums(dg))
+            keep(sums, D_GATE, sums_of(dg))
         state = warpgroup_mma_wait(0, [state])
         start = following
         at += 1
         key_at += 1
     if count > 0:
         meet()
-        _store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, GATE)
+        store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, True, GATE)
     mbarrier.invalidate(tokens_here)
     mbarrier.invalidate(dv_here)
     mbarrier.invalidate(d_here)
 
 
 @gluon.jit
-def _sums(tile):
+def _ask_gradient(d_first, d_rest, start, here, quarters, wanted):
+    """Ask for a chunk's D^T [WIDTH, WIDTH], which lies in shared memory by halves of its columns."""
+    mbarrier.expect(here, WIDTH * WIDTH * 2, wanted)
+    for n in gl.static_range(2):
+        tma.async_copy_global_to_shared(d_first, [start, n * TOKENS], here, quarters.index(2 * n), wanted)
+        tma.async_copy_global_to_shared(d_rest, [start, n * TOKENS], here, quarters.index(2 * n + 1), wanted)
+
+
+@gluon.jit
+def _entering_gradient(quarters, ptr):
+    """Store in shared memory D^T of a segment's last chunk, whose tokens may be too few to hold it: what enters, as
+    `reverse` rounds it."""
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0])
+    v = gl.arange(0, TOKENS, gl.SliceLayout(1, rows))
+    d = gl.arange(0, TOKENS, gl.SliceLayout(0, rows))
+    for n in range(4):
+        place = afresh(n)
+        offsets = (place % 2 * TOKENS + v)[:, None] + ((place // 2 * TOKENS + d) * WIDTH)[None, :]
+        quarters.index(n).store(gl.load(ptr + offsets).to(quarters.dtype))
+
+
+@gluon.jit
+def sums_of(tile):
     """[TOKENS, 2]: sums of the rows of a tile, of either half of its columns; what lies in one warp."""
     return gl.sum(tile.reshape([TOKENS, 2, tile.shape[1] // 2]), 2)
 
 
 @gluon.jit
-def _keep(sums, which: gl.constexpr, found):
+def scaled(found, factors):
+    """Returns what `_sums` found, each row times its factor."""
+    return found * gl.convert_layout(factors, gl.SliceLayout(1, found.type.layout))[:, None]
+
+
+@gluon.jit
+def keep(sums, which: gl.constexpr, found):
     sums.index(which).permute((1, 0)).store(found)
 
 
 @gluon.jit
-def _whole(sums, which: gl.constexpr, layout: gl.constexpr):
+def whole_of(sums, which: gl.constexpr, layout: gl.constexpr):
     """[TOKENS]: what `_keep` kept, of both halves."""
     halves = sums._reinterpret(gl.float32, [2 * SUMS, TOKENS], VECTOR)
     return halves.index(2 * which).load(layout) + halves.index(2 * which + 1).load(layout)
 
 
 @gluon.jit
-def _store_sums(sums, d_beta_ptr, dg_ptr, H_v, start, last, GATE: gl.constexpr):
-    """Store the gradients of beta and of the gate from the sums of a chunk."""
+def store_sums(sums, d_beta_ptr, dg_ptr, H_v, start, last, betas, GATE: gl.constexpr):
+    """Store the gradients of beta, if `betas`, and of the gate from the sums of a chunk."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     t = start + gl.arange(0, TOKENS, layout)
-    gl.store(d_beta_ptr + t.to(gl.int64) * H_v, _whole(sums, D_BETA, layout), mask=t < last)
+    gl.store(d_beta_ptr + t.to(gl.int64) * H_v, whole_of(sums, D_BETA, layout), mask=(t < last) & betas)
     if GATE:
         across = sums.index(ACROSS).load(gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0]))
         across = gl.sum(gl.sum(across, 1), 0)
-        gl.store(dg_ptr + t.to(gl.int64) * H_v, _whole(sums, D_GATE, layout) + across, mask=t < last)
+        gl.store(dg_ptr + t.to(gl.int64) * H_v, whole_of(sums, D_GATE, layout) + across, mask=t < last)

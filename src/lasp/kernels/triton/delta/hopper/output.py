@@ -18,8 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.delta.hopper.common import (
     PAIRS,
-    STATE,
-    STATE_LEFT,
     TOKENS,
     VECTOR,
     WIDE,
@@ -27,6 +25,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
+    last_of,
     meet,
     segment_of,
     tokens_view,
@@ -60,6 +59,8 @@ def delta_hopper_output_kernel(
     segments,
     segment_chunks,
     chunks,
+    K: gl.constexpr,
+    V: gl.constexpr,
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     WHOLE: gl.constexpr,  # whether runs are single segments, and what enters them is given for each run
@@ -67,37 +68,38 @@ def delta_hopper_output_kernel(
 ):
     dtype: gl.constexpr = v_ptr.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, WIDTH], dtype)
-    bytes: gl.constexpr = TOKENS * WIDTH * 2
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, K, 16])
+    STATE_LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    bytes: gl.constexpr = TOKENS * K * 2
     square: gl.constexpr = TOKENS * TOKENS * 2
-    # Those that are asked for a chunk ahead have two places.
-    q_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
-    a_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, TOKENS], layout)
+    # Those that are asked for a chunk ahead have two places, but for those that are done with before its last products.
+    q_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, K], layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)  # then of u
+    a_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
     if KIND == CHANNEL:
-        r_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
+        r_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
         p_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, TOKENS], layout)
-        expected: gl.constexpr = 4 * bytes + 2 * square
+        expected: gl.constexpr = 3 * bytes + TOKENS * WIDTH * 2 + 2 * square
     else:
         p_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
-        expected: gl.constexpr = 3 * bytes + square
-    s_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, WIDTH], layout)  # S^T
+        expected: gl.constexpr = 2 * bytes + TOKENS * WIDTH * 2 + square
+    s_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, K], layout)  # S^T
     w_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)  # beta W, then o
-    u_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)
     prefixes = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
     betas = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
     q_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
     k_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
-    decays = gl.allocate_shared_memory(gl.float32, [2, WIDTH], VECTOR)
+    decays = gl.allocate_shared_memory(gl.float32, [2, K], VECTOR)
     i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
     r = gl.arange(0, WIDTH, gl.SliceLayout(1, STATE))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, STATE))
+    d = gl.arange(0, K, gl.SliceLayout(0, STATE))
     no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, PAIRS)
     nothing = gl.zeros([TOKENS, WIDTH], gl.float32, WIDE)
 
     head, batch, start, last, chunk, border, ends = segment_of(
-        gl.program_id(0), places_ptr, T, H_v, segments, segment_chunks, PACKED
+        gl.program_id(0) // (V // WIDTH), places_ptr, T, H_v, segments, segment_chunks, PACKED
     )  # fmt: skip
     key_head = head // (H_v // H)
     key_row = batch * T * H + key_head
@@ -106,19 +108,21 @@ def delta_hopper_output_kernel(
     key_at = (batch * H + key_head) * chunks + chunk
     count = (last - start + TOKENS - 1) // TOKENS
 
-    state = gl.zeros([WIDTH, WIDTH], gl.float32, STATE)
+    column = gl.program_id(0) % (V // WIDTH) * WIDTH
+
+    state = gl.zeros([WIDTH, K], gl.float32, STATE)
     if entering_ptr is not None:
         source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
-        state = gl.load(entering_ptr + source * WIDTH * WIDTH + (r[:, None] + d[None, :] * WIDTH))
+        state = gl.load(entering_ptr + source * K * V + (column + r[:, None] + d[None, :] * V))
     here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(here, 1)
     fence_async_shared()
     meet()
-    q_view = tokens_view(q_ptr, key_row, H, last, layout)
-    k_view = tokens_view(storing_ptr, key_row, H, last, layout)
-    v_view = tokens_view(v_ptr, row, H_v, last, layout)
-    o_view = tokens_view(o_ptr, row, H_v, last, layout)
-    u_view = tokens_view(u_ptr, row, H_v, last, layout)
+    q_view = tokens_view(q_ptr + key_row * K, H * K, last, K, layout)
+    k_view = tokens_view(storing_ptr + key_row * K, H * K, last, K, layout)
+    v_view = tokens_view(v_ptr + row * V + column, H_v * V, last, WIDTH, layout)
+    o_view = tokens_view(o_ptr + row * V + column, H_v * V, last, WIDTH, layout)
+    u_view = tokens_view(u_ptr + row * V + column, H_v * V, last, WIDTH, layout)
     a_view = tma.make_tensor_descriptor(
         inverse_ptr + at * (TOKENS * TOKENS), [count * TOKENS, TOKENS], [TOKENS, 1], [TOKENS, TOKENS], layout
     )
@@ -128,7 +132,7 @@ def delta_hopper_output_kernel(
     tma.async_copy_global_to_shared(v_view, [start, 0], here, v_tiles.index(0), start < last)
     tma.async_copy_global_to_shared(a_view, [0, 0], here, a_tiles.index(0), start < last)
     if KIND == CHANNEL:
-        r_view = tokens_view(reading_ptr, key_row, H, last, layout)
+        r_view = tokens_view(reading_ptr + key_row * K, H * K, last, K, layout)
         p_view = tma.make_tensor_descriptor(
             scores_ptr + at * (TOKENS * TOKENS), [count * TOKENS, TOKENS], [TOKENS, 1], [TOKENS, TOKENS], layout
         )
@@ -136,7 +140,7 @@ def delta_hopper_output_kernel(
         tma.async_copy_global_to_shared(p_view, [0, 0], here, p_tiles.index(0), start < last)
     ask_vector(betas.index(0), beta_ptr + at * TOKENS, start < last)
     if KIND == CHANNEL:
-        ask_vector(decays.index(0), totals_ptr + at * WIDTH, start < last)
+        ask_vector(decays.index(0), totals_ptr + at * K, start < last)
     if KIND == TOKEN:
         ask_vector(prefixes.index(0), prefix_ptr + at * TOKENS, start < last)
     if NORMALIZE:
@@ -153,13 +157,11 @@ def delta_hopper_output_kernel(
         following = start + TOKENS
         ahead = (c + 1) & 1
         mbarrier.expect(here, expected, following < last)
-        tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(ahead), following < last)
         tma.async_copy_global_to_shared(k_view, [following, 0], here, k_tiles.index(ahead), following < last)
         tma.async_copy_global_to_shared(v_view, [following, 0], here, v_tiles.index(ahead), following < last)
-        tma.async_copy_global_to_shared(a_view, [(c + 1) * TOKENS, 0], here, a_tiles.index(ahead), following < last)
         ask_vector(betas.index(ahead), beta_ptr + (at + 1) * TOKENS, following < last)
         if KIND == CHANNEL:
-            ask_vector(decays.index(ahead), totals_ptr + (at + 1) * WIDTH, following < last)
+            ask_vector(decays.index(ahead), totals_ptr + (at + 1) * K, following < last)
         if KIND == TOKEN:
             ask_vector(prefixes.index(ahead), prefix_ptr + (at + 1) * TOKENS, following < last)
         if NORMALIZE:
@@ -169,54 +171,53 @@ def delta_hopper_output_kernel(
         prefix, beta = prefixes.index(c & 1), betas.index(c & 1).load(gl.SliceLayout(1, WIDE))
         q_norms, k_norms = q_lengths.index(c & 1), k_lengths.index(c & 1)
         place, only = afresh(c & 1), afresh(0)
-        q_tile, k_tile, s_tile = q_tiles.index(place), k_tiles.index(place), s_tiles.index(only)
+        k_tile, s_tile = k_tiles.index(place), s_tiles.index(only)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
-        to_end = from_start
         q_read = from_start
+        decay = 1.0
         if KIND == CHANNEL:
             tma.async_copy_global_to_shared(r_view, [following, 0], here, r_tiles.index(ahead), following < last)
             tma.async_copy_global_to_shared(p_view, [(c + 1) * TOKENS, 0], here, p_tiles.index(ahead), following < last)
             read = warpgroup_mma(r_tiles.index(place), s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            out = warpgroup_mma(q_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            decay = gl.exp2(decays.index(c & 1).load(gl.SliceLayout(0, STATE)))
-            read, out = warpgroup_mma_wait(0, [read, out])
+            decay = gl.exp2(decays.index(c & 1).load(gl.SliceLayout(0, STATE)))[None, :]
+            read = warpgroup_mma_wait(0, [read])
         else:
-            scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
+            scores = warpgroup_mma(
+                q_tiles.index(only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
+            )  # fmt: skip
             read = warpgroup_mma(k_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            out = warpgroup_mma(q_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            decay = 1.0
             if KIND == TOKEN:
-                total = gl.load(prefix_ptr + at * TOKENS + TOKENS - 1)
+                total = last_of(prefix)
                 decay = gl.exp2(total)
                 from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
-                to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
             q_read = from_start * scale
             if NORMALIZE:
-                lengths = k_norms.load(gl.SliceLayout(1, WIDE))
                 q_read *= q_norms.load(gl.SliceLayout(1, WIDE))
-                from_start *= lengths
-                to_end *= lengths
+                from_start *= k_norms.load(gl.SliceLayout(1, WIDE))
             pairs = between_pairs(prefix, q_norms, k_norms, KIND, NORMALIZE)
-            scores, read, out = warpgroup_mma_wait(0, [scores, read, out])
+            scores, read = warpgroup_mma_wait(0, [scores, read])
             scores = gl.where(i[:, None] >= j[None, :], scores * (pairs * scale), 0.0)
             p_tiles.index(0).store(scores.to(dtype))
-        v = v_tiles.index(place).load(WIDE).to(gl.float32)
-        w = v * beta[:, None] - read * (beta * from_start)[:, None]
+        w = v_tiles.index(place).load(WIDE).to(gl.float32) * beta[:, None] - read * (beta * from_start)[:, None]
         w_tiles.index(0).store(w.to(dtype))
         fence_async_shared()
         meet()
         place, only = afresh(c & 1), afresh(0)
-        u = warpgroup_mma(a_tiles.index(place), w_tiles.index(only), w, is_async=True)
+        out = warpgroup_mma(
+            q_tiles.index(only), s_tiles.index(only).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )  # fmt: skip
+        u = warpgroup_mma(a_tiles.index(only), w_tiles.index(only), w, is_async=True)
+        out, u = warpgroup_mma_wait(0, [out, u])
         out *= q_read[:, None]
-        u = warpgroup_mma_wait(0, [u])
-        u_tiles.index(0).store(u.to(dtype))
+        v_tiles.index(place).store(u.to(dtype))
         fence_async_shared()
         meet()
-        tma.async_copy_shared_to_global(u_view, [start, 0], u_tiles.index(0))
+        tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), following < last)
+        tma.async_copy_global_to_shared(a_view, [(c + 1) * TOKENS, 0], here, a_tiles.index(0), following < last)
+        tma.async_copy_shared_to_global(u_view, [start, 0], v_tiles.index(c & 1))
         place, only = afresh(c & 1), afresh(0)
-        u_tile = u_tiles.index(only)
-        p_tile = p_tiles.index(place if KIND == CHANNEL else only)
-        out = warpgroup_mma(p_tile, u_tile, out, is_async=True)
+        u_tile = v_tiles.index(place)
+        out = warpgroup_mma(p_tiles.index(place if KIND == CHANNEL else only), u_tile, out, is_async=True)
         # Rounded before it decays, as backward will have it.
         u_to_end = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(0, STATE_LEFT))
         if KIND == TOKEN:
@@ -224,10 +225,7 @@ def delta_hopper_output_kernel(
         if NORMALIZE and KIND != CHANNEL:
             u_to_end *= k_norms.load(gl.SliceLayout(0, STATE_LEFT))
         weighted = (u_tile.permute((1, 0)).load(STATE_LEFT).to(gl.float32) * u_to_end[None, :]).to(dtype)
-        if KIND == CHANNEL:
-            state *= decay[None, :]
-        else:
-            state *= decay
+        state *= decay
         state = warpgroup_mma(weighted, k_tiles.index(place), state, is_async=True)
         out, state = warpgroup_mma_wait(0, [out, state])
         w_tiles.index(0).store(out.to(dtype))
@@ -240,4 +238,5 @@ def delta_hopper_output_kernel(
     tma.store_wait(0)
     mbarrier.invalidate(here)
     if ends:
-        gl.store(state_out_ptr + border * WIDTH * WIDTH + (r[:, None] + d[None, :] * WIDTH), state)
+        columns = afresh(column) + r
+        gl.store(state_out_ptr + border * K * V + (columns[:, None] + d[None, :] * V), state)

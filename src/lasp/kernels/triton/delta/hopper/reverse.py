@@ -20,8 +20,6 @@ from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
 from lasp.kernels.triton.common.program import PLACE
 from lasp.kernels.triton.delta.hopper.common import (
     PAIRS,
-    STATE,
-    STATE_LEFT,
     TOKENS,
     VECTOR,
     WIDE,
@@ -29,6 +27,9 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
+    chunk_gradient_view,
+    chunks_reached,
+    last_of,
     meet,
     reading_factors,
     segment_of,
@@ -51,10 +52,12 @@ def delta_hopper_reverse_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
     suffix_ptr,  # not read
     totals_ptr,  # fp32 [B, H_v, chunks, K] if CHANNEL
-    bounds_ptr,  # not read
+    bounds_ptr,  # fp32 [B, H_v, chunks] if TOKEN, unless VALUES: log2 of what passes a chunk at most
     added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
     dv_ptr,  # [B, T, H_v, V], written if VALUES
-    d_chunks_ptr,  # [B, H_v, chunks, V, K], written if VALUES: D^T at the end of each chunk, rounded
+    d_chunks_ptr,  # [B, H_v, chunks, V, K], written if VALUES: D^T at the end of each chunk, rounded; if JOINED dq's
+    # memory, for its first rows, and but for a segment's last chunk
+    d_rest_ptr,  # if JOINED and VALUES dk's memory, for the other rows
     places_ptr,  # int32 [segments, 7] if PACKED
     entering_ptr,  # fp32 as added_ptr, if VALUES: D at the end of each segment; or None for zero
     scale,
@@ -64,6 +67,10 @@ def delta_hopper_reverse_kernel(
     segments,
     segment_chunks,
     chunks,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    JOINED: gl.constexpr,
+    SPREAD: gl.constexpr,  # as in `gradients`
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     TOTAL: gl.constexpr,  # whether a run's whole is wanted
@@ -73,11 +80,14 @@ def delta_hopper_reverse_kernel(
 ):
     dtype: gl.constexpr = do_ptr.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, WIDTH], dtype)
-    bytes: gl.constexpr = TOKENS * WIDTH * 2
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, K, 16])
+    STATE_LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    bytes: gl.constexpr = TOKENS * K * 2
     square: gl.constexpr = TOKENS * TOKENS * 2
     head, batch, start, last, chunk, border, _ = segment_of(
-        gl.program_id(0), places_ptr, T, H_v, segments, segment_chunks, PACKED
+        gl.program_id(0) // (V // WIDTH), places_ptr, T, H_v, segments, segment_chunks, PACKED
     )  # fmt: skip
+    column = gl.program_id(0) % (V // WIDTH) * WIDTH
     key_head = head // (H_v // H)
     key_row = batch * T * H + key_head
     row = batch * T * H_v + head
@@ -90,61 +100,69 @@ def delta_hopper_reverse_kernel(
         if PACKED:
             begin = gl.load(places_ptr + gl.program_id(1) * PLACE + 5)
         wanted = wanted & (start != begin)
-        count = gl.where(wanted, count, 0)
-    # Those that are asked for a chunk ahead have two places.
-    q_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
-    do_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
-    a_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, TOKENS], layout)
+    walked = count
+    if KIND == TOKEN and VALUES == 0:
+        # Of what comes later nothing is left at the segment's start.
+        walked = chunks_reached(bounds_ptr, at, count, True)
+    walked = gl.where(wanted, walked, 0)
+    # Those that are asked for a chunk ahead have two places, but for those that are done with before its last product.
+    q_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, K], layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)  # then of dv
+    a_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
     if KIND == CHANNEL:
-        r_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)
+        r_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
         p_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, TOKENS], layout)
-        expected: gl.constexpr = 4 * bytes + 2 * square
+        expected: gl.constexpr = 3 * bytes + TOKENS * WIDTH * 2 + 2 * square
     else:
         p_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
-        expected: gl.constexpr = 3 * bytes + square
-    d_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, WIDTH], layout)  # D^T
+        expected: gl.constexpr = 2 * bytes + TOKENS * WIDTH * 2 + square
+    d_tiles = gl.allocate_shared_memory(dtype, [1, WIDTH, K], layout)  # D^T
     du_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)
-    dv_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, WIDTH], layout)
     prefixes = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
     betas = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
     q_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
     k_lengths = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR)
-    decays = gl.allocate_shared_memory(gl.float32, [2, WIDTH], VECTOR)
+    decays = gl.allocate_shared_memory(gl.float32, [2, K], VECTOR)
     i = gl.arange(0, TOKENS, gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, TOKENS, gl.SliceLayout(0, PAIRS))
     r = gl.arange(0, WIDTH, gl.SliceLayout(1, STATE))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, STATE))
+    d = gl.arange(0, K, gl.SliceLayout(0, STATE))
     no_pairs = gl.zeros([TOKENS, TOKENS], gl.float32, PAIRS)
     nothing = gl.zeros([TOKENS, WIDTH], gl.float32, WIDE)
 
-    state = gl.zeros([WIDTH, WIDTH], gl.float32, STATE)
+    state = gl.zeros([WIDTH, K], gl.float32, STATE)
     if entering_ptr is not None:
         source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
-        state = gl.load(entering_ptr + source * WIDTH * WIDTH + (r[:, None] + d[None, :] * WIDTH))
+        state = gl.load(entering_ptr + source * K * V + (column + r[:, None] + d[None, :] * V))
     here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(here, 1)
     fence_async_shared()
     meet()
-    q_view = tokens_view(q_ptr, key_row, H, last, layout)
-    k_view = tokens_view(storing_ptr, key_row, H, last, layout)
-    do_view = tokens_view(do_ptr, row, H_v, last, layout)
+    q_view = tokens_view(q_ptr + key_row * K, H * K, last, K, layout)
+    k_view = tokens_view(storing_ptr + key_row * K, H * K, last, K, layout)
+    do_view = tokens_view(do_ptr + row * V + column, H_v * V, last, WIDTH, layout)
     a_view = tma.make_tensor_descriptor(
         inverse_ptr + at * (TOKENS * TOKENS), [count * TOKENS, TOKENS], [TOKENS, 1], [TOKENS, TOKENS], layout
     )
     if VALUES:
-        dv_view = tokens_view(dv_ptr, row, H_v, last, layout)
-        d_view = tma.make_tensor_descriptor(
-            d_chunks_ptr + at * (WIDTH * WIDTH), [count * WIDTH, WIDTH], [WIDTH, 1], [WIDTH, WIDTH], layout
-        )
-    c = count - 1
+        dv_view = tokens_view(dv_ptr + row * V + column, H_v * V, last, WIDTH, layout)
+        if JOINED:
+            d_first = chunk_gradient_view(d_chunks_ptr, row, H_v, last, SPREAD, layout)
+            d_rest = chunk_gradient_view(d_rest_ptr, row, H_v, last, SPREAD, layout)
+            quarters = d_tiles._reinterpret(dtype, [4, TOKENS, TOKENS], layout)
+        else:
+            d_view = tma.make_tensor_descriptor(
+                d_chunks_ptr + at * (V * K), [count * V, K], [K, 1], [WIDTH, K], layout
+            )  # fmt: skip
+    c = walked - 1
     mbarrier.expect(here, expected, wanted)
     tma.async_copy_global_to_shared(q_view, [start + c * TOKENS, 0], here, q_tiles.index(0), wanted)
     tma.async_copy_global_to_shared(k_view, [start + c * TOKENS, 0], here, k_tiles.index(0), wanted)
     tma.async_copy_global_to_shared(do_view, [start + c * TOKENS, 0], here, do_tiles.index(0), wanted)
     tma.async_copy_global_to_shared(a_view, [c * TOKENS, 0], here, a_tiles.index(0), wanted)
     if KIND == CHANNEL:
-        r_view = tokens_view(reading_ptr, key_row, H, last, layout)
+        r_view = tokens_view(reading_ptr + key_row * K, H * K, last, K, layout)
         p_view = tma.make_tensor_descriptor(
             scores_ptr + at * (TOKENS * TOKENS), [count * TOKENS, TOKENS], [TOKENS, 1], [TOKENS, TOKENS], layout
         )
@@ -152,35 +170,45 @@ def delta_hopper_reverse_kernel(
         tma.async_copy_global_to_shared(p_view, [c * TOKENS, 0], here, p_tiles.index(0), wanted)
     ask_vector(betas.index(0), beta_ptr + (at + c) * TOKENS, wanted)
     if KIND == CHANNEL:
-        ask_vector(decays.index(0), totals_ptr + (at + c) * WIDTH, wanted)
+        ask_vector(decays.index(0), totals_ptr + (at + c) * K, wanted)
     if KIND == TOKEN:
         ask_vector(prefixes.index(0), prefix_ptr + (at + c) * TOKENS, wanted)
     if NORMALIZE:
         ask_vector(q_lengths.index(0), q_norms_ptr + (key_at + c) * TOKENS, wanted)
         ask_vector(k_lengths.index(0), k_norms_ptr + (key_at + c) * TOKENS, wanted)
     async_copy.commit_group()
-    for step in range(count):
-        c = count - 1 - step
+    for step in range(walked):
+        c = walked - 1 - step
         d_tiles.index(0).store(state.to(dtype))
         fence_async_shared()
+        if VALUES:
+            tma.store_wait(0)  # dv of the chunk before is on its way
         async_copy.wait_group(0)
         mbarrier.wait(here, step & 1)
         meet()
         if VALUES:
-            tma.async_copy_shared_to_global(d_view, [c * WIDTH, 0], d_tiles.index(0))
+            if JOINED:
+                if step > 0:
+                    for n in gl.static_range(2):
+                        tma.async_copy_shared_to_global(
+                            d_first, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n)
+                        )
+                        tma.async_copy_shared_to_global(
+                            d_rest, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n + 1)
+                        )
+            else:
+                tma.async_copy_shared_to_global(d_view, [c * V + column, 0], d_tiles.index(0))
         following = start + (c - 1) * TOKENS
         ahead = (step + 1) & 1
         mbarrier.expect(here, expected, c > 0)
-        tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(ahead), c > 0)
         tma.async_copy_global_to_shared(k_view, [following, 0], here, k_tiles.index(ahead), c > 0)
         tma.async_copy_global_to_shared(do_view, [following, 0], here, do_tiles.index(ahead), c > 0)
-        tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(ahead), c > 0)
         if KIND == CHANNEL:
             tma.async_copy_global_to_shared(r_view, [following, 0], here, r_tiles.index(ahead), c > 0)
             tma.async_copy_global_to_shared(p_view, [(c - 1) * TOKENS, 0], here, p_tiles.index(ahead), c > 0)
         ask_vector(betas.index(ahead), beta_ptr + (at + c - 1) * TOKENS, c > 0)
         if KIND == CHANNEL:
-            ask_vector(decays.index(ahead), totals_ptr + (at + c - 1) * WIDTH, c > 0)
+            ask_vector(decays.index(ahead), totals_ptr + (at + c - 1) * K, c > 0)
         if KIND == TOKEN:
             ask_vector(prefixes.index(ahead), prefix_ptr + (at + c - 1) * TOKENS, c > 0)
         if NORMALIZE:
@@ -193,7 +221,7 @@ def delta_hopper_reverse_kernel(
         k_tile = k_tiles.index(place)
         if KIND != CHANNEL:
             scores = warpgroup_mma(
-                q_tiles.index(place), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
+                q_tiles.index(only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
             )  # fmt: skip
         d_u = warpgroup_mma(k_tile, d_tiles.index(only).permute((1, 0)), nothing, use_acc=False, is_async=True)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
@@ -205,7 +233,7 @@ def delta_hopper_reverse_kernel(
         else:
             decay = 1.0
             if KIND == TOKEN:
-                total = gl.load(prefix_ptr + (at + c) * TOKENS + TOKENS - 1)
+                total = last_of(prefix)
                 decay = gl.exp2(total)
                 from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
                 to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
@@ -221,12 +249,10 @@ def delta_hopper_reverse_kernel(
             p_tiles.index(0).store(scores.to(dtype))
             d_u *= to_end[:, None]
         fence_async_shared()
-        if VALUES:
-            tma.store_wait(1)  # dv of the chunk before is on its way
         meet()
         place, only = afresh(step & 1), afresh(0)
         p_tile = p_tiles.index(place if KIND == CHANNEL else only)
-        do_tile, q_tile = do_tiles.index(place), q_tiles.index(place)
+        do_tile, q_tile = do_tiles.index(place), q_tiles.index(only)
         d_u = warpgroup_mma(p_tile.permute((1, 0)), do_tile, d_u, is_async=True)
         if KIND == CHANNEL:
             state *= decay[None, :]
@@ -241,15 +267,19 @@ def delta_hopper_reverse_kernel(
         fence_async_shared()
         meet()
         place, only = afresh(step & 1), afresh(0)
-        y = warpgroup_mma(a_tiles.index(place).permute((1, 0)), du_tiles.index(only), d_u, is_async=True)
+        y = warpgroup_mma(a_tiles.index(only).permute((1, 0)), du_tiles.index(only), d_u, is_async=True)
         y, state = warpgroup_mma_wait(0, [y, state])
-        dv_tiles.index(0).store((y * beta[:, None]).to(dtype))
+        if KIND == CHANNEL:
+            meet()  # all have read `do`
+        do_tiles.index(step & 1).store((y * beta[:, None]).to(dtype))
         fence_async_shared()
         if VALUES:
             tma.store_wait(0)  # D of this chunk is
         meet()
+        tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), c > 0)
+        tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(0), c > 0)
         place, only = afresh(step & 1), afresh(0)
-        dv_tile = dv_tiles.index(only)
+        dv_tile = do_tiles.index(place)
         if VALUES:
             tma.async_copy_shared_to_global(dv_view, [start + c * TOKENS, 0], dv_tile)
         factors = reading_factors(prefix, k_norms, 1.0, KIND, NORMALIZE, gl.SliceLayout(0, STATE_LEFT))
@@ -261,5 +291,5 @@ def delta_hopper_reverse_kernel(
     mbarrier.invalidate(here)
     if VALUES == 0:
         # Of a run's first segment what is written is looked at by nobody unless TOTAL.
-        added_ptr += ((batch * H_v + head) * segments + gl.program_id(1)) * WIDTH * WIDTH
-        gl.store(added_ptr + (r[:, None] + d[None, :] * WIDTH), state)
+        added_ptr += ((batch * H_v + head) * segments + gl.program_id(1)) * K * V
+        gl.store(added_ptr + (column + r[:, None] + d[None, :] * V), state)
