@@ -84,7 +84,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_gradients_are_clipped_where_the_optimizer_reads_them() -> None:
-    """Compare with PyTorch's clipping, and not at all below the norm, where the last bit stays; the control: unclipped."""
+    """Compare with PyTorch's clipping; below the norm the last bit stays. The control: unclipped."""
     # Adam's first step does not see a factor.
     small = TrainConfig().optimizer
     weights: dict[tuple[str, float], torch.Tensor] = {}
