@@ -267,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--kinds", nargs="*", choices=DELTA_KINDS, default=list(DELTA_KINDS))
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=[])
     parser.add_argument("--only-speed", action="store_true", help="no host times, errors or cold starts")
     options = parser.parse_args()
@@ -279,7 +280,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     result: dict[str, Any] = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "rows": []}
     path = options.output / f"delta-kernels-{device.replace(' ', '-').lower()}.json"
-    for shape in SHAPES:
+    for shape in (shape for shape in SHAPES if shape.kind in options.kinds):
         result["rows"].append(measured(shape))
         for name in options.peers:
             result["rows"][-1].setdefault("peers", []).append(peer(shape, name))
@@ -287,11 +288,11 @@ def main() -> None:
     if options.only_speed:
         print(tables(result))
         return
-    result["host_ms"] = {kind: host(kind) for kind in DELTA_KINDS}
+    result["host_ms"] = {kind: host(kind) for kind in options.kinds}
     path.write_text(json.dumps(result, indent=1))
-    result["errors"] = {kind: {case: errors(kind, ours, case=case) for case in DELTA_CASES} for kind in DELTA_KINDS}
+    result["errors"] = {kind: {case: errors(kind, ours, case=case) for case in DELTA_CASES} for kind in options.kinds}
     path.write_text(json.dumps(result, indent=1))
-    result["cold_start_s"] = {kind: cold_start_seconds("lasp", kind) for kind in DELTA_KINDS}
+    result["cold_start_s"] = {kind: cold_start_seconds("lasp", kind) for kind in options.kinds}
     path.write_text(json.dumps(result, indent=1))
     print(tables(result))
 
