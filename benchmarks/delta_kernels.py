@@ -249,7 +249,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def _size(row: dict[str, Any]) -> str:
-    """What tells a row from others of its kind."""
+    """Returns what tells a row from others of its kind."""
     said = [f"{row['tokens']}", f"{row['heads']}/{row['value_heads']}", f"{row['documents']}"]
     if (row["key_dim"], row["value_dim"]) != (DIM, DIM):
         said.append(f"K = {row['key_dim']}, V = {row['value_dim']}")
