@@ -42,18 +42,8 @@ def cases(tokens: int) -> Iterator[Case]:
         x = {"x": normal(1, tokens, channels), "weight": normal(channels, 4)}
         yield name, convolve, x | ({"bias": normal(channels)} if bias else {})
     fp32 = torch.float32
-    yield (
-        "steps, mamba2",
-        fused.stepped_values,
-        {
-            "raw": normal(1, tokens, 64),
-            "x": normal(1, tokens, 64, 64),
-            "bias": normal(64, dtype=fp32),
-            "log_rate": normal(64, dtype=fp32),
-        },
-    )
-    skipped = {"o": normal(1, tokens, 64, 64), "gate": normal(1, tokens, 4096), "x": normal(1, tokens, 64, 64)}
-    yield "gated norm, mamba2", skip_norm, skipped | {"skip": normal(64, dtype=fp32), "gain": normal(4096, dtype=fp32)}
+    given = {"o": normal(1, tokens, 64, 64), "gate": normal(1, tokens, 4096), "gain": normal(4096, dtype=fp32)}
+    yield "gated norm, mamba2", first_norm, given
     for name, heads in (("gated norm, gated-deltanet", 6), ("gated norm, gla", 4)):
         x = {"o": normal(1, tokens, heads, 512), "gate": normal(1, tokens, heads * 512)}
         yield name, head_norm, x | {"gain": normal(512, dtype=fp32)}
@@ -63,8 +53,8 @@ def convolve(**x: Tensor) -> Tensor:
     return short_convolution(**x, activation="silu")[0]  # type: ignore[arg-type]
 
 
-def skip_norm(**x: Tensor) -> Tensor:
-    return fused.gated_skip_norm(**x, groups=1, eps=1e-5)
+def first_norm(**x: Tensor) -> Tensor:
+    return fused.norm_of_gated(**x, groups=1, eps=1e-5)
 
 
 def head_norm(**x: Tensor) -> Tensor:
@@ -165,13 +155,13 @@ def configurations(
     """Other launches: their errors and times."""
     if function is convolve:
         ways = [
-            {"STRETCHES": s, "LENGTH": n, "CHANNELS": c}
+            {"INTERVALS": s, "LENGTH": n, "CHANNELS": c}
             for s, n, c in ((8, 64, 64), (16, 64, 64), (8, 32, 64), (8, 64, 128), (16, 32, 32), (8, 128, 64))
         ]
     else:
         ways = [{"ELEMENTS": e, "SUMMED": n} for e, n in itertools.product((1024, 4096), (1 << 16, 1 << 18))]
     for way in ways:
-        made = (launches._convolution, launches._gated_norm, launches._stepped_decay)
+        made = (launches._convolution, launches._gated_norm)
         with ExitStack() as stack:
             for name, value in way.items():
                 stack.enter_context(patch.object(launches, name, value))

@@ -27,7 +27,7 @@ import torch
 from lasp.models import NAMES, CausalLM, preset
 from lasp.parallelize import parallelize
 from lasp.train.config import OptimizerOptions
-from lasp.train.optimizer import build_optimizer, learning_rate
+from lasp.train.optimizer import build_optimizer, clip, learning_rate
 
 
 def text() -> torch.Tensor:
@@ -58,7 +58,7 @@ def train(
         loss = model(rows[:, :-1], labels=rows[:, 1:].contiguous()).loss_sum / rows[:, 1:].numel()
         optimizer.zero_grad()
         loss.backward()
-        largest = max(largest, float(parallel.clip_gradients(options.clip_norm)))
+        largest = max(largest, float(clip(parallel, optimizer, options.clip_norm)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, 700, options)
         optimizer.step()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lasp.models import CausalLM, ModelConfig
 from lasp.parallelize import ParallelModel
+from lasp.train.optimizer import clip
 
 
 def new_module(config: ModelConfig, device: torch.device, generator: torch.Generator) -> CausalLM:
@@ -23,7 +24,7 @@ def train_on(model: ParallelModel, optimizer: torch.optim.Optimizer, sequence: T
     with torch.autocast(sequence.device.type, torch.bfloat16, enabled=bf16):
         out = model.training(sequence[:, :-1], labels=sequence[:, 1:].contiguous())
     model.mean_loss(out.loss_sum, sequence.shape[1] - 1).backward()
-    model.clip_gradients(1.0)
+    clip(model, optimizer, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return out.loss_sum.detach()

@@ -49,9 +49,12 @@ OPERATOR = {
     "q": MISSING, "k": MISSING, "v": MISSING, "scale": NUMBER, "initial_state": TENSOR, "output_final_state": FLAG,
     "cu_seqlens": CU_SEQLENS, "sp": (*NEVER, 1, True), "backend": (*NEVER, None, 1),
 }  # fmt: skip
-LINEAR = {**OPERATOR, "q": (*MISSING, lambda: None, lambda: torch.zeros(3)), "g": TENSOR, "causal": FLAG}
+NORMALIZED = {**OPERATOR, "q": (*MISSING, lambda: None, lambda: torch.zeros(3)), "g": TENSOR, "causal": FLAG}
+LINEAR = {**NORMALIZED, "log_weight": TENSOR, "skip": TENSOR}
 KEYS = {name: HEADS[name] for name in ("k", "v")}
-OPERATOR_BEGUN, BEGUN = ({name: each[name] for name in each if name != "q"} for each in (OPERATOR, LINEAR))
+OPERATOR_BEGUN, BEGUN, NORMALIZED_BEGUN = (
+    {name: each[name] for name in each if name != "q"} for each in (OPERATOR, LINEAR, NORMALIZED)
+)
 DELTA = {
     "beta": (*MISSING, torch.full((1, 8, 2), NAN)), "g": TENSOR, "normalize_qk": FLAG, "erase_key": TENSOR,
 }  # fmt: skip
@@ -88,7 +91,9 @@ PREFILLED = generate.prefill(CausalLM(preset("mamba2", "tiny", num_layers=1)), I
 Case = tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]
 CASES: dict[str, Case] = {
     "linear_attention": (lasp.linear_attention, HEADS, LINEAR),
-    "normalized_linear_attention": (lasp.normalized_linear_attention, HEADS, {**LINEAR, "eps": (*NUMBER, -1.0, None)}),
+    "normalized_linear_attention": (
+        lasp.normalized_linear_attention, HEADS, {**NORMALIZED, "eps": (*NUMBER, -1.0, None)}
+    ),
     "delta_rule": (
         lasp.delta_rule,
         {**HEADS, "beta": torch.zeros(1, 8, 2)},
@@ -114,7 +119,7 @@ CASES: dict[str, Case] = {
     ),
     "linear_attention_begin": (lasp.linear_attention_begin, KEYS, BEGUN),
     "normalized_linear_attention_begin": (
-        lasp.normalized_linear_attention_begin, KEYS, {**BEGUN, "eps": (*NUMBER, -1.0, None)}
+        lasp.normalized_linear_attention_begin, KEYS, {**NORMALIZED_BEGUN, "eps": (*NUMBER, -1.0, None)}
     ),
     "delta_rule_begin": (
         lasp.delta_rule_begin,

@@ -16,7 +16,7 @@ from lasp.distributed.mesh import build_mesh
 from lasp.models import CausalLM, preset
 from lasp.parallelize import ParallelModel, parallelize
 from lasp.train.config import OptimizerOptions
-from lasp.train.optimizer import build_optimizer
+from lasp.train.optimizer import build_optimizer, clip
 
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "key_dim": 8, "value_dim": 8, "ffn_dim": 48, "vocab_size": 50}
 SEQUENCES, TOKENS = 4, 32
@@ -50,7 +50,7 @@ def trained(model: ParallelModel, dp: tuple[int, int] = (0, 1), *, steps: int) -
     optimizer = build_optimizer(model, OptimizerOptions(lr=2e-3))
     for step in range(steps):
         gradients(model, step, dp)
-        model.clip_gradients(0.5)
+        clip(model, optimizer, 0.5)
         optimizer.step()
         optimizer.zero_grad()
     return whole(model.module.named_parameters())

@@ -1,5 +1,6 @@
 """NaN or infinity stops every process before a weight changes, and names where it came from."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from lasp.errors import NumericsError
 from lasp.parallelize import parallelize
 from lasp.train import step, trainer
 from lasp.train.config import TrainConfig
-from lasp.train.optimizer import build_optimizer, learning_rate
+from lasp.train.optimizer import build_optimizer, clip, learning_rate
 
 VICTIM = "blocks.1.attention_norm"
 
@@ -80,6 +81,30 @@ def test_only_matrices_decay() -> None:
     matrices, others = build_optimizer(parallelize(model, None), TrainConfig().optimizer).param_groups
     assert [p.ndim for p in matrices["params"]] == [2] and {p.ndim for p in others["params"]} == {1}
     assert matrices["weight_decay"] > 0 and others["weight_decay"] == 0
+
+
+def test_gradients_are_clipped_where_the_optimizer_reads_them() -> None:
+    """Compare with PyTorch's clipping; below the norm the last bit stays. The control: unclipped."""
+    # Adam's first step does not see a factor.
+    small = TrainConfig().optimizer
+    weights: dict[tuple[str, float], torch.Tensor] = {}
+    for way, max_norm in itertools.product(("here", "PyTorch's", "not"), (0.01, 1e4)):
+        model = torch.nn.Linear(3, 4, bias=False)
+        torch.nn.init.ones_(model.weight)
+        parallel = parallelize(model, None)
+        optimizer = build_optimizer(parallel, small)
+        for factor in (1.0, 7.0):
+            model.weight.grad = factor * torch.arange(12.0).view(4, 3)
+            norm = model.weight.grad.norm()
+            if way == "here":
+                assert torch.equal(clip(parallel, optimizer, max_norm), norm)
+            elif way == "PyTorch's":
+                torch.nn.utils.clip_grad_norm_([model.weight], max_norm)
+            optimizer.step()
+        weights[way, max_norm] = model.weight.detach()
+    assert torch.equal(weights["here", 1e4], weights["not", 1e4])
+    torch.testing.assert_close(weights["here", 0.01], weights["PyTorch's", 0.01], rtol=1e-7, atol=0)
+    assert (weights["not", 0.01] - weights["PyTorch's", 0.01]).abs().max() > 1e-4
 
 
 def test_the_learning_rate_warms_up_and_decays_to_its_floor() -> None:

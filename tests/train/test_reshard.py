@@ -23,7 +23,7 @@ from lasp.parallelize import ParallelModel, parallelize
 from lasp.train import checkpoint
 from lasp.train.checkpoint import shards
 from lasp.train.config import OptimizerOptions
-from lasp.train.optimizer import build_optimizer
+from lasp.train.optimizer import build_optimizer, clip
 from lasp.train.world import World
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ class Run(NamedTuple):
             tokens, labels = model.sp.shard(tokens), model.sp.shard(labels)
         loss_sum = model.training(tokens.contiguous(), labels=labels.contiguous(), sp=model.sp).loss_sum
         model.mean_loss(loss_sum, SEQUENCES * TOKENS).backward()
-        model.clip_gradients(0.5)
+        clip(model, self.optimizer, 0.5)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return sum(row[0] for row in self.world.gather([loss_sum.item()])) / (SEQUENCES * TOKENS)

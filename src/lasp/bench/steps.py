@@ -29,7 +29,7 @@ from lasp.terminal import counted, say
 from lasp.train.config import ModelOptions, OptimizerOptions, ParallelOptions, TrainConfig
 from lasp.train.logging.step_timer import peak_memory
 from lasp.train.model import spread
-from lasp.train.optimizer import build_optimizer
+from lasp.train.optimizer import build_optimizer, clip
 from lasp.train.preflight import check_target
 from lasp.train.sizes import Tokens
 from lasp.train.world import World, join, leave, naming_lost_peers
@@ -267,7 +267,7 @@ def _step(model: ParallelModel, precision: str, world: World) -> Callable[[torch
         with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
             out = model.training(text[:, :-1], labels=text[:, 1:].contiguous(), sp=model.sp)
         model.mean_loss(out.loss_sum, (text.shape[1] - 1) * world.size).backward()
-        model.clip_gradients(1.0)
+        clip(model, optimizer, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

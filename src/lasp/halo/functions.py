@@ -84,6 +84,7 @@ def short_convolution_in_parts(
     bias: Tensor | None,
     widths: Sequence[int] | None,
     *,
+    passing: int = 0,
     activation: str | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -93,9 +94,13 @@ def short_convolution_in_parts(
     """`short_convolution`, whose y comes in up to three parts [B, T, widths[n]]; widths: [C] if None.
 
     Kernels write each apart, dense as a recurrence wants it, and read the parts' gradients where they are.
+
+    passing: the last columns of x that are not convolved, and come as a part of their own, the last.
     """
+    whole = x
     with broadcast_errors(sp):
         _check_x(x)
+        x = x[..., : x.shape[2] - passing]
         _check_weight(x, weight, bias)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be None or 'silu', got {activation!r}")
@@ -111,12 +116,14 @@ def short_convolution_in_parts(
             fixed = _activated(_convolve(rows, weight, bias), activation)
         sizes = [x.shape[2]] if widths is None else list(widths)
         if width < FUSED_WIDTH and has_fused_kernels(x.device, x.dtype):
-            parts = convolution(x, weight, bias, read.before, activation == "silu", sizes)
+            parts = convolution(whole, weight, bias, read.before, activation == "silu", sizes)
         else:
-            parts = _activated(_convolve_all(read.extended(x), weight, bias), activation).split(sizes, 2)
+            parts = [*_activated(_convolve_all(read.extended(x), weight, bias), activation).split(sizes, 2)]
+            parts += [whole[..., x.shape[2] :]] if passing else []
         if read.override is not None and fixed is not None:
             tokens = read.override.tokens
-            parts = [y.index_copy(1, tokens, own) for y, own in zip(parts, fixed.split(sizes, 2), strict=True)]
+            for n, own in enumerate(fixed.split(sizes, 2)):
+                parts[n] = parts[n].index_copy(1, tokens, own)
         return tuple(parts), read.final
 
 

@@ -15,7 +15,8 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, widths: list[int]
 ) -> list[Tensor]:
     """y of x [B, T, C], weight [C, W], bias [C], and the rows before x [B, W - 1, C], zero if None; in up to three
-    parts [B, T, widths[n]], dense each, as those who read them want them."""
+    parts [B, T, widths[n]], dense each, as those who read them want them. x may have columns beside those C, which come
+    last as they are: the gradient of all is one tensor."""
     from lasp.kernels.triton.neighbours import launches
 
     return launches.convolve(x, weight, bias, before, silu, widths)
@@ -25,7 +26,8 @@ def convolution(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, widths: list[int]
 ) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:2], width) for width in widths]
+    rest = x.shape[2] - sum(widths)
+    return [x.new_empty(*x.shape[:2], width) for width in ([*widths, rest] if rest else widths)]
 
 
 @torch.library.custom_op("lasp::convolution_gradients", mutates_args=())

@@ -61,10 +61,16 @@ def has_fused_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return _chosen[key] == "triton"
 
 
+def has_fused_delta_rules(device: torch.device, dtype: torch.dtype, keys: int) -> bool:
+    """Say whether "auto" takes the kernels for delta rules of so many channels of keys there, whatever their decay."""
+    return not any(_against_triton("delta", device, dtype, keys, per_channel) for per_channel in (False, True))
+
+
 # torch.compile calls them as they stand while it traces: `torch.compiler.assume_constant_result` says the same, and
 # loads the compiler.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 has_fused_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_fused_delta_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _against_triton(family: str, device: torch.device, dtype: torch.dtype, keys: int, per_channel: bool) -> str:

@@ -39,6 +39,8 @@ OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 class DeltaNet(Mixer):
     """Causal delta-rule attention over [B, T, D]; see `Config`."""
 
+    recomputes = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(MixerConfig):
         """The delta rule with its gates.

@@ -1,4 +1,4 @@
-"""Gated norms and Mamba-2's steps: fused kernels where they run, else PyTorch's, which define them.
+"""Gated norms: fused kernels where they run, else PyTorch's, which define them.
 
 The kernels are operators, which compiled graphs take as they are. Kept for the backward pass are the inputs alone.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lasp.kernels.select import has_fused_kernels
 from lasp.layers.recomputed import recomputed
-from lasp.recurrence.inputs import state_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -23,8 +22,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid":
 def _gated_norm(
     o: Tensor,
     gate: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     groups: int,
     activation: str,
@@ -33,15 +30,13 @@ def _gated_norm(
 ) -> Tensor:
     from lasp.kernels.triton.neighbours import launches
 
-    return launches.gated_norm(o, gate, x, skip, gain, groups, activation, gate_first, eps)
+    return launches.gated_norm(o, gate, gain, groups, activation, gate_first, eps)
 
 
 @_gated_norm.register_fake
 def _(
     o: Tensor,
     gate: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     groups: int,
     activation: str,
@@ -56,18 +51,16 @@ def _gated_norm_gradients(
     d_y: Tensor,
     o: Tensor,
     gate: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     groups: int,
     activation: str,
     gate_first: bool,
     eps: float,
     again: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from lasp.kernels.triton.neighbours import launches
 
-    return launches.gated_norm_gradients(d_y, o, gate, x, skip, gain, groups, activation, gate_first, eps, again)
+    return launches.gated_norm_gradients(d_y, o, gate, gain, groups, activation, gate_first, eps, again)
 
 
 @_gated_norm_gradients.register_fake
@@ -75,29 +68,27 @@ def _(
     d_y: Tensor,
     o: Tensor,
     gate: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     groups: int,
     activation: str,
     gate_first: bool,
     eps: float,
     again: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor | None) -> Tensor:
         return o.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
-    return like(o), like(gate), like(x), like(skip), like(gain), like(d_y if again else None)
+    return like(o), like(gate), like(gain), like(d_y if again else None)
 
 
 def _keep_gated_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.ways = inputs[5:]
+    ctx.save_for_backward(*inputs[:3])
+    ctx.ways = inputs[3:]
 
 
 def _gated_norm_backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     given = ctx.saved_tensors
-    gradients = _gated_norm_gradients(d_y, *given, *ctx.ways, False)[:5]
+    gradients = _gated_norm_gradients(d_y, *given, *ctx.ways, False)[:3]
     found = (None if tensor is None else d for tensor, d in zip(given, gradients, strict=True))
     return *found, None, None, None, None
 
@@ -109,8 +100,6 @@ _gated_norm.register_autograd(_gated_norm_backward, setup_context=_keep_gated_no
 def _normed_projection(
     o: Tensor,
     gate: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     weight: Tensor,
     groups: int,
@@ -122,15 +111,13 @@ def _normed_projection(
 
     weight: [N, D], of o's dtype.
     """
-    return _gated_norm(o, gate, x, skip, gain, groups, activation, gate_first, eps) @ weight.mT  # type: ignore[no-any-return]
+    return _gated_norm(o, gate, gain, groups, activation, gate_first, eps) @ weight.mT  # type: ignore[no-any-return]
 
 
 @_normed_projection.register_fake
 def _(
     o: Tensor,
     gate: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     weight: Tensor,
     groups: int,
@@ -142,8 +129,8 @@ def _(
 
 
 def _keep_projection(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.ways = inputs[6:]
+    ctx.save_for_backward(*inputs[:4])
+    ctx.ways = inputs[4:]
 
 
 def _projection_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -169,7 +156,7 @@ def gated_norm(o: Tensor, gate: Tensor | None, gain: Tensor, *, activation: str,
         [B, T, H V] in o's dtype.
     """
     if has_fused_kernels(o.device, o.dtype):
-        return _gated_norm(o, gate, None, None, gain, o.shape[2], activation, False, eps)  # type: ignore[no-any-return]
+        return _gated_norm(o, gate, gain, o.shape[2], activation, False, eps)  # type: ignore[no-any-return]
     y = F.rms_norm(o, (o.shape[3],), gain.to(o.dtype), eps).flatten(-2)
     return y if gate is None else y * ACTIVATIONS[activation](gate)
 
@@ -180,93 +167,33 @@ def project_gated_norm(
     """Project gated_norm(o, gate, gain) by weight [N, H V] to [B, T, N] in o's dtype; kept are o and the gate alone."""
     if has_fused_kernels(o.device, o.dtype):
         ways = (o.shape[2], activation, False, eps)
-        return _normed_projection(o, gate, None, None, gain, weight.to(o.dtype), *ways)  # type: ignore[no-any-return]
+        return _normed_projection(o, gate, gain, weight.to(o.dtype), *ways)  # type: ignore[no-any-return]
     return recomputed(_project, partial(gated_norm, activation=activation, eps=eps), weight, o, gate, gain)
 
 
-def project_gated_skip_norm(
-    o: Tensor, gate: Tensor, x: Tensor, skip: Tensor, gain: Tensor, weight: Tensor, *, groups: int, eps: float
-) -> Tensor:
-    """Project gated_skip_norm(o, gate, x, skip, gain) likewise."""
-    if has_fused_kernels(o.device, o.dtype):
-        ways = (groups, "silu", True, eps)
-        return _normed_projection(o, gate, x, skip, gain, weight.to(o.dtype), *ways)  # type: ignore[no-any-return]
-    return recomputed(_project, partial(gated_skip_norm, groups=groups, eps=eps), weight, o, gate, x, skip, gain)
-
-
-def _project(norm: Callable[..., Tensor], weight: Tensor, *arguments: Any) -> Tensor:
-    return F.linear(norm(*arguments), weight)
-
-
-def gated_skip_norm(
-    o: Tensor, gate: Tensor, x: Tensor, skip: Tensor, gain: Tensor, *, groups: int, eps: float
-) -> Tensor:
-    """Normalize (o + skip x) silu(gate) by the root mean square of each of `groups` groups of channels, times the gain.
+def norm_of_gated(o: Tensor, gate: Tensor, gain: Tensor, *, groups: int, eps: float) -> Tensor:
+    """Normalize o silu(gate) by the root mean square of each of `groups` groups of channels, times the gain.
 
     Args:
-        o, x: [B, T, H, P].
+        o: [B, T, H, P].
         gate: [B, T, H P].
-        skip: [H].
         gain: [H P].
 
     Returns:
         [B, T, H P] in o's dtype.
     """
     if has_fused_kernels(o.device, o.dtype):
-        return _gated_norm(o, gate, x, skip, gain, groups, "silu", True, eps)  # type: ignore[no-any-return]
-    y = (o + skip.to(o.dtype)[:, None] * x).flatten(-2) * F.silu(gate)
-    y = y.unflatten(-1, (groups, -1))
+        return _gated_norm(o, gate, gain, groups, "silu", True, eps)  # type: ignore[no-any-return]
+    y = (o.flatten(-2) * F.silu(gate)).unflatten(-1, (groups, -1))
     return F.rms_norm(y, y.shape[-1:], eps=eps).flatten(-2) * gain.to(y.dtype)
 
 
-@torch.library.custom_op("lasp::stepped_decay", mutates_args=())
-def _stepped_decay(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
-    from lasp.kernels.triton.neighbours import launches
-
-    return launches.stepped_decay(raw, x, bias, log_rate)
-
-
-@_stepped_decay.register_fake
-def _(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), raw.new_empty(raw.shape, dtype=torch.float32)
+def project_norm_of_gated(o: Tensor, gate: Tensor, gain: Tensor, weight: Tensor, *, groups: int, eps: float) -> Tensor:
+    """Project norm_of_gated(o, gate, gain) likewise."""
+    if has_fused_kernels(o.device, o.dtype):
+        return _normed_projection(o, gate, gain, weight.to(o.dtype), groups, "silu", True, eps)  # type: ignore[no-any-return]
+    return recomputed(_project, partial(norm_of_gated, groups=groups, eps=eps), weight, o, gate, gain)
 
 
-@torch.library.custom_op("lasp::stepped_decay_gradients", mutates_args=())
-def _stepped_decay_gradients(
-    d_values: Tensor, d_decay: Tensor, raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from lasp.kernels.triton.neighbours import launches
-
-    return launches.stepped_decay_gradients(d_values, d_decay, raw, x, bias, log_rate)
-
-
-@_stepped_decay_gradients.register_fake
-def _(
-    d_values: Tensor, d_decay: Tensor, raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (raw, x, bias, log_rate))  # type: ignore[return-value]
-
-
-def _keep_stepped_decay(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _stepped_decay_backward(ctx: Any, d_values: Tensor, d_decay: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_stepped_decay_gradients(d_values, d_decay, *ctx.saved_tensors))
-
-
-_stepped_decay.register_autograd(_stepped_decay_backward, setup_context=_keep_stepped_decay)
-
-
-def stepped_values(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Values dt x [B, T, H, P] in x's dtype and log-decays -exp(log_rate) dt [B, T, H], dt = softplus(raw + bias).
-
-    Args:
-        raw: [B, T, H], of x's dtype. x: [B, T, H, P].
-        bias, log_rate: [H], fp32 (fp64 for fp64 x).
-    """
-    if has_fused_kernels(x.device, x.dtype):
-        return _stepped_decay(raw, x, bias.float(), log_rate.float())  # type: ignore[no-any-return]
-    dtype = state_dtype(raw.dtype)
-    dt = F.softplus(raw.to(dtype) + bias.to(dtype))
-    return (dt[..., None] * x).to(x.dtype), -log_rate.to(dtype).exp() * dt
+def _project(norm: Callable[..., Tensor], weight: Tensor, *arguments: Any) -> Tensor:
+    return F.linear(norm(*arguments), weight)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_activation, check_counts
-from lasp.layers.fused import ACTIVATIONS, gated_norm, project_gated_norm, stepped_values
+from lasp.layers.fused import ACTIVATIONS, gated_norm, project_gated_norm
 from lasp.layers.norms import RMSNorm
 from lasp.layers.parameters import ExactParameters, exact_parameter
 from lasp.layers.recomputed import recomputed
@@ -23,6 +23,7 @@ from lasp.sequence.arguments import check_flags, check_generator, number
 # Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.
 RATES = (1.0, 16.0)
 STEPS = (1e-3, 1e-1)
+LEAST = -15.0  # exp(x) is softplus(x) to the last bit in fp32 below it
 
 
 class SteppedDecay(ExactParameters):
@@ -68,9 +69,13 @@ class SteppedDecay(ExactParameters):
             dt, rate = dt.unflatten(-1, (self.num_heads, self.channels)), rate[:, None]
         return dt, -rate * dt
 
-    def values(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Values dt x [B, T, H, P] and log-decays [B, T, H], of raw [B, T, H] and x [B, T, H, P]."""
-        return stepped_values(raw, x, self.bias, self.log_rate)
+    def logarithms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, H] -> log(dt) and log-decay, both [B, T, H], of a single channel."""
+        dtype = state_dtype(x.dtype)
+        x = x.to(dtype) + self.bias.to(dtype)
+        # Where softplus is next to nothing, x is its logarithm.
+        log_step = F.softplus(x.clamp(min=LEAST)).log() - F.relu(LEAST - x)
+        return log_step, -self.log_rate.to(dtype).exp() * F.softplus(x)
 
 
 def _drawn(count: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Mamba-2's layer: the state-space dual (SSD) as linear attention with a gate per head.
 
 The recurrence h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t^T, y_t = C_t h_t + D x_t (Dao & Gu, arXiv 2405.21060) is
-linear attention with queries C, keys B, values dt x and log-decays A dt.
+linear attention with queries C, keys B, values x, weights dt, log-decays A dt and the skip D.
 
 H = heads, P = channels of one head, G = groups of heads that share B and C, N = state dimension. As a mixer's key_dim
 is N, its value_dim P and its num_key_heads G.
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_divisor
-from lasp.layers.fused import project_gated_skip_norm
+from lasp.layers.fused import project_norm_of_gated
 from lasp.layers.gates import SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
+from lasp.layers.projection import project_in_parts
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import linear_attention_begin
@@ -78,10 +79,11 @@ class Mamba2(Mixer):
         self.num_heads, self.head_dim = config.num_heads, config.value_dim
         self.num_groups, self.state_dim = config.groups, config.key_dim
         inner = self.num_heads * self.head_dim
-        self.widths = [inner, config.convolved, self.num_heads]
+        self.widths = [inner, config.convolved + self.num_heads]
         self.in_proj = nn.Linear(context.d_model, sum(self.widths), bias=False)
         self.convolution = ShortConvolution(config.convolved, config.conv_width, bias=True)
         self.parts_of_convolution = (inner, *(self.num_groups * self.state_dim,) * 2)
+        self.passing = self.num_heads  # its steps
         self.decay = SteppedDecay(self.num_heads)
         self.skip = nn.Parameter(torch.ones(self.num_heads))
         self.norm_eps = context.norm_eps
@@ -94,23 +96,24 @@ class Mamba2(Mixer):
         nn.init.ones_(self.gain)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        z, mixed, dt = self.in_proj(x).split(self.widths, -1)
-        return mixed, z, dt
+        z, mixed = project_in_parts(x, self.in_proj.weight, self.widths)
+        return mixed, z
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
-        values, keys, queries, z, dt = parts
+        values, keys, queries, dt, z = parts
         values = values.unflatten(-1, (self.num_heads, self.head_dim))
         keys, queries = (t.unflatten(-1, (self.num_groups, self.state_dim)) for t in (keys, queries))
-        stepped, log_decay = self.decay.values(dt, values)
-        return MixerInputs(keys, stepped, log_decay, q=queries, kept=(z, values))
+        log_step, log_decay = self.decay.logarithms(dt)
+        return MixerInputs(keys, values, log_decay, q=queries, log_weight=log_step, kept=(z,))
 
     def begin(self, inputs: MixerInputs, **sequence: Any) -> PendingOutputs:
-        return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, scale=1.0, backend=self.backend, **sequence)
+        ways = {"log_weight": inputs.log_weight, "skip": self.skip, "scale": 1.0, "backend": self.backend}
+        return linear_attention_begin(inputs.k, inputs.v, inputs.log_decay, **ways, **sequence)  # type: ignore[arg-type]
 
     def after(self, o: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        z, values = kept
-        given = (o, z, values, self.skip, self.gain, self.out_proj.weight)
-        return project_gated_skip_norm(*given, groups=self.num_groups, eps=self.norm_eps)
+        (z,) = kept
+        weights = (self.gain, self.out_proj.weight)
+        return project_norm_of_gated(o, z, *weights, groups=self.num_groups, eps=self.norm_eps)
 
 
 # The authors' models of 370M and 1.3B parameters: docs/design/models.md.

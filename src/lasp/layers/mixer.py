@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasp.kernels.select import BACKENDS, has_fused_kernels
+from lasp.kernels.select import BACKENDS, has_fused_delta_rules, has_fused_kernels
 from lasp.layers.fields import check_choice, check_fields
 from lasp.layers.recomputed import recomputed_around_scans
 from lasp.layers.short_convolution import ShortConvolution
@@ -174,7 +174,7 @@ class MixerInputs(NamedTuple):
 
     Attributes:
         k: [B, T, H, K]. v: [B, T, H_v, V].
-        log_decay: as the operator takes it.
+        log_decay, log_weight: as the operator takes them.
         beta: [B, T, H_v], of delta rules.
         q: [B, T, H, K], where it is known already; else `Mixer.queries` makes it.
         kept: what `Mixer.after` reads beside the operator's outputs.
@@ -185,6 +185,7 @@ class MixerInputs(NamedTuple):
     log_decay: Tensor | None = None
     beta: Tensor | None = None
     q: Tensor | None = None
+    log_weight: Tensor | None = None
     kept: tuple[Tensor, ...] = ()
 
 
@@ -207,8 +208,10 @@ class Mixer(nn.Module):
         _check_context(context)
         self.config, self.backend, self.d_model = config, context.backend, context.d_model
         self.convolution: ShortConvolution | None = None
-        # Widths of those that `before` takes the convolution's output in; it takes that whole if None.
+        # Widths of those that `before` takes the convolution's output in; it takes that whole if None. Columns behind
+        # those that are convolved come as one more part.
         self.parts_of_convolution: tuple[int, ...] | None = None
+        self.passing = 0
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Token by token, what `before` reads; of it the short convolution, if there is one, takes the first, and puts
@@ -286,6 +289,7 @@ class Mixer(nn.Module):
                 cu_seqlens=sequence["cu_seqlens"],
                 sp=sequence["sp"],
                 widths=self.parts_of_convolution,
+                passing=self.passing,
             )
             parts = (*([mixed] if self.parts_of_convolution is None else mixed), *parts[1:])
         inputs = self.before(parts, start)
@@ -304,7 +308,9 @@ class Mixer(nn.Module):
     def _is_one_graph(self, x: Tensor) -> bool:
         """True if the compiler takes the layer's recurrence, and what stands around it, as operators."""
         compiling = torch.compiler.is_compiling() and self.backend in ("auto", "triton")
-        return compiling and has_fused_kernels(x.device, x.dtype)
+        if not compiling or not has_fused_kernels(x.device, x.dtype):
+            return False
+        return self.config.rule != "delta" or has_fused_delta_rules(x.device, x.dtype, self.config.key_dim)
 
     def _check(self, x: Tensor, start: int | None, state: LayerState | None, output_state: bool) -> None:
         check_floats("x", x, "[B, T, D]", 3)

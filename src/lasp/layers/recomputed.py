@@ -37,5 +37,6 @@ def recomputed_around_scans(run: Callable[..., R], *arguments: Any) -> R:
 
 
 def _kept(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    costly = (torch.ops.lasp.scan_forward.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    own, matrices = torch.ops.lasp, torch.ops.aten
+    costly = {own.scan_forward.default, own.normed_projection.default, matrices.mm.default, matrices.addmm.default}
     return CheckpointPolicy.MUST_SAVE if operator in costly else CheckpointPolicy.PREFER_RECOMPUTE

@@ -63,6 +63,7 @@ class ShortConvolution(nn.Module):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         sp: SequenceParallel | None = None,
         widths: Sequence[int] | None = None,
+        passing: int = 0,
     ) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
         """Convolve.
 
@@ -73,6 +74,7 @@ class ShortConvolution(nn.Module):
             cu_seqlens: of packed documents, global.
             sp: the ranks that share the sequence.
             widths: of up to three parts that y is wanted in, C in all; each is dense where kernels run.
+            passing: columns of x behind those C, which come as one more part, as they are.
 
         Returns:
             y [B, T, C], or its parts [B, T, widths[n]], and the state, or None unless asked for.
@@ -82,6 +84,7 @@ class ShortConvolution(nn.Module):
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
             widths,
+            passing=passing,
             activation=self.activation,
             initial_state=state,
             output_final_state=output_state,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lasp.exchange.start import keeping_exchanges
+from lasp.kernels.select import has_fused_kernels
 from lasp.layers import Mixer
 from lasp.ops.autograd import TRACEABLE
+from lasp.sequence.arguments import wholes
 
 # As many as PyTorch's compiler by itself makes of a function, and more than what follows from them.
 _MAX_SHAPES, _MAX_GRAPHS = 8, 256
@@ -54,9 +56,12 @@ class CompiledShapes:
         self._known: set[Any] = set()
         self._is_full = False
 
-    def admit(self, x: Tensor, sp: Any) -> bool:
-        """True if a block's input is to run compiled. All ranks of `sp` find the same: their shapes change together."""
-        shape = (x.shape, None if sp is None else sp.key)
+    def admit(self, x: Tensor, sp: Any, documents: int) -> bool:
+        """True if a block's input is to run compiled, with room for so many packed documents.
+
+        All ranks of `sp` find the same: their shapes change together.
+        """
+        shape = (x.shape, None if sp is None else sp.key, documents)
         if shape in self._known:
             return True
         if len(self._known) < _MAX_SHAPES:
@@ -77,8 +82,9 @@ def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
 
     The graph breaks around the scan of a delta rule, over ranks around short convolutions and softmax attention too,
     and with PyTorch before 2.13 around every recurrence without fused kernels (lasp.ops.scan): what comes before and
-    after is compiled. Blocks with packed documents run uncompiled: their layout is another in every step. So do, after
-    a warning, inputs that `shapes` does not admit.
+    after is compiled. Packed documents are part of the graph, which has room for the next power of two of them, on one
+    device where the recurrence of a decay without a convolution runs on fused kernels; with others blocks run
+    uncompiled. So do, after a warning, inputs that `shapes` does not admit.
 
     shapes: one for all blocks of a model.
     """
@@ -128,18 +134,22 @@ class _Compiled:
     def __call__(
         self, x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any
     ) -> tuple[Tensor, Any]:
-        arguments = x, start, state, output_state, cu_seqlens, sp
         run = MethodType(type(self._block).forward, self._block)
-        plain = state is None and not output_state and cu_seqlens is None and torch.is_grad_enabled()
-        if not plain or not self._shapes.admit(x, sp):
+        mixers = [module for module in self._block.modules() if isinstance(module, Mixer)]
+        bare = all(mixer.config.rule == "linear" and mixer.convolution is None for mixer in mixers)
+        takes = state is None and not output_state and torch.is_grad_enabled()
+        if takes and cu_seqlens is not None:
+            fused = all(mixer.backend in ("auto", "triton") for mixer in mixers) and has_fused_kernels(
+                x.device, x.dtype
+            )
+            takes = bare and fused and (sp is None or sp.size == 1)
+            cu_seqlens = _with_room(cu_seqlens) if takes else cu_seqlens
+        arguments = x, start, state, output_state, cu_seqlens, sp
+        if not takes or not self._shapes.admit(x, sp, 0 if cu_seqlens is None else len(cu_seqlens) - 1):
             result: tuple[Tensor, Any] = run(*arguments)
             return result
         if self._compiled is None:
-            mixers = [module for module in self._block.modules() if isinstance(module, Mixer)]
-            breaks = not TRACEABLE or any(
-                mixer.config.rule != "linear" or mixer.convolution is not None for mixer in mixers
-            )
-            self._compiled = torch.compile(run, fullgraph=not breaks, dynamic=False)
+            self._compiled = torch.compile(run, fullgraph=TRACEABLE and bare, dynamic=False)
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
         # pieces, and keep all that crosses a cut. Blocks are pieces enough.
         # Of each shape there is a graph for each kind of block, and for those of other models in this process.
@@ -149,3 +159,10 @@ class _Compiled:
         ):
             result = self._compiled(*arguments)
         return result
+
+
+def _with_room(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
+    """The packed documents, on the host, with empty ones behind them up to a power of two: few numbers, few graphs."""
+    bounds = wholes("cu_seqlens", cu_seqlens)
+    room = 1 << (len(bounds) - 2).bit_length()
+    return torch.tensor([*bounds, *bounds[-1:] * (room + 1 - len(bounds))])

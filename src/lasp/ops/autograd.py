@@ -54,7 +54,7 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
     if plan.stages.empty_saved is None:
         return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
     if plan.documents is not None:
-        # The operators of a compiled graph do not take them: it breaks around them.
+        # The operators of a compiled graph take none of several ranks, or with states: it breaks around them.
         return _untraced(plan, x, initial, begun)
     if torch.compiler.is_compiling():
         return scan_operator(plan, x, initial)

@@ -14,6 +14,7 @@ from lasp.exchange.start import SequenceCall
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
+from lasp.recurrence.untraced import untraced
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_floats, check_tensor, number
 from lasp.sequence.shards import document_bounds, document_digest
@@ -94,6 +95,23 @@ def check_gate(g: Tensor, q: Tensor, v: Tensor, *, constant: bool = True) -> Non
         raise ValueError(f"g must be {', '.join(others)} or {last}, got {tuple(g.shape)}")
     if not g.is_floating_point() or g.device != q.device:
         raise ValueError(f"g must be floating point on {q.device}, got {g.dtype} on {g.device}")
+
+
+def check_weights(log_weight: Tensor | None, skip: Tensor | None, v: Tensor) -> None:
+    """Check that log_weight is [B, T, H_v] and skip [H_v], where given.
+
+    Raises:
+        ValueError: the shape, dtype or device does not fit.
+    """
+    given = {"log_weight": (log_weight, "[B, T, H_v]", v.shape[:3]), "skip": (skip, "[H_v]", v.shape[2:3])}
+    for name, (tensor, form, shape) in given.items():
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, form)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {form} {tuple(shape)}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() or tensor.device != v.device:
+            raise ValueError(f"{name} must be floating point on {v.device}, got {tensor.dtype} on {tensor.device}")
 
 
 def check_gate_values(g: Tensor) -> None:
@@ -197,6 +215,14 @@ def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
         )
 
 
+def are_traced(cu_seqlens: Tensor | Sequence[int] | None, sp: SequenceParallel | None) -> bool:
+    """True of packed documents that a compiled graph takes as a tensor on the host: it looks into them as it runs."""
+    alone = sp is None or sp.size == 1
+    return (
+        alone and torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu"
+    )
+
+
 def packed(
     cu_seqlens: Tensor | Sequence[int] | None, batch: int, tokens: int, sp: SequenceParallel | None
 ) -> Documents | None:
@@ -207,9 +233,19 @@ def packed(
     """
     if cu_seqlens is None:
         return None
+    return _documents_here(cu_seqlens, batch, tokens, sp)
+
+
+def _read_documents(
+    cu_seqlens: Tensor | Sequence[int], batch: int, tokens: int, sp: SequenceParallel | None
+) -> Documents:
     total = tokens if sp is None else sp.total(tokens)
     bounds = document_bounds(cu_seqlens, total, batch)
     return documents_here(bounds, 0 if sp is None else sp.offset(tokens), tokens)
+
+
+# Outside of compiled graphs, which break around what is done with them: kernels' tables are kept with them.
+_documents_here = untraced(_read_documents, "packed documents, unless a tensor on the host, of a decay on one device,")
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

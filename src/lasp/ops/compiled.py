@@ -1,7 +1,8 @@
 """Scans as operators of PyTorch's, which torch.compile puts into its graphs without looking inside.
 
 For stages that are fused kernels: of the delta rule where a beta is given, else of a decay. The operators know the
-ranks by a number and take no packed documents. Their lists end with what backward takes as `saved`, whose number
+ranks by a number. Packed documents, of decays on one device, come as a tensor on the host, whose numbers they read when
+they run: sizes follow from its length (`Documents.bound`). Lists end with what backward takes as `saved`, whose number
 depends on the recurrence.
 """
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from lasp.exchange.start import SequenceCall, ranks_of
 from lasp.kernels.select import load
 from lasp.ops.scan import ScanPlan, backward, begin, forward
+from lasp.recurrence.documents import Documents, any_documents, bounded_documents
 from lasp.recurrence.inputs import DecayInputs, DeltaInputs, Inputs
 from lasp.recurrence.stages import AnyStages
+from lasp.sequence.shards import document_bounds
 
 ALONE = -1
 
@@ -23,12 +26,17 @@ ALONE = -1
 def scan_operator(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Compute outputs and the final state inside a compiled region: `lasp.ops.autograd.scan` as operators."""
     ranks = ALONE if plan.ranks is None else plan.ranks.key
-    want_gate = x.g is not None and x.g.requires_grad
-    own = (x.beta, x.erase_key, x.normalize) if isinstance(x, DeltaInputs) else (None, None, False)
-    beta, erase_key, normalize = own
+    beta, erase_key, log_weight, skip, normalize = None, None, None, None, False
+    if isinstance(x, DeltaInputs):
+        beta, erase_key, normalize = x.beta, x.erase_key, x.normalize
+    elif isinstance(x, DecayInputs):
+        log_weight, skip = x.log_weight, x.skip
+    # Weights' gradients come with the gate's.
+    want_gate = x.g is not None and (x.g.requires_grad or log_weight is not None)
     o, *others = scan_forward(
-        x.q, x.k, x.v, beta, x.g, erase_key, initial, x.scale, normalize, want_gate, plan.want_final, ranks
-    )
+        x.q, x.k, x.v, beta, x.g, erase_key, log_weight, skip, plan.cu_seqlens, initial, x.scale, normalize, want_gate,
+        plan.want_final, ranks,
+    )  # fmt: skip
     return o, (others[0] if plan.ranks is None else others[-1]) if plan.want_final else None
 
 
@@ -39,7 +47,7 @@ def _stages(x: Inputs) -> AnyStages:
 def _plan(x: Inputs, want_final: bool, key: int) -> ScanPlan:
     ranks = None if key == ALONE else ranks_of(key)
     operator = "delta_rule" if isinstance(x, DeltaInputs) else "linear_attention"
-    return ScanPlan(operator, _stages(x), ranks, want_final)  # type: ignore[arg-type]
+    return ScanPlan(operator, _stages(x), ranks, want_final, documents=x.documents)  # type: ignore[arg-type]
 
 
 def _called(plan: ScanPlan, x: Inputs, *, backward: bool = False) -> SequenceCall | None:
@@ -51,6 +59,13 @@ def _called(plan: ScanPlan, x: Inputs, *, backward: bool = False) -> SequenceCal
     if isinstance(x, DeltaInputs):
         fields |= {"normalize_qk": x.normalize, "erase_key": x.erase_key is not None}
     return plan.ranks.call(f"compiled {plan.operator}", tuple(fields.values()), lambda: fields, replays=not backward)
+
+
+def _read(cu_seqlens: Tensor | None, v: Tensor) -> Documents | None:
+    """Return the packed documents. Raises ValueError if they are not the sequence's."""
+    if cu_seqlens is None:
+        return None
+    return bounded_documents(document_bounds(cu_seqlens, v.shape[1], v.shape[0]), v.shape[1])
 
 
 def _wanted(g: Tensor | None, want_gate: bool) -> Tensor | None:
@@ -65,11 +80,14 @@ def _inputs(
     beta: Tensor | None,
     g: Tensor | None,
     erase_key: Tensor | None,
+    log_weight: Tensor | None,
+    skip: Tensor | None,
+    documents: Documents | None,
     scale: float,
     normalize: bool,
 ) -> Inputs:
     if beta is None:
-        return DecayInputs(q, k, v, g, scale)
+        return DecayInputs(q, k, v, g, scale, documents, log_weight, skip)
     return DeltaInputs(q, k, v, beta, g, scale, None, normalize, erase_key)
 
 
@@ -81,6 +99,9 @@ def scan_forward(
     beta: Tensor | None,
     g: Tensor | None,
     erase_key: Tensor | None,
+    log_weight: Tensor | None,
+    skip: Tensor | None,
+    cu_seqlens: Tensor | None,
     initial: Tensor | None,
     scale: float,
     normalize: bool,
@@ -92,7 +113,9 @@ def scan_forward(
 
     ranks: the key of the ranks that share the sequence, or ALONE; with ranks, the final state comes last if wanted.
     """
-    given = _inputs(q, k, v, beta, _wanted(g, want_gate), erase_key, scale, normalize)
+    given = _inputs(
+        q, k, v, beta, _wanted(g, want_gate), erase_key, log_weight, skip, _read(cu_seqlens, v), scale, normalize
+    )
     plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, initial is None and ranks == ALONE)
     initial = None if initial is None else initial.contiguous()
@@ -115,6 +138,9 @@ def _(
     beta: Tensor | None,
     g: Tensor | None,
     erase_key: Tensor | None,
+    log_weight: Tensor | None,
+    skip: Tensor | None,
+    cu_seqlens: Tensor | None,
     initial: Tensor | None,
     scale: float,
     normalize: bool,
@@ -123,7 +149,8 @@ def _(
     ranks: int,
 ) -> list[Tensor]:
     final = [q.new_empty((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)]
-    given = _inputs(q, k, v, beta, g, erase_key, scale, normalize)
+    documents = None if cu_seqlens is None else any_documents(cu_seqlens.shape[0] - 1)
+    given = _inputs(q, k, v, beta, g, erase_key, log_weight, skip, documents, scale, normalize)
     empty_saved = _stages(given).empty_saved
     assert empty_saved is not None
     saved = empty_saved(given, initial is not None, ranks != ALONE, want_gate)
@@ -138,6 +165,9 @@ def scan_backward(
     beta: Tensor | None,
     g: Tensor | None,
     erase_key: Tensor | None,
+    log_weight: Tensor | None,
+    skip: Tensor | None,
+    cu_seqlens: Tensor | None,
     saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
@@ -149,9 +179,11 @@ def scan_backward(
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    """The gradients of q, k, v, beta and erase key, if there are any, and, if wanted, of g, before the erase key's, and
-    of the initial state; `from_zero`: there are no ranks and was no initial state."""
-    given = _inputs(q, k, v, beta, _wanted(g, want_gate), erase_key, scale, normalize)
+    """The gradients of q, k, v, beta, g (if wanted), erase key, weights and skips, if there are any, and, if wanted, of
+    the initial state; `from_zero`: there are no ranks and was no initial state."""
+    given = _inputs(
+        q, k, v, beta, _wanted(g, want_gate), erase_key, log_weight, skip, _read(cu_seqlens, v), scale, normalize
+    )
     plan = _plan(given, want_final, ranks)
     x = plan.stages.prepare(given, from_zero)
     call = _called(plan, given, backward=True)
@@ -170,6 +202,9 @@ def _(
     beta: Tensor | None,
     g: Tensor | None,
     erase_key: Tensor | None,
+    log_weight: Tensor | None,
+    skip: Tensor | None,
+    cu_seqlens: Tensor | None,
     saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
@@ -181,29 +216,31 @@ def _(
     want_final: bool,
     ranks: int,
 ) -> list[Tensor]:
-    wanted = [q, k, v, beta, g if want_gate else None, erase_key, saved[0] if want_initial else None]
+    gate, first = g if want_gate else None, saved[0] if want_initial else None
+    wanted = [q, k, v, beta, gate, erase_key, log_weight, skip, first]
     return [tensor.new_empty(tensor.shape) for tensor in wanted if tensor is not None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, beta, g, erase_key, initial, ctx.scale, ctx.normalize, _, ctx.want_final, ctx.ranks = inputs
+    *tensors, initial, ctx.scale, ctx.normalize, _, ctx.want_final, ctx.ranks = inputs
     ctx.ends_with_final = ctx.want_final and ctx.ranks != ALONE
     ctx.from_zero = initial is None and ctx.ranks == ALONE
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, beta, g, erase_key, *(output[1:-1] if ctx.ends_with_final else output[1:]))
+    ctx.save_for_backward(*tensors, *(output[1:-1] if ctx.ends_with_final else output[1:]))
 
 
 def _backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, g, erase_key, *saved = ctx.saved_tensors
-    want_gate, _, want_initial = ctx.needs_input_grad[4:7]
+    q, k, v, beta, g, erase_key, log_weight, skip, cu_seqlens, *saved = ctx.saved_tensors
+    want_gate, want_initial = ctx.needs_input_grad[4] or log_weight is not None, ctx.needs_input_grad[9]
     d_final = d_output[-1] if ctx.ends_with_final else d_output[1] if ctx.ranks == ALONE else None
     dq, dk, dv, *others = scan_backward(
-        q, k, v, beta, g, erase_key, saved, d_output[0], d_final, ctx.scale, ctx.normalize, ctx.from_zero, want_gate,
-        want_initial, ctx.want_final, ctx.ranks,
+        q, k, v, beta, g, erase_key, log_weight, skip, cu_seqlens, saved, d_output[0], d_final, ctx.scale,
+        ctx.normalize, ctx.from_zero, want_gate, want_initial, ctx.want_final, ctx.ranks,
     )  # fmt: skip
-    wanted = (beta is not None, want_gate, erase_key is not None, want_initial)
-    own = (others.pop(0) if each else None for each in wanted)
-    return dq, dk, dv, *own, None, None, None, None, None
+    weighs = log_weight is not None
+    wanted = (beta is not None, want_gate, erase_key is not None, weighs, weighs, want_initial)
+    *own, d_initial = (others.pop(0) if each else None for each in wanted)
+    return dq, dk, dv, *own, None, d_initial, None, None, None, None, None
 
 
 scan_forward.register_autograd(_backward, setup_context=_keep)

@@ -155,7 +155,7 @@ def _planned(
     # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
     x = DeltaInputs(k, k, v, x.beta, x.g, x.scale, documents, normalize, erase_key)
     options = {"normalize_qk": normalize_qk, "erase_key": erase_key is not None}
-    return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, options, change), x
+    return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, None, options, change), x
 
 
 def _finished(plan: ScanPlan, x: DeltaInputs, q: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:

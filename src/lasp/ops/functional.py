@@ -11,12 +11,14 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.autograd import begin_early, scan
 from lasp.ops.checks import (
+    are_traced,
     check_gate,
     check_gate_values,
     check_initial,
     check_inputs,
     check_keys,
     check_queries,
+    check_weights,
     packed,
     scale_of,
 )
@@ -36,6 +38,8 @@ def linear_attention(
     v: Tensor,
     g: Tensor | None = None,
     *,
+    log_weight: Tensor | None = None,
+    skip: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -44,7 +48,7 @@ def linear_attention(
     sp: SequenceParallel | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Linear attention with any decay: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
+    """Linear attention with any decay: S_t = exp(g_t) S_{t-1} + w_t k_t v_t^T, o_t = scale q_t S_t + skip v_t.
 
     The gate's rank names the recurrence: None (plain linear attention), [H_v] (a constant per head: RetNet,
     Lightning attention, TransNormerLLM), [B, T, H_v] (a gate per head: Mamba-2, simple GLA), [B, T, H_v, K] (a gate
@@ -57,6 +61,10 @@ def linear_attention(
         g: natural logarithm of the decay, <= 0, any floating dtype; it is used in the state's. On a GPU, where looking
             would wait for it, a value that is positive or NaN makes an assertion on the device fail ("torch") or gives
             NaN from its token on ("triton").
+        log_weight: [B, T, H_v], natural logarithm of each token's weight w (Mamba-2's steps, mLSTM's input gates), any
+            floating dtype; w is 1 if None.
+        skip: [H_v], how much of its own value each token's output has beside (Mamba-2's D), any floating dtype; 0 if
+            None.
         scale: factor of the outputs, K ** -0.5 by default.
         initial_state: [B, H_v, K, V], the state before the first token of the global sequence, the same on every
             rank of `sp`; fp32, fp64 for fp64 inputs. Its gradient is whole on the group's first rank and zero on
@@ -81,8 +89,11 @@ def linear_attention(
     """
     with broadcast_errors(sp):
         check_inputs(q, k, v)
-        plan, x = _planned(q, k, v, g, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend)
-    return scan(plan, x, initial_state)
+        check_weights(log_weight, skip, v)
+        plan, x = _planned(
+            q, k, v, g, log_weight, skip, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend
+        )
+    return _skipping(scan(plan, x, initial_state), x, v, skip)
 
 
 def linear_attention_begin(
@@ -90,6 +101,8 @@ def linear_attention_begin(
     v: Tensor,
     g: Tensor | None = None,
     *,
+    log_weight: Tensor | None = None,
+    skip: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -111,16 +124,31 @@ def linear_attention_begin(
     """
     with broadcast_errors(sp):
         check_keys(k, v)
-        plan, x = _planned(k, k, v, g, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend)
+        check_weights(log_weight, skip, v)
+        plan, x = _planned(
+            k, k, v, g, log_weight, skip, scale, initial_state, output_final_state, causal, cu_seqlens, sp, backend
+        )
     begun = begin_early(plan, x, initial_state)
 
     def finish(q: Tensor) -> tuple[Tensor, Tensor | None]:
         with broadcast_errors(sp):
             check_queries(q, k)
         # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
-        return scan(plan, DecayInputs(q, x.k, x.v, x.g, x.scale, x.documents), initial_state, begun)
+        whole = DecayInputs(q, x.k, x.v, x.g, x.scale, x.documents, x.log_weight, x.skip)
+        return _skipping(scan(plan, whole, initial_state, begun), x, v, skip)
 
     return PendingOutputs(finish)
+
+
+def _skipping(
+    results: tuple[Tensor, Tensor | None], x: DecayInputs, v: Tensor, skip: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The results with what skips the recurrence, where the stages have not added it."""
+    if skip is None or x.skip is not None:
+        return results
+    o, final = results
+    dtype = state_dtype(v.dtype)
+    return (o + skip.to(dtype)[:, None] * v.to(dtype)).to(v.dtype), final
 
 
 def _planned(
@@ -128,6 +156,8 @@ def _planned(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    log_weight: Tensor | None,
+    skip: Tensor | None,
     scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
@@ -144,17 +174,32 @@ def _planned(
             raise ValueError("causal=False has no order in which to decay: g must be None")
         check_gate(g, k, v)
         g = g.to(state_dtype(k.dtype))
-    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
-    if documents is not None and not causal:
+    if cu_seqlens is not None and not causal:
         raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
+    traced = causal and initial_state is None and not output_final_state and are_traced(cu_seqlens, sp)
+    stages = select("decay" if causal else "unmasked", backend, DecayInputs(q, k, v, g, 1.0))
+    bounds = cu_seqlens if traced and isinstance(cu_seqlens, Tensor) and stages.empty_saved is not None else None
+    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp) if bounds is None else None
     x = DecayInputs(q, k, v, g, scale_of(k, scale), documents)
     check_initial(x, initial_state)
-    stages = select("decay" if causal else "unmasked", backend, x)
+    if log_weight is not None or skip is not None:
+        x = _weighed(x, log_weight, skip, stages.weighs is not None and stages.weighs(x))
     if g is not None and not (g.is_cuda and stages.bad_values_give_nan):
         check_gate_values(g)
     ranks = sp if sp is not None and sp.size > 1 else None
     options = _CAUSAL if causal else _SEES_ALL
-    return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, documents, options), x
+    return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, documents, bounds, options), x
+
+
+def _weighed(x: DecayInputs, log_weight: Tensor | None, skip: Tensor | None, taken: bool) -> DecayInputs:
+    """x with weights of tokens and skips, where stages take them; else with the values weighed."""
+    dtype = state_dtype(x.v.dtype)
+    if not taken:
+        values = x.v if log_weight is None else (log_weight.to(dtype).exp()[..., None] * x.v).to(x.v.dtype)
+        return DecayInputs(x.q, x.k, values, x.g, x.scale, x.documents)
+    log_weight = x.v.new_zeros(x.v.shape[:3], dtype=dtype) if log_weight is None else log_weight.to(dtype)
+    skip = x.v.new_zeros(x.v.shape[2], dtype=dtype) if skip is None else skip.to(dtype)
+    return DecayInputs(x.q, x.k, x.v, x.g, x.scale, x.documents, log_weight, skip)
 
 
 def normalized_linear_attention(

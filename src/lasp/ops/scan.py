@@ -35,6 +35,7 @@ class ScanPlan(NamedTuple):
         want_final: the final state is an output.
         sees_all: outputs see the state after all tokens instead of the past (`causal=False`).
         documents: packed ones, or None.
+        cu_seqlens: of packed ones in a compiled graph, which knows their number alone; then `documents` is None.
         options: others of the operator, which all ranks must give alike.
         change: what the operator does to its inputs once the ranks are told of them, or None.
     """
@@ -45,6 +46,7 @@ class ScanPlan(NamedTuple):
     want_final: bool
     sees_all: bool = False
     documents: Documents | None = None
+    cu_seqlens: Tensor | None = None
     options: Mapping[str, object] = {}
     change: Callable[[Any], Any] | None = None
 

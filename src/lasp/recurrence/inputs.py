@@ -52,7 +52,14 @@ class Inputs(Protocol):
 
 
 class DecayInputs(NamedTuple):
-    """The inputs of the decay family, S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t; see `Inputs`."""
+    """The inputs of the decay family, see `Inputs`.
+
+    S_t = exp(g_t) S_{t-1} + w_t k_t v_t^T, o_t = scale q_t S_t + skip v_t.
+
+    Attributes:
+        log_weight: log w [B, T, H_v] in the state's dtype, only where stages take it (`Stages.weighs`); 0 if None.
+        skip: [H_v] in the state's dtype, given where log_weight is.
+    """
 
     q: Tensor
     k: Tensor
@@ -60,12 +67,15 @@ class DecayInputs(NamedTuple):
     g: Tensor | None
     scale: float
     documents: Documents | None = None
+    log_weight: Tensor | None = None
+    skip: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.q, self.k, self.v, self.g
+        tensors = (self.q, self.k, self.v, self.g)
+        return tensors if self.log_weight is None else (*tensors, self.log_weight, self.skip)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DecayInputs:
-        return DecayInputs(*tensors, self.scale, self.documents)  # type: ignore[arg-type, call-arg]
+        return DecayInputs(*tensors[:4], self.scale, self.documents, *tensors[4:])  # type: ignore[arg-type, call-arg]
 
 
 class DeltaInputs(NamedTuple):

@@ -85,6 +85,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
         traceable: torch.compile can follow the stages; it cannot where they take gradients of their own.
         bad_values_give_nan: a gate that is positive or NaN, or a beta outside [0, 2], makes outputs NaN from its chunk
             on, so that nobody need look for one before.
+        weighs: (x) -> whether they take x with weights of tokens and skips; None where they never do.
         wide: the stages for heads wider than the fused kernels take; None where these take any, or refuse them.
         normalizes: they divide q and k by their lengths where `x.normalize` says so.
         erases: they take an erase key of its own.
@@ -107,6 +108,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     bad_values_give_nan: bool = False
     normalizes: bool = False
     erases: bool = False
+    weighs: Callable[[Given], bool] | None = None
     wide: Stages[Any, Any, Any, Any, Any, Any] | None = None
     multiplies: bool = True
 

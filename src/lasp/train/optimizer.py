@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 
 from lasp.layers.parameters import decaying_parameters
 from lasp.parallelize import ParallelModel
@@ -32,6 +34,25 @@ def build_optimizer(model: ParallelModel, options: OptimizerOptions) -> torch.op
     if model.data_parallel == "zero1" and model.num_processes > 1:
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
     return torch.optim.AdamW(groups, **settings)
+
+
+def clip(model: ParallelModel, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Let the optimizer's next step take gradients scaled so that their norm over all parameters is at most `max_norm`.
+
+    AdamW divides them where it reads them, which saves a pass over all gradients; those of other optimizers, or spread
+    over processes, are scaled here.
+
+    Returns:
+        the norm before, a scalar.
+    """
+    gradients = [parameter.grad for parameter in model.module.parameters() if parameter.grad is not None]
+    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    if type(inner) is not torch.optim.AdamW or any(isinstance(gradient, DTensor) for gradient in gradients):
+        return model.clip_gradients(max_norm)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    # As PyTorch's clipping has it.
+    inner.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    return norm
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizerOptions) -> float:

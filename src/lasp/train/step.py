@@ -19,7 +19,7 @@ from lasp.models.causal_lm import Cache
 from lasp.parallelize import ParallelModel
 from lasp.train.config import TrainConfig
 from lasp.train.logging.step_timer import RankStep, StepTimer
-from lasp.train.optimizer import learning_rate
+from lasp.train.optimizer import clip, learning_rate
 from lasp.train.world import World
 
 
@@ -65,7 +65,7 @@ class Stepper:
         # Added in rank order, in fp64: the printed loss is the same on every process and in every repetition.
         loss = sum(row[0] for row in rows) / targets
         self._refuse_bad(number, [row[0] for row in rows], [int(row[1]) for row in rows])
-        grad_norm = self.model.clip_gradients(self.config.optimizer.clip_norm).item()
+        grad_norm = clip(self.model, self.optimizer, self.config.optimizer.clip_norm).item()
         if not math.isfinite(grad_norm):
             raise NumericsError(
                 f"step {number + 1}: the global gradient norm is {grad_norm} although every process's gradients "

@@ -67,6 +67,8 @@ class Call(NamedTuple):
     packed: bool = False
     delta: bool = False  # the delta rule, or linear attention
     erases: bool = False  # with a key of its own
+    weighs: bool = False  # with weights of tokens, and skips
+    V: int = 0  # D if 0
 
 
 class Compilable(NamedTuple):
@@ -129,15 +131,15 @@ def launched(calls: Iterable[Any], target: str, make: Callable[[Any], None] | No
 
 
 def attend(call: Call) -> None:
-    T, H, D, H_v, runs = call.T, call.H, call.D, 16, 2 if call.packed else 1
+    T, H, D, H_v, V, runs = call.T, call.H, call.D, 16, call.V or call.D, 2 if call.packed else 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=META, requires_grad=wanted)
 
-    q, k, v = (empty(1, T, heads, D, dtype=call.dtype) for heads in (H, H, H_v))
+    q, k, v = (empty(1, T, heads, width, dtype=call.dtype) for heads, width in ((H, D), (H, D), (H_v, V)))
     gates = {"none": None, "constant": (H_v,), "scalar": (1, T, H_v), "channel": (1, T, H_v, D)}[call.kind]
     g = None if gates is None else empty(*gates, wanted=call.learned)
-    state = empty(runs, H_v, D, D) if call.initial else None
+    state = empty(runs, H_v, D, V) if call.initial else None
     documents = (0, T // 3, T) if call.packed else None
     ways: dict[str, Any] = {
         "initial_state": state,
@@ -150,6 +152,8 @@ def attend(call: Call) -> None:
         ways |= {"erase_key": erase_key, "normalize_qk": call.initial and not call.erases}
         o, final = lasp.delta_rule(q, k, v, empty(1, T, H_v), g, **ways)
     else:
+        if call.weighs:
+            ways |= {"log_weight": empty(1, T, H_v), "skip": empty(H_v)}
         o, final = lasp.linear_attention(q, k, v, g, **ways)
     (o.sum() + final.sum() if call.final else o.sum()).backward()
 
@@ -164,20 +168,17 @@ def around(dtype: torch.dtype) -> None:
     for silu, rows in itertools.product((False, True), (None, before)):
         parts = launches.convolve(x, weight, bias, rows, silu, (4096, 128, 128))
         launches.convolve_gradients(parts, x, weight, None if silu else bias, rows, silu)
-    wide, skip, steps = empty(1, 4096, 64, 64), empty(64), torch.float32
+    wide = empty(1, 4096, 64, 64)
     for gate, activation in ((wide, "silu"), (wide, "sigmoid"), (None, "none")):
-        ways = (wide, gate, None, None, empty(512), 8, activation, False, 1e-5)
+        ways = (wide, gate, empty(512), 8, activation, False, 1e-5)
         launches.gated_norm(*ways)
         launches.gated_norm_gradients(wide, *ways, again=gate is not None)
-    skipped = (wide, wide, wide, skip, empty(4096), 1, "silu", True, 1e-5)
-    launches.gated_norm(*skipped)
+    first = (wide, wide, empty(4096), 1, "silu", True, 1e-5)
+    launches.gated_norm(*first)
     for again in (False, True):
-        launches.gated_norm_gradients(wide, *skipped, again=again)
-    rates, raw = (empty(64, dtype=steps), empty(64, dtype=steps)), empty(1, 4096, 64)
-    launches.stepped_decay(raw, wide, *rates)
+        launches.gated_norm_gradients(wide, *first, again=again)
     for gradient in (False, True):
         losses.cross_entropy(empty(64, 50288), empty(64, dtype=torch.int64), -100, gradient=gradient)
-    launches.stepped_decay_gradients(wide, empty(1, 4096, 64, dtype=steps), raw, wide, *rates)
 
 
 def peer_kernels() -> Iterator[Compilable]:
@@ -226,6 +227,10 @@ COMPILED = {
     Call("constant"): "summary|output",
     Call("scalar", learned=True): "output|query_gradient|key_gradient|gate_(gradient|pairs)",
     Call("scalar", learned=True, H=8): "key_gradient",  # fp32
+    # Mamba-2's.
+    Call("scalar", learned=True, H=1, V=64, weighs=True): (
+        "summary|output|(query|key|value)_gradient|gate_(gradient|pairs)"
+    ),
     Call("scalar", learned=True, T=512): "output|key_gradient",
     Call("constant", D=256): "output",
     Call("constant", D=256, dtype=torch.float32): "key_value_gradient",
@@ -286,7 +291,8 @@ def every_call() -> list[Call]:
     cases = itertools.product(TYPES_OF_INPUTS, ways, kinds, (65536, 512), dims)
     calls = [Call(kind, T, H, D, dtype, *way) for dtype, way, kind, T, (H, D) in cases]
     delta = [call._replace(delta=True) for call in calls if call.kind != "constant"]
-    return [*calls, *delta, *(call._replace(erases=True) for call in delta if call.T == 512)]
+    weighed = [call._replace(weighs=True) for call in calls if call.kind == "scalar"]
+    return [*calls, *weighed, *delta, *(call._replace(erases=True) for call in delta if call.T == 512)]
 
 
 def three_of_a_name(kernels: list[Compilable]) -> list[Compilable]:

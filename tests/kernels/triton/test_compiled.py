@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +16,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lasp
+from lasp.models import CausalLM, preset, recomputation
 from lasp.ops.compiled import ALONE, scan_forward
+from lasp.parallelize import parallelize
 
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
 # The kind of decay; whether of a delta rule.
@@ -95,17 +101,68 @@ def test_packed_documents_break_the_graph_and_no_result(device: torch.device) ->
 
     eager = packed(*leaves)  # type: ignore[arg-type]
     torch._dynamo.reset()
-    compiled = torch.compile(packed, backend="aot_eager")(*leaves)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")  # traced without it, and said so
+        compiled = torch.compile(packed, backend="aot_eager")(*leaves)  # type: ignore[arg-type]
     assert torch.equal(compiled, eager)
     for got, reference in zip(gradients(compiled, leaves, d_o), gradients(eager, leaves, d_o), strict=True):
         assert torch.equal(got, reference)
 
 
+@pytest.mark.parametrize(
+    "gate", ["constant", *(pytest.param(gate, marks=pytest.mark.ci) for gate in ("scalar", "channel"))]
+)
+def test_packed_documents_are_part_of_the_graph(gate: str, device: torch.device) -> None:
+    """Given as a tensor, whose numbers may be others each time; a graph for each number of documents. The control: that
+    they are others shows."""
+    leaves, d_o = leaves_of(gate, device)
+    leaves[6] = None
+
+    def packed(bounds: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Any, g: Tensor | None, *__: Any) -> Tensor:
+        return 2.0 * lasp.linear_attention(2.0 * q, k, v, g, cu_seqlens=bounds, backend="triton")[0]
+
+    torch._dynamo.reset()
+    counters.clear()
+    run = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=False)
+    outputs = []
+    for bounds in ([0, 3, 30, 30, 70], [0, 0, 40, 69, 70], [0, 35, 70]):
+        eager, compiled = (each(torch.tensor(bounds), *leaves) for each in (packed, run))
+        outputs.append(compiled)
+        found, expected = ((y.detach(), *gradients(y, leaves, d_o)) for y in (compiled, eager))
+        for got, reference in zip(found, expected, strict=True):
+            assert relative_error(got, reference) <= 2e-6  # other sizes, other sums
+    assert counters["stats"]["unique_graphs"] == 2
+    assert relative_error(outputs[0], outputs[1]) > 0.1
+    with pytest.raises(ValueError, match="must rise from 0 to the 70 tokens"):
+        run(torch.tensor([0, 35, 71]), *leaves)
+
+
+@pytest.mark.ci
+def test_blocks_are_compiled_with_packed_documents(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take other lengths, and other numbers up to a power of two, with one graph; the control: more take another."""
+    monkeypatch.setattr(recomputation, "has_fused_kernels", lambda device, dtype: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = dataclasses.replace(preset("retnet", "tiny", num_layers=1), backend="triton")
+    torch.manual_seed(0)
+    eager = CausalLM(config).to(device)
+    compiled = parallelize(copy.deepcopy(eager), None, compile=True)
+    tokens = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(0)).to(device)
+    torch._dynamo.reset()
+    counters.clear()
+    for bounds, graphs in (([0, 5, 5, 40], 1), ([0, 10, 11, 33, 40], 1), ([0, 1, 2, 3, 36, 40], 2)):
+        for model in (eager, compiled.training):
+            model(tokens, labels=tokens, cu_seqlens=bounds).loss_sum.backward()
+        assert counters["stats"]["unique_graphs"] == graphs
+    for one, other in zip(eager.parameters(), compiled.module.parameters(), strict=True):
+        assert relative_error(other.grad, one.grad) <= 5e-6
+
+
 @pytest.mark.parametrize(("gate", "delta"), CASES)
 def test_operator_contract(gate: str, delta: bool, device: torch.device) -> None:
     """Schema, fake shapes and autograd registration, as PyTorch checks them."""
-    leaves, _ = leaves_of(gate, device, delta)
+    (*leaves, initial), _ = leaves_of(gate, device, delta)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given = (*leaves, None, None, None, initial)
     torch.library.opcheck(
-        scan_forward, (*leaves, 0.25, delta and gate != "scalar", gate != "none", True, ALONE), test_utils=tests
+        scan_forward, (*given, 0.25, delta and gate != "scalar", gate != "none", True, ALONE), test_utils=tests
     )

@@ -237,6 +237,7 @@ def test_what_rounding_adds_to_a_gate_gradient_is_taken_off_where_it_is_known(
         inner_ptr=inner,
         state_out_ptr=leaving,
         dg_ptr=dg,
+        dw_ptr=dg,
         places_ptr=dg,
         d_state_out_ptr=None if from_zero else d_leaving,
     )

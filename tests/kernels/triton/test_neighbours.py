@@ -99,6 +99,9 @@ def test_convolution_of_a_slice_without_what_came_before(device: torch.device, m
         return lasp.short_convolution(x, weight, activation="silu")[0]
 
     assert not x.is_contiguous()
+    # Columns behind them pass.
+    beside = convolution(wide[..., 16:90], weight, None, None, True, [40, 24, 8])
+    assert torch.equal(beside.pop(), wide[..., 88:90]) and torch.equal(torch.cat(beside, 2), convolve(x, weight))
     found = convolve(x, weight)
     expected = exact(x.cpu().double(), weight.cpu().double())
     assert relative_error(found.cpu(), expected) <= 2e-6 and relative_error(found.cpu().roll(1, 1), expected) > 0.1
@@ -166,7 +169,7 @@ def test_gated_norm(dtype: torch.dtype, activation: str, gate: bool, fused: None
 
 
 @pytest.mark.parametrize(("dtype", "groups"), [(FP32, 1), (FP32, 2), (BF16, 1)])
-def test_gated_norm_with_a_skip(
+def test_norm_of_what_is_gated(
     dtype: torch.dtype, groups: int, fused: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients are summed by several programs, of several rows one after another."""
@@ -175,30 +178,28 @@ def test_gated_norm_with_a_skip(
     launches._gated_norm.cache_clear()
 
     def norm(**x: Tensor) -> Tensor:
-        return layers.gated_skip_norm(**x, groups=groups, eps=1e-5)  # type: ignore[arg-type]
+        return layers.norm_of_gated(**x, groups=groups, eps=1e-5)
 
     inputs = inputs_of_norm(heads=4, channels=10, per_channel=True, gate=True)
-    inputs |= {"x": normal(2, 11, 4, 10, seed=4), "skip": normal(4, seed=5)}
     found = results(norm, {n: t.to(device) for n, t in inputs.items()}, dtype)
     expected = results(norm, rounded(inputs, dtype), torch.float64)
     compare(found, expected, BOUNDS[dtype])
-    inputs["skip"] = inputs["skip"].roll(1)
+    inputs["gain"] = inputs["gain"].roll(1)
     moved = results(norm, {n: t.to(device) for n, t in inputs.items()}, dtype)
-    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 0", "d_gate", "d_x")) > 0.1
+    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 0", "d_gate", "d_o")) > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "skips"), [(FP32, True), (BF16, True), (FP32, False), (BF16, False)])
-def test_a_norm_before_a_projection(dtype: torch.dtype, skips: bool, fused: None, device: torch.device) -> None:
-    """The weight's gradient is of the norm's output, which is not kept; the control: of another token's."""
+@pytest.mark.parametrize(("dtype", "first"), [(FP32, True), (BF16, True), (FP32, False), (BF16, False)])
+def test_a_norm_before_a_projection(dtype: torch.dtype, first: bool, fused: None, device: torch.device) -> None:
+    """The weight's gradient is of the norm's output, which is not kept; the control: of another token's. With the gate
+    first, and last."""
 
     def project(**x: Tensor) -> Tensor:
-        if skips:
-            return layers.project_gated_skip_norm(**x, groups=1, eps=1e-5)  # type: ignore[arg-type]
-        return layers.project_gated_norm(**x, activation="silu", eps=1e-5)  # type: ignore[arg-type]
+        if first:
+            return layers.project_norm_of_gated(**x, groups=1, eps=1e-5)
+        return layers.project_gated_norm(**x, activation="silu", eps=1e-5)
 
-    inputs = inputs_of_norm(heads=4, channels=10, per_channel=skips, gate=True) | {"weight": normal(6, 40, seed=6)}
-    if skips:
-        inputs |= {"x": normal(2, 11, 4, 10, seed=4), "skip": normal(4, seed=5)}
+    inputs = inputs_of_norm(heads=4, channels=10, per_channel=first, gate=True) | {"weight": normal(6, 40, seed=6)}
     found = results(project, {n: t.to(device) for n, t in inputs.items()}, dtype)
     expected = results(project, rounded(inputs, dtype), torch.float64)
     compare(found, expected, 1.5 * BOUNDS[dtype])
@@ -207,23 +208,40 @@ def test_a_norm_before_a_projection(dtype: torch.dtype, skips: bool, fused: None
     assert relative_error(moved["d_weight"].cpu(), expected["d_weight"]) > 0.1
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_stepped_values(dtype: torch.dtype, fused: None, device: torch.device) -> None:
-    """Steps from next to nothing to many."""
-    inputs = {"raw": 8 * normal(2, 19, 3), "x": normal(2, 19, 3, 20, seed=1)}
-    rates = {"bias": normal(3, seed=2), "log_rate": normal(3, seed=3)}
+@pytest.mark.parametrize(("dtype", "bound"), [(FP32, 4e-6), (BF16, 2e-2)])
+def test_all_of_a_layer(
+    dtype: torch.dtype, bound: float, fused: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare a layer whose projection comes in parts, of which the steps pass the convolution; the control: steps of
+    another token."""
+    config = Mamba2.Config(num_heads=4, key_dim=16, value_dim=16, num_key_heads=1)
+    torch.manual_seed(0)
+    exact = config.build(LayerContext(24, backend="torch")).double()
+    x, d_y = rounded({"x": normal(1, 70, 24)}, dtype)["x"], normal(1, 70, 24)
 
-    def step(**x: Tensor) -> tuple[Tensor, ...]:
-        exact = {name: x[name].to(torch.promote_types(x[name].dtype, FP32)) for name in rates}
-        return layers.stepped_values(**{**x, **exact})  # type: ignore[arg-type]
+    def results_of(layer: Any, x: Tensor) -> dict[str, Tensor]:
+        leaves = {"x": x.detach().requires_grad_(), **dict(layer.named_parameters())}
+        y = layer(leaves["x"])[0]
+        found = torch.autograd.grad(y, list(leaves.values()), d_y.to(y))
+        named = {"y": y.detach()} | {f"d_{name}": d for name, d in zip(leaves, found, strict=True)}
+        return named | {"d_steps": named["d_in_proj.weight"][-4:]}
 
-    inputs |= rates
-    found = results(step, {n: t.to(device) for n, t in inputs.items()}, dtype)
-    expected = results(step, rounded(inputs, dtype), torch.float64)
-    compare(found, expected, BOUNDS[dtype])
-    inputs["bias"] = inputs["bias"].roll(1)
-    moved = results(step, {n: t.to(device) for n, t in inputs.items()}, dtype)
-    assert min(relative_error(moved[n].cpu(), expected[n]) for n in ("output 1", "d_raw", "d_x")) > 0.05
+    layer = config.build(LayerContext(24, backend="triton")).to(device, dtype)
+    with torch.no_grad():
+        for mine, other in zip(layer.parameters(), exact.parameters(), strict=True):
+            other.copy_(other.to(mine.dtype))
+            mine.copy_(other)
+    expected = results_of(exact, x)
+    compare(results_of(layer, x.to(device, dtype)), expected, bound)
+
+    def mixed_up(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        mixed, z = project(self, x)
+        return torch.cat((mixed[..., :-4], mixed[..., -4:].roll(1, 1)), -1), z
+
+    project = Mamba2.project
+    monkeypatch.setattr(Mamba2, "project", mixed_up)
+    moved = results_of(layer, x.to(device, dtype))
+    assert relative_error(moved["d_steps"].cpu(), expected["d_steps"]) > 0.1
 
 
 @pytest.mark.ci

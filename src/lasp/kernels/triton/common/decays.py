@@ -5,6 +5,7 @@ For token i of a chunk of `length` tokens, with per-token log-decays g:
     prefix_i  = g_0 + ... + g_i            from the chunk's start to i
     suffix_i  = g_{i+1} + ... + g_last     from i to the chunk's end
     total     = g_0 + ... + g_last
+    added_i   = prefix_i - w_i             where tokens have weights exp(w_i): of what a token adds (WEIGHS)
     between(i, j) = g_{j+1} + ... + g_i    from j to i, for j <= i
 Prefix and suffix are summed each on its own: the difference of two long sums would lose a small result.
 """
@@ -100,17 +101,20 @@ def chunk_decays(
     C: tl.constexpr,
     REVERSE: tl.constexpr,
     EXACT: tl.constexpr,
+    WEIGHS: tl.constexpr = False,
 ):
-    """prefix [C] and total of a chunk, which the sums of a gate per token have from `at` on; and, for a sweep, the
-    decays of what a token reads from the state and of what it adds to it, [C] each."""
+    """prefix, added [C] and total of a chunk, which the sums of a gate per token have from `at` on; and, for a sweep,
+    the decays of what a token reads from the state and of what it adds to it, [C] each, its weight in one of them."""
     if KIND == TOKEN:
         here = at + tl.arange(0, C)
         prefix = tl.load(prefix_ptr + here)
         total = tl.load(prefix_ptr + at + C - 1)
+        added = tl.load(suffix_ptr + here) if WEIGHS else prefix
         # A difference does for inputs of 16 bits.
-        suffix = tl.load(suffix_ptr + here) if EXACT else total - prefix
+        suffix = tl.load(suffix_ptr + here) if EXACT else total - added
     else:
         prefix, suffix, total = constant_gates(rate, length, C)
+        added = prefix
     from_start = tl.exp2(prefix) * scale
     to_end = tl.exp2(suffix)
     if REVERSE:
@@ -119,16 +123,26 @@ def chunk_decays(
     else:
         from_state = from_start
         to_state = to_end
-    return prefix, total, from_state, to_state
+    return prefix, added, total, from_state, to_state
 
 
 @triton.jit
 def pair_decay(
-    g_ptr, g_row, rate, prefix, length, KIND: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr
+    g_ptr,
+    g_row,
+    rate,
+    prefix,
+    added,
+    length,
+    KIND: tl.constexpr,
+    C: tl.constexpr,
+    REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """[C, C] factors between row and column tokens: 2^between(column, row), zero for rows after columns.
 
-    With REVERSE 2^between(row, column), zero for rows before columns.
+    With REVERSE 2^between(row, column), zero for rows before columns. added: as `chunk_decays` gives it, so that
+    factors have the earlier token's weight; else prefix.
     EXACT sums every pair's gates on their own instead of taking a difference of prefixes: for fp32 inputs, where
     a difference after a strong gate costs more than the bound.
     """
@@ -149,9 +163,9 @@ def pair_decay(
             else:
                 log2 = tl.cumsum(tl.where(column > row, gates[None, :], 0.0), 1)
         elif REVERSE:
-            log2 = prefix[:, None] - prefix[None, :]
+            log2 = prefix[:, None] - added[None, :]
         else:
-            log2 = prefix[None, :] - prefix[:, None]
+            log2 = prefix[None, :] - added[:, None]
         # Of unreached pairs it may be infinite: it is replaced, not multiplied.
         return tl.where(reached, tl.exp2(log2), 0.0)
 
@@ -160,8 +174,9 @@ def pair_decay(
 def gate_sums_kernel(
     g_ptr,  # [B, T, H_v]
     prefix_ptr,  # fp32 [B, H_v, chunks C], written, also past a chunk's end, so that it is loaded without a mask
-    suffix_ptr,  # likewise, if EXACT
+    suffix_ptr,  # likewise: suffix if EXACT, added if there are weights
     places_ptr,  # int32 [chunks, 3] if PACKED
+    weight_ptr,  # [B, T, H_v], natural logarithms of weights, or None
     T,
     H_v,
     chunks,
@@ -177,10 +192,16 @@ def gate_sums_kernel(
     batch = tl.cast(tl.program_id(1) // groups, tl.int64)
     head = tl.program_id(1) % groups * HEADS + tl.arange(0, HEADS)[None, :]
     i = tl.arange(0, C)[:, None]
-    gates = g_ptr + (batch * T + first + i) * H_v + head
+    place = (batch * T + first + i) * H_v + head
+    gates = g_ptr + place
+    inside = (first + i < last) & (head < H_v)
     sums = ((batch * H_v + head) * chunks + chunk) * C + i
-    prefix = tl.cumsum(log2_gate(gates, (first + i < last) & (head < H_v)), 0)
+    prefix = tl.cumsum(log2_gate(gates, inside), 0)
     tl.store(prefix_ptr + sums, prefix, mask=head < H_v)
     if EXACT:
+        tl.static_assert(weight_ptr is None)
         later = log2_gate(gates + H_v, (first + i + 1 < last) & (head < H_v))
         tl.store(suffix_ptr + sums, tl.cumsum(later, 0, reverse=True), mask=head < H_v)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        tl.store(suffix_ptr + sums, prefix - weight, mask=head < H_v)

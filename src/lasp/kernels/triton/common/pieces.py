@@ -233,5 +233,6 @@ def cutting(stages: AnyStages, *, rows: bool, shared: bool) -> AnyStages:
             alone.leaving,
         ),
         empty_saved=None if stages.empty_saved is None else empty_saved,
+        weighs=None,
     )
     return replace(stages, wide=wide)

@@ -38,6 +38,7 @@ class RunShape(NamedTuple):
         scale: of the outputs.
         from_zero: whether runs are whole and start from no state.
         gate_heads: of a gate per channel, which several value heads may share; 0 for one each.
+        weighs: whether tokens have weights, and heads a skip (of a gate per token, inputs of 16 bits).
     """
 
     q: tuple[int, ...]
@@ -48,6 +49,7 @@ class RunShape(NamedTuple):
     scale: float
     from_zero: bool = False
     gate_heads: int = 0
+    weighs: bool = False
 
 
 class DecayLaunches:
@@ -108,7 +110,7 @@ class DecayLaunches:
             "scale": shape.scale, "B": B, "T": T, "H": H, "H_v": H_v, "H_g": H_g, "K": K, "V": V,
             "segments": p.segments, "segment_chunks": p.segment_chunks, "chunks": p.chunks, "C": p.chunk,
             "KIND": shape.kind, "EXACT": p.exact, "FORGETS": FORGETS[dtype], "FROM_ZERO": shape.from_zero,
-            "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision,
+            "DESCRIPTORS": p.descriptors, "PACKED": p.packed, "PRECISION": p.precision, "WEIGHS": shape.weighs,
         }  # fmt: skip
 
     def new_gradient(self, q: Tensor) -> Tensor:

@@ -104,10 +104,10 @@ class LaunchPlan(NamedTuple):
         """True if every run is a single segment."""
         return bool(self.segments == 1 if self.tables is None else self.tables.whole)
 
-    @property
-    def num_gates(self) -> int:
-        """Sums that a gate per token leaves for the sweeps: prefixes and, where `exact`, suffixes."""
-        return 2 if self.exact else 1
+    def num_gates(self, weighs: bool) -> int:
+        """Sums that a gate per token leaves for the sweeps: prefixes and, where `exact`, suffixes; or prefixes less
+        weights, where tokens have some."""
+        return 2 if self.exact or weighs else 1
 
 
 def kind_of(g: Tensor | None) -> int:

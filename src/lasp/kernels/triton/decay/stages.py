@@ -39,12 +39,14 @@ class DecayRun(NamedTuple):
     scale: float
     documents: Documents | None
     launches: runs.Launches
+    log_weight: Tensor | None = None
+    skip: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:4]
+        return self[:4] if self.log_weight is None else (*self[:4], *self[-2:])
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> DecayRun:
-        return DecayRun(*tensors, *self[4:])  # type: ignore[arg-type, call-arg]
+        return DecayRun(*tensors[:4], *self[4:-2], *tensors[4:])  # type: ignore[arg-type, call-arg]
 
 
 def prepare(x: DecayInputs, alone: bool) -> DecayRun:
@@ -55,7 +57,7 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    q, k, v, g, scale, documents = x
+    q, k, v, g, scale, documents, log_weight, skip = x
     shape = _shape(x, g is not None and g.requires_grad, alone)
     if documents is None:
         launches = runs.launches_of(shape, q.device)
@@ -63,13 +65,17 @@ def prepare(x: DecayInputs, alone: bool) -> DecayRun:
         launches = runs.packed_launches_of(shape, documents, q.device)
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and (g is None or g.is_contiguous())):
         q, k, v, g = q.contiguous(), k.contiguous(), v.contiguous(), None if g is None else g.contiguous()
-    return DecayRun(q, k, v, g, scale, documents, launches)
+    if log_weight is not None and skip is not None:
+        log_weight, skip = log_weight.contiguous(), skip.contiguous()
+    return DecayRun(q, k, v, g, scale, documents, launches, log_weight, skip)
 
 
 def _shape(x: DecayInputs, with_decay: bool, from_zero: bool) -> RunShape:
     kind = KINDS[0 if x.g is None else x.g.dim()]
     gate_heads = x.g.shape[2] if x.g is not None and kind == CHANNEL else 0
-    return RunShape(x.q.shape, x.v.shape, x.q.dtype, kind, with_decay, x.scale, from_zero, gate_heads)
+    # Weights' gradients come with the decay's.
+    weighs = x.log_weight is not None
+    return RunShape(x.q.shape, x.v.shape, x.q.dtype, kind, with_decay or weighs, x.scale, from_zero, gate_heads, weighs)
 
 
 def _leaving(saved: Saved) -> Tensor:
@@ -220,14 +226,16 @@ def gradients(
     """d_state_out is zero if None."""
     launches, entering, leaving = x.launches, _entering(x, saved), saved[0]
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
-    dg: Tensor | None
+    found: Gradients
     if isinstance(launches, ChannelLaunches):
         assert isinstance(local, channel.QueryReads) and isinstance(totals_adjoint, channel.ChannelSegments)
-        dq, dk, dv, dg = channel.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)
+        found = channel.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)
     else:
         assert isinstance(local, scalar.QueryGradient) and isinstance(totals_adjoint, scalar.ScalarSegments)
-        dq, dk, dv, dg = scalar.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)
-    return _sum_groups(x, dq), _sum_groups(x, dk), dv, dg
+        found = scalar.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)
+    dq, dk, *others = found
+    assert dq is not None and dk is not None
+    return _sum_groups(x, dq), _sum_groups(x, dk), *others
 
 
 def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
@@ -244,20 +252,25 @@ def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
 def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
     """Tensors of the shapes and dtypes that `outputs` saves; want_gate: the gradient of g will be wanted."""
     shape = _shape(x, want_gate, not (from_state or over_ranks))
-    (B, _, H_v, V), K, p = shape.v, shape.q[3], runs.plan_of(shape, x.q.device)
+    (B, _, H_v, V), K, bound = shape.v, shape.q[3], None if x.documents is None else x.documents.bound
+    p = runs.plan_of(shape, x.q.device) if bound is None else runs.bounded_plan(shape, bound, x.q.device)
 
     def state(*size: int) -> Tensor:
         return x.q.new_empty(size, dtype=torch.float32)
 
-    results = [state(B, H_v, K, V)]
-    if keeps_states(p, want_gate):
+    results = [state(B if bound is None else bound, H_v, K, V)]
+    if keeps_states(p, shape.with_decay):
         results.append(state(B, H_v, p.segments, K, V))
     if shape.kind == CHANNEL:
         assert x.g is not None
         return [*results, *channel.empty_prepared(x.q, x.g, p)]
     if shape.kind == TOKEN:
-        return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates))]
+        return [*results, *(state(B, H_v, p.chunks * p.chunk) for _ in range(p.num_gates(shape.weighs)))]
     return results
+
+
+def weighs(x: DecayInputs) -> bool:
+    return x.g is not None and x.g.dim() == 3 and x.v.dtype in (torch.bfloat16, torch.float16)
 
 
 STAGES = Stages(
@@ -274,5 +287,6 @@ STAGES = Stages(
     takes_no_state=True,
     reads_queries_late=True,
     bad_values_give_nan=True,
+    weighs=weighs,
     multiplies=False,
 )

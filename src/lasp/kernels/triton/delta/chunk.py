@@ -101,7 +101,7 @@ def between(
     """[C, C] factors between tokens, as in `pair_decay`; g_ptr: the head's gates."""
     if EXACT and KIND == TOKEN:
         at = g_ptr + tl.cast(start, tl.int64) * H_v
-        return pair_decay(at, H_v, 0.0, prefix, last - start, KIND, C, REVERSE, EXACT)
+        return pair_decay(at, H_v, 0.0, prefix, prefix, last - start, KIND, C, REVERSE, EXACT)
     else:
         i, j = token_pairs(C)
         reached = i >= j if REVERSE else i <= j

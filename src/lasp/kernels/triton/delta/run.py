@@ -135,7 +135,7 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
     if launches.kind == TOKEN.value:
         gates = tuple(_fp32(x, launches.slots) for _ in range(2 if launches.plan.exact else 1))
         assert x.g is not None
-        launches.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places)
+        launches.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places, weight_ptr=None)
     norms = _norms(x, x.k)
     inverse, betas = x.v.new_empty(launches.tiles), _fp32(x, launches.slots)
     bounds = _fp32(x, launches.bounds) if launches.bounds_chunks else betas

@@ -1,1 +1,1 @@
-"""Kernels for what mixers do beside their recurrence: short convolution, steps of decays, gated norm."""
+"""Kernels for what mixers do beside their recurrence: short convolution, gated norm."""

@@ -91,8 +91,8 @@ def _activated_gradient(d_y, total, SILU: tl.constexpr):
 
 
 @triton.jit
-def _store_gradient(d_x_ptr, d_before_ptr, t, d_x, c, inside, T, C: tl.constexpr, W: tl.constexpr):
-    place = d_x_ptr + (t * C)[:, None] + c[None, :]
+def _store_gradient(d_x_ptr, d_before_ptr, t, d_x, c, inside, T, D_ROW: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
+    place = d_x_ptr + (t * D_ROW)[:, None] + c[None, :]
     tl.store(place, d_x.to(d_x_ptr.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & inside)
     if d_before_ptr is not None:
         place = d_before_ptr + ((t + W - 1) * C)[:, None] + c[None, :]
@@ -160,7 +160,7 @@ def convolution_gradient_kernel(
     first_ptr,  # [B, T, C0]; so are the others: the gradient of y in parts
     second_ptr,  # [B, T, C1], if C1 > 0
     third_ptr,  # [B, T, C2], if C2 > 0
-    d_x_ptr,  # [B, T, C], written
+    d_x_ptr,  # [B, T, C], D_ROW elements from a token to the next, written
     sums_ptr,  # fp32 [B blocks, W + 1, C], written: the gradients of weight's columns and of bias, in parts
     d_before_ptr,  # [B, W - 1, C] if there are rows before, written
     before_ptr,  # [B, W - 1, C], or None
@@ -170,6 +170,7 @@ def convolution_gradient_kernel(
     C1: tl.constexpr,
     C2: tl.constexpr,
     ROW: tl.constexpr,
+    D_ROW: tl.constexpr,
     W: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
@@ -187,7 +188,7 @@ def convolution_gradient_kernel(
     first = tl.cast(tl.program_id(0) % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH - (W - 1)
     x_ptr += batch * T * ROW
     d_y_ptr = _of_part(part, first_ptr, second_ptr, third_ptr) + batch * T * width
-    d_x_ptr += batch * T * C
+    d_x_ptr += batch * T * D_ROW
     if before_ptr is not None:
         before_ptr += batch * (W - 1) * C
         d_before_ptr += batch * (W - 1) * C
@@ -218,13 +219,17 @@ def convolution_gradient_kernel(
         r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 7, -1, c, inside, T, ROW, C, W)
         e0, e1, e2, e3 = _rows(d_y_ptr, None, t - 4, -1, here, inside, T, width, C, W)
         d0 = _activated_gradient(f0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
-        _store_gradient(d_x_ptr, d_before_ptr, t, a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3, c, inside, T, C, W)
+        _store_gradient(d_x_ptr, d_before_ptr, t, a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3, c, inside, T, D_ROW, C, W)
         d_1 = _activated_gradient(f1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x4, SILU)
-        _store_gradient(d_x_ptr, d_before_ptr, t - 1, a0 * d_1 + a1 * d0 + a2 * d1 + a3 * d2, c, inside, T, C, W)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 1, a0 * d_1 + a1 * d0 + a2 * d1 + a3 * d2, c, inside, T, D_ROW, C, W)
         d_2 = _activated_gradient(f2, bias + a0 * x2 + a1 * x3 + a2 * x4 + a3 * x5, SILU)
-        _store_gradient(d_x_ptr, d_before_ptr, t - 2, a0 * d_2 + a1 * d_1 + a2 * d0 + a3 * d1, c, inside, T, C, W)
+        _store_gradient(
+            d_x_ptr, d_before_ptr, t - 2, a0 * d_2 + a1 * d_1 + a2 * d0 + a3 * d1, c, inside, T, D_ROW, C, W
+        )
         d_3 = _activated_gradient(f3, bias + a0 * x3 + a1 * x4 + a2 * x5 + a3 * x6, SILU)
-        _store_gradient(d_x_ptr, d_before_ptr, t - 3, a0 * d_3 + a1 * d_2 + a2 * d_1 + a3 * d0, c, inside, T, C, W)
+        _store_gradient(
+            d_x_ptr, d_before_ptr, t - 3, a0 * d_3 + a1 * d_2 + a2 * d_1 + a3 * d0, c, inside, T, D_ROW, C, W
+        )
         sum_bias += d0 + d_1 + d_2 + d_3
         sum0 += d0 * x0 + d_1 * x1 + d_2 * x2 + d_3 * x3
         sum1 += d0 * x1 + d_1 * x2 + d_2 * x3 + d_3 * x4

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """RMS norms over groups of channels, with a gate: after the norm, or before it as in Mamba-2, and their gradients.
 
-u = o [+ skip x], n = u / rms(u), y = gain n act(z); or u = (o [+ skip x]) act(z), y = gain n. A row is one group of one
-token. Nothing is kept: the gradient's kernel has a whole row at a time and takes its statistics again.
+u = o, n = u / rms(u), y = gain n act(z); or u = o act(z), y = gain n. A row is one group of one token. Nothing is
+kept: the gradient's kernel has a whole row at a time and takes its statistics again.
 """
 
 from typing import NamedTuple
@@ -19,9 +19,7 @@ class NormSizes(NamedTuple):
     N: tl.constexpr
     GROUPS: tl.constexpr
     Z_ROW: tl.constexpr
-    X_ROW: tl.constexpr
     ACT: tl.constexpr
-    SKIP: tl.constexpr
 
 
 @triton.jit
@@ -56,19 +54,10 @@ def _gain(gain_ptr, rows, mask, columns, GROUPS: tl.constexpr, N: tl.constexpr, 
         return tl.load(gain_ptr + group[:, None] * N + columns[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _skip(skip_ptr, rows, mask, columns, GROUPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """A number for each P channels."""
-    places = ((rows % GROUPS)[:, None] * N + columns[None, :]) // P
-    return tl.load(skip_ptr + places, mask=mask, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["eps", "count"])
 def gated_norm_kernel(
     o_ptr,  # [tokens, GROUPS N]
     z_ptr,  # likewise, Z_ROW elements from a token to the next; unless ACT is NONE
-    x_ptr,  # likewise with X_ROW, if SKIP
-    skip_ptr,  # [GROUPS N / SKIP], if SKIP
     gain_ptr,  # [GAIN N]
     y_ptr,  # [tokens, GROUPS N], written
     eps,
@@ -77,11 +66,9 @@ def gated_norm_kernel(
     BN: tl.constexpr,
     GROUPS: tl.constexpr,
     Z_ROW: tl.constexpr,
-    X_ROW: tl.constexpr,
     GAIN: tl.constexpr,
     ACT: tl.constexpr,
     GATE_FIRST: tl.constexpr,
-    SKIP: tl.constexpr,  # channels that share a number; 0 without
     R: tl.constexpr,
 ):
     """A program for R rows."""
@@ -89,9 +76,6 @@ def gated_norm_kernel(
     columns = tl.arange(0, BN)
     mask = (rows < count)[:, None] & (columns < N)[None, :]
     u = _load(o_ptr, rows, mask, columns, GROUPS * N, GROUPS, N)
-    if SKIP > 0:
-        x = _load(x_ptr, rows, mask, columns, X_ROW, GROUPS, N)
-        u += x * _skip(skip_ptr, rows, mask, columns, GROUPS, N, SKIP)
     gate = 1.0
     if ACT != NONE:
         gate, _ = _activation(_load(z_ptr, rows, mask, columns, Z_ROW, GROUPS, N), ACT)
@@ -110,34 +94,28 @@ def _add_both(a, b, c, d):
 
 
 @triton.jit
-def _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes: tl.constexpr):
+def _read(o_ptr, z_ptr, d_y_ptr, rows, mask, columns, sizes: tl.constexpr):
     """Rows of all that the gradients are made of, as they are stored; o for what there is not."""
     place = _row_of_group(o_ptr, rows, mask, columns, sizes.GROUPS * sizes.N, sizes.GROUPS, sizes.N)
     o = tl.load(place, mask=mask, other=0.0)
     place = _row_of_group(d_y_ptr, rows, mask, columns, sizes.GROUPS * sizes.N, sizes.GROUPS, sizes.N)
     d_y = tl.load(place, mask=mask, other=0.0)
-    z, x = o, o
+    z = o
     if sizes.ACT != NONE:
         z = tl.load(_row_of_group(z_ptr, rows, mask, columns, sizes.Z_ROW, sizes.GROUPS, sizes.N), mask=mask, other=0.0)
-    if sizes.SKIP > 0:
-        x = tl.load(_row_of_group(x_ptr, rows, mask, columns, sizes.X_ROW, sizes.GROUPS, sizes.N), mask=mask, other=0.0)
-    return o, z, x, d_y
+    return o, z, d_y
 
 
 @triton.jit(do_not_specialize=["eps", "count", "steps"])
 def gated_norm_gradient_kernel(
     o_ptr,  # as above
     z_ptr,
-    x_ptr,
-    skip_ptr,
     gain_ptr,
     d_y_ptr,  # [tokens, GROUPS N]
-    d_o_ptr,  # likewise, written; so are those of z and x
+    d_o_ptr,  # likewise, written; so is that of z
     d_z_ptr,
-    d_x_ptr,
     y_ptr,  # as gated_norm_kernel writes it, written again if AGAIN
     d_gain_ptr,  # fp32 [programs, GAIN N], written: in parts
-    d_skip_ptr,  # fp32 [programs, GROUPS N], written: for every channel, in parts; if SKIP
     eps,
     count,
     steps,
@@ -145,30 +123,24 @@ def gated_norm_gradient_kernel(
     BN: tl.constexpr,
     GROUPS: tl.constexpr,
     Z_ROW: tl.constexpr,
-    X_ROW: tl.constexpr,
     GAIN: tl.constexpr,
     ACT: tl.constexpr,
     GATE_FIRST: tl.constexpr,
-    SKIP: tl.constexpr,
     AGAIN: tl.constexpr,
     R: tl.constexpr,
 ):
-    """A program for `steps` times R rows, all of group program_id(1) where groups have gains or skips of their own.
+    """A program for `steps` times R rows, all of group program_id(1) where groups have gains of their own.
 
     Of the next rows all is read before these are worked on, and both of a row's sums are taken at once: programs wait
     for memory and for one another's threads, not for arithmetic.
     """
-    sizes: tl.constexpr = NormSizes(N=N, GROUPS=GROUPS, Z_ROW=Z_ROW, X_ROW=X_ROW, ACT=ACT, SKIP=SKIP)
+    sizes: tl.constexpr = NormSizes(N=N, GROUPS=GROUPS, Z_ROW=Z_ROW, ACT=ACT)
     columns = tl.arange(0, BN)
     inside = columns < N
-    d_gain, d_skip = tl.zeros((R, BN), tl.float32), tl.zeros((R, BN), tl.float32)
-    own: tl.constexpr = GAIN > 1 or SKIP > 0
-    groups = GROUPS if own else 1
+    d_gain = tl.zeros((R, BN), tl.float32)
+    groups = GROUPS if GAIN > 1 else 1
     group = tl.program_id(1)
     gain = tl.load(gain_ptr + (group * N if GAIN > 1 else 0) + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    skip = 1.0
-    if SKIP > 0:
-        skip = tl.load(skip_ptr + (group * N + columns) // SKIP, mask=inside, other=0.0).to(tl.float32)[None, :]
     first = tl.cast(tl.program_id(0), tl.int64) * steps * R + tl.arange(0, R)
     last = tl.minimum(count, (tl.cast(tl.program_id(0), tl.int64) + 1) * steps * R * groups)
     rows = first * groups + group
@@ -176,19 +148,17 @@ def gated_norm_gradient_kernel(
     # Registers have no room for another row of fp32.
     AHEAD: tl.constexpr = o_ptr.dtype.element_ty != tl.float32
     if AHEAD:
-        o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
+        o_coming, z_coming, d_y_coming = _read(o_ptr, z_ptr, d_y_ptr, rows, mask, columns, sizes)
     for _ in range(steps):
         here, here_mask = rows, mask
         rows += R * groups
         mask = (rows < last)[:, None] & inside[None, :]
         if AHEAD:
-            o, z, x, d_y = o_coming.to(tl.float32), z_coming, x_coming.to(tl.float32), d_y_coming.to(tl.float32)
-            o_coming, z_coming, x_coming, d_y_coming = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, rows, mask, columns, sizes)
+            o, z, d_y = o_coming.to(tl.float32), z_coming, d_y_coming.to(tl.float32)
+            o_coming, z_coming, d_y_coming = _read(o_ptr, z_ptr, d_y_ptr, rows, mask, columns, sizes)
         else:
-            o, z, x, d_y = _read(o_ptr, z_ptr, x_ptr, d_y_ptr, here, here_mask, columns, sizes)
+            o, z, d_y = _read(o_ptr, z_ptr, d_y_ptr, here, here_mask, columns, sizes)
             d_y = d_y.to(tl.float32)
-        if SKIP > 0:
-            o += skip * x
         gate, slope = 1.0, 0.0
         if ACT != NONE:
             gate, slope = _activation(z.to(tl.float32), ACT)
@@ -212,16 +182,9 @@ def gated_norm_gradient_kernel(
             tl.store(places, d_z.to(d_z_ptr.dtype.element_ty), mask=here_mask)
         places = _row_of_group(d_o_ptr, here, here_mask, columns, GROUPS * N, GROUPS, N)
         tl.store(places, d_o.to(d_o_ptr.dtype.element_ty), mask=here_mask)
-        if SKIP > 0:
-            d_skip += d_o * x
-            places = _row_of_group(d_x_ptr, here, here_mask, columns, GROUPS * N, GROUPS, N)
-            tl.store(places, (d_o * skip).to(d_x_ptr.dtype.element_ty), mask=here_mask)
     program = tl.cast(tl.program_id(0), tl.int64)
     if GAIN == 1:
         program = program * groups + group
         tl.store(d_gain_ptr + program * N + columns, tl.sum(d_gain, 0), mask=inside)
     else:
         tl.store(d_gain_ptr + (program * GROUPS + group) * N + columns, tl.sum(d_gain, 0), mask=inside)
-    if SKIP > 0:
-        places = d_skip_ptr + (program * GROUPS + group) * N + columns
-        tl.store(places, tl.sum(d_skip, 0), mask=inside)

@@ -17,7 +17,6 @@ from torch import Tensor
 from lasp.kernels.triton.common.launch import Launch, bind
 from lasp.kernels.triton.neighbours.convolution import convolution_gradient_kernel, convolution_kernel
 from lasp.kernels.triton.neighbours.gated_norm import NONE, SIGMOID, SILU, gated_norm_gradient_kernel, gated_norm_kernel
-from lasp.kernels.triton.neighbours.stepped_decay import stepped_decay_gradient_kernel, stepped_decay_kernel
 
 ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
 WARPS = 4
@@ -52,6 +51,7 @@ class _Convolution(NamedTuple):
     batch: int
     parts: tuple[int, ...]
     width: int
+    beside: int
     bias: bool
     silu: bool
     dtypes: tuple[torch.dtype | None, ...]
@@ -66,6 +66,8 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
         "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
     }  # fmt: skip
     fixed |= {f"C{n}": width for n, width in enumerate(shape.parts)}
+    if backward:
+        fixed["D_ROW"] = sum(shape.parts) + shape.beside
     kernel = convolution_gradient_kernel if backward else convolution_kernel
     grid = (blocks * shape.batch, sum(-(-width // CHANNELS) for width in shape.parts))
     return bind(kernel, grid, fixed, warps=WARPS, stages=1)
@@ -80,10 +82,11 @@ def _shape(
     widths: Sequence[int],
     d_y: Tensor | None = None,
 ) -> _Convolution:
-    batch, tokens, _ = x.shape
+    batch, tokens, channels = x.shape
     dtypes = _dtypes(x, weight, bias, before, d_y)
     parts = (*widths, 0, 0)[:MAX_PARTS]
-    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], bias is not None, silu, dtypes)
+    beside = channels - sum(widths)
+    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], beside, bias is not None, silu, dtypes)
 
 
 def _parts(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -95,7 +98,7 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, widths: Sequence[int]
 ) -> list[Tensor]:
     """y of x [B, T, C], strided, in up to three parts [B, T, widths[n]]; weight [C, W], bias [C], the rows before
-    [B, W - 1, C]."""
+    [B, W - 1, C]. Further columns of x come last, as they are."""
     x, weight = _strided(x), weight.contiguous()
     parts = [torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device) for width in widths]
     _convolution(_shape(x, weight, bias, before, silu, widths), False)(
@@ -105,16 +108,19 @@ def convolve(
         **_parts(parts),
         before_ptr=None if before is None else before.contiguous(),
     )
-    return parts
+    rest = x[..., sum(widths) :]
+    return [*parts, rest.clone(memory_format=torch.contiguous_format)] if rest.shape[2] else parts
 
 
 def convolve_gradients(
     d_y: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the rows before, of those of y's parts; of what there is not, something."""
+    B, (C, W) = x.shape[0], weight.shape
+    d_rest = d_y[-1] if x.shape[2] > C else None
+    d_y = d_y if d_rest is None else d_y[:-1]
     x, weight, d_y = _strided(x), weight.contiguous(), [part.contiguous() for part in d_y]
     launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
-    B, C, W = x.shape[0], x.shape[2], weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(launch.of.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
     d_before = x.new_empty(B, W - 1, C)
@@ -128,6 +134,8 @@ def convolve_gradients(
         d_before_ptr=d_before,
         before_ptr=None if before is None else before.contiguous(),
     )
+    if d_rest is not None:
+        d_x[..., C:] = d_rest
     total = sums.sum(0).to(weight.dtype)
     return d_x, total[:W].t().contiguous(), total[W].clone(), d_before
 
@@ -137,11 +145,9 @@ class _GatedNorm(NamedTuple):
     columns: int
     groups: int
     z_row: int
-    x_row: int
     gain: int
     activation: int
     gate_first: bool
-    skip: int
     eps: float
     dtypes: tuple[torch.dtype | None, ...]
 
@@ -153,13 +159,12 @@ def _gated_norm(shape: _GatedNorm, backward: bool, again: bool = False) -> Launc
     warps = min(16, max(WARPS, rows * columns // 256))
     fixed: dict[str, Any] = {
         "eps": shape.eps, "count": shape.rows, "N": shape.columns, "BN": columns, "GROUPS": shape.groups,
-        "Z_ROW": shape.z_row, "X_ROW": shape.x_row, "GAIN": shape.gain, "ACT": shape.activation,
-        "GATE_FIRST": shape.gate_first, "SKIP": shape.skip, "R": rows,
+        "Z_ROW": shape.z_row, "GAIN": shape.gain, "ACT": shape.activation, "GATE_FIRST": shape.gate_first, "R": rows,
     }  # fmt: skip
     kernel = gated_norm_gradient_kernel if backward else gated_norm_kernel
     if backward:
         fixed["AGAIN"] = again
-        own = shape.groups if shape.gain > 1 or shape.skip else 1
+        own = shape.groups if shape.gain > 1 else 1
         count = shape.rows // own
         fixed["steps"] = max(1, min(SUMMED // (rows * columns), -(-count // rows)))
         grid = (-(-count // (rows * fixed["steps"])), own)
@@ -178,8 +183,6 @@ class _NormCall(NamedTuple):
 def _norm_call(
     o: Tensor,
     z: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     groups: int,
     activation: str,
@@ -189,19 +192,16 @@ def _norm_call(
     again: bool = False,
 ) -> _NormCall:
     """Return the call of the norm or, with d_y, of its gradients; again: and of its output."""
-    o, z, x = o.contiguous(), None if z is None else _strided(z), None if x is None else _strided(x)
+    o, z = o.contiguous(), None if z is None else _strided(z)
     width = o.shape[2:].numel()
     columns = width // groups
     shape = _GatedNorm(
-        o.shape[0] * o.shape[1] * groups, columns, groups, 0 if z is None else _row(z), 0 if x is None else _row(x),
-        gain.numel() // columns, ACTIVATIONS["none" if z is None else activation], gate_first,
-        0 if skip is None else width // skip.numel(), eps, _dtypes(o, z, x, skip, gain, d_y),
+        o.shape[0] * o.shape[1] * groups, columns, groups, 0 if z is None else _row(z), gain.numel() // columns,
+        ACTIVATIONS["none" if z is None else activation], gate_first, eps, _dtypes(o, z, gain, d_y),
     )  # fmt: skip
     given = {
         "o_ptr": o,
         "z_ptr": o if z is None else z,
-        "x_ptr": o if x is None else x,
-        "skip_ptr": gain if skip is None else skip,
         "gain_ptr": gain.contiguous(),
     }
     return _NormCall(_gated_norm(shape, d_y is not None, again), given)
@@ -210,8 +210,6 @@ def _norm_call(
 def gated_norm(
     o: Tensor,
     z: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     groups: int,
     activation: str,
@@ -223,10 +221,9 @@ def gated_norm(
     Args:
         o: [B, T, D], or any dims that make D.
         z: likewise, strided; the gate.
-        x: likewise, strided; added, times skip [any divisor of D], or None and so is skip.
         gain: [D / groups] for all groups alike, or [D].
     """
-    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps)
+    launch, given = _norm_call(o, z, gain, groups, activation, gate_first, eps)
     y = torch.empty(*o.shape[:2], o.shape[2:].numel(), dtype=o.dtype, device=o.device)
     launch(**given, y_ptr=y)
     return y
@@ -236,102 +233,29 @@ def gated_norm_gradients(
     d_y: Tensor,
     o: Tensor,
     z: Tensor | None,
-    x: Tensor | None,
-    skip: Tensor | None,
     gain: Tensor,
     groups: int,
     activation: str,
     gate_first: bool,
     eps: float,
     again: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of o, z, x, skip and gain, and, if wanted `again`, the output; of what there is not, something."""
-    launch, given = _norm_call(o, z, x, skip, gain, groups, activation, gate_first, eps, d_y, again)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of o, z and gain, and, if wanted `again`, the output; of what there is not, something."""
+    launch, given = _norm_call(o, z, gain, groups, activation, gate_first, eps, d_y, again)
     width, o = o.shape[2:].numel(), given["o_ptr"]
-    d_o, d_z, d_x = torch.empty_like(o), o.new_empty(0), o.new_empty(0)
+    d_o, d_z = torch.empty_like(o), o.new_empty(0)
     if z is not None:
         d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    if x is not None:
-        d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty_like(d_y, memory_format=torch.contiguous_format) if again else o.new_empty(0)
     programs, own = launch.of.grid
     parts = (programs * own, width // groups) if gain.numel() * groups == width else (programs, gain.numel())
     d_gain = torch.empty(parts, dtype=torch.float32, device=o.device)
-    d_skip = torch.empty(programs if skip is not None else 0, width, dtype=torch.float32, device=o.device)
     launch(
         **given,
         d_y_ptr=d_y.contiguous(),
         d_o_ptr=d_o,
         d_z_ptr=d_o if z is None else d_z,
-        d_x_ptr=d_o if x is None else d_x,
         y_ptr=y if again else d_o,
         d_gain_ptr=d_gain,
-        d_skip_ptr=d_gain if skip is None else d_skip,
     )
-    skips = o.new_empty(0) if skip is None else d_skip.sum(0).unflatten(0, (skip.numel(), -1)).sum(1).to(skip.dtype)
-    return d_o, d_z, d_x, skips, d_gain.sum(0).to(gain.dtype), y
-
-
-class _SteppedDecay(NamedTuple):
-    tokens: int
-    heads: int
-    channels: int
-    raw_row: int
-    x_row: int
-    dtypes: tuple[torch.dtype | None, ...]
-
-
-@lru_cache(maxsize=256)
-def _stepped_decay(shape: _SteppedDecay, backward: bool) -> Launch:
-    columns = triton.next_power_of_2(shape.channels)
-    tokens = max(16, ELEMENTS // columns)
-    fixed: dict[str, Any] = {
-        "tokens": shape.tokens, "H": shape.heads, "P": shape.channels, "BP": columns, "RAW_ROW": shape.raw_row,
-        "X_ROW": shape.x_row, "BT": tokens,
-    }  # fmt: skip
-    steps = max(1, min(SUMMED // (tokens * columns), -(-shape.tokens // tokens))) if backward else 1
-    kernel = stepped_decay_gradient_kernel if backward else stepped_decay_kernel
-    if backward:
-        fixed["steps"] = steps
-    grid = (-(-shape.tokens // (tokens * steps)), shape.heads)
-    return bind(kernel, grid, {n: fixed[n] for n in kernel.arg_names if n in fixed}, warps=WARPS, stages=1)
-
-
-def _decay_shape(raw: Tensor, x: Tensor, *others: Tensor) -> _SteppedDecay:
-    dtypes = _dtypes(raw, x, *others)
-    return _SteppedDecay(raw.shape[0] * raw.shape[1], x.shape[2], x.shape[3], _row(raw), _row(x), dtypes)
-
-
-def stepped_decay(raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Values dt x [B, T, H, P] and log-decays [B, T, H], fp32, of raw [B, T, H] and x [B, T, H, P], both strided."""
-    raw, x = _strided(raw), _strided(x)
-    values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    decay = torch.empty(raw.shape, dtype=torch.float32, device=x.device)
-    _stepped_decay(_decay_shape(raw, x, bias, log_rate), False)(
-        raw_ptr=raw, x_ptr=x, bias_ptr=bias, rate_ptr=log_rate, values_ptr=values, decay_ptr=decay
-    )
-    return values, decay
-
-
-def stepped_decay_gradients(
-    d_values: Tensor, d_decay: Tensor, raw: Tensor, x: Tensor, bias: Tensor, log_rate: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of raw, x, bias and log_rate."""
-    raw, x = _strided(raw), _strided(x)
-    launch = _stepped_decay(_decay_shape(raw, x, bias, log_rate, d_values, d_decay), True)
-    d_raw = torch.empty(raw.shape, dtype=raw.dtype, device=x.device)
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(launch.of.grid[0], 2, raw.shape[2], dtype=torch.float32, device=x.device)
-    launch(
-        raw_ptr=raw,
-        x_ptr=x,
-        bias_ptr=bias,
-        rate_ptr=log_rate,
-        d_values_ptr=d_values.contiguous(),
-        d_decay_ptr=d_decay.contiguous(),
-        d_raw_ptr=d_raw,
-        d_x_ptr=d_x,
-        sums_ptr=sums,
-    )
-    d_bias, d_rate = (total.clone() for total in sums.sum(0))  # operators give no views of one tensor
-    return d_raw, d_x, d_bias, d_rate
+    return d_o, d_z, d_gain.sum(0).to(gain.dtype), y

@@ -41,6 +41,7 @@ def gate_gradient_kernel(
     inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, SIZE]: S and D before intervals
     state_out_ptr,  # fp32 [B, H_v, K, V]: S leaving the run
     dg_ptr,  # fp32 [B, T, H_v], written; of chunks whose pairs are formed it has their sums
+    dw_ptr,  # fp32 [B, T, H_v], written if WEIGHS: the gradient of the logarithms of tokens' weights, k . dk
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # likewise: D, or None for zero
     T,
@@ -63,6 +64,7 @@ def gate_gradient_kernel(
     EXACT: tl.constexpr,
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     PACKED: tl.constexpr,
+    WEIGHS: tl.constexpr,
 ):
     stretch, head, batch, segment, first, last, chunk, border, ends = place(
         places_ptr, tl.cdiv(segment_chunks, LONGEST), segments, segment_chunks, T, H_v, C, PACKED
@@ -117,6 +119,7 @@ def gate_gradient_kernel(
     reads_q = tl.zeros((LONGEST, C), tl.float32)
     reads_k = tl.zeros((LONGEST, C), tl.float32)
     pairs = tl.zeros((LONGEST, C), tl.float32)
+    dw = tl.zeros((LONGEST, C), tl.float32)
     for part in range(PARTS):
         here = (part * 2 * rows + run) * padded + slot + at
         reads_q += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
@@ -124,7 +127,10 @@ def gate_gradient_kernel(
         if not EXACT:
             here += tl.cast(rows, tl.int64) * padded
             pairs += tl.load(q_sums_ptr + here, mask=inside, other=0.0)
-            pairs -= tl.load(k_sums_ptr + here, mask=inside, other=0.0)
+            of_chunk = tl.load(k_sums_ptr + here, mask=inside, other=0.0)
+            pairs -= of_chunk
+            if WEIGHS:
+                dw += of_chunk
 
     lengths = tl.minimum(last - first - c * C, C)
     totals = lengths * rate
@@ -132,8 +138,10 @@ def gate_gradient_kernel(
         totals = tl.load(prefix_ptr + first + c * C + C - 1, mask=c < count, other=0.0)
     forgets = (beyond_one(totals, lengths) < FORGETS) & (c < count)
     formed = c < count if EXACT else forgets
-    dg_at = dg_ptr + batch * tl.cast(T, tl.int64) * H_v + head
-    dg_at += at * tl.cast(H_v, tl.int64)
+    token = batch * tl.cast(T, tl.int64) * H_v + head + at * tl.cast(H_v, tl.int64)
+    dg_at = dg_ptr + token
+    if WEIGHS:
+        tl.store(dw_ptr + token, dw + reads_k, mask=inside)
     # No pair of a chunk crosses its first token.
     within = tl.where(i == 0, 0.0, tl.cumsum(pairs, 1, reverse=True))
     within = tl.where(formed[:, None], tl.load(dg_at, mask=inside & formed[:, None], other=0.0), within)

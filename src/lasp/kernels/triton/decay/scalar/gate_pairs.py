@@ -25,6 +25,7 @@ def gate_pairs_kernel(
     do_ptr,  # [B, T, H_v, V]
     g_ptr,  # [H_v] or [B, T, H_v]
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
+    suffix_ptr,  # likewise: added, if WEIGHS
     dg_ptr,  # fp32 [B, T, H_v], written where pairs are formed
     places_ptr,  # int32 [chunks, 3] if PACKED
     scale,
@@ -42,6 +43,7 @@ def gate_pairs_kernel(
     EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,
 ):
     """A program for each chunk of each head: all of them at once, where a program for many would wait for each."""
     chunk = tl.program_id(0) // rows
@@ -65,8 +67,11 @@ def gate_pairs_kernel(
         prefix = tl.zeros((C,), tl.float32)
         if KIND == TOKEN:
             prefix = tl.load(prefix_ptr + t)
+        added = prefix
+        if WEIGHS:
+            added = tl.load(suffix_ptr + (run * chunks + chunk) * C + t)
         g_chunk = g_ptr + tl.cast(first, tl.int64) * H_v
-        w = scores * d_scores * pair_decay(g_chunk, H_v, rate, prefix, length, KIND, C, True, EXACT)
+        w = scores * d_scores * pair_decay(g_chunk, H_v, rate, prefix, added, length, KIND, C, True, EXACT)
         # [t, j]: what reads j from t on.
         later = tl.cumsum(w, 0, reverse=True)
         crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale

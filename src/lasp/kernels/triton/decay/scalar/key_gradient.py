@@ -57,6 +57,7 @@ def key_gradient_kernel(
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,  # whether tokens have weights
 ):
     here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
     state, _, _ = border_state(
@@ -79,7 +80,7 @@ def key_gradient_kernel(
     span = span_of(here, k_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     terms = terms_of(
-        k_ptr + qk * K, sums_ptr, inner_ptr, decay, here, B, H_v, segments, chunks, sizes,
+        k_ptr + qk * K, sums_ptr, inner_ptr, sums_ptr, decay, here, B, H_v, segments, chunks, sizes,
         KIND=KIND, REVERSE=True, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST,
     )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
@@ -87,10 +88,10 @@ def key_gradient_kernel(
         state = gather(
             operands, decay, state, span, places_ptr, T, sizes,
             KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT,
-            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     sweep_of_keys(
         operands, decay, terms, state, span, sizes,
         KIND=KIND, REVERSE=True, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT, SHORTEST=SHORTEST,
-        DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
     )  # fmt: skip

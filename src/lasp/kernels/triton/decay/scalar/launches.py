@@ -34,16 +34,17 @@ class ScalarLaunches(DecayLaunches):
 
     Attributes:
         per_token: whether there is a gate per token.
-        num_gates: sums that such a gate leaves for the sweeps: prefixes and, where decays are exact, suffixes.
+        num_gates: sums that such a gate leaves for the sweeps: see `LaunchPlan.num_gates`.
         paired: whether dk and dv are made in one launch.
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
+        skipped: of sums of do . v, where tokens have weights.
     """
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
         super().__init__(shape, p)
         (B, _, H, K), (H_v, V) = shape.q, shape.v[2:]
-        self.per_token, self.num_gates = shape.kind == TOKEN, p.num_gates
+        self.per_token, self.num_gates = shape.kind == TOKEN, p.num_gates(shape.weighs)
         alike = not shape.with_decay and H_v == H and K == V
         self.paired = alike and (p.segment_chunks >= PAIRED_CHUNKS or (p.gathers and not p.descriptors))
         self._gather = (ZERO.value if p.whole else GATHERED.value) if p.gathers else 0
@@ -51,6 +52,7 @@ class ScalarLaunches(DecayLaunches):
         slices = -(-K // p.scalar_keys.columns)
         parts = slices if p.rows else slices * p.scalar_keys.columns // PART_ROWS.value
         self.sums = (parts, 2, *self.gates)
+        self.weighs, self.skipped = shape.weighs, (B, H_v, p.segments)
 
     @cached_property
     def gate_sums(self) -> Launch:

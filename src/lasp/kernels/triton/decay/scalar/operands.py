@@ -39,7 +39,7 @@ class Decay(NamedTuple):
 
     Attributes:
         g_ptr: its gates, H_v apart, or unused.
-        prefix_ptr, suffix_ptr: [chunks C] of a gate per token; suffix is unused unless EXACT.
+        prefix_ptr, suffix_ptr: [chunks C] of a gate per token; suffix is unused unless EXACT or WEIGHS.
         scale: of what q reads.
     """
 
@@ -59,6 +59,7 @@ class GateTerms(NamedTuple):
         inner_ptr: tiles of states, inner_row apart, before every SHORTEST-th chunk of the segment: those before
             intervals are written.
         interval: its chunks.
+        skipped_ptr: the sum of q's tokens' do . v is written there, where tokens have weights, by the first slice.
     """
 
     x_ptr: tl.tensor
@@ -67,6 +68,7 @@ class GateTerms(NamedTuple):
     inner_ptr: tl.tensor
     inner_row: tl.tensor
     interval: tl.tensor
+    skipped_ptr: tl.tensor
 
 
 class Span(NamedTuple):

@@ -29,6 +29,7 @@ def output_kernel(
     states_ptr,  # fp32 [B, H_v, segments, K, V] from zero; replaced by those from state_in; see GATHER, KEEPS
     before_ptr,  # fp32 [B, H_v, segments]: decay from the run's start to each segment; unused if GATHER
     state_out_ptr,  # fp32 [B, H_v, K, V], written
+    skip_ptr,  # fp32 [H_v], if WEIGHS
     places_ptr,  # int32 [segments, 7] if PACKED
     state_in_ptr,  # fp32 [B, H_v, K, V], or None for zero; always None if GATHER
     scale,
@@ -51,6 +52,7 @@ def output_kernel(
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,  # whether tokens have weights, and heads a skip
 ):
     here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, entering, mask = border_state(
@@ -69,17 +71,21 @@ def output_kernel(
     span = span_of(here, v_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     sizes: tl.constexpr = Sizes(A=K, N=V, BA=BK, BC=BV, C=C)
+    skip = None
+    if WEIGHS:
+        skip = tl.load(skip_ptr + here.head)
     if GATHER == GATHERED:
         state = gather(
             operands, decay, state, span, places_ptr, T, sizes,
             KIND=KIND, REVERSE=False, WEIGH_B=LEARNED, EXACT=EXACT,
-            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
         if KEEPS:
             tl.store(entering, state, mask=mask)
     state = sweep(
         operands, decay, None, state, span, sizes,
         KIND=KIND, REVERSE=False, WEIGH_B=LEARNED, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        WEIGHS=WEIGHS, skip=skip,
     )  # fmt: skip
     if here.ends:
         leaving, _ = tile_at(state_out_ptr + here.border * K * V, value_tile(v_first, K, V), BV, BK)

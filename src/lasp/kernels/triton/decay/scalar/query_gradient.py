@@ -30,6 +30,7 @@ def query_gradient_kernel(
     dq_ptr,  # [B, T, H_v, K], written
     sums_ptr,  # fp32 [parts, 2, B, H_v, chunks C], written if SUMS: q . dq, of the state and of chunks
     inner_ptr,  # bf16 or fp32 [B, H_v, chunks / SHORTEST + segments, 2, slices, BV BK], written if SUMS: `intervals`
+    skipped_ptr,  # fp32 [B, H_v, segments], written if WEIGHS: sums of do . v
     states_ptr,  # fp32 [B, H_v, segments, K, V], those entering each segment; unused if GATHER
     places_ptr,  # int32 [segments, 7] if PACKED
     scale,
@@ -55,6 +56,7 @@ def query_gradient_kernel(
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,  # whether tokens have weights
 ):
     here, index, k_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, K, BK, C, PACKED)
     state, _, _ = border_state(
@@ -77,7 +79,7 @@ def query_gradient_kernel(
     span = span_of(here, k_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     terms = terms_of(
-        q_ptr + qk * K, sums_ptr, inner_ptr, decay, here, B, H_v, segments, chunks, sizes,
+        q_ptr + qk * K, sums_ptr, inner_ptr, skipped_ptr, decay, here, B, H_v, segments, chunks, sizes,
         KIND=KIND, REVERSE=False, ROWS=ROWS, SHORTEST=SHORTEST, LONGEST=LONGEST,
     )  # fmt: skip
     tl.static_assert(not ROWS or GATHER != GATHERED)
@@ -85,10 +87,10 @@ def query_gradient_kernel(
         state = gather(
             operands, decay, state, span, places_ptr, T, sizes,
             KIND=KIND, REVERSE=False, WEIGH_B=False, EXACT=EXACT,
-            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     sweep_of_keys(
         operands, decay, terms, state, span, sizes,
         KIND=KIND, REVERSE=False, SUMS=SUMS, ROWS=ROWS, EXACT=EXACT, SHORTEST=SHORTEST,
-        DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +11,22 @@ from lasp.kernels.triton.common.launch import given
 from lasp.kernels.triton.decay.launches import SegmentSums
 from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
 from lasp.recurrence.inputs import Inputs
+from lasp.recurrence.stages import Gradients
+
+
+class ScalarRun(Inputs, Protocol):
+    """A run's inputs, see `DecayInputs`."""
+
+    @property
+    def log_weight(self) -> Tensor | None: ...
+    @property
+    def skip(self) -> Tensor | None: ...
 
 
 class ScalarSegments(NamedTuple):
     """States [B, H_v, segments, K, V] at one end of each segment, and decays [B, H_v, segments] (base 2) from the run's
-    end on that side to them; None where sweeps gather. gates: for a gate per token, prefix and, of fp32 inputs,
-    suffix, each [B, H_v, chunks C]."""
+    end on that side to them; None where sweeps gather. gates: for a gate per token, prefix and, of fp32 inputs, suffix
+    or, where tokens have weights, added, each [B, H_v, chunks C]."""
 
     states: Tensor | None
     decays: Tensor | None
@@ -25,32 +35,34 @@ class ScalarSegments(NamedTuple):
 
 class QueryGradient(NamedTuple):
     """dq per value head [B, T, H_v, K]; where the decay's gradient is wanted, q . dq in parts
-    [parts, 2, B, H_v, chunks C] and the states before intervals (`DecayLaunches.inner`)."""
+    [parts, 2, B, H_v, chunks C] and the states before intervals (`DecayLaunches.inner`); where tokens have weights,
+    sums of do . v (`ScalarLaunches.skipped`)."""
 
     dq: Tensor
     sums: Tensor
     inner: Tensor
+    skipped: Tensor
 
 
-def gate_sums(x: Inputs, launches: ScalarLaunches) -> tuple[Tensor, ...]:
+def gate_sums(x: ScalarRun, launches: ScalarLaunches) -> tuple[Tensor, ...]:
     if not launches.per_token:
         return ()
     assert x.g is not None
     gates = tuple(x.g.new_empty(launches.gates) for _ in range(launches.num_gates))
     g, prefix, suffix = _gates(x, gates, gates[0])
     places = given(launches.chunk_places, prefix)
-    launches.gate_sums(g_ptr=g, prefix_ptr=prefix, suffix_ptr=suffix, places_ptr=places)
+    launches.gate_sums(g_ptr=g, prefix_ptr=prefix, suffix_ptr=suffix, places_ptr=places, weight_ptr=x.log_weight)
     return gates
 
 
-def _gates(x: Inputs, sums: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gates(x: ScalarRun, sums: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The decay, and its prefix and suffix sums of a gate per token; `unread` for what there is not."""
     g = x.q if x.g is None else x.g
     return (g, unread, unread) if not sums else (g, sums[0], sums[-1])
 
 
 def summarize(
-    x: Inputs,
+    x: ScalarRun,
     launches: ScalarLaunches,
     sums: SegmentSums,
     k: Tensor,
@@ -76,7 +88,12 @@ def summarize(
 
 
 def outputs(
-    x: Inputs, launches: ScalarLaunches, totals: ScalarSegments, o: Tensor, leaving: Tensor, state_in: Tensor | None
+    x: ScalarRun,
+    launches: ScalarLaunches,
+    totals: ScalarSegments,
+    o: Tensor,
+    leaving: Tensor,
+    state_in: Tensor | None,
 ) -> Tensor | None:
     """The states entering segments, where they are kept."""
     states, decays, gates = totals
@@ -94,6 +111,7 @@ def outputs(
         states_ptr=given(states, leaving),
         before_ptr=given(decays, leaving),
         state_out_ptr=leaving,
+        skip_ptr=given(x.skip, leaving),
         places_ptr=given(launches.places, leaving),
         state_in_ptr=state_in,
     )
@@ -101,13 +119,14 @@ def outputs(
 
 
 def local_gradients(
-    x: Inputs, launches: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
+    x: ScalarRun, launches: ScalarLaunches, gates: tuple[Tensor, ...], entering: Tensor, unread: Tensor, d_o: Tensor
 ) -> QueryGradient:
     dq = launches.new_gradient(x.q)
     sums = unread.new_empty(launches.sums) if launches.with_decay else unread
     inner = unread
     if launches.with_decay:
         inner = unread.new_empty(launches.inner, dtype=launches.inner_dtype)
+    skipped = unread.new_empty(launches.skipped) if launches.weighs else unread
     g, prefix, suffix = _gates(x, gates, unread)
     launches.query_gradient(
         q_ptr=x.q,
@@ -120,14 +139,15 @@ def local_gradients(
         dq_ptr=dq,
         sums_ptr=sums,
         inner_ptr=inner,
+        skipped_ptr=skipped,
         states_ptr=entering,
         places_ptr=given(launches.places, dq),
     )
-    return QueryGradient(dq, sums, inner)
+    return QueryGradient(dq, sums, inner, skipped)
 
 
 def gradients(
-    x: Inputs,
+    x: ScalarRun,
     launches: ScalarLaunches,
     entering: Tensor,
     leaving: Tensor,
@@ -135,8 +155,8 @@ def gradients(
     local: QueryGradient,
     d_o: Tensor,
     d_state_out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq and dk per value head; dv; dg."""
+) -> Gradients:
+    """dq and dk per value head; dv; dg; of weights and skips, where there are any."""
     unread = leaving
     d_states, after = given(adjoint.states, unread), given(adjoint.decays, unread)
     g, prefix, suffix = _gates(x, adjoint.gates, unread)
@@ -150,7 +170,7 @@ def gradients(
     if launches.paired:
         launches.key_value_gradient(v_ptr=x.v, dk_ptr=dk, dv_ptr=dv, **read)
         return local.dq, dk, dv, None
-    launches.value_gradient(dv_ptr=dv, **read)
+    launches.value_gradient(dv_ptr=dv, skip_ptr=given(x.skip, unread), **read)
     sums = unread
     if launches.with_decay:
         sums = unread.new_empty(launches.sums)
@@ -165,9 +185,11 @@ def gradients(
         do_ptr=d_o,
         g_ptr=g,
         prefix_ptr=prefix,
+        suffix_ptr=suffix,
         dg_ptr=dg,
         places_ptr=given(launches.chunk_places, dg),
     )
+    dw = torch.empty_like(dg) if launches.weighs else dg
     launches.gate_gradient(
         g_ptr=g,
         prefix_ptr=prefix,
@@ -176,7 +198,10 @@ def gradients(
         inner_ptr=local.inner,
         state_out_ptr=leaving,
         dg_ptr=dg,
+        dw_ptr=dw,
         places_ptr=places,
         d_state_out_ptr=d_state_out,
     )
+    if launches.weighs:
+        return local.dq, dk, dv, dg, dw, local.skipped.sum((0, 2))
     return local.dq, dk, dv, dg.sum((0, 1)) if x.g is not None and x.g.dim() == 1 else dg

@@ -44,6 +44,7 @@ def summary_kernel(
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,
 ):
     here = place(places_ptr, (V + BV - 1) // BV, segments, segment_chunks, T, H_v, C, PACKED)
     first = here.first
@@ -66,8 +67,8 @@ def summary_kernel(
         length = tl.minimum(last - start, C)
         k = load_chunk(k_view, start, 0, last, H * K, K, C, BK, DESCRIPTORS)
         v = load_chunk(v_view, start, v_first, last, H_v * V, V, C, BV, DESCRIPTORS)
-        _prefix, total, _read, weight = chunk_decays(
-            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT
+        _prefix, _added, total, _read, weight = chunk_decays(
+            prefix_ptr, suffix_ptr, slot + start, rate, length, scale, KIND, C, REVERSE, EXACT, WEIGHS
         )
         if BACKWARDS and not REVERSE:
             weight *= tl.exp2(decay.to(tl.float32))

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """The one loop behind outputs and gradients.
 
-With L_ij = 2^between(i, j), all four are the same causal form, of other operands (S and D are the states that
-enter a chunk from the past and, as gradients, from the future):
+With L_ij = 2^between(i, j), all four are the same causal form, of other operands (S and D are the states that enter a
+chunk from the past and, as gradients, from the future); where tokens have weights, L_ij and 2^suffix_j have j's:
 
     o_i  = scale ( 2^prefix_i q_i S    + sum_{j <= i} L_ij (q_i . k_j) v_j )
     dq_i = scale ( 2^prefix_i do_i S^T + sum_{j <= i} L_ij (do_i . v_j) k_j )
@@ -47,6 +47,8 @@ def sweep(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     SHORTEST: tl.constexpr = 0,  # interval, of `terms`
+    WEIGHS: tl.constexpr = False,  # whether tokens have weights
+    skip=None,  # out has so much of c, unless None; not with `terms`
 ):
     """The state after the segment; out is written, and what `terms` say."""
     SUMS: tl.constexpr = terms is not None
@@ -66,6 +68,7 @@ def sweep(
     out_view = view(operands.out_ptr, last, operands.out_row, N, C, BC, DESCRIPTORS)
     if SUMS:
         x_view = view(terms.x_ptr, last, operands.c_row, N, C, BC, DESCRIPTORS)
+        skipped = tl.zeros((C,), tl.float32)
     chunks = tl.cdiv(last - first, C)
     for turn in range(tl.cdiv(chunks, terms.interval) if SUMS else 1):
         begin, end = 0, chunks
@@ -83,15 +86,22 @@ def sweep(
             if SUMS:
                 x = load_chunk(x_view, start, column, last, operands.c_row, N, C, BC, DESCRIPTORS)
             at = span.slot + start
-            prefix, total, from_state, to_state = chunk_decays(
-                decay.prefix_ptr, decay.suffix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, EXACT
+            prefix, added, total, from_state, to_state = chunk_decays(
+                decay.prefix_ptr, decay.suffix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, EXACT, WEIGHS
             )
             g_chunk = decay.g_ptr + tl.cast(start, tl.int64) * decay.H_v
-            pairs = pair_decay(g_chunk, decay.H_v, rate, prefix, length, KIND, C, REVERSE, EXACT) * decay.scale
+            pairs = pair_decay(g_chunk, decay.H_v, rate, prefix, added, length, KIND, C, REVERSE, EXACT) * decay.scale
 
             a_t = tl.trans(a)
             read = read_state(state, a_t, SUMS, PRECISION)
-            scores = (tl.dot(b, a_t, input_precision=PRECISION) * pairs).to(dtype)
+            products = tl.dot(b, a_t, input_precision=PRECISION)
+            if SUMS and WEIGHS and not REVERSE:
+                skipped += own_products(products, span.column == 0)
+            products *= pairs
+            if skip is not None:
+                # A token's own pair has its skip: c itself would have to be brought into out's layout.
+                products += tl.where(own_pairs(C), skip, 0.0)
+            scores = products.to(dtype)
             if SUMS:
                 within = tl.dot(c_t, scores, input_precision=PRECISION)
                 out = tl.fma(read, from_state[None, :], within)
@@ -116,7 +126,27 @@ def sweep(
                     tl.store(terms.sums_ptr + sums_row + rows, tl.sum(own, 1))
         if SUMS and REVERSE:
             leave(inner_ptr, state)
+    if SUMS and WEIGHS and not REVERSE:  # noqa: SIM102  (known, and not known, to the compiler)
+        if span.column == 0:
+            tl.store(terms.skipped_ptr, tl.sum(skipped, 0))
     return state
+
+
+@triton.jit
+def own_pairs(C: tl.constexpr):
+    """True for the pair of a token with itself, of all pairs [C, C] of a chunk's."""
+    i = tl.arange(0, C)
+    return i[:, None] == i[None, :]
+
+
+@triton.jit
+def own_products(products, wanted):
+    """The diagonal of all pairs' products [C, C]; zeros unless wanted."""
+    C: tl.constexpr = products.shape[0]
+    own = tl.zeros((C,), tl.float32)
+    if wanted:
+        own = tl.sum(tl.where(own_pairs(C), products, 0.0), 1)
+    return own
 
 
 @triton.jit
@@ -179,6 +209,7 @@ def gather(
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr = False,
 ):
     """The state as a sweep of the whole run has it where it comes to the segment of `span`."""
     A: tl.constexpr = sizes.A
@@ -201,8 +232,8 @@ def gather(
         c_t = tl.trans(load_chunk(c_view, start, span.column, end, operands.c_row, N, C, BC, DESCRIPTORS))
         b = load_chunk(b_view, start, 0, end, operands.b_row, A, C, BA, DESCRIPTORS)
         at = span.slot + start
-        _, total, _, to_state = chunk_decays(
-            decay.prefix_ptr, decay.suffix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, EXACT
+        _, _, total, _, to_state = chunk_decays(
+            decay.prefix_ptr, decay.suffix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, EXACT, WEIGHS
         )
         state = add_chunk(state, c_t, b, to_state, total, KIND, REVERSE, WEIGH_B, PRECISION)
     return state

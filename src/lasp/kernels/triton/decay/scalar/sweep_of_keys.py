@@ -17,6 +17,7 @@ def terms_of(
     x_ptr,
     sums_ptr,
     inner_ptr,
+    skipped_ptr,
     decay,
     here,
     B,
@@ -31,7 +32,7 @@ def terms_of(
     LONGEST: tl.constexpr,
 ):
     """The `GateTerms` of a program, of sums [parts, 2, B, H_v, chunks C], inner states
-    [B, H_v, chunks / SHORTEST + segments, 2, slices, BA BC]; x_ptr at the head's rows."""
+    [B, H_v, chunks / SHORTEST + segments, 2, slices, BA BC], skipped [B, H_v, segments]; x_ptr at the head's rows."""
     C: tl.constexpr = sizes.C
     run = run_of(here, H_v)
     row = tl.cast(B, tl.int64) * H_v * chunks
@@ -47,6 +48,7 @@ def terms_of(
         sums_row=row * C,
         inner_ptr=inner_ptr + first_inner * size + here.part * (sizes.BA * sizes.BC),
         inner_row=2 * size,
+        skipped_ptr=skipped_ptr + run * segments + here.segment,
         interval=interval_of(decay.prefix_ptr + here.chunk * C, rate, of_segment, C, KIND, SHORTEST, LONGEST),
     )
 
@@ -67,16 +69,17 @@ def sweep_of_keys(
     SHORTEST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,
 ):
     """Sweep the keys, in rows or in columns: see `sweep`."""
     if ROWS:
         return sweep_rows(
             operands, decay, terms, state, span, sizes,
-            KIND=KIND, REVERSE=REVERSE, SHORTEST=SHORTEST, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            KIND=KIND, REVERSE=REVERSE, SHORTEST=SHORTEST, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     else:
         return sweep(
             operands, decay, terms if SUMS else None, state, span, sizes,
             KIND=KIND, REVERSE=REVERSE, WEIGH_B=False, EXACT=EXACT, SHORTEST=SHORTEST,
-            DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.decays import NONE, TOKEN, chunk_decays, head_rate, pair_decay
 from lasp.kernels.triton.common.program import load_chunk, store_chunk, view
 from lasp.kernels.triton.decay.intervals import leave, next_interval
-from lasp.kernels.triton.decay.scalar.sweep import add_chunk
+from lasp.kernels.triton.decay.scalar.sweep import add_chunk, own_products
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def sweep_rows(
     SHORTEST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,
 ):
     A: tl.constexpr = sizes.A
     N: tl.constexpr = sizes.N
@@ -52,6 +53,7 @@ def sweep_rows(
     out_view = view(operands.out_ptr, last, out_row, N, C, BC, STORES)
     # By differences of prefixes where distances would do too: those of all pairs would fill registers over the loop.
     PAIRS: tl.constexpr = NONE if KIND == NONE else TOKEN
+    skipped = tl.zeros((C,), tl.float32)
     chunks = tl.cdiv(last - first, C)
     for turn in range(tl.cdiv(chunks, terms.interval)):
         begin, end = next_interval(turn, chunks, terms.interval, REVERSE)
@@ -68,14 +70,17 @@ def sweep_rows(
             rate = head_rate(decay.g_ptr, KIND)
             length = tl.minimum(last - start, C)
             at = span.slot + start
-            prefix, total, from_state, to_state = chunk_decays(
-                decay.prefix_ptr, decay.prefix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, False
+            prefix, added, total, from_state, to_state = chunk_decays(
+                decay.prefix_ptr, decay.suffix_ptr, at, rate, length, decay.scale, KIND, C, REVERSE, False, WEIGHS
             )
-            pairs = pair_decay(decay.g_ptr, decay.H_v, rate, prefix, length, PAIRS, C, not REVERSE, False)
+            pairs = pair_decay(decay.g_ptr, decay.H_v, rate, prefix, added, length, PAIRS, C, not REVERSE, False)
 
             b_t = tl.trans(b)
             read = tl.dot(a, state.to(dtype), input_precision=PRECISION)
-            weights = (tl.dot(a, b_t, input_precision=PRECISION) * pairs).to(dtype)
+            products = tl.dot(a, b_t, input_precision=PRECISION)
+            if WEIGHS and not REVERSE:
+                skipped += own_products(products, column == 0)
+            weights = (products * pairs).to(dtype)
             within = tl.dot(weights, c, input_precision=PRECISION) * decay.scale
             out = tl.fma(read, from_state[:, None], within)
             store_chunk(
@@ -94,4 +99,7 @@ def sweep_rows(
             state = add_chunk(state, b_t, c, to_state, total, KIND, REVERSE, True, PRECISION)
         if REVERSE:
             leave(inner_ptr, state)
+    if WEIGHS and not REVERSE:  # noqa: SIM102  (known, and not known, to the compiler)
+        if column == 0:
+            tl.store(terms.skipped_ptr, tl.sum(skipped, 0))
     return state

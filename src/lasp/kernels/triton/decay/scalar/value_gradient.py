@@ -28,6 +28,7 @@ def value_gradient_kernel(
     dv_ptr,  # [B, T, H_v, V], written
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; unused if GATHER
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
+    skip_ptr,  # fp32 [H_v], if WEIGHS
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
@@ -48,6 +49,7 @@ def value_gradient_kernel(
     DESCRIPTORS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHS: tl.constexpr,  # whether tokens have weights, and heads a skip
 ):
     here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, _, _ = border_state(
@@ -62,13 +64,17 @@ def value_gradient_kernel(
     span = span_of(here, v_first, C)
     decay = decay_of(g_ptr, prefix_ptr, suffix_ptr, scale, here, chunks, T, H_v, C, KIND)
     sizes: tl.constexpr = Sizes(A=K, N=V, BA=BK, BC=BV, C=C)
+    skip = None
+    if WEIGHS:
+        skip = tl.load(skip_ptr + here.head)
     if GATHER == GATHERED:
         state = gather(
             operands, decay, state, span, places_ptr, T, sizes,
             KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT,
-            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION,
+            DESCRIPTORS=DESCRIPTORS, PACKED=PACKED, PRECISION=PRECISION, WEIGHS=WEIGHS,
         )  # fmt: skip
     sweep(
         operands, decay, None, state, span, sizes,
         KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        WEIGHS=WEIGHS, skip=skip,
     )  # fmt: skip
