@@ -103,6 +103,8 @@ def check_weights(log_weight: Tensor | None, skip: Tensor | None, v: Tensor) -> 
     Raises:
         ValueError: the shape, dtype or device does not fit.
     """
+    if log_weight is None and skip is None:
+        return
     given = {"log_weight": (log_weight, "[B, T, H_v]", v.shape[:3]), "skip": (skip, "[H_v]", v.shape[2:3])}
     for name, (tensor, form, shape) in given.items():
         if tensor is None:

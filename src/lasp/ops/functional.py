@@ -174,13 +174,17 @@ def _planned(
             raise ValueError("causal=False has no order in which to decay: g must be None")
         check_gate(g, k, v)
         g = g.to(state_dtype(k.dtype))
-    if cu_seqlens is not None and not causal:
-        raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
-    traced = causal and initial_state is None and not output_final_state and are_traced(cu_seqlens, sp)
-    stages = select("decay" if causal else "unmasked", backend, DecayInputs(q, k, v, g, 1.0))
-    bounds = cu_seqlens if traced and isinstance(cu_seqlens, Tensor) and stages.empty_saved is not None else None
-    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp) if bounds is None else None
-    x = DecayInputs(q, k, v, g, scale_of(k, scale), documents)
+    x = DecayInputs(q, k, v, g, scale_of(k, scale))
+    stages = select("decay" if causal else "unmasked", backend, x)
+    bounds = None
+    if cu_seqlens is not None:
+        if not causal:
+            raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
+        traced = initial_state is None and not output_final_state and are_traced(cu_seqlens, sp)
+        if traced and isinstance(cu_seqlens, Tensor) and stages.empty_saved is not None:
+            bounds = cu_seqlens
+        else:
+            x = DecayInputs(q, k, v, g, x.scale, packed(cu_seqlens, k.shape[0], k.shape[1], sp))
     check_initial(x, initial_state)
     if log_weight is not None or skip is not None:
         x = _weighed(x, log_weight, skip, stages.weighs is not None and stages.weighs(x))
@@ -188,7 +192,7 @@ def _planned(
         check_gate_values(g)
     ranks = sp if sp is not None and sp.size > 1 else None
     options = _CAUSAL if causal else _SEES_ALL
-    return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, documents, bounds, options), x
+    return ScanPlan("linear_attention", stages, ranks, output_final_state, not causal, x.documents, bounds, options), x
 
 
 def _weighed(x: DecayInputs, log_weight: Tensor | None, skip: Tensor | None, taken: bool) -> DecayInputs:
