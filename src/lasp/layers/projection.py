@@ -52,12 +52,14 @@ class _InParts(torch.autograd.Function):
     def backward(ctx: Any, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, weights = x.flatten(0, 1), weight.split(ctx.widths)
+        of_x, of_weight, _ = ctx.needs_input_grad
         d_x: Tensor | None = None
         d_weight = []
         with torch.autocast(x.device.type, enabled=False):
             for d_part, part in zip(d_parts, weights, strict=True):
                 d = d_part.flatten(0, 1)
-                d_x = d @ part if d_x is None else torch.addmm(d_x, d, part)
-                d_weight.append(d.mT @ rows)
-        assert d_x is not None
-        return d_x.view_as(x), torch.cat(d_weight), None
+                if of_x:
+                    d_x = d @ part if d_x is None else torch.addmm(d_x, d, part)
+                if of_weight:
+                    d_weight.append(d.mT @ rows)
+        return None if d_x is None else d_x.view_as(x), torch.cat(d_weight) if of_weight else None, None
