@@ -6,7 +6,7 @@
 For shapes that `benchmarks/kernels.py` has not (grouped heads, packed documents), and launch by launch. Times are
 medians of replays of CUDA graphs, kernels alone; extra memory is what forward and backward need beyond inputs, outputs
 and gradients; host times are of eager calls at T = 256, where the GPU is not waited for. `--report` prints the tables
-of docs/results/delta-rules.md from a file instead.
+of docs/results/delta-rules.md from files instead.
 """
 
 from __future__ import annotations
@@ -206,6 +206,15 @@ def peer(shape: Shape, name: str) -> dict[str, Any]:
     return row
 
 
+def joined(result: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """Returns a file with the peers that others have for shapes of its own."""
+    for row in result["rows"]:
+        for other in others:
+            same = [found for found in other["rows"] if all(found[name] == row[name] for name in Shape._fields)]
+            row["peers"] = [*row.get("peers", []), *(each for found in same for each in found.get("peers", []))]
+    return result
+
+
 def tables(result: dict[str, Any]) -> str:
     lines = [
         f"{result['device']}, PyTorch {result['torch']}, Triton {result['triton']}, bf16, K = V = {DIM} if not said.",
@@ -266,12 +275,13 @@ def _figures(each: float | dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="the peers of the others go to its rows")
+    parser.add_argument("--kinds", nargs="*", choices=DELTA_KINDS, default=list(DELTA_KINDS))
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=[])
     parser.add_argument("--only-speed", action="store_true", help="no host times, errors or cold starts")
     options = parser.parse_args()
     if options.report is not None:
-        print(tables(json.loads(options.report.read_text())))
+        print(tables(joined(*(json.loads(path.read_text()) for path in options.report))))
         return
 
     import triton
@@ -279,7 +289,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     result: dict[str, Any] = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "rows": []}
     path = options.output / f"delta-kernels-{device.replace(' ', '-').lower()}.json"
-    for shape in SHAPES:
+    for shape in (shape for shape in SHAPES if shape.kind in options.kinds):
         result["rows"].append(measured(shape))
         for name in options.peers:
             result["rows"][-1].setdefault("peers", []).append(peer(shape, name))
@@ -287,11 +297,11 @@ def main() -> None:
     if options.only_speed:
         print(tables(result))
         return
-    result["host_ms"] = {kind: host(kind) for kind in DELTA_KINDS}
+    result["host_ms"] = {kind: host(kind) for kind in options.kinds}
     path.write_text(json.dumps(result, indent=1))
-    result["errors"] = {kind: {case: errors(kind, ours, case=case) for case in DELTA_CASES} for kind in DELTA_KINDS}
+    result["errors"] = {kind: {case: errors(kind, ours, case=case) for case in DELTA_CASES} for kind in options.kinds}
     path.write_text(json.dumps(result, indent=1))
-    result["cold_start_s"] = {kind: cold_start_seconds("lasp", kind) for kind in DELTA_KINDS}
+    result["cold_start_s"] = {kind: cold_start_seconds("lasp", kind) for kind in options.kinds}
     path.write_text(json.dumps(result, indent=1))
     print(tables(result))
 

@@ -21,12 +21,16 @@ from lasp.analysis.planner import Estimate, Job, ParallelLayout, estimate
 from lasp.models import preset
 
 RESULTS = Path(__file__).parent / "results"
-FILES = ("2026-11-30-nvidia-h200-train-families-2.json",)
+FILES = ("2026-11-30-nvidia-h200-train-families-2.json", "2026-11-30-nvidia-h200-train-families-3.json")
 
 
 def runs() -> Iterator[dict[str, Any]]:
+    """The runs of all files; of those of one model, run in one way, the last."""
+    found = {}
     for name in FILES:
-        yield from json.loads((RESULTS / name).read_text())["runs"]
+        for run in json.loads((RESULTS / name).read_text())["runs"]:
+            found[run["model"], run["compile"]] = run
+    yield from found.values()
 
 
 def predicted(run: dict[str, Any], tokens: int, slowdown: float, kept: float) -> Estimate:

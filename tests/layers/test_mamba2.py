@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from tolerances import relative_error
 from world import run
 
 import lasp
-from lasp.layers import LayerContext, Mamba2
+from lasp.layers import DeltaNet, LayerContext, Mamba2
 
 T = 23
 
@@ -97,3 +99,22 @@ def test_crosses_ranks():
 def test_heads_and_groups_must_fit():
     with pytest.raises(ValueError, match="num_key_heads must divide num_heads 4, got 3"):
         Mamba2.Config(num_heads=4, value_dim=2, key_dim=4, num_key_heads=3)
+
+
+@pytest.mark.parametrize(("config", "name"), [(Mamba2.Config, "in_proj"), (DeltaNet.Config, "q_proj")])
+def test_what_stands_around_a_projection_is_called(config: Any, name: str) -> None:
+    """Products are joined of plain linear layers only: an adapter, which has its layer's weight too, has its say."""
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1.0
+
+    torch.manual_seed(0)
+    layer = config(num_heads=2, key_dim=6, value_dim=5).build(LayerContext(12))
+    x = torch.randn(1, T, 12)
+    plain = layer(x)[0]
+    before = getattr(layer, name)
+    adapter = Adapter(before.in_features, before.out_features, bias=False)
+    adapter.weight = before.weight
+    setattr(layer, name, adapter)
+    assert relative_error(layer(x)[0], plain) > 0.01

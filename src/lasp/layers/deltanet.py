@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lasp.layers.fields import check_choice, check_divisor
 from lasp.layers.gates import GatedHeadNorm, LowRank, SteppedDecay
 from lasp.layers.mixer import LayerContext, Mixer, MixerConfig, MixerCost, MixerInputs, Operator, SavedActivations
+from lasp.layers.projection import project_together
 from lasp.layers.registry import family, mixer, shape
 from lasp.layers.short_convolution import ShortConvolution, check_width
 from lasp.ops import delta_rule_begin
@@ -135,7 +136,7 @@ class DeltaNet(Mixer):
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), x
+        return project_together(x, self.q_proj, self.k_proj, self.v_proj), x
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
         q, k, v, x = parts

@@ -96,7 +96,7 @@ class Mamba2(Mixer):
         nn.init.ones_(self.gain)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        z, mixed = project_in_parts(x, self.in_proj.weight, self.widths)
+        z, mixed = project_in_parts(x, self.in_proj, self.widths)
         return mixed, z
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:

@@ -1,4 +1,4 @@
-"""A projection whose output is read in parts, so that its gradient comes in parts."""
+"""Several projections as one product, and one whose output, and so its gradient, is read in parts."""
 
 from __future__ import annotations
 
@@ -6,17 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lasp.recurrence.derivatives import first_derivatives
 
 
-def project_in_parts(x: Tensor, weight: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
-    """x weight^T in parts [B, T, widths[n]], columns of one product, by x [B, T, D] and weight [sum(widths), D].
+def project_together(x: Tensor, *projections: nn.Module) -> Tensor:
+    """The outputs of several projections of x, side by side: one product, and one for the gradient of x.
+
+    So where they are plain linear layers; what else stands in a place, as an adapter around one, is called.
+    """
+    if all(type(each) is nn.Linear and each.bias is None for each in projections):
+        return F.linear(x, torch.cat([each.weight for each in projections]))  # type: ignore[misc]
+    return torch.cat([each(x) for each in projections], -1)
+
+
+def project_in_parts(x: Tensor, projection: nn.Module, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """projection(x) in parts [B, T, widths[n]], columns of one product, by x [B, T, D].
 
     PyTorch would put the parts' gradients into one tensor first, which reads and writes all of them; here each is
-    multiplied where it is. Under autocast in its dtype, as a linear layer.
+    multiplied where it is. So of a plain linear layer, as `project_together`.
     """
+    if type(projection) is not nn.Linear or projection.bias is not None:
+        return projection(x).split(list(widths), -1)  # type: ignore[no-any-return]
+    weight = projection.weight
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -38,12 +52,14 @@ class _InParts(torch.autograd.Function):
     def backward(ctx: Any, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, weights = x.flatten(0, 1), weight.split(ctx.widths)
+        of_x, of_weight, _ = ctx.needs_input_grad
         d_x: Tensor | None = None
         d_weight = []
         with torch.autocast(x.device.type, enabled=False):
             for d_part, part in zip(d_parts, weights, strict=True):
                 d = d_part.flatten(0, 1)
-                d_x = d @ part if d_x is None else torch.addmm(d_x, d, part)
-                d_weight.append(d.mT @ rows)
-        assert d_x is not None
-        return d_x.view_as(x), torch.cat(d_weight), None
+                if of_x:
+                    d_x = d @ part if d_x is None else torch.addmm(d_x, d, part)
+                if of_weight:
+                    d_weight.append(d.mT @ rows)
+        return None if d_x is None else d_x.view_as(x), torch.cat(d_weight) if of_weight else None, None

@@ -143,6 +143,18 @@ def test_strong_gates_bf16(gate: str, device: torch.device, short_segments: None
     check(Case(gate, BF16, T=70, H=2, V=192, beta=1.0, strongest=20.0, normalize=True), device)
 
 
+@pytest.mark.parametrize("T", [5, 70])
+def test_gates_that_are_all_strong_bf16(T: int, device: torch.device) -> None:
+    """Each token forgets nearly all, one head all: its gate's gradient is of what crosses it, and that is next to
+    nothing."""
+    p = problem(Case("channel", BF16, T=T, K=64, V=64, beta=1.0))
+    p.x["g"] = -12.0 - 6.0 * torch.rand(p.x["g"].shape, generator=torch.Generator().manual_seed(1))
+    p.x["g"][:, :, 1] = -torch.inf
+    found, exact = solve(p, device)["d_g"], solve(p, torch.device("cpu"), "torch", exact=True)["d_g"]
+    assert relative_error(found[:, :, 0], exact[:, :, 0]) < 8e-3
+    assert not exact[:, :, 1].any() and found[:, :, 1].abs().max() < 1e-30
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_an_erase_key_bf16(gate: str, device: torch.device, short_segments: None) -> None:
     """Covers grouped heads, which share it; bounded gates per channel beside strong ones; values that are cut."""

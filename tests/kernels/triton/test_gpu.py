@@ -208,8 +208,8 @@ def test_delta_rule(dtype: torch.dtype, K: int, V: int, kind: str, dims: dict[st
     check_delta_rule(Case(kind, dtype, K, V, **dims))
 
 
-BATCH = {"T": 12037, "B": 2}
-SINGLE_SEGMENTS = {"T": 1500, "H": 64, "H_v": 128}
+BATCH = {"T": 8197, "B": 2}
+SINGLE_SEGMENTS = {"T": 600, "H": 64, "H_v": 128}
 
 
 @pytest.mark.parametrize(

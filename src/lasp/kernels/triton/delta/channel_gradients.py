@@ -31,6 +31,7 @@ from lasp.kernels.triton.common.program import (
     store_chunk,
 )
 from lasp.kernels.triton.decay.channel.decays import (
+    MIN_BASE_LOG2,
     base_operand,
     crosses,
     gate_operand,
@@ -196,18 +197,18 @@ def delta_channel_gradients_kernel(
         dk = diagonal * q
         z_t = between_tokens(u, do, u_ptr, do_ptr, start, last, row, V, BV, C, PRECISION) * scale
         z = _both_halves(z, z_t, dtype, C)
-        if EXACT:
-            crossing = tl.zeros_like(terms)
+        crossing = tl.zeros_like(terms)
         if BASE > 0:
             to_middle = _sums(base_operand(gates, dtype), intervals_ptr, -1, C)
             block = in_base_block(BASE, C)
             far = (k * tl.exp2(-to_middle)).to(dtype)
             found = tl.dot(far, tl.where(block & (i < j), z, 0.0), input_precision=PRECISION)
             near = (q * tl.exp2(to_middle)).to(dtype)
-            terms += near * found
+            own = near * found
             dq += tl.exp2(to_middle) * found
             found = tl.dot(near, tl.where(block & (i > j), z, 0.0), input_precision=PRECISION)
-            terms -= far * found
+            own -= far * found
+            crossing = _sums_to_end(own, crossing, dtype, C)
             dk += tl.exp2(-to_middle) * found
         for level in range(BASE, LEVELS):
             is_reading = tl.trans(is_late(level, C))
@@ -244,13 +245,14 @@ def delta_channel_gradients_kernel(
             far = (k * tl.exp2(-to_middle)).to(dtype)
             found = tl.dot(far, tl.where(block & (i < j), m, 0.0), input_precision=PRECISION)
             near = (r * tl.exp2(to_middle)).to(dtype)
-            terms += near * found
+            own = near * found
             if ERASES:
                 dr += tl.exp2(to_middle) * found
             else:
                 dk += tl.exp2(to_middle) * found
             found = tl.dot(near, tl.where(block & (i > j), m, 0.0), input_precision=PRECISION)
-            terms -= far * found
+            own -= far * found
+            crossing = _sums_to_end(own, crossing, dtype, C)
             dk += tl.exp2(-to_middle) * found
         for level in range(BASE, LEVELS):
             is_reading = tl.trans(is_late(level, C))
@@ -277,13 +279,11 @@ def delta_channel_gradients_kernel(
         if GATE:
             passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
             leaving = passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
-            if not EXACT:
-                leaving += tl.sum(k * written, 1)
-        if EXACT:
-            # A difference would keep later tokens' rounding.
-            crossing += tl.dot(k * written, (i < j).to(dtype), input_precision="ieee")
-        else:
-            terms -= k * written
+        if BASE > 0:
+            # What crosses a token whose gate is beyond the floor of `base_operand` is decayed by the rest of it too.
+            crossing *= tl.exp2(tl.minimum(gates - MIN_BASE_LOG2, 0.0))
+        # Not the difference of all tokens' and later ones': where gates forget that would be their rounding.
+        crossing = _sums_before(k * written, crossing, dtype, C)
         dk += written
     if ERASES:
         dr = tl.trans(dr.to(dr_ptr.dtype.element_ty))
@@ -291,9 +291,8 @@ def delta_channel_gradients_kernel(
     dk = tl.trans((dk * k_norms).to(dk_ptr.dtype.element_ty))
     store_chunk(dk_ptr, dk, start, column, last, keys, K, C, BK, DESCRIPTORS)
     if GATE:
-        dg = _sums_to_end(terms, dtype, C) + leaving[:, None]
-        if EXACT:
-            dg += crossing
+        added = tl.zeros_like(terms) if BOUNDED else crossing
+        dg = _sums_to_end(terms, added, dtype, C) + leaving[:, None]
         if FROM_ZERO:
             # Nothing precedes a run's first token: exactly, not but for rounding.
             dg = tl.where((j == 0) & begins_run(places_ptr, here.chunk, PACKED), 0.0, dg)
@@ -331,14 +330,29 @@ def _sums(operand, intervals_ptr, level, C: tl.constexpr):
 
 
 @triton.jit
-def _sums_to_end(terms, dtype: tl.constexpr, C: tl.constexpr):
-    """[BK, C]: each token's term and those of all later tokens of the chunk."""
+def _sums_to_end(terms, added, dtype: tl.constexpr, C: tl.constexpr):
+    """[BK, C]: each token's term and those of all later tokens of the chunk, and what is `added`."""
     if dtype == tl.bfloat16:
-        # In two parts, each as products of bf16 take it.
-        high = terms.to(tl.bfloat16)
-        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
-        interval = (tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]).to(tl.bfloat16)
-        return tl.dot(low, interval, tl.dot(high, interval))
+        return _sum_over_terms(terms, added, tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :])
     else:
         # Terms, unlike gates, may exceed fp16.
-        return tl.cumsum(terms, 1, reverse=True)
+        return tl.cumsum(terms, 1, reverse=True) + added
+
+
+@triton.jit
+def _sums_before(terms, added, dtype: tl.constexpr, C: tl.constexpr):
+    """[BK, C]: the terms of all earlier tokens of the chunk, and what is `added`."""
+    earlier = tl.arange(0, C)[:, None] < tl.arange(0, C)[None, :]
+    if dtype == tl.bfloat16:
+        return _sum_over_terms(terms, added, earlier)
+    else:
+        return tl.dot(terms, earlier.to(dtype), added, input_precision="ieee")
+
+
+@triton.jit
+def _sum_over_terms(terms, added, interval):
+    """Terms [BK, C], in two parts, each as products of bf16 take it, times an interval [C, C], and what is `added`."""
+    high = terms.to(tl.bfloat16)
+    low = (terms - high.to(tl.float32)).to(tl.bfloat16)
+    interval = interval.to(tl.bfloat16)
+    return tl.dot(low, interval, tl.dot(high, interval, added))

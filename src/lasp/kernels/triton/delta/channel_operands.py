@@ -14,6 +14,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.program import DESCRIPTORS, chunk_place, load_chunk, store_chunk
 from lasp.kernels.triton.decay.channel.decays import (
     MAX_TO_MIDDLE_LOG2,
+    MIN_MEAN_LOG2,
     gate_operand,
     load_channel_gates,
     prefix_sums,
@@ -102,7 +103,8 @@ def delta_channel_operands_kernel(
                 scores = tl.dot((q * to_middle).to(dtype), near_t, scores, input_precision=PRECISION)
     if BOUNDED:
         if KEYS:
-            tl.store(unbounded_ptr + at, (longest > MAX_TO_MIDDLE_LOG2).to(tl.int32))
+            bound = tl.minimum((last - first - 1) * -MIN_MEAN_LOG2, MAX_TO_MIDDLE_LOG2)
+            tl.store(unbounded_ptr + at, (longest >= bound).to(tl.int32))
         # Of later keys they may be anything, infinite and NaN too.
         i = tl.arange(0, C)[:, None]
         j = tl.arange(0, C)[None, :]

@@ -36,7 +36,8 @@ def gate_pairs_kernel(
     chunks,
     K: tl.constexpr,
     V: tl.constexpr,
-    BD: tl.constexpr,  # columns of q, k, v, do at a time
+    BK: tl.constexpr,  # columns of q and k at a time
+    BV: tl.constexpr,  # and of v and do
     C: tl.constexpr,
     KIND: tl.constexpr,
     FORGETS: tl.constexpr,  # as in `gate_gradient`
@@ -61,8 +62,15 @@ def gate_pairs_kernel(
     if EXACT or beyond_one(total, length) < FORGETS:
         qk = batch * T * H + head // (H_v // H)
         vo = batch * T * H_v + head
-        scores = _products(q_ptr + qk * K, k_ptr + qk * K, first, last, first, last, H * K, K, C, BD, PRECISION)
-        d_scores = _products(do_ptr + vo * V, v_ptr + vo * V, first, last, first, last, H_v * V, V, C, BD, PRECISION)
+        # Under way while scores are formed.
+        do = load_chunk(do_ptr + vo * V, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+        v = load_chunk(v_ptr + vo * V, first, 0, last, H_v * V, V, C, BV, DESCRIPTORS)
+        scores = _products(q_ptr + qk * K, k_ptr + qk * K, first, last, first, last, H * K, K, C, BK, PRECISION)
+        d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        for column in range(BV, V, BV):
+            do = load_chunk(do_ptr + vo * V, first, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+            v = load_chunk(v_ptr + vo * V, first, column, last, H_v * V, V, C, BV, DESCRIPTORS)
+            d_scores = tl.dot(do, tl.trans(v), d_scores, input_precision=PRECISION)
         t = tl.arange(0, C)
         prefix = tl.zeros((C,), tl.float32)
         if KIND == TOKEN:
@@ -72,19 +80,20 @@ def gate_pairs_kernel(
             added = tl.load(suffix_ptr + (run * chunks + chunk) * C + t)
         g_chunk = g_ptr + tl.cast(first, tl.int64) * H_v
         w = scores * d_scores * pair_decay(g_chunk, H_v, rate, prefix, added, length, KIND, C, True, EXACT)
-        # [t, j]: what reads j from t on.
-        later = tl.cumsum(w, 0, reverse=True)
-        crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale
+        w = tl.where(t[:, None] > t[None, :], w, 0.0)
         if EXACT:
+            # [t, j]: what reads j from t on.
+            later = tl.cumsum(w, 0, reverse=True)
+            crossing = tl.sum(tl.where(t[:, None] > t[None, :], later, 0.0), 1) * scale
             near = _is_near(places_ptr, prefix_ptr, rate, total, chunk, chunks, T, C, KIND, PACKED)
             passing = tl.zeros((C, C), tl.float32)
             if near:
                 after, end = chunk_place(places_ptr, chunk + 1, T, C, PACKED)
                 passing = _products(
-                    q_ptr + qk * K, k_ptr + qk * K, after, end, first - C, first, H * K, K, C, BD, PRECISION
+                    q_ptr + qk * K, k_ptr + qk * K, after, end, first - C, first, H * K, K, C, BK, PRECISION
                 )  # fmt: skip
                 passing *= _products(
-                    do_ptr + vo * V, v_ptr + vo * V, after, end, first - C, first, H_v * V, V, C, BD, PRECISION
+                    do_ptr + vo * V, v_ptr + vo * V, after, end, first - C, first, H_v * V, V, C, BV, PRECISION
                 )  # fmt: skip
                 to_end = (C - 1 - t) * rate
                 from_start = (t + 1) * rate
@@ -93,6 +102,10 @@ def gate_pairs_kernel(
                     from_start = tl.load(prefix_ptr + C + t)
                 passing *= tl.exp2(from_start[:, None] + total + to_end[None, :])
             crossing += tl.sum(passing) * scale
+        else:
+            # What j begins, less what i ends: a scan of one row, not of all.
+            changes = tl.sum(w, 0) - tl.sum(w, 1)
+            crossing = (tl.cumsum(changes, 0) - changes) * scale
         tl.store(dg_ptr + vo + (first + t) * tl.cast(H_v, tl.int64), crossing, mask=first + t < last)
 
 

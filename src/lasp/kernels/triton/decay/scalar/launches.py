@@ -131,7 +131,16 @@ class ScalarLaunches(DecayLaunches):
         """A program for each chunk of each head."""
         (K, V), p = self._dims, self.plan
         columns = narrow(max(K, V), self._dtype)
-        return self._launch(gate_pairs_kernel, (self._heads * p.chunks, 1), PAIR_WARPS, 1, rows=self._heads, BD=columns)
+        all_keys = self._dtype == torch.bfloat16 and tile(K, self._dtype) == 128
+        return self._launch(
+            gate_pairs_kernel,
+            (self._heads * p.chunks, 1),
+            PAIR_WARPS,
+            1,
+            rows=self._heads,
+            BK=128 if all_keys else columns,
+            BV=columns,
+        )
 
     @cached_property
     def gate_gradient(self) -> Launch:
