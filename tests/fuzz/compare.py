@@ -55,14 +55,10 @@ def findings(case: Case, problem: Problem, values: Results) -> list[Finding]:
     expected, found = _views(case, references), _views(case, values)
     sizes = {what: each.norm().item() for what, each in expected.items()}
     for name in GATES:
-        # Decays of zero have a gradient of zero: what rounding leaves there is judged by the size of all heads; of what
-        # it is a difference of, q dq and k dk, where all are zero.
+        # Decays of zero have a gradient of zero: what rounding leaves there is judged by the size of all heads.
         whole = references[name].norm().item() if name in references else 0.0
-        if name == "d_g" and name in references and whole == 0.0:
-            q = problem.inputs["q"]
-            whole = 0.0 if q is None else (q.double() * references["d_q"]).norm().item()
         for what, size in sizes.items():
-            if what.split(" ")[0] == name and size <= NOTHING * whole:
+            if what.startswith(f"{name} ") and size <= NOTHING * whole:
                 sizes[what] = whole
     if case.op in ("normalized", "softmax") or case.normalize:
         # Gradients through a denominator cancel those through the numerator: all, of one token alone or one channel.
