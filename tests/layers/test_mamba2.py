@@ -103,7 +103,8 @@ def test_heads_and_groups_must_fit():
 
 @pytest.mark.parametrize(("config", "name"), [(Mamba2.Config, "in_proj"), (DeltaNet.Config, "q_proj")])
 def test_what_stands_around_a_projection_is_called(config: Any, name: str) -> None:
-    """Products are joined of plain linear layers only: an adapter, which has its layer's weight too, has its say."""
+    """Products are joined of plain linear layers only: hooks are called, and an adapter, which has its layer's weight
+    too."""
 
     class Adapter(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,6 +115,8 @@ def test_what_stands_around_a_projection_is_called(config: Any, name: str) -> No
     x = torch.randn(1, T, 12)
     plain = layer(x)[0]
     before = getattr(layer, name)
+    before.register_forward_hook(lambda module, args, output: output + 1.0)
+    assert relative_error(layer(x)[0], plain) > 0.01
     adapter = Adapter(before.in_features, before.out_features, bias=False)
     adapter.weight = before.weight
     setattr(layer, name, adapter)

@@ -15,9 +15,10 @@ from lasp.recurrence.derivatives import first_derivatives
 def project_together(x: Tensor, *projections: nn.Module) -> Tensor:
     """The outputs of several projections of x, side by side: one product, and one for the gradient of x.
 
-    So where they are plain linear layers; what else stands in a place, as an adapter around one, is called.
+    So where they are plain linear layers; what else stands in a place, as an adapter around one, is called, and one
+    that has hooks.
     """
-    if all(type(each) is nn.Linear and each.bias is None for each in projections):
+    if all(_is_plain(each) for each in projections):
         return F.linear(x, torch.cat([each.weight for each in projections]))  # type: ignore[misc]
     return torch.cat([each(x) for each in projections], -1)
 
@@ -28,7 +29,7 @@ def project_in_parts(x: Tensor, projection: nn.Module, widths: Sequence[int]) ->
     PyTorch would put the parts' gradients into one tensor first, which reads and writes all of them; here each is
     multiplied where it is. So of a plain linear layer, as `project_together`.
     """
-    if type(projection) is not nn.Linear or projection.bias is not None:
+    if not _is_plain(projection):
         return projection(x).split(list(widths), -1)  # type: ignore[no-any-return]
     weight = projection.weight
     kind = x.device.type
@@ -37,6 +38,17 @@ def project_in_parts(x: Tensor, projection: nn.Module, widths: Sequence[int]) ->
         x, weight = x.to(dtype), weight.to(dtype)
     parts: tuple[Tensor, ...] = _InParts.apply(x, weight, tuple(widths))
     return parts
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    return (
+        type(projection) is nn.Linear
+        and projection.bias is None
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and not projection._backward_pre_hooks
+    )
 
 
 class _InParts(torch.autograd.Function):
