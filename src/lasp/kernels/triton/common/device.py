@@ -20,7 +20,7 @@ class DeviceLimits(NamedTuple):
     hopper: bool
 
 
-GLUON_VERSIONS = ("3.6.",)  # with which the kernels have run on a GPU
+GLUON_VERSIONS = ("3.6.", "3.7.1")  # whose binaries of the kernels have run on a GPU
 INTERPRETED = DeviceLimits(4, 1 << 20, True)
 
 _devices: dict[torch.device, DeviceLimits] = {}
