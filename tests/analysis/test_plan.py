@@ -132,7 +132,7 @@ def test_what_nobody_measured_is_marked(capsys):
         assert (found["measured"] is not None) == is_measured
         assert found["rests_on"]["steps"].startswith("measured" if is_measured else "not measured")
         low, high = found["range"]
-        assert low == high == 1.0 if is_measured else low < 0.7 * high
+        assert low == high == 1.0 if is_measured else low < 0.9 * high
     assert cli.main(["plan", "--model.family", "gla", "--model.size", "1b", "--seq-len", "16K"]) == 0
     assert capsys.readouterr().out.count("not measured") >= 3
 

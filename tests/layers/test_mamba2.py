@@ -103,8 +103,8 @@ def test_heads_and_groups_must_fit():
 
 @pytest.mark.parametrize(("config", "name"), [(Mamba2.Config, "in_proj"), (DeltaNet.Config, "q_proj")])
 def test_what_stands_around_a_projection_is_called(config: Any, name: str) -> None:
-    """Products are joined of plain linear layers only: hooks are called, and an adapter, which has its layer's weight
-    too."""
+    """Products are joined of plain linear layers only: hooks are called, a forward of its own, and an adapter, which
+    has its layer's weight too."""
 
     class Adapter(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,9 +115,29 @@ def test_what_stands_around_a_projection_is_called(config: Any, name: str) -> No
     x = torch.randn(1, T, 12)
     plain = layer(x)[0]
     before = getattr(layer, name)
-    before.register_forward_hook(lambda module, args, output: output + 1.0)
+    hook = before.register_forward_hook(lambda module, args, output: output + 1.0)
+    assert relative_error(layer(x)[0], plain) > 0.01
+    hook.remove()
+    seen: list[torch.nn.Module] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    assert torch.equal(layer(x)[0], plain) and before in seen
+    hook.remove()
+    before.forward = lambda x: torch.nn.Linear.forward(before, x) + 1.0
     assert relative_error(layer(x)[0], plain) > 0.01
     adapter = Adapter(before.in_features, before.out_features, bias=False)
     adapter.weight = before.weight
     setattr(layer, name, adapter)
     assert relative_error(layer(x)[0], plain) > 0.01
+
+
+def test_double_precision_stays():
+    """Autocast leaves doubles alone, and steps next to nothing have fp64's digits."""
+    torch.manual_seed(0)
+    layer = Mamba2.Config(num_heads=2, key_dim=6, value_dim=5).build(LayerContext(12)).double()
+    x = torch.randn(1, T, 12, dtype=torch.float64)
+    plain = layer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(layer(x)[0], plain) < 1e-14
+    raw = torch.linspace(-60, 5, 131, dtype=torch.float64)[None, :, None].expand(1, -1, 2)
+    step = layer.decay.logarithms(raw)[0].exp()
+    assert ((step - F.softplus(raw + layer.decay.bias)) / step).abs().max() < 1e-14

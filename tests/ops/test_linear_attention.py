@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -263,3 +264,24 @@ def test_compiled_gradients_are_the_eager_ones():
         "qkvg", compiled, torch.autograd.grad(loss(q, k, v, g), (q, k, v, g)), strict=True
     ):
         assert (value - expected).norm() <= 1e-6 * expected.norm() > 0, name
+
+
+def test_packed_documents_are_part_of_a_whole_graph():
+    """Given as numbers, of PyTorch's backend: no break, no warning, and as many graphs as documents that differ."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 20, 2, 8, requires_grad=True) for _ in range(3))
+
+    def loss(ends, *tensors):
+        return lasp.linear_attention(*tensors, cu_seqlens=ends)[0].square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo detected")
+        for ends in ((0, 5, 20), [0, 1, 1, 20], (0, 20)):
+            values = torch.autograd.grad(compiled(ends, q, k, v), (q, k, v))
+            expected = torch.autograd.grad(loss(ends, q, k, v), (q, k, v))
+            for value, each in zip(values, expected, strict=True):
+                assert (value - each).norm() <= 1e-6 * each.norm()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="packed documents, but of a decay on one device"):
+        compiled(torch.tensor([0, 5, 20]), q, k, v)

@@ -23,7 +23,7 @@ from lasp.sequence.arguments import check_flags, check_generator, number
 # Mamba-2's initial ranges: of the rate A, and of the step dt, drawn evenly on a logarithmic scale.
 RATES = (1.0, 16.0)
 STEPS = (1e-3, 1e-1)
-LEAST = -15.0  # exp(x) is softplus(x) to the last bit in fp32 below it
+LEAST = {torch.float32: -17.0, torch.float64: -37.0}  # exp(x) is softplus(x) to half of its last bit below it
 
 
 class SteppedDecay(ExactParameters):
@@ -74,7 +74,7 @@ class SteppedDecay(ExactParameters):
         dtype = state_dtype(x.dtype)
         x = x.to(dtype) + self.bias.to(dtype)
         # Where softplus is next to nothing, x is its logarithm.
-        log_step = F.softplus(x.clamp(min=LEAST)).log() - F.relu(LEAST - x)
+        log_step = F.softplus(x.clamp(min=LEAST[dtype])).log() - F.relu(LEAST[dtype] - x)
         return log_step, -self.log_rate.to(dtype).exp() * F.softplus(x)
 
 

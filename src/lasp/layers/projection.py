@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lasp.recurrence.derivatives import first_derivatives
 
@@ -15,10 +16,10 @@ from lasp.recurrence.derivatives import first_derivatives
 def project_together(x: Tensor, *projections: nn.Module) -> Tensor:
     """The outputs of several projections of x, side by side: one product, and one for the gradient of x.
 
-    So where they are plain linear layers; what else stands in a place, as an adapter around one, is called, and one
-    that has hooks.
+    So under autocast, which makes a copy of the weights anyhow, and where they are plain linear layers; what else
+    stands in a place, as an adapter around one, is called, and one that has hooks or a forward of its own.
     """
-    if all(_is_plain(each) for each in projections):
+    if torch.is_autocast_enabled(x.device.type) and all(_is_plain(each) for each in projections):
         return F.linear(x, torch.cat([each.weight for each in projections]))  # type: ignore[misc]
     return torch.cat([each(x) for each in projections], -1)
 
@@ -35,7 +36,7 @@ def project_in_parts(x: Tensor, projection: nn.Module, widths: Sequence[int]) ->
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = (each if each.dtype == torch.float64 else each.to(dtype) for each in (x, weight))
     parts: tuple[Tensor, ...] = _InParts.apply(x, weight, tuple(widths))
     return parts
 
@@ -44,6 +45,8 @@ def _is_plain(projection: nn.Module) -> bool:
     return (
         type(projection) is nn.Linear
         and projection.bias is None
+        and "forward" not in vars(projection)
+        and not _has_any_global_hook()
         and not projection._forward_hooks
         and not projection._forward_pre_hooks
         and not projection._backward_hooks

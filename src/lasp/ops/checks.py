@@ -226,16 +226,24 @@ def are_traced(cu_seqlens: Tensor | Sequence[int] | None, sp: SequenceParallel |
 
 
 def packed(
-    cu_seqlens: Tensor | Sequence[int] | None, batch: int, tokens: int, sp: SequenceParallel | None
+    cu_seqlens: Tensor | Sequence[int] | None,
+    batch: int,
+    tokens: int,
+    sp: SequenceParallel | None,
+    *,
+    traceable: bool = False,
 ) -> Documents | None:
     """The documents on this rank, which holds `tokens` tokens of each of `batch` sequences.
+
+    traceable: torch.compile can follow what is done with them, where they are no tensor and this rank is alone.
 
     Raises:
         ValueError: cu_seqlens does not describe the whole sequence, or there are several sequences.
     """
     if cu_seqlens is None:
         return None
-    return _documents_here(cu_seqlens, batch, tokens, sp)
+    follows = traceable and not isinstance(cu_seqlens, Tensor) and (sp is None or sp.size == 1)
+    return (_read_documents if follows else _documents_here)(cu_seqlens, batch, tokens, sp)
 
 
 def _read_documents(
@@ -247,7 +255,9 @@ def _read_documents(
 
 
 # Outside of compiled graphs, which break around what is done with them: kernels' tables are kept with them.
-_documents_here = untraced(_read_documents, "packed documents, unless a tensor on the host, of a decay on one device,")
+_documents_here = untraced(
+    _read_documents, "packed documents, but of a decay on one device (fused: as a tensor on the host; else as numbers),"
+)
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

@@ -184,7 +184,9 @@ def _planned(
         if traced and isinstance(cu_seqlens, Tensor) and stages.empty_saved is not None:
             bounds = cu_seqlens
         else:
-            x = DecayInputs(q, k, v, g, x.scale, packed(cu_seqlens, k.shape[0], k.shape[1], sp))
+            follows = stages.traceable and stages.empty_saved is None
+            documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp, traceable=follows)
+            x = DecayInputs(q, k, v, g, x.scale, documents)
     check_initial(x, initial_state)
     if log_weight is not None or skip is not None:
         x = _weighed(x, log_weight, skip, stages.weighs is not None and stages.weighs(x))

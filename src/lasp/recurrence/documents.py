@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasp.recurrence.untraced import cached
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -64,7 +66,7 @@ class Documents:
         return {}
 
 
-@lru_cache(maxsize=64)
+@cached(maxsize=64)
 def documents_here(cu_seqlens: tuple[int, ...], offset: int, tokens: int) -> Documents:
     """The documents on a rank that holds `tokens` tokens from global index `offset` on.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.functional import pad
 
 from lasp.algebra import Identity, Summary, scan
 from lasp.recurrence.documents import Documents
+from lasp.recurrence.untraced import cached
 
 
 class Chunking:
@@ -93,7 +93,7 @@ class _Layout(NamedTuple):
     slot_of_token: Tensor
 
 
-@lru_cache(maxsize=8)
+@cached(maxsize=8)
 def _layout(documents: Documents, size: int) -> _Layout:
     """Every stage of every layer of a step asks the same, hence the cache; not larger, for its tensors are of T."""
     tokens, spans, slots, first = documents.bounds[-1], [], [], 0
