@@ -32,7 +32,7 @@ def project_in_parts(x: Tensor, projection: nn.Module, widths: Sequence[int]) ->
     """
     if not _is_plain(projection):
         return projection(x).split(list(widths), -1)  # type: ignore[no-any-return]
-    weight = projection.weight
+    weight: Tensor = projection.weight  # type: ignore[assignment]
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
