@@ -26,7 +26,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     afresh,
     ask_vector,
     between_pairs,
-    last_of,
+    gradient_factors,
     meet,
     segment_of,
     tokens_view,
@@ -242,20 +242,7 @@ def delta_hopper_chunk_gradients_kernel(
         if GATE:
             scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
             overlaps = warpgroup_mma(k_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
-        from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
-        to_end = from_start
-        total = 0.0
-        if KIND == TOKEN:
-            total = last_of(prefix)
-            from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
-            to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
-        q_read = from_start * scale
-        k_read = from_start
-        if NORMALIZE:
-            lengths = k_norms.load(gl.SliceLayout(1, WIDE))
-            q_read *= q_norms.load(gl.SliceLayout(1, WIDE))
-            k_read *= lengths
-            to_end *= lengths
+        q_read, k_read, to_end, total = gradient_factors(prefix, q_norms, k_norms, scale, KIND, NORMALIZE)
         # u is beta times what was missing, dv beta times its gradient.
         strength = beta.load(gl.SliceLayout(1, PAIRS))
         d_beta = sums_of(gl.where(i[:, None] == j[None, :], m / (strength * strength)[:, None], 0.0))

@@ -2,8 +2,8 @@
 """Give the kernels for Hopper what they share: a segment's place, layouts of results, and tiles that come and go.
 
 They are in the lower of Triton's languages, where registers, shared memory and waits are said: several products are in
-flight together, and what the next chunk needs is on its way. They take chunks of 64 tokens, heads of 128 channels and
-128 values, and bf16. Elsewhere, and in the interpreter, the kernels that they are named after make the same sums in the
+flight together, and what the next chunk needs is on its way. They take chunks of 64 tokens, K and V of 128 or 256, and
+bf16. Elsewhere, and in the interpreter, the kernels that they are named after make the same sums in the
 same roundings.
 """
 
@@ -113,6 +113,27 @@ def between_pairs(prefix, norms, k_norms, KIND: gl.constexpr, NORMALIZE: gl.cons
     if NORMALIZE:
         factors *= norms.load(gl.SliceLayout(1, PAIRS))[:, None] * k_norms.load(gl.SliceLayout(0, PAIRS))[None, :]
     return factors
+
+
+@gluon.jit
+def gradient_factors(prefix, q_norms, k_norms, scale, KIND: gl.constexpr, NORMALIZE: gl.constexpr):
+    """[TOKENS]: decays from the chunk's start to its tokens, times the lengths of queries and `scale`; those times the
+    lengths of keys; decays to the chunk's end, times these; and the decay of the whole chunk, base 2."""
+    from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
+    to_end = from_start
+    total = 0.0
+    if KIND == TOKEN:
+        total = last_of(prefix)
+        from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
+        to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
+    q_read = from_start * scale
+    k_read = from_start
+    if NORMALIZE:
+        lengths = k_norms.load(gl.SliceLayout(1, WIDE))
+        q_read *= q_norms.load(gl.SliceLayout(1, WIDE))
+        k_read *= lengths
+        to_end *= lengths
+    return q_read, k_read, to_end, total
 
 
 @gluon.jit

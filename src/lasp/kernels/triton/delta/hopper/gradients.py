@@ -33,7 +33,7 @@ from lasp.kernels.triton.delta.hopper.common import (
     ask_vector,
     between_pairs,
     chunk_gradient_view,
-    last_of,
+    gradient_factors,
     meet,
     segment_of,
     tokens_view,
@@ -187,20 +187,7 @@ def delta_hopper_gradients_kernel(
             scores = warpgroup_mma(q_tile, k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True)
         if c > 0:
             store_sums(sums, d_beta_ptr + row, dg_ptr + row, H_v, start - TOKENS, last, True, GATE)
-        from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
-        to_end = from_start
-        total = 0.0
-        if KIND == TOKEN:
-            total = last_of(prefix)
-            from_start = gl.exp2(prefix.load(gl.SliceLayout(1, WIDE)))
-            to_end = gl.exp2(total - prefix.load(gl.SliceLayout(1, WIDE)))
-        q_read = from_start * scale
-        k_read = from_start
-        if NORMALIZE:
-            lengths = k_norms.load(gl.SliceLayout(1, WIDE))
-            q_read *= q_norms.load(gl.SliceLayout(1, WIDE))
-            k_read *= lengths
-            to_end *= lengths
+        q_read, k_read, to_end, total = gradient_factors(prefix, q_norms, k_norms, scale, KIND, NORMALIZE)
         if GATE:
             z, dq, scores = warpgroup_mma_wait(0, [z, dq, scores])
         else:
