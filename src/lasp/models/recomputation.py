@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from types import MethodType
 from typing import Any
 
@@ -131,25 +131,31 @@ class _Compiled:
     def __getstate__(self) -> dict[str, Any]:
         return {"_block": self._block, "_shapes": self._shapes, "_compiled": None}
 
+    @cached_property
+    def _mixers(self) -> list[Mixer]:
+        return [module for module in self._block.modules() if isinstance(module, Mixer)]
+
+    @cached_property
+    def _is_bare(self) -> bool:
+        """True if there are recurrences of decays alone, and no convolutions."""
+        return all(mixer.config.rule == "linear" and mixer.convolution is None for mixer in self._mixers)
+
     def __call__(
         self, x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any
     ) -> tuple[Tensor, Any]:
         run = MethodType(type(self._block).forward, self._block)
-        mixers = [module for module in self._block.modules() if isinstance(module, Mixer)]
-        bare = all(mixer.config.rule == "linear" and mixer.convolution is None for mixer in mixers)
         takes = state is None and not output_state and torch.is_grad_enabled()
         if takes and cu_seqlens is not None:
-            fused = all(mixer.backend in ("auto", "triton") for mixer in mixers) and has_fused_kernels(
-                x.device, x.dtype
-            )
-            takes = bare and fused and (sp is None or sp.size == 1)
+            fused = all(mixer.backend in ("auto", "triton") for mixer in self._mixers)
+            fused = fused and has_fused_kernels(x.device, x.dtype)
+            takes = self._is_bare and fused and (sp is None or sp.size == 1)
             cu_seqlens = _with_room(cu_seqlens) if takes else cu_seqlens
         arguments = x, start, state, output_state, cu_seqlens, sp
         if not takes or not self._shapes.admit(x, sp, 0 if cu_seqlens is None else len(cu_seqlens) - 1):
             result: tuple[Tensor, Any] = run(*arguments)
             return result
         if self._compiled is None:
-            self._compiled = torch.compile(run, fullgraph=TRACEABLE and bare, dynamic=False)
+            self._compiled = torch.compile(run, fullgraph=TRACEABLE and self._is_bare, dynamic=False)
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
         # pieces, and keep all that crosses a cut. Blocks are pieces enough.
         # Of each shape there is a graph for each kind of block, and for those of other models in this process.
@@ -163,6 +169,11 @@ class _Compiled:
 
 def _with_room(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     """The packed documents, on the host, with empty ones behind them up to a power of two: few numbers, few graphs."""
-    bounds = wholes("cu_seqlens", cu_seqlens)
+    return _padded(wholes("cu_seqlens", cu_seqlens))
+
+
+@lru_cache(maxsize=8)
+def _padded(bounds: tuple[int, ...]) -> Tensor:
+    """Every block of a step asks the same, hence the cache."""
     room = 1 << (len(bounds) - 2).bit_length()
     return torch.tensor([*bounds, *bounds[-1:] * (room + 1 - len(bounds))])
