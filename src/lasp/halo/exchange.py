@@ -46,7 +46,8 @@ class _ReadFromRanks(torch.autograd.Function):
     @staticmethod
     @first_derivatives("short_convolution or token_shift", linear=True)
     def backward(ctx: Any, d_before: Tensor, d_needed: Tensor) -> tuple[Any, ...]:
-        return None, None, *rows_gradients(d_before, d_needed, *ctx.like, ctx.plan, adjoint_of(ctx))
+        shape, initial_shape = ctx.like
+        return None, None, *rows_gradients(d_before, d_needed, shape, initial_shape, ctx.plan, adjoint_of(ctx))
 
 
 def rows_read(x: Tensor, initial: Tensor | None, plan: HaloPlan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:

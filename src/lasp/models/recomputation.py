@@ -80,7 +80,7 @@ class CompiledShapes:
 def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
     """Compile the block's training forward, the exchange inside it.
 
-    Where all that looks at other tokens are operators (`Mixer.has_operators`), a block is one graph: over ranks, for any
+    Where all that looks at other tokens are operators (`Mixer.has_operators`), a block is one graph: over ranks, with any
     packed documents, and for any number of tokens, the first number that comes having a graph of its own.
 
     Elsewhere a graph is for one shape, and those that `shapes` does not admit run uncompiled, after a warning; so do
