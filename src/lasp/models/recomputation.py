@@ -80,8 +80,8 @@ class CompiledShapes:
 def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
     """Compile the block's training forward, the exchange inside it.
 
-    Where all that looks at other tokens are operators (`Mixer.has_operators`), a block is one graph: over ranks, with any
-    packed documents, and for any number of tokens, the first number that comes having a graph of its own.
+    Where all that looks at other tokens are operators (`Mixer.has_operators`) a block is one graph: over ranks, for any
+    documents, and for any number of tokens, the first number that comes having a graph of its own.
 
     Elsewhere a graph is for one shape, and those that `shapes` does not admit run uncompiled, after a warning; so do
     packed documents. It breaks around the scan of a delta rule, over ranks around short convolutions and softmax
