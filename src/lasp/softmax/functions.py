@@ -160,7 +160,7 @@ def _attended(
         return _across_ranks(q, k, v, sinks, initial_state, call, _Problem(*ways, starts, bounds, before))
 
 
-_outside_of_graphs = untraced(_attended, "softmax_attention over several ranks, but causal, plain and without states,")
+_outside_of_graphs = untraced(_attended, "softmax_attention over several ranks with a window, a cap, sinks or states")
 
 
 class _Problem(NamedTuple):

@@ -105,8 +105,8 @@ def _lay_of(spans: Spans, batch: int, tokens: int, keys: int, device: torch.devi
         of_keys += [keys * sequence + stop for _, _, _, stop in spans]
     most = (max(stop - start for start, stop, _, _ in spans), max(stop - start for _, _, start, stop in spans))
     with torch.inference_mode(False):
-        tables = (torch.tensor(each, dtype=torch.int32, device=device) for each in (of_queries, of_keys))
-        return Lay(*tables, *most)
+        first, second = (torch.tensor(each, dtype=torch.int32, device=device) for each in (of_queries, of_keys))
+        return Lay(first, second, *most)
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
@@ -146,10 +146,10 @@ def _tiles(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> Itera
         for first in range(start, stop, step):
             last = min(first + step, stop)
             rows, columns = slice(first, last), slice(first_key, last_key - (stop - last))
-            parts = _heads_first(q[:, rows], k.shape[2]), *(_heads_first(t[:, columns], k.shape[2]) for t in (k, v))
-            scores = parts[0] @ parts[1].mT * scale
+            queries, keys, values = (_heads_first(t, k.shape[2]) for t in (q[:, rows], k[:, columns], v[:, columns]))
+            scores = queries @ keys.mT * scale
             seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
-            yield _Tile(rows, columns, *parts, scores.masked_fill(~seen, -torch.inf))
+            yield _Tile(rows, columns, queries, keys, values, scores.masked_fill(~seen, -torch.inf))
 
 
 def _heads_first(tensor: Tensor, key_heads: int) -> Tensor:
