@@ -51,7 +51,7 @@ class _ReadFromRanks(torch.autograd.Function):
 
 
 def rows_read(x: Tensor, initial: Tensor | None, plan: HaloPlan, call: SequenceCall | None) -> tuple[Tensor, Tensor]:
-    """What `read_rows` gives, which nothing differentiates."""
+    """Give what `read_rows` does, which nothing differentiates."""
     route, batch, channels = plan.route, x.shape[0], x.shape[2]
     needed = x.new_zeros(batch, plan.num_rows, channels)
     pending = _batch_send_recv(

@@ -1,4 +1,4 @@
-"""What an operator of a compiled graph keeps for its backward pass: bytes, of which it says what they are when it runs.
+"""Keeps what operators of compiled graphs save for their backward pass: bytes, of which they say what they are.
 
 How many there are follows from plans that are made for numbers of tokens and from where documents lie. A graph whose
 sequences may have any length, or any documents, knows neither.
@@ -42,14 +42,14 @@ def from_bytes(kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def known_bytes(tensors: Sequence[Tensor], places: int) -> list[Tensor]:
-    """What `as_bytes` gives, for an operator's shape function that knows the tensors' shapes."""
+    """Give what `as_bytes` does, for an operator's shape function that knows the tensors' shapes."""
     like = tensors[0]
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors] + [0] * (places - len(tensors))
     return [_layout_like(like, places), *(like.new_empty(size, dtype=torch.uint8) for size in sizes)]
 
 
 def any_bytes(like: Tensor, places: int) -> list[Tensor]:
-    """What `as_bytes` gives, for one that does not."""
+    """Give what `as_bytes` does, for one that does not."""
     context = torch.library.get_ctx()
     sizes = [context.new_dynamic_size() for _ in range(places)]
     return [_layout_like(like, places), *(like.new_empty(size, dtype=torch.uint8) for size in sizes)]

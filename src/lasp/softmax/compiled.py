@@ -182,7 +182,7 @@ trade_for_tokens.register_autograd(_trade_for_tokens_backward, setup_context=_ke
 
 
 def _spans(cu_seqlens: Tensor | None, q: Tensor, first: int, total: int) -> Spans:
-    """Where the queries and keys of each document here are."""
+    """Find where the queries and keys of each document here are."""
     spans = []
     for start, end in pairwise(document_bounds(cu_seqlens, total, q.shape[0])):
         here, stop = max(start, first), min(end, first + q.shape[1])

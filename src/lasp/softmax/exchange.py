@@ -77,7 +77,7 @@ class _Gather(torch.autograd.Function):
 def gathered(
     k: Tensor, v: Tensor, messages: Call, starts: tuple[int, ...], *, all_ranks: bool
 ) -> tuple[Tensor, Tensor]:
-    """What `gather` gives, which nothing differentiates."""
+    """Give what `gather` does, which nothing differentiates."""
     lengths = [end - start for start, end in pairwise(starts)]
     own = torch.cat((k.reshape(-1), v.reshape(-1)))
     row_k, row_v = (t.shape[0] * t.shape[2] * t.shape[3] for t in (k, v))

@@ -83,7 +83,7 @@ def attend_within_gradients(
 
 
 class Lay(NamedTuple):
-    """Where documents lie among queries and keys, int32 [N + 1] on the device, and their greatest lengths."""
+    """Places of documents among queries and keys, int32 [N + 1] on the device, and their greatest lengths."""
 
     queries: Tensor
     keys: Tensor
@@ -97,7 +97,7 @@ def _lay(q: Tensor, k: Tensor, spans: Spans) -> Lay:
 
 @lru_cache(maxsize=16)
 def _lay_of(spans: Spans, batch: int, tokens: int, keys: int, device: torch.device) -> Lay:
-    """Of every sequence of the batch one after another. Keys before the first document's, which no query here sees,
+    """Lay every sequence of the batch one after another. Keys before the first document's, which no query here sees,
     there are in a batch of one alone."""
     of_queries, of_keys = [0], [spans[0][2]]
     for sequence in range(batch):
@@ -110,7 +110,7 @@ def _lay_of(spans: Spans, batch: int, tokens: int, keys: int, device: torch.devi
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
-    """As the kernels read them: alike in channels, a multiple of eight, zeros behind."""
+    """Give them as the kernels read them: alike in channels, a multiple of eight, zeros behind."""
     width = -(-max(t.shape[3] for t in tensors) // _CHANNELS) * _CHANNELS
     return [F.pad(t, (0, width - t.shape[3])).contiguous() for t in tensors]
 

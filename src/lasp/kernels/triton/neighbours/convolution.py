@@ -77,7 +77,7 @@ def _rows(x_ptr, before_ptr, t, step: tl.constexpr, c, inside, T, row, C: tl.con
 
 @triton.jit
 def _reach(begin_ptr, t, T, PACKED: tl.constexpr):
-    """How many tokens before each of t [S] are of its document."""
+    """The number of tokens before each of t [S] that are of its document."""
     if PACKED:
         return (t - tl.load(begin_ptr + t, mask=(t >= 0) & (t < T), other=0))[:, None]
     else:
@@ -86,7 +86,7 @@ def _reach(begin_ptr, t, T, PACKED: tl.constexpr):
 
 @triton.jit
 def _if(x, reach, back: tl.constexpr, PACKED: tl.constexpr):
-    """What a token reads of the row so many back, or gives it: x, if that is of its document."""
+    """x, which a token reads of the row so many back, or gives it, if that is of its document."""
     if PACKED:
         x = tl.where(reach >= back, x, 0.0)
     return x
@@ -94,7 +94,7 @@ def _if(x, reach, back: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _total(bias, a0, a1, a2, a3, x0, x1, x2, x3, reach, PACKED: tl.constexpr):
-    """What goes into the activation, of a token's row and the three before it."""
+    """The sum that goes into the activation, of a token's row and the three before it."""
     x1, x2, x3 = _if(x1, reach, 1, PACKED), _if(x2, reach, 2, PACKED), _if(x3, reach, 3, PACKED)
     return bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
 
@@ -108,7 +108,7 @@ def _given(a0, a1, a2, a3, d0, d1, d2, d3, n1, n2, n3, PACKED: tl.constexpr):
 
 @triton.jit
 def _products(d0, d1, d2, d3, x0, x1, x2, x3, n0, n1, n2, n3, back: tl.constexpr, PACKED: tl.constexpr):
-    """Of four tokens, the sum of their gradients times the rows so many back."""
+    """The sum over four tokens of their gradients times the rows so many back."""
     x0, x1, x2, x3 = (
         _if(x0, n0, back, PACKED),
         _if(x1, n1, back, PACKED),
