@@ -2,7 +2,7 @@
 
 For stages that are fused kernels: of the delta rule where a beta is given, else of a decay. The operators know the
 ranks by a number, and packed documents by a tensor, best on the host, whose numbers they read when they run: a graph is
-for any documents. What the forward pass keeps it gives as bytes (`lasp.recurrence.kept`).
+for any documents. What the forward pass saves it gives as bytes (`lasp.recurrence.kept`).
 """
 
 # No postponed annotations: the operators' schemas are read from them.
@@ -16,7 +16,7 @@ from lasp.kernels.select import load
 from lasp.ops.scan import ScanPlan, backward, begin, forward
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.recurrence.inputs import DecayInputs, DeltaInputs, Inputs
-from lasp.recurrence.kept import any_bytes, as_bytes, from_bytes, has_known_sizes, known_bytes
+from lasp.recurrence.kept import is_known, kept, kept_like, restored
 from lasp.recurrence.stages import AnyStages
 from lasp.sequence import SequenceParallel
 from lasp.sequence.shards import document_bounds, document_digest
@@ -34,9 +34,10 @@ def scan_operator(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> tuple[Te
         log_weight, skip = x.log_weight, x.skip
     # Weights' gradients come with the gate's.
     want_gate = x.g is not None and (x.g.requires_grad or log_weight is not None)
+    sized = plan.cu_seqlens is None and is_known(*x.v.shape[:2])
     o, *others = scan_forward(
         x.q, x.k, x.v, beta, x.g, erase_key, log_weight, skip, plan.cu_seqlens, initial, x.scale, normalize, want_gate,
-        plan.want_final, ranks,
+        plan.want_final, ranks, sized,
     )  # fmt: skip
     return o, others[0] if plan.want_final else None
 
@@ -116,11 +117,12 @@ def scan_forward(
     want_gate: bool,
     want_final: bool,
     ranks: int,
+    sized: bool,
 ) -> list[Tensor]:
     """o [B, T, H_v, V]; if wanted, the final state, [B, H_v, K, V] or one for each document of the whole sequence; and
-    what `scan_backward` takes as `kept`.
+    what `scan_backward` takes as `saved`.
 
-    ranks: the key of the ranks that share the sequence, or ALONE.
+    ranks: the key of the ranks that share the sequence, or ALONE. sized: how that is kept (`lasp.recurrence.kept`).
     """
     documents = _read(cu_seqlens, v, ranks)
     given = _inputs(q, k, v, beta, _wanted(g, want_gate), erase_key, log_weight, skip, documents, scale, normalize)
@@ -132,7 +134,7 @@ def scan_forward(
     # An exchange may give back its input, and stages may keep it; an operator must not.
     own = None if initial is None else initial.untyped_storage().data_ptr()
     saved = tuple(t.clone() if t.untyped_storage().data_ptr() == own else t for t in saved)
-    return [o, *([final.clone()] if final is not None else []), *as_bytes(saved, plan.stages.most_saved)]
+    return [o, *([final.clone()] if final is not None else []), *kept(saved, plan.stages.most_saved, sized=sized)]
 
 
 @scan_forward.register_fake
@@ -152,15 +154,16 @@ def _(
     want_gate: bool,
     want_final: bool,
     ranks: int,
+    sized: bool,
 ) -> list[Tensor]:
     given = _inputs(q, k, v, beta, g, erase_key, log_weight, skip, None, scale, normalize)
     stages = _stages(given)
     final = [_state_like(q, v, cu_seqlens)] if want_final else []
-    if cu_seqlens is None and has_known_sizes(v):
+    saved = None
+    if sized:
         assert stages.empty_saved is not None
         saved = stages.empty_saved(given, initial is not None, ranks != ALONE, want_gate)
-        return [v.new_empty(v.shape), *final, *known_bytes(saved, stages.most_saved)]
-    return [v.new_empty(v.shape), *final, *any_bytes(v, stages.most_saved)]
+    return [v.new_empty(v.shape), *final, *kept_like(saved, v, stages.most_saved)]
 
 
 def _state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -179,7 +182,7 @@ def scan_backward(
     log_weight: Tensor | None,
     skip: Tensor | None,
     cu_seqlens: Tensor | None,
-    kept: list[Tensor],
+    saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
     scale: float,
@@ -200,7 +203,7 @@ def scan_backward(
     d_o = torch.zeros_like(v) if d_o is None else d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     with torch.autocast(v.device.type, enabled=False):
-        gradients, d_initial = backward(plan, call, x, from_bytes(kept), d_o, d_final, want_initial)
+        gradients, d_initial = backward(plan, call, x, restored(saved), d_o, d_final, want_initial)
     return [tensor.contiguous() for tensor in (*gradients, d_initial) if tensor is not None]
 
 
@@ -215,7 +218,7 @@ def _(
     log_weight: Tensor | None,
     skip: Tensor | None,
     cu_seqlens: Tensor | None,
-    kept: list[Tensor],
+    saved: list[Tensor],
     d_o: Tensor | None,
     d_final: Tensor | None,
     scale: float,
@@ -232,24 +235,24 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, initial, ctx.scale, ctx.normalize, _, ctx.want_final, ctx.ranks = inputs
+    *tensors, initial, ctx.scale, ctx.normalize, _, ctx.want_final, ctx.ranks, _ = inputs
     ctx.from_zero = initial is None and ctx.ranks == ALONE
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[2 if ctx.want_final else 1 :])
 
 
 def _backward(ctx: Any, d_output: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, g, erase_key, log_weight, skip, cu_seqlens, *kept = ctx.saved_tensors
+    q, k, v, beta, g, erase_key, log_weight, skip, cu_seqlens, *saved = ctx.saved_tensors
     want_gate, want_initial = ctx.needs_input_grad[4] or log_weight is not None, ctx.needs_input_grad[9]
     dq, dk, dv, *others = scan_backward(
-        q, k, v, beta, g, erase_key, log_weight, skip, cu_seqlens, kept, d_output[0],
+        q, k, v, beta, g, erase_key, log_weight, skip, cu_seqlens, saved, d_output[0],
         d_output[1] if ctx.want_final else None, ctx.scale, ctx.normalize, ctx.from_zero, want_gate, want_initial,
         ctx.want_final, ctx.ranks,
     )  # fmt: skip
     weighs = log_weight is not None
     wanted = (beta is not None, want_gate, erase_key is not None, weighs, weighs, want_initial)
     *own, d_initial = (others.pop(0) if each else None for each in wanted)
-    return dq, dk, dv, *own, None, d_initial, None, None, None, None, None
+    return dq, dk, dv, *own, None, d_initial, None, None, None, None, None, None
 
 
 scan_forward.register_autograd(_backward, setup_context=_keep)

@@ -1,11 +1,13 @@
-"""Keeps what operators of compiled graphs save for their backward pass: bytes, of which they say what they are.
+"""Keeps what operators of compiled graphs save for their backward pass, of which they say what it is as they run.
 
-How many there are follows from plans that are made for numbers of tokens and from where documents lie. A graph whose
-sequences may have any length, or any documents, knows neither.
+How much there is follows from plans that are made for numbers of tokens, and from where documents lie. In a graph whose
+sequences may have any length, or any documents, nobody knows it before. There a tensor stands for all of the memory in
+which it lies, and has one byte itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,52 +15,64 @@ from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32)
 _MAX_DIMS = 6
+_NOTHING = [-1] * (2 + _MAX_DIMS)
 
 
-def as_bytes(tensors: Sequence[Tensor], places: int) -> list[Tensor]:
-    """The layout, int64 on the host, then the bytes of `tensors`, which must share no memory; `places` of them."""
+def is_known(*sizes: int) -> bool:
+    """True if sizes are numbers in the graph that is being made, which then is for these alone."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # not loaded but where there is a compiler
+
+    return all(has_static_value(size) for size in sizes)
+
+
+def kept(tensors: Sequence[Tensor], places: int, *, sized: bool) -> list[Tensor]:
+    """The layout of `tensors`, int64 on the host, and then bytes in so many places; of all, or `sized` or not.
+
+    The tensors must share no memory.
+    """
     layout = [[_DTYPES.index(t.dtype), t.dim(), *t.shape, *[0] * (_MAX_DIMS - t.dim())] for t in tensors]
-    layout += [[-1] * (2 + _MAX_DIMS)] * (places - len(tensors))
-    like = tensors[0]
-    return [torch.tensor(layout), *(_flat(t) for t in tensors), *(_none(like) for _ in range(places - len(tensors)))]
+    missing = places - len(tensors)
+    empty = (tensors[0].new_empty(0 if sized else 1, dtype=torch.uint8) for _ in range(missing))
+    return [torch.tensor(layout + [_NOTHING] * missing), *(_bytes(t, sized) for t in tensors), *empty]
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else _none(tensor)
+def _bytes(tensor: Tensor, sized: bool) -> Tensor:
+    if not tensor.numel():
+        return tensor.new_empty(0 if sized else 1, dtype=torch.uint8)
+    whole = tensor.reshape(-1).view(torch.uint8)
+    if sized:
+        return whole
+    return (whole if whole.untyped_storage().nbytes() == whole.numel() else whole.clone())[:1]
 
 
-def _none(like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.uint8)
+def restored(kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Give back the tensors that `kept` was given.
 
-
-def from_bytes(kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors that `as_bytes` was given."""
+    Raises:
+        RuntimeError: something has copied what stands for more than itself.
+    """
     layout, *parts = kept
     return tuple(
-        part.view(_DTYPES[dtype]).view(sizes[:dims])
+        _restored(part, _DTYPES[dtype], sizes[:dims])
         for part, (dtype, dims, *sizes) in zip(parts, layout.tolist(), strict=True)
         if dtype >= 0
     )
 
 
-def known_bytes(tensors: Sequence[Tensor], places: int) -> list[Tensor]:
-    """Give what `as_bytes` does, for an operator's shape function that knows the tensors' shapes."""
-    like = tensors[0]
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors] + [0] * (places - len(tensors))
-    return [_layout_like(like, places), *(like.new_empty(size, dtype=torch.uint8) for size in sizes)]
+def _restored(part: Tensor, dtype: torch.dtype, sizes: list[int]) -> Tensor:
+    memory, like, count = part.untyped_storage(), part.new_empty(0, dtype=dtype), math.prod(sizes)
+    if memory.nbytes() < count * like.element_size():
+        raise RuntimeError(
+            "a compiled graph for any number of tokens, or any packed documents, cannot have its saved tensors copied "
+            "(torch.autograd.graph.save_on_cpu and other hooks do): run it without them, or uncompiled"
+        )
+    return like.set_(memory)[:count].view(sizes)
 
 
-def any_bytes(like: Tensor, places: int) -> list[Tensor]:
-    """Give what `as_bytes` does, for one that does not."""
-    context = torch.library.get_ctx()
-    sizes = [context.new_dynamic_size() for _ in range(places)]
-    return [_layout_like(like, places), *(like.new_empty(size, dtype=torch.uint8) for size in sizes)]
-
-
-def _layout_like(like: Tensor, places: int) -> Tensor:
-    return like.new_empty(places, 2 + _MAX_DIMS, dtype=torch.int64, device="cpu")
-
-
-def has_known_sizes(*tensors: Tensor | None) -> bool:
-    """True if the sizes of tensors are numbers, in a graph that is made for these alone."""
-    return not any(isinstance(size, torch.SymInt) for t in tensors if t is not None for size in t.shape)
+def kept_like(tensors: Sequence[Tensor] | None, like: Tensor, places: int) -> list[Tensor]:
+    """Give what `kept` does, for an operator's shape function: of `tensors`, or not `sized` if None."""
+    sizes = [1] * places
+    if tensors is not None:
+        sizes = [t.numel() * t.element_size() for t in tensors] + [0] * (places - len(tensors))
+    layout = like.new_empty(places, 2 + _MAX_DIMS, dtype=torch.int64, device="cpu")
+    return [layout, *(like.new_empty(size, dtype=torch.uint8) for size in sizes)]

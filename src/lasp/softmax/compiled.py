@@ -195,15 +195,14 @@ def _spans(cu_seqlens: Tensor | None, q: Tensor, first: int, total: int) -> Span
 def within_documents(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, first: int, total: int, scale: float
 ) -> list[Tensor]:
-    """o [B, T, H, D_v] of the queries from token `first` on of `total`, of which the last sees the last key; and what
-    the gradients take."""
-    o, sums = attend_within(q, k, v, _spans(cu_seqlens, q, first, total), scale)
-    return [o, sums.reshape(-1)]
+    """o [B, T, H, D_v] of the queries from token `first` on of `total`, of which the last sees the last key; and the
+    logarithms of their sums, [H, B T]."""
+    return list(attend_within(q, k, v, _spans(cu_seqlens, q, first, total), scale))
 
 
 @within_documents.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, first: int, total: int, scale: float) -> list[Tensor]:
-    sums = q.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.promote_types(q.dtype, torch.float32))
+    sums = q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
     return [q.new_empty(*q.shape[:3], v.shape[3]), sums]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ _TILE_SCORES = 1 << 24
 _LOWER_RIGHT = 2
 # Channels are padded to a multiple of so many; the kernels take no more than the other.
 _CHANNELS, MAX_CHANNELS = 8, 256
+_ALIGNED_SUMS = 32  # of those for fp32
 _FLASH = (torch.bfloat16, torch.float16)
 
 
@@ -32,20 +34,23 @@ def has_operators(device: torch.device, dtype: torch.dtype, channels: int) -> bo
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, T, H, D], k [B, S, H_kv, D], v [B, S, H_kv, D_v] -> o [B, T, H, D_v], and logarithms of sums."""
+    """q [B, T, H, D], k [B, S, H_kv, D], v [B, S, H_kv, D_v] -> o [B, T, H, D_v], and the logarithms of sums
+    [H, B T]."""
     if not q.is_cuda:
         return _by_scores(q, k, v, spans, scale)
     if q.numel() == 0:
-        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(0, dtype=torch.float32)
+        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[2], 0, dtype=torch.float32)
     lay, (q, k, v), width = _lay(q, k, spans), _dense(q, k, v), v.shape[3]
     if q.dtype in _FLASH:
         o, sums = torch.ops.aten._flash_attention_forward(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lay, 0.0, True, False, scale=scale
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lay[:4], 0.0, True, False, scale=scale
         )[:2]
+        sums = sums.reshape(q.shape[2], -1)
     else:
         o, sums = torch.ops.aten._efficient_attention_forward(
-            *_one_sequence(q, k, v), None, *lay, 0.0, _LOWER_RIGHT, True, scale=scale
+            *_one_sequence(q, k, v), None, *lay[:4], 0.0, _LOWER_RIGHT, True, scale=scale
         )[:2]
+        sums = sums.transpose(0, 1).flatten(1).index_select(1, lay.rows)
     return o.view(*q.shape[:3], -1)[..., :width].contiguous(), sums
 
 
@@ -62,15 +67,17 @@ def attend_within_gradients(
     if q.dtype in _FLASH:
         seeds = q.new_empty(2, dtype=torch.uint64)  # of dropout, of which there is none
         found = torch.ops.aten._flash_attention_backward(
-            *(t.flatten(0, 1) for t in (d_o, q, k, v, o)), sums.view(q.shape[2], -1), *lay, 0.0, True, seeds,
+            *(t.flatten(0, 1) for t in (d_o, q, k, v, o)), sums, *lay[:4], 0.0, True, seeds,
             seeds[:0], scale=scale,
         )  # fmt: skip
     else:
         seed = torch.empty((), dtype=torch.int64, device=q.device)
+        padded = sums.new_full((q.shape[2], (len(lay.queries) - 1) * _padded(lay.most_queries)), torch.inf)
+        padded = padded.index_copy(1, lay.rows, sums).unflatten(1, (-1, _padded(lay.most_queries))).transpose(0, 1)
         wide_q, wide_k, wide_v = _one_sequence(q, k, v)
         found = torch.ops.aten._efficient_attention_backward(
-            d_o.flatten(0, 1)[None], wide_q, wide_k, wide_v, None, o.flatten(0, 1)[None], *lay,
-            sums.view(len(lay.queries) - 1, q.shape[2], -1), 0.0, seed, seed, _LOWER_RIGHT, False, scale=scale,
+            d_o.flatten(0, 1)[None], wide_q, wide_k, wide_v, None, o.flatten(0, 1)[None], *lay[:4],
+            padded.contiguous(), 0.0, seed, seed, _LOWER_RIGHT, False, scale=scale,
         )[:3]  # fmt: skip
     d_q, d_k, d_v = (t.view(q.shape[0], -1, *t.shape[-2:]) for t in found)
     groups = q.shape[2] // k.shape[2]
@@ -83,12 +90,23 @@ def attend_within_gradients(
 
 
 class Lay(NamedTuple):
-    """Places of documents among queries and keys, int32 [N + 1] on the device, and their greatest lengths."""
+    """Places of documents, on the device.
+
+    Attributes:
+        queries, keys: int32 [N + 1], where each document's begin, and the last one's end.
+        most_queries, most_keys: of a document.
+        rows: int64 [B T], where the kernels for fp32 have each query's sum, of padded documents.
+    """
 
     queries: Tensor
     keys: Tensor
     most_queries: int
     most_keys: int
+    rows: Tensor
+
+
+def _padded(queries: int) -> int:
+    return -(-queries // _ALIGNED_SUMS) * _ALIGNED_SUMS
 
 
 def _lay(q: Tensor, k: Tensor, spans: Spans) -> Lay:
@@ -104,9 +122,10 @@ def _lay_of(spans: Spans, batch: int, tokens: int, keys: int, device: torch.devi
         of_queries += [tokens * sequence + stop for _, stop, _, _ in spans]
         of_keys += [keys * sequence + stop for _, _, _, stop in spans]
     most = (max(stop - start for start, stop, _, _ in spans), max(stop - start for _, _, start, stop in spans))
+    each = [document * _padded(most[0]) + torch.arange(b - a) for document, (a, b) in enumerate(pairwise(of_queries))]
     with torch.inference_mode(False):
         first, second = (torch.tensor(each, dtype=torch.int32, device=device) for each in (of_queries, of_keys))
-        return Lay(first, second, *most)
+        return Lay(first, second, *most, torch.cat(each).to(device))
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
@@ -169,14 +188,14 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> t
         total = tile.scores.logsumexp(-1, keepdim=True)
         o[:, tile.rows] = _tokens_first((tile.scores - total).exp() @ tile.v).to(o.dtype)
         sums[:, tile.rows] = _tokens_first(total)[..., 0]
-    return o, sums
+    return o, sums.flatten(0, 1).t().contiguous()
 
 
 def _by_scores_gradients(
     d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, sums: Tensor, spans: Spans, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     totals: list[Any] = [torch.zeros_like(t, dtype=sums.dtype) for t in (q, k, v)]
-    sums = sums.view(q.shape[:3])[..., None]
+    sums = sums.t().reshape(q.shape[:3])[..., None]
     d_q, d_k, d_v = totals
     for tile in _tiles(q, k, v, spans, scale):
         total, d, read = (_heads_first(t[:, tile.rows], k.shape[2]) for t in (sums, d_o, o))

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 import lasp
 from lasp.models import NAMES
 from lasp.ops.compiled import ALONE, scan_forward
+from lasp.recurrence.kept import kept, restored
 
 BLOCKS = Path(__file__).parent / "compiled_blocks.py"
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
@@ -153,5 +154,21 @@ def test_operator_contract(gate: str, delta: bool, device: torch.device) -> None
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     given = (*leaves, None, None, None, initial)
     torch.library.opcheck(
-        scan_forward, (*given, 0.25, delta and gate != "scalar", gate != "none", True, ALONE), test_utils=tests
+        scan_forward, (*given, 0.25, delta and gate != "scalar", gate != "none", True, ALONE, True), test_utils=tests
     )
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_what_is_saved_comes_back_or_says_that_it_was_copied(sized: bool, device: torch.device) -> None:
+    states = torch.randn(2, 3, 4, device=device), torch.arange(5, dtype=torch.int32, device=device)
+    given = [*states, torch.empty(0, 7, device=device), states[0].bfloat16()[1:]]
+    saved = kept(given, 6, sized=sized)
+    assert len(saved) == 7 and all((part.numel() == 1) != sized for part in saved[1:])
+    for value, each in zip(restored(saved), given, strict=True):
+        assert torch.equal(value, each) and value.dtype == each.dtype
+    copied = [part.clone() for part in saved]
+    if sized:
+        assert torch.equal(restored(copied)[0], states[0])
+    else:
+        with pytest.raises(RuntimeError, match="cannot have its saved tensors copied"):
+            restored(copied)
