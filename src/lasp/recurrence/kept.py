@@ -60,13 +60,15 @@ def restored(kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _restored(part: Tensor, dtype: torch.dtype, sizes: list[int]) -> Tensor:
-    memory, like, count = part.untyped_storage(), part.new_empty(0, dtype=dtype), math.prod(sizes)
-    if memory.nbytes() < count * like.element_size():
+    memory, count = part.untyped_storage(), math.prod(sizes)
+    if part.numel() == count * dtype.itemsize:
+        return part.view(dtype).view(sizes)
+    if memory.nbytes() < count * dtype.itemsize:
         raise RuntimeError(
             "a compiled graph for any number of tokens, or any packed documents, cannot have its saved tensors copied "
             "(torch.autograd.graph.save_on_cpu and other hooks do): run it without them, or uncompiled"
         )
-    return like.set_(memory)[:count].view(sizes)
+    return part.new_empty(0, dtype=dtype).set_(memory)[:count].view(sizes)
 
 
 def kept_like(tensors: Sequence[Tensor] | None, like: Tensor, places: int) -> list[Tensor]:
