@@ -168,6 +168,7 @@ def convolution_kernel(
     S: tl.constexpr,
     LENGTH: tl.constexpr,  # of an interval, a multiple of four
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program for S intervals and BC channels."""
     C: tl.constexpr = C0 + C1 + C2
@@ -188,10 +189,9 @@ def convolution_kernel(
     x1 = _row(x_ptr, before_ptr, t - 1, c, inside, T, ROW, C, W).to(tl.float32)
     x2 = _row(x_ptr, before_ptr, t - 2, c, inside, T, ROW, C, W).to(tl.float32)
     x3 = _row(x_ptr, before_ptr, t - 3, c, inside, T, ROW, C, W).to(tl.float32)
-    r0, r1, r2, r3 = _rows(x_ptr, None, t, 1, c, inside, T, ROW, C, W)
-    for _ in range(0, LENGTH, 4):
+    for _ in tl.range(0, LENGTH, 4, num_stages=STAGES):
+        r0, r1, r2, r3 = _rows(x_ptr, None, t, 1, c, inside, T, ROW, C, W)
         x0, x_1, x_2, x_3 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
-        r0, r1, r2, r3 = _rows(x_ptr, None, t + 4, 1, c, inside, T, ROW, C, W)
         n0, n1 = _reach(begin_ptr, t, T, PACKED), _reach(begin_ptr, t + 1, T, PACKED)
         n2, n3 = _reach(begin_ptr, t + 2, T, PACKED), _reach(begin_ptr, t + 3, T, PACKED)
         y = _total(bias, a0, a1, a2, a3, x0, x1, x2, x3, n0, PACKED)
@@ -233,6 +233,7 @@ def convolution_gradient_kernel(
     S: tl.constexpr,
     LENGTH: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program for S intervals and BC channels; the first begins with the W - 1 tokens before the sequence."""
     C: tl.constexpr = C0 + C1 + C2
@@ -269,13 +270,10 @@ def convolution_gradient_kernel(
     d2 = _activated_gradient(e1, _total(bias, a0, a1, a2, a3, x1, x2, x3, x_1, n2, PACKED), SILU)
     d1 = _activated_gradient(e2, _total(bias, a0, a1, a2, a3, x2, x3, x_1, x_2, n1, PACKED), SILU)
     x0, x1, x2 = x3, x_1, x_2
-    r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 3, -1, c, inside, T, ROW, C, W)
-    e0, e1, e2, e3 = _rows(d_y_ptr, None, t, -1, here, inside, T, width, C, W)
-    for _ in range(0, LENGTH, 4):
+    for _ in tl.range(0, LENGTH, 4, num_stages=STAGES):
+        r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 3, -1, c, inside, T, ROW, C, W)
+        f0, f1, f2, f3 = _rows(d_y_ptr, None, t, -1, here, inside, T, width, C, W)
         x3, x4, x5, x6 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
-        f0, f1, f2, f3 = e0, e1, e2, e3
-        r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 7, -1, c, inside, T, ROW, C, W)
-        e0, e1, e2, e3 = _rows(d_y_ptr, None, t - 4, -1, here, inside, T, width, C, W)
         n1, n2 = _reach(begin_ptr, t + 1, T, PACKED), _reach(begin_ptr, t + 2, T, PACKED)
         n3, n0 = _reach(begin_ptr, t + 3, T, PACKED), _reach(begin_ptr, t, T, PACKED)
         n_1, n_2 = _reach(begin_ptr, t - 1, T, PACKED), _reach(begin_ptr, t - 2, T, PACKED)
