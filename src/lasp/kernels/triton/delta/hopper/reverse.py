@@ -56,8 +56,9 @@ def delta_hopper_reverse_kernel(
     added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
     dv_ptr,  # [B, T, H_v, V], written if VALUES
     d_chunks_ptr,  # [B, H_v, chunks, V, K], written if VALUES: D^T at the end of each chunk, rounded; if JOINED dq's
-    # memory, for its first rows, and but for a segment's last chunk
-    d_rest_ptr,  # if JOINED and VALUES dk's memory, for the other rows
+    # memory, or dg's, for its first rows
+    d_rest_ptr,  # if JOINED and VALUES dk's memory, or dg's, for the other rows
+    d_tail_ptr,  # [B or documents, H_v, V, K], written if PLACED and VALUES: D^T at the end of each run's last chunk
     places_ptr,  # int32 [segments, 7] if PACKED
     entering_ptr,  # fp32 as added_ptr, if VALUES: D at the end of each segment; or None for zero
     scale,
@@ -70,7 +71,8 @@ def delta_hopper_reverse_kernel(
     K: gl.constexpr,
     V: gl.constexpr,
     JOINED: gl.constexpr,
-    SPREAD: gl.constexpr,  # as in `gradients`
+    SPREAD: gl.constexpr,  # how many elements of D one of the gradient is long in whose place it lies
+    PLACED: gl.constexpr,  # whether that is dg
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     TOTAL: gl.constexpr,  # whether a run's whole is wanted
@@ -84,7 +86,7 @@ def delta_hopper_reverse_kernel(
     STATE_LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     bytes: gl.constexpr = TOKENS * K * 2
     square: gl.constexpr = TOKENS * TOKENS * 2
-    head, batch, start, last, chunk, border, _ = segment_of(
+    head, batch, start, last, chunk, border, ends = segment_of(
         gl.program_id(0) // (V // WIDTH), places_ptr, T, H_v, segments, segment_chunks, PACKED
     )  # fmt: skip
     column = gl.program_id(0) % (V // WIDTH) * WIDTH
@@ -135,6 +137,9 @@ def delta_hopper_reverse_kernel(
     if entering_ptr is not None:
         source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
         state = gl.load(entering_ptr + source * K * V + (column + r[:, None] + d[None, :] * V))
+    if VALUES and PLACED:
+        inside = ends & (r[:, None] >= 0) & (d[None, :] >= 0)
+        gl.store(d_tail_ptr + border * K * V + ((column + r[:, None]) * K + d[None, :]), state.to(dtype), mask=inside)
     here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(here, 1)
     fence_async_shared()
@@ -188,14 +193,11 @@ def delta_hopper_reverse_kernel(
         meet()
         if VALUES:
             if JOINED:
-                if step > 0:
-                    for n in gl.static_range(2):
-                        tma.async_copy_shared_to_global(
-                            d_first, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n)
-                        )
-                        tma.async_copy_shared_to_global(
-                            d_rest, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n + 1)
-                        )
+                # Of a chunk that has too few tokens to hold it the rest is left out.
+                for n in gl.static_range(2):
+                    place = [start + c * TOKENS, n * TOKENS * SPREAD]
+                    tma.async_copy_shared_to_global(d_first, place, quarters.index(2 * n))
+                    tma.async_copy_shared_to_global(d_rest, place, quarters.index(2 * n + 1))
             else:
                 tma.async_copy_shared_to_global(d_view, [c * V + column, 0], d_tiles.index(0))
         following = start + (c - 1) * TOKENS
