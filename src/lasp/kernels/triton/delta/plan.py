@@ -158,7 +158,7 @@ def delta_plan(
         reverse=reverse._replace(columns=min(reverse.columns, tile(V, dtype))),
         states=states._replace(columns=min(states.columns, tile(V, dtype))),
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),
-        scan=Tiles(16, 8 if at_once else 4, 2 if most > 1 else 1),
+        scan=Tiles(16, 8, 3) if at_once else Tiles(16, 4, 2 if most > 1 else 1),
         scan_step=128 if at_once else 32,
         channel=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
         # The next channels' loads are on their way meanwhile.

@@ -107,11 +107,13 @@ def delta_hopper_reverse_kernel(
         # Of what comes later nothing is left at the segment's start.
         walked = chunks_reached(bounds_ptr, at, count, True)
     walked = gl.where(wanted, walked, 0)
-    # Those that are asked for a chunk ahead have two places, but for those that are done with before its last product.
-    q_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, K], layout)
+    # What is asked for a chunk ahead has two places. Of wide heads q and A have one, and are asked for once that is
+    # free.
+    AHEAD: gl.constexpr = K == WIDTH
+    q_tiles = gl.allocate_shared_memory(dtype, [2 if AHEAD else 1, TOKENS, K], layout)
     k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
     do_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)  # then of dv
-    a_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
+    a_tiles = gl.allocate_shared_memory(dtype, [2 if AHEAD else 1, TOKENS, TOKENS], layout)
     if KIND == CHANNEL:
         r_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
         p_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, TOKENS], layout)
@@ -205,6 +207,9 @@ def delta_hopper_reverse_kernel(
         mbarrier.expect(here, expected, c > 0)
         tma.async_copy_global_to_shared(k_view, [following, 0], here, k_tiles.index(ahead), c > 0)
         tma.async_copy_global_to_shared(do_view, [following, 0], here, do_tiles.index(ahead), c > 0)
+        if AHEAD:
+            tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(ahead), c > 0)
+            tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(ahead), c > 0)
         if KIND == CHANNEL:
             tma.async_copy_global_to_shared(r_view, [following, 0], here, r_tiles.index(ahead), c > 0)
             tma.async_copy_global_to_shared(p_view, [(c - 1) * TOKENS, 0], here, p_tiles.index(ahead), c > 0)
@@ -223,7 +228,7 @@ def delta_hopper_reverse_kernel(
         k_tile = k_tiles.index(place)
         if KIND != CHANNEL:
             scores = warpgroup_mma(
-                q_tiles.index(only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
+                q_tiles.index(place if AHEAD else only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
             )  # fmt: skip
         d_u = warpgroup_mma(k_tile, d_tiles.index(only).permute((1, 0)), nothing, use_acc=False, is_async=True)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
@@ -254,7 +259,7 @@ def delta_hopper_reverse_kernel(
         meet()
         place, only = afresh(step & 1), afresh(0)
         p_tile = p_tiles.index(place if KIND == CHANNEL else only)
-        do_tile, q_tile = do_tiles.index(place), q_tiles.index(only)
+        do_tile, q_tile = do_tiles.index(place), q_tiles.index(place if AHEAD else only)
         d_u = warpgroup_mma(p_tile.permute((1, 0)), do_tile, d_u, is_async=True)
         if KIND == CHANNEL:
             state *= decay[None, :]
@@ -269,7 +274,8 @@ def delta_hopper_reverse_kernel(
         fence_async_shared()
         meet()
         place, only = afresh(step & 1), afresh(0)
-        y = warpgroup_mma(a_tiles.index(only).permute((1, 0)), du_tiles.index(only), d_u, is_async=True)
+        a_tile = a_tiles.index(place if AHEAD else only)
+        y = warpgroup_mma(a_tile.permute((1, 0)), du_tiles.index(only), d_u, is_async=True)
         y, state = warpgroup_mma_wait(0, [y, state])
         if KIND == CHANNEL:
             meet()  # all have read `do`
@@ -278,8 +284,9 @@ def delta_hopper_reverse_kernel(
         if VALUES:
             tma.store_wait(0)  # D of this chunk is
         meet()
-        tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), c > 0)
-        tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(0), c > 0)
+        if not AHEAD:
+            tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), c > 0)
+            tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(0), c > 0)
         place, only = afresh(step & 1), afresh(0)
         dv_tile = do_tiles.index(place)
         if VALUES:
