@@ -163,7 +163,7 @@ def delta_plan(
         channel=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
         # The next channels' loads are on their way meanwhile.
         operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 2 if hopper and not exact else 1),
-        operand_chunks=max(1, min(OPERAND_CHUNKS, chunks * heads // (4 * processors))),
+        operand_chunks=max(1, min(OPERAND_CHUNKS, -(-chunks * heads // (4 * processors)))),
         exact=exact,
         descriptors=descriptors,
         own=own and descriptors,
