@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 import lasp
 from lasp.kernels.triton.delta import chunk, launches
+from lasp.recurrence.documents import documents_here
 
 GATES = ("none", "scalar", "channel")
 # fp32: a triangular system a chunk costs digits that sums do not. 16 bits: the policy's, for outputs and gradients.
@@ -115,7 +116,8 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def short(*arguments: Any) -> Any:
         p = plan(*arguments)
-        return p._replace(segment_chunks=2, segments=max(1, -(-p.chunks // 2)), descriptors=True, stores=True)
+        cut: dict[str, Any] = {"segment_chunks": 2, "segments": max(1, -(-p.chunks // 2)), "operand_chunks": 8}
+        return p._replace(**cut, descriptors=True, stores=True)
 
     monkeypatch.setattr(launches, "delta_plan", short)
     monkeypatch.setattr(launches, "_launches", launches._launches.__wrapped__)
@@ -162,6 +164,28 @@ def test_an_erase_key_bf16(gate: str, device: torch.device, short_segments: None
     if gate == "channel":
         p.x["g"][:, 64:] *= 100
     check_problem(p, BF16, device)
+
+
+@pytest.mark.parametrize("documents", [None, (0, 1, 66, 130)])
+def test_states_in_the_place_of_gradients(
+    documents: tuple[int, ...] | None, device: torch.device, short_segments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S and D of chunks lie where their programs write gradients, but for chunks that are not full: the same bits as in
+    memory of their own. Some chunks are bounded, some are not."""
+    p = problem(Case("channel", BF16, T=130, H_v=1, K=128, V=128, beta=1.0, normalize=True, documents=documents))
+    p.x["g"][:, 64:] *= 100
+    init, seen = launches.DeltaLaunches.__init__, []
+
+    def made(self: launches.DeltaLaunches, *arguments: Any) -> None:
+        init(self, *arguments)
+        seen.append(self.placed)
+        self.placed = self._known["PLACED"] = len(seen) == 1
+
+    monkeypatch.setattr(launches.DeltaLaunches, "__init__", made)
+    placed = solve(p, device)
+    if documents is not None:  # launches are kept with them
+        documents_here(documents, 0, 130).layouts.clear()
+    assert max(errors_of(placed, solve(p, device)).values()) == 0 and seen == [True, True]
 
 
 @pytest.mark.parametrize("gate", ["none", "channel"])

@@ -175,7 +175,7 @@ def gate_sums_kernel(
     g_ptr,  # [B, T, H_v]
     prefix_ptr,  # fp32 [B, H_v, chunks C], written, also past a chunk's end, so that it is loaded without a mask
     suffix_ptr,  # likewise: suffix if EXACT, added if there are weights
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     weight_ptr,  # [B, T, H_v], natural logarithms of weights, or None
     T,
     H_v,

@@ -38,7 +38,8 @@ class Tables(NamedTuple):
     Attributes:
         segments: [segments, 7]: first token, the one after the last, first chunk, document, whether it is the last of
             its document, that document's first token, the one after its last.
-        chunks: [chunks, 3]: first token, the one after the last, whether it is the first of its document.
+        chunks: [chunks, 4]: first token, the one after the last, whether it is the first of its document, and which
+            that is.
         bounds: [documents + 1]: the first segment of each document, and the number of segments.
         whole: whether no document has two segments.
     """
@@ -65,7 +66,7 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     document, first, last = _cut(starts, ends, segment)
     first_chunk = torch.searchsorted(chunk_first, first)
     columns = (first, last, first_chunk, document, last == ends[document], starts[document], ends[document])
-    chunk_columns = (chunk_first, chunk_last, chunk_first == starts[of_chunk])
+    chunk_columns = (chunk_first, chunk_last, chunk_first == starts[of_chunk], of_chunk)
     assert len(columns) == PLACE.value and len(chunk_columns) == CHUNK_PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 PLACE = tl.constexpr(7)  # numbers in a segment's entry in `packing.Tables`
-CHUNK_PLACE = tl.constexpr(3)  # likewise of a chunk
+CHUNK_PLACE = tl.constexpr(4)  # likewise of a chunk
 # Of kernels that have a program a chunk: it would spend longer on making descriptors than on its chunk.
 DESCRIPTORS = tl.constexpr(False)
 
@@ -145,7 +145,7 @@ def chunk_rows(slices, chunks, T, H, H_v):
 def chunk_place(places_ptr, chunk, T, C: tl.constexpr, PACKED: tl.constexpr):
     """The first token of a chunk, and the one after its last.
 
-    places_ptr: int32 [chunks, 3] if PACKED, see `packing`.
+    places_ptr: int32 [chunks, 4] if PACKED, see `packing`.
     """
     if PACKED:
         first = tl.load(places_ptr + chunk * CHUNK_PLACE)
@@ -160,6 +160,12 @@ def chunk_place(places_ptr, chunk, T, C: tl.constexpr, PACKED: tl.constexpr):
 def begins_run(places_ptr, chunk, PACKED: tl.constexpr):
     """True if a chunk is the first of its run; places_ptr as in `chunk_place`."""
     return tl.load(places_ptr + chunk * CHUNK_PLACE + 2) != 0 if PACKED else chunk == 0
+
+
+@triton.jit
+def border_of(places_ptr, chunk, batch, PACKED: tl.constexpr):
+    """The batch or document of a chunk; places_ptr as in `chunk_place`."""
+    return tl.load(places_ptr + chunk * CHUNK_PLACE + 3).to(tl.int64) if PACKED else tl.cast(batch, tl.int64)
 
 
 class StateTile(NamedTuple):

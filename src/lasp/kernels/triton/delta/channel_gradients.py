@@ -24,6 +24,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.program import (
     DESCRIPTORS,
     begins_run,
+    border_of,
     load_chunk,
     rows_of,
     run_of,
@@ -47,6 +48,7 @@ from lasp.kernels.triton.delta.within import (
     from_state_t,
     gradient_place,
     passing,
+    placed_state,
     state_tile_of,
     store_d_beta,
     token_tile,
@@ -67,14 +69,17 @@ def delta_channel_gradients_kernel(
     beta_ptr,  # fp32 [B, H_v, chunks C]
     intervals_ptr,  # [LEVELS + 2, C, C], see `load_intervals`
     unbounded_ptr,  # int32 [B, H_v, chunks] if MARKED
-    s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk
-    d_chunks_ptr,  # likewise: D^T at the end of each chunk
+    s_chunks_ptr,  # [B, H_v, chunks, ROWS, COLUMNS]: S^T at the start of each chunk; if PLACED dq's memory in k's dtype
+    s_rest_ptr,  # if PLACED dk's memory, likewise
+    s_tail_ptr,  # [B or documents, H_v, ROWS, COLUMNS] if PLACED: S^T at the start of each run's last chunk
+    d_chunks_ptr,  # as s_chunks_ptr, of D^T at the end of each chunk; if PLACED dg's memory
+    d_tail_ptr,  # as s_tail_ptr, of D^T
     dq_ptr,  # [B, T, H_v, K], written
     dk_ptr,  # likewise
     dr_ptr,  # likewise, if ERASES
     d_beta_ptr,  # fp32 [B, T, H_v], written
     dg_ptr,  # fp32 [B, T, H_v, K], written if GATE
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     scale,
     B,
     T,
@@ -95,6 +100,8 @@ def delta_channel_gradients_kernel(
     MARKED: tl.constexpr,  # whether chunks are either; if not, all are done
     BASE: tl.constexpr,
     LEVELS: tl.constexpr,
+    PLACED: tl.constexpr,  # whether S and D lie in the place of gradients, of all chunks but those that are not full
+    SPREAD: tl.constexpr,  # how many of k's elements one of dq's is long
     FROM_ZERO: tl.constexpr,  # whether no run has an initial state
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,8 +127,24 @@ def delta_channel_gradients_kernel(
     dq_ptr += tokens * K
     dk_ptr += tokens * K
     dg_ptr += tokens * K
-    s_chunks_ptr += at * (ROWS * COLUMNS)
-    d_chunks_ptr += at * (ROWS * COLUMNS)
+    if PLACED:
+        border = border_of(places_ptr, here.chunk, here.batch, PACKED) * H_v + here.head
+        token = tokens + tl.cast(start, tl.int64) * H_v
+        s_chunks_ptr += (token * K + column) * SPREAD
+        s_rest_ptr += (token * K + column) * SPREAD
+        d_chunks_ptr += (token * K + column) * 2
+        d_rest_ptr = d_chunks_ptr + BK
+        s_row = tl.where(last - start < C, COLUMNS, H_v * K * SPREAD)
+        d_row = tl.where(last - start < C, COLUMNS, H_v * K * 2)  # dg is fp32
+        if last - start < C:
+            s_chunks_ptr = s_tail_ptr + border * (ROWS * COLUMNS) + column
+            s_rest_ptr = s_chunks_ptr + C * COLUMNS
+            d_chunks_ptr = d_tail_ptr + border * (ROWS * COLUMNS) + column
+            d_rest_ptr = d_chunks_ptr + C * COLUMNS
+    else:
+        s_chunks_ptr += at * (ROWS * COLUMNS)
+        d_chunks_ptr += at * (ROWS * COLUMNS)
+        d_rest_ptr, s_row, d_row = d_chunks_ptr, 0, 0
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
 
@@ -139,6 +162,7 @@ def delta_channel_gradients_kernel(
     if ERASES:
         r = load_chunk(r_ptr + key_row * K, start, column, last, H * K, K, C, BK, DESCRIPTORS)
         r = tl.trans(r).to(tl.float32)
+    state = _state(s_chunks_ptr, s_rest_ptr, s_row, column, V, BV, BK, C, COLUMNS, PLACED)
     z = between_tokens(do, u, do_ptr, u_ptr, start, last, row, V, BV, C, PRECISION) * scale
     if BOUNDED:
         # In an order that holds few tiles at a time.
@@ -151,12 +175,16 @@ def delta_channel_gradients_kernel(
         near_q = (q * to).to(dtype)
         near_r = (r * to).to(dtype)
         far_k = (k * tl.exp2(-to_middle)).to(dtype)
-        state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
         z = tl.where(i >= j, z, 0.0).to(dtype)
         read = from_state_t(
             state, do, s_chunks_ptr, do_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         )  # fmt: skip
         d_q = tl.dot(far_k, tl.trans(z), read * (early * scale)[:, None], input_precision=PRECISION)
+        if GATE:
+            # Before dq takes the place of S. S and D are read once more rather than kept.
+            d_state = _state(d_chunks_ptr, d_rest_ptr, d_row, column, V, BV, BK, C, COLUMNS, PLACED)
+            once_more = _state(s_chunks_ptr, s_rest_ptr, s_row, column, V, BV, BK, C, COLUMNS, PLACED)
+            passed = passing(once_more, d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
         dq = tl.trans((to * d_q * q_norms).to(dq_ptr.dtype.element_ty))
         store_chunk(dq_ptr, dq, start, column, last, keys, K, C, BK, DESCRIPTORS)
         terms = near_q * d_q
@@ -171,21 +199,23 @@ def delta_channel_gradients_kernel(
         d_reads = tl.dot(far_k, tl.trans(m), read * -early[:, None], input_precision=PRECISION)
         terms += near_r * d_reads
         dr = to * d_reads
-        d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
+        d_state = _state(d_chunks_ptr, d_rest_ptr, d_row, column, V, BV, BK, C, COLUMNS, PLACED)
         written = from_state_t(
             d_state, u, d_chunks_ptr, u_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         ) * late[:, None]  # fmt: skip
         if GATE:
             leaving = tl.sum(far_k * written, 1)
-            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
             leaving += passed * early * late
         written = tl.dot(near_q, z, written, input_precision=PRECISION)
         written = tl.dot(near_r, m, written, input_precision=PRECISION)
         dk = written / to if ERASES else dr + written / to
         terms -= far_k * written
     else:
+        if GATE:
+            # Before dq takes the place of S. D is read once more rather than kept.
+            d_state = _state(d_chunks_ptr, d_rest_ptr, d_row, column, V, BV, BK, C, COLUMNS, PLACED)
+            passed = passing(state, d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
         # What z gives before what m gives, since both at once would not fit registers.
-        state = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
         dq = from_state_t(
             state, do, s_chunks_ptr, do_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         ) * scale  # fmt: skip
@@ -271,13 +301,12 @@ def delta_channel_gradients_kernel(
             else:
                 terms += tl.where(is_reading, own, -own)
 
-        d_state = state_tile_of(d_chunks_ptr, column, V, BV, BK, COLUMNS)
+        d_state = _state(d_chunks_ptr, d_rest_ptr, d_row, column, V, BV, BK, C, COLUMNS, PLACED)
         written = from_state_t(
             d_state, u, d_chunks_ptr, u_ptr, start, last, row, column, V, BV, BK, C, COLUMNS, PRECISION
         )  # fmt: skip
         written *= tl.exp2(tl.dot(operand, (i > j).to(operand.dtype), input_precision="ieee"))
         if GATE:
-            passed = passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS)
             leaving = passed * tl.exp2(tl.sum(operand.to(tl.float32), 1))
         if BASE > 0:
             # What crosses a token whose gate is beyond the floor of `base_operand` is decayed by the rest of it too.
@@ -297,6 +326,18 @@ def delta_channel_gradients_kernel(
             # Nothing precedes a run's first token: exactly, not but for rounding.
             dg = tl.where((j == 0) & begins_run(places_ptr, here.chunk, PACKED), 0.0, dg)
         store_chunk(dg_ptr, tl.trans(dg), start, column, last, keys, K, C, BK, DESCRIPTORS)
+
+
+@triton.jit
+def _state(
+    first_ptr, rest_ptr, row, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    COLUMNS: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """[BV, BK] of a chunk's S^T or D^T; nothing if V does not fit."""
+    if PLACED:
+        return placed_state(first_ptr, rest_ptr, row, BV, BK, C)
+    else:
+        return state_tile_of(first_ptr, column, V, BV, BK, COLUMNS)
 
 
 @triton.jit

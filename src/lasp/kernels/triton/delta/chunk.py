@@ -18,6 +18,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, pair_decay
 from lasp.kernels.triton.common.program import run_of, state_tile
 
+BLOCK = tl.constexpr(16)  # tokens of the blocks that `solve` takes
 MIN_BETA = tl.constexpr(2.0**-50)
 # A decay in bits of which fp32 keeps nothing, and chunks whose decays are looked at together.
 FORGOTTEN, SPAN = tl.constexpr(-151.0), tl.constexpr(128)
@@ -142,3 +143,16 @@ def after_chunk(state, u_t, keys, to_end, decay, PRECISION: tl.constexpr):
     dtype = keys.dtype
     weighted = (u_t.to(dtype).to(tl.float32) * to_end[None, :]).to(dtype)
     return tl.dot(weighted, keys, state * decay[None, :], input_precision=PRECISION)
+
+
+@triton.jit
+def placed_rows(ptr, start, last, row, r, BK: tl.constexpr, C: tl.constexpr, SPREAD: tl.constexpr):
+    """Pointers [.., BK] and mask of rows r of a state's transpose in the place of a chunk's gradient, which begins at
+    `ptr` with `row` elements from one token to the next.
+
+    Row r lies in that of token r % C, each C channels where their own gradient will be: the program that writes that
+    has read them, and no other does. SPREAD: how many elements of a state one of the gradient is long.
+    """
+    token = start + r % C
+    d = tl.arange(0, BK)[None, :]
+    return ptr + tl.cast(token, tl.int64) * row + (d // C * (C * SPREAD) + d % C), (token < last) & (d >= 0)

@@ -57,7 +57,7 @@ def delta_gradients_kernel(
     dr_ptr,  # likewise, if ERASES
     d_beta_ptr,  # fp32 [B, T, H_v], written
     dg_ptr,  # fp32 [slices, B, T, H_v], written if GATE
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     scale,
     B,
     T,
@@ -156,7 +156,9 @@ def delta_gradients_kernel(
     dk = written if ERASES else dk + written
     if GATE:
         gained += tl.sum(k.to(tl.float32) * written, 1)
-        across = tl.sum(passing(d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS), 0)
+        # S is read once more rather than kept.
+        once_more = state_tile_of(s_chunks_ptr, column, V, BV, BK, COLUMNS)
+        across = tl.sum(passing(once_more, d_state, s_chunks_ptr, d_chunks_ptr, column, V, BV, BK, COLUMNS), 0)
         dg = across * tl.exp2(total) + tl.sum(tl.where(i < j, (gained - lost)[:, None], reads[:, None]), 0)
         t = start + tl.arange(0, C)
         dg_ptr += tl.cast(here.part, tl.int64) * B * T * H_v + tokens

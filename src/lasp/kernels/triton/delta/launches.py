@@ -17,7 +17,7 @@ from lasp.kernels.limits import FUSED_DTYPES, FUSED_MAX_DIM
 from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, gate_sums_kernel
 from lasp.kernels.triton.common.device import device_limits, takes_gluon
 from lasp.kernels.triton.common.launch import Launch, bind
-from lasp.kernels.triton.common.packing import packed_changes
+from lasp.kernels.triton.common.packing import DESCRIPTOR_CHUNKS, packed_changes
 from lasp.kernels.triton.decay.channel.launches import base_levels
 from lasp.kernels.triton.decay.launches import MAX_GRID
 from lasp.kernels.triton.decay.plan import kind_of
@@ -36,6 +36,7 @@ from lasp.kernels.triton.delta.states import delta_states_kernel
 from lasp.kernels.triton.delta.summary import delta_summary_kernel
 from lasp.recurrence.inputs import NORM_EPS, DeltaInputs
 
+MARKED_CHUNKS = 16  # that a program looks at, of a kernel for those that are marked
 WIDE_WARPS = 8  # of kernels that hold whole rows of a chunk
 
 
@@ -68,11 +69,12 @@ class DeltaLaunches:
         erases: whether tokens read with a key of their own.
         own: whether sweeps are those that Hopper has of its own.
         joined: whether states and gradients are made in one sweep.
+        placed: of a gate per channel, whether S and D of chunks lie in the place of dq, dk and dg.
         state: shape of a state at a run's end. states, moves: of what segments add, and of their transitions.
         bounds_chunks: whether it is known what passes chunks at most. bounds: of that.
         slots: of a number for each token of each chunk. norms: likewise for each head of keys.
         tiles: of the matrices between the tokens of each chunk.
-        state_chunks: of S at the starts of chunks, or D at their ends.
+        state_chunks: of S at the starts of chunks, or D at their ends. tails: of those of runs' last chunks.
         gates: of the parts of dg. totals: of the decays of chunks.
         operands: of keys that have their decays.
         gradient, gradient_dtype: of dq and dk per value head.
@@ -107,6 +109,8 @@ class DeltaLaunches:
         self.with_gate, self.from_zero, self.erases = with_gate, from_zero, erases
         self.own = p.own and not erases and takes_gluon()
         self.joined = self.own and K == V == OWN_COLUMNS and kind != CHANNEL.value
+        # Then a state's columns are as many as two chunks' tokens, and what a program has of them as one's.
+        self.placed = K == V == 2 * p.chunk == 2 * p.channel.columns and kind == CHANNEL.value and with_gate
         self.made: dict[Any, Launch] = {}
         self._heads, self._key_heads, self.operand = B * H_v, B * H, operand_dtype(dtype)
         runs = B if p.tables is None else len(p.tables.bounds) - 1
@@ -117,6 +121,7 @@ class DeltaLaunches:
         self.slots, self.norms = (B, H_v, p.chunks * p.chunk), (B, H, p.chunks * p.chunk)
         self.tiles = (B, H_v, p.chunks, p.chunk, p.chunk)
         self.state_chunks = (B, H_v, p.chunks, self._tile(V), self._tile(K))
+        self.tails = (runs, H_v, *self.state_chunks[3:])
         self.gates = (-(-K // (OWN_COLUMNS if self.own else p.keys.columns)), B, T, H_v)
         self.per_channel = kind == CHANNEL.value
         self.bounded = self.per_channel and base_levels(self.operand) > 0
@@ -133,7 +138,8 @@ class DeltaLaunches:
             "BK": self._tile(K), "ROWS": self.state_chunks[3], "COLUMNS": self.state_chunks[4],
             "KIND": kind, "ERASES": erases, "EXACT": p.exact, "NORMALIZE": normalize, "GATE": with_gate,
             "FROM_ZERO": from_zero, "WHOLE": p.whole, "MARKED": self.bounded, "UNBOUNDED": self.bounded,
-            "JOINED": self.joined, "SPREAD": self.gradient_dtype.itemsize // self.operand.itemsize,
+            "PLACED": self.placed, "JOINED": self.joined,
+            "SPREAD": self.gradient_dtype.itemsize // self.operand.itemsize,
             "BASE": base_levels(self.operand), "LEVELS": p.chunk.bit_length() - 1,
             "DESCRIPTORS": p.descriptors, "STORES": p.descriptors and p.stores, "PACKED": p.packed,
             "PRECISION": p.precision,
@@ -202,11 +208,13 @@ class DeltaLaunches:
 
     @cached_property
     def values(self) -> Launch:
-        return self._reverse(total=True, values=True)
+        # dg, in whose place D then lies, is fp32.
+        ways = {"JOINED": True, "SPREAD": 2} if self.placed else {}
+        return self._reverse(total=True, values=True, **ways)
 
-    def _reverse(self, *, total: bool, values: bool) -> Launch:
+    def _reverse(self, *, total: bool, values: bool, **own: Any) -> Launch:
         if self.own:
-            return self._own("reverse", TOTAL=total, VALUES=values)
+            return self._own("reverse", TOTAL=total, VALUES=values, **own)
         return self._state_sweep(delta_reverse_kernel, self.plan.reverse, TOTAL=total, VALUES=values)
 
     @cached_property
@@ -253,12 +261,20 @@ class DeltaLaunches:
     def channel_operands(self, *, queries: bool, keys: bool) -> Launch:
         columns, warps, stages = self.plan.operands
         ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "BOUNDED": self.bounded}
-        return self._by_chunk(delta_channel_operands_kernel, self._heads, warps, stages, **ways)
+        # Programs of few chunks do without descriptors, and packed documents must: chunks end before they do.
+        group = self.plan.operand_chunks
+        described = self.plan.descriptors and group >= DESCRIPTOR_CHUNKS and not self.plan.packed
+        ways |= {"group": group, "DESCRIPTORS": described, "STORES": described and self.plan.stores}
+        grid = (-(-self.plan.chunks // group), self._heads)
+        return self._launch(delta_channel_operands_kernel, grid, warps, stages, **ways)
 
     @_once
-    def channel_scores(self, *, queries: bool) -> Launch:
+    def channel_scores(self, *, queries: bool, keys: bool) -> Launch:
         columns, warps, _ = self.plan.operands
-        return self._by_chunk(delta_channel_scores_kernel, self._heads, warps, BK=columns, QUERIES=queries)
+        group = MARKED_CHUNKS if self.bounded else 1
+        ways = {"BK": columns, "QUERIES": queries, "KEYS": keys, "GROUP": group}
+        grid = ((queries + keys) * -(-self.plan.chunks // group), self._heads)
+        return self._launch(delta_channel_scores_kernel, grid, warps, 1, **ways)
 
     @_once
     def scan(self, *, leaves: bool, reverse: bool) -> Launch:

@@ -25,7 +25,7 @@ def _place(places_ptr, T, H, chunks, C: tl.constexpr, PACKED: tl.constexpr):
 def norms_kernel(
     x_ptr,  # [B, T, H, K]
     norms_ptr,  # fp32 [B, H, chunks C], written
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     eps,
     T,
     H,
@@ -45,7 +45,7 @@ def key_gradient_sum_kernel(
     x_ptr,  # [B, T, H, K]; unused unless NORMALIZE
     partial_ptr,  # [B, T, H_v, K]
     gradient_ptr,  # [B, T, H, K], written
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     norms_ptr,  # fp32 [B, H, chunks C] if NORMALIZE, else None
     T,
     H,

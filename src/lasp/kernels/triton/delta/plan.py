@@ -24,6 +24,7 @@ from lasp.kernels.triton.decay.plan import (
 CHUNK = 64
 OWN_COLUMNS = 128  # of values, of a program of Hopper's own sweeps
 WIDE_SCAN_COST = 0.85  # of a segment of heads with more than 128 channels, as `SUMMARIES_COST`
+OPERAND_CHUNKS = 32  # at most; fewer where programs would not fill the device a few times
 SMALL_CHUNK = 32  # of fp32: products by vector instructions, and gates summed pair by pair
 
 
@@ -41,7 +42,7 @@ class DeltaPlan(NamedTuple):
         scan: of the scan over segments.
         scan_step: channels of its products at a time.
         channel: of the gradients of a gate per channel.
-        operands: of what such gates make of chunks before any sweep.
+        operands: of what such gates make of chunks before any sweep. operand_chunks: that a program of it walks.
         exact: whether decays between tokens are summed pair by pair.
         descriptors: whether chunks are read by tensor descriptors.
         own: whether heads are of the size for which Hopper has sweeps of its own.
@@ -65,6 +66,7 @@ class DeltaPlan(NamedTuple):
     scan_step: int
     channel: Tiles
     operands: Tiles
+    operand_chunks: int
     exact: bool
     descriptors: bool
     own: bool
@@ -156,11 +158,12 @@ def delta_plan(
         reverse=reverse._replace(columns=min(reverse.columns, tile(V, dtype))),
         states=states._replace(columns=min(states.columns, tile(V, dtype))),
         keys=keys._replace(columns=min(keys.columns, tile(K, dtype))),
-        scan=Tiles(16, 8 if at_once else 4, 2 if most > 1 else 1),
+        scan=Tiles(16, 8, 3) if at_once else Tiles(16, 4, 2 if most > 1 else 1),
         scan_step=128 if at_once else 32,
         channel=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 1),
         # The next channels' loads are on their way meanwhile.
         operands=Tiles(narrow(K, dtype), 4 if most > 1 else 8, 2 if hopper and not exact else 1),
+        operand_chunks=max(1, min(OPERAND_CHUNKS, -(-chunks * heads // (4 * processors)))),
         exact=exact,
         descriptors=descriptors,
         own=own and descriptors,

@@ -22,7 +22,15 @@ from lasp.kernels.triton.common.program import (
     store_chunk,
     view,
 )
-from lasp.kernels.triton.delta.chunk import between, chunks_reached, entering_state, lengths, state_decay, token_sums
+from lasp.kernels.triton.delta.chunk import (
+    between,
+    chunks_reached,
+    entering_state,
+    lengths,
+    placed_rows,
+    state_decay,
+    token_sums,
+)
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -43,7 +51,9 @@ def delta_reverse_kernel(
     bounds_ptr,  # fp32 [B, H_v, chunks] if TOKEN and not ERASES, unless VALUES: log2 of what passes a chunk at most
     added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
     dv_ptr,  # [B, T, H_v, V], written if VALUES
-    d_chunks_ptr,  # [B, H_v, chunks, ROWS, BK], written if VALUES: D^T at the end of each chunk, rounded
+    d_chunks_ptr,  # [B, H_v, chunks, ROWS, BK], written if VALUES: D^T at the end of each chunk, rounded; if PLACED
+    # in dg's memory
+    d_tail_ptr,  # [B or documents, H_v, ROWS, BK], written if PLACED and VALUES: likewise of each run's last chunk
     places_ptr,  # int32 [segments, 7] if PACKED
     entering_ptr,  # fp32 as added_ptr, if VALUES: D at the end of each segment; or None for zero
     scale,
@@ -68,6 +78,7 @@ def delta_reverse_kernel(
     WHOLE: tl.constexpr,  # whether runs are single segments, and what enters them is given for each run
     DESCRIPTORS: tl.constexpr,
     STORES: tl.constexpr,  # whether descriptors write too
+    PLACED: tl.constexpr,  # whether D lies in the place of dg
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -93,12 +104,19 @@ def delta_reverse_kernel(
     scores = view(scores_ptr + slot * C, count * C, C, C, C, C, DESCRIPTORS)
     if VALUES:
         dv_view = view(dv_ptr + row * V, last, H_v * V, V, C, BV, STORES)
-        d_chunks = view(d_chunks_ptr + (run * chunks + here.chunk) * (ROWS * BK), count * ROWS, BK, BK, BV, BK, False)
+        r = column + tl.arange(0, BV)[:, None]
+        if PLACED:
+            d_chunks = d_chunks_ptr + row * (K * 2) + r // C * C
+        else:
+            d_chunks = view(d_chunks_ptr + slot // C * (ROWS * BK), count * ROWS, BK, BK, BV, BK, False)
     totals_ptr += (run * chunks + here.chunk) * K
     if KIND == TOKEN:
         g_ptr += row
 
     state = entering_state(entering_ptr, here, H_v, segments, column, K, V, BV, BK, WHOLE)
+    if VALUES and PLACED:
+        tail = d_tail_ptr + here.border * (ROWS * BK) + r * BK + tl.arange(0, BK)[None, :]
+        tl.store(tail, state.to(dtype), mask=here.ends & (r >= 0))
     reached = count
     if KIND == TOKEN and not ERASES and not VALUES:
         # Of what comes later nothing is left at the segment's start.
@@ -118,7 +136,10 @@ def delta_reverse_kernel(
         k_norms = lengths(k_norms_ptr, key_slot + c * C, C, NORMALIZE)
         keys_t = tl.trans(keys)
         rounded = state.to(dtype)
-        if VALUES:
+        if VALUES and PLACED:
+            pointers, mask = placed_rows(d_chunks, start, last, H_v * (K * 2), r, BK, C, 2)
+            tl.store(pointers, rounded, mask=mask)
+        elif VALUES:
             store_chunk(d_chunks, rounded, c * ROWS + column, 0, count * ROWS, BK, BK, BV, BK, False)
         if KIND == CHANNEL:
             p = load_chunk(scores, c * C, 0, count * C, C, C, C, C, DESCRIPTORS)

@@ -135,7 +135,8 @@ def chunks_made(x: DeltaRun, *, with_queries: bool) -> tuple[DeltaChunks, DeltaQ
     if launches.kind == TOKEN.value:
         gates = tuple(_fp32(x, launches.slots) for _ in range(2 if launches.plan.exact else 1))
         assert x.g is not None
-        launches.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places, weight_ptr=None)
+        if launches.plan.exact:
+            launches.gate_sums(g_ptr=x.g, **_gates(gates, gates[0]), places_ptr=places, weight_ptr=None)
     norms = _norms(x, x.k)
     inverse, betas = x.v.new_empty(launches.tiles), _fp32(x, launches.slots)
     bounds = _fp32(x, launches.bounds) if launches.bounds_chunks else betas
@@ -196,8 +197,7 @@ def _channels_made(
     }
     own = {"queries_ptr": queries, "reading_ptr": reading, "storing_ptr": storing, "totals_ptr": totals}
     launches.channel_operands(queries=with_queries, keys=with_keys)(**shared, **own)
-    for of_queries in (*([True] if with_queries else []), *([False] if with_keys else [])):
-        launches.channel_scores(queries=of_queries)(**shared)
+    launches.channel_scores(queries=with_queries, keys=with_keys)(**shared)
     return DeltaQueries(queries, q_norms, scores) if with_queries else None
 
 
@@ -329,7 +329,7 @@ def totals_adjoint(x: DeltaRun, saved: DeltaSaved, d_o: Tensor, *, summarized: b
         return None
     added = _fp32(x, launches.states)
     launch = launches.whole_adjoint if summarized else launches.adjoint
-    _reverse(x, saved, d_o, launch, added, added, (added, added), None)
+    _reverse(x, saved, d_o, launch, added, added, (added,) * 3, None)
     return added
 
 
@@ -340,7 +340,7 @@ def _reverse(
     launch: Launch,
     added: Tensor,
     dv: Tensor,
-    d_chunks: tuple[Tensor, Tensor],
+    d_chunks: tuple[Tensor, Tensor, Tensor],
     entering: Tensor | None,
 ) -> None:
     rest = {"d_rest_ptr": d_chunks[1]} if x.launches.own else {}
@@ -352,6 +352,7 @@ def _reverse(
         added_ptr=added,
         dv_ptr=dv,
         d_chunks_ptr=d_chunks[0],
+        d_tail_ptr=d_chunks[2],
         **rest,
         places_ptr=places_of(x.launches.plan, saved.leaving),
         entering_ptr=entering,
@@ -367,17 +368,24 @@ def gradients(
     if added is not None and not launches.plan.whole:
         assert saved.moves is not None
         entering = entering_segments(x, added, saved.moves, d_state_out, reverse=True)
-    dv = torch.empty_like(x.v)
+    dv, dg = torch.empty_like(x.v), _gate_gradient(x)
     dq, dk, *erasing = (
         x.q.new_empty(launches.gradient, dtype=launches.gradient_dtype) for _ in range(3 if launches.erases else 2)
     )
     if launches.joined:
         # A chunk's D is as large as its dq and dk, which are written after it has been read. Of a segment's last chunk,
         # whose tokens may be too few to hold it, it is what enters the segment.
-        d_chunks = dq.view(x.v.dtype), dk.view(x.v.dtype)
+        d_chunks = dq.view(x.v.dtype), dk.view(x.v.dtype), unread
         entering = _fp32(x, launches.state).zero_() if entering is None else entering
+    elif launches.placed:
+        # S lies in the place of dq and dk, D in that of dg: a program has read them where it writes. Those of a run's
+        # last chunk, whose tokens may be too few, have room of their own.
+        assert dg is not None
+        s_chunks = dq.view(x.v.dtype), dk.view(x.v.dtype), x.v.new_empty(launches.tails)
+        places = dg.view(x.v.dtype)
+        d_chunks = places, places.view(-1)[launches.plan.chunk :], x.v.new_empty(launches.tails)
     else:
-        d_chunks = (x.v.new_empty(launches.state_chunks),) * 2
+        d_chunks = (x.v.new_empty(launches.state_chunks),) * 3
     _reverse(x, saved, d_o, launches.values, unread, dv, d_chunks, entering)
     d_beta, q_norms = _fp32(x, tuple(x.beta.shape)), saved.queries.norms
     shared = {
@@ -393,9 +401,7 @@ def gradients(
         "dk_ptr": dk,
         "d_beta_ptr": d_beta,
     }
-    dg: Tensor | None = None
     if launches.joined:
-        dg = _fp32(x, tuple(x.beta.shape)) if launches.with_gate else None
         launches.joined_gradients(
             **shared,
             prefix_ptr=chunks.gates[0] if chunks.gates else unread,
@@ -407,18 +413,25 @@ def gradients(
             entering_ptr=saved.entering,
         )
     else:
-        s_chunks = _chunk_states(x, saved)
+        if not launches.placed:
+            s_chunks = (x.v.new_empty(launches.state_chunks),) * 3
+        _chunk_states(x, saved, s_chunks)
         shared |= {
             "r_ptr": x.reading,
             "dr_ptr": erasing[0] if erasing else dk,
             "g_ptr": given(x.g, unread),
-            "s_chunks_ptr": s_chunks,
+            "s_chunks_ptr": s_chunks[0],
             "d_chunks_ptr": d_chunks[0],
             "places_ptr": chunks_of(launches.plan, unread),
         }
         if chunks.channels is not None:
-            dg = _fp32(x, launches.operands) if launches.with_gate else None
-            own = {"intervals_ptr": _intervals(x), "unbounded_ptr": chunks.channels.unbounded}
+            own = {
+                "intervals_ptr": _intervals(x),
+                "unbounded_ptr": chunks.channels.unbounded,
+                "s_rest_ptr": s_chunks[1],
+                "s_tail_ptr": s_chunks[2],
+                "d_tail_ptr": d_chunks[2],
+            }
             for bounded in (True, False) if launches.bounded else (False,):
                 launches.channel_gradients(bounded=bounded)(**shared, **own, dg_ptr=given(dg, unread))
         else:
@@ -434,21 +447,30 @@ def gradients(
     return dq, dk, dv, d_beta, dg, *erasing
 
 
-def _chunk_states(x: DeltaRun, saved: DeltaSaved) -> Tensor:
-    """S at the start of every chunk, transposed."""
+def _gate_gradient(x: DeltaRun) -> Tensor | None:
+    """Returns memory for the gate's gradient; None if there is none, or if it will be a sum of parts."""
+    launches = x.launches
+    if not launches.with_gate or not (launches.joined or launches.per_channel):
+        return None
+    return _fp32(x, launches.operands if launches.per_channel else tuple(x.beta.shape))
+
+
+def _chunk_states(x: DeltaRun, saved: DeltaSaved, s_chunks: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Launch what makes S at the start of every chunk, transposed."""
     launches, chunks, unread = x.launches, saved.chunks, saved.leaving
-    s_chunks, operands = x.v.new_empty(launches.state_chunks), _sweep_operands(x, chunks, unread)
+    operands = _sweep_operands(x, chunks, unread)
     launches.chunk_states(
         storing_ptr=operands["storing_ptr"],
         u_ptr=saved.u,
         norms_ptr=given(chunks.k_norms, unread),
         **_gates(chunks.gates, unread),
         totals_ptr=operands["totals_ptr"],
-        s_chunks_ptr=s_chunks,
+        s_chunks_ptr=s_chunks[0],
+        s_rest_ptr=s_chunks[1],
+        s_tail_ptr=s_chunks[2],
         places_ptr=places_of(launches.plan, unread),
         entering_ptr=saved.entering,
     )
-    return s_chunks
 
 
 def _summed(x: DeltaRun, tensor: Tensor, partial: Tensor, norms: Tensor | None) -> Tensor:

@@ -90,14 +90,17 @@ def _walk(
     PRECISION: tl.constexpr,
 ):
     """Write what enters each segment in some columns, and what leaves the last."""
-    for turn in range(segments if LEAVES else segments - 1):
-        at = begin + (segments - 1 - turn if REVERSE else turn)
+    turns = segments if LEAVES else segments - 1
+    first_at = begin + segments - 1 if REVERSE else begin
+    step: tl.constexpr = -1 if REVERSE else 1
+    added = _added(added_ptr, first_at, column, turns > 0, K, W, BK, BW, ADDS)
+    for turn in range(turns):
+        at = first_at + step * turn
         entering, mask = state_tile(entering_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
         tl.store(entering, state, mask=mask)
-        after = tl.zeros((BK, BW), tl.float32)
-        if ADDS:
-            added, _ = state_tile(added_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
-            after = tl.load(added, mask=mask, other=0.0)
+        after = added
+        # The next one is on its way meanwhile.
+        added = _added(added_ptr, at + step, column, turn + 1 < turns, K, W, BK, BW, ADDS)
         moves = moves_ptr + at * K * K
         known = (turn > 0) | (empty == 0)
         if STEP == BK:
@@ -117,6 +120,17 @@ def _walk(
         ptr = entering_ptr + (begin if REVERSE else begin + segments - 1) * K * W
     pointers, mask = state_tile(ptr, 0, column, K, W, W, 1, BK, BW)
     tl.store(pointers, state, mask=mask & (segments > 0))
+
+
+@triton.jit
+def _added(added_ptr, at, column, wanted, K: tl.constexpr, W: tl.constexpr, BK: tl.constexpr, BW: tl.constexpr,
+           ADDS: tl.constexpr):  # fmt: skip
+    """[BK, BW] of what a segment adds; zeros if it is not wanted."""
+    if ADDS:
+        pointers, mask = state_tile(added_ptr + at * K * W, 0, column, K, W, W, 1, BK, BW)
+        return tl.load(pointers, mask=mask & wanted, other=0.0)
+    else:
+        return tl.zeros((BK, BW), tl.float32)
 
 
 @triton.jit

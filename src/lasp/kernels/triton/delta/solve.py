@@ -1,5 +1,6 @@
 # mypy: ignore-errors
-"""A - I of every chunk and value head, A = (I + diag(beta) L)^-1; and beta laid out as the sweeps read it.
+"""A - I of every chunk and value head, A = (I + diag(beta) L)^-1; and beta, and sums of gates, laid out as the sweeps
+read them.
 
 Blocks on the diagonal are inverted by substitution, all at once; pairs of blocks are merged by products. A series of
 the inverse instead (of L, L^2, L^4, ..) would overflow where keys are alike and beta is near 2, and so would an inverse
@@ -9,11 +10,10 @@ without the decays in it, where these keep beta k.k > 2 in check.
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.decays import CHANNEL, TOKEN
+from lasp.kernels.triton.common.decays import CHANNEL, TOKEN, log2_gate
 from lasp.kernels.triton.common.program import chunk_place
-from lasp.kernels.triton.delta.chunk import MIN_BETA, between
+from lasp.kernels.triton.delta.chunk import BLOCK, MIN_BETA, between
 
-BLOCK = tl.constexpr(16)
 LANES = tl.constexpr(32)  # columns that a warp has at a time
 
 
@@ -25,11 +25,11 @@ def solve_kernel(
     overlaps_ptr,  # fp32 [B, H_v, chunks, C, C] if CHANNEL: L
     beta_ptr,  # fp32 [B, T, H_v]
     g_ptr,  # fp32 [B, T, H_v] if TOKEN
-    prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN
+    prefix_ptr,  # fp32 [B, H_v, chunks C] if TOKEN: written, also past a chunk's end; read if EXACT
     inverse_ptr,  # [B, H_v, chunks, C, C], written
     betas_ptr,  # fp32 [B, H_v, chunks C], written
     bounds_ptr,  # fp32 [B, H_v, chunks], written if TOKEN and not ERASES: log2 of what passes a chunk at most
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     T,
     H,
     H_v,
@@ -63,11 +63,18 @@ def solve_kernel(
     betas = _betas(beta_ptr, i, last - first, H_v)
     tl.store(betas_ptr + slot + i, betas)
 
+    prefix, total = betas, 0.0
+    if KIND == TOKEN and EXACT:
+        prefix, total = tl.load(prefix_ptr + i), tl.load(prefix_ptr + C - 1)
+    elif KIND == TOKEN:
+        gates = log2_gate(g_ptr + (tl.cast(first, tl.int64) + i) * H_v, first + i < last)
+        prefix, total = tl.cumsum(gates, 0), tl.sum(gates, 0)
+        tl.store(prefix_ptr + i, prefix)
     if KIND == CHANNEL and C == 4 * BLOCK:
         diagonal, pairs, halves = _loaded_blocks(overlaps_ptr, beta_ptr, last - first, H_v, C)
     else:
         overlaps = _overlaps(
-            k_ptr + keys, r_ptr + keys, norms_ptr, overlaps_ptr, g_ptr, prefix_ptr, first, last, H, H_v, K, BK, C,
+            k_ptr + keys, r_ptr + keys, norms_ptr, overlaps_ptr, g_ptr, prefix, first, last, H, H_v, K, BK, C,
             KIND, ERASES, EXACT, NORMALIZE, PRECISION,
         ) * betas[:, None]  # fmt: skip
     if C < 4 * BLOCK:
@@ -99,7 +106,7 @@ def solve_kernel(
         tl.store(tile + 2 * BLOCK * C, below.to(dtype))
         tl.store(tile + 2 * BLOCK * C + 2 * BLOCK, tl.where(at > column, bottom, 0.0).to(dtype))
     if KIND == TOKEN and not ERASES:
-        tl.store(bounds_ptr + run * chunks + chunk, tl.load(prefix_ptr + C - 1) + _growth(diagonal))
+        tl.store(bounds_ptr + run * chunks + chunk, total + _growth(diagonal))
 
 
 @triton.jit
@@ -150,7 +157,7 @@ def _loaded_blocks(overlaps_ptr, beta_ptr, length, H_v, C: tl.constexpr):
 
 @triton.jit
 def _overlaps(
-    k_ptr, r_ptr, norms_ptr, overlaps_ptr, g_ptr, prefix_ptr, first, last, H, H_v, K: tl.constexpr, BK: tl.constexpr,
+    k_ptr, r_ptr, norms_ptr, overlaps_ptr, g_ptr, prefix, first, last, H, H_v, K: tl.constexpr, BK: tl.constexpr,
     C: tl.constexpr, KIND: tl.constexpr, ERASES: tl.constexpr, EXACT: tl.constexpr, NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +176,6 @@ def _overlaps(
             norms = tl.load(norms_ptr + i)
             overlaps *= norms[:, None] * norms[None, :]
         if KIND == TOKEN:
-            prefix = tl.load(prefix_ptr + i)
             overlaps *= between(g_ptr, H_v, prefix, first, last, KIND, C, True, EXACT)
         return overlaps
 

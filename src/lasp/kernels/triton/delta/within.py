@@ -64,6 +64,15 @@ def _state_piece(source, row, column, BV: tl.constexpr, BK: tl.constexpr, COLUMN
 
 
 @triton.jit
+def placed_state(first_ptr, rest_ptr, row, BV: tl.constexpr, BK: tl.constexpr, C: tl.constexpr):
+    """[BV, BK] of a chunk's S^T or D^T where that lies in the place of its tokens' gradients: row v from `first_ptr` on
+    where that of token v will be, and of C rows more from `rest_ptr` on; of each channel where its own gradient will be
+    or its neighbour's, so that a program reads nothing that others write."""
+    v = tl.arange(0, BV)[:, None]
+    return tl.load(tl.where(v < C, first_ptr, rest_ptr) + (v % C) * row + tl.arange(0, BK)[None, :])
+
+
+@triton.jit
 def between_tokens(
     a, b, a_ptr, b_ptr, start, last, row, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -114,15 +123,17 @@ def from_state_t(
 
 
 @triton.jit
-def passing(d_state, s_ptr, d_ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr):
-    """<S, D> channel by channel, [BK]: summed over V; S is read once more rather than kept."""
+def passing(
+    state, d_state, s_ptr, d_ptr, column, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """<S, D> channel by channel, [BK]: summed over V."""
     if V <= BV:
-        return tl.sum(_state_piece(s_ptr, 0, column, BV, BK, COLUMNS).to(tl.float32) * d_state.to(tl.float32), 0)
+        return tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
     else:
         met = tl.zeros((BK,), tl.float32)
         for v in range(0, V, BV):
-            state = _state_piece(s_ptr, v, column, BV, BK, COLUMNS).to(tl.float32)
-            met += tl.sum(state * _state_piece(d_ptr, v, column, BV, BK, COLUMNS).to(tl.float32), 0)
+            piece = _state_piece(s_ptr, v, column, BV, BK, COLUMNS).to(tl.float32)
+            met += tl.sum(piece * _state_piece(d_ptr, v, column, BV, BK, COLUMNS).to(tl.float32), 0)
         return met
 
 

@@ -43,7 +43,7 @@ def channel_bounded_intra_chunk_kernel(
     dq_ptr,  # [B, T, H_g, K], written
     dk_ptr,  # likewise
     dg_ptr,  # fp32 likewise
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     scale,
     T,
     H,

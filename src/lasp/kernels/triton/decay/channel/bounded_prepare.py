@@ -36,7 +36,7 @@ def channel_bounded_prepare_kernel(
     to_end_ptr,  # [B, T, H_g, K], written: k_j 2^suffix_j
     totals_ptr,  # fp32 [B, H_g, chunks, K], written: base-2 log-decay of the chunk
     unbounded_ptr,  # int32 [B, H_g, chunks], written: whether the chunk is not bounded, and left to channel_prepare
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     scale,
     T,
     H,

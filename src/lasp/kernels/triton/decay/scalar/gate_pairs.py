@@ -27,7 +27,7 @@ def gate_pairs_kernel(
     prefix_ptr,  # fp32 [B, H_v, chunks C] or unused
     suffix_ptr,  # likewise: added, if WEIGHS
     dg_ptr,  # fp32 [B, T, H_v], written where pairs are formed
-    places_ptr,  # int32 [chunks, 3] if PACKED
+    places_ptr,  # int32 [chunks, 4] if PACKED
     scale,
     T,
     rows,  # B H_v

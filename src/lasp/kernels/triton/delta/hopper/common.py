@@ -60,13 +60,13 @@ def tokens_view(ptr, row, last, columns: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def chunk_gradient_view(ptr, row, heads, last, SPREAD: gl.constexpr, layout: gl.constexpr):
-    """Describe half the rows of D^T of every chunk of a head, each in the place of a token of dq or dk, in tiles
-    [TOKENS, TOKENS].
+    """Describe half the rows of D^T of every chunk of a head, each in the place of a token of a gradient, in tiles
+    [TOKENS, TOKENS]: of every channel where its own gradient will be, or that of its neighbour.
 
-    SPREAD: how many elements of D one of dq is long.
+    SPREAD: how many elements of D one of the gradient is long.
     """
     width: gl.constexpr = WIDTH * SPREAD
-    return tma.make_tensor_descriptor(ptr + row * width, [last, WIDTH], [heads * width, 1], [TOKENS, TOKENS], layout)
+    return tma.make_tensor_descriptor(ptr + row * width, [last, width], [heads * width, 1], [TOKENS, TOKENS], layout)
 
 
 @gluon.jit

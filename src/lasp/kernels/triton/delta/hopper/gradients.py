@@ -142,7 +142,7 @@ def delta_hopper_gradients_kernel(
     tma.async_copy_global_to_shared(k_view, [start, 0], tokens_here, k_tiles.index(0), start < last)
     mbarrier.expect(dv_here, bytes, start < last)
     tma.async_copy_global_to_shared(dv_view, [start, 0], dv_here, dv_tiles.index(0), start < last)
-    _ask_gradient(d_first, d_rest, start, d_here, quarters, count > 1)
+    _ask_gradient(d_first, d_rest, start, d_here, quarters, count > 1, SPREAD)
     ask_vector(betas.index(0), beta_ptr + at * TOKENS, start < last)
     if KIND == TOKEN:
         ask_vector(prefixes.index(0), prefix_ptr + at * TOKENS, start < last)
@@ -259,7 +259,7 @@ def delta_hopper_gradients_kernel(
         meet()
         mbarrier.expect(dv_here, bytes, following < last)
         tma.async_copy_global_to_shared(dv_view, [following, 0], dv_here, dv_tiles.index(0), following < last)
-        _ask_gradient(d_first, d_rest, following, d_here, quarters, c + 2 < count)
+        _ask_gradient(d_first, d_rest, following, d_here, quarters, c + 2 < count, SPREAD)
         # Rounded before it decays, as forward had it.
         u_to_end = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(0, STATE_LEFT))
         if KIND == TOKEN:
@@ -296,12 +296,13 @@ def delta_hopper_gradients_kernel(
 
 
 @gluon.jit
-def _ask_gradient(d_first, d_rest, start, here, quarters, wanted):
+def _ask_gradient(d_first, d_rest, start, here, quarters, wanted, SPREAD: gl.constexpr):
     """Ask for a chunk's D^T [WIDTH, WIDTH], which lies in shared memory by halves of its columns."""
     mbarrier.expect(here, WIDTH * WIDTH * 2, wanted)
     for n in gl.static_range(2):
-        tma.async_copy_global_to_shared(d_first, [start, n * TOKENS], here, quarters.index(2 * n), wanted)
-        tma.async_copy_global_to_shared(d_rest, [start, n * TOKENS], here, quarters.index(2 * n + 1), wanted)
+        place = [start, n * TOKENS * SPREAD]
+        tma.async_copy_global_to_shared(d_first, place, here, quarters.index(2 * n), wanted)
+        tma.async_copy_global_to_shared(d_rest, place, here, quarters.index(2 * n + 1), wanted)
 
 
 @gluon.jit

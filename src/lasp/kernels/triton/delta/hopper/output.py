@@ -72,11 +72,13 @@ def delta_hopper_output_kernel(
     STATE_LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     bytes: gl.constexpr = TOKENS * K * 2
     square: gl.constexpr = TOKENS * TOKENS * 2
-    # Those that are asked for a chunk ahead have two places, but for those that are done with before its last products.
-    q_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, K], layout)
+    # What is asked for a chunk ahead has two places. Of wide heads q and A have one, and are asked for once that is
+    # free.
+    AHEAD: gl.constexpr = K == WIDTH
+    q_tiles = gl.allocate_shared_memory(dtype, [2 if AHEAD else 1, TOKENS, K], layout)
     k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
     v_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)  # then of u
-    a_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
+    a_tiles = gl.allocate_shared_memory(dtype, [2 if AHEAD else 1, TOKENS, TOKENS], layout)
     if KIND == CHANNEL:
         r_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
         p_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, TOKENS], layout)
@@ -159,6 +161,9 @@ def delta_hopper_output_kernel(
         mbarrier.expect(here, expected, following < last)
         tma.async_copy_global_to_shared(k_view, [following, 0], here, k_tiles.index(ahead), following < last)
         tma.async_copy_global_to_shared(v_view, [following, 0], here, v_tiles.index(ahead), following < last)
+        if AHEAD:
+            tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(ahead), following < last)
+            tma.async_copy_global_to_shared(a_view, [(c + 1) * TOKENS, 0], here, a_tiles.index(ahead), following < last)
         ask_vector(betas.index(ahead), beta_ptr + (at + 1) * TOKENS, following < last)
         if KIND == CHANNEL:
             ask_vector(decays.index(ahead), totals_ptr + (at + 1) * K, following < last)
@@ -183,7 +188,7 @@ def delta_hopper_output_kernel(
             read = warpgroup_mma_wait(0, [read])
         else:
             scores = warpgroup_mma(
-                q_tiles.index(only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
+                q_tiles.index(place if AHEAD else only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
             )  # fmt: skip
             read = warpgroup_mma(k_tile, s_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if KIND == TOKEN:
@@ -203,17 +208,17 @@ def delta_hopper_output_kernel(
         fence_async_shared()
         meet()
         place, only = afresh(c & 1), afresh(0)
-        out = warpgroup_mma(
-            q_tiles.index(only), s_tiles.index(only).permute((1, 0)), nothing, use_acc=False, is_async=True
-        )  # fmt: skip
-        u = warpgroup_mma(a_tiles.index(only), w_tiles.index(only), w, is_async=True)
+        q_tile, a_tile = q_tiles.index(place if AHEAD else only), a_tiles.index(place if AHEAD else only)
+        out = warpgroup_mma(q_tile, s_tiles.index(only).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        u = warpgroup_mma(a_tile, w_tiles.index(only), w, is_async=True)
         out, u = warpgroup_mma_wait(0, [out, u])
         out *= q_read[:, None]
         v_tiles.index(place).store(u.to(dtype))
         fence_async_shared()
         meet()
-        tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), following < last)
-        tma.async_copy_global_to_shared(a_view, [(c + 1) * TOKENS, 0], here, a_tiles.index(0), following < last)
+        if not AHEAD:
+            tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), following < last)
+            tma.async_copy_global_to_shared(a_view, [(c + 1) * TOKENS, 0], here, a_tiles.index(0), following < last)
         tma.async_copy_shared_to_global(u_view, [start, 0], v_tiles.index(c & 1))
         place, only = afresh(c & 1), afresh(0)
         u_tile = v_tiles.index(place)

@@ -56,8 +56,9 @@ def delta_hopper_reverse_kernel(
     added_ptr,  # fp32 [B, H_v, segments, K, V], written unless VALUES, but for a run's first segment unless TOTAL
     dv_ptr,  # [B, T, H_v, V], written if VALUES
     d_chunks_ptr,  # [B, H_v, chunks, V, K], written if VALUES: D^T at the end of each chunk, rounded; if JOINED dq's
-    # memory, for its first rows, and but for a segment's last chunk
-    d_rest_ptr,  # if JOINED and VALUES dk's memory, for the other rows
+    # memory, or dg's, for its first rows
+    d_rest_ptr,  # if JOINED and VALUES dk's memory, or dg's, for the other rows
+    d_tail_ptr,  # [B or documents, H_v, V, K], written if PLACED and VALUES: D^T at the end of each run's last chunk
     places_ptr,  # int32 [segments, 7] if PACKED
     entering_ptr,  # fp32 as added_ptr, if VALUES: D at the end of each segment; or None for zero
     scale,
@@ -70,7 +71,8 @@ def delta_hopper_reverse_kernel(
     K: gl.constexpr,
     V: gl.constexpr,
     JOINED: gl.constexpr,
-    SPREAD: gl.constexpr,  # as in `gradients`
+    SPREAD: gl.constexpr,  # how many elements of D one of the gradient is long in whose place it lies
+    PLACED: gl.constexpr,  # whether that is dg
     KIND: gl.constexpr,
     NORMALIZE: gl.constexpr,
     TOTAL: gl.constexpr,  # whether a run's whole is wanted
@@ -84,7 +86,7 @@ def delta_hopper_reverse_kernel(
     STATE_LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     bytes: gl.constexpr = TOKENS * K * 2
     square: gl.constexpr = TOKENS * TOKENS * 2
-    head, batch, start, last, chunk, border, _ = segment_of(
+    head, batch, start, last, chunk, border, ends = segment_of(
         gl.program_id(0) // (V // WIDTH), places_ptr, T, H_v, segments, segment_chunks, PACKED
     )  # fmt: skip
     column = gl.program_id(0) % (V // WIDTH) * WIDTH
@@ -105,11 +107,13 @@ def delta_hopper_reverse_kernel(
         # Of what comes later nothing is left at the segment's start.
         walked = chunks_reached(bounds_ptr, at, count, True)
     walked = gl.where(wanted, walked, 0)
-    # Those that are asked for a chunk ahead have two places, but for those that are done with before its last product.
-    q_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, K], layout)
+    # What is asked for a chunk ahead has two places. Of wide heads q and A have one, and are asked for once that is
+    # free.
+    AHEAD: gl.constexpr = K == WIDTH
+    q_tiles = gl.allocate_shared_memory(dtype, [2 if AHEAD else 1, TOKENS, K], layout)
     k_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
     do_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, WIDTH], layout)  # then of dv
-    a_tiles = gl.allocate_shared_memory(dtype, [1, TOKENS, TOKENS], layout)
+    a_tiles = gl.allocate_shared_memory(dtype, [2 if AHEAD else 1, TOKENS, TOKENS], layout)
     if KIND == CHANNEL:
         r_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, K], layout)
         p_tiles = gl.allocate_shared_memory(dtype, [2, TOKENS, TOKENS], layout)
@@ -135,6 +139,9 @@ def delta_hopper_reverse_kernel(
     if entering_ptr is not None:
         source = border if WHOLE else (batch * H_v + head) * segments + gl.program_id(1)
         state = gl.load(entering_ptr + source * K * V + (column + r[:, None] + d[None, :] * V))
+    if VALUES and PLACED:
+        inside = ends & (r[:, None] >= 0) & (d[None, :] >= 0)
+        gl.store(d_tail_ptr + border * K * V + ((column + r[:, None]) * K + d[None, :]), state.to(dtype), mask=inside)
     here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(here, 1)
     fence_async_shared()
@@ -188,14 +195,11 @@ def delta_hopper_reverse_kernel(
         meet()
         if VALUES:
             if JOINED:
-                if step > 0:
-                    for n in gl.static_range(2):
-                        tma.async_copy_shared_to_global(
-                            d_first, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n)
-                        )
-                        tma.async_copy_shared_to_global(
-                            d_rest, [start + c * TOKENS, n * TOKENS], quarters.index(2 * n + 1)
-                        )
+                # Of a chunk that has too few tokens to hold it the rest is left out.
+                for n in gl.static_range(2):
+                    place = [start + c * TOKENS, n * TOKENS * SPREAD]
+                    tma.async_copy_shared_to_global(d_first, place, quarters.index(2 * n))
+                    tma.async_copy_shared_to_global(d_rest, place, quarters.index(2 * n + 1))
             else:
                 tma.async_copy_shared_to_global(d_view, [c * V + column, 0], d_tiles.index(0))
         following = start + (c - 1) * TOKENS
@@ -203,6 +207,9 @@ def delta_hopper_reverse_kernel(
         mbarrier.expect(here, expected, c > 0)
         tma.async_copy_global_to_shared(k_view, [following, 0], here, k_tiles.index(ahead), c > 0)
         tma.async_copy_global_to_shared(do_view, [following, 0], here, do_tiles.index(ahead), c > 0)
+        if AHEAD:
+            tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(ahead), c > 0)
+            tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(ahead), c > 0)
         if KIND == CHANNEL:
             tma.async_copy_global_to_shared(r_view, [following, 0], here, r_tiles.index(ahead), c > 0)
             tma.async_copy_global_to_shared(p_view, [(c - 1) * TOKENS, 0], here, p_tiles.index(ahead), c > 0)
@@ -221,7 +228,7 @@ def delta_hopper_reverse_kernel(
         k_tile = k_tiles.index(place)
         if KIND != CHANNEL:
             scores = warpgroup_mma(
-                q_tiles.index(only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
+                q_tiles.index(place if AHEAD else only), k_tile.permute((1, 0)), no_pairs, use_acc=False, is_async=True
             )  # fmt: skip
         d_u = warpgroup_mma(k_tile, d_tiles.index(only).permute((1, 0)), nothing, use_acc=False, is_async=True)
         from_start = gl.full([TOKENS], 1.0, gl.float32, gl.SliceLayout(1, WIDE))
@@ -252,7 +259,7 @@ def delta_hopper_reverse_kernel(
         meet()
         place, only = afresh(step & 1), afresh(0)
         p_tile = p_tiles.index(place if KIND == CHANNEL else only)
-        do_tile, q_tile = do_tiles.index(place), q_tiles.index(only)
+        do_tile, q_tile = do_tiles.index(place), q_tiles.index(place if AHEAD else only)
         d_u = warpgroup_mma(p_tile.permute((1, 0)), do_tile, d_u, is_async=True)
         if KIND == CHANNEL:
             state *= decay[None, :]
@@ -267,7 +274,8 @@ def delta_hopper_reverse_kernel(
         fence_async_shared()
         meet()
         place, only = afresh(step & 1), afresh(0)
-        y = warpgroup_mma(a_tiles.index(only).permute((1, 0)), du_tiles.index(only), d_u, is_async=True)
+        a_tile = a_tiles.index(place if AHEAD else only)
+        y = warpgroup_mma(a_tile.permute((1, 0)), du_tiles.index(only), d_u, is_async=True)
         y, state = warpgroup_mma_wait(0, [y, state])
         if KIND == CHANNEL:
             meet()  # all have read `do`
@@ -276,8 +284,9 @@ def delta_hopper_reverse_kernel(
         if VALUES:
             tma.store_wait(0)  # D of this chunk is
         meet()
-        tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), c > 0)
-        tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(0), c > 0)
+        if not AHEAD:
+            tma.async_copy_global_to_shared(q_view, [following, 0], here, q_tiles.index(0), c > 0)
+            tma.async_copy_global_to_shared(a_view, [(c - 1) * TOKENS, 0], here, a_tiles.index(0), c > 0)
         place, only = afresh(step & 1), afresh(0)
         dv_tile = do_tiles.index(place)
         if VALUES:
