@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lasp.exchange.start import SequenceCall
 from lasp.halo.exchange import read_rows
-from lasp.halo.fused import convolution, rows_before
+from lasp.halo.fused import ALONE, convolution, rows_before
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.kernels.select import has_fused_kernels
 from lasp.recurrence.untraced import untraced, untraced_over_ranks
@@ -128,16 +127,18 @@ def _in_graph(
     sp: SequenceParallel | None,
 ) -> tuple[Tensor, ...]:
     """Convolve within a compiled graph, by operators that look into the documents when they run."""
-    width, start, before = weight.shape[1] - 1, 0, None
+    width, before = weight.shape[1] - 1, None
     bounds = cu_seqlens
     if bounds is not None and not isinstance(bounds, Tensor):
         bounds = torch.tensor(wholes("cu_seqlens", bounds))
-    if sp is not None and sp.size > 1:
-        start = sp.offset(whole.shape[1])
-        if width:
-            tail = whole[:, -width:, : weight.shape[0]]
-            before = rows_before(tail, bounds, whole.shape[1], width, sp.key)
-    return tuple(convolution(whole, weight, bias, before, bounds, start, activation == "silu", list(sizes)))
+    if sp is not None and sp.size > 1 and width:
+        tail = whole[:, -width:, : weight.shape[0]]
+        before = rows_before(tail, bounds, whole.shape[1], width, sp.key)
+    return tuple(convolution(whole, weight, bias, before, bounds, _key(sp), activation == "silu", list(sizes)))
+
+
+def _key(sp: SequenceParallel | None) -> int:
+    return ALONE if sp is None or sp.size == 1 else sp.key
 
 
 def _convolved(
@@ -159,7 +160,7 @@ def _convolved(
     read = _read(x, layout, initial_state, sp, call)
     with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
         is_fused = _is_fused(x, weight)
-        bounds = _as_tensor(layout.bounds) if is_fused and len(layout.bounds) > 2 and initial_state is None else None
+        bounds = torch.tensor(layout.bounds) if is_fused and len(layout.bounds) > 2 and initial_state is None else None
         if bounds is not None:  # kernels see to it
             read = read._replace(override=None)
         fixed = None
@@ -167,8 +168,7 @@ def _convolved(
             rows = [read.back(x, j) for j in range(width, -1, -1)]
             fixed = _activated(_convolve(rows, weight, bias), activation)
         if is_fused:
-            start = 0 if sp is None else layout.starts[sp.rank]
-            parts = convolution(whole, weight, bias, read.before, bounds, start, activation == "silu", list(sizes))
+            parts = convolution(whole, weight, bias, read.before, bounds, _key(sp), activation == "silu", list(sizes))
         else:
             parts = [*_activated(_convolve_all(read.extended(x), weight, bias), activation).split(list(sizes), 2)]
             parts += [whole[..., x.shape[2] :]] if whole.shape[2] > x.shape[2] else []
@@ -180,11 +180,6 @@ def _convolved(
 
 
 _outside_of_graphs = untraced(_convolved, "short_convolution over several ranks without fused kernels, or with states,")
-
-
-@lru_cache(maxsize=8)
-def _as_tensor(bounds: tuple[int, ...]) -> Tensor:
-    return torch.tensor(bounds)
 
 
 @untraced_over_ranks

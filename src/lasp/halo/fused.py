@@ -16,9 +16,10 @@ from lasp.exchange.start import SequenceCall, ranks_of
 from lasp.halo.exchange import rows_gradients, rows_read
 from lasp.halo.rows import HaloLayout, HaloPlan, tail_plan
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import wholes
 from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
+
+ALONE = -1
 
 
 @torch.library.custom_op("lasp::convolution", mutates_args=())
@@ -28,7 +29,7 @@ def convolution(
     bias: Tensor | None,
     before: Tensor | None,
     cu_seqlens: Tensor | None,
-    start: int,
+    ranks: int,
     silu: bool,
     widths: list[int],
 ) -> list[Tensor]:
@@ -36,11 +37,11 @@ def convolution(
     parts [B, T, widths[n]], dense each, as those who read them want them. x may have columns beside those C, which come
     last as they are: the gradient of all is one tensor.
 
-    cu_seqlens: of the packed documents of a whole sequence, in which x is at `start`.
+    cu_seqlens: of the packed documents of the whole sequence. ranks: the key of those that share it, or ALONE.
     """
     from lasp.kernels.triton.neighbours import launches
 
-    return launches.convolve(x, weight, bias, before, _begins(cu_seqlens, start, x), silu, widths)
+    return launches.convolve(x, weight, bias, before, _begins(cu_seqlens, ranks, x), silu, widths)
 
 
 @convolution.register_fake
@@ -50,7 +51,7 @@ def _(
     bias: Tensor | None,
     before: Tensor | None,
     cu_seqlens: Tensor | None,
-    start: int,
+    ranks: int,
     silu: bool,
     widths: list[int],
 ) -> list[Tensor]:
@@ -66,13 +67,13 @@ def convolution_gradients(
     bias: Tensor | None,
     before: Tensor | None,
     cu_seqlens: Tensor | None,
-    start: int,
+    ranks: int,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the rows before; of what there is not, something."""
     from lasp.kernels.triton.neighbours import launches
 
-    return launches.convolve_gradients(d_y, x, weight, bias, before, _begins(cu_seqlens, start, x), silu)
+    return launches.convolve_gradients(d_y, x, weight, bias, before, _begins(cu_seqlens, ranks, x), silu)
 
 
 @convolution_gradients.register_fake
@@ -83,7 +84,7 @@ def _(
     bias: Tensor | None,
     before: Tensor | None,
     cu_seqlens: Tensor | None,
-    start: int,
+    ranks: int,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels, width = weight.shape
@@ -91,8 +92,16 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(channels, width), weight.new_empty(channels), rows
 
 
-def _begins(cu_seqlens: Tensor | None, start: int, x: Tensor) -> Tensor | None:
-    return None if cu_seqlens is None else _begins_of(wholes("cu_seqlens", cu_seqlens), start, x.shape[1], x.device)
+def _begins(cu_seqlens: Tensor | None, key: int, x: Tensor) -> Tensor | None:
+    """Where each token's document begins. Raises ValueError if these are not the sequence's documents."""
+    if cu_seqlens is None:
+        return None
+    tokens, ranks = x.shape[1], None if key == ALONE else ranks_of(key)
+    with broadcast_errors(ranks):  # type: ignore[arg-type]
+        starts = shard_starts(ranks, tokens)  # type: ignore[arg-type]
+        bounds = document_bounds(cu_seqlens, starts[-1], x.shape[0])
+    start = 0 if ranks is None else starts[ranks.comm.rank]
+    return _begins_of(bounds, start, tokens, x.device)
 
 
 @lru_cache(maxsize=8)
@@ -105,14 +114,14 @@ def _begins_of(bounds: tuple[int, ...], start: int, tokens: int, device: torch.d
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, ctx.start, ctx.silu, _ = inputs
+    *tensors, ctx.ranks, ctx.silu, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, d_y: list[Tensor]) -> tuple[Tensor | None, ...]:
     x, weight, bias, before, cu_seqlens = ctx.saved_tensors
     d_x, d_weight, d_bias, d_before = convolution_gradients(
-        d_y, x, weight, bias, before, cu_seqlens, ctx.start, ctx.silu
+        d_y, x, weight, bias, before, cu_seqlens, ctx.ranks, ctx.silu
     )
     d_bias, d_before = None if bias is None else d_bias, None if before is None else d_before
     return d_x, d_weight, d_bias, d_before, None, None, None, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from types import MethodType
 from typing import Any
 
@@ -128,36 +128,32 @@ class _Compiled:
 
     def __init__(self, block: nn.Module, shapes: CompiledShapes) -> None:
         self._block, self._shapes = block, shapes
-        self._compiled: Callable[..., Any] | None = None
-        self._is_compiled_whole = False
+        # For each device and dtype, whether the graph is for any sequence, and what is compiled for it.
+        self._compiled: dict[Any, tuple[bool, Callable[..., Any]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_block": self._block, "_shapes": self._shapes, "_compiled": None, "_is_compiled_whole": False}
+        return {"_block": self._block, "_shapes": self._shapes, "_compiled": {}}
 
-    @cached_property
-    def _mixers(self) -> list[Mixer]:
-        return [module for module in self._block.modules() if isinstance(module, Mixer)]
-
-    @cached_property
-    def _is_bare(self) -> bool:
-        """True if there are recurrences of decays alone, and no convolutions."""
-        return all(mixer.config.rule == "linear" and mixer.convolution is None for mixer in self._mixers)
+    def _made(
+        self, run: Callable[..., Any], device: torch.device, dtype: torch.dtype
+    ) -> tuple[bool, Callable[..., Any]]:
+        mixers = [module for module in self._block.modules() if isinstance(module, Mixer)]
+        if all(mixer.has_operators(device, dtype) for mixer in mixers):
+            return True, torch.compile(run, fullgraph=True)
+        bare = all(mixer.config.rule == "linear" and mixer.convolution is None for mixer in mixers)
+        return False, torch.compile(run, fullgraph=TRACEABLE and bare, dynamic=False)
 
     def __call__(
         self, x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any
     ) -> tuple[Tensor, Any]:
         run = MethodType(type(self._block).forward, self._block)
-        whole = all(mixer.has_operators(x.device, x.dtype) for mixer in self._mixers)
+        is_whole, compiled = self._compiled.get((x.device, x.dtype), (False, run))
         takes = state is None and not output_state and torch.is_grad_enabled()
-        if not takes or not (whole or (cu_seqlens is None and self._shapes.admit(x, sp))):
+        if takes and compiled is run:
+            is_whole, compiled = self._compiled[x.device, x.dtype] = self._made(run, x.device, x.dtype)
+        if not takes or not (is_whole or (cu_seqlens is None and self._shapes.admit(x, sp))):
             result: tuple[Tensor, Any] = run(x, start, state, output_state, cu_seqlens, sp)
             return result
-        if self._compiled is None or whole != self._is_compiled_whole:
-            self._is_compiled_whole = whole
-            ways: dict[str, Any] = {"fullgraph": True} if whole else {
-                "fullgraph": TRACEABLE and self._is_bare, "dynamic": False
-            }  # fmt: skip
-            self._compiled = torch.compile(run, **ways)
         if cu_seqlens is not None:
             cu_seqlens = _of_any_number(wholes("cu_seqlens", cu_seqlens))
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
@@ -167,7 +163,7 @@ class _Compiled:
             torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_MAX_GRAPHS),
             torch._functorch.config.patch(ban_recompute_materialized_backward=_KEEP_WHAT_PRODUCTS_READ),
         ):
-            result = self._compiled(x, start, state, output_state, cu_seqlens, sp)
+            result = compiled(x, start, state, output_state, cu_seqlens, sp)
         return result
 
 

@@ -54,8 +54,9 @@ class Documents:
     @cached_property
     def of_tokens(self) -> Tensor:
         """int64 [T], on the host: which document here each token belongs to."""
-        lengths = torch.tensor([end - start for start, end in self.spans], dtype=torch.int64)
-        return torch.repeat_interleave(torch.arange(len(self.ids)), lengths)
+        with torch.inference_mode(False):  # made while generating, it may serve training
+            lengths = torch.tensor([end - start for start, end in self.spans], dtype=torch.int64)
+            return torch.repeat_interleave(torch.arange(len(self.ids)), lengths)
 
     @cached_property
     def layouts(self) -> dict[Any, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lasp
 from lasp.halo import functions as halo
-from lasp.halo.fused import convolution
+from lasp.halo.fused import ALONE, convolution
 from lasp.kernels.triton.neighbours import launches
 from lasp.layers import LayerContext, mixer
 from lasp.layers import fused as layers
@@ -91,7 +91,7 @@ def test_convolution_of_a_slice_without_what_came_before(device: torch.device, m
     x = wide[..., 16:88]
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        parts = convolution(x, weight, None, None, None, 0, True, [40, 24, 8])
+        parts = convolution(x, weight, None, None, None, ALONE, True, [40, 24, 8])
         assert all(part.is_contiguous() for part in parts)
         return torch.cat(parts, 2)
 
@@ -100,7 +100,7 @@ def test_convolution_of_a_slice_without_what_came_before(device: torch.device, m
 
     assert not x.is_contiguous()
     # Columns behind them pass.
-    beside = convolution(wide[..., 16:90], weight, None, None, None, 0, True, [40, 24, 8])
+    beside = convolution(wide[..., 16:90], weight, None, None, None, ALONE, True, [40, 24, 8])
     assert torch.equal(beside.pop(), wide[..., 88:90]) and torch.equal(torch.cat(beside, 2), convolve(x, weight))
     found = convolve(x, weight)
     expected = exact(x.cpu().double(), weight.cpu().double())
@@ -151,6 +151,30 @@ def test_convolution_over_ranks(
     found = {name: torch.cat([part[name] for part in parts], 1) for name in ("output 0", "d_x")}
     found |= {name: sum(part[name] for part in parts) for name in expected if name not in found}
     compare(found, expected, 2e-6)
+
+
+def test_documents_seen_while_generating_serve_training_and_wrong_ones_are_refused(
+    fused: None, device: torch.device
+) -> None:
+    """Eager and in a graph, which looks at them when it runs."""
+    x, weight = normal(1, 13, 16).to(device, FP32).requires_grad_(), normal(16, 4, seed=1).to(device, FP32)
+
+    def convolve(x: Tensor, documents: Tensor) -> Tensor:
+        return lasp.short_convolution(x, weight.requires_grad_(), cu_seqlens=documents)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(convolve, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        seen = convolve(x, torch.tensor([0, 4, 13]))
+    for run in (convolve, compiled):
+        y = run(x, torch.tensor([0, 4, 13]))
+        y.sum().backward()
+        assert torch.equal(y, seen)
+        for wrong in ([0, 4, 14], [0, 4, 12], [1, 4, 13], [0, 14, 13], [-1, 4, 13]):
+            with pytest.raises(ValueError, match="must rise from 0 to the 13 tokens"):
+                run(x, torch.tensor(wrong))
+        with pytest.raises(ValueError, match="batch must be 1"):
+            run(x.repeat(2, 1, 1), torch.tensor([0, 4, 13]))
 
 
 def test_a_tap_in_another_place_shows(fused: None, device: torch.device) -> None:
