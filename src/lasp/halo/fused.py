@@ -93,7 +93,7 @@ def _(
 
 
 def _begins(cu_seqlens: Tensor | None, key: int, x: Tensor) -> Tensor | None:
-    """Where each token's document begins. Raises ValueError if these are not the sequence's documents."""
+    """Find where each token's document begins. Raises ValueError if these are not the sequence's documents."""
     if cu_seqlens is None:
         return None
     tokens, ranks = x.shape[1], None if key == ALONE else ranks_of(key)

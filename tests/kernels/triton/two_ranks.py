@@ -81,6 +81,7 @@ def solved(
             called_after.append(sp.counters.messages - before)
         return pending.finish(1.0 * q)
 
+    torch._dynamo.reset()
     run_it = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
     o, final_state = run_it(*(leaves.get(name) for name in ("q", "k", "v", "beta", "g", "initial_state")))
     assert compiled or called_after == [int("beta" not in leaves)], (
