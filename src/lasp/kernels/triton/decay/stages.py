@@ -21,12 +21,14 @@ from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
 from lasp.kernels.triton.decay.launches import RunShape, SegmentSums
 from lasp.kernels.triton.decay.plan import CHANNEL, KINDS, TOKEN, keeps_states
 from lasp.kernels.triton.decay.scalar import stages as scalar
+from lasp.kernels.triton.decay.scalar.grouped import stages as grouped
+from lasp.kernels.triton.decay.scalar.grouped.launches import GroupedLaunches
 from lasp.recurrence.documents import Documents
 from lasp.recurrence.inputs import DecayInputs
 from lasp.recurrence.stages import Gradients, Saved, Stages, Unsummarized
 
 Segments: TypeAlias = scalar.ScalarSegments | channel.ChannelSegments
-Local: TypeAlias = scalar.QueryGradient | channel.QueryReads
+Local: TypeAlias = scalar.QueryGradient | channel.QueryReads | Tensor
 
 
 class DecayRun(NamedTuple):
@@ -217,6 +219,8 @@ def local_gradients(x: DecayRun, saved: Saved, totals_adjoint: Segments, d_o: Te
         assert isinstance(totals_adjoint, channel.ChannelSegments) and totals_adjoint.prepared is not None
         return channel.local_gradients(x, launches, totals_adjoint.prepared, entering, d_o)
     assert isinstance(totals_adjoint, scalar.ScalarSegments)
+    if isinstance(launches, GroupedLaunches):
+        return grouped.block_states(x, launches, totals_adjoint.gates, entering)
     return scalar.local_gradients(x, launches, totals_adjoint.gates, entering, saved[0], d_o)
 
 
@@ -227,6 +231,9 @@ def gradients(
     launches, entering, leaving = x.launches, _entering(x, saved), saved[0]
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
     found: Gradients
+    if isinstance(launches, GroupedLaunches):
+        assert isinstance(local, Tensor) and isinstance(totals_adjoint, scalar.ScalarSegments)
+        return grouped.gradients(x, launches, totals_adjoint, local, d_o, d_state_out)
     if isinstance(launches, ChannelLaunches):
         assert isinstance(local, channel.QueryReads) and isinstance(totals_adjoint, channel.ChannelSegments)
         found = channel.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)

@@ -71,6 +71,16 @@ class GateTerms(NamedTuple):
     skipped_ptr: tl.tensor
 
 
+class Blocks(NamedTuple):
+    """Where the states after blocks stand: the run's first one, `row` elements apart; the number of the sweep's first
+    chunk in the run; the run's tokens."""
+
+    ptr: tl.tensor
+    row: tl.tensor
+    first: tl.tensor
+    tokens: tl.tensor
+
+
 class Span(NamedTuple):
     """The tokens [first, last) of a segment; `slot` of the first in [chunks C], less the token; the first column."""
 

@@ -1,0 +1,58 @@
+# mypy: ignore-errors
+"""The gradients of gates, and of weights, of sums that `group_pairs` and `group_keys` left of each token and head:
+
+    d_g_t = across + sum_{i >= t} reads_q_i + sum_{j < t} reads_k_j + sum_{i >= t > j} w_ij,        i, j in t's block
+
+The last is a difference of sums over rows and over columns of the same w.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.decay.scalar.grouped.pairs import COLUMN, OTHER, OWN, READS_K, READS_Q, ROW
+from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
+
+
+@triton.jit(do_not_specialize=["B", "T", "H_v", "chunks", "blocks"])
+def group_gates_kernel(
+    sums_ptr,  # fp32 [SUMS, B, H_v, chunks C]
+    across_ptr,  # fp32 [B, H_v, blocks]
+    dg_ptr,  # fp32 [B, T, H_v], written
+    dw_ptr,  # likewise, if WEIGHS: the gradient of the logarithms of tokens' weights, k . dk
+    B,
+    T,
+    H_v,
+    chunks,
+    blocks,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,  # that a program has
+    WEIGHS: tl.constexpr,
+):
+    L: tl.constexpr = BLOCK_CHUNKS * C
+    block = tl.program_id(0)
+    groups = tl.cdiv(H_v, HEADS)
+    batch = tl.cast(tl.program_id(1) // groups, tl.int64)
+    head = tl.program_id(1) % groups * HEADS + tl.arange(0, HEADS)[None, :]
+    t = tl.arange(0, L)[:, None]
+    start = block * L
+    inside = (start + t < T) & (head < H_v)
+    rows = tl.cast(B, tl.int64) * H_v * chunks * C
+    sums_ptr += (batch * H_v + head) * chunks * C + start + t
+    reads_q = tl.load(sums_ptr + READS_Q * rows, mask=inside, other=0.0)
+    reads_k = tl.load(sums_ptr + READS_K * rows, mask=inside, other=0.0)
+    row = tl.load(sums_ptr + ROW * rows, mask=inside, other=0.0)
+    column = tl.load(sums_ptr + COLUMN * rows, mask=inside, other=0.0)
+    # Of the run's last chunk, if it is its block's first, there is no other.
+    whole = (block + 1) * BLOCK_CHUNKS <= chunks
+    other = tl.load(sums_ptr + OTHER * rows, mask=inside & whole, other=0.0)
+    row += tl.where(t >= C, other, 0.0)
+    column += tl.where(t < C, other, 0.0)
+    across = tl.load(across_ptr + (batch * H_v + head) * blocks + block, mask=head < H_v, other=0.0)
+    later = tl.cumsum(reads_q, 0, reverse=True)
+    earlier = tl.cumsum(reads_k, 0) - reads_k
+    crossing = tl.cumsum(row - column, 0, reverse=True)
+    token = (batch * T + start + t) * H_v + head
+    tl.store(dg_ptr + token, across + later + earlier + crossing, mask=inside)
+    if WEIGHS:
+        own = tl.load(sums_ptr + OWN * rows, mask=inside, other=0.0)
+        tl.store(dw_ptr + token, reads_k + column + own, mask=inside)

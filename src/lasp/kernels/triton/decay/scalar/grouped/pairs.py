@@ -1,0 +1,109 @@
+# mypy: ignore-errors
+"""Pairs of tokens within blocks, of all value heads that share a head of q and k.
+
+    z_ij = scale L_ij (do_i . v_j),   w_ij = z_ij (q_i . k_j)        (L as in `sweep`)
+
+Their sum of z over heads is what dq and dk take of a block: one product each, for all heads. Of w each head's sums over
+rows and over columns are taken, of the same numbers: what does not cross a token cancels in them, whatever was rounded.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp.kernels.triton.common.program import load_chunk, view
+from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
+
+# Of a token: what it reads from the state, and what it adds to it, times the other's gradient; sums of w over its row
+# and over its column, in its chunk, without itself; likewise in the block's other chunk; itself.
+READS_Q, READS_K, ROW, COLUMN, OTHER, OWN, SUMS = (tl.constexpr(n) for n in range(7))
+# Of a block's pairs of chunks, those that have pairs of tokens.
+SQUARES = tl.constexpr(3)
+
+
+@triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "chunks", "blocks"])
+def group_pairs_kernel(
+    q_ptr,  # [B, T, H, K]
+    k_ptr,  # [B, T, H, K]
+    v_ptr,  # [B, T, H_v, V]
+    do_ptr,  # [B, T, H_v, V]
+    prefix_ptr,  # fp32 [B, H_v, chunks C]
+    suffix_ptr,  # likewise: prefix less weights, if WEIGHS
+    pairs_ptr,  # [B, H, blocks, 2 C, 2 C], written but for what lies above the diagonal: sums of z over heads
+    sums_ptr,  # fp32 [SUMS, B, H_v, chunks C], written: all but reads
+    skipped_ptr,  # fp32 [B, H_v, chunks], written if WEIGHS: sums of do . v
+    scale,
+    B,
+    T,
+    H,
+    H_v,
+    chunks,
+    blocks,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WEIGHS: tl.constexpr,
+):
+    """A program for two chunks, that of queries and that of keys."""
+    square = tl.program_id(0) % SQUARES
+    key_run = tl.cast(tl.program_id(0) // SQUARES, tl.int64)
+    batch = key_run // H
+    block = tl.program_id(1)
+    of_q = block * BLOCK_CHUNKS + (1 if square > 0 else 0)
+    of_k = block * BLOCK_CHUNKS + (1 if square == 2 else 0)
+    if of_q >= chunks:
+        return
+    group = H_v // H
+    head = key_run % H * group
+    qk = batch * T * H + key_run % H
+    q = load_chunk(q_ptr + qk * K, of_q * C, 0, T, H * K, K, C, K, False)
+    k = load_chunk(k_ptr + qk * K, of_k * C, 0, T, H * K, K, C, K, False)
+    products = tl.dot(q, tl.trans(k))
+    do_view = view(do_ptr + batch * T * H_v * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
+    v_view = view(v_ptr + batch * T * H_v * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    t = tl.arange(0, C)
+    apart = square == 1
+    reached = apart | (i >= j)
+    earlier = apart | (i > j)
+    own_score = tl.sum(tl.where(i == j, products, 0.0), 1)
+    total = tl.zeros((C, C), tl.float32)
+    run = batch * H_v + head
+    rows = tl.cast(B, tl.int64) * H_v * chunks * C
+    row_ptr = sums_ptr + rows * tl.where(apart, OTHER, ROW) + t
+    column_ptr = sums_ptr + rows * tl.where(apart, OTHER, COLUMN) + t
+    own_ptr = sums_ptr + rows * OWN + t
+    # Of the next head before this one is worked on: nothing hides the wait for what no product takes.
+    q_slot = (run * chunks + of_q) * C
+    k_slot = (run * chunks + of_k) * C
+    prefix = tl.load(prefix_ptr + q_slot + t)
+    added = tl.load(suffix_ptr + k_slot + t)
+    between = tl.load(prefix_ptr + k_slot + C - 1)
+    for h in range(group):
+        do = load_chunk(do_view, of_q * C, (head + h) * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
+        v = load_chunk(v_view, of_k * C, (head + h) * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
+        decays = tl.exp2((prefix + tl.where(apart, between, 0.0))[:, None] - added[None, :])
+        weight = tl.exp2(prefix - added)
+        q_here, k_here = q_slot, k_slot
+        q_slot += tl.where(h + 1 < group, chunks * C, 0)
+        k_slot += tl.where(h + 1 < group, chunks * C, 0)
+        prefix = tl.load(prefix_ptr + q_slot + t)
+        added = tl.load(suffix_ptr + k_slot + t)
+        between = tl.load(prefix_ptr + k_slot + C - 1)
+        d_scores = tl.dot(do, tl.trans(v))
+        z = tl.where(reached, d_scores * decays, 0.0)
+        total += z
+        w = tl.where(earlier, z * products, 0.0)
+        tl.store(row_ptr + q_here, tl.sum(w, 1) * scale)
+        tl.store(column_ptr + k_here, tl.sum(w, 0) * scale)
+        if WEIGHS:
+            own = tl.sum(tl.where(i == j, d_scores, 0.0), 1)
+            tl.store(own_ptr + q_here, own * weight * own_score * scale, mask=(square != 1) & (t >= 0))
+            tl.store(skipped_ptr + (run + h) * chunks + of_q, tl.sum(own, 0), mask=square != 1)
+    q_first = (of_q - block * BLOCK_CHUNKS) * C
+    k_first = (of_k - block * BLOCK_CHUNKS) * C
+    WIDTH: tl.constexpr = BLOCK_CHUNKS * C
+    pairs_ptr += (key_run * blocks + block) * WIDTH * WIDTH
+    at = (q_first + i) * WIDTH + k_first + j
+    tl.store(pairs_ptr + at, (total * scale).to(pairs_ptr.dtype.element_ty))
