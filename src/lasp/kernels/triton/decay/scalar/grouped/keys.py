@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.scalar.grouped.pairs import READS_K, READS_Q
+from lasp.kernels.triton.decay.scalar.grouped.pairs import READS_K, READS_Q, load_rows, rows_view
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 
@@ -47,7 +47,7 @@ def group_keys_kernel(
     batch = key_run // H
     block = tl.program_id(1)
     group = H_v // H
-    head = key_run % H * group
+    head = tl.cast(key_run % H, tl.int32) * group
     run = batch * H_v + head
     start = block * L
     qk = batch * T * H + key_run % H
@@ -60,10 +60,11 @@ def group_keys_kernel(
         pairs_ptr + (key_run * blocks + block) * (L * L) + t[:, None] * L + t[None, :], mask=below, other=0.0
     )
     dx = tl.dot(tl.trans(pairs) if REVERSE else pairs, other)
-    rows_view = view(rows_ptr + batch * T * H_v * V, T, H_v * V, H_v * V, L, V, DESCRIPTORS)
+    row = H_v * V
+    of_tokens = rows_view(rows_ptr + batch * T * row, T, row, L, V, DESCRIPTORS)
     count = B * H_v * blocks * V
-    states_view = view(states_ptr, count, K, K, V, K, DESCRIPTORS)
-    others_view = view(others_ptr, count, K, K, V, K, DESCRIPTORS)
+    states = rows_view(states_ptr, count, K, V, K, DESCRIPTORS)
+    others = rows_view(others_ptr, count, K, V, K, DESCRIPTORS)
     slots = chunks * C
     late = t >= C
     here = run * slots + start
@@ -75,14 +76,11 @@ def group_keys_kernel(
     second = tl.load(prefix_ptr + here + L - 1, mask=start + L <= slots, other=0.0)
     for h in range(group):
         index = (run + h) * blocks + block
-        rows = load_chunk(rows_view, start, (head + h) * V, T, H_v * V, H_v * V, L, V, DESCRIPTORS)
-        state = load_chunk(states_view, tl.cast(index * V, tl.int32), 0, count, K, K, V, K, DESCRIPTORS)
+        rows = load_rows(of_tokens, start, (head + h) * V, T, row, L, V, DESCRIPTORS)
+        state = load_rows(states, tl.cast(index * V, tl.int32), 0, count, K, V, K, DESCRIPTORS)
         log2 = sums + tl.where(late, first, 0.0)
         total = first + second
-        if REVERSE:
-            factors = tl.exp2(total - log2)
-        else:
-            factors = tl.exp2(log2) * scale
+        factors = tl.exp2(total - log2) if REVERSE else tl.exp2(log2) * scale
         at = here
         here += tl.where(h + 1 < group, slots, 0)
         sums = tl.load((suffix_ptr if REVERSE else prefix_ptr) + here + t, mask=inside, other=0.0)
@@ -92,7 +90,7 @@ def group_keys_kernel(
         dx += read
         tl.store(sums_ptr + at, tl.sum(x.to(tl.float32) * read, 1), mask=inside)
         if REVERSE:
-            before = load_chunk(others_view, tl.cast(index * V, tl.int32), 0, count, K, K, V, K, DESCRIPTORS)
+            before = load_rows(others, tl.cast(index * V, tl.int32), 0, count, K, V, K, DESCRIPTORS)
             passed = tl.sum(state.to(tl.float32) * before.to(tl.float32))
             # Triton loads ahead only what a product takes.
             passed += tl.sum(tl.dot(before, tl.zeros((K, 16), before.dtype)))

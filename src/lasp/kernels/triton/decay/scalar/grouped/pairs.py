@@ -10,7 +10,7 @@ rows and over columns are taken, of the same numbers: what does not cross a toke
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import load_chunk, view
+from lasp.kernels.triton.common.program import load_chunk
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 # Of a token: what it reads from the state, and what it adds to it, times the other's gradient; sums of w over its row
@@ -18,6 +18,27 @@ from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 READS_Q, READS_K, ROW, COLUMN, OTHER, OWN, SUMS = (tl.constexpr(n) for n in range(7))
 # Of a block's pairs of chunks, those that have pairs of tokens.
 SQUARES = tl.constexpr(3)
+
+
+@triton.jit
+def rows_view(ptr, rows, row, R: tl.constexpr, N: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """So many rows, `row` elements long, to be read in tiles [R, N]."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(ptr, [rows, row], [tl.cast(row, tl.int64), 1], [R, N])
+    else:
+        return ptr
+
+
+@triton.jit
+def load_rows(source, first, column, rows, row, R: tl.constexpr, N: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """[R, N] of a `rows_view`, from row `first` and column `column` on."""
+    if DESCRIPTORS:
+        return source.load([first, column])
+    else:
+        r = tl.arange(0, R)[:, None]
+        n = tl.arange(0, N)[None, :]
+        place = source + tl.cast(first, tl.int64) * row + column + r * row + n
+        return tl.load(place, mask=(first + r < rows) & (n >= 0), other=0.0)
 
 
 @triton.jit(do_not_specialize=["scale", "B", "T", "H", "H_v", "chunks", "blocks"])
@@ -54,13 +75,14 @@ def group_pairs_kernel(
     if of_q >= chunks:
         return
     group = H_v // H
-    head = key_run % H * group
+    head = tl.cast(key_run % H, tl.int32) * group
     qk = batch * T * H + key_run % H
     q = load_chunk(q_ptr + qk * K, of_q * C, 0, T, H * K, K, C, K, False)
     k = load_chunk(k_ptr + qk * K, of_k * C, 0, T, H * K, K, C, K, False)
     products = tl.dot(q, tl.trans(k))
-    do_view = view(do_ptr + batch * T * H_v * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
-    v_view = view(v_ptr + batch * T * H_v * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
+    row = H_v * V
+    do_view = rows_view(do_ptr + batch * T * row, T, row, C, V, DESCRIPTORS)
+    v_view = rows_view(v_ptr + batch * T * row, T, row, C, V, DESCRIPTORS)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     t = tl.arange(0, C)
@@ -81,8 +103,8 @@ def group_pairs_kernel(
     added = tl.load(suffix_ptr + k_slot + t)
     between = tl.load(prefix_ptr + k_slot + C - 1)
     for h in range(group):
-        do = load_chunk(do_view, of_q * C, (head + h) * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
-        v = load_chunk(v_view, of_k * C, (head + h) * V, T, H_v * V, H_v * V, C, V, DESCRIPTORS)
+        do = load_rows(do_view, of_q * C, (head + h) * V, T, row, C, V, DESCRIPTORS)
+        v = load_rows(v_view, of_k * C, (head + h) * V, T, row, C, V, DESCRIPTORS)
         decays = tl.exp2((prefix + tl.where(apart, between, 0.0))[:, None] - added[None, :])
         weight = tl.exp2(prefix - added)
         q_here, k_here = q_slot, k_slot
