@@ -23,7 +23,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[GroupedLaunches]:
-    """Launches that were made, of runs of any length in segments of three chunks, which cut blocks."""
+    """Returns launches that are made, of runs of any length in segments of three chunks, which cut blocks."""
     made: list[GroupedLaunches] = []
 
     def short(*arguments: object) -> plans.LaunchPlan:
@@ -49,7 +49,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[GroupedLaunches]:
 def test_gradients_of_heads_that_share_keys(
     shape: tuple[int, ...], from_zero: bool, device: torch.device, taken: list[GroupedLaunches]
 ) -> None:
-    """With weights and skips; the control: the same of weights that are another token's."""
+    """Compare them with weights and skips; the control: the same of weights that are another token's."""
     x = inputs(*shape, 1, BF16)  # type: ignore[arg-type]
     if from_zero:
         del x["initial_state"]
@@ -67,7 +67,7 @@ def test_gradients_of_heads_that_share_keys(
 
 
 def test_every_head_that_shares_keys(device: torch.device, taken: list[GroupedLaunches]) -> None:
-    """Of gates, head by head, per token and summed; the control: what a rounding at every block adds."""
+    """Compare gates' gradients head by head, per token and summed; the control: what a rounding at every block adds."""
     random = torch.Generator().manual_seed(0)
     rates = torch.tensor([*RATES, *SLOW])
     B, T, heads, K, V = 2, 333, len(rates), 64, 64
@@ -95,7 +95,7 @@ def test_every_head_that_shares_keys(device: torch.device, taken: list[GroupedLa
 
 
 def test_runs_that_are_summed_inside() -> None:
-    """Names those that are, and one change each that makes others of them."""
+    """Name those that are, and one change each that makes others of them."""
     shape = RunShape((1, 32768, 1, 128), (1, 32768, 64, 64), BF16, plans.TOKEN, True, 1.0, weighs=True)
     p = plans.plan(32768, 64, 128, 64, BF16, plans.TOKEN, 132, 232448, True)
     assert takes_groups(shape, p, True, 132) and takes_groups(shape._replace(weighs=False), p, True, 132)

@@ -71,7 +71,7 @@ class GateTerms(NamedTuple):
     skipped_ptr: tl.tensor
 
 
-class Blocks(NamedTuple):
+class BlockPlaces(NamedTuple):
     """Where the states after blocks stand: the run's first one, `row` elements apart; the number of the sweep's first
     chunk in the run; the run's tokens."""
 

@@ -50,7 +50,7 @@ def sweep(
     SHORTEST: tl.constexpr = 0,  # interval, of `terms`
     WEIGHS: tl.constexpr = False,  # whether tokens have weights
     skip=None,  # out has so much of c, unless None; not with `terms`
-    blocks=None,  # `Blocks` after which states are left, if REVERSE
+    blocks=None,  # `BlockPlaces` after which states are left, if REVERSE
 ):
     """The state after the segment; out is written, and what `terms` say."""
     SUMS: tl.constexpr = terms is not None

@@ -7,7 +7,7 @@ import triton.language as tl
 from lasp.kernels.triton.common.program import rows_of, run_of, sweep_place
 from lasp.kernels.triton.decay.scalar.operands import (
     GATHERED,
-    Blocks,
+    BlockPlaces,
     Operands,
     Sizes,
     border_state,
@@ -73,7 +73,7 @@ def value_gradient_kernel(
     blocks = None
     if BLOCKS:
         run = run_of(here, H_v) * tl.cdiv(chunks, BLOCK_CHUNKS)
-        blocks = Blocks(ptr=blocks_ptr + (run * V + v_first) * K, row=V * K, first=here.chunk, tokens=T)
+        blocks = BlockPlaces(ptr=blocks_ptr + (run * V + v_first) * K, row=V * K, first=here.chunk, tokens=T)
     if GATHER == GATHERED:
         state = gather(
             operands, decay, state, span, places_ptr, T, sizes,

@@ -22,7 +22,7 @@ SQUARES = tl.constexpr(3)
 
 @triton.jit
 def rows_view(ptr, rows, row, R: tl.constexpr, N: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """So many rows, `row` elements long, to be read in tiles [R, N]."""
+    """Describe so many rows, `row` elements long, to be read in tiles [R, N]."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [rows, row], [tl.cast(row, tl.int64), 1], [R, N])
     else:
