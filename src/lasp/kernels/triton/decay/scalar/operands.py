@@ -72,7 +72,7 @@ class GateTerms(NamedTuple):
 
 
 class BlockPlaces(NamedTuple):
-    """Where the states after blocks stand: the run's first one, `row` elements apart; the number of the sweep's first
+    """Say where the states after blocks stand: the run's first one, `row` elements apart; the number of the sweep's first
     chunk in the run; the run's tokens."""
 
     ptr: tl.tensor
