@@ -72,8 +72,8 @@ class GateTerms(NamedTuple):
 
 
 class BlockPlaces(NamedTuple):
-    """Say where the states after blocks stand: the run's first one, `row` elements apart; the number of the sweep's first
-    chunk in the run; the run's tokens."""
+    """Say where the states after blocks stand: the run's first one, `row` elements apart; the number of its first
+    chunk that the sweep has; the run's tokens."""
 
     ptr: tl.tensor
     row: tl.tensor
