@@ -1,9 +1,9 @@
 """Predicted beside measured steps, time and memory, of every family: `python -m benchmarks.plan_table`.
 
 Reads the measured steps of benchmarks/results and prints the documentation's table; with --steps that of the measured
-ones alone, and with --parts what a step spent its time on; --plot FILE draws the measured ones. Exit code 1 where a constant in
-lasp.analysis.measured is not that of the files (by more than 0.01), a time is off by more than a tenth, or memory by
-more than a twentieth.
+ones alone, and with --parts what a step spent its time on; --plot FILE draws the measured ones. Exit code 1 where a
+constant in lasp.analysis.measured is not that of the files (by more than 0.01), a time is off by more than a tenth, or
+memory by more than a twentieth.
 """
 
 from __future__ import annotations
