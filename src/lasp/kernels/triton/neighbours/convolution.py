@@ -120,6 +120,7 @@ def convolution_kernel(
     S: tl.constexpr,
     LENGTH: tl.constexpr,  # of an interval, a multiple of four
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program for S intervals and BC channels."""
     C: tl.constexpr = C0 + C1 + C2
@@ -140,10 +141,9 @@ def convolution_kernel(
     x1 = _row(x_ptr, before_ptr, t - 1, c, inside, T, ROW, C, W).to(tl.float32)
     x2 = _row(x_ptr, before_ptr, t - 2, c, inside, T, ROW, C, W).to(tl.float32)
     x3 = _row(x_ptr, before_ptr, t - 3, c, inside, T, ROW, C, W).to(tl.float32)
-    r0, r1, r2, r3 = _rows(x_ptr, None, t, 1, c, inside, T, ROW, C, W)
-    for _ in range(0, LENGTH, 4):
+    for _ in tl.range(0, LENGTH, 4, num_stages=STAGES):
+        r0, r1, r2, r3 = _rows(x_ptr, None, t, 1, c, inside, T, ROW, C, W)
         x0, x_1, x_2, x_3 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
-        r0, r1, r2, r3 = _rows(x_ptr, None, t + 4, 1, c, inside, T, ROW, C, W)
         _output(y_ptr, t, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, here, inside, T, width, SILU)
         _output(y_ptr, t + 1, bias + a0 * x_1 + a1 * x0 + a2 * x1 + a3 * x2, here, inside, T, width, SILU)
         _output(y_ptr, t + 2, bias + a0 * x_2 + a1 * x_1 + a2 * x0 + a3 * x1, here, inside, T, width, SILU)
@@ -177,6 +177,7 @@ def convolution_gradient_kernel(
     S: tl.constexpr,
     LENGTH: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program for S intervals and BC channels; the first begins with the W - 1 tokens before the sequence."""
     C: tl.constexpr = C0 + C1 + C2
@@ -211,13 +212,10 @@ def convolution_gradient_kernel(
     d2 = _activated_gradient(e1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x_1, SILU)
     d1 = _activated_gradient(e2, bias + a0 * x2 + a1 * x3 + a2 * x_1 + a3 * x_2, SILU)
     x0, x1, x2 = x3, x_1, x_2
-    r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 3, -1, c, inside, T, ROW, C, W)
-    e0, e1, e2, e3 = _rows(d_y_ptr, None, t, -1, here, inside, T, width, C, W)
-    for _ in range(0, LENGTH, 4):
+    for _ in tl.range(0, LENGTH, 4, num_stages=STAGES):
+        r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 3, -1, c, inside, T, ROW, C, W)
+        f0, f1, f2, f3 = _rows(d_y_ptr, None, t, -1, here, inside, T, width, C, W)
         x3, x4, x5, x6 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
-        f0, f1, f2, f3 = e0, e1, e2, e3
-        r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 7, -1, c, inside, T, ROW, C, W)
-        e0, e1, e2, e3 = _rows(d_y_ptr, None, t - 4, -1, here, inside, T, width, C, W)
         d0 = _activated_gradient(f0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
         _store_gradient(d_x_ptr, d_before_ptr, t, a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3, c, inside, T, D_ROW, C, W)
         d_1 = _activated_gradient(f1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x4, SILU)

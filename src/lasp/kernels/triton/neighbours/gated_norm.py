@@ -128,6 +128,7 @@ def gated_norm_gradient_kernel(
     GATE_FIRST: tl.constexpr,
     AGAIN: tl.constexpr,
     R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program for `steps` times R rows, all of group program_id(1) where groups have gains of their own.
 
@@ -145,20 +146,12 @@ def gated_norm_gradient_kernel(
     last = tl.minimum(count, (tl.cast(tl.program_id(0), tl.int64) + 1) * steps * R * groups)
     rows = first * groups + group
     mask = (rows < last)[:, None] & inside[None, :]
-    # Registers have no room for another row of fp32.
-    AHEAD: tl.constexpr = o_ptr.dtype.element_ty != tl.float32
-    if AHEAD:
-        o_coming, z_coming, d_y_coming = _read(o_ptr, z_ptr, d_y_ptr, rows, mask, columns, sizes)
-    for _ in range(steps):
+    for _ in tl.range(steps, num_stages=STAGES):
         here, here_mask = rows, mask
+        o, z, d_y = _read(o_ptr, z_ptr, d_y_ptr, here, here_mask, columns, sizes)
+        o, d_y = o.to(tl.float32), d_y.to(tl.float32)
         rows += R * groups
         mask = (rows < last)[:, None] & inside[None, :]
-        if AHEAD:
-            o, z, d_y = o_coming.to(tl.float32), z_coming, d_y_coming.to(tl.float32)
-            o_coming, z_coming, d_y_coming = _read(o_ptr, z_ptr, d_y_ptr, rows, mask, columns, sizes)
-        else:
-            o, z, d_y = _read(o_ptr, z_ptr, d_y_ptr, here, here_mask, columns, sizes)
-            d_y = d_y.to(tl.float32)
         gate, slope = 1.0, 0.0
         if ACT != NONE:
             gate, slope = _activation(z.to(tl.float32), ACT)

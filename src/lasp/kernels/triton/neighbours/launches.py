@@ -19,7 +19,7 @@ from lasp.kernels.triton.neighbours.convolution import convolution_gradient_kern
 from lasp.kernels.triton.neighbours.gated_norm import NONE, SIGMOID, SILU, gated_norm_gradient_kernel, gated_norm_kernel
 
 ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
-WARPS = 4
+WARPS, STAGES = 4, 3
 # Intervals of a convolution's program, tokens of each, channels.
 INTERVALS, LENGTH, CHANNELS = 8, 64, 64
 MAX_PARTS = 3  # that a convolution's output is written in
@@ -63,7 +63,7 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
     blocks = -(-covered // (INTERVALS * LENGTH))
     fixed: dict[str, Any] = {
         "T": shape.tokens, "blocks": blocks, "ROW": shape.row, "W": shape.width, "BIAS": shape.bias,
-        "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
+        "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS, "STAGES": STAGES,
     }  # fmt: skip
     fixed |= {f"C{n}": width for n, width in enumerate(shape.parts)}
     if backward:
@@ -163,7 +163,7 @@ def _gated_norm(shape: _GatedNorm, backward: bool, again: bool = False) -> Launc
     }  # fmt: skip
     kernel = gated_norm_gradient_kernel if backward else gated_norm_kernel
     if backward:
-        fixed["AGAIN"] = again
+        fixed["AGAIN"], fixed["STAGES"] = again, STAGES
         own = shape.groups if shape.gain > 1 else 1
         count = shape.rows // own
         fixed["steps"] = max(1, min(SUMMED // (rows * columns), -(-count // rows)))
