@@ -39,7 +39,6 @@ def group_gates_kernel(
     rows = tl.cast(B, tl.int64) * H_v * chunks * C
     sums_ptr += (batch * H_v + head) * chunks * C + start + t
     reads_q = tl.load(sums_ptr + READS_Q * rows, mask=inside, other=0.0)
-    reads_k = tl.load(sums_ptr + READS_K * rows, mask=inside, other=0.0)
     row = tl.load(sums_ptr + ROW * rows, mask=inside, other=0.0)
     column = tl.load(sums_ptr + COLUMN * rows, mask=inside, other=0.0)
     # Of the run's last chunk, if it is its block's first, there is no other.
@@ -49,10 +48,13 @@ def group_gates_kernel(
     column += tl.where(t < C, other, 0.0)
     across = tl.load(across_ptr + (batch * H_v + head) * blocks + block, mask=head < H_v, other=0.0)
     later = tl.cumsum(reads_q, 0, reverse=True)
-    earlier = tl.cumsum(reads_k, 0) - reads_k
-    crossing = tl.cumsum(row - column, 0, reverse=True)
+    # Of the token before: large as one's own may be, it is not in the sum, and not taken off again.
+    earlier = tl.cumsum(tl.load(sums_ptr + READS_K * rows - 1, mask=inside & (t > 0), other=0.0), 0)
+    # No pair crosses a block's first token.
+    crossing = tl.where(t == 0, 0.0, tl.cumsum(row - column, 0, reverse=True))
     token = (batch * T + start + t) * H_v + head
     tl.store(dg_ptr + token, across + later + earlier + crossing, mask=inside)
     if WEIGHS:
+        reads_k = tl.load(sums_ptr + READS_K * rows, mask=inside, other=0.0)
         own = tl.load(sums_ptr + OWN * rows, mask=inside, other=0.0)
         tl.store(dw_ptr + token, reads_k + column + own, mask=inside)
