@@ -13,14 +13,19 @@ from lasp.kernels.triton.decay.scalar.grouped.pairs import COLUMN, OTHER, OWN, R
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 
-@triton.jit(do_not_specialize=["B", "T", "H_v", "chunks", "blocks"])
+@triton.jit(do_not_specialize=["B", "T", "H", "H_v", "chunks", "blocks"])
 def group_gates_kernel(
     sums_ptr,  # fp32 [SUMS, B, H_v, chunks C]
     across_ptr,  # fp32 [B, H_v, blocks]
+    prefix_ptr,  # fp32 [B, H_v, chunks C]; read if WEIGHS, so are the next two
+    suffix_ptr,  # likewise: prefix less weights
+    own_ptr,  # fp32 [B, H, chunks C]: scale q . k of each token's own
     dg_ptr,  # fp32 [B, T, H_v], written
     dw_ptr,  # likewise, if WEIGHS: the gradient of the logarithms of tokens' weights, k . dk
+    skipped_ptr,  # fp32 [B, H_v, blocks], likewise: sums of do . v
     B,
     T,
+    H,
     H_v,
     chunks,
     blocks,
@@ -37,7 +42,8 @@ def group_gates_kernel(
     start = block * L
     inside = (start + t < T) & (head < H_v)
     rows = tl.cast(B, tl.int64) * H_v * chunks * C
-    sums_ptr += (batch * H_v + head) * chunks * C + start + t
+    slots = (batch * H_v + head) * chunks * C + start + t
+    sums_ptr += slots
     reads_q = tl.load(sums_ptr + READS_Q * rows, mask=inside, other=0.0)
     row = tl.load(sums_ptr + ROW * rows, mask=inside, other=0.0)
     column = tl.load(sums_ptr + COLUMN * rows, mask=inside, other=0.0)
@@ -57,4 +63,10 @@ def group_gates_kernel(
     if WEIGHS:
         reads_k = tl.load(sums_ptr + READS_K * rows, mask=inside, other=0.0)
         own = tl.load(sums_ptr + OWN * rows, mask=inside, other=0.0)
-        tl.store(dw_ptr + token, reads_k + column + own, mask=inside)
+        weight = tl.load(prefix_ptr + slots, mask=inside, other=0.0)
+        weight = tl.exp2(weight - tl.load(suffix_ptr + slots, mask=inside, other=0.0))
+        key_slots = (batch * H + head // (H_v // H)) * chunks * C + start + t
+        score = tl.load(own_ptr + key_slots, mask=inside, other=0.0)
+        tl.store(dw_ptr + token, reads_k + column + own * weight * score, mask=inside)
+        of_sum = tl.program_id(1) % groups * HEADS + tl.arange(0, HEADS)
+        tl.store(skipped_ptr + (batch * H_v + of_sum) * blocks + block, tl.sum(own, 0), mask=of_sum < H_v)

@@ -20,7 +20,8 @@ from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 # Heads that share one of q and k, at least, and their dims.
 GROUP, DIMS = 8, (64, 128)
-PAIR_WARPS, PAIR_STAGES = 4, 3
+# Three programs of pairs a processor.
+PAIR_WARPS, PAIR_STAGES, PAIR_REGISTERS = 4, 3, 168
 KEY_WARPS, KEY_STAGES = 8, 3
 # Of a device's processors, that a program for each block is to fill.
 FILLED = 0.4
@@ -34,6 +35,7 @@ class GroupedLaunches(ScalarLaunches):
         pairs: of what pairs of tokens leave for dq and dk.
         token_sums: of sums per token and head.
         across: of <S, D> across blocks.
+        own: of each token's q . k.
         skipped: of sums of do . v.
     """
 
@@ -45,7 +47,7 @@ class GroupedLaunches(ScalarLaunches):
         count, length = block_count(p), BLOCK_CHUNKS.value * p.chunk
         self.blocks, self.pairs = (B, H_v, count, V, K), (B, H, count, length, length)
         self.token_sums, self.across = (SUMS.value, *self.gates), (B, H_v, count)
-        self.skipped = (B, H_v, p.chunks)
+        self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across
         self._key_heads = B * H
         self._known |= {"blocks": count}
 
@@ -57,7 +59,7 @@ class GroupedLaunches(ScalarLaunches):
     @cached_property
     def group_pairs(self) -> Launch:
         grid = (SQUARES.value * self._key_heads, self.across[2])
-        return self._launch(group_pairs_kernel, grid, PAIR_WARPS, PAIR_STAGES)
+        return self._launch(group_pairs_kernel, grid, PAIR_WARPS, PAIR_STAGES, maxnreg=PAIR_REGISTERS)
 
     @cached_property
     def group_queries(self) -> Launch:

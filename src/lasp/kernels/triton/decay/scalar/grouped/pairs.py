@@ -14,7 +14,7 @@ from lasp.kernels.triton.common.program import load_chunk
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 # Of a token: what it reads from the state, and what it adds to it, times the other's gradient; sums of w over its row
-# and over its column, in its chunk, without itself; likewise in the block's other chunk; itself.
+# and over its column, in its chunk, without itself; likewise in the block's other chunk; its own do . v.
 READS_Q, READS_K, ROW, COLUMN, OTHER, OWN, SUMS = (tl.constexpr(n) for n in range(7))
 # Of a block's pairs of chunks, those that have pairs of tokens.
 SQUARES = tl.constexpr(3)
@@ -51,7 +51,7 @@ def group_pairs_kernel(
     suffix_ptr,  # likewise: prefix less weights, if WEIGHS
     pairs_ptr,  # [B, H, blocks, 2 C, 2 C], written but for what lies above the diagonal: sums of z over heads
     sums_ptr,  # fp32 [SUMS, B, H_v, chunks C], written: all but reads
-    skipped_ptr,  # fp32 [B, H_v, chunks], written if WEIGHS: sums of do . v
+    own_ptr,  # fp32 [B, H, chunks C], written if WEIGHS: scale q . k of each token's own
     scale,
     B,
     T,
@@ -75,57 +75,57 @@ def group_pairs_kernel(
     if of_q >= chunks:
         return
     group = H_v // H
-    head = tl.cast(key_run % H, tl.int32) * group
     qk = batch * T * H + key_run % H
     q = load_chunk(q_ptr + qk * K, of_q * C, 0, T, H * K, K, C, K, False)
     k = load_chunk(k_ptr + qk * K, of_k * C, 0, T, H * K, K, C, K, False)
     products = tl.dot(q, tl.trans(k))
+    t = tl.arange(0, C)
+    i = t[:, None]
+    j = t[None, :]
+    apart = square == 1
+    if WEIGHS:
+        own = tl.sum(tl.where(i == j, products, 0.0), 1) * scale
+        tl.store(own_ptr + (key_run * chunks + of_q) * C + t, own, mask=(square != 1) & (t >= 0))
+    # A token's own pair, and those that are none, are in no sum.
+    products = tl.where(apart | (i > j), products * scale, 0.0)
+    head = tl.cast(key_run % H, tl.int32) * group
+    run = batch * H_v + head
     row = H_v * V
     do_view = rows_view(do_ptr + batch * T * row, T, row, C, V, DESCRIPTORS)
     v_view = rows_view(v_ptr + batch * T * row, T, row, C, V, DESCRIPTORS)
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    t = tl.arange(0, C)
-    apart = square == 1
-    reached = apart | (i >= j)
-    earlier = apart | (i > j)
-    own_score = tl.sum(tl.where(i == j, products, 0.0), 1)
-    total = tl.zeros((C, C), tl.float32)
-    run = batch * H_v + head
     rows = tl.cast(B, tl.int64) * H_v * chunks * C
     row_ptr = sums_ptr + rows * tl.where(apart, OTHER, ROW) + t
     column_ptr = sums_ptr + rows * tl.where(apart, OTHER, COLUMN) + t
     own_ptr = sums_ptr + rows * OWN + t
-    # Of the next head before this one is worked on: nothing hides the wait for what no product takes.
     q_slot = (run * chunks + of_q) * C
     k_slot = (run * chunks + of_k) * C
-    prefix = tl.load(prefix_ptr + q_slot + t)
+    # Of the next head before this one is worked on: nothing hides the wait for what no product takes.
+    prefix = tl.load(prefix_ptr + q_slot + t) + tl.where(apart, tl.load(prefix_ptr + k_slot + C - 1), 0.0)
+    before = tl.load(prefix_ptr + k_slot + t)
     added = tl.load(suffix_ptr + k_slot + t)
-    between = tl.load(prefix_ptr + k_slot + C - 1)
+    total = tl.zeros((C, C), tl.float32)
     for h in range(group):
         do = load_rows(do_view, of_q * C, (head + h) * V, T, row, C, V, DESCRIPTORS)
         v = load_rows(v_view, of_k * C, (head + h) * V, T, row, C, V, DESCRIPTORS)
-        decays = tl.exp2((prefix + tl.where(apart, between, 0.0))[:, None] - added[None, :])
-        weight = tl.exp2(prefix - added)
+        # Of pairs that are none it would have no bound; of others a later prefix is the less.
+        log2 = tl.minimum(prefix[:, None], before[None, :]) - added[None, :]
         q_here, k_here = q_slot, k_slot
         q_slot += tl.where(h + 1 < group, chunks * C, 0)
         k_slot += tl.where(h + 1 < group, chunks * C, 0)
-        prefix = tl.load(prefix_ptr + q_slot + t)
+        prefix = tl.load(prefix_ptr + q_slot + t) + tl.where(apart, tl.load(prefix_ptr + k_slot + C - 1), 0.0)
+        before = tl.load(prefix_ptr + k_slot + t)
         added = tl.load(suffix_ptr + k_slot + t)
-        between = tl.load(prefix_ptr + k_slot + C - 1)
         d_scores = tl.dot(do, tl.trans(v))
-        z = tl.where(reached, d_scores * decays, 0.0)
-        total += z
-        w = tl.where(earlier, z * products, 0.0)
-        tl.store(row_ptr + q_here, tl.sum(w, 1) * scale)
-        tl.store(column_ptr + k_here, tl.sum(w, 0) * scale)
         if WEIGHS:
             own = tl.sum(tl.where(i == j, d_scores, 0.0), 1)
-            tl.store(own_ptr + q_here, own * weight * own_score * scale, mask=(square != 1) & (t >= 0))
-            tl.store(skipped_ptr + (run + h) * chunks + of_q, tl.sum(own, 0), mask=square != 1)
-    q_first = (of_q - block * BLOCK_CHUNKS) * C
-    k_first = (of_k - block * BLOCK_CHUNKS) * C
+            tl.store(own_ptr + q_here, own, mask=(square != 1) & (t >= 0))
+        z = d_scores * tl.exp2(log2)
+        total += z
+        w = z * products
+        tl.store(row_ptr + q_here, tl.sum(w, 1))
+        tl.store(column_ptr + k_here, tl.sum(w, 0))
     WIDTH: tl.constexpr = BLOCK_CHUNKS * C
     pairs_ptr += (key_run * blocks + block) * WIDTH * WIDTH
-    at = (q_first + i) * WIDTH + k_first + j
-    tl.store(pairs_ptr + at, (total * scale).to(pairs_ptr.dtype.element_ty))
+    at = ((of_q - block * BLOCK_CHUNKS) * C + i) * WIDTH + (of_k - block * BLOCK_CHUNKS) * C + j
+    total = tl.where(apart | (i >= j), total * scale, 0.0)
+    tl.store(pairs_ptr + at, total.to(pairs_ptr.dtype.element_ty))

@@ -50,14 +50,23 @@ def gradients(
         d_state_out_ptr=d_state_out,
     )
     pairs, sums = x.q.new_empty(launches.pairs), unread.new_empty(launches.token_sums)
-    across, skipped = unread.new_empty(launches.across), unread.new_empty(launches.skipped)
+    across, own, skipped = (unread.new_empty(size) for size in (launches.across, launches.own, launches.skipped))
     shared = {"prefix_ptr": prefix, "suffix_ptr": suffix, "pairs_ptr": pairs, "sums_ptr": sums}
-    launches.group_pairs(q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, do_ptr=d_o, skipped_ptr=skipped, **shared)
+    launches.group_pairs(q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, do_ptr=d_o, own_ptr=own, **shared)
     shared |= {"others_ptr": s_blocks, "across_ptr": across}
     dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
     launches.group_queries(x_ptr=x.q, other_ptr=x.k, rows_ptr=d_o, states_ptr=s_blocks, dx_ptr=dq, **shared)
     launches.group_keys(x_ptr=x.k, other_ptr=x.q, rows_ptr=x.v, states_ptr=d_blocks, dx_ptr=dk, **shared)
     dg = unread.new_empty(x.v.shape[:3])
     dw = torch.empty_like(dg) if launches.weighs else dg
-    launches.group_gates(sums_ptr=sums, across_ptr=across, dg_ptr=dg, dw_ptr=dw)
+    launches.group_gates(
+        sums_ptr=sums,
+        across_ptr=across,
+        prefix_ptr=prefix,
+        suffix_ptr=suffix,
+        own_ptr=own,
+        dg_ptr=dg,
+        dw_ptr=dw,
+        skipped_ptr=skipped,
+    )
     return (dq, dk, dv, dg, dw, skipped.sum((0, 2))) if launches.weighs else (dq, dk, dv, dg)
