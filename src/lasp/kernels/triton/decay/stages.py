@@ -114,7 +114,7 @@ def _totals(x: DecayRun, prepared: channel.Prepared | None, *, summarized: bool)
     if gathers:
         return None, scalar.ScalarSegments(None, None, gates)
     sums = _new_sums(x)
-    scalar.summarize(x, launches, sums, x.k, x.v, gates, reverse=False)
+    _summarize(x, launches, sums, x.k, x.v, gates, reverse=False)
     summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
     return summary, scalar.ScalarSegments(sums[0], before, gates)
 
@@ -143,9 +143,25 @@ def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool)
     if gathers:
         return None, scalar.ScalarSegments(None, None, others)
     sums = _new_sums(x)
-    scalar.summarize(x, launches, sums, x.q, d_o, others, reverse=True)
+    _summarize(x, launches, sums, x.q, d_o, others, reverse=True)
     summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
     return summary, scalar.ScalarSegments(sums[0], after, others)
+
+
+def _summarize(
+    x: DecayRun,
+    launches: scalar.ScalarLaunches,
+    sums: SegmentSums,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, ...],
+    *,
+    reverse: bool,
+) -> None:
+    if isinstance(launches, GroupedLaunches):
+        grouped.summarize(x, launches, sums, k, v, gates, reverse=reverse)
+    else:
+        scalar.summarize(x, launches, sums, k, v, gates, reverse=reverse)
 
 
 def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, Segments]:

@@ -39,7 +39,7 @@ class ScalarLaunches(DecayLaunches):
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
         skipped: of sums of do . v, where tokens have weights.
-        leaves_blocks: whether the sweep of dv leaves states for `grouped`.
+        leaves_blocks: whether the sweep of dv leaves states for `grouped`, which needs no key that is weighted.
     """
 
     leaves_blocks = False
@@ -95,7 +95,10 @@ class ScalarLaunches(DecayLaunches):
     @cached_property
     def output(self) -> Launch:
         return self._sweep_of_values(
-            output_kernel, LEARNED=self.with_decay, GATHER=self._gather, KEEPS=self.keeps_states
+            output_kernel,
+            LEARNED=self.with_decay and not self.leaves_blocks,
+            GATHER=self._gather,
+            KEEPS=self.keeps_states,
         )
 
     @cached_property

@@ -14,7 +14,7 @@ from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan
 from lasp.kernels.triton.decay.scalar.grouped.gates import group_gates_kernel
 from lasp.kernels.triton.decay.scalar.grouped.keys import group_keys_kernel
 from lasp.kernels.triton.decay.scalar.grouped.pairs import SQUARES, SUMS, group_pairs_kernel
-from lasp.kernels.triton.decay.scalar.grouped.states import block_states_kernel
+from lasp.kernels.triton.decay.scalar.grouped.states import group_states_kernel
 from lasp.kernels.triton.decay.scalar.launches import GATE_SUMS_HEADS, GATE_SUMS_WARPS, ScalarLaunches
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
@@ -53,8 +53,22 @@ class GroupedLaunches(ScalarLaunches):
 
     @cached_property
     def block_states(self) -> Launch:
+        return self._states(leaves=True, reverse=False)
+
+    @cached_property
+    def summary(self) -> Launch:
+        return self._states(leaves=False, reverse=False)
+
+    @cached_property
+    def summary_adjoint(self) -> Launch:
+        return self._states(leaves=False, reverse=True)
+
+    def _states(self, *, leaves: bool, reverse: bool) -> Launch:
         V, tiles = self._dims[1], self.plan.summary
-        return self._by_segment(block_states_kernel, V, tiles, BV=tiles.columns)
+        total = leaves or not self.from_zero
+        return self._by_segment(
+            group_states_kernel, V, tiles, BV=tiles.columns, LEAVES=leaves, REVERSE=reverse, TOTAL=total
+        )
 
     @cached_property
     def group_pairs(self) -> Launch:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.triton.common.launch import given
+from lasp.kernels.triton.decay.launches import SegmentSums
 from lasp.kernels.triton.decay.scalar.grouped.launches import GroupedLaunches
 from lasp.kernels.triton.decay.scalar.stages import ScalarRun, ScalarSegments, gate_operands
 from lasp.recurrence.stages import Gradients
@@ -16,9 +17,42 @@ def block_states(x: ScalarRun, launches: GroupedLaunches, gates: tuple[Tensor, .
     blocks = x.v.new_empty(launches.blocks)
     g, prefix, suffix = gate_operands(x, gates, entering)
     launches.block_states(
-        k_ptr=x.k, v_ptr=x.v, g_ptr=g, prefix_ptr=prefix, suffix_ptr=suffix, states_ptr=entering, blocks_ptr=blocks
+        keys_ptr=x.k,
+        values_ptr=x.v,
+        g_ptr=g,
+        prefix_ptr=prefix,
+        suffix_ptr=suffix,
+        states_ptr=entering,
+        decays_ptr=entering,
+        blocks_ptr=blocks,
     )
     return blocks
+
+
+def summarize(
+    x: ScalarRun,
+    launches: GroupedLaunches,
+    sums: SegmentSums,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, ...],
+    *,
+    reverse: bool,
+) -> None:
+    """Write the sums of every segment, as the function of that name elsewhere."""
+    states, decays = sums
+    g, prefix, suffix = gate_operands(x, gates, states)
+    launch = launches.summary_adjoint if reverse else launches.summary
+    launch(
+        keys_ptr=k,
+        values_ptr=v,
+        g_ptr=g,
+        prefix_ptr=prefix,
+        suffix_ptr=suffix,
+        states_ptr=states,
+        decays_ptr=decays,
+        blocks_ptr=states,
+    )
 
 
 def gradients(
