@@ -16,7 +16,7 @@ from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 @triton.jit(do_not_specialize=["B", "T", "H", "H_v", "chunks", "blocks"])
 def group_gates_kernel(
     sums_ptr,  # fp32 [SUMS, B, H_v, chunks C]
-    across_ptr,  # fp32 [B, H_v, blocks]
+    across_ptr,  # fp32 [PARTS, B, H_v, blocks]
     prefix_ptr,  # fp32 [B, H_v, chunks C]; read if WEIGHS, so are the next two
     suffix_ptr,  # likewise: prefix less weights
     own_ptr,  # fp32 [B, H, chunks C]: scale q . k of each token's own
@@ -30,6 +30,7 @@ def group_gates_kernel(
     chunks,
     blocks,
     C: tl.constexpr,
+    PARTS: tl.constexpr,  # of reads and of across
     HEADS: tl.constexpr,  # that a program has
     WEIGHS: tl.constexpr,
 ):
@@ -45,6 +46,8 @@ def group_gates_kernel(
     slots = (batch * H_v + head) * chunks * C + start + t
     sums_ptr += slots
     reads_q = tl.load(sums_ptr + READS_Q * rows, mask=inside, other=0.0)
+    # Of the token before: large as one's own may be, it is not in the sum, and not taken off again.
+    reads_k = tl.load(sums_ptr + READS_K * rows - 1, mask=inside & (t > 0), other=0.0)
     row = tl.load(sums_ptr + ROW * rows, mask=inside, other=0.0)
     column = tl.load(sums_ptr + COLUMN * rows, mask=inside, other=0.0)
     # Of the run's last chunk, if it is its block's first, there is no other.
@@ -52,16 +55,22 @@ def group_gates_kernel(
     other = tl.load(sums_ptr + OTHER * rows, mask=inside & whole, other=0.0)
     row += tl.where(t >= C, other, 0.0)
     column += tl.where(t < C, other, 0.0)
-    across = tl.load(across_ptr + (batch * H_v + head) * blocks + block, mask=head < H_v, other=0.0)
+    across_ptr += (batch * H_v + head) * blocks + block
+    across = tl.load(across_ptr, mask=head < H_v, other=0.0)
+    if PARTS > 1:
+        reads_q += tl.load(sums_ptr + (READS_Q + 1) * rows, mask=inside, other=0.0)
+        reads_k += tl.load(sums_ptr + (READS_K + 1) * rows - 1, mask=inside & (t > 0), other=0.0)
+        across += tl.load(across_ptr + tl.cast(B, tl.int64) * H_v * blocks, mask=head < H_v, other=0.0)
     later = tl.cumsum(reads_q, 0, reverse=True)
-    # Of the token before: large as one's own may be, it is not in the sum, and not taken off again.
-    earlier = tl.cumsum(tl.load(sums_ptr + READS_K * rows - 1, mask=inside & (t > 0), other=0.0), 0)
+    earlier = tl.cumsum(reads_k, 0)
     # No pair crosses a block's first token.
     crossing = tl.where(t == 0, 0.0, tl.cumsum(row - column, 0, reverse=True))
     token = (batch * T + start + t) * H_v + head
     tl.store(dg_ptr + token, across + later + earlier + crossing, mask=inside)
     if WEIGHS:
         reads_k = tl.load(sums_ptr + READS_K * rows, mask=inside, other=0.0)
+        if PARTS > 1:
+            reads_k += tl.load(sums_ptr + (READS_K + 1) * rows, mask=inside, other=0.0)
         own = tl.load(sums_ptr + OWN * rows, mask=inside, other=0.0)
         weight = tl.load(prefix_ptr + slots, mask=inside, other=0.0)
         weight = tl.exp2(weight - tl.load(suffix_ptr + slots, mask=inside, other=0.0))

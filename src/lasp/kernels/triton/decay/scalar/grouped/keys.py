@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lasp.kernels.triton.common.program import load_chunk, store_chunk, view
-from lasp.kernels.triton.decay.scalar.grouped.pairs import READS_K, READS_Q, load_rows, rows_view
+from lasp.kernels.triton.decay.scalar.grouped.pairs import KEY_COLUMNS, READS_K, READS_Q, load_rows, rows_view
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 
@@ -27,7 +27,7 @@ def group_keys_kernel(
     others_ptr,  # likewise S^T; read if REVERSE
     dx_ptr,  # [B, T, H, K], written
     sums_ptr,  # fp32 [SUMS, B, H_v, chunks C], reads are written
-    across_ptr,  # fp32 [B, H_v, blocks], written if REVERSE
+    across_ptr,  # fp32 [parts, B, H_v, blocks], written if REVERSE
     scale,
     B,
     T,
@@ -41,9 +41,12 @@ def group_keys_kernel(
     DESCRIPTORS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """A program for a block."""
+    """A program for some columns of a block."""
     L: tl.constexpr = BLOCK_CHUNKS * C
-    key_run = tl.cast(tl.program_id(0), tl.int64)
+    BK: tl.constexpr = KEY_COLUMNS
+    part = tl.program_id(0) % (K // BK)
+    key_run = tl.cast(tl.program_id(0) // (K // BK), tl.int64)
+    column = part * BK
     batch = key_run // H
     block = tl.program_id(1)
     group = H_v // H
@@ -52,8 +55,8 @@ def group_keys_kernel(
     start = block * L
     qk = batch * T * H + key_run % H
     t = tl.arange(0, L)
-    x = load_chunk(x_ptr + qk * K, start, 0, T, H * K, K, L, K, False)
-    other = load_chunk(other_ptr + qk * K, start, 0, T, H * K, K, L, K, False)
+    x = load_chunk(x_ptr + qk * K, start, column, T, H * K, K, L, BK, False)
+    other = load_chunk(other_ptr + qk * K, start, column, T, H * K, K, L, BK, False)
     # Rows that there are not were not written either.
     below = (t[:, None] >= t[None, :]) & (start + t < T)[:, None]
     pairs = tl.load(
@@ -63,13 +66,14 @@ def group_keys_kernel(
     row = H_v * V
     of_tokens = rows_view(rows_ptr + batch * T * row, T, row, L, V, DESCRIPTORS)
     count = B * H_v * blocks * V
-    states = rows_view(states_ptr, count, K, V, K, DESCRIPTORS)
-    others = rows_view(others_ptr, count, K, V, K, DESCRIPTORS)
+    states = rows_view(states_ptr, count, K, V, BK, DESCRIPTORS)
+    others = rows_view(others_ptr, count, K, V, BK, DESCRIPTORS)
+    across_ptr += part * tl.cast(B, tl.int64) * H_v * blocks
     slots = chunks * C
     late = t >= C
     here = run * slots + start
     inside = start + t < slots
-    sums_ptr += (READS_K if REVERSE else READS_Q) * tl.cast(B, tl.int64) * H_v * slots + t
+    sums_ptr += ((READS_K if REVERSE else READS_Q) + part) * tl.cast(B, tl.int64) * H_v * slots + t
     # Of the next head before this one is worked on: nothing hides the wait for what no product takes.
     sums = tl.load((suffix_ptr if REVERSE else prefix_ptr) + here + t, mask=inside, other=0.0)
     first = tl.load(prefix_ptr + here + C - 1)
@@ -77,7 +81,7 @@ def group_keys_kernel(
     for h in range(group):
         index = (run + h) * blocks + block
         rows = load_rows(of_tokens, start, (head + h) * V, T, row, L, V, DESCRIPTORS)
-        state = load_rows(states, tl.cast(index * V, tl.int32), 0, count, K, V, K, DESCRIPTORS)
+        state = load_rows(states, tl.cast(index * V, tl.int32), column, count, K, V, BK, DESCRIPTORS)
         log2 = sums + tl.where(late, first, 0.0)
         total = first + second
         factors = tl.exp2(total - log2) if REVERSE else tl.exp2(log2) * scale
@@ -90,10 +94,10 @@ def group_keys_kernel(
         dx += read
         tl.store(sums_ptr + at, tl.sum(x.to(tl.float32) * read, 1), mask=inside)
         if REVERSE:
-            before = load_rows(others, tl.cast(index * V, tl.int32), 0, count, K, V, K, DESCRIPTORS)
+            before = load_rows(others, tl.cast(index * V, tl.int32), column, count, K, V, BK, DESCRIPTORS)
             passed = tl.sum(state.to(tl.float32) * before.to(tl.float32))
             # Triton loads ahead only what a product takes.
-            passed += tl.sum(tl.dot(before, tl.zeros((K, 16), before.dtype)))
+            passed += tl.sum(tl.dot(before, tl.zeros((BK, 16), before.dtype)))
             tl.store(across_ptr + index, passed * tl.exp2(total))
-    out = view(dx_ptr + qk * K, T, H * K, K, L, K, False)
-    store_chunk(out, dx.to(dx_ptr.dtype.element_ty), start, 0, T, H * K, K, L, K, False)
+    out = view(dx_ptr + qk * K, T, H * K, K, L, BK, False)
+    store_chunk(out, dx.to(dx_ptr.dtype.element_ty), start, column, T, H * K, K, L, BK, False)

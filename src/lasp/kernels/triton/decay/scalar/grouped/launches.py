@@ -13,7 +13,7 @@ from lasp.kernels.triton.decay.launches import MAX_GRID, RunShape
 from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan
 from lasp.kernels.triton.decay.scalar.grouped.gates import group_gates_kernel
 from lasp.kernels.triton.decay.scalar.grouped.keys import group_keys_kernel
-from lasp.kernels.triton.decay.scalar.grouped.pairs import SQUARES, SUMS, group_pairs_kernel
+from lasp.kernels.triton.decay.scalar.grouped.pairs import KEY_COLUMNS, SQUARES, SUMS, group_pairs_kernel
 from lasp.kernels.triton.decay.scalar.grouped.states import group_states_kernel
 from lasp.kernels.triton.decay.scalar.launches import GATE_SUMS_HEADS, GATE_SUMS_WARPS, ScalarLaunches
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
@@ -22,7 +22,8 @@ from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 GROUP, DIMS = 8, (64, 128)
 # Three programs of pairs a processor.
 PAIR_WARPS, PAIR_STAGES, PAIR_REGISTERS = 4, 3, 168
-KEY_WARPS, KEY_STAGES = 8, 3
+# Two of keys.
+KEY_WARPS, KEY_STAGES, KEY_REGISTERS = 8, 3, 128
 # Of a device's processors, that a program for each block is to fill.
 FILLED = 0.4
 
@@ -34,7 +35,7 @@ class GroupedLaunches(ScalarLaunches):
         blocks: shape of the states at the borders of blocks.
         pairs: of what pairs of tokens leave for dq and dk.
         token_sums: of sums per token and head.
-        across: of <S, D> across blocks.
+        across: of <S, D> across blocks, in parts.
         own: of each token's q . k.
         skipped: of sums of do . v.
     """
@@ -46,8 +47,9 @@ class GroupedLaunches(ScalarLaunches):
         (B, _, H, K), (H_v, V) = shape.q, shape.v[2:]
         count, length = block_count(p), BLOCK_CHUNKS.value * p.chunk
         self.blocks, self.pairs = (B, H_v, count, V, K), (B, H, count, length, length)
-        self.token_sums, self.across = (SUMS.value, *self.gates), (B, H_v, count)
-        self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across
+        self._parts = K // KEY_COLUMNS.value
+        self.token_sums, self.across = (SUMS.value, *self.gates), (self._parts, B, H_v, count)
+        self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across[1:]
         self._key_heads = B * H
         self._known |= {"blocks": count}
 
@@ -72,7 +74,7 @@ class GroupedLaunches(ScalarLaunches):
 
     @cached_property
     def group_pairs(self) -> Launch:
-        grid = (SQUARES.value * self._key_heads, self.across[2])
+        grid = (SQUARES.value * self._key_heads, self.across[3])
         return self._launch(group_pairs_kernel, grid, PAIR_WARPS, PAIR_STAGES, maxnreg=PAIR_REGISTERS)
 
     @cached_property
@@ -84,15 +86,15 @@ class GroupedLaunches(ScalarLaunches):
         return self._group_keys(True)
 
     def _group_keys(self, reverse: bool) -> Launch:
-        grid = (self._key_heads, self.across[2])
-        return self._launch(group_keys_kernel, grid, KEY_WARPS, KEY_STAGES, REVERSE=reverse)
+        grid = (self._parts * self._key_heads, self.across[3])
+        return self._launch(group_keys_kernel, grid, KEY_WARPS, KEY_STAGES, maxnreg=KEY_REGISTERS, REVERSE=reverse)
 
     @cached_property
     def group_gates(self) -> Launch:
-        B, H_v, count = self.across
+        _, B, H_v, count = self.across
         heads = min(GATE_SUMS_HEADS, triton.next_power_of_2(H_v))
         grid = (count, -(-H_v // heads) * B)
-        return self._launch(group_gates_kernel, grid, GATE_SUMS_WARPS, 1, HEADS=heads)
+        return self._launch(group_gates_kernel, grid, GATE_SUMS_WARPS, 1, HEADS=heads, PARTS=self._parts)
 
 
 def block_count(p: LaunchPlan) -> int:
