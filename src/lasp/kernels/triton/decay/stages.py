@@ -223,7 +223,11 @@ def outputs(
         states, others = totals.states, tuple(partial)
     else:
         assert isinstance(totals, scalar.ScalarSegments)
-        states, others = scalar.outputs(x, launches, totals, o, leaving, state_in), totals.gates
+        if isinstance(launches, GroupedLaunches) and launches.own_values:
+            states = grouped.outputs(x, launches, totals, o, leaving, state_in)
+        else:
+            states = scalar.outputs(x, launches, totals, o, leaving, state_in)
+        others = totals.gates
     if x.v.numel() == 0:  # no kernel ran
         leaving.zero_() if state_in is None else leaving.copy_(state_in)
     return o, (leaving, *others) if states is None else (leaving, states, *others)

@@ -90,9 +90,9 @@ def group_keys_kernel(
         sums = tl.load((suffix_ptr if REVERSE else prefix_ptr) + here + t, mask=inside, other=0.0)
         first = tl.load(prefix_ptr + here + C - 1)
         second = tl.load(prefix_ptr + here + L - 1, mask=start + L <= slots, other=0.0)
-        read = tl.dot(rows, state) * factors[:, None]
-        dx += read
-        tl.store(sums_ptr + at, tl.sum(x.to(tl.float32) * read, 1), mask=inside)
+        read = tl.dot(rows, state)
+        dx += read * factors[:, None]
+        tl.store(sums_ptr + at, tl.sum(x.to(tl.float32) * read, 1) * factors, mask=inside)
         if REVERSE:
             before = load_rows(others, tl.cast(index * V, tl.int32), column, count, K, V, BK, DESCRIPTORS)
             passed = tl.sum(state.to(tl.float32) * before.to(tl.float32))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cached_property
 from typing import Any
 
 import torch
 import triton
 
+from lasp.kernels.triton.common.device import takes_gluon
 from lasp.kernels.triton.common.launch import Launch
 from lasp.kernels.triton.decay.launches import MAX_GRID, RunShape
-from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan
+from lasp.kernels.triton.decay.plan import TOKEN, LaunchPlan, Tiles
 from lasp.kernels.triton.decay.scalar.grouped.gates import group_gates_kernel
 from lasp.kernels.triton.decay.scalar.grouped.keys import group_keys_kernel
 from lasp.kernels.triton.decay.scalar.grouped.pairs import KEY_COLUMNS, SQUARES, SUMS, group_pairs_kernel
@@ -24,6 +26,8 @@ GROUP, DIMS = 8, (64, 128)
 PAIR_WARPS, PAIR_STAGES, PAIR_REGISTERS = 4, 3, 168
 # Two of keys.
 KEY_WARPS, KEY_STAGES, KEY_REGISTERS = 8, 3, 128
+# Of sweeps of values that Hopper has of its own.
+OWN_TILES, OWN_CHUNK = Tiles(64, 4, 1), 64
 # Of a device's processors, that a program for each block is to fill.
 FILLED = 0.4
 
@@ -37,6 +41,7 @@ class GroupedLaunches(ScalarLaunches):
         token_sums: of sums per token and head.
         across: of <S, D> across blocks, in parts.
         own: of each token's q . k.
+        own_values: whether sweeps of values are those that Hopper has of its own.
         skipped: of sums of do . v.
     """
 
@@ -51,6 +56,7 @@ class GroupedLaunches(ScalarLaunches):
         self.token_sums, self.across = (SUMS.value, *self.gates), (self._parts, B, H_v, count)
         self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across[1:]
         self._key_heads = B * H
+        self.own_values = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self._known |= {"blocks": count}
 
     @cached_property
@@ -95,6 +101,20 @@ class GroupedLaunches(ScalarLaunches):
         heads = min(GATE_SUMS_HEADS, triton.next_power_of_2(H_v))
         grid = (count, -(-H_v // heads) * B)
         return self._launch(group_gates_kernel, grid, GATE_SUMS_WARPS, 1, HEADS=heads, PARTS=self._parts)
+
+    @cached_property
+    def output(self) -> Launch:
+        return self._own_values(False) if self.own_values else super().output
+
+    @cached_property
+    def value_gradient(self) -> Launch:
+        return self._own_values(True) if self.own_values else super().value_gradient
+
+    def _own_values(self, reverse: bool) -> Launch:
+        # In a language of which the interpreter, and some versions of Triton, know nothing.
+        module = importlib.import_module("lasp.kernels.triton.decay.scalar.grouped.hopper_values")
+        V = self._dims[1]
+        return self._by_segment(module.group_hopper_values_kernel, V, OWN_TILES, REVERSE=reverse)
 
 
 def block_count(p: LaunchPlan) -> int:

@@ -55,6 +55,34 @@ def summarize(
     )
 
 
+def outputs(
+    x: ScalarRun,
+    launches: GroupedLaunches,
+    totals: ScalarSegments,
+    o: Tensor,
+    leaving: Tensor,
+    state_in: Tensor | None,
+) -> Tensor:
+    """The states entering segments, by the sweep that Hopper has of its own."""
+    assert totals.states is not None and totals.decays is not None
+    _, prefix, suffix = gate_operands(x, totals.gates, leaving)
+    launches.output(
+        a_ptr=x.q,
+        b_ptr=x.k,
+        c_ptr=x.v,
+        prefix_ptr=prefix,
+        suffix_ptr=suffix,
+        out_ptr=o,
+        states_ptr=totals.states,
+        decays_ptr=totals.decays,
+        state_out_ptr=leaving,
+        skip_ptr=given(x.skip, leaving),
+        blocks_ptr=leaving,
+        outside_ptr=state_in,
+    )
+    return totals.states
+
+
 def gradients(
     x: ScalarRun,
     launches: GroupedLaunches,
@@ -68,21 +96,38 @@ def gradients(
     unread = adjoint.states
     g, prefix, suffix = gate_operands(x, adjoint.gates, unread)
     dv, d_blocks = torch.empty_like(x.v), torch.empty_like(s_blocks)
-    launches.value_gradient(
-        q_ptr=x.q,
-        k_ptr=x.k,
-        do_ptr=d_o,
-        g_ptr=g,
-        prefix_ptr=prefix,
-        suffix_ptr=suffix,
-        dv_ptr=dv,
-        d_states_ptr=adjoint.states,
-        after_ptr=adjoint.decays,
-        skip_ptr=given(x.skip, unread),
-        blocks_ptr=d_blocks,
-        places_ptr=unread,
-        d_state_out_ptr=d_state_out,
-    )
+    skip = given(x.skip, unread)
+    if launches.own_values:
+        launches.value_gradient(
+            a_ptr=x.k,
+            b_ptr=x.q,
+            c_ptr=d_o,
+            prefix_ptr=prefix,
+            suffix_ptr=suffix,
+            out_ptr=dv,
+            states_ptr=adjoint.states,
+            decays_ptr=adjoint.decays,
+            state_out_ptr=unread,
+            skip_ptr=skip,
+            blocks_ptr=d_blocks,
+            outside_ptr=d_state_out,
+        )
+    else:
+        launches.value_gradient(
+            q_ptr=x.q,
+            k_ptr=x.k,
+            do_ptr=d_o,
+            g_ptr=g,
+            prefix_ptr=prefix,
+            suffix_ptr=suffix,
+            dv_ptr=dv,
+            d_states_ptr=adjoint.states,
+            after_ptr=adjoint.decays,
+            skip_ptr=skip,
+            blocks_ptr=d_blocks,
+            places_ptr=unread,
+            d_state_out_ptr=d_state_out,
+        )
     pairs, sums = x.q.new_empty(launches.pairs), unread.new_empty(launches.token_sums)
     across, own, skipped = (unread.new_empty(size) for size in (launches.across, launches.own, launches.skipped))
     shared = {"prefix_ptr": prefix, "suffix_ptr": suffix, "pairs_ptr": pairs, "sums_ptr": sums}
