@@ -31,6 +31,7 @@ def group_gates_kernel(
     blocks,
     C: tl.constexpr,
     PARTS: tl.constexpr,  # of reads and of across
+    COLUMN_PARTS: tl.constexpr,  # of sums over columns
     HEADS: tl.constexpr,  # that a program has
     WEIGHS: tl.constexpr,
 ):
@@ -55,6 +56,9 @@ def group_gates_kernel(
     other = tl.load(sums_ptr + OTHER * rows, mask=inside & whole, other=0.0)
     row += tl.where(t >= C, other, 0.0)
     column += tl.where(t < C, other, 0.0)
+    for part in tl.static_range(1, COLUMN_PARTS):
+        column += tl.load(sums_ptr + (COLUMN + part) * rows, mask=inside, other=0.0)
+        column += tl.load(sums_ptr + (OTHER + part) * rows, mask=inside & whole & (t < C), other=0.0)
     across_ptr += (batch * H_v + head) * blocks + block
     across = tl.load(across_ptr, mask=head < H_v, other=0.0)
     if PARTS > 1:

@@ -56,6 +56,7 @@ class GroupedLaunches(ScalarLaunches):
         self.token_sums, self.across = (SUMS.value, *self.gates), (self._parts, B, H_v, count)
         self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across[1:]
         self._key_heads = B * H
+        self.own_pairs = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self.own_values = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self._known |= {"blocks": count}
 
@@ -81,6 +82,9 @@ class GroupedLaunches(ScalarLaunches):
     @cached_property
     def group_pairs(self) -> Launch:
         grid = (SQUARES.value * self._key_heads, self.across[3])
+        if self.own_pairs:
+            module = importlib.import_module("lasp.kernels.triton.decay.scalar.grouped.hopper_pairs")
+            return self._launch(module.group_hopper_pairs_kernel, grid, OWN_TILES.warps, 1, maxnreg=PAIR_REGISTERS)
         return self._launch(group_pairs_kernel, grid, PAIR_WARPS, PAIR_STAGES, maxnreg=PAIR_REGISTERS)
 
     @cached_property
@@ -100,7 +104,15 @@ class GroupedLaunches(ScalarLaunches):
         _, B, H_v, count = self.across
         heads = min(GATE_SUMS_HEADS, triton.next_power_of_2(H_v))
         grid = (count, -(-H_v // heads) * B)
-        return self._launch(group_gates_kernel, grid, GATE_SUMS_WARPS, 1, HEADS=heads, PARTS=self._parts)
+        return self._launch(
+            group_gates_kernel,
+            grid,
+            GATE_SUMS_WARPS,
+            1,
+            HEADS=heads,
+            PARTS=self._parts,
+            COLUMN_PARTS=4 if self.own_pairs else 1,
+        )
 
     @cached_property
     def output(self) -> Launch:

@@ -13,10 +13,11 @@ import triton.language as tl
 from lasp.kernels.triton.common.program import load_chunk
 from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
-# Of a token: sums of w over its row and over its column, in its chunk, without itself; likewise in the block's other
-# chunk; its own do . v; what it reads from the state, and what it adds to it, times the other's gradient, in parts.
+# Of a token: sums of w over its row and, in parts, over its column, in its chunk, without itself; likewise in the
+# block's other chunk; its own do . v; what it reads from the state, and what it adds to it, times the other's gradient,
+# in parts.
 KEY_COLUMNS = tl.constexpr(64)
-ROW, COLUMN, OTHER, OWN, READS_Q, READS_K, SUMS = (tl.constexpr(n) for n in (0, 1, 2, 3, 4, 6, 8))
+ROW, COLUMN, OTHER, OWN, READS_Q, READS_K, SUMS = (tl.constexpr(n) for n in (0, 1, 5, 9, 10, 12, 14))
 # Of a block's pairs of chunks, those that have pairs of tokens.
 SQUARES = tl.constexpr(3)
 
