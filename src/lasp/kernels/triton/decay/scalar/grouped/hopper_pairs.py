@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from lasp.kernels.triton.decay.scalar.grouped.hopper_values import SQUARE
 from lasp.kernels.triton.decay.scalar.grouped.pairs import COLUMN, OTHER, OWN, ROW, SQUARES
-from lasp.kernels.triton.delta.hopper.common import TOKENS, VECTOR, ask_vector, meet, tokens_view
+from lasp.kernels.triton.delta.hopper.common import TOKENS, VECTOR, ask_vector, meet
 
 STAGES = gl.constexpr(4)
 WARPS, WARP_ROWS = gl.constexpr(4), gl.constexpr(16)
@@ -92,8 +92,8 @@ def group_hopper_pairs_kernel(
         apart = square == 1
         q_first, k_first = of_q * TOKENS, of_k * TOKENS
         q_slot, k_slot = (run * chunks + of_q) * TOKENS, (run * chunks + of_k) * TOKENS
-        do_view = tokens_view(do_ptr + batch * T * row, row, T, V, values)
-        v_view = tokens_view(v_ptr + batch * T * row, row, T, V, values)
+        do_view = tma.make_tensor_descriptor(do_ptr + batch * T * row, [T, row], [row, 1], [TOKENS, V], values)
+        v_view = tma.make_tensor_descriptor(v_ptr + batch * T * row, [T, row], [row, 1], [TOKENS, V], values)
         # In the place of what is asked for after them.
         of_keys = do_tiles._reinterpret(dtype, [STAGES * V // K, TOKENS, K], keys)
         key_row = batch * T * H + key_run % H

@@ -24,8 +24,9 @@ from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 GROUP, DIMS = 8, (64, 128)
 # Three programs of pairs a processor.
 PAIR_WARPS, PAIR_STAGES, PAIR_REGISTERS = 4, 3, 168
-# Two of keys.
-KEY_WARPS, KEY_STAGES, KEY_REGISTERS = 8, 3, 128
+KEY_WARPS, KEY_STAGES = 4, 3
+# Values of all heads of a program of states.
+STATE_ROWS, STATE_STAGES = 128, 3
 # Of sweeps of values that Hopper has of its own.
 OWN_TILES, OWN_CHUNK = Tiles(64, 4, 1), 64
 # Of a device's processors, that a program for each block is to fill.
@@ -55,7 +56,7 @@ class GroupedLaunches(ScalarLaunches):
         self._parts = K // KEY_COLUMNS.value
         self.token_sums, self.across = (SUMS.value, *self.gates), (self._parts, B, H_v, count)
         self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across[1:]
-        self._key_heads = B * H
+        self._key_heads, self._group = B * H, H_v // H
         self.own_pairs = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self.own_values = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self._known |= {"blocks": count}
@@ -73,11 +74,13 @@ class GroupedLaunches(ScalarLaunches):
         return self._states(leaves=False, reverse=True)
 
     def _states(self, *, leaves: bool, reverse: bool) -> Launch:
-        V, tiles = self._dims[1], self.plan.summary
         total = leaves or not self.from_zero
-        return self._by_segment(
-            group_states_kernel, V, tiles, BV=tiles.columns, LEAVES=leaves, REVERSE=reverse, TOTAL=total
-        )
+        # Two heads of one group, of 64 values each.
+        rows = STATE_ROWS if self._group % 2 == 0 else self._dims[1]
+        heads = rows // self._dims[1]
+        grid = (self._heads // heads, self.plan.segments)
+        ways = {"HEADS": heads, "LEAVES": leaves, "REVERSE": reverse, "TOTAL": total}
+        return self._launch(group_states_kernel, grid, rows // 16, STATE_STAGES, **ways)
 
     @cached_property
     def group_pairs(self) -> Launch:
@@ -97,7 +100,7 @@ class GroupedLaunches(ScalarLaunches):
 
     def _group_keys(self, reverse: bool) -> Launch:
         grid = (self._parts * self._key_heads, self.across[3])
-        return self._launch(group_keys_kernel, grid, KEY_WARPS, KEY_STAGES, maxnreg=KEY_REGISTERS, REVERSE=reverse)
+        return self._launch(group_keys_kernel, grid, KEY_WARPS, KEY_STAGES, REVERSE=reverse)
 
     @cached_property
     def group_gates(self) -> Launch:

@@ -15,11 +15,10 @@ from lasp.recurrence.stages import Gradients
 def block_states(x: ScalarRun, launches: GroupedLaunches, gates: tuple[Tensor, ...], entering: Tensor) -> Tensor:
     """S^T before each block, [B, H_v, blocks, V, K]."""
     blocks = x.v.new_empty(launches.blocks)
-    g, prefix, suffix = gate_operands(x, gates, entering)
+    _, prefix, suffix = gate_operands(x, gates, entering)
     launches.block_states(
         keys_ptr=x.k,
         values_ptr=x.v,
-        g_ptr=g,
         prefix_ptr=prefix,
         suffix_ptr=suffix,
         states_ptr=entering,
@@ -41,12 +40,11 @@ def summarize(
 ) -> None:
     """Write the sums of every segment, as the function of that name elsewhere."""
     states, decays = sums
-    g, prefix, suffix = gate_operands(x, gates, states)
+    _, prefix, suffix = gate_operands(x, gates, states)
     launch = launches.summary_adjoint if reverse else launches.summary
     launch(
         keys_ptr=k,
         values_ptr=v,
-        g_ptr=g,
         prefix_ptr=prefix,
         suffix_ptr=suffix,
         states_ptr=states,
