@@ -57,6 +57,7 @@ class GroupedLaunches(ScalarLaunches):
         self.token_sums, self.across = (SUMS.value, *self.gates), (self._parts, B, H_v, count)
         self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across[1:]
         self._key_heads, self._group = B * H, H_v // H
+        self.two_values = self._group % 2 == 0
         self.own_pairs = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self.own_values = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self._known |= {"blocks": count}
@@ -127,6 +128,10 @@ class GroupedLaunches(ScalarLaunches):
 
     def _own_values(self, reverse: bool) -> Launch:
         # In a language of which the interpreter, and some versions of Triton, know nothing.
+        if self.two_values:
+            module = importlib.import_module("lasp.kernels.triton.decay.scalar.grouped.hopper_two_values")
+            grid = (self._heads // 2, self.plan.segments)
+            return self._launch(module.group_hopper_two_values_kernel, grid, 8, 1, REVERSE=reverse)
         module = importlib.import_module("lasp.kernels.triton.decay.scalar.grouped.hopper_values")
         V = self._dims[1]
         return self._by_segment(module.group_hopper_values_kernel, V, OWN_TILES, REVERSE=reverse)
