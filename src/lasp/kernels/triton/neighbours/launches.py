@@ -19,7 +19,9 @@ from lasp.kernels.triton.neighbours.convolution import convolution_gradient_kern
 from lasp.kernels.triton.neighbours.gated_norm import NONE, SIGMOID, SILU, gated_norm_gradient_kernel, gated_norm_kernel
 
 ACTIVATIONS = {"none": NONE.value, "silu": SILU.value, "sigmoid": SIGMOID.value}
-WARPS, STAGES = 4, 3
+WARPS = 4
+# Of loops over rows, whose loads are under way so many turns ahead.
+STAGES, NORM_STAGES = 3, 4
 # Intervals of a convolution's program, tokens of each, channels.
 INTERVALS, LENGTH, CHANNELS = 8, 64, 64
 MAX_PARTS = 3  # that a convolution's output is written in
@@ -168,7 +170,7 @@ def _gated_norm(shape: _GatedNorm, backward: bool, again: bool = False) -> Launc
     }  # fmt: skip
     kernel = gated_norm_gradient_kernel if backward else gated_norm_kernel
     if backward:
-        fixed["AGAIN"], fixed["STAGES"] = again, STAGES
+        fixed["AGAIN"], fixed["STAGES"] = again, NORM_STAGES
         own = shape.groups if shape.gain > 1 else 1
         count = shape.rows // own
         fixed["steps"] = max(1, min(SUMMED // (rows * columns), -(-count // rows)))
