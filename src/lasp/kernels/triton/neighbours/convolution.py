@@ -13,21 +13,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BC: tl.constexpr):
-    """The place of a program: its block of tokens; and of its block of channels in three parts, in whole blocks each,
-    the part, its width, the block's first channel there and among all.
-
-    Programs of all channels of some tokens follow one another: together they read whole rows.
-    """
+def _part_of(block, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BC: tl.constexpr):
+    """The place of a block of channels in three parts, in whole blocks each: the part, its width, the block's first
+    channel there and among all."""
     first: tl.constexpr = (C0 + BC - 1) // BC
     second: tl.constexpr = first + (C1 + BC - 1) // BC
-    every: tl.constexpr = second + (C2 + BC - 1) // BC
-    tokens = tl.program_id(0) // every
-    block = tl.program_id(0) % every
     part = tl.where(block >= second, 2, tl.where(block >= first, 1, 0))
     width = tl.where(part == 2, C2, tl.where(part == 1, C1, C0))
     here = (block - tl.where(part == 2, second, tl.where(part == 1, first, 0))) * BC
-    return tokens, part, width, here, here + tl.where(part == 2, C0 + C1, tl.where(part == 1, C0, 0))
+    return part, width, here, here + tl.where(part == 2, C0 + C1, tl.where(part == 1, C0, 0))
 
 
 @triton.jit
@@ -130,13 +124,13 @@ def convolution_kernel(
 ):
     """A program for S intervals and BC channels."""
     C: tl.constexpr = C0 + C1 + C2
-    tokens, part, width, here, c = _place(C0, C1, C2, BC)
-    batch = tl.cast(tokens // blocks, tl.int64)
+    batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    part, width, here, c = _part_of(tl.program_id(1), C0, C1, C2, BC)
     here += tl.arange(0, BC)
     c += tl.arange(0, BC)
     inside = (here < width)[None, :]
     # Of long sequences elements are counted in 64 bits.
-    t = tl.cast(tokens % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH
+    t = tl.cast(tl.program_id(0) % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH
     x_ptr += batch * T * ROW
     y_ptr = _of_part(part, first_ptr, second_ptr, third_ptr) + batch * T * width
     if before_ptr is not None:
@@ -187,12 +181,12 @@ def convolution_gradient_kernel(
 ):
     """A program for S intervals and BC channels; the first begins with the W - 1 tokens before the sequence."""
     C: tl.constexpr = C0 + C1 + C2
-    tokens, part, width, here, c = _place(C0, C1, C2, BC)
-    batch = tl.cast(tokens // blocks, tl.int64)
+    batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    part, width, here, c = _part_of(tl.program_id(1), C0, C1, C2, BC)
     here += tl.arange(0, BC)
     c += tl.arange(0, BC)
     inside = (here < width)[None, :]
-    first = tl.cast(tokens % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH - (W - 1)
+    first = tl.cast(tl.program_id(0) % blocks * (S * LENGTH), tl.int64) + tl.arange(0, S) * LENGTH - (W - 1)
     x_ptr += batch * T * ROW
     d_y_ptr = _of_part(part, first_ptr, second_ptr, third_ptr) + batch * T * width
     d_x_ptr += batch * T * D_ROW
@@ -242,7 +236,7 @@ def convolution_gradient_kernel(
         d1, d2, d3 = d_3, d_2, d_1
         x0, x1, x2 = x4, x5, x6
         t -= 4
-    sums_ptr += tl.cast(tokens, tl.int64) * (W + 1) * C + c
+    sums_ptr += tl.cast(tl.program_id(0), tl.int64) * (W + 1) * C + c
     tl.store(sums_ptr + (W - 1) * C, tl.sum(sum0, 0), mask=here < width)
     if W > 1:
         tl.store(sums_ptr + (W - 2) * C, tl.sum(sum1, 0), mask=here < width)

@@ -58,15 +58,11 @@ class _Convolution(NamedTuple):
     silu: bool
     dtypes: tuple[torch.dtype | None, ...]
 
-    def blocks(self, backward: bool) -> int:
-        """Of tokens, each for a program, in one sequence."""
-        covered = self.tokens + self.width - 1 if backward else self.tokens
-        return -(-covered // (INTERVALS * LENGTH))
-
 
 @lru_cache(maxsize=256)
 def _convolution(shape: _Convolution, backward: bool) -> Launch:
-    blocks = shape.blocks(backward)
+    covered = shape.tokens + shape.width - 1 if backward else shape.tokens
+    blocks = -(-covered // (INTERVALS * LENGTH))
     fixed: dict[str, Any] = {
         "T": shape.tokens, "blocks": blocks, "ROW": shape.row, "W": shape.width, "BIAS": shape.bias,
         "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS, "STAGES": STAGES,
@@ -75,7 +71,7 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
     if backward:
         fixed["D_ROW"] = sum(shape.parts) + shape.beside
     kernel = convolution_gradient_kernel if backward else convolution_kernel
-    grid = (blocks * shape.batch * sum(-(-width // CHANNELS) for width in shape.parts), 1)
+    grid = (blocks * shape.batch, sum(-(-width // CHANNELS) for width in shape.parts))
     return bind(kernel, grid, fixed, warps=WARPS, stages=1)
 
 
@@ -126,10 +122,9 @@ def convolve_gradients(
     d_rest = d_y[-1] if x.shape[2] > C else None
     d_y = d_y if d_rest is None else d_y[:-1]
     x, weight, d_y = _strided(x), weight.contiguous(), [part.contiguous() for part in d_y]
-    shape = _shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0])
-    launch = _convolution(shape, True)
+    launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(shape.blocks(True) * B, W + 1, C, dtype=torch.float32, device=x.device)
+    sums = torch.empty(launch.of.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
     d_before = x.new_empty(B, W - 1, C)
     launch(
         x_ptr=x,
