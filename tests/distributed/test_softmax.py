@@ -382,10 +382,10 @@ def test_later_ranks_are_not_seen():
     def work(rank: int) -> bool:
         sp = lasp.SequenceParallel(dist.group.WORLD)
         q, k, v = (sp.shard(given[name]) for name in "qkv")
-        clean, _ = lasp.softmax_attention(q, k, v, sp=sp)
+        clean, _ = lasp.softmax_attention(q, k, v, sp=sp, method="all_gather")
         if rank == 2:
             k, v = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
-        return torch.equal(clean, lasp.softmax_attention(q, k, v, sp=sp)[0])
+        return torch.equal(clean, lasp.softmax_attention(q, k, v, sp=sp, method="all_gather")[0])
 
     assert run(3, work) == [True, True, False]
 
@@ -446,7 +446,8 @@ def test_mistakes_are_seen(mistake, monkeypatch):
 
 
 def test_bytes_equal_the_formula():
-    """all_gather: keys and values to all, their gradients back to those before; ulysses: the heads that others need."""
+    """all_gather: keys and values to all, their gradients back to those before; ulysses: the heads that others need.
+    Which of them "auto" is."""
     size, tokens, heads, key_heads, number = 4, 5, 8, 4, 4
     row = key_heads * (D + DV) * number
 
@@ -462,13 +463,15 @@ def test_bytes_equal_the_formula():
     def work(rank: int) -> None:
         sp = lasp.SequenceParallel(dist.group.WORLD)
         gathered, shard = (size - 1) * 2 * tokens * row, 2 * tokens * row
-        assert step(sp, tokens) == (gathered, gathered, rank * shard, (size - 1 - rank) * shard)
+        assert step(sp, tokens, method="all_gather") == (gathered, gathered, rank * shard, (size - 1 - rank) * shard)
         assert step(sp, tokens, causal=False) == (gathered, gathered, gathered, gathered)
         moved = 2 * tokens * (heads * D + key_heads * (D + DV) + heads * DV) * number * (size - 1) // size
         assert step(sp, tokens, method="ulysses") == (moved, moved, moved, moved)
+        assert step(sp, tokens) == (moved, moved, moved, moved)
+        assert step(sp, tokens, window=tokens) != (moved, moved, moved, moved)
         # Ragged: messages of all ranks are as long as the longest; gradients are not.
         lengths = (1, 0, 6, 2)
-        found = step(sp.with_lengths(lengths), lengths[rank])
+        found = step(sp.with_lengths(lengths), lengths[rank], method="all_gather")
         back = 2 * row * sum(lengths[:rank]), 2 * row * lengths[rank] * (size - 1 - rank)
         assert found == (3 * 2 * 6 * row, 3 * 2 * 6 * row, *back)
 
@@ -498,7 +501,7 @@ def test_ranks_that_differ_and_wrong_arguments():
     for messages in run(2, work):
         for text, message in zip(
             ("causal", "D and D_v: rank 0 has", "documents", "method", "requires_grad",
-             "known: all_gather, ulysses", "the 3 query heads must be a multiple of the 2 ranks"),
+             "known: auto, all_gather, ulysses", "the 3 query heads must be a multiple of the 2 ranks"),
             messages, strict=True,
         ):  # fmt: skip
             assert text in message, message

@@ -142,7 +142,7 @@ def test_across_ranks(method):
         ({"layer_pattern": ""}, "layer_pattern must be of the letters L .* and N .*; got ''"),
         ({"layer_pattern": "LXN"}, "got 'LXN'"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads 4, got 3"),
-        ({"softmax_method": "ring"}, "unknown softmax_method 'ring'; known: all_gather, ulysses"),
+        ({"softmax_method": "ring"}, "unknown softmax_method 'ring'; known: auto, all_gather, ulysses"),
         ({"layer_pattern": "L"}, "no softmax layer in layer_pattern 'L': leave num_kv_heads"),
         ({"key_dim": 31, "positions": "lrpe"}, "rotary positions need an even key_dim, got 31"),
     ],

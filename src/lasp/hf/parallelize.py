@@ -63,7 +63,7 @@ def parallelize(
         raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
     if sp is not None and not isinstance(sp, SequenceParallel):
         raise ValueError(f"sp must be a SequenceParallel or None, got {type(sp).__name__}")
-    for name, value, known in (("softmax_method", softmax_method, ("auto", *METHODS)), ("backend", backend, BACKENDS)):
+    for name, value, known in (("softmax_method", softmax_method, METHODS), ("backend", backend, BACKENDS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if next(hooks_of(model), None) is not None:

@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 from lasp.hf.shards import BatchShard
 from lasp.sequence import SequenceParallel
+from lasp.softmax.functions import chosen_method
 
 _MAX_LENGTHS = 64
 
@@ -54,10 +55,7 @@ class ModelSplit:
 
     def method(self, heads: int, window: int | None = None) -> str:
         """The exchange of a softmax layer with so many query heads, whose tokens see so many others."""
-        if self.softmax_method != "auto":
-            return self.softmax_method
-        # Of a window, few keys are gathered.
-        return "all_gather" if window is not None or self.sp is None or heads % self.sp.size else "ulysses"
+        return chosen_method(heads, self.sp, window) if self.softmax_method == "auto" else self.softmax_method
 
     def __deepcopy__(self, memo: Any) -> ModelSplit:
         """A copied model's: over the same ranks, which cannot be copied."""

@@ -37,12 +37,12 @@ class SoftmaxAttention(Mixer):
             key_dim, value_dim: K and V of one head.
             num_kv_heads: H_kv, a divisor of H; H if None.
             rotary: rotate queries and keys by their global positions.
-            softmax_method: how keys and values cross ranks, "all_gather" or "ulysses"; see `lasp.softmax_attention`.
+            softmax_method: how keys and values cross ranks; see `method` of `lasp.softmax_attention`.
         """
 
         num_kv_heads: int | None = None
         rotary: bool = True
-        softmax_method: str = "all_gather"
+        softmax_method: str = "auto"
 
         rule: ClassVar[str] = "softmax"
 

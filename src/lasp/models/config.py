@@ -109,7 +109,9 @@ class ModelConfig:
         """
         mixer = values["mixer"]
         if isinstance(mixer, str):
-            return from_settings(values)
+            # Written whether asked for or not.
+            by_default = {"softmax_method": "all_gather"}.items()
+            return from_settings({name: value for name, value in values.items() if (name, value) not in by_default})
         return cls(**{**values, "mixer": _read(mixer) if isinstance(mixer, Mapping) else tuple(map(_read, mixer))})
 
 

@@ -28,7 +28,7 @@ from lasp.softmax.exchange import (
 from lasp.softmax.local import attend
 from lasp.softmax.scores import ScoreOptions
 
-METHODS = ("all_gather", "ulysses")
+METHODS = ("auto", "all_gather", "ulysses")
 BACKENDS = ("auto", "torch", "reference")
 
 
@@ -48,7 +48,7 @@ def softmax_attention(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     initial_cu_seqlens: Tensor | Sequence[int] | None = None,
     sp: SequenceParallel | None = None,
-    method: str = "all_gather",
+    method: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention: o_t = sum_s softmax_s(scale q_t k_s) v_s over the tokens s that t sees.
@@ -83,7 +83,7 @@ def softmax_attention(
         sp: the ranks that share the sequence. All of them must call, with the same arguments but for the tokens.
         method: "all_gather": each rank gets the keys and values of all (LASP-2H, arXiv 2502.07563); any heads.
             "ulysses": each rank computes all tokens of some heads (arXiv 2309.14509); H must be a multiple of the
-            number of ranks. docs/guide/hybrids.md says when to choose which.
+            number of ranks. "auto": see `chosen_method`. docs/guide/hybrids.md says what each costs.
         backend: "auto" or "torch" (PyTorch's kernels) or "reference" (query by query, slow).
 
     Returns:
@@ -102,6 +102,8 @@ def softmax_attention(
         check_shard(sp, q.shape[1])
         _check_heads(q.shape[2], method, sp)
         window = _checked_window(window, causal=causal)
+        if method == "auto":
+            method = chosen_method(q.shape[2], sp, window, causal=causal)
         softcap = None if softcap is None else number("softcap", softcap, "a number > 0", lambda cap: 0 < cap < inf)
         _check_sinks(sinks, q)
         starts = shard_starts(sp, q.shape[1])
@@ -115,6 +117,13 @@ def softmax_attention(
     problem = _Problem(scores, window, method, backend, output_final_state, starts, bounds, before)
     with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
         return _across_ranks(q, k, v, sinks, initial_state, call, problem)
+
+
+def chosen_method(heads: int, sp: SequenceParallel | None, window: int | None = None, *, causal: bool = True) -> str:
+    """Return what "auto" is for so many query heads: "ulysses", by which ranks have equal work, where they divide the
+    heads; else, with windows and where every token sees all, whose work is equal by either, "all_gather"."""
+    trades = sp is not None and sp.size > 1 and heads % sp.size == 0 and causal and window is None
+    return "ulysses" if trades else "all_gather"
 
 
 class _Problem(NamedTuple):

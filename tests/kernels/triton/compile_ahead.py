@@ -232,6 +232,7 @@ COMPILED = {
         "summary|output|(query|key|value)_gradient|gate_(gradient|pairs)|group_(states|pairs|keys|gates|hopper_values)"
     ),
     Call("scalar", learned=True, T=512): "output|key_gradient",
+    Call("scalar", learned=True, dtype=torch.float32): "output",
     Call("constant", D=256): "output",
     Call("constant", D=256, dtype=torch.float32): "key_value_gradient",
     Call("constant", D=256, H=8, dtype=torch.float32): "value_gradient",  # of shared keys, apart from dk

@@ -47,6 +47,7 @@ SPILLS = {
         "channel_intra_chunk_kernel": 768,
         "channel_prepare_kernel": 640,
         "channel_summary_kernel": 96,
+        "output_kernel": 80,  # in fp32
         "query_gradient_kernel": 72,
         "key_gradient_kernel": 184,
     },
@@ -72,7 +73,7 @@ SPILLS = {
         "delta_output_kernel of wide heads": 1864,
         "delta_gradients_kernel of wide heads": 204,
         "channel_intra_chunk_kernel": 256,
-        "output_kernel": 224,
+        "output_kernel": 244,
         "output_kernel of wide heads": 400,
         "channel_key_inter_chunk_kernel": 56,
         "query_gradient_kernel": 8,  # outside of its loop over chunks
@@ -125,7 +126,7 @@ def test_a_sample_is_read_and_compiled() -> None:
 @pytest.mark.parametrize("target", SPILLS)
 def test_compiles_within_the_device(target: str) -> None:
     reports = compile_ahead(target)
-    assert Counter(report["target"] for report in reports) == {target: 35}
+    assert Counter(report["target"] for report in reports) == {target: 36}
     check(reports)
 
 
@@ -134,6 +135,9 @@ def test_compiles_within_the_device(target: str) -> None:
 def test_every_kernel_fits_the_device(target: str) -> None:
     for report in compile_ahead(target, "--every"):
         assert "error" not in report and not report["trap"] and report["shared"] <= report["limit"], report
+        if not report["kernel"].startswith("delta"):  # right there, and faster than what does not spill
+            # ptxas has given up on registers, and such a sweep was wrong.
+            assert not (report.get("registers") == 32 and report["spilled_bytes"]), report
 
 
 @pytest.mark.exhaustive

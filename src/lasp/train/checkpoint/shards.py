@@ -414,5 +414,15 @@ def _quiet_about_one_process() -> None:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as JSON gives it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    """The configuration as JSON gives it back, but for how its softmax layers exchange, which may change."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    mixers = plain.get("mixer")
+    if isinstance(mixers, dict):
+        plain["mixer"] = _without_method(mixers)
+    elif isinstance(mixers, list):
+        plain["mixer"] = [_without_method(mixer) for mixer in mixers]
+    return plain
+
+
+def _without_method(mixer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in mixer.items() if name != "softmax_method"}

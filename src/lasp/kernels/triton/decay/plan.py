@@ -181,9 +181,10 @@ def _sweep_tiles(columns: int, contracted: int, dtype: torch.dtype, hopper: bool
     # registers have no room for more.
     large = contracted > 128 and not hopper
     if dtype == torch.float32:
-        # No matrix unit takes these products, and a thread holds what it contracts. With 32 columns of 256 contracted
-        # ptxas 12.8 and 13.0 gave up on registers: all but 32 on the stack, and a sweep that was wrong.
-        return Tiles(16, 8, 1) if contracted > 128 else Tiles(narrow(columns, dtype), 4, 1)
+        # No matrix unit takes these products, and a thread holds what it contracts. Where that is more than registers
+        # hold (32 columns of 256 contracted, and of 128), ptxas 12.8 and 13.0 gave up on them: all but 32 on the stack,
+        # and a sweep that was wrong.
+        return Tiles(16, 8, 1) if contracted > 64 else Tiles(narrow(columns, dtype), 4, 1)
     if dtype == torch.float16:
         return Tiles(64, 8 if large else 4, 1)
     if large:
