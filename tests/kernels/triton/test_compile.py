@@ -126,7 +126,8 @@ def test_a_sample_is_read_and_compiled() -> None:
 @pytest.mark.parametrize("target", SPILLS)
 def test_compiles_within_the_device(target: str) -> None:
     reports = compile_ahead(target)
-    assert Counter(report["target"] for report in reports) == {target: 36}
+    # Heads that share q and k take two fewer where they have their own.
+    assert Counter(report["target"] for report in reports) == {target: 34 if target == "cuda:90" else 36}
     check(reports)
 
 
