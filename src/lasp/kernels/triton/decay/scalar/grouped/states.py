@@ -15,7 +15,7 @@ from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 @triton.jit
 def _weights(prefix_ptr, suffix_ptr, at, scale, C: tl.constexpr, REVERSE: tl.constexpr):
-    """What a chunk's tokens add to the state, [C], and the chunk's log-decay, of one head."""
+    """Returns by how much a chunk's tokens add to the state, [C], and the chunk's log-decay, of one head."""
     t = tl.arange(0, C)
     total = tl.load(prefix_ptr + at + C - 1)
     if REVERSE:
