@@ -223,7 +223,7 @@ def outputs(
         states, others = totals.states, tuple(partial)
     else:
         assert isinstance(totals, scalar.ScalarSegments)
-        if isinstance(launches, GroupedLaunches) and launches.own_values:
+        if isinstance(launches, GroupedLaunches) and launches.own:
             states = grouped.outputs(x, launches, totals, o, leaving, state_in)
         else:
             states = scalar.outputs(x, launches, totals, o, leaving, state_in)

@@ -19,7 +19,7 @@ def group_gates_kernel(
     across_ptr,  # fp32 [PARTS, B, H_v, blocks]
     prefix_ptr,  # fp32 [B, H_v, chunks C]; read if WEIGHS, so are the next two
     suffix_ptr,  # likewise: prefix less weights
-    own_ptr,  # fp32 [B, H, chunks C]: scale q . k of each token's own
+    scores_ptr,  # fp32 [B, H, chunks C]: scale q . k of each token's own
     dg_ptr,  # fp32 [B, T, H_v], written
     dw_ptr,  # likewise, if WEIGHS: the gradient of the logarithms of tokens' weights, k . dk
     skipped_ptr,  # fp32 [B, H_v, blocks], likewise: sums of do . v
@@ -79,7 +79,7 @@ def group_gates_kernel(
         weight = tl.load(prefix_ptr + slots, mask=inside, other=0.0)
         weight = tl.exp2(weight - tl.load(suffix_ptr + slots, mask=inside, other=0.0))
         key_slots = (batch * H + head // (H_v // H)) * chunks * C + start + t
-        score = tl.load(own_ptr + key_slots, mask=inside, other=0.0)
+        score = tl.load(scores_ptr + key_slots, mask=inside, other=0.0)
         tl.store(dw_ptr + token, reads_k + column + own * weight * score, mask=inside)
         of_sum = tl.program_id(1) % groups * HEADS + tl.arange(0, HEADS)
         tl.store(skipped_ptr + (batch * H_v + of_sum) * blocks + block, tl.sum(own, 0), mask=of_sum < H_v)

@@ -47,7 +47,7 @@ def group_hopper_pairs_kernel(
     suffix_ptr,  # likewise: prefix less weights, if WEIGHS
     pairs_ptr,  # [B, H, blocks, 2 C, 2 C], written but for what lies above the diagonal: sums of z over heads
     sums_ptr,  # fp32 [SUMS, B, H_v, chunks C], written: all but reads
-    own_ptr,  # fp32 [B, H, chunks C], written if WEIGHS: scale q . k of each token's own
+    scores_ptr,  # fp32 [B, H, chunks C], written if WEIGHS: scale q . k of each token's own
     scale,
     B,
     T,
@@ -116,7 +116,7 @@ def group_hopper_pairs_kernel(
             )  # fmt: skip
         if WEIGHS:
             own = gl.sum(gl.where(i[:, None] == j[None, :], products, 0.0), 1)
-            gl.store(own_ptr + (key_run * chunks + of_q) * TOKENS + i, own, mask=(i >= 0) & (square != 1))
+            gl.store(scores_ptr + (key_run * chunks + of_q) * TOKENS + i, own, mask=(i >= 0) & (square != 1))
         # A token's own pair, and those that are none, are in no sum.
         products = gl.where(apart | (i[:, None] > j[None, :]), products, 0.0)
         rows = B.to(gl.int64) * H_v * chunks * TOKENS

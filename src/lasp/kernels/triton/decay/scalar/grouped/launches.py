@@ -22,13 +22,11 @@ from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS
 
 # Heads that share one of q and k, at least, and their dims.
 GROUP, DIMS = 8, (64, 128)
-# Three programs of pairs a processor.
-PAIR_WARPS, PAIR_STAGES, PAIR_REGISTERS = 4, 3, 168
+PAIR_WARPS, PAIR_STAGES = 4, 3
 KEY_WARPS, KEY_STAGES = 4, 3
-# Values of all heads of a program of states.
-STATE_ROWS, STATE_STAGES = 128, 3
-# Of sweeps of values that Hopper has of its own.
-OWN_TILES, OWN_CHUNK = Tiles(64, 4, 1), 64
+STATE_STAGES = 4  # of 64 values
+# Of the kernels that Hopper has of its own, and registers of a thread of pairs, of which three programs fit.
+OWN_TILES, OWN_CHUNK, OWN_REGISTERS = Tiles(64, 4, 1), 64, 168
 # Of a device's processors, that a program for each block is to fill.
 FILLED = 0.4
 
@@ -41,9 +39,9 @@ class GroupedLaunches(ScalarLaunches):
         pairs: of what pairs of tokens leave for dq and dk.
         token_sums: of sums per token and head.
         across: of <S, D> across blocks, in parts.
-        own: of each token's q . k.
-        own_values: whether sweeps of values are those that Hopper has of its own.
+        scores: of each token's q . k.
         skipped: of sums of do . v.
+        own: whether pairs and sweeps of values are those that Hopper has of its own.
     """
 
     leaves_blocks = True
@@ -55,11 +53,9 @@ class GroupedLaunches(ScalarLaunches):
         self.blocks, self.pairs = (B, H_v, count, V, K), (B, H, count, length, length)
         self._parts = K // KEY_COLUMNS.value
         self.token_sums, self.across = (SUMS.value, *self.gates), (self._parts, B, H_v, count)
-        self.own, self.skipped = (B, H, p.chunks * p.chunk), self.across[1:]
-        self._key_heads, self._group = B * H, H_v // H
-        self.two_values = self._group % 2 == 0
-        self.own_pairs = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
-        self.own_values = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
+        self.scores, self.skipped = (B, H, p.chunks * p.chunk), self.across[1:]
+        self._key_heads = B * H
+        self.own = takes_gluon() and OWN_TILES.columns == V and p.chunk == OWN_CHUNK
         self._known |= {"blocks": count}
 
     @cached_property
@@ -75,21 +71,19 @@ class GroupedLaunches(ScalarLaunches):
         return self._states(leaves=False, reverse=True)
 
     def _states(self, *, leaves: bool, reverse: bool) -> Launch:
-        total = leaves or not self.from_zero
-        # Two heads of one group, of 64 values each.
-        rows = STATE_ROWS if self._group % 2 == 0 else self._dims[1]
-        heads = rows // self._dims[1]
-        grid = (self._heads // heads, self.plan.segments)
-        ways = {"HEADS": heads, "LEAVES": leaves, "REVERSE": reverse, "TOTAL": total}
-        return self._launch(group_states_kernel, grid, rows // 16, STATE_STAGES, **ways)
+        V, tiles = self._dims[1], self.plan.summary
+        ways = {"LEAVES": leaves, "REVERSE": reverse, "TOTAL": leaves or not self.from_zero}
+        if tiles.columns <= 64:
+            tiles = tiles._replace(stages=STATE_STAGES)
+        return self._by_segment(group_states_kernel, V, tiles, BV=tiles.columns, **ways)
 
     @cached_property
     def group_pairs(self) -> Launch:
         grid = (SQUARES.value * self._key_heads, self.across[3])
-        if self.own_pairs:
-            module = importlib.import_module("lasp.kernels.triton.decay.scalar.grouped.hopper_pairs")
-            return self._launch(module.group_hopper_pairs_kernel, grid, OWN_TILES.warps, 1, maxnreg=PAIR_REGISTERS)
-        return self._launch(group_pairs_kernel, grid, PAIR_WARPS, PAIR_STAGES, maxnreg=PAIR_REGISTERS)
+        if self.own:
+            kernel = _own_kernel("pairs")
+            return self._launch(kernel, grid, OWN_TILES.warps, OWN_TILES.stages, maxnreg=OWN_REGISTERS)
+        return self._launch(group_pairs_kernel, grid, PAIR_WARPS, PAIR_STAGES)
 
     @cached_property
     def group_queries(self) -> Launch:
@@ -108,33 +102,25 @@ class GroupedLaunches(ScalarLaunches):
         _, B, H_v, count = self.across
         heads = min(GATE_SUMS_HEADS, triton.next_power_of_2(H_v))
         grid = (count, -(-H_v // heads) * B)
-        return self._launch(
-            group_gates_kernel,
-            grid,
-            GATE_SUMS_WARPS,
-            1,
-            HEADS=heads,
-            PARTS=self._parts,
-            COLUMN_PARTS=4 if self.own_pairs else 1,
-        )
+        parts = {"PARTS": self._parts, "COLUMN_PARTS": OWN_TILES.warps if self.own else 1}
+        return self._launch(group_gates_kernel, grid, GATE_SUMS_WARPS, 1, HEADS=heads, **parts)
 
     @cached_property
     def output(self) -> Launch:
-        return self._own_values(False) if self.own_values else super().output
+        return self._own_sweep(False) if self.own else super().output
 
     @cached_property
     def value_gradient(self) -> Launch:
-        return self._own_values(True) if self.own_values else super().value_gradient
+        return self._own_sweep(True) if self.own else super().value_gradient
 
-    def _own_values(self, reverse: bool) -> Launch:
-        # In a language of which the interpreter, and some versions of Triton, know nothing.
-        if self.two_values:
-            module = importlib.import_module("lasp.kernels.triton.decay.scalar.grouped.hopper_two_values")
-            grid = (self._heads // 2, self.plan.segments)
-            return self._launch(module.group_hopper_two_values_kernel, grid, 8, 1, REVERSE=reverse)
-        module = importlib.import_module("lasp.kernels.triton.decay.scalar.grouped.hopper_values")
-        V = self._dims[1]
-        return self._by_segment(module.group_hopper_values_kernel, V, OWN_TILES, REVERSE=reverse)
+    def _own_sweep(self, reverse: bool) -> Launch:
+        return self._by_segment(_own_kernel("values"), self._dims[1], OWN_TILES, REVERSE=reverse)
+
+
+def _own_kernel(of: str) -> Any:
+    """Return a kernel for Hopper, in a language that the interpreter, and other versions of Triton, do not know."""
+    module = importlib.import_module(f"lasp.kernels.triton.decay.scalar.grouped.hopper_{of}")
+    return getattr(module, f"group_hopper_{of}_kernel")
 
 
 def block_count(p: LaunchPlan) -> int:

@@ -53,7 +53,7 @@ def group_pairs_kernel(
     suffix_ptr,  # likewise: prefix less weights, if WEIGHS
     pairs_ptr,  # [B, H, blocks, 2 C, 2 C], written but for what lies above the diagonal: sums of z over heads
     sums_ptr,  # fp32 [SUMS, B, H_v, chunks C], written: all but reads
-    own_ptr,  # fp32 [B, H, chunks C], written if WEIGHS: scale q . k of each token's own
+    scores_ptr,  # fp32 [B, H, chunks C], written if WEIGHS: scale q . k of each token's own
     scale,
     B,
     T,
@@ -87,7 +87,7 @@ def group_pairs_kernel(
     apart = square == 1
     if WEIGHS:
         own = tl.sum(tl.where(i == j, products, 0.0), 1) * scale
-        tl.store(own_ptr + (key_run * chunks + of_q) * C + t, own, mask=(square != 1) & (t >= 0))
+        tl.store(scores_ptr + (key_run * chunks + of_q) * C + t, own, mask=(square != 1) & (t >= 0))
     # A token's own pair, and those that are none, are in no sum.
     products = tl.where(apart | (i > j), products * scale, 0.0)
     head = tl.cast(key_run % H, tl.int32) * group

@@ -15,10 +15,11 @@ from lasp.recurrence.stages import Gradients
 def block_states(x: ScalarRun, launches: GroupedLaunches, gates: tuple[Tensor, ...], entering: Tensor) -> Tensor:
     """S^T before each block, [B, H_v, blocks, V, K]."""
     blocks = x.v.new_empty(launches.blocks)
-    _, prefix, suffix = gate_operands(x, gates, entering)
+    g, prefix, suffix = gate_operands(x, gates, entering)
     launches.block_states(
         keys_ptr=x.k,
         values_ptr=x.v,
+        g_ptr=g,
         prefix_ptr=prefix,
         suffix_ptr=suffix,
         states_ptr=entering,
@@ -40,11 +41,12 @@ def summarize(
 ) -> None:
     """Write the sums of every segment, as the function of that name elsewhere."""
     states, decays = sums
-    _, prefix, suffix = gate_operands(x, gates, states)
+    g, prefix, suffix = gate_operands(x, gates, states)
     launch = launches.summary_adjoint if reverse else launches.summary
     launch(
         keys_ptr=k,
         values_ptr=v,
+        g_ptr=g,
         prefix_ptr=prefix,
         suffix_ptr=suffix,
         states_ptr=states,
@@ -95,7 +97,7 @@ def gradients(
     g, prefix, suffix = gate_operands(x, adjoint.gates, unread)
     dv, d_blocks = torch.empty_like(x.v), torch.empty_like(s_blocks)
     skip = given(x.skip, unread)
-    if launches.own_values:
+    if launches.own:
         launches.value_gradient(
             a_ptr=x.k,
             b_ptr=x.q,
@@ -127,9 +129,9 @@ def gradients(
             d_state_out_ptr=d_state_out,
         )
     pairs, sums = x.q.new_empty(launches.pairs), unread.new_empty(launches.token_sums)
-    across, own, skipped = (unread.new_empty(size) for size in (launches.across, launches.own, launches.skipped))
+    across, scores, skipped = (unread.new_empty(size) for size in (launches.across, launches.scores, launches.skipped))
     shared = {"prefix_ptr": prefix, "suffix_ptr": suffix, "pairs_ptr": pairs, "sums_ptr": sums}
-    launches.group_pairs(q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, do_ptr=d_o, own_ptr=own, **shared)
+    launches.group_pairs(q_ptr=x.q, k_ptr=x.k, v_ptr=x.v, do_ptr=d_o, scores_ptr=scores, **shared)
     shared |= {"others_ptr": s_blocks, "across_ptr": across}
     dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
     launches.group_queries(x_ptr=x.q, other_ptr=x.k, rows_ptr=d_o, states_ptr=s_blocks, dx_ptr=dq, **shared)
@@ -141,7 +143,7 @@ def gradients(
         across_ptr=across,
         prefix_ptr=prefix,
         suffix_ptr=suffix,
-        own_ptr=own,
+        scores_ptr=scores,
         dg_ptr=dg,
         dw_ptr=dw,
         skipped_ptr=skipped,
