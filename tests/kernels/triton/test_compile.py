@@ -31,6 +31,8 @@ SPILLS = {
         "channel_prepare_kernel": 128,
         "query_gradient_kernel": 72,
         "gate_gradient_kernel": 8,
+        "group_hopper_values_kernel": 8,
+        "group_keys_kernel": 16,
         "key_gradient_kernel": 144,
         "collect_kernel": 80,
         "output_kernel": 256,
