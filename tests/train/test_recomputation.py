@@ -24,6 +24,10 @@ from lasp.models import recomputation as memory
 from lasp.ops.autograd import TRACEABLE
 from lasp.parallelize import ParallelModel, parallelize
 
+# The default compiler's front: finds graph breaks, traces gradients, decomposes them and parts the graphs. "aot_eager"
+# runs PyTorch's own operators of gradients as they are, of which elu's says that it lies otherwise than it does.
+FRONT = "aot_eager_decomp_partition"
+
 
 def sent(model: ParallelModel) -> int:
     assert model.sp is not None
@@ -83,10 +87,7 @@ def test_what_is_recomputed_is_not_kept() -> None:
 @pytest.mark.ci
 def test_compiled_blocks_keep_no_inputs_of_products_that_follow_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: as the compiler's own rule has it."""
-    original = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda run, **options: original(run, backend="aot_eager_decomp_partition", **options)
-    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=FRONT))
     kept = []
     for rule in (memory._KEEP_WHAT_PRODUCTS_READ, True):
         torch._dynamo.reset()
@@ -154,9 +155,7 @@ def test_compiled_blocks_exchange_inside_the_graph(num_layers: int, monkeypatch:
     monkeypatch.setattr(
         DistributedDataParallel, "__init__", partialmethod(DistributedDataParallel.__init__, bucket_cap_mb=1)
     )
-    original = torch.compile
-    # The compiler's front, which finds graph breaks and traces gradients; it needs no C++ compiler.
-    monkeypatch.setattr(torch, "compile", lambda run, **options: original(run, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=FRONT))
 
     def results(_rank: int) -> dict[str, tuple[float, int, int]]:
         mesh, found = build_mesh(sp=2, timeout_s=60), {}
@@ -192,10 +191,7 @@ def test_compiled_blocks_exchange_inside_the_graph(num_layers: int, monkeypatch:
 
 def compiled_and_not(family: str, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> tuple[ParallelModel, ParallelModel]:
     """A model of one process whose blocks are compiled, by the compiler's front alone, and the same model as it is."""
-    original = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda run, **options: original(run, backend="aot_eager_decomp_partition", **options)
-    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=FRONT))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     models = []
@@ -267,8 +263,7 @@ OVER_RANKS = ("deltanet", "gla", "kda", "retnet", "linear-transformer", "transno
 )
 def test_every_family_compiles_over_ranks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs break around what the compiler cannot follow; a user is told nothing, and gradients are the same."""
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda run, **options: original(run, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=FRONT))
 
     def results(_rank: int) -> tuple[float, int, list[str]]:
         mesh = build_mesh(sp=2, timeout_s=60)

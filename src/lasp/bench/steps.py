@@ -145,6 +145,8 @@ def measure(config: BenchTrainConfig, report: Callable[[str], object] | None = N
     tell = report or (lambda _: None)
     tell(heading(figures))
     for tokens in _lengths(config, figures):
+        if figures["compile"]:
+            torch._dynamo.reset()  # a graph for this length, as training at it has, and not for any
         work = partial(step, _text(tokens, model_config.vocab_size, world))
         try:
             with naming_lost_peers(world), as_config_errors():

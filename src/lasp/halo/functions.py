@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lasp.exchange.start import SequenceCall
 from lasp.halo.exchange import read_rows
-from lasp.halo.fused import convolution
+from lasp.halo.fused import convolution, rows_before
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.kernels.select import has_fused_kernels
 from lasp.recurrence.untraced import untraced, untraced_over_ranks
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import check_flags, check_floats, check_tensor
+from lasp.sequence.arguments import check_flags, check_floats, check_tensor, wholes
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
@@ -77,7 +77,6 @@ def short_convolution(
     return y, final
 
 
-@partial(untraced_over_ranks, name="short_convolution")
 def short_convolution_in_parts(
     x: Tensor,
     weight: Tensor,
@@ -97,34 +96,95 @@ def short_convolution_in_parts(
 
     passing: the last columns of x that are not convolved, and come as a part of their own, the last.
     """
-    whole = x
     with broadcast_errors(sp):
         _check_x(x)
-        x = x[..., : x.shape[2] - passing]
-        _check_weight(x, weight, bias)
+        _check_weight(x[..., : x.shape[2] - passing], weight, bias)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be None or 'silu', got {activation!r}")
-        width = weight.shape[1] - 1
+        check_flags(output_final_state=output_final_state)
+        check_shard(sp, x.shape[1])
+    channels = x.shape[2] - passing
+    over_ranks = sp is not None and sp.size > 1
+    if torch.compiler.is_compiling() and (over_ranks or cu_seqlens is not None):
+        if _is_fused(x, weight) and initial_state is None and not output_final_state:
+            return _in_graph(x, weight, bias, widths or [channels], activation, cu_seqlens, sp), None
+        run = _outside_of_graphs if over_ranks else _convolved
+    else:
+        run = _convolved
+    return run(x, weight, bias, widths or [channels], activation, initial_state, output_final_state, cu_seqlens, sp)
+
+
+def _is_fused(x: Tensor, weight: Tensor) -> bool:
+    return weight.shape[1] <= FUSED_WIDTH and has_fused_kernels(x.device, x.dtype)
+
+
+def _in_graph(
+    whole: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    activation: str | None,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    sp: SequenceParallel | None,
+) -> tuple[Tensor, ...]:
+    """Convolve within a compiled graph, by operators that look into the documents when they run."""
+    width, start, before = weight.shape[1] - 1, 0, None
+    bounds = cu_seqlens
+    if bounds is not None and not isinstance(bounds, Tensor):
+        bounds = torch.tensor(wholes("cu_seqlens", bounds))
+    if sp is not None and sp.size > 1:
+        start = sp.offset(whole.shape[1])
+        if width:
+            tail = whole[:, -width:, : weight.shape[0]]
+            before = rows_before(tail, bounds, whole.shape[1], width, sp.key)
+    return tuple(convolution(whole, weight, bias, before, bounds, start, activation == "silu", list(sizes)))
+
+
+def _convolved(
+    whole: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    activation: str | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    sp: SequenceParallel | None,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    x, width = whole[..., : weight.shape[0]], weight.shape[1] - 1
+    with broadcast_errors(sp):
         layout = _layout(x, width, initial_state, output_final_state, cu_seqlens, sp)
     gradients = tuple(t is not None and t.requires_grad for t in (x, weight, bias, initial_state))
     call = _called(sp, "short_convolution", x, initial_state, layout, gradients, (bias is not None, activation))
     read = _read(x, layout, initial_state, sp, call)
     with torch.autocast(x.device.type, enabled=False):  # the arguments' dtype is the one asked for
+        is_fused = _is_fused(x, weight)
+        bounds = _as_tensor(layout.bounds) if is_fused and len(layout.bounds) > 2 and initial_state is None else None
+        if bounds is not None:  # kernels see to it
+            read = read._replace(override=None)
         fixed = None
         if read.override is not None:
             rows = [read.back(x, j) for j in range(width, -1, -1)]
             fixed = _activated(_convolve(rows, weight, bias), activation)
-        sizes = [x.shape[2]] if widths is None else list(widths)
-        if width < FUSED_WIDTH and has_fused_kernels(x.device, x.dtype):
-            parts = convolution(whole, weight, bias, read.before, activation == "silu", sizes)
+        if is_fused:
+            start = 0 if sp is None else layout.starts[sp.rank]
+            parts = convolution(whole, weight, bias, read.before, bounds, start, activation == "silu", list(sizes))
         else:
-            parts = [*_activated(_convolve_all(read.extended(x), weight, bias), activation).split(sizes, 2)]
-            parts += [whole[..., x.shape[2] :]] if passing else []
+            parts = [*_activated(_convolve_all(read.extended(x), weight, bias), activation).split(list(sizes), 2)]
+            parts += [whole[..., x.shape[2] :]] if whole.shape[2] > x.shape[2] else []
         if read.override is not None and fixed is not None:
             tokens = read.override.tokens
-            for n, own in enumerate(fixed.split(sizes, 2)):
+            for n, own in enumerate(fixed.split(list(sizes), 2)):
                 parts[n] = parts[n].index_copy(1, tokens, own)
         return tuple(parts), read.final
+
+
+_outside_of_graphs = untraced(_convolved, "short_convolution over several ranks without fused kernels, or with states,")
+
+
+@lru_cache(maxsize=8)
+def _as_tensor(bounds: tuple[int, ...]) -> Tensor:
+    return torch.tensor(bounds)
 
 
 @untraced_over_ranks
@@ -157,6 +217,8 @@ def token_shift(
             if initial_state.dim() != 2:
                 raise ValueError(f"initial_state must be [B or N, C], got {tuple(initial_state.shape)}")
             initial_state = initial_state[..., None]
+        check_flags(output_final_state=output_final_state)
+        check_shard(sp, x.shape[1])
         layout = _layout(x, 1, initial_state, output_final_state, cu_seqlens, sp)
     gradients = tuple(t is not None and t.requires_grad for t in (x, initial_state))
     call = _called(sp, "token_shift", x, initial_state, layout, gradients, ())
@@ -275,8 +337,6 @@ def _layout(
     cu_seqlens: Tensor | Sequence[int] | None,
     sp: SequenceParallel | None,
 ) -> HaloLayout:
-    check_flags(output_final_state=want_final)
-    check_shard(sp, x.shape[1])
     starts = shard_starts(sp, x.shape[1])
     bounds = document_bounds(cu_seqlens, starts[-1], x.shape[0])
     if initial_state is not None:

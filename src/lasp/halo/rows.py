@@ -174,6 +174,17 @@ def plan(layout: HaloLayout, rank: int, device: torch.device) -> HaloPlan:
         return HaloPlan(layout.width, len(rows.needed.rows), _route(rows, device), _override(rows, device), final)
 
 
+@lru_cache(maxsize=32)
+def tail_plan(layout: HaloLayout, rank: int, device: torch.device) -> HaloPlan:
+    """The plan where no states are: of the tokens here, the others then read some of the last w, as whose it counts
+    them."""
+    scheme = plan(layout, rank, device)
+    first = max(0, layout.starts[rank + 1] - layout.starts[rank] - layout.width)
+    with torch.inference_mode(False):
+        sends = tuple((other, tokens - first) for other, tokens in scheme.route.sends)
+    return scheme._replace(route=scheme.route._replace(sends=sends))
+
+
 def _position(rows: Rows, wanted: Tensor) -> Tensor:
     """Positions of the rows in the needed rows; its length for NONE."""
     found = torch.searchsorted(rows.needed.rows, wanted)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasp.halo.functions import FUSED_WIDTH
 from lasp.kernels.select import BACKENDS, has_fused_delta_rules, has_fused_kernels
 from lasp.layers.fields import check_choice, check_fields
 from lasp.layers.recomputed import recomputed_around_scans
@@ -268,13 +269,22 @@ class Mixer(nn.Module):
                 check_shard(sp, x.shape[1])
                 start = 0 if sp is None else sp.offset(x.shape[1])
         parts = self.project(x)
-        alone = state is None and not output_state and cu_seqlens is None and (sp is None or sp.size == 1)
-        if alone and self.recomputes and torch.is_grad_enabled() and self._is_one_graph(parts[0]):
-            return recomputed_around_scans(partial(self._alone, start), x, *parts), None
+        again = self.recomputes and state is None and not output_state and torch.is_grad_enabled()
+        if again and torch.compiler.is_compiling() and self.has_operators(x.device, parts[0].dtype):
+            return recomputed_around_scans(partial(self._stateless, start, cu_seqlens, sp), x, *parts), None
         o, kept, state = self._mixed(
             x, parts, start, state, output_final_state=output_state, cu_seqlens=cu_seqlens, sp=sp
         )
         return self.after(o, kept), state
+
+    def has_operators(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Say whether compiled graphs take as operators all that looks at other tokens: a graph is then for any number
+        of tokens, any packed documents, and over ranks too."""
+        if self.backend not in ("auto", "triton") or not has_fused_kernels(device, dtype):
+            return False
+        if self.convolution is not None and self.convolution.weight.shape[1] > FUSED_WIDTH:
+            return False
+        return self.config.rule != "delta" or has_fused_delta_rules(device, dtype, self.config.key_dim)
 
     def _mixed(
         self, x: Tensor, parts: tuple[Tensor, ...], start: int, state: LayerState | None, **sequence: Any
@@ -300,17 +310,17 @@ class Mixer(nn.Module):
             return o, kept, memory
         return o, kept, RecurrentState(memory, window)
 
-    def _alone(self, start: int, x: Tensor, *parts: Tensor) -> Tensor:
-        """Give y of a whole sequence without a state."""
-        o, kept, _ = self._mixed(x, parts, start, None, output_final_state=False, cu_seqlens=None, sp=None)
+    def _stateless(
+        self,
+        start: int,
+        cu_seqlens: Tensor | Sequence[int] | None,
+        sp: SequenceParallel | None,
+        x: Tensor,
+        *parts: Tensor,
+    ) -> Tensor:
+        """Give y alone, without a state before or after."""
+        o, kept, _ = self._mixed(x, parts, start, None, output_final_state=False, cu_seqlens=cu_seqlens, sp=sp)
         return self.after(o, kept)
-
-    def _is_one_graph(self, x: Tensor) -> bool:
-        """True if the compiler takes the layer's recurrence, and what stands around it, as operators."""
-        compiling = torch.compiler.is_compiling() and self.backend in ("auto", "triton")
-        if not compiling or not has_fused_kernels(x.device, x.dtype):
-            return False
-        return self.config.rule != "delta" or has_fused_delta_rules(x.device, x.dtype, self.config.key_dim)
 
     def _check(self, x: Tensor, start: int | None, state: LayerState | None, output_state: bool) -> None:
         check_floats("x", x, "[B, T, D]", 3)

@@ -22,7 +22,7 @@ def recomputed(run: Callable[..., R], *arguments: Any) -> R:
 
 
 def recomputed_around_scans(run: Callable[..., R], *arguments: Any) -> R:
-    """Run as `recomputed` does, but keep what recurrences and products of matrices give.
+    """Run as `recomputed` does, but keep what recurrences, products of matrices and other ranks give.
 
     For compiled graphs, where both are operators. What a recurrence reads is made again for its backward pass.
     """
@@ -38,5 +38,8 @@ def recomputed_around_scans(run: Callable[..., R], *arguments: Any) -> R:
 
 def _kept(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     own, matrices = torch.ops.lasp, torch.ops.aten
-    costly = {own.scan_forward.default, own.normed_projection.default, matrices.mm.default, matrices.addmm.default}
+    costly = {
+        own.scan_forward.default, own.normed_projection.default, own.rows_before.default, matrices.mm.default,
+        matrices.addmm.default,
+    }  # fmt: skip
     return CheckpointPolicy.MUST_SAVE if operator in costly else CheckpointPolicy.PREFER_RECOMPUTE

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lasp.layers.fields import check_choice, check_divisor
@@ -19,6 +20,7 @@ from lasp.layers.positions import Rotary
 from lasp.layers.registry import family, mixer, shape
 from lasp.ops.pending import PendingOutputs
 from lasp.softmax import METHODS, softmax_attention
+from lasp.softmax.within import has_operators
 
 
 @mixer("softmax")
@@ -78,6 +80,10 @@ class SoftmaxAttention(Mixer):
         self.v_proj = nn.Linear(context.d_model, math.prod(self.values), bias=False)
         self.out_proj = nn.Linear(config.num_heads * config.value_dim, context.d_model, bias=False)
         self.positions = Rotary(config.key_dim) if config.rotary else None
+
+    def has_operators(self, device: torch.device, dtype: torch.dtype) -> bool:
+        width = max(self.config.key_dim, self.config.value_dim)
+        return self.backend == "auto" and has_operators(device, dtype, width)
 
     def before(self, parts: tuple[Tensor, ...], start: int) -> MixerInputs:
         (x,) = parts

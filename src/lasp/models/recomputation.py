@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
 from types import MethodType
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lasp.exchange.start import keeping_exchanges
-from lasp.kernels.select import has_fused_kernels
 from lasp.layers import Mixer
 from lasp.ops.autograd import TRACEABLE
 from lasp.sequence.arguments import wholes
@@ -50,18 +49,19 @@ def run_in_pieces(ffn: nn.Module, piece_tokens: int) -> None:
 
 
 class CompiledShapes:
-    """The shapes that the blocks of one model are compiled for: the first eight. Each takes the compiler seconds."""
+    """The shapes that the blocks of one model are compiled for, where a graph is for one shape alone: the first eight.
+    Each takes the compiler seconds."""
 
     def __init__(self) -> None:
         self._known: set[Any] = set()
         self._is_full = False
 
-    def admit(self, x: Tensor, sp: Any, documents: int) -> bool:
-        """True if a block's input is to run compiled, with room for so many packed documents.
+    def admit(self, x: Tensor, sp: Any) -> bool:
+        """True if a block's input is to run compiled.
 
         All ranks of `sp` find the same: their shapes change together.
         """
-        shape = (x.shape, None if sp is None else sp.key, documents)
+        shape = (x.shape, None if sp is None else sp.key)
         if shape in self._known:
             return True
         if len(self._known) < _MAX_SHAPES:
@@ -78,13 +78,15 @@ class CompiledShapes:
 
 
 def compile_block(block: nn.Module, shapes: CompiledShapes) -> None:
-    """Compile the block's training forward, the exchange inside it, without graph breaks.
+    """Compile the block's training forward, the exchange inside it.
 
-    The graph breaks around the scan of a delta rule, over ranks around short convolutions and softmax attention too,
-    and with PyTorch before 2.13 around every recurrence without fused kernels (lasp.ops.scan): what comes before and
-    after is compiled. Packed documents are part of the graph, which has room for the next power of two of them, on one
-    device where the recurrence of a decay without a convolution runs on fused kernels; with others blocks run
-    uncompiled. So do, after a warning, inputs that `shapes` does not admit.
+    Where all that looks at other tokens are operators (`Mixer.has_operators`) a block is one graph: over ranks, for any
+    documents, and for any number of tokens, the first number that comes having a graph of its own.
+
+    Elsewhere a graph is for one shape, and those that `shapes` does not admit run uncompiled, after a warning; so do
+    packed documents. It breaks around the scan of a delta rule, over ranks around short convolutions and softmax
+    attention too, and with PyTorch before 2.13 around every recurrence (lasp.ops.scan): what comes before and after is
+    compiled.
 
     shapes: one for all blocks of a model.
     """
@@ -127,9 +129,10 @@ class _Compiled:
     def __init__(self, block: nn.Module, shapes: CompiledShapes) -> None:
         self._block, self._shapes = block, shapes
         self._compiled: Callable[..., Any] | None = None
+        self._is_compiled_whole = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_block": self._block, "_shapes": self._shapes, "_compiled": None}
+        return {"_block": self._block, "_shapes": self._shapes, "_compiled": None, "_is_compiled_whole": False}
 
     @cached_property
     def _mixers(self) -> list[Mixer]:
@@ -144,18 +147,19 @@ class _Compiled:
         self, x: Tensor, start: int, state: Any, output_state: bool, cu_seqlens: Any, sp: Any
     ) -> tuple[Tensor, Any]:
         run = MethodType(type(self._block).forward, self._block)
+        whole = all(mixer.has_operators(x.device, x.dtype) for mixer in self._mixers)
         takes = state is None and not output_state and torch.is_grad_enabled()
-        if takes and cu_seqlens is not None:
-            fused = all(mixer.backend in ("auto", "triton") for mixer in self._mixers)
-            fused = fused and has_fused_kernels(x.device, x.dtype)
-            takes = self._is_bare and fused and (sp is None or sp.size == 1)
-            cu_seqlens = _with_room(cu_seqlens) if takes else cu_seqlens
-        arguments = x, start, state, output_state, cu_seqlens, sp
-        if not takes or not self._shapes.admit(x, sp, 0 if cu_seqlens is None else len(cu_seqlens) - 1):
-            result: tuple[Tensor, Any] = run(*arguments)
+        if not takes or not (whole or (cu_seqlens is None and self._shapes.admit(x, sp))):
+            result: tuple[Tensor, Any] = run(x, start, state, output_state, cu_seqlens, sp)
             return result
-        if self._compiled is None:
-            self._compiled = torch.compile(run, fullgraph=TRACEABLE and self._is_bare, dynamic=False)
+        if self._compiled is None or whole != self._is_compiled_whole:
+            self._is_compiled_whole = whole
+            ways: dict[str, Any] = {"fullgraph": True} if whole else {
+                "fullgraph": TRACEABLE and self._is_bare, "dynamic": False
+            }  # fmt: skip
+            self._compiled = torch.compile(run, **ways)
+        if cu_seqlens is not None:
+            cu_seqlens = _of_any_number(wholes("cu_seqlens", cu_seqlens))
         # Under DDP the compiler would cut a block's graph at every 25 MB of weights, to sum gradients between the
         # pieces, and keep all that crosses a cut. Blocks are pieces enough.
         # Of each shape there is a graph for each kind of block, and for those of other models in this process.
@@ -163,17 +167,13 @@ class _Compiled:
             torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=_MAX_GRAPHS),
             torch._functorch.config.patch(ban_recompute_materialized_backward=_KEEP_WHAT_PRODUCTS_READ),
         ):
-            result = self._compiled(*arguments)
+            result = self._compiled(x, start, state, output_state, cu_seqlens, sp)
         return result
 
 
-def _with_room(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
-    """The packed documents, on the host, with empty ones behind them up to a power of two: few numbers, few graphs."""
-    return _padded(wholes("cu_seqlens", cu_seqlens))
-
-
 @lru_cache(maxsize=8)
-def _padded(bounds: tuple[int, ...]) -> Tensor:
-    """Every block of a step asks the same, hence the cache."""
-    room = 1 << (len(bounds) - 2).bit_length()
-    return torch.tensor([*bounds, *bounds[-1:] * (room + 1 - len(bounds))])
+def _of_any_number(bounds: tuple[int, ...]) -> Tensor:
+    """Packed documents as a graph takes them, on the host. Every block of a step asks the same, hence the cache."""
+    documents = torch.tensor(bounds)
+    torch._dynamo.maybe_mark_dynamic(documents, 0)
+    return documents

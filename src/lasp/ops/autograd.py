@@ -47,18 +47,15 @@ def scan(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None 
         initial: [B, H_v, K, V], or one for every document of the whole sequence; zero if None.
         begun: what `begin_early` gave for the same run.
     """
-    if plan.ranks is not None and (plan.want_final or plan.documents is not None) and torch.compiler.is_compiling():
-        # Gradients of states are summed over ranks, and documents' states carried over them, by messages of the pass.
-        break_graph("output_final_state=True, or packed documents, over several ranks")
-        return _untraced(plan, x, initial, begun)
-    if plan.stages.empty_saved is None:
-        return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
-    if plan.documents is not None:
-        # The operators of a compiled graph take none of several ranks, or with states: it breaks around them.
-        return _untraced(plan, x, initial, begun)
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return _eager(plan, x, initial, begun)
+    if plan.stages.empty_saved is not None:
         return scan_operator(plan, x, initial)
-    return _eager(plan, x, initial, begun)
+    if plan.ranks is not None and (plan.want_final or plan.documents is not None):
+        # Gradients of states are summed over ranks, and documents' states carried over them, by messages of the pass.
+        break_graph("output_final_state=True, or packed documents, over several ranks without fused kernels")
+        return _untraced(plan, x, initial, begun)
+    return (_traced if plan.stages.traceable else _untraced)(plan, x, initial, None)
 
 
 def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | None) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +72,7 @@ def _eager(plan: ScanPlan, x: Inputs, initial: Tensor | None, begun: Begun | Non
     return result
 
 
-_untraced = untraced(_eager, "a delta rule or packed documents")
+_untraced = untraced(_eager, "a delta rule without fused kernels")
 _traced = not_traced_before(_eager)
 
 

@@ -14,9 +14,10 @@ from lasp.exchange.start import SequenceCall
 from lasp.ops.scan import ScanPlan
 from lasp.recurrence.documents import Documents, documents_here
 from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
+from lasp.recurrence.stages import AnyStages
 from lasp.recurrence.untraced import untraced
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import check_floats, check_tensor, number
+from lasp.sequence.arguments import check_floats, check_tensor, number, wholes
 from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)
@@ -217,12 +218,11 @@ def check_state(state: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
         )
 
 
-def are_traced(cu_seqlens: Tensor | Sequence[int] | None, sp: SequenceParallel | None) -> bool:
-    """True of packed documents that a compiled graph takes as a tensor on the host: it looks into them as it runs."""
-    alone = sp is None or sp.size == 1
-    return (
-        alone and torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu"
-    )
+def read_later(cu_seqlens: Tensor | Sequence[int] | None, stages: AnyStages) -> Tensor | None:
+    """The packed documents, if this is a compiled graph whose operators look into them when they run; else None."""
+    if cu_seqlens is None or stages.empty_saved is None or not torch.compiler.is_compiling():
+        return None
+    return cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(wholes("cu_seqlens", cu_seqlens))
 
 
 def packed(
@@ -254,9 +254,9 @@ def _read_documents(
     return documents_here(bounds, 0 if sp is None else sp.offset(tokens), tokens)
 
 
-# Outside of compiled graphs, which break around what is done with them: kernels' tables are kept with them.
+# Outside of compiled graphs, which break around what is done with them.
 _documents_here = untraced(
-    _read_documents, "packed documents, but of a decay on one device (fused: as a tensor on the host; else as numbers),"
+    _read_documents, "packed documents without fused kernels, but as numbers and of a decay on one device,"
 )
 
 
@@ -269,14 +269,15 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return q.shape[3] ** -0.5 if scale is None else number("scale", scale)
 
 
-def check_initial(x: Inputs, initial_state: Tensor | None) -> None:
-    """The initial state, if there is one, fits.
+def check_initial(x: Inputs, initial_state: Tensor | None, bounds: Tensor | None) -> None:
+    """The initial state, if there is one, fits. bounds: of packed documents that `x` does not know yet.
 
     Raises:
         ValueError: it does not.
     """
     if initial_state is not None:
-        check_state(initial_state, initial_shape(x), x.q)
+        shape = initial_shape(x)
+        check_state(initial_state, shape if bounds is None else (bounds.shape[0] - 1, *shape[1:]), x.q)
 
 
 def called(plan: ScanPlan, x: Inputs, initial_state: Tensor | None) -> SequenceCall | None:

@@ -20,6 +20,7 @@ from lasp.ops.checks import (
     check_keys,
     check_queries,
     packed,
+    read_later,
     scale_of,
 )
 from lasp.ops.pending import PendingOutputs
@@ -136,14 +137,14 @@ def _planned(
     if g is not None:
         check_gate(g, k, v, constant=False)
     dtype = state_dtype(k.dtype)
-    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp)
     gate = None if g is None else g.to(dtype)
-    x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), documents, False, erase_key)
-    check_initial(x, initial_state)
-    ranks = sp if sp is not None and sp.size > 1 else None
+    x = DeltaInputs(k, k, v, beta.to(dtype), gate, scale_of(k, scale), None, False, erase_key)
     if erase_key is not None:
         check_erase_key(erase_key, k, normalize_qk)
     stages = select("delta", backend, x)
+    bounds = read_later(cu_seqlens, stages)
+    documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp) if bounds is None else None
+    ranks = sp if sp is not None and sp.size > 1 else None
     if erase_key is not None and not stages.erases:
         raise ValueError(f"backend {backend!r} has no erase_key; use backend='auto'")
     if not (k.is_cuda and stages.bad_values_give_nan):
@@ -154,8 +155,9 @@ def _planned(
     normalize = normalize_qk and stages.normalizes
     # Not by _replace: PyTorch 2.11's compiler fails at a graph break that what it made lives through.
     x = DeltaInputs(k, k, v, x.beta, x.g, x.scale, documents, normalize, erase_key)
+    check_initial(x, initial_state, bounds)
     options = {"normalize_qk": normalize_qk, "erase_key": erase_key is not None}
-    return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, None, options, change), x
+    return ScanPlan("delta_rule", stages, ranks, output_final_state, False, documents, bounds, options, change), x
 
 
 def _finished(plan: ScanPlan, x: DeltaInputs, q: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from lasp.kernels.select import select
 from lasp.ops.autograd import begin_early, scan
 from lasp.ops.checks import (
-    are_traced,
     check_gate,
     check_gate_values,
     check_initial,
@@ -20,6 +19,7 @@ from lasp.ops.checks import (
     check_queries,
     check_weights,
     packed,
+    read_later,
     scale_of,
 )
 from lasp.ops.pending import PendingOutputs
@@ -176,18 +176,14 @@ def _planned(
         g = g.to(state_dtype(k.dtype))
     x = DecayInputs(q, k, v, g, scale_of(k, scale))
     stages = select("decay" if causal else "unmasked", backend, x)
-    bounds = None
-    if cu_seqlens is not None:
-        if not causal:
-            raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
-        traced = initial_state is None and not output_final_state and are_traced(cu_seqlens, sp)
-        if traced and isinstance(cu_seqlens, Tensor) and stages.empty_saved is not None:
-            bounds = cu_seqlens
-        else:
-            follows = stages.traceable and stages.empty_saved is None
-            documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp, traceable=follows)
-            x = DecayInputs(q, k, v, g, x.scale, documents)
-    check_initial(x, initial_state)
+    if cu_seqlens is not None and not causal:
+        raise ValueError("causal=False sees the whole sequence: cu_seqlens must be None")
+    bounds = read_later(cu_seqlens, stages)
+    if bounds is None and cu_seqlens is not None:
+        follows = stages.traceable and stages.empty_saved is None
+        documents = packed(cu_seqlens, k.shape[0], k.shape[1], sp, traceable=follows)
+        x = DecayInputs(q, k, v, g, x.scale, documents)
+    check_initial(x, initial_state, bounds)
     if log_weight is not None or skip is not None:
         x = _weighed(x, log_weight, skip, stages.weighs is not None and stages.weighs(x))
     if g is not None and not (g.is_cuda and stages.bad_values_give_nan):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -26,8 +26,6 @@ class Documents:
         count: number of documents of the whole sequence.
         empty: indices of the documents without tokens anywhere.
         cu_seqlens: of all documents, the same on every rank of the sequence.
-        bound: of a compiled graph, whose tensors' sizes may follow from numbers of tokens and documents alone: so many
-            documents. Kernels' tables are as long as any so many of these tokens need; states are one for each.
     """
 
     bounds: tuple[int, ...]
@@ -37,7 +35,6 @@ class Documents:
     count: int
     empty: tuple[int, ...]
     cu_seqlens: tuple[int, ...]
-    bound: int | None = None
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -85,14 +82,3 @@ def documents_here(cu_seqlens: tuple[int, ...], offset: int, tokens: int) -> Doc
             ids.append(index)
             bounds.append(bounds[-1] + here)
     return Documents(tuple(bounds), tuple(ids), from_before, to_after, len(cu_seqlens) - 1, tuple(empty), cu_seqlens)
-
-
-@lru_cache(maxsize=64)
-def bounded_documents(cu_seqlens: tuple[int, ...], tokens: int) -> Documents:
-    """Documents of a whole sequence, with sizes that follow from its tokens and their number."""
-    return replace(documents_here(cu_seqlens, 0, tokens), bound=len(cu_seqlens) - 1)
-
-
-def any_documents(bound: int) -> Documents:
-    """Return so many documents, of which nothing else is known."""
-    return Documents((0,), (), False, False, bound, (), (), bound)

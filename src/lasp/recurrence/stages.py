@@ -79,6 +79,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
             computing: whether an initial state is given, ranks share the sequence, the gradient of g is wanted. A
             backend that has it is an operator of compiled graphs, which do not look inside, and saves no input but that
             state. Others are traced.
+        most_saved: the most tensors that `outputs` saves, of such a backend.
         grouped_heads: q and k may have fewer heads than v.
         takes_no_state: a state or gradient of one that is zero may be given as None.
         reads_queries_late: `summarize` reads no queries: they may be computed while the exchange is under way.
@@ -101,6 +102,7 @@ class Stages(Generic[Given, Run, Totals, Partial, TotalsAdjoint, Local]):
     gradients: Callable[[Run, Saved, TotalsAdjoint, Local, Tensor, Tensor], Gradients]
     unsummarized: Unsummarized[Run, Totals, TotalsAdjoint] | None = None
     empty_saved: Callable[[Given, bool, bool, bool], list[Tensor]] | None = None
+    most_saved: int = 0
     grouped_heads: bool = False
     takes_no_state: bool = False
     reads_queries_late: bool = False

@@ -61,34 +61,49 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any, call: SequenceCall, starts: tuple[int, ...], all_ranks: bool, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.call, ctx.starts, ctx.all_ranks, ctx.shapes = call, starts, all_ranks, (k.shape, v.shape)
-        messages = call.messages
-        lengths = [end - start for start, end in pairwise(starts)]
-        own = torch.cat((k.reshape(-1), v.reshape(-1)))
-        row_k, row_v = (t.shape[0] * t.shape[2] * t.shape[3] for t in (k, v))
-        # Collectives want equal parts: shorter shards are filled up.
-        message = own.new_zeros(max(lengths) * (row_k + row_v))
-        message[: own.numel()] = own
-        gathered = messages.all_gather(message).wait()
-        save_after(ctx, own)
-        ranks = range(messages.size if all_ranks else messages.rank + 1)
-        keys = [_view(gathered[r, : lengths[r] * row_k], k, lengths[r]) for r in ranks]
-        values = [_view(gathered[r, lengths[r] * row_k : lengths[r] * (row_k + row_v)], v, lengths[r]) for r in ranks]
-        return torch.cat(keys, 1), torch.cat(values, 1)
+        ctx.call, ctx.starts, ctx.all_ranks = call, starts, all_ranks
+        keys, values = gathered(k, v, call.messages, starts, all_ranks=all_ranks)
+        save_after(ctx, keys)
+        return keys, values
 
     @staticmethod
     @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
-        """Send each rank's share of every gradient to the tokens' rank; no rank sees keys of later ones."""
-        messages, starts = adjoint_of(ctx, "backward of keys and values").messages, ctx.starts
-        parts, shapes = [], []
-        for rank, (start, end) in enumerate(pairwise(starts)):
-            parts.append((d_k[:, start:end], d_v[:, start:end]))
-            used = ctx.all_ranks or rank >= messages.rank
-            shapes.append(ctx.shapes if used else [(0,), (0,)])
-        received = _all_to_all(messages, parts, shapes)
-        users = received if ctx.all_ranks else received[messages.rank :]
-        return None, None, None, _sum([part[0] for part in users]), _sum([part[1] for part in users])
+        messages = adjoint_of(ctx, "backward of keys and values").messages
+        found = gathered_gradients(d_k, d_v, messages, ctx.starts, all_ranks=ctx.all_ranks)
+        return None, None, None, *found
+
+
+def gathered(
+    k: Tensor, v: Tensor, messages: Call, starts: tuple[int, ...], *, all_ranks: bool
+) -> tuple[Tensor, Tensor]:
+    """Give what `gather` does, which nothing differentiates."""
+    lengths = [end - start for start, end in pairwise(starts)]
+    own = torch.cat((k.reshape(-1), v.reshape(-1)))
+    row_k, row_v = (t.shape[0] * t.shape[2] * t.shape[3] for t in (k, v))
+    # Collectives want equal parts: shorter shards are filled up.
+    message = own.new_zeros(max(lengths) * (row_k + row_v))
+    message[: own.numel()] = own
+    parts = messages.all_gather(message).wait()
+    ranks = range(messages.size if all_ranks else messages.rank + 1)
+    keys = [_view(parts[r, : lengths[r] * row_k], k, lengths[r]) for r in ranks]
+    values = [_view(parts[r, lengths[r] * row_k : lengths[r] * (row_k + row_v)], v, lengths[r]) for r in ranks]
+    return torch.cat(keys, 1), torch.cat(values, 1)
+
+
+def gathered_gradients(
+    d_k: Tensor, d_v: Tensor, messages: Call, starts: tuple[int, ...], *, all_ranks: bool
+) -> tuple[Tensor, Tensor]:
+    """Send each rank's share of every gradient to the tokens' rank; no rank sees keys of later ones."""
+    tokens = starts[messages.rank + 1] - starts[messages.rank]
+    own = [(t.shape[0], tokens, *t.shape[2:]) for t in (d_k, d_v)]
+    parts, shapes = [], []
+    for rank, (start, end) in enumerate(pairwise(starts)):
+        parts.append((d_k[:, start:end], d_v[:, start:end]))
+        shapes.append(own if all_ranks or rank >= messages.rank else [(0,), (0,)])
+    received = _all_to_all(messages, parts, shapes)
+    users = received if all_ranks else received[messages.rank :]
+    return _sum([part[0] for part in users]), _sum([part[1] for part in users])
 
 
 def gather_window(
@@ -198,7 +213,7 @@ def to_tokens(o: Tensor, of: Sequence[tuple[int, int]], call: SequenceCall, star
     return tokens
 
 
-def _tokens_to_heads(messages: Call, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+def tokens_to_heads(messages: Call, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
     """[B, T, all heads, D] -> [B, S, own heads, D] for each tensor with its ranges of heads."""
     ranks = range(messages.size)
     parts = [[t[:, :, slice(*of[rank])] for t, of in zip(tensors, ranges, strict=True)] for rank in ranks]
@@ -211,7 +226,7 @@ def _tokens_to_heads(messages: Call, starts: tuple[int, ...], ranges: Sequence[A
     return tuple(torch.cat(pieces, 1) for pieces in zip(*received, strict=True))
 
 
-def _heads_to_tokens(
+def heads_to_tokens(
     messages: Call, starts: tuple[int, ...], ranges: Sequence[Any], tensors: Sequence[Tensor], heads: Sequence[int]
 ) -> Any:
     """[B, S, own heads, D] -> [B, T, all heads, D]; where several ranks have the same head, their sum."""
@@ -239,7 +254,7 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: SequenceCall, starts: tuple[int, ...], ranges: Any, *tensors: Tensor) -> Any:
         ctx.call, ctx.starts, ctx.ranges, ctx.heads = call, starts, ranges, [t.shape[2] for t in tensors]
-        moved = _tokens_to_heads(call.messages, starts, ranges, tensors)
+        moved = tokens_to_heads(call.messages, starts, ranges, tensors)
         save_after(ctx, moved[0])
         return moved
 
@@ -247,14 +262,14 @@ class _ToHeads(torch.autograd.Function):
     @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         messages = adjoint_of(ctx, "backward of tokens to heads").messages
-        return None, None, None, *_heads_to_tokens(messages, ctx.starts, ctx.ranges, gradients, ctx.heads)
+        return None, None, None, *heads_to_tokens(messages, ctx.starts, ctx.ranges, gradients, ctx.heads)
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: SequenceCall, starts: tuple[int, ...], of: Any, o: Tensor) -> Tensor:
         ctx.call, ctx.starts, ctx.of = call, starts, of
-        (tokens,) = _heads_to_tokens(call.messages, starts, [of], [o], [of[-1][1]])
+        (tokens,) = heads_to_tokens(call.messages, starts, [of], [o], [of[-1][1]])
         save_after(ctx, tokens)
         return tokens
 
@@ -262,7 +277,7 @@ class _ToTokens(torch.autograd.Function):
     @first_derivatives("softmax_attention over ranks", linear=True)
     def backward(ctx: Any, d_o: Tensor) -> tuple[Any, ...]:
         messages = adjoint_of(ctx, "backward of heads to tokens").messages
-        return None, None, None, *_tokens_to_heads(messages, ctx.starts, [ctx.of], [d_o])
+        return None, None, None, *tokens_to_heads(messages, ctx.starts, [ctx.of], [d_o])
 
 
 def replicated(tensor: Tensor, call: SequenceCall | None) -> Tensor:

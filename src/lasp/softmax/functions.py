@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lasp.exchange.start import SequenceCall
-from lasp.recurrence.untraced import untraced_over_ranks
+from lasp.recurrence.untraced import untraced
 from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import check_flags, check_floats, check_tensor, number, whole
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 from lasp.softmax.blocks import blocks_of, keys_of
+from lasp.softmax.compiled import attend_in_graph
 from lasp.softmax.exchange import (
     first_of_window,
     gather,
@@ -27,12 +28,12 @@ from lasp.softmax.exchange import (
 )
 from lasp.softmax.local import attend
 from lasp.softmax.scores import ScoreOptions
+from lasp.softmax.within import has_operators
 
 METHODS = ("auto", "all_gather", "ulysses")
 BACKENDS = ("auto", "torch", "reference")
 
 
-@untraced_over_ranks
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -106,17 +107,19 @@ def softmax_attention(
             method = chosen_method(q.shape[2], sp, window, causal=causal)
         softcap = None if softcap is None else number("softcap", softcap, "a number > 0", lambda cap: 0 < cap < inf)
         _check_sinks(sinks, q)
-        starts = shard_starts(sp, q.shape[1])
-        bounds = document_bounds(cu_seqlens, starts[-1], q.shape[0])
         _check_state(initial_state, k, v)
-        before = _rows_before(initial_state, initial_cu_seqlens, None if cu_seqlens is None else len(bounds) - 1)
         scale = q.shape[3] ** -0.5 if scale is None else number("scale", scale)
     scores = ScoreOptions(causal, scale, softcap)
-    options = (*scores, window, method, backend, output_final_state)
-    call = _called(sp, q, k, v, sinks, bounds, before, initial_state, options)
-    problem = _Problem(scores, window, method, backend, output_final_state, starts, bounds, before)
-    with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
-        return _across_ranks(q, k, v, sinks, initial_state, call, problem)
+    over_ranks = sp is not None and sp.size > 1
+    run = _attended
+    if torch.compiler.is_compiling():
+        plain = causal and window is None and softcap is None and sinks is None and scale > 0 and backend != "reference"
+        stateless = initial_state is None and initial_cu_seqlens is None and not output_final_state
+        if plain and stateless and has_operators(q.device, q.dtype, max(q.shape[3], v.shape[3])):
+            return attend_in_graph(q, k, v, cu_seqlens, sp, method, scale), None
+        run = _outside_of_graphs if over_ranks else run
+    ways = _Ways(scores, window, method, backend, output_final_state)
+    return run(q, k, v, sinks, initial_state, cu_seqlens, initial_cu_seqlens, sp, ways)
 
 
 def chosen_method(heads: int, sp: SequenceParallel | None, window: int | None = None, *, causal: bool = True) -> str:
@@ -126,11 +129,43 @@ def chosen_method(heads: int, sp: SequenceParallel | None, window: int | None = 
     return "ulysses" if trades else "all_gather"
 
 
-class _Problem(NamedTuple):
-    """The checked arguments that are no tensors.
+class _Ways(NamedTuple):
+    """The checked arguments that are the same for any sequence; see `softmax_attention`."""
 
-    See `softmax_attention`, `shard_starts`, `document_bounds` and `blocks_of`.
-    """
+    scores: ScoreOptions
+    window: int | None
+    method: str
+    backend: str
+    want_final: bool
+
+
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    initial_cu_seqlens: Tensor | Sequence[int] | None,
+    sp: SequenceParallel | None,
+    ways: _Ways,
+) -> tuple[Tensor, Tensor | None]:
+    with broadcast_errors(sp):
+        starts = shard_starts(sp, q.shape[1])
+        bounds = document_bounds(cu_seqlens, starts[-1], q.shape[0])
+        before = _rows_before(initial_state, initial_cu_seqlens, None if cu_seqlens is None else len(bounds) - 1)
+    options = (*ways.scores, *ways[1:])
+    call = _called(sp, q, k, v, sinks, bounds, before, initial_state, options)
+    with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
+        return _across_ranks(q, k, v, sinks, initial_state, call, _Problem(*ways, starts, bounds, before))
+
+
+_outside_of_graphs = untraced(_attended, "softmax_attention over several ranks with a window, a cap, sinks or states")
+
+
+class _Problem(NamedTuple):
+    """The ways, and where shards, documents and their rows of the initial state begin; see `shard_starts`,
+    `document_bounds` and `blocks_of`."""
 
     scores: ScoreOptions
     window: int | None

@@ -66,8 +66,11 @@ def sdpa_block(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: Sco
         return o.transpose(1, 2)
     if causal and 1 < queries < keys:
         return _lower_right(q, k, v, scale, grouped).transpose(1, 2)
-    # A square block needs no mask, and one query sees everything.
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=causal and queries == keys, scale=scale, enable_gqa=grouped)
+    # A square block needs no mask, and one query sees everything. No comparison of a compiler's numbers is an argument.
+    square = False
+    if causal and queries == keys:
+        square = True
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=square, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
 
 

@@ -165,9 +165,9 @@ def around(dtype: torch.dtype) -> None:
         return torch.empty(shape, dtype=dtype, device=META)
 
     x, weight, bias, before = empty(1, 4096, 4352), empty(4352, 4), empty(4352), empty(1, 3, 4352)
-    for silu, rows in itertools.product((False, True), (None, before)):
-        parts = launches.convolve(x, weight, bias, rows, silu, (4096, 128, 128))
-        launches.convolve_gradients(parts, x, weight, None if silu else bias, rows, silu)
+    for silu, rows, begins in itertools.product((False, True), (None, before), (None, empty(4096, dtype=torch.int32))):
+        parts = launches.convolve(x, weight, bias, rows, begins, silu, (4096, 128, 128))
+        launches.convolve_gradients(parts, x, weight, None if silu else bias, rows, begins, silu)
     wide = empty(1, 4096, 64, 64)
     for gate, activation in ((wide, "silu"), (wide, "sigmoid"), (None, "none")):
         ways = (wide, gate, empty(512), 8, activation, False, 1e-5)

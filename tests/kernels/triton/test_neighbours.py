@@ -91,7 +91,7 @@ def test_convolution_of_a_slice_without_what_came_before(device: torch.device, m
     x = wide[..., 16:88]
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        parts = convolution(x, weight, None, None, True, [40, 24, 8])
+        parts = convolution(x, weight, None, None, None, 0, True, [40, 24, 8])
         assert all(part.is_contiguous() for part in parts)
         return torch.cat(parts, 2)
 
@@ -100,7 +100,7 @@ def test_convolution_of_a_slice_without_what_came_before(device: torch.device, m
 
     assert not x.is_contiguous()
     # Columns behind them pass.
-    beside = convolution(wide[..., 16:90], weight, None, None, True, [40, 24, 8])
+    beside = convolution(wide[..., 16:90], weight, None, None, None, 0, True, [40, 24, 8])
     assert torch.equal(beside.pop(), wide[..., 88:90]) and torch.equal(torch.cat(beside, 2), convolve(x, weight))
     found = convolve(x, weight)
     expected = exact(x.cpu().double(), weight.cpu().double())
@@ -110,13 +110,27 @@ def test_convolution_of_a_slice_without_what_came_before(device: torch.device, m
     compare(own, results(exact, rounded(given, FP32), torch.float64), 2e-6)
 
 
-@pytest.mark.parametrize("documents", [None, (0, 1, 9, 9, 20, 24)])
-def test_convolution_over_ranks(documents: tuple[int, ...] | None, fused: None, device: torch.device) -> None:
-    """Rows from several ranks before, one shorter than the width, one empty."""
+DOCUMENTS = (0, 1, 9, 9, 20, 24)
+
+
+@pytest.mark.parametrize(("documents", "states"), [(None, True), (DOCUMENTS, True), (DOCUMENTS, False)])
+def test_convolution_over_ranks(
+    documents: tuple[int, ...] | None,
+    states: bool,
+    fused: None,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows from several ranks before, one shorter than the width, one empty; several programs' tokens."""
+    monkeypatch.setattr(launches, "INTERVALS", 2)
+    monkeypatch.setattr(launches, "LENGTH", 4)
+    launches._convolution.cache_clear()
     inputs = inputs_of_convolution(B=1, T=24, C=16)
     lengths = (11, 2, 0, 11)
     if documents is not None:
         inputs["initial_state"] = normal(len(documents) - 1, 16, 3, seed=2)
+    if not states:
+        del inputs["initial_state"]
 
     def convolve(**x: Any) -> Tensor:
         y, _ = lasp.short_convolution(**x, activation="silu", cu_seqlens=documents)

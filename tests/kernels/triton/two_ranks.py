@@ -2,8 +2,8 @@
 
     python tests/kernels/triton/two_ranks.py cpu|cuda [--every]
 
-Prints, as JSON, the relative errors on each rank. Compiled are a graph of a decay per head and of one per channel, and
-one around a final state; with --every those of every kind of decay. A script of its own: a process that has looked at a
+Prints, as JSON, the relative errors on each rank. Compiled are graphs of some kinds of decay, with a final state and
+without, of packed documents too; with --every those of every kind. A script of its own: a process that has looked at a
 GPU cannot fork.
 """
 
@@ -38,7 +38,9 @@ import lasp  # noqa: E402
 DIMS = {"batch": 1, "tokens": 70, "heads": 1, "value_heads": 2, "keys": 16, "values": 16}
 LENGTHS = (41, 29)
 # Kinds of decay that are compiled, with and without a final state.
-COMPILED = {True: GATES, False: GATES} if "--every" in sys.argv else {True: ("scalar",), False: ("constant", "channel")}
+COMPILED = {True: ("scalar", "channel, packed"), False: ("constant", "channel", "scalar, packed")}
+if "--every" in sys.argv:
+    COMPILED = dict.fromkeys((True, False), (*GATES, *(f"{gate}, packed" for gate in GATES)))
 # Documents on the first rank, without tokens, over the border, and two on the last rank.
 BOUNDS = (0, 20, 20, 55, 60, 70)
 
@@ -62,7 +64,7 @@ def solved(
 ) -> dict[str, Tensor]:
     """Outputs, final state and gradients of this rank; queries are called while the exchange is under way.
 
-    final: with the final state, around which a compiled graph breaks; without, it is one graph.
+    final: with the final state.
     """
     called_after = []
     before = sp.counters.messages
@@ -79,7 +81,7 @@ def solved(
             called_after.append(sp.counters.messages - before)
         return pending.finish(1.0 * q)
 
-    run_it = torch.compile(attend, fullgraph=not final, backend="aot_eager") if compiled else attend
+    run_it = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
     o, final_state = run_it(*(leaves.get(name) for name in ("q", "k", "v", "beta", "g", "initial_state")))
     assert compiled or called_after == [int("beta" not in leaves)], (
         "queries are computed while the exchange is under way"
@@ -100,6 +102,8 @@ def main() -> None:
     delta = make("scalar", **DIMS)
     delta.inputs["k"] = torch.nn.functional.normalize(delta.inputs["k"], dim=-1)
     delta.inputs["beta"] = torch.rand(delta.inputs["v"].shape[:3], generator=torch.Generator().manual_seed(0))
+    packed = make("scalar", **DIMS, cu_seqlens=BOUNDS)
+    packed.inputs.update({name: delta.inputs[name] for name in ("q", "k", "v", "g", "beta")})
 
     def work(rank: int) -> dict[str, float]:
         # Here and not before the fork: autograd's engine looks for GPUs, and then no child can use one.
@@ -109,8 +113,7 @@ def main() -> None:
         for gate, problem in problems.items():
             leaves = leaves_of(problem, sp)
             results = solved(problem, leaves, sp)
-            # Packed documents break a graph, and are computed eagerly then.
-            for final in (True, False) if problem.cu_seqlens is None else ():
+            for final in (True, False):
                 if gate not in COMPILED[final]:
                     continue
                 plain = results if final else solved(problem, leaves, sp, final=False)
@@ -126,9 +129,10 @@ def main() -> None:
                 elif name not in ("final_state", "d_initial_state"):
                     reference = sp.shard(reference)
                 errors[f"{gate} {name}"] = relative_error(value, reference)
-        leaves = leaves_of(delta, sp)
-        plain, compiled = (solved(delta, leaves, sp, compiled=way, final=False) for way in (False, True))
-        errors |= {f"delta {name}, compiled whole": relative_error(compiled[name], plain[name]) for name in plain}
+        for name, problem, final in (("delta", delta, False), ("delta, packed", packed, True)):
+            leaves = leaves_of(problem, sp)
+            plain, compiled = (solved(problem, leaves, sp, compiled=way, final=final) for way in (False, True))
+            errors |= {f"{name} {each}, compiled": relative_error(compiled[each], plain[each]) for each in plain}
         return errors
 
     print(json.dumps(run(2, work)))

@@ -58,11 +58,6 @@ def _cut(starts: Tensor, ends: Tensor, size: int) -> tuple[Tensor, Tensor, Tenso
     return run, first, torch.minimum(first + size, ends[run])
 
 
-def pieces_of_any(tokens: int, size: int, documents: int) -> int:
-    """Pieces of `size` tokens into which so many documents are cut at most: each may end in one that is not full."""
-    return tokens // size + documents
-
-
 def _tables(documents: Documents, chunk: int, segment: int, device: torch.device) -> Tables:
     bounds = torch.tensor(documents.bounds, dtype=torch.int64)
     starts, ends = bounds[:-1], bounds[1:]
@@ -73,23 +68,15 @@ def _tables(documents: Documents, chunk: int, segment: int, device: torch.device
     chunk_columns = (chunk_first, chunk_last, chunk_first == starts[of_chunk])
     assert len(columns) == PLACE.value and len(chunk_columns) == CHUNK_PLACE.value
     first_segment = torch.searchsorted(document, torch.arange(len(starts) + 1))
-    bound, tokens = documents.bound, documents.bounds[-1]
 
-    def table(size: int, *each: Tensor) -> Tensor:
-        rows = torch.stack([column.long() for column in each], 1)
-        if bound is not None:
-            # Pieces without tokens, behind the last one; what is not a token is zero.
-            empty = torch.tensor([tokens, tokens, 0, 0, 0, tokens, tokens][: len(each)])
-            rows = torch.cat((rows, empty.expand(pieces_of_any(tokens, size, bound) - len(rows), -1)))
-        return rows.to(device, torch.int32)
+    def table(*each: Tensor) -> Tensor:
+        return torch.stack([column.long() for column in each], 1).to(device, torch.int32)
 
-    if bound is not None:
-        first_segment = torch.cat((first_segment, first_segment[-1:].expand(bound - len(starts))))
     return Tables(
-        segments=table(segment, *columns),
-        chunks=table(chunk, *chunk_columns),
+        segments=table(*columns),
+        chunks=table(*chunk_columns),
         bounds=first_segment.to(device, torch.int32),
-        whole=bound is None and bool((ends - starts <= segment).all()),
+        whole=bool((ends - starts <= segment).all()),
     )
 
 

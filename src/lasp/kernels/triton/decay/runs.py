@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from lasp.kernels.triton.common.device import device_limits
-from lasp.kernels.triton.common.packing import packed_changes, pieces_of_any
+from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
 from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, plan
@@ -49,20 +49,13 @@ def plan_of(shape: RunShape, device: torch.device) -> LaunchPlan:
 def _packed_plan(shape: RunShape, documents: Documents, device: torch.device) -> LaunchPlan:
     """The plan for so many runs of the longest document's length if those gather; else that for one run."""
     tokens, longest = shape.v[1], max((end - start for start, end in documents.spans), default=0)
-    if shape.from_zero and longest > 0 and documents.bound is None:
+    if shape.from_zero and longest > 0:
         alike = -(-tokens // longest)
         q, v = (alike, longest, *shape.q[2:]), (alike, longest, *shape.v[2:])
         p = plan_of(shape._replace(q=q, v=v), device)
         if p.gathers:
             return p
     return plan_of(shape._replace(from_zero=False), device)
-
-
-def bounded_plan(shape: RunShape, documents: int, device: torch.device) -> LaunchPlan:
-    """The plan for any so many documents, with as many chunks and segments as they may have."""
-    p = plan_of(shape._replace(from_zero=False), device)
-    chunks, segments = (pieces_of_any(shape.v[1], size, documents) for size in (p.chunk, p.chunk * p.segment_chunks))
-    return p._replace(chunks=chunks, segments=segments)
 
 
 def _launches(shape: RunShape, p: LaunchPlan, device: torch.device) -> Launches:

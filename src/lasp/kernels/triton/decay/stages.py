@@ -279,13 +279,12 @@ def _sum_groups(x: DecayRun, gradient: Tensor) -> Tensor:
 def empty_saved(x: DecayInputs, from_state: bool, over_ranks: bool, want_gate: bool) -> list[Tensor]:
     """Tensors of the shapes and dtypes that `outputs` saves; want_gate: the gradient of g will be wanted."""
     shape = _shape(x, want_gate, not (from_state or over_ranks))
-    (B, _, H_v, V), K, bound = shape.v, shape.q[3], None if x.documents is None else x.documents.bound
-    p = runs.plan_of(shape, x.q.device) if bound is None else runs.bounded_plan(shape, bound, x.q.device)
+    (B, _, H_v, V), K, p = shape.v, shape.q[3], runs.plan_of(shape, x.q.device)
 
     def state(*size: int) -> Tensor:
         return x.q.new_empty(size, dtype=torch.float32)
 
-    results = [state(B if bound is None else bound, H_v, K, V)]
+    results = [state(B, H_v, K, V)]
     if keeps_states(p, shape.with_decay):
         results.append(state(B, H_v, p.segments, K, V))
     if shape.kind == CHANNEL:
@@ -310,6 +309,7 @@ STAGES = Stages(
     gradients=gradients,
     unsummarized=Unsummarized(totals, totals_adjoint, _leaving),
     empty_saved=empty_saved,
+    most_saved=7,
     grouped_heads=True,
     takes_no_state=True,
     reads_queries_late=True,

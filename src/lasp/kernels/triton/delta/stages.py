@@ -183,6 +183,7 @@ STAGES = Stages(
     gradients=gradients,
     unsummarized=Unsummarized(totals, totals_adjoint, _leaving),
     empty_saved=empty_saved,
+    most_saved=17,
     grouped_heads=True,
     takes_no_state=True,
     bad_values_give_nan=True,

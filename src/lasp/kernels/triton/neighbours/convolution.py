@@ -6,6 +6,9 @@ registers: every row is read once, but for those around an interval's ends. The 
 works on four. Nothing is kept for the backward pass, which walks backwards and computes what went into the activation
 again. Rows before the first token may be given; without them they are zero. W is 4 at most; taps that there are not are
 zero. y comes in parts, dense each, for those who read them.
+
+Where documents are packed, begin_ptr says where each token's begins. What lies before is not read by the token, nor
+gets a gradient from it: selected, not multiplied by zero, since another document may hold NaN.
 """
 
 import triton
@@ -73,6 +76,49 @@ def _rows(x_ptr, before_ptr, t, step: tl.constexpr, c, inside, T, row, C: tl.con
 
 
 @triton.jit
+def _reach(begin_ptr, t, T, PACKED: tl.constexpr):
+    """The number of tokens before each of t [S] that are of its document."""
+    if PACKED:
+        return (t - tl.load(begin_ptr + t, mask=(t >= 0) & (t < T), other=0))[:, None]
+    else:
+        return t[:, None]
+
+
+@triton.jit
+def _if(x, reach, back: tl.constexpr, PACKED: tl.constexpr):
+    """x, which a token reads of the row so many back, or gives it, if that is of its document."""
+    if PACKED:
+        x = tl.where(reach >= back, x, 0.0)
+    return x
+
+
+@triton.jit
+def _total(bias, a0, a1, a2, a3, x0, x1, x2, x3, reach, PACKED: tl.constexpr):
+    """The sum that goes into the activation, of a token's row and the three before it."""
+    x1, x2, x3 = _if(x1, reach, 1, PACKED), _if(x2, reach, 2, PACKED), _if(x3, reach, 3, PACKED)
+    return bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+
+
+@triton.jit
+def _given(a0, a1, a2, a3, d0, d1, d2, d3, n1, n2, n3, PACKED: tl.constexpr):
+    """A row's gradient, of those that went into the activation of its token and the three after it."""
+    d1, d2, d3 = _if(d1, n1, 1, PACKED), _if(d2, n2, 2, PACKED), _if(d3, n3, 3, PACKED)
+    return a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3
+
+
+@triton.jit
+def _products(d0, d1, d2, d3, x0, x1, x2, x3, n0, n1, n2, n3, back: tl.constexpr, PACKED: tl.constexpr):
+    """The sum over four tokens of their gradients times the rows so many back."""
+    x0, x1, x2, x3 = (
+        _if(x0, n0, back, PACKED),
+        _if(x1, n1, back, PACKED),
+        _if(x2, n2, back, PACKED),
+        _if(x3, n3, back, PACKED),
+    )
+    return d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
+
+
+@triton.jit
 def _output(y_ptr, t, y, c, inside, T, row, SILU: tl.constexpr):
     if SILU:
         y *= tl.sigmoid(y)
@@ -107,6 +153,7 @@ def convolution_kernel(
     first_ptr,  # [B, T, C0], written; so are the others: y in up to three parts
     second_ptr,  # [B, T, C1], if C1 > 0
     third_ptr,  # [B, T, C2], if C2 > 0
+    begin_ptr,  # int32 [T] if PACKED: where each token's document begins, below 0 before the first token
     before_ptr,  # [B, W - 1, C], or None
     T,
     blocks,
@@ -117,6 +164,7 @@ def convolution_kernel(
     W: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    PACKED: tl.constexpr,
     S: tl.constexpr,
     LENGTH: tl.constexpr,  # of an interval, a multiple of four
     BC: tl.constexpr,
@@ -144,10 +192,16 @@ def convolution_kernel(
     for _ in tl.range(0, LENGTH, 4, num_stages=STAGES):
         r0, r1, r2, r3 = _rows(x_ptr, None, t, 1, c, inside, T, ROW, C, W)
         x0, x_1, x_2, x_3 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
-        _output(y_ptr, t, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, here, inside, T, width, SILU)
-        _output(y_ptr, t + 1, bias + a0 * x_1 + a1 * x0 + a2 * x1 + a3 * x2, here, inside, T, width, SILU)
-        _output(y_ptr, t + 2, bias + a0 * x_2 + a1 * x_1 + a2 * x0 + a3 * x1, here, inside, T, width, SILU)
-        _output(y_ptr, t + 3, bias + a0 * x_3 + a1 * x_2 + a2 * x_1 + a3 * x0, here, inside, T, width, SILU)
+        n0, n1 = _reach(begin_ptr, t, T, PACKED), _reach(begin_ptr, t + 1, T, PACKED)
+        n2, n3 = _reach(begin_ptr, t + 2, T, PACKED), _reach(begin_ptr, t + 3, T, PACKED)
+        y = _total(bias, a0, a1, a2, a3, x0, x1, x2, x3, n0, PACKED)
+        _output(y_ptr, t, y, here, inside, T, width, SILU)
+        y = _total(bias, a0, a1, a2, a3, x_1, x0, x1, x2, n1, PACKED)
+        _output(y_ptr, t + 1, y, here, inside, T, width, SILU)
+        y = _total(bias, a0, a1, a2, a3, x_2, x_1, x0, x1, n2, PACKED)
+        _output(y_ptr, t + 2, y, here, inside, T, width, SILU)
+        y = _total(bias, a0, a1, a2, a3, x_3, x_2, x_1, x0, n3, PACKED)
+        _output(y_ptr, t + 3, y, here, inside, T, width, SILU)
         x1, x2, x3 = x_3, x_2, x_1
         t += 4
 
@@ -163,6 +217,7 @@ def convolution_gradient_kernel(
     d_x_ptr,  # [B, T, C], D_ROW elements from a token to the next, written
     sums_ptr,  # fp32 [B blocks, W + 1, C], written: the gradients of weight's columns and of bias, in parts
     d_before_ptr,  # [B, W - 1, C] if there are rows before, written
+    begin_ptr,  # int32 [T] if PACKED
     before_ptr,  # [B, W - 1, C], or None
     T,
     blocks,
@@ -174,6 +229,7 @@ def convolution_gradient_kernel(
     W: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    PACKED: tl.constexpr,
     S: tl.constexpr,
     LENGTH: tl.constexpr,
     BC: tl.constexpr,
@@ -208,31 +264,37 @@ def convolution_gradient_kernel(
     x_1 = _row(x_ptr, before_ptr, t - 1, c, inside, T, ROW, C, W).to(tl.float32)
     x_2 = _row(x_ptr, before_ptr, t - 2, c, inside, T, ROW, C, W).to(tl.float32)
     e0, e1, e2, _ = _rows(d_y_ptr, None, t + 3, -1, here, inside, T, width, C, W)
-    d3 = _activated_gradient(e0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
-    d2 = _activated_gradient(e1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x_1, SILU)
-    d1 = _activated_gradient(e2, bias + a0 * x2 + a1 * x3 + a2 * x_1 + a3 * x_2, SILU)
+    n3, n2 = _reach(begin_ptr, t + 3, T, PACKED), _reach(begin_ptr, t + 2, T, PACKED)
+    n1 = _reach(begin_ptr, t + 1, T, PACKED)
+    d3 = _activated_gradient(e0, _total(bias, a0, a1, a2, a3, x0, x1, x2, x3, n3, PACKED), SILU)
+    d2 = _activated_gradient(e1, _total(bias, a0, a1, a2, a3, x1, x2, x3, x_1, n2, PACKED), SILU)
+    d1 = _activated_gradient(e2, _total(bias, a0, a1, a2, a3, x2, x3, x_1, x_2, n1, PACKED), SILU)
     x0, x1, x2 = x3, x_1, x_2
     for _ in tl.range(0, LENGTH, 4, num_stages=STAGES):
         r0, r1, r2, r3 = _rows(x_ptr, before_ptr, t - 3, -1, c, inside, T, ROW, C, W)
         f0, f1, f2, f3 = _rows(d_y_ptr, None, t, -1, here, inside, T, width, C, W)
         x3, x4, x5, x6 = r0.to(tl.float32), r1.to(tl.float32), r2.to(tl.float32), r3.to(tl.float32)
-        d0 = _activated_gradient(f0, bias + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3, SILU)
-        _store_gradient(d_x_ptr, d_before_ptr, t, a0 * d0 + a1 * d1 + a2 * d2 + a3 * d3, c, inside, T, D_ROW, C, W)
-        d_1 = _activated_gradient(f1, bias + a0 * x1 + a1 * x2 + a2 * x3 + a3 * x4, SILU)
-        _store_gradient(d_x_ptr, d_before_ptr, t - 1, a0 * d_1 + a1 * d0 + a2 * d1 + a3 * d2, c, inside, T, D_ROW, C, W)
-        d_2 = _activated_gradient(f2, bias + a0 * x2 + a1 * x3 + a2 * x4 + a3 * x5, SILU)
-        _store_gradient(
-            d_x_ptr, d_before_ptr, t - 2, a0 * d_2 + a1 * d_1 + a2 * d0 + a3 * d1, c, inside, T, D_ROW, C, W
-        )
-        d_3 = _activated_gradient(f3, bias + a0 * x3 + a1 * x4 + a2 * x5 + a3 * x6, SILU)
-        _store_gradient(
-            d_x_ptr, d_before_ptr, t - 3, a0 * d_3 + a1 * d_2 + a2 * d_1 + a3 * d0, c, inside, T, D_ROW, C, W
-        )
+        n1, n2 = _reach(begin_ptr, t + 1, T, PACKED), _reach(begin_ptr, t + 2, T, PACKED)
+        n3, n0 = _reach(begin_ptr, t + 3, T, PACKED), _reach(begin_ptr, t, T, PACKED)
+        n_1, n_2 = _reach(begin_ptr, t - 1, T, PACKED), _reach(begin_ptr, t - 2, T, PACKED)
+        n_3 = _reach(begin_ptr, t - 3, T, PACKED)
+        d0 = _activated_gradient(f0, _total(bias, a0, a1, a2, a3, x0, x1, x2, x3, n0, PACKED), SILU)
+        d_x = _given(a0, a1, a2, a3, d0, d1, d2, d3, n1, n2, n3, PACKED)
+        _store_gradient(d_x_ptr, d_before_ptr, t, d_x, c, inside, T, D_ROW, C, W)
+        d_1 = _activated_gradient(f1, _total(bias, a0, a1, a2, a3, x1, x2, x3, x4, n_1, PACKED), SILU)
+        d_x = _given(a0, a1, a2, a3, d_1, d0, d1, d2, n0, n1, n2, PACKED)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 1, d_x, c, inside, T, D_ROW, C, W)
+        d_2 = _activated_gradient(f2, _total(bias, a0, a1, a2, a3, x2, x3, x4, x5, n_2, PACKED), SILU)
+        d_x = _given(a0, a1, a2, a3, d_2, d_1, d0, d1, n_1, n0, n1, PACKED)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 2, d_x, c, inside, T, D_ROW, C, W)
+        d_3 = _activated_gradient(f3, _total(bias, a0, a1, a2, a3, x3, x4, x5, x6, n_3, PACKED), SILU)
+        d_x = _given(a0, a1, a2, a3, d_3, d_2, d_1, d0, n_2, n_1, n0, PACKED)
+        _store_gradient(d_x_ptr, d_before_ptr, t - 3, d_x, c, inside, T, D_ROW, C, W)
         sum_bias += d0 + d_1 + d_2 + d_3
         sum0 += d0 * x0 + d_1 * x1 + d_2 * x2 + d_3 * x3
-        sum1 += d0 * x1 + d_1 * x2 + d_2 * x3 + d_3 * x4
-        sum2 += d0 * x2 + d_1 * x3 + d_2 * x4 + d_3 * x5
-        sum3 += d0 * x3 + d_1 * x4 + d_2 * x5 + d_3 * x6
+        sum1 += _products(d0, d_1, d_2, d_3, x1, x2, x3, x4, n0, n_1, n_2, n_3, 1, PACKED)
+        sum2 += _products(d0, d_1, d_2, d_3, x2, x3, x4, x5, n0, n_1, n_2, n_3, 2, PACKED)
+        sum3 += _products(d0, d_1, d_2, d_3, x3, x4, x5, x6, n0, n_1, n_2, n_3, 3, PACKED)
         d1, d2, d3 = d_3, d_2, d_1
         x0, x1, x2 = x4, x5, x6
         t -= 4

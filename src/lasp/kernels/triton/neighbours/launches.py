@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels.triton.common.launch import Launch, bind
+from lasp.kernels.triton.common.launch import Launch, bind, given
 from lasp.kernels.triton.neighbours.convolution import convolution_gradient_kernel, convolution_kernel
 from lasp.kernels.triton.neighbours.gated_norm import NONE, SIGMOID, SILU, gated_norm_gradient_kernel, gated_norm_kernel
 
@@ -56,6 +56,7 @@ class _Convolution(NamedTuple):
     beside: int
     bias: bool
     silu: bool
+    packed: bool
     dtypes: tuple[torch.dtype | None, ...]
 
 
@@ -65,7 +66,8 @@ def _convolution(shape: _Convolution, backward: bool) -> Launch:
     blocks = -(-covered // (INTERVALS * LENGTH))
     fixed: dict[str, Any] = {
         "T": shape.tokens, "blocks": blocks, "ROW": shape.row, "W": shape.width, "BIAS": shape.bias,
-        "SILU": shape.silu, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS, "STAGES": STAGES,
+        "SILU": shape.silu, "PACKED": shape.packed, "S": INTERVALS, "LENGTH": LENGTH, "BC": CHANNELS,
+        "STAGES": STAGES,
     }  # fmt: skip
     fixed |= {f"C{n}": width for n, width in enumerate(shape.parts)}
     if backward:
@@ -80,6 +82,7 @@ def _shape(
     weight: Tensor,
     bias: Tensor | None,
     before: Tensor | None,
+    packed: bool,
     silu: bool,
     widths: Sequence[int],
     d_y: Tensor | None = None,
@@ -88,7 +91,7 @@ def _shape(
     dtypes = _dtypes(x, weight, bias, before, d_y)
     parts = (*widths, 0, 0)[:MAX_PARTS]
     beside = channels - sum(widths)
-    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], beside, bias is not None, silu, dtypes)
+    return _Convolution(tokens, _row(x), batch, parts, weight.shape[1], beside, bias is not None, silu, packed, dtypes)
 
 
 def _parts(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -97,17 +100,24 @@ def _parts(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool, widths: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    begins: Tensor | None,
+    silu: bool,
+    widths: Sequence[int],
 ) -> list[Tensor]:
     """y of x [B, T, C], strided, in up to three parts [B, T, widths[n]]; weight [C, W], bias [C], the rows before
-    [B, W - 1, C]. Further columns of x come last, as they are."""
+    [B, W - 1, C], int32 [T] where each token's packed document begins. Further columns of x come last, as they are."""
     x, weight = _strided(x), weight.contiguous()
     parts = [torch.empty(*x.shape[:2], width, dtype=x.dtype, device=x.device) for width in widths]
-    _convolution(_shape(x, weight, bias, before, silu, widths), False)(
+    _convolution(_shape(x, weight, bias, before, begins is not None, silu, widths), False)(
         x_ptr=x,
         weight_ptr=weight,
-        bias_ptr=weight if bias is None else bias,
+        bias_ptr=given(bias, weight),
         **_parts(parts),
+        begin_ptr=given(begins, weight),
         before_ptr=None if before is None else before.contiguous(),
     )
     rest = x[..., sum(widths) :]
@@ -115,25 +125,33 @@ def convolve(
 
 
 def convolve_gradients(
-    d_y: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, silu: bool
+    d_y: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor | None,
+    begins: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the rows before, of those of y's parts; of what there is not, something."""
     B, (C, W) = x.shape[0], weight.shape
     d_rest = d_y[-1] if x.shape[2] > C else None
     d_y = d_y if d_rest is None else d_y[:-1]
     x, weight, d_y = _strided(x), weight.contiguous(), [part.contiguous() for part in d_y]
-    launch = _convolution(_shape(x, weight, bias, before, silu, [part.shape[2] for part in d_y], d_y[0]), True)
+    packed, widths = begins is not None, [part.shape[2] for part in d_y]
+    launch = _convolution(_shape(x, weight, bias, before, packed, silu, widths, d_y[0]), True)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(launch.of.grid[0], W + 1, C, dtype=torch.float32, device=x.device)
     d_before = x.new_empty(B, W - 1, C)
     launch(
         x_ptr=x,
         weight_ptr=weight,
-        bias_ptr=weight if bias is None else bias,
+        bias_ptr=given(bias, weight),
         **_parts(d_y),
         d_x_ptr=d_x,
         sums_ptr=sums,
         d_before_ptr=d_before,
+        begin_ptr=given(begins, weight),
         before_ptr=None if before is None else before.contiguous(),
     )
     if d_rest is not None:
