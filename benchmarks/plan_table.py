@@ -1,9 +1,9 @@
 """Predicted beside measured steps, time and memory, of every family: `python -m benchmarks.plan_table`.
 
 Reads the measured steps of benchmarks/results and prints the documentation's table; with --steps that of the measured
-ones alone, and with --parts what a step spent its time on. Exit code 1 where a constant in
-lasp.analysis.measured is not that of the files (by more than 0.01), a time is off by more than a tenth, or memory by
-more than a twentieth.
+ones alone, and with --parts what a step spent its time on; --plot FILE draws the measured ones. Exit code 1 where a
+constant in lasp.analysis.measured is not that of the files (by more than 0.01), a time is off by more than a tenth, or
+memory by more than a twentieth.
 """
 
 from __future__ import annotations
@@ -66,6 +66,27 @@ def steps_table() -> None:
         print(f"| {name} | {' | '.join(row[column] for column in columns)} |")
 
 
+def plot(image: Path) -> None:
+    """Draw utilisation and peak memory of the longest steps of every model, eager and compiled."""
+    from matplotlib.figure import Figure
+
+    longest = {(run["model"].rsplit("-", 1)[0], run["compile"]): run["rows"][-1] for run in runs()}
+    models = list(dict.fromkeys(model for model, _ in longest))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for compiled, label, side in ((False, "eager", -0.2), (True, "compiled", 0.2)):
+        rows = [longest[model, compiled] for model in models]
+        places = [place + side for place in range(len(models))]
+        panels[0].bar(places, [100 * row["utilisation"] for row in rows], 0.38, label=label)
+        panels[1].bar(places, [row["peak_memory_bytes"] / 2**30 for row in rows], 0.38, label=label)
+    for panel, name, goal in zip(panels, ("utilisation, %", "peak memory, GiB"), (45, 75), strict=True):
+        panel.set(ylabel=f"{name}, {rows[0]['tokens']:,} tokens")
+        panel.axhline(goal, color="grey", linewidth=0.8, linestyle="--")
+        panel.set_xticks(range(len(models)), models, rotation=40, ha="right", fontsize=8)
+    panels[1].legend(frameon=False, fontsize=8)
+    figure.savefig(image, dpi=120)
+
+
 def parts_table() -> None:
     """Print milliseconds of every part of a profiled step, and the floor of those that have one."""
     profiled = [run for run in runs() if run["parts"]]
@@ -84,7 +105,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="needs the extra `report` (matplotlib)")
     options = parser.parse_args()
+    if options.plot is not None:
+        plot(options.plot)
+        return 0
     if options.steps or options.parts:
         (steps_table if options.steps else parts_table)()
         return 0

@@ -229,7 +229,8 @@ COMPILED = {
     Call("scalar", learned=True, H=8): "key_gradient",  # fp32
     # Mamba-2's.
     Call("scalar", learned=True, H=1, V=64, weighs=True): (
-        "summary|output|(query|key|value)_gradient|gate_(gradient|pairs)"
+        "summary|output|(query|key|value)_gradient|gate_(gradient|pairs)|"
+        "group_(states|keys|gates|hopper_(pairs|values))"  # in the place of those, on Hopper
     ),
     Call("scalar", learned=True, T=512): "output|key_gradient",
     Call("scalar", learned=True, dtype=torch.float32): "output",

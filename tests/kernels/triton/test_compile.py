@@ -31,6 +31,8 @@ SPILLS = {
         "channel_prepare_kernel": 128,
         "query_gradient_kernel": 72,
         "gate_gradient_kernel": 8,
+        "group_hopper_values_kernel": 8,
+        "group_keys_kernel": 16,
         "key_gradient_kernel": 144,
         "collect_kernel": 80,
         "output_kernel": 256,
@@ -126,7 +128,8 @@ def test_a_sample_is_read_and_compiled() -> None:
 @pytest.mark.parametrize("target", SPILLS)
 def test_compiles_within_the_device(target: str) -> None:
     reports = compile_ahead(target)
-    assert Counter(report["target"] for report in reports) == {target: 36}
+    # Heads that share q and k take two fewer where they have their own.
+    assert Counter(report["target"] for report in reports) == {target: 34 if target == "cuda:90" else 36}
     check(reports)
 
 

@@ -14,6 +14,7 @@ from lasp.kernels.triton.common import decays
 from lasp.kernels.triton.common.device import DeviceLimits
 from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.plan import plan
+from lasp.kernels.triton.decay.scalar.grouped.launches import takes_groups
 from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
 
 # What the cases are planned for where they name no processors: an H100 or H200.
@@ -72,6 +73,8 @@ PAIRED: dict[str, Any] = {"T": 8186, "H": 4}
 # Packed: documents of several segments, one of a single token, an empty one; short ones, many a segment's length.
 LONG_DOCUMENTS: dict[str, Any] = {"T": 3003, "documents": (0, 1500, 1500, 3002, 3003)}
 SHORT_DOCUMENTS: dict[str, Any] = {"T": 333, "documents": (0, 1, 1, 70, 199, 333), "processors": None}
+SHARED: dict[str, Any] = {"T": 4133, "H": 2, "H_v": 16, "B": 2}
+GROUPED = ((128, 64), (64, 64), (128, 128))
 CASES = [
     # 16 bits, chunks by descriptors and by pointers; every class of dims that the plan tells apart.
     *(Case(kind, BF16, D, D) for kind in KINDS for D in (64, 128, 256)),
@@ -102,6 +105,8 @@ CASES = [
     *(Case(kind, dtype, 64, 64, **SHORT, gates="strong") for kind in KINDS[1:] for dtype in BOUNDS),
     *(Case(kind, BF16, 128, 128, gates="strong") for kind in KINDS[1:]),
     Case("channel", BF16, 128, 128, gates="strongest"),
+    # Heads that share q and k, summed inside: by descriptors, of two sequences and an odd number of chunks.
+    *(Case("scalar", BF16, K, V, **SHARED, gates=gates) for K, V in GROUPED for gates in ("weak", "strong")),
     *(Case(kind, dtype, 64, 64, **SHORT, gates="zero") for kind in KINDS[1:] for dtype in BOUNDS),
 ]
 
@@ -125,6 +130,18 @@ def test_the_cases_reach_every_way_of_moving_chunks() -> None:
     assert wanted <= ways_of(CASES)
     # The control: what starts from a state gathers none.
     assert wanted - ways_of([case for case in CASES if case.initial]) == {way for way in wanted if way[2]}
+
+
+def test_the_cases_reach_heads_that_share_keys() -> None:
+    def summed_inside(case: Case) -> bool:
+        kind, limits = DECAYS[case.kind].value, HOPPER._replace(processors=case.processors or HOPPER.processors)
+        q, v = (case.B, case.T, case.H, case.K), (case.B, case.T, case.H_v, case.V)
+        p = plan(case.T, case.B * case.H_v, case.K, case.V, case.dtype, kind, *limits, False)
+        return takes_groups(RunShape(q, v, case.dtype, kind, True, 1.0), p, True, limits.processors) and p.descriptors
+
+    found = [case for case in CASES if case.documents is None and summed_inside(case)]
+    assert {(case.K, case.V) for case in found} == set(GROUPED)
+    assert not any(summed_inside(case._replace(H=4)) for case in found)  # the control: of four heads each
 
 
 def test_long_runs_are_paired() -> None:

@@ -60,7 +60,7 @@ class Launch(Protocol):
 
 
 def bind(
-    kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: bool
+    kernel: Any, grid: tuple[int, int], fixed: dict[str, Any], *, warps: int, stages: int, **options: int
 ) -> Launch:
     """Returns a launch of `kernel`.
 

@@ -118,10 +118,13 @@ class DecayLaunches:
         # To be like a tensor takes the host half the time of a shape.
         return torch.empty_like(q) if self._alike else q.new_empty(self.gradient, dtype=self.gradient_dtype)
 
-    def _launch(self, kernel: Any, grid: tuple[int, int], warps: int, stages: int, **own: Any) -> Launch:
-        """A launch of `kernel` with what is its own beside what is known of the run."""
+    def _launch(
+        self, kernel: Any, grid: tuple[int, int], warps: int, stages: int, maxnreg: int | None = None, **own: Any
+    ) -> Launch:
+        """A launch of `kernel` with what is its own beside what is known of the run; maxnreg: registers of a thread."""
         known = {name: self._known[name] for name in kernel.arg_names if name in self._known}
-        return bind(kernel, grid, {**known, **own}, warps=warps, stages=stages)
+        options = {} if maxnreg is None else {"maxnreg": maxnreg}
+        return bind(kernel, grid, {**known, **own}, warps=warps, stages=stages, **options)
 
     def _by_segment(self, kernel: Any, columns: int, tiles: Tiles, **own: Any) -> Launch:
         """A program for each segment of each head, and for each slice of the `columns` columns that it makes."""

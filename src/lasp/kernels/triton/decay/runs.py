@@ -12,6 +12,7 @@ from lasp.kernels.triton.common.packing import packed_changes
 from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
 from lasp.kernels.triton.decay.launches import RunShape
 from lasp.kernels.triton.decay.plan import CHANNEL, LaunchPlan, plan
+from lasp.kernels.triton.decay.scalar.grouped.launches import scalar_launches
 from lasp.kernels.triton.decay.scalar.launches import ScalarLaunches
 from lasp.recurrence.documents import Documents
 
@@ -25,7 +26,7 @@ def launches_of(shape: RunShape, device: torch.device) -> Launches:
     Raises:
         ValueError: the kernels do not take such tensors.
     """
-    return _launches(shape, plan_of(shape, device))
+    return _launches(shape, plan_of(shape, device), device)
 
 
 def packed_launches_of(shape: RunShape, documents: Documents, device: torch.device) -> Launches:
@@ -33,7 +34,7 @@ def packed_launches_of(shape: RunShape, documents: Documents, device: torch.devi
     if (shape, device) not in documents.layouts:
         p = _packed_plan(shape, documents, device)
         p = p._replace(**packed_changes(p, documents, device))
-        documents.layouts[shape, device] = _launches(shape, p)
+        documents.layouts[shape, device] = _launches(shape, p, device)
     found: Launches = documents.layouts[shape, device]
     return found
 
@@ -57,5 +58,8 @@ def _packed_plan(shape: RunShape, documents: Documents, device: torch.device) ->
     return plan_of(shape._replace(from_zero=False), device)
 
 
-def _launches(shape: RunShape, p: LaunchPlan) -> Launches:
-    return ChannelLaunches(shape, p) if shape.kind == CHANNEL else ScalarLaunches(shape, p)
+def _launches(shape: RunShape, p: LaunchPlan, device: torch.device) -> Launches:
+    if shape.kind == CHANNEL:
+        return ChannelLaunches(shape, p)
+    processors, _, hopper = device_limits(device)
+    return scalar_launches(shape, p, hopper, processors)

@@ -21,12 +21,14 @@ from lasp.kernels.triton.decay.channel.launches import ChannelLaunches
 from lasp.kernels.triton.decay.launches import RunShape, SegmentSums
 from lasp.kernels.triton.decay.plan import CHANNEL, KINDS, TOKEN, keeps_states
 from lasp.kernels.triton.decay.scalar import stages as scalar
+from lasp.kernels.triton.decay.scalar.grouped import stages as grouped
+from lasp.kernels.triton.decay.scalar.grouped.launches import GroupedLaunches
 from lasp.recurrence.documents import Documents
 from lasp.recurrence.inputs import DecayInputs
 from lasp.recurrence.stages import Gradients, Saved, Stages, Unsummarized
 
 Segments: TypeAlias = scalar.ScalarSegments | channel.ChannelSegments
-Local: TypeAlias = scalar.QueryGradient | channel.QueryReads
+Local: TypeAlias = scalar.QueryGradient | channel.QueryReads | Tensor
 
 
 class DecayRun(NamedTuple):
@@ -112,7 +114,7 @@ def _totals(x: DecayRun, prepared: channel.Prepared | None, *, summarized: bool)
     if gathers:
         return None, scalar.ScalarSegments(None, None, gates)
     sums = _new_sums(x)
-    scalar.summarize(x, launches, sums, x.k, x.v, gates, reverse=False)
+    _summarize(x, launches, sums, x.k, x.v, gates, reverse=False)
     summary, before = _scanned(x, sums, reverse=False, summarized=summarized)
     return summary, scalar.ScalarSegments(sums[0], before, gates)
 
@@ -141,9 +143,25 @@ def _totals_adjoint(x: DecayRun, saved: Saved, d_o: Tensor, *, summarized: bool)
     if gathers:
         return None, scalar.ScalarSegments(None, None, others)
     sums = _new_sums(x)
-    scalar.summarize(x, launches, sums, x.q, d_o, others, reverse=True)
+    _summarize(x, launches, sums, x.q, d_o, others, reverse=True)
     summary, after = _scanned(x, sums, reverse=True, summarized=summarized)
     return summary, scalar.ScalarSegments(sums[0], after, others)
+
+
+def _summarize(
+    x: DecayRun,
+    launches: scalar.ScalarLaunches,
+    sums: SegmentSums,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, ...],
+    *,
+    reverse: bool,
+) -> None:
+    if isinstance(launches, GroupedLaunches):
+        grouped.summarize(x, launches, sums, k, v, gates, reverse=reverse)
+    else:
+        scalar.summarize(x, launches, sums, k, v, gates, reverse=reverse)
 
 
 def _summarized(summary: Summary | None, segments: Segments) -> tuple[Summary, Segments]:
@@ -205,7 +223,11 @@ def outputs(
         states, others = totals.states, tuple(partial)
     else:
         assert isinstance(totals, scalar.ScalarSegments)
-        states, others = scalar.outputs(x, launches, totals, o, leaving, state_in), totals.gates
+        if isinstance(launches, GroupedLaunches) and launches.own:
+            states = grouped.outputs(x, launches, totals, o, leaving, state_in)
+        else:
+            states = scalar.outputs(x, launches, totals, o, leaving, state_in)
+        others = totals.gates
     if x.v.numel() == 0:  # no kernel ran
         leaving.zero_() if state_in is None else leaving.copy_(state_in)
     return o, (leaving, *others) if states is None else (leaving, states, *others)
@@ -217,6 +239,8 @@ def local_gradients(x: DecayRun, saved: Saved, totals_adjoint: Segments, d_o: Te
         assert isinstance(totals_adjoint, channel.ChannelSegments) and totals_adjoint.prepared is not None
         return channel.local_gradients(x, launches, totals_adjoint.prepared, entering, d_o)
     assert isinstance(totals_adjoint, scalar.ScalarSegments)
+    if isinstance(launches, GroupedLaunches):
+        return grouped.block_states(x, launches, totals_adjoint.gates, entering)
     return scalar.local_gradients(x, launches, totals_adjoint.gates, entering, saved[0], d_o)
 
 
@@ -227,6 +251,9 @@ def gradients(
     launches, entering, leaving = x.launches, _entering(x, saved), saved[0]
     d_state_out = None if d_state_out is None else d_state_out.contiguous()
     found: Gradients
+    if isinstance(launches, GroupedLaunches):
+        assert isinstance(local, Tensor) and isinstance(totals_adjoint, scalar.ScalarSegments)
+        return grouped.gradients(x, launches, totals_adjoint, local, d_o, d_state_out)
     if isinstance(launches, ChannelLaunches):
         assert isinstance(local, channel.QueryReads) and isinstance(totals_adjoint, channel.ChannelSegments)
         found = channel.gradients(x, launches, entering, leaving, totals_adjoint, local, d_o, d_state_out)

@@ -2,8 +2,8 @@
 """The short convolution: y_t = activation(bias + sum_j weight[:, W - 1 - j] x_{t - j}), and its gradients.
 
 A program walks S intervals of tokens side by side, each thread some channels of one, and holds the last rows in
-registers: every row is read once, but for those around an interval's ends. It reads four rows while it works on the
-four before. Nothing is kept for the backward pass, which walks backwards and computes what went into the activation
+registers: every row is read once, but for those around an interval's ends. The next rows come to shared memory while it
+works on four. Nothing is kept for the backward pass, which walks backwards and computes what went into the activation
 again. Rows before the first token may be given; without them they are zero. W is 4 at most; taps that there are not are
 zero. y comes in parts, dense each, for those who read them.
 

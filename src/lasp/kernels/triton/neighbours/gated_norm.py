@@ -132,8 +132,8 @@ def gated_norm_gradient_kernel(
 ):
     """A program for `steps` times R rows, all of group program_id(1) where groups have gains of their own.
 
-    Of the next rows all is read before these are worked on, and both of a row's sums are taken at once: programs wait
-    for memory and for one another's threads, not for arithmetic.
+    The next rows come to shared memory while these are worked on, and both of a row's sums are taken at once: programs
+    wait for memory and for one another's threads, not for arithmetic.
     """
     sizes: tl.constexpr = NormSizes(N=N, GROUPS=GROUPS, Z_ROW=Z_ROW, ACT=ACT)
     columns = tl.arange(0, BN)

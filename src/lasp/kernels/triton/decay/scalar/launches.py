@@ -39,7 +39,10 @@ class ScalarLaunches(DecayLaunches):
         gates: shape of each of those that a gate per token leaves for the sweeps.
         sums: of parts of q . dq, token by token: what comes of states, and what comes of chunks.
         skipped: of sums of do . v, where tokens have weights.
+        leaves_blocks: whether the sweep of dv leaves states for `grouped`, which needs no key that is weighted.
     """
+
+    leaves_blocks = False
 
     def __init__(self, shape: RunShape, p: LaunchPlan) -> None:
         super().__init__(shape, p)
@@ -92,12 +95,15 @@ class ScalarLaunches(DecayLaunches):
     @cached_property
     def output(self) -> Launch:
         return self._sweep_of_values(
-            output_kernel, LEARNED=self.with_decay, GATHER=self._gather, KEEPS=self.keeps_states
+            output_kernel,
+            LEARNED=self.with_decay and not self.leaves_blocks,
+            GATHER=self._gather,
+            KEEPS=self.keeps_states,
         )
 
     @cached_property
     def value_gradient(self) -> Launch:
-        return self._sweep_of_values(value_gradient_kernel, GATHER=self._gather)
+        return self._sweep_of_values(value_gradient_kernel, GATHER=self._gather, BLOCKS=self.leaves_blocks)
 
     def _sweep_of_values(self, kernel: Any, **ways: int) -> Launch:
         (K, V), tiles = self._dims, self.plan.values

@@ -71,6 +71,16 @@ class GateTerms(NamedTuple):
     skipped_ptr: tl.tensor
 
 
+class BlockPlaces(NamedTuple):
+    """Say where the states after blocks stand: the run's first one, `row` elements apart; the number of its first
+    chunk that the sweep has; the run's tokens."""
+
+    ptr: tl.tensor
+    row: tl.tensor
+    first: tl.tensor
+    tokens: tl.tensor
+
+
 class Span(NamedTuple):
     """The tokens [first, last) of a segment; `slot` of the first in [chunks C], less the token; the first column."""
 

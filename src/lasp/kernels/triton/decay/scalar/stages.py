@@ -49,13 +49,13 @@ def gate_sums(x: ScalarRun, launches: ScalarLaunches) -> tuple[Tensor, ...]:
         return ()
     assert x.g is not None
     gates = tuple(x.g.new_empty(launches.gates) for _ in range(launches.num_gates))
-    g, prefix, suffix = _gates(x, gates, gates[0])
+    g, prefix, suffix = gate_operands(x, gates, gates[0])
     places = given(launches.chunk_places, prefix)
     launches.gate_sums(g_ptr=g, prefix_ptr=prefix, suffix_ptr=suffix, places_ptr=places, weight_ptr=x.log_weight)
     return gates
 
 
-def _gates(x: ScalarRun, sums: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gate_operands(x: ScalarRun, sums: tuple[Tensor, ...], unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The decay, and its prefix and suffix sums of a gate per token; `unread` for what there is not."""
     g = x.q if x.g is None else x.g
     return (g, unread, unread) if not sums else (g, sums[0], sums[-1])
@@ -74,7 +74,7 @@ def summarize(
     """Write the sums of every segment; reverse: with q and the gradient of outputs in the places of k and v."""
     states, decays = sums
     launch = launches.summary_adjoint if reverse else launches.summary
-    g, prefix, suffix = _gates(x, gates, states)
+    g, prefix, suffix = gate_operands(x, gates, states)
     launch(
         k_ptr=k,
         v_ptr=v,
@@ -99,7 +99,7 @@ def outputs(
     states, decays, gates = totals
     if states is None and launches.keeps_states:
         states = leaving.new_empty(launches.states)
-    g, prefix, suffix = _gates(x, gates, leaving)
+    g, prefix, suffix = gate_operands(x, gates, leaving)
     launches.output(
         q_ptr=x.q,
         k_ptr=x.k,
@@ -127,7 +127,7 @@ def local_gradients(
     if launches.with_decay:
         inner = unread.new_empty(launches.inner, dtype=launches.inner_dtype)
     skipped = unread.new_empty(launches.skipped) if launches.weighs else unread
-    g, prefix, suffix = _gates(x, gates, unread)
+    g, prefix, suffix = gate_operands(x, gates, unread)
     launches.query_gradient(
         q_ptr=x.q,
         k_ptr=x.k,
@@ -159,7 +159,7 @@ def gradients(
     """dq and dk per value head; dv; dg; of weights and skips, where there are any."""
     unread = leaving
     d_states, after = given(adjoint.states, unread), given(adjoint.decays, unread)
-    g, prefix, suffix = _gates(x, adjoint.gates, unread)
+    g, prefix, suffix = gate_operands(x, adjoint.gates, unread)
     places = given(launches.places, d_states)
     read = {
         "q_ptr": x.q, "k_ptr": x.k, "do_ptr": d_o, "g_ptr": g, "prefix_ptr": prefix, "suffix_ptr": suffix,
@@ -170,7 +170,7 @@ def gradients(
     if launches.paired:
         launches.key_value_gradient(v_ptr=x.v, dk_ptr=dk, dv_ptr=dv, **read)
         return local.dq, dk, dv, None
-    launches.value_gradient(dv_ptr=dv, skip_ptr=given(x.skip, unread), **read)
+    launches.value_gradient(dv_ptr=dv, skip_ptr=given(x.skip, unread), blocks_ptr=unread, **read)
     sums = unread
     if launches.with_decay:
         sums = unread.new_empty(launches.sums)

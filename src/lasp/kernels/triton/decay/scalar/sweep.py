@@ -28,6 +28,7 @@ from lasp.kernels.triton.common.program import load_chunk, run_bounds, store_chu
 from lasp.kernels.triton.decay.intervals import leave, next_interval
 
 PART_ROWS = tl.constexpr(16)
+BLOCK_CHUNKS = tl.constexpr(2)  # of the blocks of `grouped`
 TF32_MASK = tl.constexpr(-(1 << 13))  # of the 10 bits that tf32 keeps of a mantissa of 23
 MIN_ROUNDED = tl.constexpr(2.0**-12)  # fp16's precision ends at 2^-14
 
@@ -49,6 +50,7 @@ def sweep(
     SHORTEST: tl.constexpr = 0,  # interval, of `terms`
     WEIGHS: tl.constexpr = False,  # whether tokens have weights
     skip=None,  # out has so much of c, unless None; not with `terms`
+    blocks=None,  # `BlockPlaces` after which states are left, if REVERSE
 ):
     """The state after the segment; out is written, and what `terms` say."""
     SUMS: tl.constexpr = terms is not None
@@ -80,6 +82,10 @@ def sweep(
         for step in range(begin, end):
             start = first + (begin + end - 1 - step if REVERSE else step) * C
             length = tl.minimum(last - start, C)
+            if blocks is not None:
+                chunk = blocks.first + (start - first) // C
+                after = (chunk % BLOCK_CHUNKS == BLOCK_CHUNKS - 1) | (start + C >= blocks.tokens)
+                leave_block(blocks.ptr + tl.cast(chunk // BLOCK_CHUNKS, tl.int64) * blocks.row, state, after)
             a = load_chunk(a_view, start, 0, last, operands.a_row, A, C, BA, DESCRIPTORS)
             b = load_chunk(b_view, start, 0, last, operands.b_row, A, C, BA, DESCRIPTORS)
             c_t = tl.trans(load_chunk(c_view, start, column, last, operands.c_row, N, C, BC, DESCRIPTORS))
@@ -130,6 +136,14 @@ def sweep(
         if span.column == 0:
             tl.store(terms.skipped_ptr, tl.sum(skipped, 0))
     return state
+
+
+@triton.jit
+def leave_block(ptr, state, wanted):
+    """Stores a state [R, S], if wanted, its elements in a row."""
+    S: tl.constexpr = state.shape[1]
+    at = tl.arange(0, state.shape[0])[:, None] * S + tl.arange(0, S)[None, :]
+    tl.store(ptr + at, state.to(ptr.dtype.element_ty), mask=wanted & (at >= 0))
 
 
 @triton.jit

@@ -4,9 +4,10 @@
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton.common.program import rows_of, sweep_place
+from lasp.kernels.triton.common.program import rows_of, run_of, sweep_place
 from lasp.kernels.triton.decay.scalar.operands import (
     GATHERED,
+    BlockPlaces,
     Operands,
     Sizes,
     border_state,
@@ -14,7 +15,7 @@ from lasp.kernels.triton.decay.scalar.operands import (
     span_of,
     value_tile,
 )
-from lasp.kernels.triton.decay.scalar.sweep import gather, sweep
+from lasp.kernels.triton.decay.scalar.sweep import BLOCK_CHUNKS, gather, sweep
 
 
 @triton.jit(do_not_specialize=["scale", "T", "H", "H_v", "segments", "segment_chunks", "chunks"])
@@ -29,6 +30,7 @@ def value_gradient_kernel(
     d_states_ptr,  # fp32 [B, H_v, segments, K, V]: gradients of those leaving each segment, from zero; unused if GATHER
     after_ptr,  # fp32 [B, H_v, segments]: decay from each segment to the run's end; unused if GATHER
     skip_ptr,  # fp32 [H_v], if WEIGHS
+    blocks_ptr,  # [B, H_v, chunks / 2, V, K], written if BLOCKS: D^T after each block of `grouped`
     places_ptr,  # int32 [segments, 7] if PACKED
     d_state_out_ptr,  # fp32 [B, H_v, K, V], or None for zero
     scale,
@@ -50,6 +52,7 @@ def value_gradient_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     WEIGHS: tl.constexpr,  # whether tokens have weights, and heads a skip
+    BLOCKS: tl.constexpr,
 ):
     here, index, v_first = sweep_place(places_ptr, segments, segment_chunks, T, H_v, V, BV, C, PACKED)
     state, _, _ = border_state(
@@ -67,6 +70,10 @@ def value_gradient_kernel(
     skip = None
     if WEIGHS:
         skip = tl.load(skip_ptr + here.head)
+    blocks = None
+    if BLOCKS:
+        run = run_of(here, H_v) * tl.cdiv(chunks, BLOCK_CHUNKS)
+        blocks = BlockPlaces(ptr=blocks_ptr + (run * V + v_first) * K, row=V * K, first=here.chunk, tokens=T)
     if GATHER == GATHERED:
         state = gather(
             operands, decay, state, span, places_ptr, T, sizes,
@@ -76,5 +83,5 @@ def value_gradient_kernel(
     sweep(
         operands, decay, None, state, span, sizes,
         KIND=KIND, REVERSE=True, WEIGH_B=False, EXACT=EXACT, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
-        WEIGHS=WEIGHS, skip=skip,
+        WEIGHS=WEIGHS, skip=skip, blocks=blocks,
     )  # fmt: skip
