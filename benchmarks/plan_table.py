@@ -21,7 +21,7 @@ from lasp.analysis.planner import Estimate, Job, ParallelLayout, estimate
 from lasp.models import preset
 
 RESULTS = Path(__file__).parent / "results"
-FILES = ("2026-11-30-nvidia-h200-train-families-2.json", "2026-11-30-nvidia-h200-train-families-3.json")
+FILES = ("2026-11-30-nvidia-h200-train-families-2.json", "2026-11-30-nvidia-h200-train-families-4.json")
 
 
 def runs() -> Iterator[dict[str, Any]]:
