@@ -527,3 +527,18 @@ def test_ranks_that_differ_and_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=text):
             lasp.softmax_attention(**{**good, **arguments})
+
+
+def test_a_graph_computes_in_the_dtype_asked_for_under_autocast() -> None:
+    q, k, v = (torch.randn(1, 9, 2, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    expected = lasp.softmax_attention(q, k, v)[0]
+    torch._dynamo.reset()
+
+    def attend(*tensors: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return lasp.softmax_attention(*tensors)[0]
+
+    found = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert found.dtype == torch.float32 and relative_error(found, expected) <= 1e-6
+    rounded = lasp.softmax_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
+    assert relative_error(rounded, expected) > 1e-4, "the control"

@@ -116,7 +116,8 @@ def softmax_attention(
         plain = causal and window is None and softcap is None and sinks is None and scale > 0 and backend != "reference"
         stateless = initial_state is None and initial_cu_seqlens is None and not output_final_state
         if plain and stateless and has_operators(q.device, q.dtype, max(q.shape[3], v.shape[3])):
-            return attend_in_graph(q, k, v, cu_seqlens, sp, method, scale), None
+            with torch.autocast(q.device.type, enabled=False):  # the arguments' dtype is the one asked for
+                return attend_in_graph(q, k, v, cu_seqlens, sp, method, scale), None
         run = _outside_of_graphs if over_ranks else run
     ways = _Ways(scores, window, method, backend, output_final_state)
     return run(q, k, v, sinks, initial_state, cu_seqlens, initial_cu_seqlens, sp, ways)
