@@ -36,6 +36,7 @@ from kernels import (
     ours,
     peak_bytes,
 )
+from outputs import folder
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -274,7 +275,7 @@ def _figures(each: float | dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=folder, default=Path(__file__).parent / "results")
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="the peers of the others go to its rows")
     parser.add_argument("--kinds", nargs="*", choices=DELTA_KINDS, default=list(DELTA_KINDS))
     parser.add_argument("--peers", nargs="*", choices=tuple(PEERS), default=[])

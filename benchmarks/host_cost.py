@@ -27,12 +27,12 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from outputs import folder
 from torch import Tensor
 
 import lasp
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--stubbed", action="store_true", help="on a CPU, without launching anything")
     parser.add_argument("--lines", type=int, default=18)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=folder)
     options = parser.parse_args()
 
     if options.stubbed:

@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 import lasp
+from benchmarks.outputs import folder
 from benchmarks.parallel_kinds import Shape, kind_named
 from benchmarks.processes import run
 from benchmarks.sequence_parallel import step
@@ -175,7 +175,7 @@ def headers(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--output", type=Path, help="folder for the raw figures, as JSON")
+    parser.add_argument("--output", type=folder, help="folder for the raw figures, as JSON")
     options = parser.parse_args()
     # Without asking a GPU here: processes are forked.
     on_gpu = torch.cuda.device_count() > 0

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines.layers import LAYERS, replace_mixers
+from benchmarks.outputs import folder
 from benchmarks.training import new_module, train_on
 
 FAMILIES = ("transnormer", "mamba2", "gated-deltanet", "gla", "retnet", "deltanet", "kda", "hybrid")
@@ -131,7 +132,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=600.0, help="of each row")
     parser.add_argument("--with-fla", type=Path, help="folder with flash-linear-attention")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=folder)
     parser.add_argument("--one", nargs=2, metavar=("FAMILY", "VARIANT"), help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path)
     return parser.parse_args()

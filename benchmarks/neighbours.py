@@ -16,11 +16,11 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from outputs import folder
 from torch import Tensor
 
 from lasp.halo.functions import short_convolution
@@ -113,7 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--configurations", action="store_true")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=folder)
     arguments = parser.parse_args()
     assert has_fused_kernels(torch.device("cuda"), BF16)
     large = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")

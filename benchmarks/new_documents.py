@@ -17,13 +17,13 @@ import statistics
 import time
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import lasp
+from benchmarks.outputs import folder
 from benchmarks.processes import run
 
 LAYERS = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
@@ -86,7 +86,7 @@ def work(steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=folder)
     args = parser.parse_args()
     record = {
         "date": datetime.date.today().isoformat(), "device": "cpu", "ranks": 2, "torch": torch.__version__,

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from kernels import inputs, milliseconds, peak_bytes, wanted_gradients
+from outputs import folder
 
 import lasp
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--backends", nargs="+", default=["triton"])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=folder)
     options = parser.parse_args()
 
     device = torch.cuda.get_device_name()

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.outputs import folder
 from benchmarks.training import new_module, train_on
 from lasp.models import NAMES, preset
 from lasp.parallelize import parallelize
@@ -96,7 +97,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16" if on_gpu else "fp32")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=folder)
     return parser.parse_args()
 
 

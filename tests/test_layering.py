@@ -268,3 +268,11 @@ def test_an_exchange_has_one_door():
     assert [place for place in doors(sources()) if place != "check/compare.py"] == list(ends)
     opened = {SOURCE / "halo" / "x.py": ast.parse("schedule.begin(comm, summary, initial)")}
     assert doors(opened) == ["halo/x.py"]
+
+
+def test_benchmarks_have_the_folder_of_their_results() -> None:
+    """One that is not there costs a script its figures after minutes of work."""
+    sources = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    writing = {name for name, source in sources.items() if re.search(r"\.output / ", source)}
+    assert len(writing) > 10
+    assert not {name for name in writing if not re.search(r"type=folder|\.output\.mkdir\(", sources[name])}
