@@ -546,7 +546,7 @@ def test_a_graph_computes_in_the_dtype_asked_for_under_autocast() -> None:
 
 
 def test_gradients_of_a_rank_without_tokens_have_memory_of_their_own() -> None:
-    """What a collective that adds the shares of sinks in place writes to."""
+    """Collectives that add the shares of sinks write to them in place."""
     q, k, v = (torch.randn(1, tokens, 2, 8, requires_grad=True) for tokens in (0, 6, 6))
     sinks = torch.randn(2, requires_grad=True)
     o = attend(q, k, v, sinks, Blocks((), None), ScoreOptions(True, 1.0), backend="auto")

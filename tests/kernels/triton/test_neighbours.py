@@ -179,7 +179,7 @@ def test_documents_seen_while_generating_serve_training_and_wrong_ones_are_refus
 
 @pytest.mark.parametrize("first", [0, 4, 12])
 def test_nan_stays_in_its_document(first: int, fused: None, device: torch.device) -> None:
-    """In one of three, of which the last has a single token: neither outputs nor gradients of the others have any."""
+    """It is in one of three, of which the last has a single token: outputs and gradients of the others have none."""
     documents = (0, 4, 12, 13)
     x, weight = normal(1, 13, 16).to(device, FP32), normal(16, 4, seed=1).to(device, FP32)
     own = torch.zeros(13, dtype=torch.bool)
