@@ -16,8 +16,9 @@ from world import run
 import lasp
 from lasp.softmax import exchange as softmax_exchange
 from lasp.softmax import functions as softmax_functions
-from lasp.softmax.blocks import blocks_of
-from lasp.softmax.local import align_gradient, aligned
+from lasp.softmax.blocks import Blocks, blocks_of
+from lasp.softmax.local import align_gradient, aligned, attend
+from lasp.softmax.scores import ScoreOptions
 
 BOUND = 1e-12
 D, DV = 4, 3
@@ -542,3 +543,12 @@ def test_a_graph_computes_in_the_dtype_asked_for_under_autocast() -> None:
     assert found.dtype == torch.float32 and relative_error(found, expected) <= 1e-6
     rounded = lasp.softmax_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
     assert relative_error(rounded, expected) > 1e-4, "the control"
+
+
+def test_gradients_of_a_rank_without_tokens_have_memory_of_their_own() -> None:
+    """Collectives that add the shares of sinks write to them in place."""
+    q, k, v = (torch.randn(1, tokens, 2, 8, requires_grad=True) for tokens in (0, 6, 6))
+    sinks = torch.randn(2, requires_grad=True)
+    o = attend(q, k, v, sinks, Blocks((), None), ScoreOptions(True, 1.0), backend="auto")
+    for gradient in torch.autograd.grad(o, (q, k, v, sinks), torch.zeros_like(o)):
+        assert gradient.is_contiguous() and not gradient.any()

@@ -19,6 +19,7 @@ from lasp.recurrence.inputs import DecayInputs, DeltaInputs, Inputs
 from lasp.recurrence.kept import is_known, kept, kept_like, restored
 from lasp.recurrence.stages import AnyStages
 from lasp.sequence import SequenceParallel
+from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds, document_digest
 
 ALONE = -1
@@ -74,7 +75,9 @@ def _read(cu_seqlens: Tensor | None, v: Tensor, key: int) -> Documents | None:
         return None
     ranks, tokens = _ranks(key), v.shape[1]
     total, offset = (tokens, 0) if ranks is None else (ranks.total(tokens), ranks.offset(tokens))
-    return documents_here(document_bounds(cu_seqlens, total, v.shape[0]), offset, tokens)
+    with broadcast_errors(ranks):
+        bounds = document_bounds(cu_seqlens, total, v.shape[0])
+    return documents_here(bounds, offset, tokens)
 
 
 def _wanted(g: Tensor | None, want_gate: bool) -> Tensor | None:

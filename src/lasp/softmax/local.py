@@ -22,8 +22,10 @@ def attend(
     """q [B, T, H, D], k [B, S, H_kv, D], v [B, S, H_kv, D_v], sinks [H] or None -> o [B, T, H, D_v]."""
     if not blocks.blocks:
         # Nothing to compute, but every rank must be part of the backward pass of k and v.
-        nothing = q.sum() + k.sum() + v.sum() + (0.0 if sinks is None else sinks.sum())
-        return q.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + 0 * nothing
+        # Their gradients are products, with memory of their own: a sum's is one number, spread out, which no collective
+        # may write to.
+        nothing = (0 * q).sum() + (0 * k).sum() + (0 * v).sum() + (0.0 if sinks is None else (0 * sinks).sum())
+        return q.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + nothing
     outputs = []
     for block in blocks.blocks:
         parts = block.of_queries(q), block.of_keys(k), block.of_keys(v)

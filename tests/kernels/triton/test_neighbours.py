@@ -177,6 +177,20 @@ def test_documents_seen_while_generating_serve_training_and_wrong_ones_are_refus
             run(x.repeat(2, 1, 1), torch.tensor([0, 4, 13]))
 
 
+@pytest.mark.parametrize("first", [0, 4, 12])
+def test_nan_stays_in_its_document(first: int, fused: None, device: torch.device) -> None:
+    """It is in one of three, of which the last has a single token: outputs and gradients of the others have none."""
+    documents = (0, 4, 12, 13)
+    x, weight = normal(1, 13, 16).to(device, FP32), normal(16, 4, seed=1).to(device, FP32)
+    own = torch.zeros(13, dtype=torch.bool)
+    own[first : documents[documents.index(first) + 1]] = True
+    x[:, own.to(device)] = torch.nan
+    y = lasp.short_convolution(x.requires_grad_(), weight, activation="silu", cu_seqlens=documents)[0]
+    (d_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    for tensor in (y, d_x):
+        assert torch.equal(tensor.isnan().any(-1)[0].cpu(), own)
+
+
 def test_a_tap_in_another_place_shows(fused: None, device: torch.device) -> None:
     inputs = inputs_of_convolution()
 

@@ -81,7 +81,7 @@ def test_what_the_host_does_for_a_short_sequence(
 
 @pytest.mark.parametrize(
     ("every", "count"),
-    [pytest.param((), 101, marks=pytest.mark.ci), pytest.param(("--every",), 169, marks=pytest.mark.exhaustive)],
+    [pytest.param((), 102, marks=pytest.mark.ci), pytest.param(("--every",), 170, marks=pytest.mark.exhaustive)],
     ids=["sample", "every"],
 )
 def test_two_ranks_equal_one(every: tuple[str, ...], count: int, device: torch.device) -> None:

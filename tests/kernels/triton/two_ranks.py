@@ -9,6 +9,7 @@ GPU cannot fork.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -96,6 +97,20 @@ def solved(
     return outputs | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
+def waits_or_computes(problem: Problem, rank: int) -> float:
+    """0 if both ranks raise what is wrong with the documents of one, before any of them waits in vain."""
+    sp = lasp.SequenceParallel(dist.group.WORLD, lengths=LENGTHS, exchange="all_gather", timeout_s=100)
+    wrong = dataclasses.replace(problem, cu_seqlens=(0, 20, 71) if rank else (0, 20, 70))
+    leaves = leaves_of(problem, sp) | {"initial_state": problem.inputs["initial_state"][:2].to(DEVICE, torch.float32)}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    try:
+        solved(wrong, leaves, sp, compiled=True)
+    except lasp.ExchangeError as error:
+        return 0.0 if "must rise from 0 to the 70 tokens" in str(error) else 1.0
+    return 1.0
+
+
 def main() -> None:
     problems = {gate: make(gate, **DIMS) for gate in GATES}
     problems |= {f"{gate}, packed": make(gate, **DIMS, cu_seqlens=BOUNDS) for gate in GATES}
@@ -134,6 +149,7 @@ def main() -> None:
             leaves = leaves_of(problem, sp)
             plain, compiled = (solved(problem, leaves, sp, compiled=way, final=final) for way in (False, True))
             errors |= {f"{name} {each}, compiled": relative_error(compiled[each], plain[each]) for each in plain}
+        errors["wrong documents of a rank, compiled"] = waits_or_computes(packed, rank)
         return errors
 
     print(json.dumps(run(2, work)))

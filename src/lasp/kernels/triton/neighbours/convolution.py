@@ -77,9 +77,9 @@ def _rows(x_ptr, before_ptr, t, step: tl.constexpr, c, inside, T, row, C: tl.con
 
 @triton.jit
 def _reach(begin_ptr, t, T, PACKED: tl.constexpr):
-    """The number of tokens before each of t [S] that are of its document."""
+    """The number of tokens before each of t [S] that are of its document; below zero where there is no token."""
     if PACKED:
-        return (t - tl.load(begin_ptr + t, mask=(t >= 0) & (t < T), other=0))[:, None]
+        return (t - tl.load(begin_ptr + t, mask=(t >= 0) & (t < T), other=2147483647))[:, None]
     else:
         return t[:, None]
 
