@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lasp.cli import main as cli
+from lasp.cli.arguments import parse
 from lasp.errors import ConfigError
 from lasp.models import preset
 from lasp.train.config import ModelOptions, TrainConfig
@@ -44,6 +45,21 @@ def test_runs_exports_and_data_load(
     assert here == pytest.approx(went_on, rel=1e-5) and here[0] != pytest.approx(went_on[1], rel=1e-2)
     new = "--sp 1 --steps 1 --seq-len 32 --eval-sequences 1 --data.cache cache --run-dir new"
     assert "that of export" in lasp(f"train --init-from export --data.path data {new}")
+
+
+def test_overrides_are_added_to_those_of_a_run() -> None:
+    """What --resume, --init-from and a settings file bring is a default of the options."""
+    earlier = TrainConfig(model=ModelOptions(family="hybrid", overrides={"num_layers": 2, "d_model": 64}))
+    for given, expected in (
+        ("", earlier.model.overrides),
+        (
+            "--model.overrides softmax_method auto num_layers 3",
+            {"num_layers": 3, "d_model": 64, "softmax_method": "auto"},
+        ),
+    ):
+        found = parse(TrainConfig, [*given.split(), "--steps", "7"], "lasp train", earlier)
+        assert found.model.overrides == expected and found.steps == 7 and found.model.family == "hybrid"
+    assert earlier.model.overrides == {"num_layers": 2, "d_model": 64}
 
 
 def test_settings_and_overrides_have_the_names_they_had() -> None:
