@@ -48,7 +48,7 @@ def test_runs_exports_and_data_load(
 
 
 def test_overrides_are_added_to_those_of_a_run() -> None:
-    """What --resume, --init-from and a settings file bring is a default of the options."""
+    """Take what --resume, --init-from and a settings file bring for defaults of the options."""
     earlier = TrainConfig(model=ModelOptions(family="hybrid", overrides={"num_layers": 2, "d_model": 64}))
     for given, expected in (
         ("", earlier.model.overrides),
