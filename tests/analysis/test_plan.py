@@ -96,6 +96,18 @@ def test_every_model_on_every_device_has_a_plan():
             assert [entry["method"] for entry in found["methods"]] == list(METHODS)
 
 
+def test_softmax_layers_exchange_as_they_do_in_training():
+    """Count what the last rank receives: of tokens for heads, where they divide, less than of all keys and values."""
+
+    def received(heads: int, **changes) -> float:
+        config = preset("hybrid", "1b", num_heads=heads, num_kv_heads=heads, **changes)
+        return estimate(job(config=config), LASP).received_bytes
+
+    gathered = received(32, softmax_method="all_gather")
+    assert received(32) == received(32, softmax_method="ulysses") < gathered
+    assert received(36) == received(36, softmax_method="all_gather")
+
+
 def test_parts_add_up():
     values = row(estimate(job(), LASP))
     assert sum(values["memory"].values()) == pytest.approx(values["memory_bytes"])

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lasp.analysis import volume
 from lasp.analysis.devices import Device
 from lasp.analysis.memory import Memory, training_memory
-from lasp.analysis.model import embedding_parameters, layer, layers, num_parameters
+from lasp.analysis.model import Layer, embedding_parameters, layer, layers, num_parameters
 from lasp.analysis.timing import Compute, collective, compute
 from lasp.distributed.mesh import DATA_PARALLEL
 from lasp.exchange.auto import rank_schedules
@@ -28,6 +28,7 @@ from lasp.exchange.payload import Payload
 from lasp.exchange.registry import EXCHANGES
 from lasp.models.config import ModelConfig
 from lasp.models.recomputation import RECOMPUTATIONS
+from lasp.softmax.functions import chosen_method
 
 METHODS = ("lasp", "ulysses", "megatron", "ring", "data")
 
@@ -212,7 +213,17 @@ def _buffers(config: ModelConfig, layout: ParallelLayout, batch: int, tokens: in
         return positions * layout.sp * 2 * config.d_model
     if layout.method == "ring":
         return positions * key_values * 4
-    return positions * layout.sp * key_values * 2 if layout.method == "lasp" and softmax else 0.0
+    if layout.method != "lasp" or not softmax:
+        return 0.0
+    if _softmax_method(softmax[0], layout.sp) == "ulysses":
+        return positions * 2 * (mixer.num_heads * (mixer.key_dim + mixer.value_dim) + key_values)
+    return positions * layout.sp * key_values * 2
+
+
+def _softmax_method(each: Layer, sp: int) -> str:
+    """Return how a softmax layer exchanges."""
+    method: str = getattr(each.mixer, "softmax_method", "auto")
+    return chosen_method(each.mixer.num_heads, sp) if method == "auto" else method
 
 
 def _along_sequence(
@@ -247,13 +258,14 @@ def _along_sequence(
                 once, visible = once + convolution / 2, visible + convolution
         else:
             formulas = {
-                "lasp": volume.gathered_softmax,
+                "all_gather": volume.gathered_softmax,
                 "ulysses": volume.ulysses,
                 "megatron": volume.megatron,
                 "ring": volume.ring_attention,
             }
-            moved = formulas[layout.method](shard, 0, sp)
-            collectives = {"lasp": 2, "ulysses": 4, "megatron": 10, "ring": 2 * (sp - 1)}[layout.method]
+            method = _softmax_method(each, sp) if layout.method == "lasp" else layout.method
+            moved = formulas[method](shard, 0, sp)
+            collectives = {"all_gather": 2, "ulysses": 4, "megatron": 10, "ring": 2 * (sp - 1)}[method]
             if layout.method == "ulysses" and each.transition is not None:
                 moved = volume.megatron_all_to_all(shard, 0, sp, gates=cost.gates if cost.convolved else 0)
             there, back = (max(traffic) for traffic in moved)

@@ -55,7 +55,9 @@ class ModelSplit:
 
     def method(self, heads: int, window: int | None = None) -> str:
         """The exchange of a softmax layer with so many query heads, whose tokens see so many others."""
-        return chosen_method(heads, self.sp, window) if self.softmax_method == "auto" else self.softmax_method
+        if self.softmax_method != "auto":
+            return self.softmax_method
+        return chosen_method(heads, 1 if self.sp is None else self.sp.size, window)
 
     def __deepcopy__(self, memo: Any) -> ModelSplit:
         """A copied model's: over the same ranks, which cannot be copied."""

@@ -104,7 +104,7 @@ def softmax_attention(
         _check_heads(q.shape[2], method, sp)
         window = _checked_window(window, causal=causal)
         if method == "auto":
-            method = chosen_method(q.shape[2], sp, window, causal=causal)
+            method = chosen_method(q.shape[2], 1 if sp is None else sp.size, window, causal=causal)
         softcap = None if softcap is None else number("softcap", softcap, "a number > 0", lambda cap: 0 < cap < inf)
         _check_sinks(sinks, q)
         _check_state(initial_state, k, v)
@@ -123,11 +123,10 @@ def softmax_attention(
     return run(q, k, v, sinks, initial_state, cu_seqlens, initial_cu_seqlens, sp, ways)
 
 
-def chosen_method(heads: int, sp: SequenceParallel | None, window: int | None = None, *, causal: bool = True) -> str:
+def chosen_method(heads: int, ranks: int, window: int | None = None, *, causal: bool = True) -> str:
     """Return what "auto" is for so many query heads: "ulysses", by which ranks have equal work, where they divide the
     heads; else, with windows and where every token sees all, whose work is equal by either, "all_gather"."""
-    trades = sp is not None and sp.size > 1 and heads % sp.size == 0 and causal and window is None
-    return "ulysses" if trades else "all_gather"
+    return "ulysses" if ranks > 1 and heads % ranks == 0 and causal and window is None else "all_gather"
 
 
 class _Ways(NamedTuple):
