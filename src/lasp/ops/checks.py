@@ -269,7 +269,7 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return q.shape[3] ** -0.5 if scale is None else number("scale", scale)
 
 
-def check_initial(x: Inputs, initial_state: Tensor | None, bounds: Tensor | None) -> None:
+def check_initial(x: Inputs, initial_state: Tensor | None, bounds: Tensor | None = None) -> None:
     """The initial state, if there is one, fits. bounds: of packed documents that `x` does not know yet.
 
     Raises:
