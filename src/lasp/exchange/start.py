@@ -68,6 +68,9 @@ def register(ranks: Ranks) -> int:
     return key
 
 
+ALONE = -1  # in the place of a key: no ranks
+
+
 def ranks_of(key: int) -> Ranks:
     """Returns what was registered with `key`, while it lives."""
     return _of_key[key]

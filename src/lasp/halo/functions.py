@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.exchange.start import SequenceCall
+from lasp.exchange.start import ALONE, SequenceCall
 from lasp.halo.exchange import read_rows
-from lasp.halo.fused import ALONE, convolution, rows_before
+from lasp.halo.fused import convolution, rows_before
 from lasp.halo.rows import BoundaryOverride, HaloLayout, plan
 from lasp.kernels.select import has_fused_kernels
 from lasp.recurrence.untraced import untraced, untraced_over_ranks
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import check_flags, check_floats, check_tensor, wholes
+from lasp.sequence.arguments import as_operand, check_flags, check_floats, check_tensor
 from lasp.sequence.sequence_parallel import broadcast_errors, check_shard
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 
@@ -128,9 +128,7 @@ def _in_graph(
 ) -> tuple[Tensor, ...]:
     """Convolve within a compiled graph, by operators that look into the documents when they run."""
     width, before = weight.shape[1] - 1, None
-    bounds = cu_seqlens
-    if bounds is not None and not isinstance(bounds, Tensor):
-        bounds = torch.tensor(wholes("cu_seqlens", bounds))
+    bounds = as_operand(cu_seqlens)
     if sp is not None and sp.size > 1 and width:
         tail = whole[:, -width:, : weight.shape[0]]
         before = rows_before(tail, bounds, whole.shape[1], width, sp.key)

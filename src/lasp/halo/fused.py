@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.exchange.start import SequenceCall, ranks_of
+from lasp.exchange.start import ALONE, SequenceCall, ranks_of
 from lasp.halo.exchange import rows_gradients, rows_read
 from lasp.halo.rows import HaloLayout, HaloPlan, tail_plan
 from lasp.sequence import SequenceParallel
 from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
-
-ALONE = -1
 
 
 @torch.library.custom_op("lasp::convolution", mutates_args=())

@@ -17,7 +17,7 @@ from lasp.recurrence.inputs import Inputs, initial_shape, state_dtype
 from lasp.recurrence.stages import AnyStages
 from lasp.recurrence.untraced import untraced
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import check_floats, check_tensor, number, wholes
+from lasp.sequence.arguments import as_operand, check_floats, check_tensor, number
 from lasp.sequence.shards import document_bounds, document_digest
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)
@@ -222,7 +222,7 @@ def read_later(cu_seqlens: Tensor | Sequence[int] | None, stages: AnyStages) -> 
     """The packed documents, if this is a compiled graph whose operators look into them when they run; else None."""
     if cu_seqlens is None or stages.empty_saved is None or not torch.compiler.is_compiling():
         return None
-    return cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(wholes("cu_seqlens", cu_seqlens))
+    return as_operand(cu_seqlens)
 
 
 def packed(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp.exchange.start import SequenceCall, ranks_of
+from lasp.exchange.start import ALONE, SequenceCall, ranks_of
 from lasp.kernels.select import load
 from lasp.ops.scan import ScanPlan, backward, begin, forward
 from lasp.recurrence.documents import Documents, documents_here
@@ -21,8 +21,6 @@ from lasp.recurrence.stages import AnyStages
 from lasp.sequence import SequenceParallel
 from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds, document_digest
-
-ALONE = -1
 
 
 def scan_operator(plan: ScanPlan, x: Inputs, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any
 
@@ -123,3 +123,10 @@ def wholes(name: str, values: Any) -> tuple[int, ...]:
         return tuple(index(n) for n in values)
     except TypeError as error:
         raise ValueError(f"{name} must be a tensor or a sequence of whole numbers, got {values!r}") from error
+
+
+def as_operand(cu_seqlens: Tensor | Sequence[int] | None) -> Tensor | None:
+    """Return packed documents as operators of compiled graphs take them, which read their numbers when they run."""
+    if cu_seqlens is None or isinstance(cu_seqlens, Tensor):
+        return cu_seqlens
+    return torch.tensor(wholes("cu_seqlens", cu_seqlens))

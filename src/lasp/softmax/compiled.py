@@ -15,7 +15,7 @@ from torch import Tensor
 from lasp.distributed.call import Call
 from lasp.exchange.start import ranks_of
 from lasp.sequence import SequenceParallel
-from lasp.sequence.arguments import wholes
+from lasp.sequence.arguments import as_operand
 from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
 from lasp.softmax.exchange import Heads, gathered, gathered_gradients, heads_of, heads_to_tokens, tokens_to_heads
@@ -35,8 +35,7 @@ def attend_in_graph(
 ) -> Tensor:
     """Attend causally: q [B, T, H, D], k [B, T, H_kv, D], v [B, T, H_kv, D_v] -> [B, T, H, D_v]."""
     tokens, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
-    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.tensor(wholes("cu_seqlens", cu_seqlens))
+    cu_seqlens = as_operand(cu_seqlens)
     if sp is None or sp.size == 1:
         return _all_tokens(q, k, v, cu_seqlens, scale)
     total = sp.total(tokens)
