@@ -18,7 +18,7 @@ from lasp.sequence import SequenceParallel
 from lasp.sequence.arguments import as_operand
 from lasp.sequence.sequence_parallel import broadcast_errors
 from lasp.sequence.shards import document_bounds, document_digest, shard_starts
-from lasp.softmax.exchange import Heads, gathered, gathered_gradients, heads_of, heads_to_tokens, tokens_to_heads
+from lasp.softmax.exchange import gathered, gathered_gradients, heads_of, heads_to_tokens, key_heads, tokens_to_heads
 from lasp.softmax.local import sdpa_block
 from lasp.softmax.scores import ScoreOptions
 from lasp.softmax.within import Spans, attend_within, attend_within_gradients
@@ -34,7 +34,7 @@ def attend_in_graph(
     scale: float,
 ) -> Tensor:
     """Attend causally: q [B, T, H, D], k [B, T, H_kv, D], v [B, T, H_kv, D_v] -> [B, T, H, D_v]."""
-    tokens, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
+    tokens, heads, num_key_heads = q.shape[1], q.shape[2], k.shape[2]
     cu_seqlens = as_operand(cu_seqlens)
     if sp is None or sp.size == 1:
         return _all_tokens(q, k, v, cu_seqlens, scale)
@@ -43,10 +43,10 @@ def attend_in_graph(
         first = sp.offset(tokens)
         k, v = gather_keys(k, v, cu_seqlens, first + tokens, sp.key)
         return within_documents(q, k, v, cu_seqlens, first, total, scale)[0]
-    of = heads_of(sp.size, heads, key_heads)
+    of = heads_of(sp.size, heads, num_key_heads)
     own = [ranges[sp.rank][1] - ranges[sp.rank][0] for ranges in (of.queries, of.keys, of.keys)]
-    q, k, v = trade_for_heads([q, k, v], cu_seqlens, [heads, key_heads, key_heads], own, total, sp.key)
-    k, v = (_spread(t, of, sp.rank, heads // key_heads) for t in (k, v))
+    q, k, v = trade_for_heads([q, k, v], cu_seqlens, [heads, num_key_heads, num_key_heads], own, total, sp.key)
+    k, v = (key_heads(t, of.queries[sp.rank], heads // num_key_heads) for t in (k, v))
     o = _all_tokens(q, k, v, cu_seqlens, scale)
     return trade_for_tokens([o], cu_seqlens, [heads], tokens, sp.key)[0]
 
@@ -55,16 +55,6 @@ def _all_tokens(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scal
     if cu_seqlens is None:
         return sdpa_block(q, k, v, None, ScoreOptions(True, scale))
     return within_documents(q, k, v, cu_seqlens, 0, q.shape[1], scale)[0]
-
-
-def _spread(tensor: Tensor, of: Heads, rank: int, group: int) -> Tensor:
-    """The key heads of a rank's query heads, one each where not every one has equally many."""
-    first = of.keys[rank][0]
-    wanted = [head // group - first for head in range(*of.queries[rank])]
-    count = of.keys[rank][1] - first
-    each = len(wanted) // count
-    even = wanted == [index // each for index in range(len(wanted))] if len(wanted) == each * count else False
-    return tensor if even else torch.stack([tensor[:, :, head] for head in wanted], 2)
 
 
 def _messages(key: int, cu_seqlens: Tensor | None, tokens: int, what: str, like: list[Tensor]) -> tuple[Call, Any]:

@@ -199,6 +199,16 @@ def heads_of(size: int, heads: int, key_heads: int) -> Heads:
     return Heads(queries, tuple((first // group, (last - 1) // group + 1) for first, last in queries))
 
 
+def key_heads(tensor: Tensor, queries: tuple[int, int], group: int) -> Tensor:
+    """The key heads of a range of query heads, `group` to each, spread out where not every one has equally many."""
+    first = queries[0] // group
+    wanted = [head // group - first for head in range(*queries)]
+    count = tensor.shape[2]
+    each = len(wanted) // count
+    even = len(wanted) == each * count and wanted == [index // each for index in range(len(wanted))]
+    return tensor if even else torch.stack([tensor[:, :, head] for head in wanted], 2)
+
+
 def to_heads(
     tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], call: SequenceCall, starts: tuple[int, ...]
 ) -> tuple[Tensor, ...]:

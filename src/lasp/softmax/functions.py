@@ -22,6 +22,7 @@ from lasp.softmax.exchange import (
     gather,
     gather_window,
     heads_of,
+    key_heads,
     replicated,
     to_heads,
     to_tokens,
@@ -204,7 +205,7 @@ def _across_ranks(
             final_state = None
             q_all, k_all, v_all = to_heads((q, k, v), (of.queries, of.keys, of.keys), call, starts)
             k_all, v_all = _after(None if state is None else state[:, :, slice(*of.keys[rank])], k_all, v_all, problem)
-        k_all, v_all = (_key_heads(t, of.queries[rank], q.shape[2] // k.shape[2]) for t in (k_all, v_all))
+        k_all, v_all = (key_heads(t, of.queries[rank], q.shape[2] // k.shape[2]) for t in (k_all, v_all))
         o = attend(q_all, k_all, v_all, sinks, blocks, scores, backend=backend)
         return to_tokens(o, of.queries, call, starts), final_state
     if window is not None and state is None and not output_final_state:
@@ -230,15 +231,6 @@ def _after(state: Tensor | None, k: Tensor, v: Tensor, problem: _Problem) -> tup
         return k, v
     order = keys_of(problem.bounds, problem.before, tokens).to(k.device)
     return k.index_select(1, order), v.index_select(1, order)
-
-
-def _key_heads(tensor: Tensor, queries: tuple[int, int], group: int) -> Tensor:
-    """The key heads of a range of query heads, spread out where not every one has equally many queries."""
-    heads = torch.arange(*queries) // group
-    heads = heads - heads[0]
-    count = tensor.shape[2]
-    even = len(heads) % count == 0 and torch.equal(heads, torch.arange(len(heads)) // (len(heads) // count))
-    return tensor if even else tensor.index_select(2, heads.to(tensor.device))
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
